@@ -1,0 +1,94 @@
+// The extension fusedopt._C: leaf functions of the runtime that are too slow in Python.
+//
+// fusedopt/runtime/leaf.py has each of them in Python as well; that is the place to read what they mean.
+// Light headers only: torch/extension.h alone takes longer to compile than all of this.
+
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#ifndef _OPENMP
+#error "without OpenMP at::parallel_for runs serially and says nothing: better no extension than that"
+#endif
+
+// leaf.py finds this text in the file before it loads it: against another torch, loading may crash.
+extern "C" [[gnu::used]] const char fusedopt_built_for_torch[] = "fusedopt built for torch " FUSEDOPT_TORCH_VERSION;
+
+namespace {
+
+// A compiled stage: rows [begin, end) of what `launch` describes. It cannot throw.
+using Stage = void (*)(const void* launch, int64_t begin, int64_t end);
+
+const at::Tensor& tensor_at(const py::list& tensors, int64_t index) {
+  PyObject* item = PyList_GET_ITEM(tensors.ptr(), index);
+  if (!THPVariable_Check(item))
+    throw py::type_error("tensors[" + std::to_string(index) + "] must be a Tensor, not " + Py_TYPE(item)->tp_name);
+  return THPVariable_Unpack(item);
+}
+
+void write_pointers(
+    const py::list& tensors, uintptr_t table_ptr, std::optional<int64_t> rows, int64_t columns, int64_t column) {
+  const auto count = static_cast<int64_t>(tensors.size());
+  if (count > rows.value_or(count))
+    throw py::value_error(
+        std::to_string(count) + " tensors do not fit into a table of " + std::to_string(*rows) + " rows");
+  if (column < 0 || column >= columns)
+    throw py::value_error(
+        "column " + std::to_string(column) + " is outside a table of " + std::to_string(columns) + " columns");
+  if (table_ptr == 0)
+    throw py::value_error("table_ptr is null");
+  auto* cell = reinterpret_cast<int64_t*>(table_ptr) + column;
+  for (int64_t row = 0; row < count; ++row, cell += columns)
+    // Not const_data_ptr: a kernel may write there, so a lazy clone must get its own memory now.
+    *cell = reinterpret_cast<int64_t>(tensor_at(tensors, row).mutable_data_ptr());
+}
+
+void run_cpu(
+    const std::vector<uintptr_t>& entries, uintptr_t launch_ptr, const std::vector<std::vector<int64_t>>& splits) {
+  if (entries.size() != splits.size())
+    throw py::value_error(
+        std::to_string(entries.size()) + " entries need as many splits, not " + std::to_string(splits.size()));
+  for (uintptr_t entry : entries)
+    if (entry == 0)
+      throw py::value_error("an entry is null");
+
+  py::gil_scoped_release no_gil;
+  const auto* launch = reinterpret_cast<const void*>(launch_ptr);
+  // A later stage reads what an earlier one reduced. The end of parallel_for is the barrier between them.
+  for (size_t k = 0; k < entries.size(); ++k) {
+    const auto stage = reinterpret_cast<Stage>(entries[k]);
+    const auto& split = splits[k];
+    const auto ranges = static_cast<int64_t>(split.size()) - 1;
+    // Grain 1: the planner has already made each range worth a thread. One range, or a call from
+    // inside another parallel region, runs right here.
+    at::parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        stage(launch, split[t], split[t + 1]);
+    });
+  }
+}
+
+void bump_versions(const py::list& tensors) {
+  const auto count = static_cast<int64_t>(tensors.size());
+  for (int64_t i = 0; i < count; ++i) {
+    const at::Tensor& tensor = tensor_at(tensors, i);
+    if (!tensor.is_inference()) // inference tensors have no counter
+      tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Leaf functions of the runtime; fusedopt/runtime/leaf.py documents them.";
+  m.attr("torch_version") = FUSEDOPT_TORCH_VERSION;
+  m.def("write_pointers", torch::wrap_pybind_function(write_pointers),
+        py::arg("tensors"), py::arg("table_ptr"), py::arg("rows").none(true), py::arg("columns"), py::arg("column"));
+  m.def("run_cpu", torch::wrap_pybind_function(run_cpu),
+        py::arg("entries"), py::arg("launch_ptr"), py::arg("splits"));
+  m.def("bump_versions", torch::wrap_pybind_function(bump_versions), py::arg("tensors"));
+}

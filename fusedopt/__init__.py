@@ -1,0 +1,29 @@
+"""fusedopt: write an optimizer as a list of small callbacks; it runs as one fused multi-tensor kernel.
+
+The names here mirror ``fastai.optimizer``; ``fusedopt.optim`` mirrors ``torch.optim``.
+"""
+
+from . import callbacks
+from .callbacks import (
+    adam_step,
+    average_grad,
+    average_sqr_grad,
+    debias,
+    l2_reg,
+    lamb_step,
+    larc_layer_lr,
+    larc_step,
+    lookahead,
+    lookahead_slow,
+    momentum_step,
+    qhadam_step,
+    radam_step,
+    rms_prop_step,
+    sgd_step,
+    step_stat,
+    weight_decay,
+)
+from .named import SGD, Adam, Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, ranger
+from .optimizer import Optimizer
+
+__version__ = "0.1.0"

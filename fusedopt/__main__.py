@@ -1,0 +1,34 @@
+"""`python -m fusedopt doctor [--json]` and `python -m fusedopt cache show|clear`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import doctor
+from .compile import cache
+
+
+def _cache(action: str) -> int:
+    if action == "show":
+        print(cache.show())
+    else:
+        print(f"{cache.configured()}: {cache.clear()} kernels removed")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fusedopt")
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("doctor", help="what is installed, which backends work, and what to do")
+    check.add_argument("--json", action="store_true", help="for programs")
+    store = commands.add_parser("cache", help="the folder of compiled kernels")
+    store.add_argument("action", choices=("show", "clear"))
+    chosen = parser.parse_args(arguments)
+    return doctor.main(as_json=chosen.json) if chosen.command == "doctor" else _cache(chosen.action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+"""From source text to loaded code: the system compiler and the cache of what it made."""
+
+from .cache import BuildError, CacheError, CacheWarning
+from .toolchain import CompileError, CompilerNotFound, Library, compile_library
+
+__all__ = [
+    "BuildError",
+    "CacheError",
+    "CacheWarning",
+    "CompileError",
+    "CompilerNotFound",
+    "Library",
+    "compile_library",
+]

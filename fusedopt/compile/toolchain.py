@@ -1,0 +1,317 @@
+"""The system's C++ compiler: find it, run it, load what it made.
+
+A kernel's key is a hash over everything that decides its machine code: source and the headers it includes,
+compiler and version, flags, and, because of `-march=native`, the CPU's features. A home folder shared between
+different machines therefore never hands one machine the other's instructions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import env
+from . import cache
+
+# No contraction, so that every backend rounds alike; no errno and no traps, so that gcc vectorises.
+# Never fast-math: it changes results.
+NATIVE = "-march=native"
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    NATIVE,
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+)
+CANDIDATES = ("c++", "g++", "clang++")
+TIMEOUT = 120.0  # seconds
+SHOWN_LINES = 20
+FALLBACK = 'or use backend="reference", which compiles nothing'
+
+
+class CompilerNotFound(cache.BuildError):
+    """No C++ compiler works here."""
+
+
+class CompileError(cache.BuildError):
+    """The compiler failed on a kernel, or what it made cannot be loaded.
+
+    name, source_path, command, output : the kernel, its source (kept), what was run, and all it said
+    """
+
+    def __init__(self, name: str, source_path: Path, command: str, what: str, output: str = "") -> None:
+        self.name, self.source_path, self.command, self.output = name, source_path, command, output
+        tail = "\n".join(f"    {line}" for line in output.strip().splitlines()[-SHOWN_LINES:])
+        super().__init__(
+            f"kernel {name!r}: {what}\n  command: {command}\n  source: {source_path}\n"
+            + (f"  the compiler's last lines:\n{tail}\n" if tail else "")
+            + f"  remedy: point CXX to a working g++ or clang++, {FALLBACK}"
+        )
+
+
+# ---------------------------------------------------------------- compiler and CPU
+
+
+class Compiler(NamedTuple):
+    """command: program and arguments (CXX may be "ccache g++"); path: the program; version: its words."""
+
+    command: tuple[str, ...]
+    path: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{shlex.join(self.command)}: {self.version.splitlines()[0]}"
+
+
+def compiler() -> Compiler:
+    """The C++ compiler: `CXX` if set, else the first of c++, g++, clang++ that runs.
+
+    Raises CompilerNotFound, with what was tried. Looked for once per value of CXX and PATH.
+    """
+    return _find_compiler(env.cxx(), os.environ.get("PATH", ""))
+
+
+@functools.lru_cache
+def _find_compiler(cxx: str | None, search_path: str) -> Compiler:
+    tried = []
+    for candidate in (cxx,) if cxx else CANDIDATES:
+        found = _try_compiler(candidate, search_path)
+        if isinstance(found, Compiler):
+            return found
+        tried.append(f"{candidate}: {found}")
+    where = "the environment variable CXX names no working compiler" if cxx else "no C++ compiler works here"
+    remedy = "correct or unset CXX" if cxx else "install g++ (Debian, Ubuntu: `apt install g++`) or set CXX"
+    raise CompilerNotFound(f"{where} ({'; '.join(tried)}). Remedy: {remedy}, {FALLBACK}.")
+
+
+def _try_compiler(line: str, search_path: str) -> Compiler | str:
+    """The compiler behind a command line, or why it does not work."""
+    try:
+        command = tuple(shlex.split(line))
+    except ValueError as error:
+        return str(error)
+    path = shutil.which(command[0], path=search_path) if command else None
+    if path is None:
+        return "not found"
+    try:
+        done = _run((path, *command[1:], "--version"), timeout=20.0)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode:
+        return f"`--version` ended with status {done.returncode}: {done.stdout.strip()[-200:]}"
+    return Compiler(command, path, done.stdout.strip() or "version unknown")
+
+
+class Cpu(NamedTuple):
+    """model: its name; features: the instruction sets it has; digest: a hash of both, for keys."""
+
+    model: str
+    features: tuple[str, ...]
+    digest: str
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_features() -> Cpu:
+    """Of this machine's first CPU, from /proc/cpuinfo; from `platform` where there is none."""
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:  # no further than the first CPU: Linux takes long to write about two hundred
+            if not line.strip():
+                break
+            name, _, value = line.partition(":")
+            facts[name.strip().lower()] = value.strip()
+    model = facts.get("model name") or platform.processor() or platform.machine()
+    features = tuple(sorted((facts.get("flags") or facts.get("features") or "").split()))
+    # ARM has no model name but numbers for who made the core and which one it is.
+    parts = [facts.get(f"cpu {part}", "") for part in ("family", "implementer", "part", "variant")]
+    whole = [sys.platform, platform.machine(), model, facts.get("model", ""), *parts, *features]
+    return Cpu(model, features, hashlib.sha256("\n".join(whole).encode()).hexdigest())
+
+
+# ---------------------------------------------------------------- compiling
+
+
+class Library:
+    """A loaded kernel library. It is never unloaded, so addresses stay valid as long as the process lives."""
+
+    def __init__(self, name: str, key: str, entry: cache.Entry, loaded: ctypes.CDLL) -> None:
+        self.name, self.key, self.entry, self._loaded = name, key, entry, loaded
+
+    def address(self, symbol: str) -> int:
+        """Address of an `extern "C"` function. Raises AttributeError when there is none of that name."""
+        return ctypes.cast(getattr(self._loaded, symbol), ctypes.c_void_p).value or 0
+
+    @property
+    def path(self) -> Path:
+        return self.entry.path
+
+    @property
+    def source_path(self) -> Path:
+        return self.entry.source_path
+
+    @property
+    def built(self) -> bool:
+        """Whether this process compiled it, rather than found it in the cache."""
+        return self.entry.built
+
+    @property
+    def seconds(self) -> float:
+        """What compiling it, or finding it, took."""
+        return self.entry.seconds
+
+    def __repr__(self) -> str:
+        how = "compiled" if self.built else "found"
+        return f"<Library {self.path.name}, {how} in {self.seconds * 1e3:.1f} ms>"
+
+
+_libraries: dict[str, Library] = {}
+_native_refused: set[str] = set()  # paths of compilers that know no -march=native, as some for ARM
+
+
+def compile_library(
+    name: str, source: str, *, key_parts: Sequence[str] = (), include: Path | None = None
+) -> Library:
+    """Compile C++ source into a loaded library, or find it in this process or in the cache.
+
+    name : of the kernel, for files and messages
+    key_parts : more that the binary depends on, such as the renderer's version
+    include : folder for `#include`; the headers found there are part of the key
+
+    Raises CompilerNotFound, CompileError or cache.CacheError, all of them cache.BuildError.
+    """
+    tool = compiler()
+    key = library_key(source, tool, key_parts, include)
+    library = _libraries.get(key)
+    if library is None:
+        env.debug(2, f"// kernel {name}\n{source}")
+        # Two threads may both get here; the cache makes one of them wait, and the first library stays.
+        library = _libraries.setdefault(key, _load(name, key, source, tool, include))
+        env.debug(3, f"{library!r} {library.entry.reason}\n{library.entry.log}".rstrip())
+    return library
+
+
+def library_key(source: str, tool: Compiler, key_parts: Sequence[str], include: Path | None) -> str:
+    """sha256 over all that decides the machine code."""
+    headers = [text for _, text in sorted(_headers(source, include).items())] if include else []
+    parts = [source, *headers, *tool, *FLAGS, cpu_features().digest, *key_parts]
+    # repr keeps neighbours apart: ("ab", "c") and ("a", "bc") must differ.
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.MULTILINE)
+
+
+def _headers(source: str, include: Path) -> dict[str, str]:
+    """Name and text of every header in `include` that the source includes, directly or through another."""
+    found: dict[str, str] = {}
+    names = _INCLUDE.findall(source)
+    while names:
+        name = names.pop()
+        path = include / name
+        if name not in found and path.is_file():
+            found[name] = path.read_text(encoding="utf-8")
+            names += _INCLUDE.findall(found[name])
+    return found
+
+
+def _load(name: str, key: str, source: str, tool: Compiler, include: Path | None) -> Library:
+    def build(source_path: Path, out: Path) -> str:
+        return _compile(name, tool, source_path, out, include)
+
+    def entry() -> cache.Entry:
+        meta = {"compiler": str(tool), "flags": " ".join(FLAGS), "cpu": cpu_features().model}
+        return cache.load_or_build(name, key, source, "so", build, meta=meta)
+
+    found = entry()
+    try:
+        return Library(name, key, found, ctypes.CDLL(str(found.path)))
+    except OSError as error:
+        if found.built:
+            raise CompileError(
+                name, found.source_path, str(tool), f"cannot be loaded: {error}", found.log
+            ) from error
+    # It was intact but did not load, as when another machine with an older C library shares the home folder.
+    cache.discard(found)
+    found = entry()
+    try:
+        return Library(name, key, found, ctypes.CDLL(str(found.path)))
+    except OSError as error:
+        raise CompileError(
+            name, found.source_path, str(tool), f"cannot be loaded: {error}", found.log
+        ) from error
+
+
+def _compile(name: str, tool: Compiler, source_path: Path, out: Path, include: Path | None) -> str:
+    """Run the compiler; returns its command line and words. Raises CompileError."""
+    flags = [flag for flag in FLAGS if flag != NATIVE or tool.path not in _native_refused]
+    folders = [f"-I{include}"] if include else []
+    command = (*tool.command, *flags, *folders, str(source_path), "-o", str(out))
+    shown = shlex.join(command)
+    try:
+        done = _run((tool.path, *command[1:]), timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise CompileError(name, source_path, shown, f"the compiler took more than {TIMEOUT:.0f} s") from None
+    except OSError as error:
+        raise CompileError(name, source_path, shown, f"the compiler cannot be run: {error}") from error
+    if done.returncode == 0:
+        if not out.is_file():
+            raise CompileError(name, source_path, shown, "the compiler made no file", done.stdout)
+        return f"{shown}\n{done.stdout}"
+    if NATIVE in flags and _about_native(done.stdout):
+        _native_refused.add(tool.path)
+        return _compile(name, tool, source_path, out, include)
+    raise CompileError(
+        name, source_path, shown, f"the compiler ended with status {done.returncode}", done.stdout
+    )
+
+
+def _about_native(output: str) -> bool:
+    """Whether the compiler refuses -march=native, or its assembler is too old for what that let it use."""
+    return bool(re.search(r"march|mcpu|no such instruction|unsupported instruction", output))
+
+
+def _run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run with errors and output together, in English; kill it with its children when time is up.
+
+    A compiler is a driver that starts others: killing it alone, also on Ctrl-C, would leave them at work.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "LC_ALL": "C"},
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            _kill(process)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()

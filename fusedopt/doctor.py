@@ -1,0 +1,291 @@
+"""`python -m fusedopt doctor`: what is installed, which backends work, why the others do not, what to do.
+
+`report()` finds out, `render()` prints it. What a backend needs is imported inside its probe, so that one
+broken part is a line of the report and not the end of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from . import env
+from .compile import cache, toolchain
+
+STEPS = 3
+SHAPES = ((1,), (7,), (33, 5), (1024,), (3, 4, 2, 2))
+
+
+class Status(NamedTuple):
+    """Whether a part works; reason: how it was found to, or why it does not; remedy: what to do about it."""
+
+    works: bool
+    reason: str
+    remedy: str = ""
+
+
+# ---------------------------------------------------------------- backends
+
+
+def probe_cpp() -> Status:
+    """The system compiler makes a library that loads and runs here."""
+    source = 'extern "C" int fusedopt_answer() { return 42; }\n'
+    try:
+        library = toolchain.compile_library("doctor", source)
+    except toolchain.CompilerNotFound as error:
+        return Status(False, str(error), "install g++, or set CXX to a C++17 compiler")
+    except cache.CacheError as error:
+        return Status(False, str(error), "set FUSEDOPT_CACHE_DIR to a folder of your own")
+    except cache.BuildError as error:
+        return Status(False, str(error), "point CXX to a working g++ or clang++")
+    import ctypes
+
+    answer = ctypes.CFUNCTYPE(ctypes.c_int)(library.address("fusedopt_answer"))()
+    if answer != 42:
+        return Status(
+            False, f"a compiled function returned {answer} instead of 42", "set CXX to another compiler"
+        )
+    return Status(True, "compiles and runs")
+
+
+def probe_reference() -> Status:
+    """Plain torch operations need nothing more."""
+    return Status(True, "plain torch operations, one parameter after another")
+
+
+def probe_absent() -> Status:
+    """A backend that is planned but not there."""
+    return Status(False, "not in this version")
+
+
+# Name of each backend -> what finds out whether it can work here. A new backend adds its line.
+PROBES: dict[str, Callable[[], Status]] = {
+    "cpp": probe_cpp,
+    "cuda": probe_absent,
+    "triton": probe_absent,
+    "reference": probe_reference,
+}
+DEVICES = {"cuda": "cuda", "triton": "cuda"}  # the others are tested on the CPU
+
+
+def check_backend(name: str) -> Status:
+    """Probe a backend, and if it can work, let it prove so in a self-test."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", cache.CacheWarning)  # the report has a line for the cache
+            status = PROBES[name]()
+            return self_test(name) if status.works else status
+    except Exception as error:  # whatever it is belongs in the report
+        return Status(
+            False, f"{type(error).__name__}: {error}", "this is a defect in fusedopt: please report it"
+        )
+
+
+def self_test(name: str) -> Status:
+    """A few steps of Adam with this backend against the reference, bit for bit."""
+    start = time.perf_counter()
+    device = DEVICES.get(name, "cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mine, used, eager = _train(name, device)
+        reference, _, _ = _train("reference", device)
+    said = [str(w.message) for w in caught if not issubclass(w.category, cache.CacheWarning)]
+    if used != name:
+        reason = f"fell back to {used}" + (f": {said[0]}" if said else "")
+        return Status(False, reason, "see the reason, then run doctor again")
+    if eager:
+        return Status(False, f"these callbacks did not fuse: {eager}", "please report this")
+    worst = max(_distance(*pair) for pair in zip(mine, reference, strict=True))
+    if worst:
+        reason = f"{STEPS} steps of Adam differ from the reference by {worst:.2g}"
+        return Status(False, reason, "please report this")
+    seconds = time.perf_counter() - start
+    return Status(True, f"{STEPS} steps of Adam equal the reference bit for bit ({seconds:.2f} s)")
+
+
+def _distance(a: Any, b: Any) -> float:
+    """Largest difference between two tensors; infinite where there is a NaN, which equals nothing."""
+    return float((a - b).abs().nan_to_num(nan=float("inf")).max())
+
+
+def _train(backend: str, device: str) -> tuple[list[Any], str, list[str]]:
+    """Parameters after a few steps, the backend that was used, and the callbacks that it ran eagerly."""
+    import torch
+
+    from . import callbacks as cb
+    from .optimizer import Optimizer
+
+    random = torch.Generator().manual_seed(0)
+
+    def noise(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=random).to(device)
+
+    params = [torch.nn.Parameter(noise(shape)) for shape in SHAPES]
+    adam = [
+        cb.weight_decay,
+        partial(cb.average_grad, dampening=True),
+        cb.average_sqr_grad,
+        cb.step_stat,
+        cb.adam_step,
+    ]
+    opt = Optimizer(params, adam, backend=backend, lr=0.01, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01)
+    for _ in range(STEPS):
+        for param in params:
+            param.grad = noise(param.shape)
+        opt.step()
+    explained = opt.explain()
+    eager = [] if backend == "reference" else [str(callback) for callback in explained.eager]
+    return [param.detach() for param in params], explained.backend, eager
+
+
+# ---------------------------------------------------------------- the rest of the machine
+
+
+def report() -> dict[str, Any]:
+    """All findings, as plain values that can be written as JSON."""
+    found: dict[str, Any] = {
+        "versions": _versions(),
+        "environment": _environment(),
+        "compiler": _compiler()._asdict(),
+        "cpu": _cpu(),
+        "cache": _cache(),
+        "gpus": _gpus(),
+        "extension": _extension()._asdict(),
+        "backends": {name: check_backend(name)._asdict() for name in PROBES},
+    }
+    works = any(status["works"] for name, status in found["backends"].items() if name != "reference")
+    return {**found, "works": works, "next": _next(found)}
+
+
+def _versions() -> dict[str, str]:
+    """Of everything that decides what fusedopt does; "not installed" for what is not there."""
+    versions = {"python": platform.python_version()}
+    for package in ("fusedopt", "torch", "numpy", "triton"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _environment() -> dict[str, Any]:
+    """The variables that are set, and what is wrong with their values."""
+    names = ("FUSEDOPT_BACKEND", "FUSEDOPT_CACHE_DIR", "FUSEDOPT_DEBUG", "CXX")
+    problems = []
+    for read in (env.backend, env.debug_level):
+        try:
+            read()
+        except ValueError as error:
+            problems.append(str(error))
+    return {"set": {name: os.environ[name] for name in names if name in os.environ}, "problems": problems}
+
+
+def _compiler() -> Status:
+    try:
+        return Status(True, str(toolchain.compiler()))
+    except toolchain.CompilerNotFound as error:
+        return Status(False, str(error))
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    return {
+        "model": toolchain.cpu_features().model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cache() -> dict[str, Any]:
+    problem = cache.prepare(cache.configured())
+    stored = cache.entries()
+    return {
+        "folder": str(cache.configured()),
+        "usable": problem is None,
+        "reason": problem.reason if problem else "",
+        "remedy": problem.remedy if problem else "",
+        "kernels": len(stored),
+        "bytes": sum(entry.size for entry in stored),
+    }
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an old driver warns; what counts is that there is nothing to use
+        if torch.cuda.is_available():
+            return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return []
+
+
+def _extension() -> Status:
+    try:
+        from .runtime.leaf import extension_status
+    except Exception as error:
+        return Status(False, f"{type(error).__name__}: {error}")
+    return Status(*extension_status())
+
+
+def _next(found: dict[str, Any]) -> list[str]:
+    """What the user could do, most useful first."""
+    todo = list(found["environment"]["problems"])
+    for name, status in found["backends"].items():
+        if status["remedy"]:
+            todo.append(f"{name}: {status['remedy']}")
+    if not found["cache"]["usable"]:
+        todo.append(f"cache: {found['cache']['remedy']}")
+    if not found["extension"]["works"]:
+        todo.append(f"extension: fusedopt works without it, only slower ({found['extension']['reason']})")
+    return todo
+
+
+# ---------------------------------------------------------------- printing
+
+
+def render(found: dict[str, Any]) -> str:
+    """The report for people."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    cpu, store = found["cpu"], found["cache"]
+    usable = "usable" if store["usable"] else f"{store['reason']}; a temporary folder is used instead"
+    lines = [
+        _line("versions", versions),
+        _line("compiler", found["compiler"]["reason"]),
+        _line("CPU", f"{cpu['model']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads"),
+        _line("GPUs", ", ".join(found["gpus"]) or "none that torch can use"),
+        _line(
+            "cache",
+            f"{store['folder']}: {usable}; {store['kernels']} kernels, {store['bytes'] / 1024:.0f} KiB",
+        ),
+        _line(
+            "extension",
+            ("in use: " if found["extension"]["works"] else "not in use: ") + found["extension"]["reason"],
+        ),
+        *(_line(name, value) for name, value in found["environment"]["set"].items()),
+        "",
+        "backends",
+    ]
+    for name, status in found["backends"].items():
+        lines.append(_line(name, ("works: " if status["works"] else "") + status["reason"]))
+    lines += ["", "next", *(f"  - {text}" for text in found["next"] or ["nothing to do"])]
+    return "\n".join(lines)
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<11} " + text.replace("\n", "\n" + " " * 14)
+
+
+def main(as_json: bool = False) -> int:
+    """Print the report. Exit status 0 when at least one compiled backend works, 1 otherwise."""
+    found = report()
+    print(json.dumps(found, indent=2) if as_json else render(found))
+    return 0 if found["works"] else 1

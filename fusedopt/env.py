@@ -1,0 +1,57 @@
+"""Every environment variable fusedopt reads, each looked up at the time of the call.
+
+| variable | values | meaning |
+|---|---|---|
+| `FUSEDOPT_BACKEND` | auto, cpp, cuda, triton, reference | backend of optimizers that name none |
+| `FUSEDOPT_CACHE_DIR` | a folder | where compiled kernels are kept |
+| `FUSEDOPT_DEBUG` | 0, 1, 2, 3 | 1 prints the program, 2 also its source, 3 also the compiler's output |
+| `CXX` | a compiler, arguments allowed | compiles CPU kernels |
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
+
+
+def _text(name: str) -> str | None:
+    """Value of `name` without blanks around it; None when unset or empty, as shells may export it."""
+    return os.environ.get(name, "").strip() or None
+
+
+def backend() -> str:
+    """`FUSEDOPT_BACKEND`, "auto" when unset. Raises ValueError for a name that is no backend."""
+    value = (_text("FUSEDOPT_BACKEND") or "auto").lower()
+    if value not in BACKENDS:
+        raise ValueError(f"FUSEDOPT_BACKEND={value!r} is no backend; choose one of {', '.join(BACKENDS)}")
+    return value
+
+
+def cache_dir() -> Path | None:
+    """`FUSEDOPT_CACHE_DIR` as an absolute path with `~` expanded, None when unset."""
+    value = _text("FUSEDOPT_CACHE_DIR")
+    return Path(os.path.abspath(os.path.expanduser(value))) if value else None
+
+
+def debug_level() -> int:
+    """`FUSEDOPT_DEBUG`, 0 when unset. Raises ValueError for anything but 0, 1, 2 or 3."""
+    value = _text("FUSEDOPT_DEBUG") or "0"
+    if value not in ("0", "1", "2", "3"):
+        raise ValueError(
+            f"FUSEDOPT_DEBUG={value!r}: expected 0, 1 (program), 2 (plus source) or 3 (plus compiler)"
+        )
+    return int(value)
+
+
+def cxx() -> str | None:
+    """`CXX`, the C++ compiler's command line, None when unset."""
+    return _text("CXX")
+
+
+def debug(level: int, text: str) -> None:
+    """Print `text` to stderr when `FUSEDOPT_DEBUG` is at least `level`."""
+    if debug_level() >= level:
+        print(text, file=sys.stderr, flush=True)

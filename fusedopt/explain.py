@@ -1,0 +1,116 @@
+"""What an optimizer does in a step, in words and numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .ir.program import identifier
+from .runtime.backends import Kernel
+from .runtime.engine import Eager
+
+if TYPE_CHECKING:
+    from .optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One launch: its kernel, element buffers read and written, and bytes moved per element."""
+
+    kernel: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    reduces: int
+    bytes_per_element: int
+    tensors: int
+
+    def __str__(self) -> str:
+        work = f"writes {', '.join(self.writes)}" if self.writes else f"{self.reduces} reductions per tensor"
+        what = f"reads {', '.join(self.reads)}; {work}; {self.bytes_per_element} bytes per element"
+        return f"{self.kernel}, {self.tensors} tensors: {what}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled so far: why it was needed, where its source is, seconds spent, and whether it was cached."""
+
+    name: str
+    why: str
+    source_path: str
+    seconds: float
+    cached: bool
+
+    def __str__(self) -> str:
+        how = "found in the cache" if self.cached else "compiled"
+        return f"{self.name}: {self.why}; {how} in {self.seconds * 1e3:.0f} ms; {self.source_path}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``opt.explain()``. ``launches`` is the number of kernel launches per step; ``bytes_per_element`` their sum."""
+
+    optimizer: str
+    backend: str
+    callbacks: tuple[str, ...]
+    stages: tuple[StageInfo, ...]
+    eager: tuple[Eager, ...]
+    compiled: tuple[Compiled, ...]
+    source: str
+
+    @property
+    def launches(self) -> int:
+        return len(self.stages)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """The most that any element's kernel reads and writes in a step, over all its stages."""
+        per_kernel: dict[str, int] = {}
+        for stage in self.stages:
+            per_kernel[stage.kernel] = per_kernel.get(stage.kernel, 0) + stage.bytes_per_element
+        return max(per_kernel.values(), default=0)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.optimizer} on the {self.backend} backend: {self.launches} launches per step, "
+            f"{self.bytes_per_element} bytes per element",
+            f"callbacks: {', '.join(self.callbacks)}",
+        ]
+        lines += [f"stage {k + 1}: {stage}" for k, stage in enumerate(self.stages)]
+        lines += [f"runs eagerly: {e.callback}: {e.reason}" for e in self.eager]
+        lines += [f"kernel {c}" for c in self.compiled]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(opt: Optimizer) -> Explanation:
+    """Explain the last step, or, before the first, the step that would be if every parameter had a gradient."""
+    from .runtime.engine import callback_name
+
+    engine = opt.engine
+    launched = engine.launched or engine.foresee(opt._items(pretend=True))
+    used = sorted({k.backend for k, _ in launched}) or ["reference"]
+    return Explanation(
+        optimizer=type(opt).__name__,
+        backend=" and ".join(used),
+        callbacks=tuple(callback_name(cb) for cb in opt.cbs),
+        stages=tuple(s for number, (kernel, n) in enumerate(launched) for s in _stages(kernel, n, number)),
+        eager=tuple(dict.fromkeys(engine.eager.values())),
+        compiled=tuple(Compiled(k.label, k.why, k.source_path, k.seconds, k.cached) for k in engine.kernels),
+        source="\n".join(k.body for k in engine.kernels),
+    )
+
+
+def _stages(kernel: Kernel, tensors: int, number: int) -> list[StageInfo]:
+    program = kernel.program
+    return [
+        StageInfo(
+            kernel=kernel.label,
+            reads=tuple(identifier(n) for n in stage.loads(program)),
+            writes=tuple(identifier(n) for n, _ in stage.stores),
+            reduces=len(stage.reductions),
+            bytes_per_element=stage.bytes_per_element(program),
+            tensors=tensors,
+        )
+        for stage in kernel.stages
+    ]

@@ -1,0 +1,128 @@
+"""The op table: every operation of the IR, once, with its meaning in each language.
+
+The interpreter, the verifier and the renderers walk this table. A new op is a row; a new language is a column.
+
+``types`` reads like a signature: ``"ff>b"`` takes two floats and gives a bool. Floats have the program's compute
+type (float32, or float64 when a buffer is float64); there are no integers among element values.
+
+NaN rules are torch's: ``maximum``, ``minimum`` and the clamps built from them return NaN when either side is NaN,
+``sign`` of NaN is zero, comparisons with NaN are false except ``ne``. ``expand`` makes one number per element of one
+per tensor (``zeros_like``); it costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Op:
+    """An elementwise operation: its types, its eager torch meaning, and its spelling in C++."""
+
+    name: str
+    types: str
+    torch: Callable[..., Any]
+    cpp: str
+
+    @property
+    def arity(self) -> int:
+        return self.types.index(">")
+
+    @property
+    def result(self) -> str:
+        return self.types[-1]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A whole-tensor reduction: one float per tensor from one float per element.
+
+    Partial results are doubles, one per chunk, joined in chunk order; ``mean`` divides by the element count after.
+    ``init`` and ``join`` spell the monoid in C++; ``torch`` is the meaning, computed in double.
+    """
+
+    name: str
+    torch: Callable[[torch.Tensor], torch.Tensor]
+    init: str
+    join: str
+
+    types = "f>f"
+    arity = 1
+    result = "f"
+
+
+def _unary(name: str, cpp: str) -> Op:
+    return Op(name, "f>f", getattr(torch, name), cpp)
+
+
+def _compare(name: str, symbol: str) -> Op:
+    return Op(name, "ff>b", getattr(torch, name), f"({{0}} {symbol} {{1}})")
+
+
+OPS: dict[str, Op | Reduction] = {
+    op.name: op
+    for op in (
+        Op("add", "ff>f", torch.add, "{0} + {1}"),
+        Op("sub", "ff>f", torch.sub, "{0} - {1}"),
+        Op("mul", "ff>f", torch.mul, "{0} * {1}"),
+        Op("div", "ff>f", torch.div, "{0} / {1}"),
+        Op("pow", "ff>f", torch.pow, "std::pow({0}, {1})"),
+        Op("atan2", "ff>f", torch.atan2, "std::atan2({0}, {1})"),
+        Op("maximum", "ff>f", torch.maximum, "maximum({0}, {1})"),
+        Op("minimum", "ff>f", torch.minimum, "minimum({0}, {1})"),
+        _unary("neg", "-{0}"),
+        _unary("abs", "std::abs({0})"),
+        _unary("sign", "sign({0})"),
+        _unary("sqrt", "std::sqrt({0})"),
+        _unary("exp", "std::exp({0})"),
+        _unary("expm1", "std::expm1({0})"),
+        _unary("log", "std::log({0})"),
+        _unary("log1p", "std::log1p({0})"),
+        _unary("log2", "std::log2({0})"),
+        _unary("sin", "std::sin({0})"),
+        _unary("cos", "std::cos({0})"),
+        _unary("tanh", "std::tanh({0})"),
+        _unary("atan", "std::atan({0})"),
+        _unary("erf", "std::erf({0})"),
+        _unary("floor", "std::floor({0})"),
+        _unary("ceil", "std::ceil({0})"),
+        _unary("trunc", "std::trunc({0})"),
+        _unary("round", "std::nearbyint({0})"),
+        _compare("gt", ">"),
+        _compare("ge", ">="),
+        _compare("lt", "<"),
+        _compare("le", "<="),
+        _compare("eq", "=="),
+        _compare("ne", "!="),
+        Op("logical_and", "bb>b", torch.logical_and, "({0} & {1})"),
+        Op("logical_or", "bb>b", torch.logical_or, "({0} | {1})"),
+        Op("logical_xor", "bb>b", torch.logical_xor, "({0} != {1})"),
+        Op("logical_not", "b>b", torch.logical_not, "(!{0})"),
+        Op("where", "bff>f", torch.where, "({0} ? {1} : {2})"),
+        Op("expand", "f>f", lambda x: x, "{0}"),
+        Op("as_float", "b>f", lambda b: b.to(torch.get_default_dtype()), "({0} ? T(1) : T(0))"),
+        Reduction("sum", torch.sum, "0.0", "{0} + {1}"),
+        Reduction("mean", torch.mean, "0.0", "{0} + {1}"),
+        Reduction("amax", torch.amax, "-infinity", "maximum({0}, {1})"),
+        Reduction("amin", torch.amin, "infinity", "minimum({0}, {1})"),
+    )
+}
+
+LEAVES = ("load", "slot", "const", "numel")
+"""Values without arguments: a buffer (attr: its name), a scalar slot (its index), a constant, the element count."""
+
+
+def is_reduction(name: str) -> bool:
+    """Whether the op turns one value per element into one per tensor."""
+    return isinstance(OPS.get(name), Reduction)
+
+
+def result_kind(name: str, kinds: Iterable[str]) -> str:
+    """F or S: a reduction gives S, ``expand`` gives F, any other op is per element as soon as one argument is."""
+    if is_reduction(name):
+        return "S"
+    return "F" if name == "expand" or "F" in kinds else "S"

@@ -1,0 +1,246 @@
+"""The IR: a flat list of values in static single assignment form, and the buffers its results are stored to.
+
+Grammar::
+
+    program ::= compute buffer* value* store*
+    buffer  ::= name dtype kind             # 'param', 'grad', 'state.<key>'
+    value   ::= leaf | op(value, ...)       # numbered; arguments stand before their use
+    leaf    ::= load(buffer) | slot(i) | const(x) | numel
+    store   ::= buffer <- value
+    kind    ::= F (one number per element) | S (one number per tensor)
+
+An F value may use S values (they are broadcast), an S value is made from S values only, or by a reduction from an F
+value. Slots are the step's scalars (learning rate, bias corrections): numbers the host computes and hands over, so a
+schedule changes no program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .ops import LEAVES, OPS, is_reduction, result_kind
+
+
+class ProgramError(AssertionError):
+    """A program that breaks the grammar: a mistake in a pass or in the tracer, not in the user's callback."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value: what computes it, its kind (F or S), its type (f or b), and the callback line it came from."""
+
+    op: str
+    args: tuple[int, ...]
+    attr: Any
+    kind: str
+    type: str
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor the program reads or writes: its storage dtype and its kind."""
+
+    dtype: torch.dtype
+    kind: str
+
+
+class Graph:
+    """Builds values; the same op on the same arguments is the same value."""
+
+    def __init__(self) -> None:
+        self.values: list[Value] = []
+        self._known: dict[tuple, int] = {}
+
+    def leaf(self, op: str, attr: Any = None, kind: str = "S") -> int:
+        index = self._known.get((op, attr, kind))
+        if index is None:
+            index = self._known[op, attr, kind] = len(self.values)
+            self.values.append(Value(op, (), attr, kind, "f"))
+        return index
+
+    def op(self, name: str, *args: int, where: Callable[[], str] = str) -> int:
+        """The value ``name(*args)``; ``where`` is asked for the callback's line when the value is new."""
+        index = self._known.get((name, args))
+        if index is None:
+            kind = result_kind(name, [self.values[a].kind for a in args])
+            index = self._known[name, args] = len(self.values)
+            self.values.append(Value(name, args, None, kind, OPS[name].result, where()))
+        return index
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one run of a callback list does to one parameter's tensors. Equal programs share a kernel."""
+
+    compute: torch.dtype
+    buffers: tuple[tuple[str, Buffer], ...]
+    values: tuple[Value, ...]
+    stores: tuple[tuple[str, int], ...]
+    slots: int
+
+    @property
+    def buffer(self) -> dict[str, Buffer]:
+        return dict(self.buffers)
+
+    def __str__(self) -> str:
+        return render_python(self)
+
+
+def reachable(values: Mapping[int, Value] | tuple[Value, ...] | list[Value], roots: Iterable[int]) -> list[int]:
+    """The values that the roots need, in order."""
+    needed: set[int] = set()
+    todo = list(roots)
+    while todo:
+        i = todo.pop()
+        if i not in needed:
+            needed.add(i)
+            todo.extend(values[i].args)
+    return sorted(needed)
+
+
+def depth_first(values: list[Value] | tuple[Value, ...], roots: Iterable[int]) -> list[int]:
+    """The values that the roots need, arguments first: an order that depends on structure only."""
+    order: dict[int, None] = {}
+    todo = [(i, False) for i in reversed(list(roots))]
+    while todo:
+        i, ready = todo.pop()
+        if ready:
+            order[i] = None
+        elif i not in order:
+            todo.append((i, True))
+            todo += [(a, False) for a in reversed(values[i].args)]
+    return list(order)
+
+
+def verify(program: Program) -> None:
+    """Raise ProgramError, naming the value, unless the program keeps the grammar and the op table's types."""
+    buffers = program.buffer
+    for i, v in enumerate(program.values):
+        _check_value(program, buffers, i, v)
+    for name, index in program.stores:
+        if name not in buffers:
+            raise ProgramError(f"store to the unknown buffer {name!r}")
+        if program.values[index].type != "f":
+            raise ProgramError(f"store of the bool v{index} to {name!r}")
+        if buffers[name].kind == "S" and program.values[index].kind != "S":
+            raise ProgramError(f"store of v{index}, one number per element, to the 0-d {name!r}")
+
+
+def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value) -> None:
+    if v.op in LEAVES:
+        if v.args:
+            raise ProgramError(f"v{i}: {v.op} takes no arguments")
+        if v.op == "load" and (v.attr not in buffers or buffers[v.attr].kind != v.kind):
+            raise ProgramError(f"v{i}: load of {v.attr!r}, which is no {v.kind} buffer of this program")
+        if v.op == "slot" and not 0 <= v.attr < program.slots:
+            raise ProgramError(f"v{i}: slot {v.attr} of {program.slots}")
+        return
+    op = OPS.get(v.op)
+    if op is None or len(v.args) != op.arity:
+        raise ProgramError(f"v{i}: no op {v.op} with {len(v.args)} arguments")
+    if any(not 0 <= a < i for a in v.args):
+        raise ProgramError(f"v{i}: an argument does not stand before its use")
+    got = "".join(program.values[a].type for a in v.args) + ">" + v.type
+    if got != op.types:
+        raise ProgramError(f"v{i}: {v.op} is {op.types}, not {got}")
+    kinds = {program.values[a].kind for a in v.args}
+    if v.kind != result_kind(v.op, kinds):
+        raise ProgramError(f"v{i}: {v.op} of {kinds} cannot be of kind {v.kind}")
+
+
+# ---- the interpreter: the living definition of what a program means -----------------------------------------------
+
+
+def interpret(
+    program: Program, buffers: Mapping[str, torch.Tensor], slots: Iterable[float]
+) -> dict[str, torch.Tensor]:
+    """Run the program on one parameter's tensors with plain torch ops; returns the buffers it stores, as new tensors.
+
+    F buffers have the parameter's shape, S buffers are 0-d. Values have the compute dtype; each result is rounded to
+    its buffer's dtype once, at the end. Reductions are computed in double.
+    """
+    dtype, like = program.compute, buffers["param"]
+    scalars = torch.tensor(list(slots), dtype=torch.float64).to(dtype)
+    leaf = {
+        "load": lambda v: buffers[v.attr].to(dtype),
+        "slot": lambda v: scalars[v.attr],
+        "const": lambda v: torch.tensor(v.attr, dtype=dtype),
+        "numel": lambda v: torch.tensor(like.numel(), dtype=dtype),
+    }
+    results: list[torch.Tensor] = []
+    for v in program.values:
+        if v.op in LEAVES:
+            results.append(leaf[v.op](v))
+            continue
+        args = [results[a] for a in v.args]
+        if is_reduction(v.op):
+            results.append(OPS[v.op].torch(args[0].expand(like.shape).to(torch.float64)).to(dtype))
+        else:
+            out = OPS[v.op].torch(*args)
+            results.append(out.to(dtype) if v.type == "f" else out)
+    out = {}
+    for name, i in program.stores:
+        buffer = program.buffer[name]
+        value = results[i] if buffer.kind == "S" else results[i].expand(like.shape)
+        out[name] = value.to(buffer.dtype, copy=True)
+    return out
+
+
+# ---- the printer ---------------------------------------------------------------------------------------------------
+
+
+def identifier(buffer: str) -> str:
+    """A buffer's name as an identifier: ``state.exp_avg`` is ``exp_avg``."""
+    return "".join(c if c.isalnum() else "_" for c in buffer.removeprefix("state."))
+
+
+def names(program: Program) -> list[str]:
+    """A readable name for each value: buffers and slots by theirs, the rest by number."""
+    out = []
+    for i, v in enumerate(program.values):
+        fixed = {"load": lambda v: identifier(v.attr), "slot": lambda v: f"s{v.attr}", "numel": lambda v: "numel"}
+        out.append(fixed[v.op](v) if v.op in fixed else _literal(v.attr) if v.op == "const" else f"v{i}")
+    return out
+
+
+def _literal(x: float) -> str:
+    return repr(x) if abs(x) < float("inf") else f"float('{x}')"
+
+
+def render_python(program: Program, name: str = "program") -> str:
+    """The program as Python that runs: ``program(param, grad, ..., s0, s1, ...)`` returns the stored buffers."""
+    label = names(program)
+    arguments = [identifier(b) for b, _ in program.buffers] + [f"s{i}" for i in range(program.slots)]
+    if any(v.op == "numel" for v in program.values):
+        arguments.append("numel")
+    lines = [f"def {name}({', '.join(arguments)}):"]
+    for i, v in enumerate(program.values):
+        if v.op in LEAVES:
+            continue
+        text = f"    {label[i]} = {_spell(program, v, label)}"
+        lines.append(f"{text:<56}# {v.where}" if v.where else text)
+    lines.append("    return {" + ", ".join(f"{n!r}: {label[i]}" for n, i in program.stores) + "}")
+    return "\n".join(lines)
+
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**"}
+_INFIX |= {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
+
+
+def _spell(program: Program, v: Value, label: list[str]) -> str:
+    args = [label[a] for a in v.args]
+    if v.op in _INFIX:
+        return f"{args[0]} {_INFIX[v.op]} {args[1]}"
+    if v.op == "neg":
+        return f"-{args[0]}"
+    if v.op == "expand":
+        return f"torch.full_like(param, {args[0]})"
+    if v.op == "as_float":
+        return f"{args[0]}.to(param.dtype)"
+    args = [f"torch.tensor({a})" if program.values[i].op == "const" else a for a, i in zip(args, v.args, strict=True)]
+    return f"torch.{v.op}({', '.join(args)})"

@@ -1,0 +1,151 @@
+"""Two vocabularies for hyperparameters: callbacks speak fastai's (``mom``, ``sqr_mom``, ``wd``), param groups torch's.
+
+One declared map: ``wd`` ↔ ``weight_decay``; ``mom`` with ``sqr_mom`` ↔ ``betas``; ``mom`` alone ↔ ``momentum``;
+``sqr_mom`` alone ↔ ``alpha``. Any other name is the same on both sides. An optimizer class may declare its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from .optimizer import Optimizer
+
+Place = str | tuple[str, int]
+NOT_NEGATIVE = ("lr", "eps", "wd", "mom", "sqr_mom")
+
+
+class HyperNames:
+    """The map for one optimizer: callback name → param-group key, or (key, position) in a tuple there."""
+
+    def __init__(self, names: Iterable[str], declared: Mapping[str, Place] | None = None) -> None:
+        names = set(names)
+        momentum: dict[str, Place] = {"mom": "momentum", "sqr_mom": "alpha"}
+        if {"mom", "sqr_mom"} <= names:
+            momentum = {"mom": ("betas", 0), "sqr_mom": ("betas", 1)}
+        self.place: dict[str, Place] = {"wd": "weight_decay", **momentum, **(declared or {})}
+        self.name: dict[Place, str] = {place: name for name, place in self.place.items()}
+
+    def of_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A param group's hyperparameters by the names callbacks use."""
+        out: dict[str, Any] = {}
+        for key, value in group.items():
+            if key in ("params", "param_names"):
+                continue
+            if (key, 0) in self.name and isinstance(value, (tuple, list)):
+                out.update((self.name[key, i], v) for i, v in enumerate(value) if (key, i) in self.name)
+            else:
+                out[self.name.get(key, key)] = value
+        return out
+
+    def write(self, group: dict[str, Any], name: str, value: Any) -> None:
+        """Set one hyperparameter in a group; a tensor there is filled, tuples are replaced."""
+        place = self.place.get(name, name)
+        if isinstance(place, tuple):
+            key, i = place
+            old = list(group.get(key, ()))
+            old += [0.0] * (i + 1 - len(old))
+            old[i] = value
+            group[key] = tuple(old)
+        elif isinstance(group.get(place), torch.Tensor) and not isinstance(value, torch.Tensor):
+            group[place].fill_(value)
+        else:
+            group[place] = value
+
+    def to_fastai(self, hypers: Mapping[str, Any]) -> dict[str, Any]:
+        """Hypers in either vocabulary, in fastai's. Raises TypeError if both spellings disagree."""
+        out: dict[str, Any] = {}
+        for key, value in hypers.items():
+            parts = {self.name.get(key, key): value}
+            if (key, 0) in self.name:
+                parts = {self.name[key, i]: v for i, v in enumerate(value)}
+            for name, v in parts.items():
+                if name in out and out[name] is not v and out[name] != v:
+                    raise TypeError(f"{name} is given twice: {out[name]!r}, and {v!r} through {key!r}")
+                out[name] = v
+        return out
+
+
+def plain(value: Any) -> Any:
+    """numpy numbers as Python's: a checkpoint of the others cannot be loaded safely."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0 else value
+
+
+def check(name: str, value: Any) -> None:
+    """Raise ValueError for NaN, and for a negative learning rate, decay, epsilon or momentum."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}")
+        return
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"invalid {name}: NaN")
+    if name in NOT_NEGATIVE and isinstance(value, (int, float)) and value < 0:
+        raise ValueError(f"invalid {name}: {value} is negative")
+
+
+def per_group(name: str, value: Any, n: int) -> list[Any]:
+    """One value per param group, by fastai's rules.
+
+    ``slice(a, b)`` is geometric from a to b; ``slice(b)`` is b for the last group and b/10 for the others; one value
+    serves all. Raises ValueError for another number of values.
+    """
+    if isinstance(value, slice):
+        stop = value.stop
+        if value.start:
+            step = (stop / value.start) ** (1 / (n - 1)) if n > 1 else 1.0
+            values = [value.start * step**i for i in range(n)] if n > 1 else [stop]
+        else:
+            values = [stop / 10] * (n - 1) + [stop]
+    elif isinstance(value, torch.Tensor) or np.ndim(value) == 0:
+        values = [value]
+    else:
+        values = list(value)
+    if len(values) == 1:
+        values = values * n
+    if len(values) != n:
+        raise AssertionError(
+            f"Trying to set {len(values)} values for {name} but there are {n} parameter groups."
+        )
+    return [plain(v) for v in values]
+
+
+class HypersView(MutableMapping):
+    """One param group's numbers under fastai's names: live and writable. Flags and None are not shown."""
+
+    def __init__(self, opt: Optimizer, index: int) -> None:
+        self._opt, self._index = opt, index
+
+    def _all(self) -> dict[str, Any]:
+        group = self._opt.param_groups[self._index]
+        values = self._opt.hyper_map.of_group(group).items()
+        return {k: number(v) for k, v in values if isinstance(v, (int, float, torch.Tensor)) and not isinstance(v, bool)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._all()[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        value = plain(value)
+        check(name, value)
+        self._opt.hyper_map.write(self._opt.param_groups[self._index], name, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"hyperparameter {name!r} cannot be removed")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+
+def number(value: Any) -> Any:
+    """A one-element tensor's number; anything else as it is."""
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value

@@ -1,0 +1,455 @@
+"""torch.optim's optimizers on fused kernels: ``import fusedopt.optim as optim`` in place of ``torch.optim``.
+
+The classes below have torch.optim's signatures, defaults, param-group keys, state names and results (to
+rounding). Every other name of ``torch.optim`` (``LBFGS``, ``lr_scheduler``, ``Optimizer``, ...) is torch's
+own object.
+
+What differs from torch.optim, for all of them:
+- ``foreach`` and ``fused`` are accepted and kept; they choose nothing, since every step is one fused kernel.
+- ``capturable=True`` and ``differentiable=True`` are refused: see `_refuse_modes`.
+- NaN is refused wherever a negative number is (torch lets some of them pass); betas may be ints; one-element
+  tensors for anything but ``lr`` become floats; ``lr`` may also be a slice or a list, one value per param
+  group.
+- A flag or number that a param group sets for itself holds for that group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .callbacks import (
+    adadelta_step,
+    adagrad_step,
+    adam_step,
+    adamax_step,
+    average_grad,
+    average_sqr_grad,
+    flagged_weight_decay,
+    l2_reg,
+    maximize_grad,
+    nadam_step,
+    radam_step,
+    rms_momentum_step,
+    sgd_momentum_step,
+    step_stat,
+)
+from .optimizer import Optimizer as _Optimizer  # the plain name belongs to torch.optim.Optimizer here
+
+__all__ = [*torch.optim.__all__]
+
+_LABELS = {"lr": "learning rate", "eps": "epsilon value"}
+_MOMENTS = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+_dampened = partial(average_grad, dampening=True)
+
+
+# --
+# Arguments
+
+
+def _each(value: Any) -> Iterator[Any]:
+    """The numbers in a hyperparameter: itself, or those of a slice, list or array (one per param group)."""
+    if isinstance(value, slice):
+        yield from (v for v in (value.start, value.stop) if v is not None)
+    elif not isinstance(value, Tensor) and hasattr(value, "__iter__"):
+        yield from value
+    else:
+        yield value
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A one-element tensor as a Python number, anything else as it is."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+        return value.item()
+    return value
+
+
+def _check_numbers(**values: Any) -> None:
+    """Raise torch's ValueError for a number below zero, or NaN."""
+    for name, value in values.items():
+        for v in _each(value):
+            if not _plain(name, v) >= 0.0:
+                raise ValueError(f"Invalid {_LABELS.get(name, f'{name} value')}: {v}")
+
+
+def _check_betas(betas: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Both betas as numbers in [0, 1); torch's ValueError for any other."""
+    plain = tuple(_plain(f"betas[{i}]", b) for i, b in enumerate(betas))
+    if len(plain) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    for i, b in enumerate(plain):
+        if not 0.0 <= b < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {b}")
+    return plain
+
+
+def _refuse_modes(name: str, group: dict[str, Any]) -> None:
+    """Raise for the torch.optim modes that a fused kernel run from Python numbers cannot honour."""
+    if group.get("capturable"):
+        raise ValueError(
+            f"{name}(capturable=True) asks for a step() that can be recorded in a CUDA graph, with step "
+            "count and learning rate read on the device at each replay. fusedopt holds both as Python "
+            "numbers, so a replay would repeat the recorded step's values. Leave capturable=False and call "
+            f"step() outside the captured region, or use torch.optim.{name}(capturable=True)."
+        )
+    if group.get("differentiable"):
+        raise ValueError(
+            f"{name}(differentiable=True) asks for a step() that autograd can differentiate through. A fused "
+            "kernel writes the parameters in place and leaves no graph. Leave differentiable=False, or use "
+            f"torch.optim.{name}(differentiable=True)."
+        )
+    if group.get("fused") and group.get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+class _TorchFace(_Optimizer):
+    """An Optimizer whose constructor speaks torch.optim's names."""
+
+    def _start(self, params: Any, cbs: list[Callable], lr: Any, flags: dict[str, Any], **hypers: Any) -> None:
+        _check_numbers(lr=lr)
+        for name in ("eps", "wd"):
+            if name in hypers:
+                hypers[name] = _plain(name, hypers[name])
+        _refuse_modes(type(self).__name__, flags)
+        super().__init__(params, cbs, lr=lr, **hypers, **flags)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's add_param_group; a group's own flags are checked as the constructor's are."""
+        if isinstance(param_group, dict):
+            _refuse_modes(type(self).__name__, param_group)
+        super().add_param_group(param_group)
+
+
+# --
+# The optimizers
+
+
+class SGD(_TorchFace):
+    """torch.optim.SGD: see `callbacks.sgd_momentum_step`.
+
+    State: ``momentum_buffer`` while momentum is not 0.
+    """
+
+    state_names: ClassVar[dict[str, str]] = {"grad_avg": "momentum_buffer"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        _check_numbers(momentum=momentum, weight_decay=weight_decay)
+        if dampening != dampening:
+            raise ValueError(f"Invalid dampening value: {dampening}")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        flags = dict(
+            nesterov=nesterov, maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused
+        )
+        cbs = [maximize_grad, l2_reg, sgd_momentum_step]
+        self._start(params, cbs, lr, flags, mom=momentum, dampening=dampening, wd=weight_decay)
+
+
+class RMSprop(_TorchFace):
+    """torch.optim.RMSprop: see `callbacks.rms_momentum_step`.
+
+    State: ``step``, ``square_avg``, ``momentum_buffer`` while momentum is not 0, ``grad_avg`` if centered.
+    """
+
+    state_names: ClassVar[dict[str, str]] = {"sqr_avg": "square_avg"}
+    hyper_names: ClassVar[dict[str, str]] = {"mom": "momentum", "sqr_mom": "alpha"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        _check_numbers(eps=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
+        flags = dict(
+            centered=centered,
+            capturable=capturable,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+        )
+        cbs = [maximize_grad, l2_reg, step_stat, average_sqr_grad, rms_momentum_step]
+        self._start(params, cbs, lr, flags, mom=momentum, sqr_mom=alpha, eps=eps, wd=weight_decay)
+
+
+class Adam(_TorchFace):
+    """torch.optim.Adam: see `callbacks.adam_step`.
+
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``, and ``max_exp_avg_sq`` if amsgrad.
+    """
+
+    state_names: ClassVar[dict[str, str]] = {**_MOMENTS, "max_sqr_avg": "max_exp_avg_sq"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        mom, sqr_mom = _check_betas(betas)
+        _check_numbers(eps=eps, weight_decay=weight_decay)
+        flags = dict(
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        cbs = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, adam_step]
+        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay)
+
+
+class AdamW(Adam):
+    """torch.optim.AdamW: Adam whose weight decay is always decoupled, also after loading an Adam's state."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
+
+
+class Adagrad(_TorchFace):
+    """torch.optim.Adagrad: see `callbacks.adagrad_step`. State: ``step``, ``sum``, from the first step on."""
+
+    state_names: ClassVar[dict[str, str]] = {"sqr_sum": "sum"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        _check_numbers(
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            eps=eps,
+        )
+        flags = dict(foreach=foreach, maximize=maximize, differentiable=differentiable, fused=fused)
+        cbs = [maximize_grad, l2_reg, step_stat, adagrad_step]
+        sums = dict(lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value)
+        self._start(params, cbs, lr, flags, eps=eps, wd=weight_decay, **sums)
+
+    def share_memory(self) -> None:
+        """Refused: sums are made with the first step, and step counts are Python numbers of one process."""
+        raise NotImplementedError(
+            "fusedopt's Adagrad keeps its step counts in this process, so its state cannot be shared between "
+            "processes; use torch.optim.Adagrad for that"
+        )
+
+
+class Adamax(_TorchFace):
+    """torch.optim.Adamax: see `callbacks.adamax_step`. State: ``step``, ``exp_avg``, ``exp_inf``."""
+
+    state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "inf_avg": "exp_inf"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        mom, sqr_mom = _check_betas(betas)
+        _check_numbers(eps=eps, weight_decay=weight_decay)
+        flags = dict(foreach=foreach, maximize=maximize, differentiable=differentiable, capturable=capturable)
+        cbs = [maximize_grad, l2_reg, _dampened, step_stat, adamax_step]
+        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay)
+
+
+class NAdam(_TorchFace):
+    """torch.optim.NAdam: see `callbacks.nadam_step`.
+
+    State: ``step``, ``mu_product`` (both numbers), ``exp_avg``, ``exp_avg_sq``.
+    """
+
+    state_names: ClassVar[dict[str, str]] = _MOMENTS
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        mom, sqr_mom = _check_betas(betas)
+        _check_numbers(eps=eps, weight_decay=weight_decay, momentum_decay=momentum_decay)
+        flags = dict(
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+        cbs = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, nadam_step]
+        hypers = dict(mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay, momentum_decay=momentum_decay)
+        self._start(params, cbs, lr, flags, **hypers)
+
+
+class RAdam(_TorchFace):
+    """torch.optim.RAdam: `callbacks.radam_step` with eps inside the bias correction.
+
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    """
+
+    state_names: ClassVar[dict[str, str]] = _MOMENTS
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        mom, sqr_mom = _check_betas(betas)
+        _check_numbers(eps=eps, weight_decay=weight_decay)
+        flags = dict(
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            decoupled_weight_decay=decoupled_weight_decay,
+            differentiable=differentiable,
+        )
+        step = partial(radam_step, beta=0.0, eps_before_debias=True)
+        cbs = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, step]
+        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay)
+
+
+class Adadelta(_TorchFace):
+    """torch.optim.Adadelta: see `callbacks.adadelta_step`. State: ``step``, ``square_avg``, ``acc_delta``."""
+
+    state_names: ClassVar[dict[str, str]] = {"sqr_avg": "square_avg", "sqr_delta": "acc_delta"}
+    hyper_names: ClassVar[dict[str, str]] = {"sqr_mom": "rho"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        capturable: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        _check_numbers(eps=eps, weight_decay=weight_decay)
+        if not 0.0 <= rho <= 1.0:
+            raise ValueError(f"Invalid rho value: {rho}")
+        flags = dict(maximize=maximize, capturable=capturable, foreach=foreach, differentiable=differentiable)
+        cbs = [maximize_grad, l2_reg, step_stat, average_sqr_grad, adadelta_step]
+        self._start(params, cbs, lr, flags, sqr_mom=rho, eps=eps, wd=weight_decay)
+
+
+# --
+# Everything else is torch's
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("__") and hasattr(torch.optim, name):
+        return getattr(torch.optim, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}, and neither has torch.optim")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(n for n in dir(torch.optim) if not n.startswith("_"))})

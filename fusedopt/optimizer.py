@@ -1,0 +1,344 @@
+"""The one optimizer class: a ``torch.optim.Optimizer`` made of callbacks, which also speaks fastai's protocol."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from . import checkpoint, names
+from .explain import Explanation, explain
+from .names import HyperNames, HypersView
+from .runtime import backends
+from .runtime.engine import Engine, callback_name
+from .runtime.items import Item
+
+FLAGS = ("do_wd", "force_train")
+"""State that describes a parameter (fastai sets it) rather than what the optimizer has learnt about it."""
+
+
+class State(defaultdict):
+    """``opt.state``: one dict per parameter, made on first access.
+
+    It counts as empty while it holds nothing but fastai's flags: checkpoint code asks ``if optimizer.state``.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(dict, *args)
+
+    def __reduce__(self) -> tuple:
+        return State, (dict(self),)
+
+    def __bool__(self) -> bool:
+        return any(key not in FLAGS for state in self.values() for key in state)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Steps parameters by a list of callbacks, compiled into one fused kernel.
+
+    Args:
+        params: parameters; or several groups: torch's dicts, or a list of lists as fastai's splitters give.
+        cbs: callbacks ``cb(p, **state, **hypers)``, run in order; ``p`` has ``.data`` and ``.grad``; a returned dict is
+            kept in ``opt.state[p]`` and handed back on the next step. ``cb.defaults`` gives hyperparameter defaults.
+        backend: ``"auto"`` (by device), ``"cpp"``, or ``"reference"`` (the callbacks run eagerly). Default: the
+            environment's ``FUSEDOPT_BACKEND``, else auto.
+        state_dtype: storage dtype of new state buffers, whatever dtype the callbacks ask for.
+        state_names: callback argument name → key in ``opt.state[p]``, where they differ.
+        hyper_names: callback argument name → param-group key, where the default map (see ``fusedopt.names``) does not
+            fit.
+        title: what kernels and explanations are called; else the last callback's name.
+        hypers: hyperparameters, by fastai's names or torch's; ``lr`` may be a slice or a list, one value per group.
+
+    Raises:
+        TypeError: parameters that are no tensors, a hyperparameter given twice, callbacks that cannot be called.
+        ValueError: no parameters, a parameter twice, a complex parameter, a negative or NaN hyperparameter, an unknown
+            backend.
+    """
+
+    state_names: ClassVar[Mapping[str, str]] = {}
+    hyper_names: ClassVar[Mapping[str, names.Place]] = {}
+
+    def __init__(
+        self,
+        params: Any,
+        cbs: Callable | Sequence[Callable],
+        *,
+        backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+        state_names: Mapping[str, str] | None = None,
+        hyper_names: Mapping[str, names.Place] | None = None,
+        title: str | None = None,
+        **hypers: Any,
+    ) -> None:
+        if hypers.pop("train_bn", None) is not None:
+            warnings.warn("train_bn has no effect on an optimizer; set it on the Learner", UserWarning, stacklevel=2)
+        self.cbs = _callbacks(cbs)
+        self.backend = backends.check_name(backend)
+        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
+            raise TypeError(f"state_dtype must be a floating point dtype, not {state_dtype!r}")
+        self.state_dtype = state_dtype
+        if state_names is not None:
+            self.state_names = dict(state_names)  # type: ignore[misc]
+        if hyper_names is not None:
+            self.hyper_names = dict(hyper_names)  # type: ignore[misc]
+        self.title = title
+        self.frozen_idx = 0
+        self._set_up(hypers)
+        defaults: dict[str, Any] = {}
+        values = self.hyper_map.to_fastai(hypers)
+        values = {k: v for cb in self.cbs for k, v in getattr(cb, "defaults", {}).items()} | values
+        listed = {k: v for k, v in values.items() if isinstance(v, (slice, list)) or getattr(v, "ndim", 0) == 1}
+        for name, value in values.items():
+            value = names.plain(_last(value) if name in listed else value)
+            names.check(name, value)
+            self.hyper_map.write(defaults, name, value)
+        defaults.setdefault("differentiable", False)
+        super().__init__(_param_groups(params), defaults)
+        for name, value in listed.items():
+            self.set_hyper(name, value)
+
+    def _set_up(self, hypers: Mapping[str, Any]) -> None:
+        """What is derived from callbacks and options, and so never saved."""
+        given = {"wd" if k == "weight_decay" else k for k in hypers} | ({"mom", "sqr_mom"} if "betas" in hypers else set())
+        given |= {"mom"} if "momentum" in hypers else set()
+        given |= {"sqr_mom"} if "alpha" in hypers else set()
+        for cb in self.cbs:
+            given |= set(getattr(cb, "defaults", ()))
+        self.hyper_map = HyperNames(given, self.hyper_names)
+        self._stored = dict(self.state_names)
+        self._called = {stored: name for name, stored in self._stored.items()}
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The compiler and runtime behind ``step``; made anew when the callback list is changed."""
+        if self._engine is None or self._engine.callbacks != self.cbs:
+            title = type(self).__name__
+            if self.title or title == "Optimizer":
+                title = self.title or (callback_name(self.cbs[-1]) if self.cbs else "nothing")
+            self._engine = Engine(self.cbs, self.backend, title, self.state_dtype)
+        return self._engine
+
+    # -- torch.optim --
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state" and isinstance(value, dict) and not isinstance(value, State):
+            value = State(value)
+        super().__setattr__(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group: ``{"params": ..., **hypers}`` with hypers by either vocabulary. See torch.optim."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group must be a dict, not {type(param_group).__name__}")
+        group = {k: v for k, v in param_group.items() if k in ("params", "param_names")}
+        values = self.hyper_map.to_fastai({k: v for k, v in param_group.items() if k not in group})
+        filled = self.hyper_map.of_group(self.defaults) | values
+        for name, value in filled.items():
+            value = names.plain(value)
+            names.check(name, value)
+            self.hyper_map.write(group, name, value)
+        super().add_param_group(group)
+        index = len(self.param_groups) - 1
+        for i, p in enumerate(self.param_groups[index]["params"]):
+            if p.is_complex():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"parameter {i} of group {index} is complex; register torch.view_as_real(p) as the parameter instead"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Step every parameter that has a gradient; returns what the closure returns, if there is one.
+
+        If a callback raises, or a gradient is refused (sparse, of another shape or device), nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @torch.compiler.disable
+    def _step(self) -> None:
+        todo = self._items()
+        self.engine.step(todo)
+        for item in todo:
+            live = self.state[item.home]
+            if item.state is not live:
+                live.update((self._stored.get(k, k), v) for k, v in item.state.items())
+
+    def _items(self, pretend: bool = False) -> list[Item]:
+        """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it)."""
+        todo = []
+        for g, group in enumerate(self.param_groups):
+            hyper = {k: names.number(v) for k, v in self.hyper_map.of_group(group).items()}
+            for name, value in hyper.items():
+                names.check(name, value)
+            for i, p in enumerate(group["params"]):
+                grad = p if pretend else p.grad
+                if grad is not None:
+                    _check_gradient(p, grad, g, i)
+                    todo.append(Item(p.detach() if pretend else p, grad, self._state_of(p), g, hyper))
+        return todo
+
+    def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
+        """The parameter's state by the names callbacks use; the live dict where these are the same."""
+        live = self.state.get(p, {})
+        step = live.get("step")
+        if isinstance(step, torch.Tensor):  # written by hand or by a wrapper that knows torch's schema
+            live["step"] = checkpoint.count(step)
+        return {self._called.get(k, k): v for k, v in live.items()} if self._called or not live else live
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch.optim's schema. Tensors are the live ones."""
+        live = self.state
+        try:
+            super().__setattr__("state", checkpoint.to_torch(self))
+            return super().state_dict()
+        finally:
+            self.state = live
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict. Raises ValueError, changing nothing, if it does not fit."""
+        checkpoint.check(self, state_dict)
+        flags = {p: {k: v for k, v in s.items() if k in FLAGS} for p, s in self.state.items()}
+        super().load_state_dict(state_dict)
+        checkpoint.finish_load(self, state_dict, flags)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("cbs", "backend", "state_dtype", "state_names", "hyper_names", "frozen_idx", "title")
+        return super().__getstate__() | {k: getattr(self, k) for k in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "cbs" in state:
+            self._set_up(self.defaults)
+        self.state = State(self.state) if not isinstance(self.state, State) else self.state
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    # -- fastai --
+    @property
+    def param_lists(self) -> list[list[torch.Tensor]]:
+        """The parameters of each group; assigning replaces them."""
+        return [list(group["params"]) for group in self.param_groups]
+
+    @param_lists.setter
+    def param_lists(self, lists: Sequence[Iterable[torch.Tensor]]) -> None:
+        for group, params in zip(self.param_groups, lists, strict=True):
+            group["params"] = list(params)
+
+    @property
+    def hypers(self) -> list[HypersView]:
+        """Each group's hyperparameters under fastai's names, as live writable views."""
+        return [HypersView(self, i) for i in range(len(self.param_groups))]
+
+    def set_hyper(self, name: str, value: Any) -> None:
+        """Set a hyperparameter: one value, one per group, or a slice (see ``names.per_group``)."""
+        values = names.per_group(name, value, len(self.param_groups))
+        for v in values:
+            names.check(name, v)
+        for group, v in zip(self.param_groups, values, strict=True):
+            self.hyper_map.write(group, name, v)
+
+    def set_hypers(self, **hypers: Any) -> None:
+        """Set several hyperparameters."""
+        for name, value in hypers.items():
+            self.set_hyper(name, value)
+
+    def all_params(self, n: slice | int = slice(None), with_grad: bool = False) -> list[tuple]:
+        """``(p, group's parameters, p's state, group's hypers)`` for the groups ``n``."""
+        lists, hypers = self.param_lists, self.hypers
+        chosen = range(len(lists))[n]
+        rows = [
+            (p, lists[g], self.state.get(p, {}), hypers[g])
+            for g in ([chosen] if isinstance(chosen, int) else chosen)
+            for p in lists[g]
+            if p.grad is not None or not with_grad
+        ]
+        return rows
+
+    def freeze_to(self, n: int) -> None:
+        """Freeze the groups before ``n``: no gradients, but for parameters flagged ``force_train``."""
+        self.frozen_idx = n if n >= 0 else len(self.param_groups) + n
+        if self.frozen_idx >= len(self.param_groups):
+            warnings.warn(
+                f"Freezing {self.frozen_idx} groups; model has {len(self.param_groups)}; whole model is frozen.",
+                UserWarning,
+                stacklevel=2,
+            )
+        for i, params in enumerate(self.param_lists):
+            for p in params:
+                p.requires_grad_(i >= self.frozen_idx or bool(self.state.get(p, {}).get("force_train")))
+
+    def freeze(self) -> None:
+        """Freeze all groups but the last."""
+        if len(self.param_groups) < 2:
+            raise AssertionError("freezing needs more than one param group: a splitter")
+        self.freeze_to(-1)
+
+    def unfreeze(self) -> None:
+        """Unfreeze every group."""
+        self.freeze_to(0)
+
+    def clear_state(self) -> None:
+        """Forget all state but the flags ``do_wd`` and ``force_train``."""
+        for state in self.state.values():
+            for key in [k for k in state if k not in FLAGS]:
+                del state[key]
+
+    # -- what it does --
+    def explain(self) -> Explanation:
+        """What a step does: stages, launches, bytes; what was compiled and why; what runs eagerly and why."""
+        return explain(self)
+
+    def kernel_source(self) -> str:
+        """The generated kernels' source, one after another (without the fixed skeleton around them)."""
+        return explain(self).source
+
+
+def _callbacks(cbs: Any) -> list[Callable]:
+    found = [cbs] if callable(cbs) else list(cbs)
+    for cb in found:
+        if not callable(cb):
+            raise TypeError(f"callbacks must be callable; {cb!r} is not")
+    return found
+
+
+def _last(value: Any) -> Any:
+    return value.stop if isinstance(value, slice) else value[-1]
+
+
+def _param_groups(params: Any) -> Any:
+    """Params as torch takes them: a list of lists (fastai's splitters) becomes one group per list."""
+    if isinstance(params, (torch.Tensor, Mapping)):
+        return params  # torch says what is wrong
+    found = list(params)
+    is_group = [not isinstance(p, (torch.Tensor, dict)) and _is_list(p) for p in found]
+    if not any(is_group):
+        return found
+    for i, (group, p) in enumerate(zip(is_group, found, strict=True)):
+        if not group:
+            raise ValueError(f"group {i} is a {type(p).__name__}, not a list of parameters, while others are lists")
+    return [{"params": list(p)} for p in found]
+
+
+def _is_list(p: Any) -> bool:
+    """A list of parameters, not torch's ``(name, parameter)`` pair."""
+    return isinstance(p, Iterable) and not (isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str))
+
+
+def _check_gradient(p: torch.Tensor, grad: torch.Tensor, group: int, i: int) -> None:
+    what = f"the gradient of parameter {i} of group {group}"
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"{what} is sparse; use dense gradients (sparse=False) or torch.optim.SparseAdam for it")
+    if grad.device != p.device:
+        raise RuntimeError(f"{what} is on {grad.device}, the parameter on {p.device}; move the model as a whole")
+    if grad.shape != p.shape:
+        raise RuntimeError(f"{what} has shape {tuple(grad.shape)}, the parameter {tuple(p.shape)}")
+    if not p.is_floating_point() or not grad.is_floating_point():
+        raise RuntimeError(f"parameter {i} of group {group} is {p.dtype} with a {grad.dtype} gradient; floats only")

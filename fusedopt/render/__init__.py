@@ -1,0 +1,1 @@
+"""From staged programs to source text; one module per language."""

@@ -1,0 +1,1 @@
+"""Turns parameter groups into launches of compiled kernels, step after step."""

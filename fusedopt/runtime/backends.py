@@ -1,0 +1,126 @@
+"""Which backend runs where. A backend compiles programs to kernels and launches them; adding one is adding a row."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .. import env
+from ..compile.cache import BuildError
+from ..ir.passes import Stage, stages
+from ..ir.program import Program
+
+
+@dataclass
+class Kernel:
+    """A compiled program. ``handle`` is the backend's own; ``why`` says what made it necessary."""
+
+    backend: str
+    name: str
+    program: Program
+    body: str
+    source_path: str
+    seconds: float
+    cached: bool
+    handle: object = field(repr=False)
+    why: str = ""
+    label: str = ""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return stages(self.program)
+
+
+class Backend(Protocol):
+    """What the runtime asks of a backend."""
+
+    name: str
+    device: str
+
+    def compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
+        """The kernel of a program, from the cache or the compiler. Raises BuildError."""
+
+    def launch(
+        self,
+        kernel: Kernel,
+        columns: dict[str, list[torch.Tensor]],
+        sizes: Sequence[int],
+        sets: Sequence[int],
+        slots: np.ndarray,
+    ) -> None:
+        """Run all stages over rows of tensors.
+
+        columns: for each buffer of the program one tensor per row; sizes: elements per row; sets: the scalar set of
+        each row; slots: float64, scalar sets × slots.
+        """
+
+
+def _cpp() -> Backend:
+    from .cpu import Cpp
+
+    return Cpp()
+
+
+COMPILED = {"cpp": _cpp}
+"""Compiled backends by name."""
+FOR_DEVICE = {"cpu": ("cpp",)}
+"""What ``auto`` tries, by device type; the reference comes last."""
+NAMES = ("auto", *COMPILED, "reference")
+
+_made: dict[str, Backend] = {}
+
+
+def get(name: str) -> Backend:
+    if name not in _made:
+        _made[name] = COMPILED[name]()
+    return _made[name]
+
+
+def check_name(name: str | None) -> str:
+    """The backend asked for: the argument, else FUSEDOPT_BACKEND, else auto. Raises ValueError for an unknown one."""
+    chosen = name if name is not None else env.backend()
+    if chosen not in NAMES:
+        raise ValueError(f"unknown backend {chosen!r}; this version has {', '.join(NAMES)}")
+    return chosen
+
+
+_warned: set[str] = set()
+
+
+def candidates(name: str, device: torch.device) -> tuple[Backend, ...]:
+    """The compiled backends to try on this device, best first; none means the reference."""
+    if name == "reference":
+        return ()
+    if name == "auto":
+        return tuple(get(n) for n in FOR_DEVICE.get(device.type, ()))
+    backend = get(name)
+    if backend.device != device.type:
+        raise ValueError(
+            f"backend {name!r} runs on {backend.device}, and a parameter is on {device}; use backend='auto'"
+        )
+    return (backend,)
+
+
+def compile_program(
+    name: str, device: torch.device, program: Program, title: str, slot_names: Sequence[str]
+) -> tuple[Backend, Kernel] | None:
+    """Compile with the first backend that can. None: the reference has to do it (``auto`` only), said once.
+
+    Raises BuildError if the backend was asked for by name.
+    """
+    for backend in candidates(name, device):
+        try:
+            return backend, backend.compile(program, title, slot_names)
+        except BuildError as error:
+            if name != "auto":
+                raise
+            reason = f"fusedopt: the {backend.name} backend cannot be used, so steps run unfused. {error}"
+            if backend.name not in _warned:
+                _warned.add(backend.name)
+                warnings.warn(reason, RuntimeWarning, stacklevel=2)
+    return None

@@ -1,0 +1,277 @@
+"""One optimizer step: sort parameters into buckets, trace, compile, and only then launch.
+
+Parameters whose callbacks all fuse are updated in place by kernels: one launch per stage for all that share a program.
+Where a callback has no fused form, its parameters are stepped on work copies: a program up to that callback, the
+callback itself run eagerly, the next program after it; results are stored when everything has succeeded. The reference
+backend is the same with no program at all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .. import env, reference
+from ..ir.program import Buffer
+from ..trace.tensor import Untraceable
+from ..trace.tracer import Foreign, NeedsAttribute, Signature, Trace, trace
+from . import backends, items, leaf
+from .backends import Backend, Kernel
+from .items import Item
+
+
+class Eager(NamedTuple):
+    """A callback that runs eagerly, and why."""
+
+    callback: str
+    reason: str
+
+
+@dataclass
+class Plan:
+    """A bucket that fuses: launched when the whole step is known to work."""
+
+    items: list[Item]
+    trace: Trace
+    backend: Backend
+    kernel: Kernel
+
+
+class Engine:
+    """Steps parameters by a callback list. It holds no tensors: state lives with the optimizer.
+
+    ``kernels`` are those compiled so far, ``eager`` the verdicts on callbacks with no fused form, ``launched`` what the
+    last step launched: kernels with their number of tensors.
+    """
+
+    def __init__(
+        self, callbacks: Sequence[Callable[..., Any]], backend: str, title: str, state_dtype: torch.dtype | None
+    ) -> None:
+        self.callbacks, self.backend, self.title, self.state_dtype = list(callbacks), backend, title, state_dtype
+        self.attributes: tuple[str, ...] = ()
+        self.kernels: list[Kernel] = []
+        self.eager: dict[tuple[int, Any], Eager] = {}
+        self.launched: list[tuple[Kernel, int]] = []
+        self._traces: dict[Any, Trace] = {}
+        self._said: set[Eager] = set()
+
+    def step(self, todo: list[Item]) -> None:
+        """Step every item: its ``home`` is updated in place, its ``state`` holds the new state.
+
+        If a callback or the compiler raises, nothing has changed.
+        """
+        plans, unfused = self.prepare(todo)
+        self.launched = []
+        copies = [(item, items.work_copy(item)) for item in unfused]
+        self._advance([work for _, work in copies], 0)
+        self._launch(plans)
+        for item, work in copies:
+            items.store(item, work, self.state_dtype)
+
+    def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
+        """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
+        plans, unfused = self.prepare(todo)
+        counts: dict[str, tuple[Kernel, int]] = {}
+        for plan in plans:
+            before = counts.get(plan.kernel.label, (plan.kernel, 0))[1]
+            counts[plan.kernel.label] = plan.kernel, before + len(plan.items)
+        return list(counts.values())
+
+    def prepare(self, todo: list[Item]) -> tuple[list[Plan], list[Item]]:
+        """Trace and compile: plans for the buckets that fuse whole, and the items that need work copies."""
+        if self.backend == "reference":
+            return [], todo
+        plans: list[Plan] = []
+        unfused: list[Item] = []
+        try:
+            for bucket, signature in self._buckets(todo):
+                plan = self._fuse(bucket, signature, 0, len(self.callbacks))
+                if isinstance(plan, Plan):
+                    plans.append(plan)
+                else:
+                    unfused += bucket
+        except NeedsAttribute as need:
+            self.attributes += (need.name,)
+            return self.prepare(todo)
+        return plans, unfused
+
+    def _buckets(self, todo: list[Item], work: bool = False) -> list[tuple[list[Item], Signature]]:
+        """Items of one group with one signature, together."""
+        buckets: dict[tuple[int, Signature], list[Item]] = {}
+        for item in todo:
+            buckets.setdefault((item.group, item.signature(self.attributes, work)), []).append(item)
+        return [(bucket, signature) for (_, signature), bucket in buckets.items()]
+
+    # -- fusing --
+    def _fuse(self, bucket: list[Item], signature: Signature, first: int, stop: int) -> Plan | int:
+        """The plan of callbacks ``first`` up to ``stop``, or the number of the first one that has to run eagerly."""
+        structure = _structure(signature)
+        known = [i for i in range(first, stop) if (i, structure) in self.eager]
+        if known:
+            return known[0]
+        work = signature.asked is not None
+        try:
+            traced = trace(
+                self.callbacks[first:stop], signature, bucket[0].hyper, first=first, state_dtype=self.state_dtype, work=work
+            )
+        except (Untraceable, Exception) as error:
+            i = getattr(error, "callback", first)
+            reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
+            self.eager[i, structure] = Eager(callback_name(self.callbacks[i]), reason)
+            return i
+        return self._compile(bucket, traced) or first
+
+    def _compile(self, bucket: list[Item], traced: Trace) -> Plan | None:
+        """The plan, or None where no backend can compile and the reference has to step in."""
+        names = [traced.scalars.expression(i) for i in traced.slots]
+        device = traced.signature.device
+        compiled = backends.compile_program(self.backend, device, traced.program, self.title, names)
+        if compiled is None:
+            return None
+        backend, kernel = compiled
+        key = id(bucket[0].home)
+        known = next((k for k in self.kernels if k.program == kernel.program), None)
+        if known is None:
+            label = f"{kernel.name} #{len(self.kernels) + 1}"
+            known = replace(kernel, why=self._why(self._traces.get(key), traced), label=label)
+            self.kernels.append(known)
+            env.debug(1, f"# {known.label}: {known.why}\n{traced.program}")
+        self._traces[key] = traced
+        return Plan(bucket, traced, backend, known)
+
+    def _why(self, old: Trace | None, new: Trace) -> str:
+        """What made another kernel necessary, against the last trace of the same parameter."""
+        if old is None:
+            return "first step" if not self.kernels else f"first step of parameters with {describe(new.signature)}"
+        return "; ".join(differences(old, new)) or "the callbacks did something else than before"
+
+    # -- launching --
+    def _launch(self, plans: list[Plan]) -> None:
+        together: dict[tuple, list[Plan]] = {}
+        for plan in plans:
+            together.setdefault((plan.kernel.program, plan.trace.signature.device), []).append(plan)
+            for item in plan.items:
+                item.lay_out()
+                items.allocate(item, plan.trace.created)
+        for group in together.values():
+            launch(group)
+        self.launched += [(group[0].kernel, sum(len(plan.items) for plan in group)) for group in together.values()]
+        for plan in plans:
+            numbers = plan.trace.new_numbers()
+            for item in plan.items:
+                item.state.update(numbers)
+                if item.param is not item.home:
+                    item.home.copy_(item.param)
+
+    # -- work copies --
+    def _advance(self, work: list[Item], first: int) -> None:
+        """Run callbacks from ``first`` on over work copies: a program as far as that goes, one eagerly, and so on."""
+        if first == len(self.callbacks):
+            return
+        if self.backend == "reference":
+            for callback in self.callbacks[first:]:
+                self._run_eagerly(callback, work)
+            return
+        for bucket, signature in self._buckets(work, work=True):
+            try:
+                stop = self._fuse_until(bucket, signature, first)
+            except NeedsAttribute as need:
+                self.attributes += (need.name,)
+                self._advance(bucket, first)
+                continue
+            if stop < len(self.callbacks):
+                self._say(stop, signature)
+                self._run_eagerly(self.callbacks[stop], bucket)
+                self._advance(bucket, stop + 1)
+
+    def _fuse_until(self, bucket: list[Item], signature: Signature, first: int) -> int:
+        """Launch the longest run of callbacks from ``first`` on that fuses; returns where it ends."""
+        stop = len(self.callbacks)
+        while stop > first:
+            plan = self._fuse(bucket, signature, first, stop)
+            if isinstance(plan, Plan):
+                self._launch([plan])
+                for item in bucket:
+                    for key, dtype in plan.trace.asked.items():
+                        reference.mark(item.state[key], dtype)
+                return stop
+            stop = plan
+        return first
+
+    def _run_eagerly(self, callback: Callable[..., Any], work: list[Item]) -> None:
+        for item in work:
+            reference.run_callback(callback, item.param, item.state, item.hyper)
+
+    def _say(self, i: int, signature: Signature) -> None:
+        eager = self.eager.get((i, _structure(signature)))
+        if eager is not None and eager not in self._said:
+            self._said.add(eager)
+            text = f"fusedopt: the callback {eager.callback} runs eagerly, parameter by parameter: {eager.reason}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def launch(plans: list[Plan]) -> None:
+    """Launch plans that share a program, each with its own scalars."""
+    kernel, rows = plans[0].kernel, [item for plan in plans for item in plan.items]
+    columns: dict[str, list[torch.Tensor]] = {}
+    for name, _ in kernel.program.buffers:
+        if name in ("param", "grad"):
+            columns[name] = [getattr(item, name) for item in rows]
+        else:
+            columns[name] = [item.state[name.removeprefix("state.")] for item in rows]
+    sets = [k for k, plan in enumerate(plans) for _ in plan.items]
+    slots = np.array([plan.trace.slot_values() for plan in plans], dtype=np.float64)
+    plans[0].backend.launch(kernel, columns, [item.param.numel() for item in rows], sets, slots)
+    for name, _ in kernel.program.stores:
+        leaf.bump_versions(columns[name])
+
+
+def callback_name(callback: Callable[..., Any]) -> str:
+    """A callback's name for messages; a partial has its function's."""
+    while hasattr(callback, "func"):
+        callback = callback.func
+    return getattr(callback, "__name__", type(callback).__name__)
+
+
+def _structure(signature: Signature) -> tuple:
+    """The signature without its numbers, and without whether it is a work copy."""
+    state = tuple((k, "number" if type(v) in (int, float) else v) for k, v in signature.state)
+    return signature.device, signature.param, signature.grad, state, signature.attributes
+
+
+def describe(signature: Signature) -> str:
+    """A signature in words: dtypes, tensors in the state, flags."""
+    tensors = [k for k, v in signature.state if isinstance(v, (Buffer, Foreign))]
+    flags = [f"{k}={v}" for k, v in signature.state if v is None or isinstance(v, (bool, str))]
+    parts = [f"{_short(signature.param)} parameter", f"{_short(signature.grad)} gradient"]
+    parts += [f"state {', '.join(tensors)}"] if tensors else ["no state"]
+    return ", ".join(parts + flags + [f"{k} {v}" for k, v in signature.attributes])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def differences(old: Trace, new: Trace) -> list[str]:
+    """Why two traces of one parameter may differ: signature, flags, branches on numbers."""
+    out = []
+    a, b = old.signature, new.signature
+    if (a.param, a.grad) != (b.param, b.grad):
+        out.append(f"now {_short(b.param)} parameter with {_short(b.grad)} gradient")
+    was, now = _structural(a), _structural(b)
+    appeared = [k for k in now if k not in was]
+    if appeared:
+        out.append(f"state {', '.join(appeared)} is there now")
+    out += [f"state {k} is now {now[k]}" for k in now if k in was and now[k] != was[k]]
+    before, after = old.branches(), new.branches()
+    out += [f"{text} is now {after[text]}" for text in after if text in before and before[text] != after[text]]
+    return out
+
+
+def _structural(signature: Signature) -> dict[str, Any]:
+    return {k: v for k, v in signature.state if type(v) not in (int, float)}

@@ -1,0 +1,137 @@
+"""The tensors of a step: one ``Item`` per parameter, their layouts, and the work copies of the eager path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .. import reference
+from ..ir.program import Buffer
+from ..trace.tracer import Foreign, Signature, compute_dtype
+
+State = dict[str, Any]
+
+
+class Item:
+    """One parameter in this step. ``param`` and ``grad`` are what kernels see, ``home`` is the user's tensor.
+
+    ``param`` is another tensor than ``home`` for a parameter that is not dense in memory (a slice of a larger one),
+    and on work copies. ``group`` is the index of its param group, ``hyper`` that group's hyperparameters.
+    """
+
+    __slots__ = ("grad", "group", "home", "hyper", "param", "state")
+
+    def __init__(self, home: torch.Tensor, grad: torch.Tensor, state: State, group: int, hyper: dict[str, Any]) -> None:
+        self.home = self.param = home
+        self.grad, self.state, self.group, self.hyper = grad, state, group, hyper
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """State tensors with the parameter's shape."""
+        for key, value in self.state.items():
+            if isinstance(value, torch.Tensor) and value.shape == self.param.shape:
+                yield key, value
+
+    def lay_out(self) -> None:
+        """Give gradient and state the parameter's memory order, so that kernels can walk all of them flat."""
+        if not dense(self.param):
+            self.param = self.param.detach().contiguous()
+        if not same_layout(self.grad, self.param):
+            self.grad = with_layout(self.grad, self.param)
+        for key, value in list(self.tensors()):
+            if not same_layout(value, self.param):
+                self.state[key] = with_layout(value, self.param)
+
+    def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:
+        """What callbacks can see of it. ``work``: it is a work copy, whose dtypes are not the user's."""
+        p = self.param
+        state = sorted((k, _visible(v, p.shape)) for k, v in self.state.items()) if self.state else ()
+        read = tuple((name, _ATTRIBUTES[name](p)) for name in attributes)
+        asked = (reference.asked(p), reference.asked(self.grad)) if work else None
+        return Signature(p.device, p.dtype, self.grad.dtype, tuple(state), read, asked, p.dim() == 0)
+
+
+_ATTRIBUTES = {
+    "shape": lambda p: p.shape,
+    "ndim": lambda p: p.ndim,
+    "count": lambda p: p.numel(),
+    "itemsize": lambda p: p.itemsize,
+}
+
+
+def _visible(value: Any, shape: torch.Size) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dtype not in reference.FLOATS or (value.shape != shape and value.dim()):
+        return Foreign(value.dtype, value.shape)
+    return Buffer(value.dtype, "F" if value.shape == shape else "S")
+
+
+def dense(t: torch.Tensor) -> bool:
+    """Whether its elements fill one block of memory, in whatever order of dimensions."""
+    return t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t))
+
+
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether flat position i is the same element in both; strides of dimensions of size one do not matter."""
+    x, y = a.stride(), b.stride()
+    return x == y or all(s == 1 or i == j for s, i, j in zip(b.shape, x, y, strict=True))
+
+
+def with_layout(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A copy of ``t`` with the strides of the dense tensor ``like``."""
+    return torch.empty_strided(like.size(), like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def allocate(item: Item, created: dict[str, Buffer]) -> None:
+    """New state buffers, as zeros: skipped steps never leave uninitialised memory behind."""
+    for key, buffer in created.items():
+        if buffer.kind == "F":
+            item.state[key] = torch.zeros_like(item.param, dtype=buffer.dtype, requires_grad=False)
+        else:
+            item.state[key] = torch.zeros((), dtype=buffer.dtype, device=item.param.device)
+
+
+def work_copy(item: Item) -> Item:
+    """Private copies in the compute type. A parameter without elements gets a stand-in of one element.
+
+    With it the callbacks can count steps; none of its tensors is kept.
+    """
+    floats = [t.dtype for _, t in item.tensors() if t.is_floating_point()]
+    compute = compute_dtype(item.param.dtype, item.grad.dtype, *floats)
+    empty = item.param.numel() == 0
+
+    def copy(t: torch.Tensor) -> torch.Tensor:
+        if empty and t.numel() == 0:
+            t = reference.mark(torch.zeros([1] * t.dim(), dtype=t.dtype, device=t.device), t.dtype)
+        return reference.upcast(t, compute)
+
+    state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in item.state.items()}
+    work = Item(copy(item.param), copy(item.grad), state, item.group, item.hyper)
+    work.param.grad = work.grad
+    return work
+
+
+def store(item: Item, work: Item, state_dtype: torch.dtype | None) -> None:
+    """Write a work copy's results to the user's tensors: rounded once, existing state in its own dtype."""
+    empty = item.param.numel() == 0
+    if not empty:
+        item.home.copy_(work.param)
+    for key, value in work.state.items():
+        old = item.state.get(key)
+        if not isinstance(value, torch.Tensor):
+            item.state[key] = value
+        elif isinstance(old, torch.Tensor) and old.shape == (item.param.shape if empty else value.shape):
+            if not empty:
+                old.copy_(value)
+        else:
+            item.state[key] = _new_state(item, value, state_dtype, empty)
+
+
+def _new_state(item: Item, value: torch.Tensor, state_dtype: torch.dtype | None, empty: bool) -> torch.Tensor:
+    like_param = empty or value.shape == item.param.shape
+    if not value.is_floating_point() or not like_param:
+        return value.detach().clone()
+    out = torch.zeros_like(item.param, dtype=state_dtype or reference.asked(value), requires_grad=False)
+    return out if empty else out.copy_(value)

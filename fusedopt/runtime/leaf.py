@@ -1,0 +1,162 @@
+"""The runtime's leaf functions: from the C++ extension `fusedopt._C`, else the same in Python.
+
+    write_pointers(tensors, table_ptr, rows, columns, column)
+    run_cpu(entries, launch_ptr, splits)
+    bump_versions(tensors)
+
+The namespaces `python` and `native` (None without the extension) hold both implementations.
+The extension is used only when it was built against the torch that is running: another torch lays out
+its tensors differently, and calling into it may crash. So its version is read before it is loaded.
+"""
+
+import ctypes
+import functools
+import importlib
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import PathFinder
+from itertools import pairwise
+from operator import index
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+REBUILD = "pip install --no-build-isolation -e ."
+
+# What a compiled stage looks like from C: void stage(const void* launch, int64_t begin, int64_t end).
+# A call through ctypes releases the GIL.
+_Stage = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+def thread_count() -> int:
+    """How many threads a CPU launch runs on: torch's, so `torch.set_num_threads` rules here too."""
+    return torch.get_num_threads()
+
+
+def _write_pointers(
+    tensors: list[Tensor], table_ptr: int, rows: int | None, columns: int, column: int
+) -> None:
+    """Write each tensor's data pointer into one column of a table of int64.
+
+    `table[row * columns + column] = tensors[row].data_ptr()`, the table being `rows` × `columns` at the
+    address `table_ptr`. `rows` guards against writing past the end; None says the caller has checked.
+    Raises TypeError for what is no tensor, ValueError for what does not fit.
+    """
+    _check_tensors(tensors)
+    if rows is not None and len(tensors) > rows:
+        raise ValueError(f"{len(tensors)} tensors do not fit into a table of {rows} rows")
+    if not 0 <= column < columns:
+        raise ValueError(f"column {column} is outside a table of {columns} columns")
+    if table_ptr == 0:
+        raise ValueError("table_ptr is null")
+    if tensors:
+        cells = (ctypes.c_int64 * (len(tensors) * columns)).from_address(index(table_ptr))
+        np.ctypeslib.as_array(cells)[column::columns] = [t.data_ptr() for t in tensors]
+
+
+def _run_cpu(entries: Sequence[int], launch_ptr: int, splits: Sequence[Sequence[int]]) -> None:
+    """Run compiled stages one after another, each over its ranges of rows in parallel.
+
+    `entries[k]` is the address of `extern "C" void stage(const void* launch, int64_t begin, int64_t end)`
+    and `splits[k]` the ascending bounds of its ranges: [splits[k][t], splits[k][t + 1]) for each t. Every
+    range of a stage is done before the next stage begins. The GIL is released. A single range, and any
+    launch from inside another parallel region, runs on the calling thread.
+    """
+    stages = [_Stage(index(entry)) for entry in entries]
+    ranges = [list(pairwise(map(index, split))) for split in splits]
+    if len(stages) != len(ranges):
+        raise ValueError(f"{len(stages)} entries need as many splits, not {len(ranges)}")
+    if 0 in entries:
+        raise ValueError("an entry is null")
+    for stage, todo in zip(stages, ranges, strict=True):
+        run = functools.partial(_run_range, stage, index(launch_ptr))
+        if len(todo) > 1 and thread_count() > 1:
+            list(_pool(thread_count()).map(run, todo))
+        else:
+            list(map(run, todo))
+
+
+def _bump_versions(tensors: list[Tensor]) -> None:
+    """Tell autograd that these tensors were written to, so that a stale use in backward is an error.
+
+    Inference tensors have no version counter and are passed over.
+    """
+    _check_tensors(tensors)
+    torch.autograd.graph.increment_version(tensors)
+
+
+def _run_range(stage, launch_ptr: int, bounds: tuple[int, int]) -> None:
+    stage(launch_ptr, *bounds)
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="fusedopt")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child inherits the pool but none of its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _check_tensors(tensors: list[Tensor]) -> None:
+    if not isinstance(tensors, list):
+        raise TypeError(f"tensors must be a list, not {type(tensors).__name__}")
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"tensors[{i}] must be a Tensor, not {type(tensor).__name__}")
+
+
+def _library() -> Path | None:
+    """The file of the extension in this package, and not one that another checkout has installed."""
+    spec = PathFinder.find_spec("fusedopt._C", [str(Path(__file__).parents[1])])
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _built_for(library: Path) -> str | None:
+    """The torch version compiled into the extension (`fusedopt_built_for_torch` in csrc/leaf.cpp)."""
+    found = re.search(rb"fusedopt built for torch ([^\0]+)\0", library.read_bytes())
+    return found[1].decode() if found else None
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension or None, and the reason in words. Warns when there is one that cannot be used."""
+    library = _library()
+    if library is None:
+        return None, f"fusedopt._C is not built; with a C++20 compiler: {REBUILD}"
+    built_for = _built_for(library)
+    if built_for != torch.__version__:
+        reason = f"fusedopt._C was built for torch {built_for}, and this is torch {torch.__version__}"
+    else:
+        try:
+            return importlib.import_module("fusedopt._C"), f"built for torch {built_for}"
+        except ImportError as error:
+            reason = f"fusedopt._C does not load: {error}"
+    reason += f"; rebuild it: {REBUILD}"
+    warnings.warn(f"{reason}. Until then its Python replacement runs.", RuntimeWarning, stacklevel=2)
+    return None, reason
+
+
+def extension_status() -> tuple[bool, str]:
+    """Whether the C++ extension is in use, and why or why not."""
+    return native is not None, _reason
+
+
+python = SimpleNamespace(
+    write_pointers=_write_pointers,
+    run_cpu=_run_cpu,
+    bump_versions=_bump_versions,
+    torch_version=str(torch.__version__),
+)
+native, _reason = _load()
+
+_active = native or python
+write_pointers = _active.write_pointers
+run_cpu = _active.run_cpu
+bump_versions = _active.bump_versions
+torch_version = _active.torch_version

@@ -1,0 +1,442 @@
+"""Run a callback list once, on symbolic tensors, and keep what it did as a program.
+
+A *signature* is all that the callbacks can see of a parameter apart from element values: dtypes, state keys, scalar
+state. Parameters of one group with the same signature share a trace. ``trace`` raises ``Untraceable`` (its
+``callback`` attribute says which) when a callback has no fused form.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..ir.passes import optimize
+from ..ir.program import Buffer, Graph, Program, depth_first, reachable
+from .number import Number, Scalar, ScalarProgram
+from .tensor import SymParameter, SymTensor, Untraceable
+
+Callback = Callable[..., Any]
+MAX_PATHS = 8
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A state tensor that no kernel can take: another shape than the parameter's, or integers."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def __getattr__(self, name: str) -> Any:
+        raise Untraceable(f"a state tensor of shape {tuple(self.shape)} and dtype {self.dtype}")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What callbacks can see of a parameter besides its elements; equal signatures give equal traces.
+
+    ``state`` maps each key to a ``Buffer`` (a tensor), or to the number, flag or None itself. ``attributes`` are the
+    shape attributes that some callback reads. ``asked`` are the parameter's and the gradient's dtypes as the user
+    sees them, where these differ from the buffers' (work copies in the compute dtype). ``zero_dim``: the parameter is
+    0-d, so that its state cannot be told apart into one number per element and one per tensor.
+    """
+
+    device: torch.device
+    param: torch.dtype
+    grad: torch.dtype
+    state: tuple[tuple[str, Any], ...] = ()
+    attributes: tuple[tuple[str, Any], ...] = ()
+    asked: tuple[torch.dtype, torch.dtype] | None = None
+    zero_dim: bool = False
+
+    @property
+    def compute(self) -> torch.dtype:
+        buffers = [v.dtype for _, v in self.state if isinstance(v, Buffer)]
+        return compute_dtype(self.param, self.grad, *buffers)
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 if any of them is float64, else float32: values are upcast on load and rounded once on store."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The tensor value of a location: its node, and the dtype eager torch would have given it."""
+
+    node: int
+    asked: torch.dtype | None
+
+
+@dataclass
+class Trace:
+    """A traced callback list: the fused program, the scalar program that feeds it, and the state it leaves.
+
+    ``slots[i]`` is the scalar program's entry for slot i. ``numbers`` is the new scalar state: an entry's index
+    (``scalars.values`` has its value) or a flag. ``created`` are state buffers that did not exist; they start as
+    zeros; ``asked`` is the dtype the user would see for each. ``shared`` says that the program is the later steps' too.
+    """
+
+    signature: Signature
+    program: Program
+    scalars: ScalarProgram
+    slots: tuple[int, ...]
+    numbers: dict[str, Any]
+    created: dict[str, Buffer]
+    asked: dict[str, torch.dtype]
+    shared: bool = True
+
+    def slot_values(self) -> list[Scalar]:
+        return [self.scalars.values[i] for i in self.slots]
+
+    def new_numbers(self) -> dict[str, Any]:
+        return {k: self.scalars.values[v.index] if isinstance(v, Number) else v for k, v in self.numbers.items()}
+
+    def branches(self) -> dict[str, Scalar | bool]:
+        """The outcome of every branch that callbacks took on numbers, by its expression."""
+        return {self.scalars.expression(g.index): g.value for g in self.scalars.guards if g.where == "branch"}
+
+
+class NeedsAttribute(BaseException):
+    """A callback read a shape attribute that the signature does not hold yet: sign again with it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+@dataclass
+class Run:
+    """One run of one callback along one path: what symbolic tensors need to build values."""
+
+    graph: Graph
+    scalars: ScalarProgram
+    signature: Signature
+    callback: int
+    decisions: tuple[bool, ...] = ()
+    conditions: list[int] = field(default_factory=list)
+    taken: list[bool] = field(default_factory=list)
+    raw: int = 0
+
+    @property
+    def compute(self) -> torch.dtype:
+        return self.signature.compute
+
+    @property
+    def device(self) -> torch.device:
+        return self.signature.device
+
+    def slot(self, x: Number | Scalar) -> int:
+        """A number as a value. Plain numbers are told apart by where they occur, never by what they are."""
+        if isinstance(x, Number):
+            return self.graph.leaf("slot", x.index)
+        self.raw += 1
+        return self.graph.leaf("slot", self.scalars.entry(("raw", self.callback, tuple(self.taken), self.raw), x))
+
+    def constant(self, x: float) -> SymTensor:
+        return SymTensor(self, self.graph.leaf("const", x), None)
+
+    def branch(self, condition: SymTensor) -> bool:
+        """The answer to ``if condition`` on this path; an unasked condition is taken as true first."""
+        if condition.node in self.conditions:
+            return self.taken[self.conditions.index(condition.node)]
+        i = len(self.taken)
+        answer = self.decisions[i] if i < len(self.decisions) else True
+        self.conditions.append(condition.node)
+        self.taken.append(answer)
+        self.raw = 0
+        return answer
+
+    def attribute(self, kind: str, name: str) -> Any:
+        if kind == "S":
+            return {"shape": torch.Size(()), "ndim": 0, "count": 1, "itemsize": self.compute.itemsize}[name]
+        known = dict(self.signature.attributes)
+        if name not in known:
+            raise NeedsAttribute(name)
+        return known[name]
+
+
+def trace(
+    callbacks: Sequence[Callback],
+    signature: Signature,
+    hyper: dict[str, Any],
+    *,
+    first: int = 0,
+    state_dtype: torch.dtype | None = None,
+    work: bool = False,
+) -> Trace:
+    """Trace ``callbacks`` (the optimizer's list from number ``first`` on) for parameters with this signature.
+
+    State keys that are missing are traced twice: as they are, and with the new tensors as inputs. If the second,
+    fed zeros, is the first, the first step and all later ones share a program, and the buffers start as zeros.
+    ``work``: for work copies, between eager callbacks, so a changed gradient is stored and new state is not rounded.
+    """
+    graph, scalars = Graph(), ScalarProgram()
+    a = _Pass(callbacks, signature, hyper, graph, scalars, first).run({})
+    cells, shared = a, True
+    asked = {k: _asked_dtype(k, v, graph, signature, state_dtype) for k, v in a.items() if _is_new(k, v, signature)}
+    created = {
+        k: Buffer(signature.compute if work else dtype, graph.values[a[k].node].kind) for k, dtype in asked.items()
+    }
+    if created:
+        b = _run_again(callbacks, signature, hyper, graph, scalars, first, created)
+        shared = b is not None and _same_from_zeros(graph, a, b, created)
+        cells = b if shared and b is not None else a
+    program, slots = _program(graph, signature, cells, created, materialize_grad=work)
+    numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign))}
+    return Trace(signature, program, scalars, slots, numbers, created, asked, shared)
+
+
+def _run_again(
+    callbacks: Sequence[Callback],
+    signature: Signature,
+    hyper: dict[str, Any],
+    graph: Graph,
+    scalars: ScalarProgram,
+    first: int,
+    created: dict[str, Buffer],
+) -> dict[str, Any] | None:
+    """The second trace, with the created buffers as inputs; None if it cannot be had."""
+    try:
+        return _Pass(callbacks, signature, hyper, graph, scalars, first).run(created)
+    except (Untraceable, Exception):
+        return None
+
+
+def _is_new(key: str, cell: Any, signature: Signature) -> bool:
+    known = dict(signature.state).get(key)
+    return isinstance(cell, Cell) and key not in ("param", "grad") and not isinstance(known, Buffer)
+
+
+def _asked_dtype(
+    key: str, cell: Cell, graph: Graph, signature: Signature, state_dtype: torch.dtype | None
+) -> torch.dtype:
+    """The dtype of new state: as asked, or the policy's; one number per tensor keeps the compute type."""
+    if graph.values[cell.node].type == "b":
+        raise Untraceable(f"the state {key!r} is a mask; fused state is floating point")
+    if graph.values[cell.node].kind == "S":
+        return signature.compute
+    return state_dtype or cell.asked or (signature.asked or (signature.param,))[0]
+
+
+def _same_from_zeros(graph: Graph, a: dict[str, Any], b: dict[str, Any], created: dict[str, Buffer]) -> bool:
+    """Whether trace b, its created buffers read as zeros, is trace a."""
+    zero = graph.leaf("const", 0.0)
+    replace = {
+        graph.leaf("load", f"state.{k}", kind=v.kind): graph.op("expand", zero) if v.kind == "F" else zero
+        for k, v in created.items()
+    }
+    roots = [v.node for v in b.values() if isinstance(v, Cell)]
+    for i in reachable(graph.values, roots):
+        v = graph.values[i]
+        if v.args:
+            replace[i] = graph.op(v.op, *[replace.get(x, x) for x in v.args], where=lambda v=v: v.where)
+    return a.keys() == b.keys() and all(_same(a[k], b[k], replace) for k in a)
+
+
+def _same(a: Any, b: Any, replace: dict[int, int]) -> bool:
+    if isinstance(a, Cell) and isinstance(b, Cell):
+        return a.node == replace.get(b.node, b.node)
+    if isinstance(a, Number) and isinstance(b, Number):
+        return a.index == b.index
+    return type(a) is type(b) and bool(a == b)
+
+
+class _Pass:
+    """One pass over the callback list. ``cells`` maps 'param', 'grad' and state keys to a Cell, Number or flag."""
+
+    def __init__(
+        self,
+        callbacks: Sequence[Callback],
+        signature: Signature,
+        hyper: dict[str, Any],
+        graph: Graph,
+        scalars: ScalarProgram,
+        first: int,
+    ) -> None:
+        self.callbacks, self.signature, self.first = callbacks, signature, first
+        self.graph, self.scalars = graph, scalars
+        self.hyper = {k: self._number(("hyper", k), v) for k, v in hyper.items()}
+
+    def run(self, given: dict[str, Buffer]) -> dict[str, Any]:
+        """Trace every callback; ``given`` are state buffers to feed in addition to the signature's."""
+        s = self.signature
+        asked = s.asked or (s.param, s.grad)
+        cells: dict[str, Any] = {
+            "param": Cell(self.graph.leaf("load", "param", kind="F"), asked[0]),
+            "grad": Cell(self.graph.leaf("load", "grad", kind="F"), asked[1]),
+        }
+        for key, value in (dict(s.state) | given).items():
+            if isinstance(value, Buffer):
+                cells[key] = Cell(self.graph.leaf("load", f"state.{key}", kind=value.kind), value.dtype)
+            else:
+                cells[key] = self._number(("state", key), value)
+        for i, callback in enumerate(self.callbacks):
+            try:
+                cells = self._all_paths(i, callback, cells)
+                self._check_kinds(cells)
+            except (Untraceable, Exception) as error:
+                error.callback = self.first + i  # type: ignore[union-attr]
+                raise
+        return cells
+
+    def _check_kinds(self, cells: dict[str, Any]) -> None:
+        """State keeps its kind. For a 0-d parameter everything is one number per element."""
+        for key, buffer in self.signature.state:
+            cell = cells.get(key)
+            if isinstance(buffer, Buffer) and isinstance(cell, Cell):
+                value = self.graph.values[cell.node]
+                if value.type == "b":
+                    raise Untraceable(f"the state {key!r} becomes a mask; fused state is floating point")
+                if value.kind != buffer.kind and self.signature.zero_dim:
+                    cells[key] = Cell(self.graph.op("expand", cell.node), cell.asked)
+                elif value.kind != buffer.kind:
+                    raise Untraceable(f"the state {key!r} changes between one number per element and one per tensor")
+
+    def _number(self, key: tuple, value: Any) -> Any:
+        if type(value) in (int, float):
+            return self.scalars.number(key, value)
+        if type(value) in (tuple, list):
+            return type(value)(self._number((*key, i), v) for i, v in enumerate(value))
+        return value
+
+    def _all_paths(self, i: int, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
+        """Run the callback along every path through its branches on S values, and merge the outcomes by select."""
+        outcomes: dict[tuple[bool, ...], tuple[Run, dict[str, Any]]] = {}
+        todo: list[tuple[bool, ...]] = [()]
+        while todo:
+            run = Run(self.graph, self.scalars, self.signature, i, todo.pop())
+            after = self._one_path(run, callback, dict(cells))
+            taken = tuple(run.taken)
+            outcomes[taken] = run, after
+            todo += [(*taken[:k], not taken[k]) for k in range(len(run.decisions), len(taken))]
+            if len(outcomes) + len(todo) > MAX_PATHS:
+                raise Untraceable(f"more than {MAX_PATHS} paths through branches on norms and means")
+        return self._merge(outcomes, ())
+
+    def _one_path(self, run: Run, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
+        boxes = {k: SymTensor(run, v.node, v.asked) for k, v in cells.items() if isinstance(v, Cell)}
+        p = SymParameter(run, cells["param"].node, cells["param"].asked, boxes["grad"])
+        state = {k: boxes.get(k, v) for k, v in cells.items() if k not in ("param", "grad")}
+        given = state | self.hyper
+        for name, value in _defaults(callback).items():
+            if name not in given:
+                given[name] = self._number(("default", run.callback, name), value)
+        returned = callback(p, **given)
+        cells["param"], cells["grad"] = Cell(p.node, p.asked), Cell(p.grad.node, p.grad.asked)
+        for key in state:
+            if key in boxes:
+                cells[key] = Cell(boxes[key].node, boxes[key].asked)
+        for key, value in returned.items() if isinstance(returned, dict) else ():
+            cells[key] = self._returned(key, value)
+        return cells
+
+    def _returned(self, key: str, value: Any) -> Any:
+        if isinstance(value, SymTensor):
+            return Cell(value.node, value.asked)
+        if isinstance(value, torch.Tensor):
+            raise Untraceable(f"the state {key!r} is a tensor not made from the parameter, its gradient or its state")
+        if value is not None and not isinstance(value, (Number, int, float, bool, str, Foreign)):
+            raise Untraceable(f"the state {key!r} is a {type(value).__name__}")
+        return value
+
+    def _merge(self, outcomes: dict[tuple[bool, ...], tuple[Run, dict[str, Any]]], path: tuple[bool, ...]) -> dict[str, Any]:
+        if path in outcomes:
+            return outcomes[path][1]
+        run = next(run for taken, (run, _) in outcomes.items() if taken[: len(path)] == path)
+        yes, no = self._merge(outcomes, (*path, True)), self._merge(outcomes, (*path, False))
+        if yes.keys() != no.keys():
+            raise Untraceable("a branch on a norm or mean decides which state there is")
+        condition = run.conditions[len(path)]
+        return {k: self._select(run, condition, yes[k], no[k]) for k in yes}
+
+    def _select(self, run: Run, condition: int, yes: Any, no: Any) -> Any:
+        if yes is no or (isinstance(yes, Cell) and isinstance(no, Cell) and yes.node == no.node):
+            return yes
+        if all(type(v) in (int, float) for v in (yes, no)) and yes == no:
+            return yes
+        return Cell(select(self.graph, condition, self._node(run, yes), self._node(run, no)), _asked(yes, no))
+
+    def _node(self, run: Run, x: Any) -> int:
+        if isinstance(x, Cell):
+            return x.node
+        if isinstance(x, (Number, float)) or type(x) is int:
+            return run.slot(x)
+        raise Untraceable("a branch on a norm or mean decides about a flag in the state")
+
+
+def _asked(a: Any, b: Any) -> torch.dtype | None:
+    return a.asked if isinstance(a, Cell) else b.asked if isinstance(b, Cell) else None
+
+
+def select(graph: Graph, condition: int, yes: int, no: int) -> int:
+    """``where(condition, yes, no)``, moved down past what both sides share: ``p + s * where(c, q, 1)``."""
+    if yes == no:
+        return yes
+    a, b = graph.values[yes], graph.values[no]
+    if a.op == b.op and a.args and a.kind == b.kind == "F":
+        different = [k for k, (x, y) in enumerate(zip(a.args, b.args, strict=True)) if x != y]
+        if len(different) == 1 and graph.values[a.args[different[0]]].type == "f":
+            k = different[0]
+            args = list(a.args)
+            args[k] = select(graph, condition, a.args[k], b.args[k])
+            return graph.op(a.op, *args, where=lambda: a.where)
+    return graph.op("where", condition, yes, no, where=lambda: a.where or b.where)
+
+
+@functools.lru_cache(maxsize=512)
+def _defaults_of(function: Callback) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {p.name: p.default for p in parameters if type(p.default) in (int, float)}
+
+
+def _defaults(callback: Callback) -> dict[str, Any]:
+    """Numbers among the callback's argument defaults: handed in explicitly, so that ``step=0`` is recorded too."""
+    try:
+        return _defaults_of(callback)
+    except TypeError:  # an unhashable callable
+        return {}
+
+
+def _program(
+    graph: Graph, signature: Signature, cells: dict[str, Any], created: dict[str, Buffer], materialize_grad: bool
+) -> tuple[Program, tuple[int, ...]]:
+    """The program for the final cells, in canonical numbering, and the scalar entries of its slots."""
+    buffers = {"param": Buffer(signature.param, "F"), "grad": Buffer(signature.grad, "F")}
+    stores: dict[str, int] = {"param": cells["param"].node}
+    if materialize_grad:
+        stores["grad"] = cells["grad"].node
+    old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
+    for key, buffer in sorted((old | created).items()):
+        buffers[f"state.{key}"] = buffer
+        if isinstance(cells[key], Cell):
+            stores[f"state.{key}"] = cells[key].node
+    program, slots = canonical(graph, signature.compute, buffers, stores)
+    return _optimized(program), slots
+
+
+@functools.lru_cache(maxsize=256)
+def _optimized(program: Program) -> Program:
+    return optimize(program)
+
+
+def canonical(
+    graph: Graph, compute: torch.dtype, buffers: dict[str, Buffer], stores: dict[str, int]
+) -> tuple[Program, tuple[int, ...]]:
+    """Number the reachable values and the slots in order, so that equal structure is equal text."""
+    order = depth_first(graph.values, stores.values())
+    number = {old: new for new, old in enumerate(order)}
+    slots = [graph.values[i].attr for i in order if graph.values[i].op == "slot"]
+    values = []
+    for i in order:
+        v = graph.values[i]
+        attr = slots.index(v.attr) if v.op == "slot" else v.attr
+        values.append(type(v)(v.op, tuple(number[a] for a in v.args), attr, v.kind, v.type, v.where))
+    kept = tuple((n, number[i]) for n, i in stores.items())
+    return Program(compute, tuple(buffers.items()), tuple(values), kept, len(slots)), tuple(slots)

@@ -1,0 +1,153 @@
+// The CPU kernel: one function per stage, run over a range of chunks. fusedopt puts generated code where the example
+// is included; as it stands the file compiles alone.
+//
+// A row is a tensor: element count, scalar set, first chunk, number of chunks, then a pointer per buffer.
+// A chunk is a piece of a row: row, first element, one past the last.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__clang__)
+#define FUSEDOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FUSEDOPT_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+struct Launch {
+  const int64_t* rows;
+  const int64_t* chunks;
+  const double* slots;  // scalar sets x slots
+  double* partials;     // chunks x reductions
+  int64_t row_words, n_slots, n_reductions;
+};
+
+constexpr int head_words = 4, chunk_words = 3, lanes = 16;
+
+// -- storage types: values are computed in T, and rounded to nearest even once, when they are stored --
+struct bfloat16 {
+  uint16_t bits;
+};
+using half = _Float16;
+
+template <class T, class E>
+inline T load(const E* p, int64_t i) {
+  return T(p[i]);
+}
+template <class T>
+inline T load(const bfloat16* p, int64_t i) {
+  const uint32_t bits = uint32_t(p[i].bits) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return T(x);
+}
+
+template <class E, class T>
+inline void store(E* p, int64_t i, T x) {
+  p[i] = E(x);
+}
+template <class T>
+inline void store(half* p, int64_t i, T x) {
+  p[i] = half(float(x));
+}
+template <class T>
+inline void store(bfloat16* p, int64_t i, T x) {
+  const float f = float(x);
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof f);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  p[i].bits = uint16_t(f != f ? 0x7fc0 : rounded);
+}
+
+// -- torch's rules for NaN --
+template <class T>
+inline T maximum(T a, T b) {
+  return (a > b || a != a) ? a : b;
+}
+template <class T>
+inline T minimum(T a, T b) {
+  return (a < b || a != a) ? a : b;
+}
+template <class T>
+inline T sign(T a) {
+  return T(a > T(0)) - T(a < T(0));
+}
+
+// -- reductions: partial results in double --
+constexpr double infinity = std::numeric_limits<double>::infinity();
+struct sum_ {
+  static constexpr double init = 0.0;
+  static double join(double a, double b) { return a + b; }
+};
+using mean_ = sum_;  // divided by the element count where it is used
+struct amax_ {
+  static constexpr double init = -infinity;
+  static double join(double a, double b) { return maximum(a, b); }
+};
+struct amin_ {
+  static constexpr double init = infinity;
+  static double join(double a, double b) { return minimum(a, b); }
+};
+
+// A fixed number of accumulators, whatever the machine's vectors: the result is the same everywhere.
+template <class R>
+struct Lanes {
+  double lane[lanes];
+  Lanes() {
+    for (double& x : lane) x = R::init;
+  }
+  inline void add(int k, double x) { lane[k] = R::join(lane[k], x); }
+  double total() const {
+    double x = R::init;
+    for (const double y : lane) x = R::join(x, y);
+    return x;
+  }
+};
+
+template <class F>
+inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end, const F& element) {
+  int64_t i = begin;
+  for (; i + lanes <= end; i += lanes) {
+    FUSEDOPT_INDEPENDENT
+    for (int k = 0; k < lanes; ++k) element(i + k, k);
+  }
+  for (int k = 0; i < end; ++i, ++k) element(i, k);
+}
+
+struct Row {
+  const int64_t* words;
+  int64_t numel() const { return words[0]; }
+  double slot(const Launch& launch, int k) const { return launch.slots[words[1] * launch.n_slots + k]; }
+  template <class E>
+  E* buffer(int k) const {
+    return reinterpret_cast<E*>(words[head_words + k]);
+  }
+};
+
+// Partial results of one reduction, joined in chunk order.
+template <class R>
+inline double combine(const Launch& launch, Row row, int k) {
+  double x = R::init;
+  for (int64_t c = row.words[2]; c < row.words[2] + row.words[3]; ++c)
+    x = R::join(x, launch.partials[c * launch.n_reductions + k]);
+  return x;
+}
+
+#define FUSEDOPT_STAGE(k)                                                                                          \
+  extern "C" void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                           \
+    for (int64_t c = begin; c < end; ++c) {                                                                        \
+      const int64_t* chunk = launch->chunks + c * chunk_words;                                                     \
+      const Row row{launch->rows + chunk[0] * launch->row_words};                                                  \
+      stage_##k(*launch, row, chunk[1], chunk[2], launch->partials + c * launch->n_reductions);                    \
+    }                                                                                                              \
+  }
+
+#define FUSEDOPT_SCALARS                                                                                           \
+  extern "C" void fusedopt_scalars(const Launch* launch, int64_t begin, int64_t end) {                             \
+    for (int64_t r = begin; r < end; ++r) {                                                                        \
+      const Row row{launch->rows + r * launch->row_words};                                                         \
+      if (row.numel() > 0) scalars(*launch, row);                                                                  \
+    }                                                                                                              \
+  }
+
+#include "cpu_example.inc"

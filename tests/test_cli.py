@@ -1,0 +1,162 @@
+"""`python -m fusedopt`: what doctor and cache print, and their exit status."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from fusedopt import __main__, doctor
+from fusedopt.compile import cache, toolchain
+
+HAS_COMPILER = any(shutil.which(name) for name in toolchain.CANDIDATES)
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    for name in ("CXX", "FUSEDOPT_BACKEND", "FUSEDOPT_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FUSEDOPT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_opened", {})
+    monkeypatch.setattr(cache, "_warned", set())
+    return tmp_path / "cache"
+
+
+def run_json(capsys):
+    status = __main__.main(["doctor", "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+# ---------------------------------------------------------------- doctor
+
+
+@needs_compiler
+def test_doctor_where_all_is_well(capsys, root):
+    status, found = run_json(capsys)
+    assert status == 0
+    assert found["works"]
+    assert found["versions"]["torch"].startswith(tuple("0123456789"))
+    assert found["compiler"]["works"]
+    assert found["cpu"]["threads"] >= 1
+    assert (found["cache"]["folder"], found["cache"]["usable"]) == (str(root), True)
+    assert isinstance(found["gpus"], list)
+    assert found["extension"]["reason"]
+    assert list(found["backends"]) == ["cpp", "cuda", "triton", "reference"]
+    for name in ("cpp", "reference"):
+        assert found["backends"][name]["works"], found["backends"][name]
+    assert "3 steps of Adam equal the reference bit for bit" in found["backends"]["cpp"]["reason"]
+
+
+@needs_compiler
+def test_doctor_for_people(capsys, root):
+    assert __main__.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for part in ("versions", "compiler", "CPU", "GPUs", "extension", "backends", "next", f"{root}: usable"):
+        assert part in out
+    assert re.search(r"cpp +works: 3 steps of Adam", out)
+    assert max(map(len, out.splitlines())) < 200
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_doctor_says_plainly_what_is_not_there(name):
+    if doctor.PROBES[name] is doctor.probe_absent:
+        assert doctor.check_backend(name) == doctor.Status(False, "not in this version")
+
+
+def test_doctor_without_a_compiler(capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    status, found = run_json(capsys)
+    assert status == 1
+    assert not found["works"]
+    assert "no-such-compiler: not found" in found["backends"]["cpp"]["reason"]
+    assert found["backends"]["reference"]["works"]
+    assert any("install g++" in text for text in found["next"])
+    assert __main__.main(["doctor"]) == 1
+    assert "install g++" in capsys.readouterr().out
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name != "posix", reason="mode bits")
+def test_doctor_with_an_unsafe_cache(capsys, root):
+    root.mkdir()
+    root.chmod(0o777)
+    _, found = run_json(capsys)  # it is in the report, so there is no warning
+    assert not found["cache"]["usable"]
+    assert f"cache: run `chmod 700 {root}`" in "\n".join(found["next"])
+    assert "a temporary folder is used" in doctor.render(found)
+
+
+def test_doctor_with_wrong_variables(capsys, monkeypatch):
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "metal")
+    _, found = run_json(capsys)
+    assert found["environment"]["set"]["FUSEDOPT_BACKEND"] == "metal"
+    assert "FUSEDOPT_BACKEND='metal' is no backend" in found["next"][0]
+
+
+def test_a_broken_part_is_a_line_of_the_report(monkeypatch):
+    def broken():
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setitem(doctor.PROBES, "cpp", broken)
+    status = doctor.check_backend("cpp")
+    assert not status.works
+    assert status.reason == "ZeroDivisionError: oh"
+
+
+def fake_training(monkeypatch, value=0.0, used="cpp", eager=()):
+    import torch
+
+    def train(name, device):
+        if name == "reference":
+            return [torch.zeros(3)], "reference", []
+        return [torch.full((3,), value)], used, list(eager)
+
+    monkeypatch.setattr(doctor, "_train", train)
+    return doctor.self_test("cpp")
+
+
+def test_the_self_test_can_fail(monkeypatch):
+    assert fake_training(monkeypatch).works
+    wrong = fake_training(monkeypatch, value=1e-7)
+    assert (wrong.works, "differ from the reference by 1e-07" in wrong.reason) == (False, True)
+    assert not fake_training(monkeypatch, value=float("nan")).works
+    assert "fell back to reference" in fake_training(monkeypatch, used="reference").reason
+    assert "did not fuse" in fake_training(monkeypatch, eager=["adam_step"]).reason
+
+
+# ---------------------------------------------------------------- cache
+
+
+def fill():
+    key = "0123456789abcdef" * 4
+    return cache.load_or_build("lion", key, "x", "so", lambda source, out: str(out.write_bytes(b"code")))
+
+
+def test_cache_show_and_clear(capsys, root):
+    fill()
+    assert __main__.main(["cache", "show"]) == 0
+    assert "lion_0123456789abcdef0123" in capsys.readouterr().out
+    assert __main__.main(["cache", "clear"]) == 0
+    assert capsys.readouterr().out == f"{root}: 1 kernels removed\n"
+    assert list(root.iterdir()) == []
+    assert __main__.main(["cache", "show"]) == 0
+    assert "0 kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["cache"], ["cache", "burn"], ["doctor", "--yaml"]])
+def test_wrong_arguments(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        __main__.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: python -m fusedopt" in capsys.readouterr().err
+
+
+def test_as_a_program(root):
+    fill()
+    done = subprocess.run([sys.executable, "-m", "fusedopt", "cache", "show"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{root}: 1 kernels")

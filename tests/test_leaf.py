@@ -1,0 +1,296 @@
+"""The leaf functions: the C++ extension and its Python replacement do the same."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sysconfig
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fusedopt.runtime import leaf
+
+COMPILER = os.environ.get("CXX") or next(filter(shutil.which, ["c++", "g++", "clang++"]), None)
+
+# Stages that note who ran which row. `visit` holds every range back until `wait_for` ranges have been
+# entered, so that ranges which can overlap do, however slow the machine is.
+PROBE = """
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <pthread.h>
+
+struct Launch { int64_t rows, wait_for, *entered, *visits, *threads, *seen; };
+
+extern "C" void visit(const void* launch, int64_t begin, int64_t end) {
+  const auto& l = *static_cast<const Launch*>(launch);
+  std::atomic_ref<int64_t> entered(*l.entered);
+  entered.fetch_add(1);
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  while (entered.load() < l.wait_for && std::chrono::steady_clock::now() < give_up) {}
+  for (int64_t row = begin; row < end; ++row) {
+    std::atomic_ref<int64_t>(l.visits[row]).fetch_add(1);
+    l.threads[row] = (int64_t)pthread_self();
+  }
+}
+
+// How many rows an earlier stage had visited when this one reached the row.
+extern "C" void look_back(const void* launch, int64_t begin, int64_t end) {
+  const auto& l = *static_cast<const Launch*>(launch);
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t other = 0; other < l.rows; ++other) l.seen[row] += l.visits[other];
+}
+"""
+
+
+class Launch(ctypes.Structure):
+    names = ("rows", "wait_for", "entered", "visits", "threads", "seen")
+    _fields_ = tuple((name, ctypes.c_int64) for name in names)
+
+
+class Probe:
+    """One launch of the stages above over `rows` rows."""
+
+    def __init__(self, library: ctypes.CDLL, rows: int, wait_for: int = 0):
+        self.library = library
+        self.arrays = {name: np.zeros(rows, np.int64) for name in ("visits", "threads", "seen")}
+        self.entered = np.zeros(1, np.int64)
+        pointers = {name: array.ctypes.data for name, array in self.arrays.items()}
+        self.launch = Launch(rows=rows, wait_for=wait_for, entered=self.entered.ctypes.data, **pointers)
+
+    def __getattr__(self, name):
+        return self.arrays[name]
+
+    def run(self, implementation, *stages: tuple[str, list[int]]) -> None:
+        entries = [ctypes.cast(getattr(self.library, name), ctypes.c_void_p).value for name, _ in stages]
+        implementation.run_cpu(entries, ctypes.addressof(self.launch), [split for _, split in stages])
+
+
+@pytest.fixture(scope="module")
+def probe_library(tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("probe")
+    (folder / "probe.cpp").write_text(PROBE)
+    command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "probe.cpp", "-o", "probe.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / "probe.so"))
+
+
+@pytest.fixture(params=["python", "native"])
+def implementation(request):
+    found = getattr(leaf, request.param)
+    if found is None:
+        pytest.skip(leaf.extension_status()[1])
+    return found
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------ the extension
+
+
+def test_extension_is_built_where_it_can_be():
+    if COMPILER is None or not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("no C++ compiler or no Python headers")
+    available, reason = leaf.extension_status()
+    assert available, reason
+    assert leaf.native.torch_version == leaf.torch_version == torch.__version__
+    assert leaf.run_cpu is leaf.native.run_cpu
+
+
+def test_extension_of_another_torch_is_not_loaded(monkeypatch):
+    monkeypatch.setattr(leaf, "_library", lambda: Path("_C.so"))
+    monkeypatch.setattr(leaf, "_built_for", lambda library: "1.0.0")
+    with pytest.warns(RuntimeWarning) as warned:
+        module, reason = leaf._load()
+    assert module is None and len(warned) == 1
+    for part in ("built for torch 1.0.0", f"this is torch {torch.__version__}", leaf.REBUILD):
+        assert part in str(warned[0].message)
+    assert str(warned[0].message).startswith(reason)
+
+
+def test_extension_that_does_not_load_is_reported(monkeypatch):
+    def refuse(name):
+        raise ImportError("undefined symbol: gone")
+
+    monkeypatch.setattr(leaf, "_library", lambda: Path("_C.so"))
+    monkeypatch.setattr(leaf, "_built_for", lambda library: torch.__version__)
+    monkeypatch.setattr(leaf.importlib, "import_module", refuse)
+    with pytest.warns(RuntimeWarning, match="does not load: undefined symbol: gone"):
+        assert leaf._load()[0] is None
+
+
+def test_no_extension_is_no_warning(monkeypatch):
+    monkeypatch.setattr(leaf, "_library", lambda: None)
+    module, reason = leaf._load()
+    assert module is None and leaf.REBUILD in reason
+
+
+def test_version_is_read_without_loading(tmp_path):
+    library = tmp_path / "_C.so"
+    library.write_bytes(b"\x7fELF..fusedopt built for torch 2.99.0+cpu\0..")
+    assert leaf._built_for(library) == "2.99.0+cpu"
+    library.write_bytes(b"something else")
+    assert leaf._built_for(library) is None
+
+
+# ------------------------------------------------------------------------------------------ write_pointers
+
+
+@pytest.mark.parametrize("rows", [4, 9, None])
+def test_write_pointers(implementation, rows):
+    tensors = [torch.ones(3), torch.ones(8)[2:], torch.empty(0), torch.nn.Parameter(torch.ones(2, 2).T)]
+    table = np.full((rows or 4, 5), -1)
+    implementation.write_pointers(tensors, table.ctypes.data, rows, 5, 3)
+    assert table[:4, 3].tolist() == [t.data_ptr() for t in tensors]
+    table[:4, 3] = -1
+    assert (table == -1).all(), "only that column, and only as many rows as there are tensors"
+
+
+def test_write_pointers_nothing(implementation):
+    implementation.write_pointers([], np.zeros(1, np.int64).ctypes.data, 0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tensors": [torch.ones(1), 3]}, TypeError, r"tensors\[1\] must be a Tensor, not int"),
+        ({"tensors": (torch.ones(1),)}, TypeError, "list"),
+        ({"rows": 1}, ValueError, "2 tensors do not fit into a table of 1 rows"),
+        ({"column": 5}, ValueError, "column 5 is outside a table of 5 columns"),
+        ({"column": -1}, ValueError, "column -1 is outside a table of 5 columns"),
+        ({"table_ptr": 0}, ValueError, "table_ptr is null"),
+        ({"table_ptr": 1.5}, TypeError, "."),
+        ({"tensors": [torch.eye(2).to_sparse()]}, RuntimeError, "storage"),
+    ],
+)
+def test_write_pointers_refuses(implementation, change, error, message):
+    table = np.zeros((2, 5), np.int64)
+    arguments = {"tensors": [torch.ones(1)] * 2, "table_ptr": table.ctypes.data, "rows": 2, "columns": 5}
+    with pytest.raises(error, match=message):
+        implementation.write_pointers(**{**arguments, "column": 0, **change})
+
+
+# ------------------------------------------------------------------------------------------ run_cpu
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("split", [[0, 9], [0, 4, 9], [0, 0, 1, 1, 3, 9], list(range(10))])
+def test_every_row_runs_once(implementation, probe_library, split, threads):
+    torch.set_num_threads(threads)
+    probe = Probe(probe_library, rows=9)
+    probe.run(implementation, ("visit", split))
+    assert probe.visits.tolist() == [1] * 9
+    assert probe.entered[0] == len(split) - 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_ranges_run_on_torch_threads(implementation, probe_library, threads):
+    torch.set_num_threads(threads)
+    assert leaf.thread_count() == threads
+    probe = Probe(probe_library, rows=6, wait_for=threads)
+    probe.run(implementation, ("visit", list(range(7))))
+    assert len(set(probe.threads)) == threads
+
+
+def test_one_range_runs_on_the_calling_thread(implementation, probe_library):
+    torch.set_num_threads(2)
+    probe = Probe(probe_library, rows=6)
+    probe.run(implementation, ("visit", [0, 6]))
+    assert set(probe.threads) == {threading.get_ident()}
+
+
+def test_a_stage_begins_when_the_one_before_is_done(implementation, probe_library):
+    torch.set_num_threads(2)
+    split = [0, 1, 6]
+    probe = Probe(probe_library, rows=6)
+    probe.run(implementation, ("visit", split), ("look_back", split), ("visit", split), ("look_back", split))
+    assert probe.seen.tolist() == [6 + 12] * 6
+
+
+def test_the_gil_is_released(implementation, probe_library):
+    """The stage waits for a third party to enter: a Python thread, which needs the GIL for it."""
+    torch.set_num_threads(2)
+    probe = Probe(probe_library, rows=2, wait_for=3)
+    done = threading.Event()
+
+    def enter():
+        while probe.entered[0] < 2 and not done.is_set():
+            done.wait(0.001)
+        probe.entered[0] += 1 if not done.is_set() else 100
+
+    other = threading.Thread(target=enter)
+    other.start()
+    probe.run(implementation, ("visit", [0, 1, 2]))
+    done.set()
+    other.join()
+    assert probe.entered[0] == 3
+
+
+def test_nothing_to_run(implementation, probe_library):
+    probe = Probe(probe_library, rows=2)
+    probe.run(implementation)
+    probe.run(implementation, ("visit", []), ("visit", [0]))
+    assert probe.entered[0] == 0
+
+
+def test_numpy_splits(implementation, probe_library):
+    probe = Probe(probe_library, rows=6)
+    probe.run(implementation, ("visit", np.array([0, 2, 6])))
+    assert probe.visits.tolist() == [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (([0], 0, [[0, 1]]), ValueError),
+        (([1], 0, []), ValueError),
+        (([1.5], 0, [[0, 1]]), TypeError),
+        (([1], 0, [[0, 1.5]]), TypeError),
+        (([1], None, [[0, 1]]), TypeError),
+        ((1, 0, [[0, 1]]), TypeError),
+    ],
+)
+def test_run_cpu_refuses(implementation, arguments, error):
+    with pytest.raises(error):
+        implementation.run_cpu(*arguments)
+
+
+# ------------------------------------------------------------------------------------------ bump_versions
+
+
+def test_bump_versions(implementation):
+    tensors = [torch.ones(2), torch.nn.Parameter(torch.ones(2))]
+    implementation.bump_versions(tensors)
+    assert [t._version for t in tensors] == [1, 1]
+
+
+def test_autograd_sees_the_write(implementation):
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * weight).sum()
+    implementation.bump_versions([weight])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_tensors_are_passed_over(implementation):
+    with torch.inference_mode():
+        inference = torch.ones(2)
+    normal = torch.ones(2)
+    implementation.bump_versions([inference, normal])
+    assert normal._version == 1
+
+
+def test_bump_versions_refuses(implementation):
+    with pytest.raises(TypeError, match=r"tensors\[0\] must be a Tensor, not NoneType"):
+        implementation.bump_versions([None])

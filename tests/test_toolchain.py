@@ -1,0 +1,355 @@
+"""The system compiler: found, run, and its failures explained."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fusedopt.compile import BuildError, CacheWarning, CompileError, CompilerNotFound, cache, toolchain
+
+REAL = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(REAL is None or os.name != "posix", reason="needs a C++ compiler and a shell")
+
+ADD = """
+#include <cstdint>
+extern "C" int64_t add(int64_t a, int64_t b) { return a + b; }
+"""
+
+AXPY = """
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+extern "C" void axpy(const float* a, float* p, int64_t n) {
+    for (int64_t i = 0; i < n; i++) p[i] = p[i] - a[i] * std::sqrt(std::fabs(a[i]));
+}
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """An empty cache, no memory of earlier libraries, and the system's own compiler."""
+    monkeypatch.setenv("FUSEDOPT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("FUSEDOPT_DEBUG", raising=False)
+    monkeypatch.setattr(cache, "_opened", {})
+    monkeypatch.setattr(cache, "_warned", set())
+    forget(monkeypatch)
+
+
+def forget(monkeypatch):
+    """What a new process would not know."""
+    monkeypatch.setattr(toolchain, "_libraries", {})
+    monkeypatch.setattr(toolchain, "_native_refused", set())
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Makes a shell script the compiler. It answers --version itself and counts its other calls in a file."""
+
+    def make(body, version='echo "pretend 1.0"; exit 0'):
+        path = tmp_path / "pretend-c++"
+        path.write_text(
+            f'#!/bin/sh\ncase "$*" in *--version*) {version};; esac\necho "$@" >> {tmp_path}/calls\n{body}\n'
+        )
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+        toolchain._find_compiler.cache_clear()
+        return path
+
+    yield make
+    toolchain._find_compiler.cache_clear()
+
+
+def calls(tmp_path):
+    file = tmp_path / "calls"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def call(library, a, b):
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    return function(library.address("add"))(a, b)
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def test_compile_load_call(tmp_path):
+    library = toolchain.compile_library("add", ADD)
+    assert call(library, 2, 3) == 5
+    assert library.built
+    assert library.path.parent == tmp_path / "cache"
+    assert library.source_path.read_text() == ADD
+    assert 0 < library.seconds < 60
+    assert "compiled" in repr(library)
+    with pytest.raises(AttributeError, match="nothing"):
+        library.address("nothing")
+
+
+def test_one_library_per_key_and_process(monkeypatch):
+    first = toolchain.compile_library("add", ADD)
+    assert toolchain.compile_library("add", ADD) is first
+    forget(monkeypatch)
+    second = toolchain.compile_library("add", ADD)
+    assert (second.path, second.built) == (first.path, False)
+    assert "found" in repr(second)
+
+
+def test_warm_load_is_quick(monkeypatch):
+    toolchain.compile_library("axpy", AXPY)
+    times = []
+    for _ in range(10):
+        forget(monkeypatch)
+        start = time.perf_counter()
+        assert not toolchain.compile_library("axpy", AXPY).built
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.005
+
+
+def test_the_key_holds_all_that_decides_the_code(tmp_path, monkeypatch):
+    tool = toolchain.compiler()
+    (tmp_path / "part.h").write_text('#include "deeper.h"\n')
+    (tmp_path / "deeper.h").write_text("// one\n")
+    source = '#include "part.h"\n' + ADD
+
+    def key(text=source, tool=tool, parts=("1",)):
+        return toolchain.library_key(text, tool, parts, tmp_path)
+
+    seen = [key(), key(source + " "), key(parts=("2",)), key(parts=("1", "1")), key(parts=("", "1"))]
+    seen += [key(tool=tool._replace(version="other")), key(tool=tool._replace(path="other"))]
+    (tmp_path / "deeper.h").write_text("// two\n")
+    seen.append(key())
+    (tmp_path / "unrelated.h").write_text("// not included\n")
+    assert key() == seen[-1]
+    cpu = toolchain.cpu_features()
+    monkeypatch.setattr(toolchain, "cpu_features", lambda: cpu._replace(digest="another machine"))
+    seen.append(key())
+    monkeypatch.setattr(toolchain, "FLAGS", (*toolchain.FLAGS, "-g"))
+    seen.append(key())
+    assert len(set(seen)) == len(seen)
+
+
+def test_includes(tmp_path):
+    (tmp_path / "seven.h").write_text("static const int64_t SEVEN = 7;\n")
+    source = ADD.replace("a + b", "SEVEN").replace("extern", '#include "seven.h"\nextern', 1)
+    assert call(toolchain.compile_library("seven", source, include=tmp_path), 0, 0) == 7
+    (tmp_path / "seven.h").write_text("static const int64_t SEVEN = 8;\n")
+    assert call(toolchain.compile_library("seven", source, include=tmp_path), 0, 0) == 8
+
+
+def test_no_fast_math_and_no_contraction(script, tmp_path):
+    """sign(v - g*g) must be zero when v is g*g: with contraction into FMA it is not."""
+    script(f'exec {REAL} "$@"')
+    source = """
+    extern "C" double residue(double g) { volatile double v = g * g; return v - g * g; }
+    """
+    library = toolchain.compile_library("residue", source)
+    residue = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_double)(library.address("residue"))
+    assert all(residue(1 + k / 7) == 0 for k in range(1, 50))
+    (line,) = calls(tmp_path)
+    assert "-ffp-contract=off" in line
+    assert "fast-math" not in line
+
+
+def test_debug_output(monkeypatch, capfd):
+    monkeypatch.setenv("FUSEDOPT_DEBUG", "2")
+    toolchain.compile_library("add", ADD)
+    err = capfd.readouterr().err
+    assert "// kernel add" in err
+    assert "int64_t add(" in err
+    assert "-O3" not in err
+    monkeypatch.setenv("FUSEDOPT_DEBUG", "3")
+    toolchain.compile_library("add", ADD + "// again\n")
+    assert "-O3" in capfd.readouterr().err
+
+
+def test_cpu_features():
+    cpu = toolchain.cpu_features()
+    assert cpu.model
+    assert len(cpu.digest) == 64
+    assert cpu is toolchain.cpu_features()
+
+
+# ---------------------------------------------------------------- no compiler, bad compilers
+
+
+def test_no_compiler_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CompilerNotFound, match=r"c\+\+: not found; g\+\+: not found") as caught:
+        toolchain.compile_library("add", ADD)
+    assert "install g++" in str(caught.value)
+    assert 'backend="reference"' in str(caught.value)
+
+
+def test_cxx_is_tried_alone_and_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(CompilerNotFound, match=r"CXX .*no-such-compiler: not found.*unset CXX"):
+        toolchain.compiler()
+
+
+@pytest.mark.parametrize("line", ["'unbalanced", "''", "/"])
+def test_cxx_is_nonsense(monkeypatch, line):
+    monkeypatch.setenv("CXX", line)
+    with pytest.raises(CompilerNotFound, match="CXX names no working compiler"):
+        toolchain.compiler()
+
+
+def test_cxx_may_have_arguments(monkeypatch):
+    monkeypatch.setenv("CXX", f"env {REAL}")
+    assert toolchain.compiler().command == ("env", REAL)
+    assert call(toolchain.compile_library("add", ADD), 4, 5) == 9
+
+
+def test_a_compiler_that_only_fails(script):
+    script("exit 1", version='echo "licence expired"; exit 1')
+    with pytest.raises(CompilerNotFound, match=r"`--version` ended with status 1: licence expired"):
+        toolchain.compile_library("add", ADD)
+
+
+def test_a_broken_first_candidate_is_passed_over(tmp_path, monkeypatch):
+    broken = tmp_path / "bin" / "c++"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    (broken.parent / "g++").symlink_to(REAL)
+    monkeypatch.setenv("PATH", f"{broken.parent}{os.pathsep}{os.environ['PATH']}")
+    assert toolchain.compiler().command == ("g++",)
+
+
+def test_a_compiler_that_fails_on_the_kernel(script, tmp_path):
+    path = script("for i in $(seq 50); do echo line $i; done; exit 3")
+    with pytest.raises(CompileError) as caught:
+        toolchain.compile_library("my kernel", ADD)
+    error, text = caught.value, str(caught.value)
+    assert isinstance(error, BuildError)
+    for part in ("'my kernel'", "status 3", str(path), "-O3", "line 50", "line 31", "CXX", "reference"):
+        assert part in text
+    assert "line 30\n" not in text  # the last lines only,
+    assert "line 30\n" in error.output  # but all of them on the error
+    assert error.source_path.read_text() == ADD
+    assert len(calls(tmp_path)) == 1
+
+
+def test_source_that_does_not_compile():
+    with pytest.raises(CompileError, match=r"error: .*oops"):
+        toolchain.compile_library("bad", "int f() { return oops; }")
+
+
+def test_a_compiler_that_makes_nothing(script):
+    script("exit 0")
+    with pytest.raises(CompileError, match="made no file"):
+        toolchain.compile_library("add", ADD)
+
+
+def test_a_compiler_that_makes_no_library(script):
+    script('for last; do :; done; echo "no code" > "$last"')
+    with pytest.raises(CompileError, match="cannot be loaded"):
+        toolchain.compile_library("add", ADD)
+
+
+def test_a_compiler_that_hangs_is_killed_with_its_children(script, monkeypatch, tmp_path):
+    script(f"sh -c 'echo $$ > {tmp_path}/child; sleep 60; true'")
+    monkeypatch.setattr(toolchain, "TIMEOUT", 0.5)
+    start = time.perf_counter()
+    with pytest.raises(CompileError, match="took more than"):
+        toolchain.compile_library("add", ADD)
+    assert time.perf_counter() - start < 20
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 10
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(child)
+
+
+def alive(pid):
+    """Whether the process runs; one that ended but was not waited for (by a container's init) does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_march_native_is_dropped_where_refused(script, tmp_path):
+    script(
+        'case "$*" in *-march=native*) echo "error: unknown value native for -march"; exit 1;; esac\n'
+        f'exec {REAL} "$@"'
+    )
+    assert call(toolchain.compile_library("add", ADD), 1, 1) == 2
+    toolchain.compile_library("add2", ADD + "\n")
+    assert ["-march=native" in line for line in calls(tmp_path)] == [True, False, False]  # asked once
+
+
+def test_an_intact_entry_that_does_not_load_is_built_again(monkeypatch):
+    path = toolchain.compile_library("add", ADD).path
+    forget(monkeypatch)
+    real, refused = ctypes.CDLL, []
+
+    def refuse_once(name, *args, **kwargs):
+        if not refused:
+            refused.append(name)
+            raise OSError("version `GLIBC_9.99' not found")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse_once)
+    library = toolchain.compile_library("add", ADD)
+    assert refused == [str(path)]
+    assert library.built
+
+
+def test_a_corrupt_library_is_built_again():
+    key = toolchain.library_key(ADD, toolchain.compiler(), (), None)
+    path = cache.folder() / f"{cache.stem('add', key)}.so"
+    path.write_bytes(b"\x7fELF, but not for long")
+    path.with_suffix(".json").write_text(json.dumps({"key": key, "sha256": "of the whole file"}))
+    library = toolchain.compile_library("add", ADD)
+    assert library.path == path
+    assert library.built
+    assert "corrupt" in library.entry.reason
+    assert call(library, 20, 22) == 42
+
+
+def test_an_unsafe_folder_still_gives_a_kernel(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.warns(CacheWarning, match="written by other users"):
+        library = toolchain.compile_library("add", ADD)
+    assert call(library, 1, 2) == 3
+    assert tmp_path not in library.path.parents
+
+
+# ---------------------------------------------------------------- several processes
+
+WORKER = """
+import ctypes, pathlib, sys, time
+from fusedopt.compile import toolchain
+folder = pathlib.Path(sys.argv[1])
+(folder / f"ready{sys.argv[2]}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.002)
+library = toolchain.compile_library("add", (folder / "add.cpp").read_text())
+function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(library.address("add"))
+print(function(20, 22), library.built)
+"""
+
+
+def test_two_processes_at_once_compile_once(script, tmp_path):
+    script(f'sleep 0.3; exec {REAL} "$@"')
+    (tmp_path / "add.cpp").write_text(ADD)
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([*command, str(index)], **pipes) for index in range(2)]
+    while sum((tmp_path / f"ready{index}").exists() for index in range(2)) < 2:
+        assert all(worker.poll() is None for worker in workers), workers[0].communicate()
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    said = [worker.communicate(timeout=60) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert sorted(out.strip() for out, _ in said) == ["42 False", "42 True"]
+    assert len(calls(tmp_path)) == 1
