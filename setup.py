@@ -61,13 +61,13 @@ setup(
     packages=[*find_packages(include=["fusedopt", "fusedopt.*"]), "fusedopt.kernels"],
     # A wheel needs no more than this mapping; an editable install also needs kernels/__init__.py.
     package_dir={"fusedopt.kernels": "kernels"},
-    package_data={"fusedopt.kernels": ["*.cpp", "*.cu", "*.cuh", "*.h", "*.py.in"]},
+    package_data={"fusedopt.kernels": ["*.cpp", "*.cu", "*.cuh", "*.h", "*.inc", "*.py.in"]},
     ext_modules=[
         Extension(
             "fusedopt._C",
             ["csrc/leaf.cpp"],
             language="c++",
-            # -fopenmp: without it at::parallel_for is serial. -g0: the debug data of templates takes 9 s more.
+            # -fopenmp: without it at::parallel_for is serial. -g0: debug data would cost 9 s.
             extra_compile_args=["-std=c++20", "-O2", "-g0", "-fopenmp", "-fvisibility=hidden"],
             extra_link_args=["-fopenmp"],
         )

@@ -3,7 +3,7 @@
 The names here mirror ``fastai.optimizer``; ``fusedopt.optim`` mirrors ``torch.optim``.
 """
 
-from . import callbacks
+from . import callbacks, optim
 from .callbacks import (
     adam_step,
     average_grad,
@@ -27,3 +27,35 @@ from .named import SGD, Adam, Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, ran
 from .optimizer import Optimizer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "Lamb",
+    "Larc",
+    "Lookahead",
+    "Optimizer",
+    "QHAdam",
+    "RAdam",
+    "RMSProp",
+    "adam_step",
+    "average_grad",
+    "average_sqr_grad",
+    "callbacks",
+    "debias",
+    "l2_reg",
+    "lamb_step",
+    "larc_layer_lr",
+    "larc_step",
+    "lookahead",
+    "lookahead_slow",
+    "momentum_step",
+    "optim",
+    "qhadam_step",
+    "radam_step",
+    "ranger",
+    "rms_prop_step",
+    "sgd_step",
+    "step_stat",
+    "weight_decay",
+]

@@ -123,7 +123,11 @@ class HypersView(MutableMapping):
     def _all(self) -> dict[str, Any]:
         group = self._opt.param_groups[self._index]
         values = self._opt.hyper_map.of_group(group).items()
-        return {k: number(v) for k, v in values if isinstance(v, (int, float, torch.Tensor)) and not isinstance(v, bool)}
+        return {
+            k: number(v)
+            for k, v in values
+            if isinstance(v, (int, float, torch.Tensor)) and not isinstance(v, bool)
+        }
 
     def __getitem__(self, name: str) -> Any:
         return self._all()[name]

@@ -15,7 +15,7 @@ What differs from torch.optim, for all of them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -112,7 +112,7 @@ def _refuse_modes(name: str, group: dict[str, Any]) -> None:
 class _TorchFace(_Optimizer):
     """An Optimizer whose constructor speaks torch.optim's names."""
 
-    def _start(self, params: Any, cbs: list[Callable], lr: Any, flags: dict[str, Any], **hypers: Any) -> None:
+    def _start(self, params: Any, cbs: list[Any], lr: Any, flags: dict[str, Any], **hypers: Any) -> None:
         _check_numbers(lr=lr)
         for name in ("eps", "wd"):
             if name in hypers:

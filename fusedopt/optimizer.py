@@ -64,7 +64,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        cbs: Callable | Sequence[Callable],
+        cbs: Callable[..., Any] | Sequence[Any],
         *,
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
@@ -74,10 +74,14 @@ class Optimizer(torch.optim.Optimizer):
         **hypers: Any,
     ) -> None:
         if hypers.pop("train_bn", None) is not None:
-            warnings.warn("train_bn has no effect on an optimizer; set it on the Learner", UserWarning, stacklevel=2)
+            warnings.warn(
+                "train_bn has no effect on an optimizer; set it on the Learner", UserWarning, stacklevel=2
+            )
         self.cbs = _callbacks(cbs)
         self.backend = backends.check_name(backend)
-        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
+        if state_dtype is not None and not (
+            isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point
+        ):
             raise TypeError(f"state_dtype must be a floating point dtype, not {state_dtype!r}")
         self.state_dtype = state_dtype
         if state_names is not None:
@@ -90,7 +94,9 @@ class Optimizer(torch.optim.Optimizer):
         defaults: dict[str, Any] = {}
         values = self.hyper_map.to_fastai(hypers)
         values = {k: v for cb in self.cbs for k, v in getattr(cb, "defaults", {}).items()} | values
-        listed = {k: v for k, v in values.items() if isinstance(v, (slice, list)) or getattr(v, "ndim", 0) == 1}
+        listed = {
+            k: v for k, v in values.items() if isinstance(v, (slice, list)) or getattr(v, "ndim", 0) == 1
+        }
         for name, value in values.items():
             value = names.plain(_last(value) if name in listed else value)
             names.check(name, value)
@@ -102,7 +108,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _set_up(self, hypers: Mapping[str, Any]) -> None:
         """What is derived from callbacks and options, and so never saved."""
-        given = {"wd" if k == "weight_decay" else k for k in hypers} | ({"mom", "sqr_mom"} if "betas" in hypers else set())
+        given = {"wd" if k == "weight_decay" else k for k in hypers} | (
+            {"mom", "sqr_mom"} if "betas" in hypers else set()
+        )
         given |= {"mom"} if "momentum" in hypers else set()
         given |= {"sqr_mom"} if "alpha" in hypers else set()
         for cb in self.cbs:
@@ -149,7 +157,7 @@ class Optimizer(torch.optim.Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient; returns what the closure returns, if there is one.
 
         If a callback raises, or a gradient is refused (sparse, of another shape or device), nothing has changed.
@@ -323,7 +331,9 @@ def _param_groups(params: Any) -> Any:
         return found
     for i, (group, p) in enumerate(zip(is_group, found, strict=True)):
         if not group:
-            raise ValueError(f"group {i} is a {type(p).__name__}, not a list of parameters, while others are lists")
+            raise ValueError(
+                f"group {i} is a {type(p).__name__}, not a list of parameters, while others are lists"
+            )
     return [{"params": list(p)} for p in found]
 
 
@@ -335,10 +345,16 @@ def _is_list(p: Any) -> bool:
 def _check_gradient(p: torch.Tensor, grad: torch.Tensor, group: int, i: int) -> None:
     what = f"the gradient of parameter {i} of group {group}"
     if grad.layout is not torch.strided:
-        raise RuntimeError(f"{what} is sparse; use dense gradients (sparse=False) or torch.optim.SparseAdam for it")
+        raise RuntimeError(
+            f"{what} is sparse; use dense gradients (sparse=False) or torch.optim.SparseAdam for it"
+        )
     if grad.device != p.device:
-        raise RuntimeError(f"{what} is on {grad.device}, the parameter on {p.device}; move the model as a whole")
+        raise RuntimeError(
+            f"{what} is on {grad.device}, the parameter on {p.device}; move the model as a whole"
+        )
     if grad.shape != p.shape:
         raise RuntimeError(f"{what} has shape {tuple(grad.shape)}, the parameter {tuple(p.shape)}")
     if not p.is_floating_point() or not grad.is_floating_point():
-        raise RuntimeError(f"parameter {i} of group {group} is {p.dtype} with a {grad.dtype} gradient; floats only")
+        raise RuntimeError(
+            f"parameter {i} of group {group} is {p.dtype} with a {grad.dtype} gradient; floats only"
+        )

@@ -19,7 +19,9 @@ def drop_dead_values(program: Program) -> Program:
     """Keep what the stores need, renumbered."""
     order = depth_first(program.values, [i for _, i in program.stores])
     number = {old: new for new, old in enumerate(order)}
-    values = tuple(replace(program.values[i], args=tuple(number[a] for a in program.values[i].args)) for i in order)
+    values = tuple(
+        replace(program.values[i], args=tuple(number[a] for a in program.values[i].args)) for i in order
+    )
     return replace(program, values=values, stores=tuple((n, number[i]) for n, i in program.stores))
 
 
@@ -29,7 +31,11 @@ def drop_unused_buffers(program: Program) -> Program:
     return replace(program, buffers=tuple(b for b in program.buffers if b[0] in used))
 
 
-PASSES: tuple[Callable[[Program], Program], ...] = (drop_unchanged_stores, drop_dead_values, drop_unused_buffers)
+PASSES: tuple[Callable[[Program], Program], ...] = (
+    drop_unchanged_stores,
+    drop_dead_values,
+    drop_unused_buffers,
+)
 
 
 def optimize(program: Program, snapshots: list[tuple[str, Program]] | None = None) -> Program:

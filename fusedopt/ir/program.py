@@ -91,7 +91,9 @@ class Program:
         return render_python(self)
 
 
-def reachable(values: Mapping[int, Value] | tuple[Value, ...] | list[Value], roots: Iterable[int]) -> list[int]:
+def reachable(
+    values: Mapping[int, Value] | tuple[Value, ...] | list[Value], roots: Iterable[int]
+) -> list[int]:
     """The values that the roots need, in order."""
     needed: set[int] = set()
     todo = list(roots)
@@ -203,7 +205,11 @@ def names(program: Program) -> list[str]:
     """A readable name for each value: buffers and slots by theirs, the rest by number."""
     out = []
     for i, v in enumerate(program.values):
-        fixed = {"load": lambda v: identifier(v.attr), "slot": lambda v: f"s{v.attr}", "numel": lambda v: "numel"}
+        fixed = {
+            "load": lambda v: identifier(v.attr),
+            "slot": lambda v: f"s{v.attr}",
+            "numel": lambda v: "numel",
+        }
         out.append(fixed[v.op](v) if v.op in fixed else _literal(v.attr) if v.op == "const" else f"v{i}")
     return out
 
@@ -242,5 +248,8 @@ def _spell(program: Program, v: Value, label: list[str]) -> str:
         return f"torch.full_like(param, {args[0]})"
     if v.op == "as_float":
         return f"{args[0]}.to(param.dtype)"
-    args = [f"torch.tensor({a})" if program.values[i].op == "const" else a for a, i in zip(args, v.args, strict=True)]
+    args = [
+        f"torch.tensor({a})" if program.values[i].op == "const" else a
+        for a, i in zip(args, v.args, strict=True)
+    ]
     return f"torch.{v.op}({', '.join(args)})"

@@ -66,7 +66,10 @@ class _Body:
         return [*lines, "}", f"FUSEDOPT_STAGE({k})"]
 
     def scalars(self, stage: Stage) -> list[str]:
-        lines = ["static void scalars([[maybe_unused]] const Launch& launch, const Row row) {", *_indent(self._prologue(stage))]
+        lines = [
+            "static void scalars([[maybe_unused]] const Launch& launch, const Row row) {",
+            *_indent(self._prologue(stage)),
+        ]
         for name, i in stage.stores:
             k, type_ = self.buffer_index[name], TYPES[self.program.buffer[name].dtype]
             lines.append(f"  store(row.buffer<{type_}>({k}), 0, {self.name(i)});")
@@ -101,7 +104,9 @@ class _Body:
         for j, i in enumerate(stage.reductions):
             lines.append(f"  acc{j}.add(lane, {self.name(self.program.values[i].args[0])});")
         lines += ["};", "for_lanes(begin, end, element);"]
-        lines += [f"partial[{self.reductions.index(i)}] = acc{j}.total();" for j, i in enumerate(stage.reductions)]
+        lines += [
+            f"partial[{self.reductions.index(i)}] = acc{j}.total();" for j, i in enumerate(stage.reductions)
+        ]
         return lines
 
     # -- values --

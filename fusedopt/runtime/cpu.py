@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 
-from .. import kernels
 from ..compile import toolchain
 from ..ir.program import Program
+from ..kernels import source as skeleton
 from ..render import cpp
 from . import leaf, plan
 from .backends import Kernel
 
+Handle = tuple[list[int], int | None]
+"""Addresses of the stages, and of the function that stores scalar state."""
 HEAD = 4
 """Words of a row before its pointers: element count, scalar set, first chunk, number of chunks."""
 
@@ -24,10 +27,21 @@ class Cpp:
 
     def compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
         body = cpp.render(program, slot_names, name)
-        library = toolchain.compile_library(name, cpp.source(kernels.source("cpu.cpp"), body), key_parts=[cpp.VERSION])
+        library = toolchain.compile_library(
+            name, cpp.source(skeleton("cpu.cpp"), body), key_parts=[cpp.VERSION]
+        )
         symbols, scalars = cpp.entries(program)
         handle = [library.address(s) for s in symbols], scalars and library.address(scalars)
-        return Kernel(self.name, name, program, body, str(library.source_path), library.seconds, not library.built, handle)
+        return Kernel(
+            self.name,
+            name,
+            program,
+            body,
+            str(library.source_path),
+            library.seconds,
+            not library.built,
+            handle,
+        )
 
     def launch(
         self,
@@ -50,7 +64,7 @@ class Cpp:
         partials = np.empty((len(layout), n_reductions))
         tables = [t.ctypes.data for t in (rows, layout.chunks, slots, partials)]
         head = np.array([*tables, width, kernel.program.slots, n_reductions], np.int64)
-        stages, scalars = kernel.handle  # type: ignore[misc]
+        stages, scalars = cast(Handle, kernel.handle)
         bounds = list(plan.splits(sizes, leaf.thread_count()))
         leaf.run_cpu(stages, head.ctypes.data, [bounds] * len(stages))
         if scalars:

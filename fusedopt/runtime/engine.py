@@ -50,9 +50,18 @@ class Engine:
     """
 
     def __init__(
-        self, callbacks: Sequence[Callable[..., Any]], backend: str, title: str, state_dtype: torch.dtype | None
+        self,
+        callbacks: Sequence[Callable[..., Any]],
+        backend: str,
+        title: str,
+        state_dtype: torch.dtype | None,
     ) -> None:
-        self.callbacks, self.backend, self.title, self.state_dtype = list(callbacks), backend, title, state_dtype
+        self.callbacks, self.backend, self.title, self.state_dtype = (
+            list(callbacks),
+            backend,
+            title,
+            state_dtype,
+        )
         self.attributes: tuple[str, ...] = ()
         self.kernels: list[Kernel] = []
         self.eager: dict[tuple[int, Any], Eager] = {}
@@ -117,7 +126,12 @@ class Engine:
         work = signature.asked is not None
         try:
             traced = trace(
-                self.callbacks[first:stop], signature, bucket[0].hyper, first=first, state_dtype=self.state_dtype, work=work
+                self.callbacks[first:stop],
+                signature,
+                bucket[0].hyper,
+                first=first,
+                state_dtype=self.state_dtype,
+                work=work,
             )
         except (Untraceable, Exception) as error:
             i = getattr(error, "callback", first)
@@ -147,7 +161,11 @@ class Engine:
     def _why(self, old: Trace | None, new: Trace) -> str:
         """What made another kernel necessary, against the last trace of the same parameter."""
         if old is None:
-            return "first step" if not self.kernels else f"first step of parameters with {describe(new.signature)}"
+            return (
+                "first step"
+                if not self.kernels
+                else f"first step of parameters with {describe(new.signature)}"
+            )
         return "; ".join(differences(old, new)) or "the callbacks did something else than before"
 
     # -- launching --
@@ -160,7 +178,9 @@ class Engine:
                 items.allocate(item, plan.trace.created)
         for group in together.values():
             launch(group)
-        self.launched += [(group[0].kernel, sum(len(plan.items) for plan in group)) for group in together.values()]
+        self.launched += [
+            (group[0].kernel, sum(len(plan.items) for plan in group)) for group in together.values()
+        ]
         for plan in plans:
             numbers = plan.trace.new_numbers()
             for item in plan.items:
@@ -269,7 +289,9 @@ def differences(old: Trace, new: Trace) -> list[str]:
         out.append(f"state {', '.join(appeared)} is there now")
     out += [f"state {k} is now {now[k]}" for k in now if k in was and now[k] != was[k]]
     before, after = old.branches(), new.branches()
-    out += [f"{text} is now {after[text]}" for text in after if text in before and before[text] != after[text]]
+    out += [
+        f"{text} is now {after[text]}" for text in after if text in before and before[text] != after[text]
+    ]
     return out
 
 

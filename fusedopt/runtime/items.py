@@ -23,7 +23,9 @@ class Item:
 
     __slots__ = ("grad", "group", "home", "hyper", "param", "state")
 
-    def __init__(self, home: torch.Tensor, grad: torch.Tensor, state: State, group: int, hyper: dict[str, Any]) -> None:
+    def __init__(
+        self, home: torch.Tensor, grad: torch.Tensor, state: State, group: int, hyper: dict[str, Any]
+    ) -> None:
         self.home = self.param = home
         self.grad, self.state, self.group, self.hyper = grad, state, group, hyper
 

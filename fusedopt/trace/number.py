@@ -41,7 +41,19 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
 """Every operation of the scalar program, with Python's own meaning."""
 
 _SYMBOL = dict(
-    add="+", sub="-", mul="*", truediv="/", floordiv="//", mod="%", pow="**", gt=">", ge=">=", lt="<", le="<=", eq="==", ne="!="
+    add="+",
+    sub="-",
+    mul="*",
+    truediv="/",
+    floordiv="//",
+    mod="%",
+    pow="**",
+    gt=">",
+    ge=">=",
+    lt="<",
+    le="<=",
+    eq="==",
+    ne="!=",
 )
 
 
@@ -177,7 +189,7 @@ class Number:
         return int(self.escape())
 
     def __index__(self) -> int:
-        return operator.index(self.escape())
+        return operator.index(self.escape())  # type: ignore[arg-type]
 
     def __trunc__(self) -> int:
         return int(self.escape())

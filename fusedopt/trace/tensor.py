@@ -29,7 +29,9 @@ class Untraceable(BaseException):
 def where_now() -> str:
     """``callback, file.py:12`` for the innermost frame outside this package's tracer."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("fusedopt.trace", "fusedopt.ir")):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        ("fusedopt.trace", "fusedopt.ir")
+    ):
         frame = frame.f_back
     code = frame.f_code
     return f"{code.co_name}, {code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
@@ -105,13 +107,17 @@ class SymTensor:
     # -- what leaves the graph --
     def __bool__(self) -> bool:
         if self.kind == "F":
-            raise Untraceable("a branch on element values; use torch.where, or a reduction such as .any() or .mean()")
+            raise Untraceable(
+                "a branch on element values; use torch.where, or a reduction such as .any() or .mean()"
+            )
         return self.run.branch(self if self.is_bool else _binary("ne")(self, 0))
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise Untraceable("a tensor's value is read on the host (item, float, indexing, printing, ...)")
 
-    __float__ = __int__ = __index__ = __len__ = __iter__ = __getitem__ = __setitem__ = __format__ = __contains__ = _refuse
+    __float__ = __int__ = __index__ = __len__ = __iter__ = __getitem__ = __setitem__ = __format__ = (
+        __contains__
+    ) = _refuse
     item = tolist = numpy = _refuse
     __hash__ = object.__hash__
 
@@ -141,7 +147,9 @@ def lift(run: Run, x: Any) -> SymTensor:
         return x
     if isinstance(x, torch.Tensor):
         if x.dim() or x.device.type != "cpu":
-            raise Untraceable("a tensor from outside the callback's arguments; keep it in the state, or pass a number")
+            raise Untraceable(
+                "a tensor from outside the callback's arguments; keep it in the state, or pass a number"
+            )
         x = x.item()
     if isinstance(x, (Number, int, float)):
         return SymTensor(run, run.slot(x), None)
@@ -158,7 +166,7 @@ def _promote(args: tuple[SymTensor, ...]) -> torch.dtype | None:
     """The dtype eager torch gives the result: 0-d tensors and numbers do not widen tensors with elements."""
     floats = [a for a in args if not a.is_bool and a.asked is not None]
     strong = [a for a in floats if a.kind == "F"] or floats
-    return functools.reduce(torch.promote_types, [a.asked for a in strong]) if strong else None  # type: ignore[arg-type]
+    return functools.reduce(torch.promote_types, [a.asked for a in strong]) if strong else None
 
 
 def _as_float(x: SymTensor) -> SymTensor:
@@ -263,7 +271,9 @@ def _clamp(x: SymTensor, min: Any = None, max: Any = None) -> SymTensor:
 def _softplus(x: SymTensor, beta: Any = 1, threshold: Any = 20) -> SymTensor:
     scaled = _times(beta, x)
     soft = _unary("log1p")(_unary("exp")(scaled))
-    return _where(_binary("gt")(scaled, threshold), x, soft if type(beta) is int and beta == 1 else _div(soft, beta))
+    return _where(
+        _binary("gt")(scaled, threshold), x, soft if type(beta) is int and beta == 1 else _div(soft, beta)
+    )
 
 
 def _sigmoid(x: SymTensor) -> SymTensor:
@@ -286,7 +296,13 @@ def _constant_like(value: float) -> Callable[..., SymTensor]:
 
 def _to(x: SymTensor, *args: Any, dtype: Any = None, **_: Any) -> SymTensor:
     for a in args:
-        dtype = a if isinstance(a, torch.dtype) else a.dtype if isinstance(a, (SymTensor, torch.Tensor)) else dtype
+        dtype = (
+            a
+            if isinstance(a, torch.dtype)
+            else a.dtype
+            if isinstance(a, (SymTensor, torch.Tensor))
+            else dtype
+        )
     if dtype is None or dtype == x.dtype:
         return x
     if dtype == torch.bool:
@@ -337,7 +353,9 @@ def _norm(x: SymTensor, p: Any = 2, dim: Any = None, **kwargs: Any) -> SymTensor
 
 
 def _std(square_root: bool) -> Callable[..., SymTensor]:
-    def method(x: SymTensor, *dims: Any, unbiased: bool = True, correction: int | None = None, **kwargs: Any) -> SymTensor:
+    def method(
+        x: SymTensor, *dims: Any, unbiased: bool = True, correction: int | None = None, **kwargs: Any
+    ) -> SymTensor:
         if dims and isinstance(dims[0], bool):
             unbiased, dims = dims[0], ()
         x = _whole(x, dims, kwargs)
@@ -364,10 +382,26 @@ def _cast(dtype: torch.dtype) -> Callable[..., SymTensor]:
 
 METHODS: dict[str, Callable[..., Any]] = {
     name: _unary(name)
-    for name in ("neg", "abs", "sign", "sqrt", "exp", "expm1", "log", "log1p", "log2", "sin", "cos", "tanh", "atan")
+    for name in (
+        "neg",
+        "abs",
+        "sign",
+        "sqrt",
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "log2",
+        "sin",
+        "cos",
+        "tanh",
+        "atan",
+    )
     + ("erf", "floor", "ceil", "trunc", "round")
 }
-METHODS |= {name: _binary(name) for name in ("maximum", "minimum", "atan2", "gt", "ge", "lt", "le", "eq", "ne")}
+METHODS |= {
+    name: _binary(name) for name in ("maximum", "minimum", "atan2", "gt", "ge", "lt", "le", "eq", "ne")
+}
 METHODS |= {name: _logical(name) for name in ("logical_and", "logical_or", "logical_xor", "logical_not")}
 METHODS |= {f"bitwise_{name}": _bitwise(f"logical_{name}") for name in ("and", "or", "xor", "not")}
 METHODS |= {name: _reduce(name) for name in ("sum", "mean", "amax", "amin")}
@@ -423,7 +457,9 @@ METHODS |= {
     "half": _cast(torch.float16),
     "bfloat16": _cast(torch.bfloat16),
     "bool": _cast(torch.bool),
-    "size": lambda x, dim=None: x.run.attribute(x.kind, "shape") if dim is None else x.run.attribute(x.kind, "shape")[dim],
+    "size": lambda x, dim=None: (
+        x.run.attribute(x.kind, "shape") if dim is None else x.run.attribute(x.kind, "shape")[dim]
+    ),
     "dim": lambda x: x.run.attribute(x.kind, "ndim"),
     "numel": lambda x: x.run.attribute(x.kind, "count"),
     "nelement": lambda x: x.run.attribute(x.kind, "count"),
@@ -453,7 +489,13 @@ _OPERATORS = {
     "__gt__": "gt", "__ge__": "ge", "__lt__": "lt", "__le__": "le", "__eq__": "eq", "__ne__": "ne",
     "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor", "__invert__": "bitwise_not",
 }  # fmt: skip
-_IN_PLACE = {"__iadd__": "add_", "__isub__": "sub_", "__imul__": "mul_", "__itruediv__": "div_", "__ipow__": "pow_"}
+_IN_PLACE = {
+    "__iadd__": "add_",
+    "__isub__": "sub_",
+    "__imul__": "mul_",
+    "__itruediv__": "div_",
+    "__ipow__": "pow_",
+}
 
 
 def _install() -> None:

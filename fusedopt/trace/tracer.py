@@ -94,7 +94,9 @@ class Trace:
         return [self.scalars.values[i] for i in self.slots]
 
     def new_numbers(self) -> dict[str, Any]:
-        return {k: self.scalars.values[v.index] if isinstance(v, Number) else v for k, v in self.numbers.items()}
+        return {
+            k: self.scalars.values[v.index] if isinstance(v, Number) else v for k, v in self.numbers.items()
+        }
 
     def branches(self) -> dict[str, Scalar | bool]:
         """The outcome of every branch that callbacks took on numbers, by its expression."""
@@ -134,7 +136,9 @@ class Run:
         if isinstance(x, Number):
             return self.graph.leaf("slot", x.index)
         self.raw += 1
-        return self.graph.leaf("slot", self.scalars.entry(("raw", self.callback, tuple(self.taken), self.raw), x))
+        return self.graph.leaf(
+            "slot", self.scalars.entry(("raw", self.callback, tuple(self.taken), self.raw), x)
+        )
 
     def constant(self, x: float) -> SymTensor:
         return SymTensor(self, self.graph.leaf("const", x), None)
@@ -177,9 +181,12 @@ def trace(
     graph, scalars = Graph(), ScalarProgram()
     a = _Pass(callbacks, signature, hyper, graph, scalars, first).run({})
     cells, shared = a, True
-    asked = {k: _asked_dtype(k, v, graph, signature, state_dtype) for k, v in a.items() if _is_new(k, v, signature)}
+    asked = {
+        k: _asked_dtype(k, v, graph, signature, state_dtype) for k, v in a.items() if _is_new(k, v, signature)
+    }
     created = {
-        k: Buffer(signature.compute if work else dtype, graph.values[a[k].node].kind) for k, dtype in asked.items()
+        k: Buffer(signature.compute if work else dtype, graph.values[a[k].node].kind)
+        for k, dtype in asked.items()
     }
     if created:
         b = _run_again(callbacks, signature, hyper, graph, scalars, first, created)
@@ -233,7 +240,7 @@ def _same_from_zeros(graph: Graph, a: dict[str, Any], b: dict[str, Any], created
     for i in reachable(graph.values, roots):
         v = graph.values[i]
         if v.args:
-            replace[i] = graph.op(v.op, *[replace.get(x, x) for x in v.args], where=lambda v=v: v.where)
+            replace[i] = graph.op(v.op, *[replace.get(x, x) for x in v.args])
     return a.keys() == b.keys() and all(_same(a[k], b[k], replace) for k in a)
 
 
@@ -294,7 +301,9 @@ class _Pass:
                 if value.kind != buffer.kind and self.signature.zero_dim:
                     cells[key] = Cell(self.graph.op("expand", cell.node), cell.asked)
                 elif value.kind != buffer.kind:
-                    raise Untraceable(f"the state {key!r} changes between one number per element and one per tensor")
+                    raise Untraceable(
+                        f"the state {key!r} changes between one number per element and one per tensor"
+                    )
 
     def _number(self, key: tuple, value: Any) -> Any:
         if type(value) in (int, float):
@@ -338,12 +347,16 @@ class _Pass:
         if isinstance(value, SymTensor):
             return Cell(value.node, value.asked)
         if isinstance(value, torch.Tensor):
-            raise Untraceable(f"the state {key!r} is a tensor not made from the parameter, its gradient or its state")
+            raise Untraceable(
+                f"the state {key!r} is a tensor not made from the parameter, its gradient or its state"
+            )
         if value is not None and not isinstance(value, (Number, int, float, bool, str, Foreign)):
             raise Untraceable(f"the state {key!r} is a {type(value).__name__}")
         return value
 
-    def _merge(self, outcomes: dict[tuple[bool, ...], tuple[Run, dict[str, Any]]], path: tuple[bool, ...]) -> dict[str, Any]:
+    def _merge(
+        self, outcomes: dict[tuple[bool, ...], tuple[Run, dict[str, Any]]], path: tuple[bool, ...]
+    ) -> dict[str, Any]:
         if path in outcomes:
             return outcomes[path][1]
         run = next(run for taken, (run, _) in outcomes.items() if taken[: len(path)] == path)
@@ -405,7 +418,11 @@ def _defaults(callback: Callback) -> dict[str, Any]:
 
 
 def _program(
-    graph: Graph, signature: Signature, cells: dict[str, Any], created: dict[str, Buffer], materialize_grad: bool
+    graph: Graph,
+    signature: Signature,
+    cells: dict[str, Any],
+    created: dict[str, Buffer],
+    materialize_grad: bool,
 ) -> tuple[Program, tuple[int, ...]]:
     """The program for the final cells, in canonical numbering, and the scalar entries of its slots."""
     buffers = {"param": Buffer(signature.param, "F"), "grad": Buffer(signature.grad, "F")}
