@@ -6,6 +6,8 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "recording.h"
+
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -90,5 +92,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("table_ptr"), py::arg("rows").none(true), py::arg("columns"), py::arg("column"));
   m.def("run_cpu", torch::wrap_pybind_function(run_cpu),
         py::arg("entries"), py::arg("launch_ptr"), py::arg("splits"));
+  py::class_<fusedopt::Recording>(m, "Recording")
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&>(),
+           py::arg("groups"), py::arg("absent"), py::arg("rows"), py::arg("hypers"))
+      .def("check", &fusedopt::Recording::check, py::arg("groups"), py::arg("hypers"))
+      .def("commit", &fusedopt::Recording::commit, py::arg("numbers"));
   m.def("bump_versions", torch::wrap_pybind_function(bump_versions), py::arg("tensors"));
 }

@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # What happens to the parameter or the gradient before the update
 
 
@@ -121,7 +121,7 @@ def flagged_weight_decay(p, lr, wd, decoupled_weight_decay=False, do_wd=True, **
 flagged_weight_decay.defaults = dict(wd=0.0)
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # Running statistics
 
 
@@ -189,7 +189,7 @@ def debias(mom, damp, step):
     return damp * (1 - mom**step) / (1 - mom)
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # Steps without per-tensor reductions
 
 
@@ -347,10 +347,9 @@ def radam_step(
         p.data.add_(grad_avg, alpha=-lr / debias1)
         return
     rect = ((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
+    denom = (sqr_avg if eps_before_debias else sqr_avg / debias2).sqrt().add_(eps)
     if eps_before_debias:
-        denom = sqr_avg.sqrt().add_(eps).div_(debias2**0.5)
-    else:
-        denom = (sqr_avg / debias2).sqrt().add_(eps)
+        denom = denom / debias2**0.5
     if beta:
         denom = softplus(denom, beta)
     p.data.addcdiv_(grad_avg, denom, value=-lr * rect / debias1)
@@ -470,7 +469,7 @@ def adadelta_step(p, lr, sqr_mom, sqr_avg, eps, sqr_delta=None, **kwargs):
 adadelta_step.defaults = dict(eps=1e-6)
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # Steps scaled by a norm of the whole tensor
 
 
@@ -526,7 +525,7 @@ def lamb_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
 lamb_step.defaults = dict(eps=1e-6, wd=0.0)
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # Lookahead: `lookahead_slow` goes first in the list, `lookahead` last
 
 

@@ -12,16 +12,20 @@ import json
 import os
 import platform
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+
+import torch
 
 from . import env
 from .compile import cache, toolchain
 
 STEPS = 3
 SHAPES = ((1,), (7,), (33, 5), (1024,), (3, 4, 2, 2))
+DEFECT = "this is a defect in fusedopt: please report it"
 
 
 class Status(NamedTuple):
@@ -41,7 +45,11 @@ def probe_cpp() -> Status:
     try:
         library = toolchain.compile_library("doctor", source)
     except toolchain.CompilerNotFound as error:
-        return Status(False, str(error), "install g++, or set CXX to a C++17 compiler")
+        return Status(
+            False,
+            str(error),
+            "correct or unset CXX" if env.cxx() else "install g++, or set CXX to a C++17 compiler",
+        )
     except cache.CacheError as error:
         return Status(False, str(error), "set FUSEDOPT_CACHE_DIR to a folder of your own")
     except cache.BuildError as error:
@@ -84,58 +92,61 @@ def check_backend(name: str) -> Status:
             status = PROBES[name]()
             return self_test(name) if status.works else status
     except Exception as error:  # whatever it is belongs in the report
-        return Status(
-            False, f"{type(error).__name__}: {error}", "this is a defect in fusedopt: please report it"
-        )
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(place.filename)}:{place.lineno}"
+        return Status(False, f"{type(error).__name__}: {error} ({where})", DEFECT)
 
 
 def self_test(name: str) -> Status:
-    """A few steps of Adam with this backend against the reference, bit for bit."""
+    """A few steps of Adam: this backend must come as near to a float64 run as the reference does.
+
+    error <= max(2 * the reference's error, 2 ulp) for each tensor. Equal bits cannot be asked for: the vectorised
+    loops of torch's own `add(alpha=)` and `addcmul` fuse multiply and add, and fusedopt never does.
+    """
     start = time.perf_counter()
     device = DEVICES.get(name, "cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         mine, used, eager = _train(name, device)
-        reference, _, _ = _train("reference", device)
     said = [str(w.message) for w in caught if not issubclass(w.category, cache.CacheWarning)]
     if used != name:
-        reason = f"fell back to {used}" + (f": {said[0]}" if said else "")
-        return Status(False, reason, "see the reason, then run doctor again")
+        return Status(
+            False, f"fell back to {used}: {' '.join(said)}", "see the reason, then run doctor again"
+        )
     if eager:
-        return Status(False, f"these callbacks did not fuse: {eager}", "please report this")
-    worst = max(_distance(*pair) for pair in zip(mine, reference, strict=True))
-    if worst:
-        reason = f"{STEPS} steps of Adam differ from the reference by {worst:.2g}"
-        return Status(False, reason, "please report this")
+        return Status(False, f"ran callbacks without fusing them: {' '.join(eager)}", DEFECT)
+    reference, _, _ = _train("reference", device)
+    truth, _, _ = _train("reference", device, "float64")
+    worst = max(map(_distance, mine, reference))
+    if not all(map(_near, mine, reference, truth)):
+        return Status(False, f"{STEPS} steps of Adam differ from the reference by {worst:.2g}", DEFECT)
     seconds = time.perf_counter() - start
-    return Status(True, f"{STEPS} steps of Adam equal the reference bit for bit ({seconds:.2f} s)")
+    return Status(True, f"{STEPS} steps of Adam agree with the reference to {worst:.2g} ({seconds:.2f} s)")
 
 
-def _distance(a: Any, b: Any) -> float:
+def _near(mine: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor) -> bool:
+    ulp = 2.0**-23 * float(truth.abs().max())
+    return _distance(mine, truth) <= max(2 * _distance(reference, truth), 2 * ulp)
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference between two tensors; infinite where there is a NaN, which equals nothing."""
-    return float((a - b).abs().nan_to_num(nan=float("inf")).max())
+    return float((a.double() - b.double()).abs().nan_to_num(nan=float("inf")).max())
 
 
-def _train(backend: str, device: str) -> tuple[list[Any], str, list[str]]:
-    """Parameters after a few steps, the backend that was used, and the callbacks that it ran eagerly."""
-    import torch
-
+def _train(backend: str, device: str, dtype: str = "float32") -> tuple[list[torch.Tensor], str, list[str]]:
+    """Parameters after a few steps, the backend that was used, and what it ran eagerly and why."""
     from . import callbacks as cb
     from .optimizer import Optimizer
 
     random = torch.Generator().manual_seed(0)
 
     def noise(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.randn(shape, generator=random).to(device)
+        return torch.randn(shape, generator=random).to(device, getattr(torch, dtype))
 
     params = [torch.nn.Parameter(noise(shape)) for shape in SHAPES]
-    adam = [
-        cb.weight_decay,
-        partial(cb.average_grad, dampening=True),
-        cb.average_sqr_grad,
-        cb.step_stat,
-        cb.adam_step,
-    ]
+    moments = [partial(cb.average_grad, dampening=True), cb.average_sqr_grad, cb.step_stat]
+    adam = [cb.weight_decay, *moments, cb.adam_step]
     opt = Optimizer(params, adam, backend=backend, lr=0.01, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01)
     for _ in range(STEPS):
         for param in params:
@@ -196,8 +207,6 @@ def _compiler() -> Status:
 
 
 def _cpu() -> dict[str, Any]:
-    import torch
-
     return {
         "model": toolchain.cpu_features().model,
         "cores": os.cpu_count(),
@@ -219,8 +228,6 @@ def _cache() -> dict[str, Any]:
 
 
 def _gpus() -> list[str]:
-    import torch
-
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an old driver warns; what counts is that there is nothing to use
         if torch.cuda.is_available():

@@ -88,7 +88,8 @@ def explain(opt: Optimizer) -> Explanation:
     from .runtime.engine import callback_name
 
     engine = opt.engine
-    launched = engine.launched or engine.foresee(opt._items(pretend=True))
+    launched = [(entry.plans[0].kernel, entry.tensors) for entry in engine.launched]
+    launched = launched or engine.foresee(opt._items(pretend=True))
     used = sorted({k.backend for k, _ in launched}) or ["reference"]
     return Explanation(
         optimizer=type(opt).__name__,

@@ -65,8 +65,8 @@ def RMSProp(
 
     Deviations: `eps` counts (fastai takes it and drops it, so its value is always 1e-8 there).
     """
-    averages = [average_sqr_grad] if mom == 0 else [average_grad, average_sqr_grad]
-    cbs = [_decay(decouple_wd), *averages, rms_prop_step]
+    momentum = [average_grad] if mom != 0 else []
+    cbs = [_decay(decouple_wd), *momentum, average_sqr_grad, rms_prop_step]
     return Optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 

@@ -81,7 +81,7 @@ def check(name: str, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}")
-        return
+        value = value.item()
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"invalid {name}: NaN")
     if name in NOT_NEGATIVE and isinstance(value, (int, float)) and value < 0:

@@ -48,7 +48,7 @@ _MOMENTS = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
 _dampened = partial(average_grad, dampening=True)
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # Arguments
 
 
@@ -127,7 +127,7 @@ class _TorchFace(_Optimizer):
         super().add_param_group(param_group)
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # The optimizers
 
 
@@ -441,7 +441,7 @@ class Adadelta(_TorchFace):
         self._start(params, cbs, lr, flags, sqr_mom=rho, eps=eps, wd=weight_decay)
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # Everything else is torch's
 
 

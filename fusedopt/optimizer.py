@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.optim.optimizer as _torch_optimizer
 
 from . import checkpoint, names
 from .explain import Explanation, explain
@@ -15,6 +17,7 @@ from .names import HyperNames, HypersView
 from .runtime import backends
 from .runtime.engine import Engine, callback_name
 from .runtime.items import Item
+from .runtime.warm import Warm, record
 
 FLAGS = ("do_wd", "force_train")
 """State that describes a parameter (fastai sets it) rather than what the optimizer has learnt about it."""
@@ -28,12 +31,29 @@ class State(defaultdict):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(dict, *args)
+        self.version = 0
+        """Counts changes of which parameters have a dict, and which dict that is."""
 
     def __reduce__(self) -> tuple:
         return State, (dict(self),)
 
     def __bool__(self) -> bool:
         return any(key not in FLAGS for state in self.values() for key in state)
+
+
+def _counted(name: str) -> Callable:
+    method = getattr(defaultdict, name)
+
+    @functools.wraps(method)
+    def changed(self: State, *args: Any, **kwargs: Any) -> Any:
+        self.version += 1
+        return method(self, *args, **kwargs)
+
+    return changed
+
+
+for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+    setattr(State, _name, _counted(_name))
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -58,6 +78,7 @@ class Optimizer(torch.optim.Optimizer):
             backend.
     """
 
+    state: State
     state_names: ClassVar[Mapping[str, str]] = {}
     hyper_names: ClassVar[Mapping[str, names.Place]] = {}
 
@@ -119,6 +140,7 @@ class Optimizer(torch.optim.Optimizer):
         self._stored = dict(self.state_names)
         self._called = {stored: name for name, stored in self._stored.items()}
         self._engine: Engine | None = None
+        self._warm: Warm | None = None
 
     @property
     def engine(self) -> Engine:
@@ -153,30 +175,45 @@ class Optimizer(torch.optim.Optimizer):
             if p.is_complex():
                 self.param_groups.pop()
                 raise ValueError(
-                    f"parameter {i} of group {index} is complex; register torch.view_as_real(p) as the parameter instead"
+                    f"parameter {i} of group {index} is complex; use torch.view_as_real(p) as the parameter instead"
                 )
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient; returns what the closure returns, if there is one.
 
         If a callback raises, or a gradient is refused (sparse, of another shape or device), nothing has changed.
         """
+        # torch would wrap this method, to run hooks and to name it in profiles, at a cost on every step that exceeds
+        # the step's own. So its wrapper is used only when it has something to do. A subclass's own step torch wraps.
+        if type(self).step is Optimizer.step and (_observed(self) or torch.compiler.is_compiling()):
+            return _observed_step(self, closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        if self._warm is None or not self._warm.step(self):
+            self._warm = None
+            with torch.no_grad():
+                self._step_from_scratch()
         return loss
 
-    @torch.compiler.disable
-    def _step(self) -> None:
+    def _step_from_scratch(self) -> None:
         todo = self._items()
         self.engine.step(todo)
         for item in todo:
             live = self.state[item.home]
             if item.state is not live:
                 live.update((self._stored.get(k, k), v) for k, v in item.state.items())
+        self._warm = record(self, self.engine.launched, len(todo))
+
+    def callback_name_of(self, stored: str) -> str:
+        """The callback argument that a key of ``opt.state[p]`` is handed to."""
+        return self._called.get(stored, stored)
 
     def _items(self, pretend: bool = False) -> list[Item]:
         """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it)."""
@@ -189,7 +226,7 @@ class Optimizer(torch.optim.Optimizer):
                 grad = p if pretend else p.grad
                 if grad is not None:
                     _check_gradient(p, grad, g, i)
-                    todo.append(Item(p.detach() if pretend else p, grad, self._state_of(p), g, hyper))
+                    todo.append(Item(p.detach() if pretend else p, grad, self._state_of(p), (g, i), hyper))
         return todo
 
     def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
@@ -307,6 +344,21 @@ class Optimizer(torch.optim.Optimizer):
     def kernel_source(self) -> str:
         """The generated kernels' source, one after another (without the fixed skeleton around them)."""
         return explain(self).source
+
+
+def _observed(opt: Optimizer) -> bool:
+    """Whether somebody hooks into steps, or profiles them."""
+    hooks = (
+        opt._optimizer_step_pre_hooks,
+        opt._optimizer_step_post_hooks,
+        _torch_optimizer._global_optimizer_pre_hooks,
+        _torch_optimizer._global_optimizer_post_hooks,
+    )
+    return any(hooks) or torch.autograd.profiler._is_profiler_enabled
+
+
+# Opaque to dynamo: a kernel launch is nothing it could trace.
+_observed_step = torch.compiler.disable(torch.optim.Optimizer.profile_hook_step(Optimizer._step))
 
 
 def _callbacks(cbs: Any) -> list[Callable]:

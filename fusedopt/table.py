@@ -182,7 +182,7 @@ _FASTAI = (
         "fastai",
         named.ranger,
         "fastai.optimizer.ranger",
-        _variants((*_BOTH, "slow"), 28, dict(lr=0.01), dict(lr=0.01, k=4, alpha=0.3, beta=50.0), first=True),
+        _variants((*_BOTH, "slow"), 28, dict(lr=0.01), dict(lr=0.01, k=3, alpha=0.3, beta=50.0), first=True),
         changes_structure=True,
     ),
 )

@@ -17,8 +17,8 @@
 struct Launch {
   const int64_t* rows;
   const int64_t* chunks;
-  const double* slots;  // scalar sets x slots
   double* partials;     // chunks x reductions
+  const double* slots;  // scalar sets x slots
   int64_t row_words, n_slots, n_reductions;
 };
 

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+import fusedopt
 from fusedopt import callbacks
 
 with warnings.catch_warnings():
@@ -101,7 +102,7 @@ def test_mutated_state_is_noticed():
         assert_same(call(ours, ("grad_avg",), dict(mom=0.8 + 1e-9)), call(theirs, ("grad_avg",), {}))
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # Defaults (fastai sets `_defaults`, which nothing reads, on four of them)
 
 
@@ -113,6 +114,22 @@ def test_defaults_include_fastais(name):
     theirs = getattr(fastai_optimizer, name)
     meant = getattr(theirs, "defaults", None) or getattr(theirs, "_defaults", {})
     assert meant.items() <= getattr(getattr(callbacks, name), "defaults", {}).items()
+
+
+def test_defaults_make_a_bare_list_work():
+    """fastai raises TypeError here: no eps, and no mom from the partial."""
+    moments = [
+        partial(callbacks.average_grad, dampening=True),
+        callbacks.average_sqr_grad,
+        callbacks.step_stat,
+    ]
+    for step in (callbacks.adam_step, callbacks.radam_step, callbacks.qhadam_step, callbacks.lamb_step):
+        p = torch.ones(3).requires_grad_()
+        p.grad = torch.ones(3)
+        opt = fusedopt.Optimizer([p], [*moments, step], lr=0.1, backend="reference")
+        opt.step()
+        assert (p < 1).all()
+        assert opt.hypers[0]["mom"] == 0.9 and opt.hypers[0]["eps"] == step.defaults["eps"]
 
 
 STATE = {"p", "lr", "step", "grad_avg", "sqr_avg", "slow", "local_lr", "mom", "sqr_mom"}
@@ -127,7 +144,7 @@ def test_defaults_cover_what_the_caller_need_not_know(name):
     assert required - STATE <= set(getattr(func, "defaults", {}))
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # What lets them be traced and replayed
 
 
@@ -169,7 +186,7 @@ def test_radam_waits_then_adapts():
         assert plain == [True] * 5 + [False] * 3
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # debias at mom = 1
 
 
@@ -187,7 +204,7 @@ def test_debias_at_one_is_finite():
         fastai_optimizer.debias(1.0, 1.0, 7)
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # Rules without a fastai peer (their results over 100 steps are in test_named.py)
 
 

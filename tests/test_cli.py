@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fusedopt import __main__, doctor
 from fusedopt.compile import cache, toolchain
@@ -48,7 +49,7 @@ def test_doctor_where_all_is_well(capsys, root):
     assert list(found["backends"]) == ["cpp", "cuda", "triton", "reference"]
     for name in ("cpp", "reference"):
         assert found["backends"][name]["works"], found["backends"][name]
-    assert "3 steps of Adam equal the reference bit for bit" in found["backends"]["cpp"]["reason"]
+    assert "3 steps of Adam agree with the reference" in found["backends"]["cpp"]["reason"]
 
 
 @needs_compiler
@@ -67,16 +68,20 @@ def test_doctor_says_plainly_what_is_not_there(name):
         assert doctor.check_backend(name) == doctor.Status(False, "not in this version")
 
 
-def test_doctor_without_a_compiler(capsys, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [("CXX", "no-such-compiler", "cpp: correct or unset CXX"), ("PATH", "", "cpp: install g++")],
+)
+def test_doctor_without_a_compiler(capsys, monkeypatch, variable, value, remedy):
+    monkeypatch.setenv(variable, value)
     status, found = run_json(capsys)
     assert status == 1
     assert not found["works"]
-    assert "no-such-compiler: not found" in found["backends"]["cpp"]["reason"]
+    assert ": not found" in found["backends"]["cpp"]["reason"]
     assert found["backends"]["reference"]["works"]
-    assert any("install g++" in text for text in found["next"])
+    assert any(text.startswith(remedy) for text in found["next"])
     assert __main__.main(["doctor"]) == 1
-    assert "install g++" in capsys.readouterr().out
+    assert remedy in capsys.readouterr().out
 
 
 @needs_compiler
@@ -104,28 +109,46 @@ def test_a_broken_part_is_a_line_of_the_report(monkeypatch):
     monkeypatch.setitem(doctor.PROBES, "cpp", broken)
     status = doctor.check_backend("cpp")
     assert not status.works
-    assert status.reason == "ZeroDivisionError: oh"
+    assert re.fullmatch(r"ZeroDivisionError: oh \(test_cli\.py:\d+\)", status.reason)
 
 
-def fake_training(monkeypatch, value=0.0, used="cpp", eager=()):
-    import torch
+def wrong_by(monkeypatch, error=0.0, used="cpp", eager=()):
+    """The self-test of a backend whose results are off by `error`."""
+    ones = torch.ones(3)
 
-    def train(name, device):
-        if name == "reference":
-            return [torch.zeros(3)], "reference", []
-        return [torch.full((3,), value)], used, list(eager)
+    def train(name, device, dtype="float32"):
+        return ([ones + error], used, list(eager)) if name == "cpp" else ([ones], "reference", [])
 
     monkeypatch.setattr(doctor, "_train", train)
     return doctor.self_test("cpp")
 
 
 def test_the_self_test_can_fail(monkeypatch):
-    assert fake_training(monkeypatch).works
-    wrong = fake_training(monkeypatch, value=1e-7)
-    assert (wrong.works, "differ from the reference by 1e-07" in wrong.reason) == (False, True)
-    assert not fake_training(monkeypatch, value=float("nan")).works
-    assert "fell back to reference" in fake_training(monkeypatch, used="reference").reason
-    assert "did not fuse" in fake_training(monkeypatch, eager=["adam_step"]).reason
+    assert wrong_by(monkeypatch, 0.0).works
+    assert wrong_by(monkeypatch, 2.0**-22).works  # 2 ulp
+    wrong = wrong_by(monkeypatch, 2.0**-21)
+    assert (wrong.works, "differ from the reference by 4.8e-07" in wrong.reason) == (False, True)
+    assert not wrong_by(monkeypatch, float("nan")).works
+    assert "fell back to reference" in wrong_by(monkeypatch, used="reference").reason
+    assert "adam_step" in wrong_by(monkeypatch, eager=["adam_step"]).reason
+
+
+@needs_compiler
+def test_the_self_test_notices_a_wrong_kernel(monkeypatch):
+    """Weight decay dropped from one side only: 1e-4 of each parameter and step."""
+    from fusedopt import callbacks
+
+    train = doctor._train
+
+    def without_decay(name, device, dtype="float32"):
+        with monkeypatch.context() as patch:
+            if name == "cpp":
+                patch.setattr(callbacks, "weight_decay", callbacks.step_stat)
+            return train(name, device, dtype)
+
+    assert doctor.self_test("cpp").works
+    monkeypatch.setattr(doctor, "_train", without_decay)
+    assert "differ from the reference" in doctor.self_test("cpp").reason
 
 
 # ---------------------------------------------------------------- cache

@@ -10,7 +10,7 @@ import inspect
 import math
 import warnings
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ LAGGING, ZERO = 1, 4  # a parameter that misses some gradients, and one that sta
 
 CASES = [pytest.param(r, v, id=f"{r.face}-{r.name}-{v.id}") for r in table.TABLE for v in r.variants]
 FIRST_CASES = [pytest.param(r, r.variants[0], id=f"{r.face}-{r.name}") for r in table.TABLE]
+ROWS = [pytest.param(r, id=f"{r.face}-{r.name}") for r in table.TABLE]
 TORCH_ROWS = [pytest.param(r, id=r.name) for r in table.rows("torch")]
 
 
@@ -45,7 +46,7 @@ def reference(monkeypatch):
     monkeypatch.setenv("FUSEDOPT_BACKEND", "reference")
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # The comparison
 
 
@@ -58,7 +59,7 @@ def problem():
     return start, [[torch.randn(s, generator=gen) * 0.5 + 0.2 for s in SHAPES] for _ in range(STEPS)]
 
 
-def trajectory(make, dtype, lag=True, steps=STEPS):
+def trajectory(make, dtype, lag=True, steps=STEPS, before_step=None):
     """Run an optimizer over the problem. Returns it, its parameters, and their snapshots, in double."""
     start, grads = problem()
     params = [p.to(dtype, copy=True).requires_grad_() for p in start]
@@ -67,6 +68,8 @@ def trajectory(make, dtype, lag=True, steps=STEPS):
         for i, (p, g) in enumerate(zip(params, grads[t - 1], strict=True)):
             missing = lag and i == LAGGING and (t <= 5 or t % 7 == 0)
             p.grad = None if missing else g.to(dtype, copy=True)  # fastai's l2_reg writes to it
+        if before_step is not None:
+            before_step(opt, t)
         opt.step()
         if t in SNAPSHOTS:
             seen.append(torch.cat([p.detach().double().flatten() for p in params]))
@@ -100,14 +103,29 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
+def one_cycle(opt, t):
+    """A schedule of learning rate and momentum, as any of the optimizers can take it."""
+    lr, mom = 0.01 * (1 + math.sin(t / 10)), 0.9 - 0.1 * math.sin(t / 10)
+    if hasattr(opt, "set_hyper"):
+        opt.set_hyper("lr", lr)
+        opt.set_hyper("mom", mom)
+        return
+    for group in opt.param_groups:
+        group["lr"] = lr
+        if "betas" in group:
+            group["betas"] = (mom, group["betas"][1])
+        elif "momentum" in group:
+            group["momentum"] = mom
+
+
 @cache
-def peer_runs(face, name, index):
+def peer_runs(face, name, index, schedule=None):
     """The peer's snapshots in float64 and in float32."""
     row = table.row(face, name)
     make = make_peer(row, row.variants[index].kwargs)
     with default_dtype(torch.float64):
-        truth = trajectory(make, torch.float64, lags(row))[2]
-    return truth, trajectory(make, torch.float32, lags(row))[2]
+        truth = trajectory(make, torch.float64, lags(row), before_step=schedule)[2]
+    return truth, trajectory(make, torch.float32, lags(row), before_step=schedule)[2]
 
 
 def assert_competes(ours, truth, peer32, dtype):
@@ -119,8 +137,9 @@ def assert_competes(ours, truth, peer32, dtype):
     assert (error <= bound).all(), f"error {error.tolist()} above {bound.tolist()}"
 
 
-def check(row, variant, dtype, mutate=None):
+def check(row, variant, dtype, mutate=None, steps=STEPS):
     truth, peer32 = peer_runs(row.face, row.name, row.variants.index(variant))
+    seen = sum(t <= steps for t in SNAPSHOTS)
 
     def make(params):
         opt = row.factory(params, **variant.kwargs)
@@ -128,8 +147,8 @@ def check(row, variant, dtype, mutate=None):
             mutate(opt)
         return opt
 
-    opt, params, ours = trajectory(make, dtype, lags(row))
-    assert_competes(ours, truth, peer32, dtype)
+    opt, params, ours = trajectory(make, dtype, lags(row), steps)
+    assert_competes(ours, truth[:seen], peer32[:seen], dtype)
     return opt, params
 
 
@@ -153,8 +172,35 @@ def test_cpp_follows_the_peer_and_the_table(row, variant, monkeypatch):
     report = opt.explain()
     assert report.backend == "cpp" and not report.eager
     assert report.launches == row.launches
-    if lags(row):  # step 100 is an ordinary one for all but Lookahead's variants
-        assert report.bytes_per_element == variant.bytes
+    assert report.bytes_per_element == variant.bytes  # step 100 is an ordinary one for every k in the table
+
+
+def follow_schedule(row, schedule):
+    """Ours under `schedule` against the peer under `one_cycle`. Returns the kernel count after 20 steps and 100."""
+    truth, peer32 = peer_runs(row.face, row.name, 0, one_cycle)
+    counts = []
+
+    def before_step(opt, t):
+        schedule(opt, t)
+        if t == 20:  # every structure there is has been seen
+            counts.append(len(opt.explain().compiled))
+
+    make = partial(row.factory, **row.variants[0].kwargs)
+    opt, _, ours = trajectory(make, torch.float32, lags(row), before_step=before_step)
+    assert_competes(ours, truth, peer32, torch.float32)
+    return [*counts, len(opt.explain().compiled)]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_schedule_follows_the_peer_and_compiles_nothing(row, backend):
+    early, late = follow_schedule(row, one_cycle)
+    assert early == late and (late > 0) == (backend == "cpp")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_ignored_schedule_is_noticed(row, reference):
+    with pytest.raises(AssertionError, match=r"error .* above"):
+        follow_schedule(row, lambda opt, t: None)
 
 
 @pytest.mark.parametrize(("row", "variant"), FIRST_CASES)
@@ -163,7 +209,7 @@ def test_cpp_follows_its_peer_in_float64(row, variant, monkeypatch):
     check(row, variant, torch.float64)
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # Mutations: each comparison above must be able to fail
 
 
@@ -207,10 +253,10 @@ def mutations():
 )
 def test_mutation_is_noticed(row, variant, mutate, reference):
     with pytest.raises(AssertionError, match=r"error .* above"):
-        check(row, variant, torch.float32, mutate)
+        check(row, variant, torch.float32, mutate, steps=10)
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # Signatures, defaults, groups, state
 
 
@@ -259,6 +305,34 @@ def test_torch_flags_hold_per_group(row, reference):
     assert (a < 1).all() and (b > 1).all()
 
 
+@pytest.mark.parametrize(("row", "variant"), CASES)
+def test_gradients_stay_the_users(row, variant, reference):
+    p = one_param()
+    row.factory([p], **variant.kwargs).step()
+    assert torch.equal(p.grad, torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_parameters_flagged_do_wd_false_never_decay(decoupled, backend):
+    makers = [
+        lambda p: named.Adam([p], lr=0.1, wd=0.5, decouple_wd=decoupled),
+        lambda p: optim.Adam([p], lr=0.1, weight_decay=0.5, decoupled_weight_decay=decoupled),
+        lambda p: (named.SGD if decoupled else optim.SGD)(
+            [p], 0.1, 0.9, **{"wd" if decoupled else "weight_decay": 0.5}
+        ),
+    ]
+    for make in makers:
+        decayed, spared = one_param(10.0), one_param(10.0)
+        for p, flag in ((decayed, True), (spared, False)):
+            opt = make(p)
+            opt.state[p]["do_wd"] = flag
+            opt.step(), opt.step()
+        reference = make(bare := one_param(10.0))
+        reference.set_hyper("wd", 0.0)
+        reference.step(), reference.step()
+        assert torch.equal(spared, bare) and not torch.equal(decayed, spared)
+
+
 def test_table_is_complete():
     assert {r.name for r in table.rows("fastai")} == set(named.__all__)
     ours = {n for n in optim.__all__ if getattr(optim, n) is not getattr(torch.optim, n)}
@@ -269,7 +343,7 @@ def test_table_is_complete():
         table.row("torch", "Lamb")
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # torch.optim's face: what falls through, what is refused
 
 
@@ -318,11 +392,16 @@ def test_bad_numbers_get_torchs_error(name, kwargs):
     assert str(ours.value).startswith(message)
 
 
-@pytest.mark.parametrize("row", TORCH_ROWS)
-@pytest.mark.parametrize("mode", ["capturable", "differentiable"])
+MODES = [
+    pytest.param(r, m, id=f"{r.name}-{m}")
+    for r in table.rows("torch")
+    for m in ("capturable", "differentiable")
+    if m in inspect.signature(r.factory).parameters
+]
+
+
+@pytest.mark.parametrize(("row", "mode"), MODES)
 def test_modes_that_mean_nothing_here_are_refused(row, mode):
-    if mode not in inspect.signature(row.factory).parameters:
-        pytest.skip("torch has no such mode either")
     with pytest.raises(ValueError, match=rf"{row.name}\({mode}=True\).*use torch\.optim\.{row.name}\("):
         row.factory([one_param()], **{mode: True})
     with pytest.raises(ValueError, match=mode):
@@ -342,10 +421,22 @@ def test_fused_and_foreach_are_hints(row, reference):
 
 @pytest.mark.parametrize("row", TORCH_ROWS)
 def test_tensor_lr(row, backend):
-    a, b = one_param(), one_param()
-    row.factory([a], lr=torch.tensor(0.125)).step()
-    row.factory([b], lr=0.125).step()
-    assert torch.equal(a, b)
+    a, b, lr = one_param(), one_param(), torch.tensor(0.125)
+    ours, plain = row.factory([a], lr=lr), row.factory([b], lr=0.125)
+    for value in (0.125, 0.125, 0.5, 0.25):
+        lr.fill_(value)  # as torch's schedulers do
+        plain.param_groups[0]["lr"] = value
+        ours.step(), plain.step()
+        assert torch.equal(a, b)
+    assert ours.param_groups[0]["lr"] is lr
+
+
+def test_lr_of_fastais_learner_reaches_torchs_face():
+    for lr in (slice(1e-5, 1e-3), [1e-5, 1e-3]):
+        opt = optim.AdamW([[one_param()], [one_param()]], lr=lr)
+        assert [g["lr"] for g in opt.param_groups] == pytest.approx([1e-5, 1e-3])
+    with pytest.raises(ValueError, match=r"Invalid learning rate: -0\.1"):
+        optim.AdamW([[one_param()], [one_param()]], lr=[0.1, -0.1])
 
 
 def test_adagrad_says_why_it_cannot_share_memory():
@@ -361,7 +452,7 @@ def test_adamw_stays_decoupled_after_loading_adams_state(reference):
     assert opt.param_groups[0]["decoupled_weight_decay"] is True
 
 
-# --
+# ------------------------------------------------------------------------------------------------------------
 # fastai's face: momentum that is there or not, Lookahead, mom = 1
 
 
@@ -405,6 +496,15 @@ def test_lookahead_works_on_torchs_face(backend):
     for _ in range(3):
         opt.step(), plain.step()
     assert torch.allclose(a, 1 + 0.5 * (b - 1))
+
+
+def test_lookahead_can_start_later(backend):
+    p = one_param()
+    opt = named.SGD([p], lr=0.1)
+    opt.step()
+    named.Lookahead(opt, k=2, alpha=0.0)
+    opt.step(), opt.step()
+    assert torch.allclose(p, torch.tensor(1 - 0.1 * 0.5))  # alpha = 0: back to where it started looking ahead
 
 
 def test_lookahead_refuses_what_it_cannot_do():

@@ -45,6 +45,7 @@ def fresh(tmp_path, monkeypatch):
 def forget(monkeypatch):
     """What a new process would not know."""
     monkeypatch.setattr(toolchain, "_libraries", {})
+    monkeypatch.setattr(toolchain, "_failed", {})
     monkeypatch.setattr(toolchain, "_native_refused", set())
 
 
@@ -233,6 +234,18 @@ def test_a_compiler_that_fails_on_the_kernel(script, tmp_path):
     assert "line 30\n" in error.output  # but all of them on the error
     assert error.source_path.read_text() == ADD
     assert len(calls(tmp_path)) == 1
+
+
+def test_what_failed_is_not_tried_again_in_this_process(script, tmp_path, monkeypatch):
+    script("exit 3")
+    for _ in range(3):
+        with pytest.raises(CompileError, match="status 3"):
+            toolchain.compile_library("add", ADD)
+    assert len(calls(tmp_path)) == 1
+    forget(monkeypatch)
+    with pytest.raises(CompileError, match="status 3"):
+        toolchain.compile_library("add", ADD)
+    assert len(calls(tmp_path)) == 2
 
 
 def test_source_that_does_not_compile():

@@ -84,11 +84,15 @@ def compiler() -> Compiler:
 
     Raises CompilerNotFound, with what was tried. Looked for once per value of CXX and PATH.
     """
-    return _find_compiler(env.cxx(), os.environ.get("PATH", ""))
+    found = _find_compiler(env.cxx(), os.environ.get("PATH", ""))
+    if isinstance(found, str):
+        raise CompilerNotFound(found)
+    return found
 
 
 @functools.lru_cache
-def _find_compiler(cxx: str | None, search_path: str) -> Compiler:
+def _find_compiler(cxx: str | None, search_path: str) -> Compiler | str:
+    """The compiler, or the message that says there is none: that too is found out only once."""
     tried = []
     for candidate in (cxx,) if cxx else CANDIDATES:
         found = _try_compiler(candidate, search_path)
@@ -97,7 +101,7 @@ def _find_compiler(cxx: str | None, search_path: str) -> Compiler:
         tried.append(f"{candidate}: {found}")
     where = "the environment variable CXX names no working compiler" if cxx else "no C++ compiler works here"
     remedy = "correct or unset CXX" if cxx else "install g++ (Debian, Ubuntu: `apt install g++`) or set CXX"
-    raise CompilerNotFound(f"{where} ({'; '.join(tried)}). Remedy: {remedy}, {FALLBACK}.")
+    return f"{where} ({'; '.join(tried)}). Remedy: {remedy}, {FALLBACK}."
 
 
 def _try_compiler(line: str, search_path: str) -> Compiler | str:
@@ -114,7 +118,7 @@ def _try_compiler(line: str, search_path: str) -> Compiler | str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     if done.returncode:
-        return f"`--version` ended with status {done.returncode}: {done.stdout.strip()[-200:]}"
+        return f"`--version` ended with status {done.returncode}: {' '.join(done.stdout.split())[:200]}"
     return Compiler(command, path, done.stdout.strip() or "version unknown")
 
 
@@ -181,6 +185,7 @@ class Library:
 
 
 _libraries: dict[str, Library] = {}
+_failed: dict[str, CompileError] = {}  # by key, or an optimizer that fell back would compile again every step
 _native_refused: set[str] = set()  # paths of compilers that know no -march=native, as some for ARM
 
 
@@ -193,15 +198,22 @@ def compile_library(
     key_parts : more that the binary depends on, such as the renderer's version
     include : folder for `#include`; the headers found there are part of the key
 
-    Raises CompilerNotFound, CompileError or cache.CacheError, all of them cache.BuildError.
+    Raises CompilerNotFound, CompileError or cache.CacheError, all of them cache.BuildError. What failed once in
+    this process fails again at once.
     """
     tool = compiler()
     key = library_key(source, tool, key_parts, include)
+    if key in _failed:
+        raise _failed[key].with_traceback(None)
     library = _libraries.get(key)
     if library is None:
         env.debug(2, f"// kernel {name}\n{source}")
-        # Two threads may both get here; the cache makes one of them wait, and the first library stays.
-        library = _libraries.setdefault(key, _load(name, key, source, tool, include))
+        try:
+            # Two threads may both get here; the cache makes one of them wait, and the first library stays.
+            library = _libraries.setdefault(key, _load(name, key, source, tool, include))
+        except CompileError as error:
+            _failed[key] = error
+            raise
         env.debug(3, f"{library!r} {library.entry.reason}\n{library.entry.log}".rstrip())
     return library
 

@@ -36,6 +36,15 @@ class Kernel:
         return stages(self.program)
 
 
+class Launch(Protocol):
+    """A kernel's tables, ready to run any number of times."""
+
+    rows: np.ndarray
+
+    def run(self, slots: np.ndarray) -> None:
+        """Run all stages with these scalars: float64, scalar sets × slots."""
+
+
 class Backend(Protocol):
     """What the runtime asks of a backend."""
 
@@ -45,18 +54,17 @@ class Backend(Protocol):
     def compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
         """The kernel of a program, from the cache or the compiler. Raises BuildError."""
 
-    def launch(
+    def prepare(
         self,
         kernel: Kernel,
         columns: dict[str, list[torch.Tensor]],
         sizes: Sequence[int],
         sets: Sequence[int],
-        slots: np.ndarray,
-    ) -> None:
-        """Run all stages over rows of tensors.
+    ) -> Launch:
+        """Tables for launching the kernel over rows of tensors.
 
-        columns: for each buffer of the program one tensor per row; sizes: elements per row; sets: the scalar set of
-        each row; slots: float64, scalar sets × slots.
+        columns: for each buffer of the program one tensor per row; sizes: elements per row; sets: each row's scalar
+        set.
         """
 
 

@@ -43,29 +43,47 @@ class Cpp:
             handle,
         )
 
-    def launch(
+    def prepare(
         self,
         kernel: Kernel,
         columns: dict[str, list[torch.Tensor]],
         sizes: Sequence[int],
         sets: Sequence[int],
-        slots: np.ndarray,
+    ) -> Launch:
+        return Launch(kernel, columns, tuple(sizes), sets)
+
+
+class Launch:
+    """A kernel's tables, ready to run: a row per tensor, the chunk list, space for part results."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        columns: dict[str, list[torch.Tensor]],
+        sizes: tuple[int, ...],
+        sets: Sequence[int],
     ) -> None:
-        sizes = tuple(sizes)
-        layout = plan.layout(sizes)
-        if not len(layout):
-            return
         buffers = kernel.program.buffers
+        self.sizes, self.layout = sizes, plan.layout(sizes)
+        self.stages, self.scalars = cast(Handle, kernel.handle)
         width, n_reductions = HEAD + len(buffers), sum(len(s.reductions) for s in kernel.stages)
-        rows = np.empty((len(sizes), width), np.int64)
-        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, layout.first, layout.count
+        self.rows = rows = np.empty((len(sizes), width), np.int64)
+        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, self.layout.first, self.layout.count
         for k, (name, _) in enumerate(buffers):
             leaf.write_pointers(columns[name], rows.ctypes.data, len(sizes), width, HEAD + k)
-        partials = np.empty((len(layout), n_reductions))
-        tables = [t.ctypes.data for t in (rows, layout.chunks, slots, partials)]
-        head = np.array([*tables, width, kernel.program.slots, n_reductions], np.int64)
-        stages, scalars = cast(Handle, kernel.handle)
-        bounds = list(plan.splits(sizes, leaf.thread_count()))
-        leaf.run_cpu(stages, head.ctypes.data, [bounds] * len(stages))
-        if scalars:
-            leaf.run_cpu([scalars], head.ctypes.data, [[0, len(sizes)]])
+        self.partials = np.empty((len(self.layout), n_reductions))
+        tables = [t.ctypes.data for t in (rows, self.layout.chunks, self.partials)]
+        self.head = np.array([*tables, 0, width, kernel.program.slots, n_reductions], np.int64)
+        self.threads = 0
+
+    def run(self, slots: np.ndarray) -> None:
+        """Run all stages with these scalars: float64, scalar sets × slots."""
+        if not len(self.layout):
+            return
+        if self.threads != leaf.thread_count():
+            self.threads = leaf.thread_count()
+            self.splits = [list(plan.splits(self.sizes, self.threads))] * len(self.stages)
+        self.head[3] = slots.ctypes.data
+        leaf.run_cpu(self.stages, self.head.ctypes.data, self.splits)
+        if self.scalars:
+            leaf.run_cpu([self.scalars], self.head.ctypes.data, [[0, len(self.sizes)]])

@@ -18,10 +18,13 @@ import torch
 
 from .. import env, reference
 from ..ir.program import Buffer
+from ..trace.number import Scalar
+from ..trace.purity import is_pure
+from ..trace.replay import Replay
 from ..trace.tensor import Untraceable
 from ..trace.tracer import Foreign, NeedsAttribute, Signature, Trace, trace
 from . import backends, items, leaf
-from .backends import Backend, Kernel
+from .backends import Backend, Kernel, Launch
 from .items import Item
 
 
@@ -33,20 +36,50 @@ class Eager(NamedTuple):
 
 
 @dataclass
-class Plan:
-    """A bucket that fuses: launched when the whole step is known to work."""
+class Known:
+    """A compiled trace, kept for later steps; ``replay`` is None if its callbacks have to be run every time."""
 
-    items: list[Item]
     trace: Trace
     backend: Backend
     kernel: Kernel
+    replay: Replay | None
+
+
+@dataclass
+class Plan:
+    """A bucket that fuses, with this step's scalars: launched when the whole step is known to work."""
+
+    items: list[Item]
+    known: Known
+    slots: Sequence[Scalar]
+    numbers: dict[str, Any]
+
+    @property
+    def trace(self) -> Trace:
+        return self.known.trace
+
+    @property
+    def kernel(self) -> Kernel:
+        return self.known.kernel
+
+
+@dataclass
+class Launched:
+    """Plans that shared a launch, one scalar set each."""
+
+    plans: list[Plan]
+    launch: Launch
+
+    @property
+    def tensors(self) -> int:
+        return sum(len(plan.items) for plan in self.plans)
 
 
 class Engine:
     """Steps parameters by a callback list. It holds no tensors: state lives with the optimizer.
 
     ``kernels`` are those compiled so far, ``eager`` the verdicts on callbacks with no fused form, ``launched`` what the
-    last step launched: kernels with their number of tensors.
+    last step launched.
     """
 
     def __init__(
@@ -65,8 +98,9 @@ class Engine:
         self.attributes: tuple[str, ...] = ()
         self.kernels: list[Kernel] = []
         self.eager: dict[tuple[int, Any], Eager] = {}
-        self.launched: list[tuple[Kernel, int]] = []
-        self._traces: dict[Any, Trace] = {}
+        self.launched: list[Launched] = []
+        self._known: dict[tuple, list[Known]] = {}
+        self._traces: dict[tuple[int, int], Trace] = {}
         self._said: set[Eager] = set()
 
     def step(self, todo: list[Item]) -> None:
@@ -74,17 +108,23 @@ class Engine:
 
         If a callback or the compiler raises, nothing has changed.
         """
-        plans, unfused = self.prepare(todo)
-        self.launched = []
-        copies = [(item, items.work_copy(item)) for item in unfused]
-        self._advance([work for _, work in copies], 0)
+        verdicts = dict(self.eager)
+        try:
+            plans, unfused = self.prepare(todo)
+            copies = [(item, items.work_copy(item)) for item in unfused]
+            self.launched = []
+            self._advance([work for _, work in copies], 0)
+            self._say()
+        except BaseException:
+            self.eager = verdicts  # a callback that raised may fuse once it no longer does
+            raise
         self._launch(plans)
         for item, work in copies:
             items.store(item, work, self.state_dtype)
 
     def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
         """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
-        plans, unfused = self.prepare(todo)
+        plans, _ = self.prepare(todo)
         counts: dict[str, tuple[Kernel, int]] = {}
         for plan in plans:
             before = counts.get(plan.kernel.label, (plan.kernel, 0))[1]
@@ -113,59 +153,70 @@ class Engine:
         """Items of one group with one signature, together."""
         buckets: dict[tuple[int, Signature], list[Item]] = {}
         for item in todo:
-            buckets.setdefault((item.group, item.signature(self.attributes, work)), []).append(item)
+            buckets.setdefault((item.where[0], item.signature(self.attributes, work)), []).append(item)
         return [(bucket, signature) for (_, signature), bucket in buckets.items()]
 
     # -- fusing --
     def _fuse(self, bucket: list[Item], signature: Signature, first: int, stop: int) -> Plan | int:
-        """The plan of callbacks ``first`` up to ``stop``, or the number of the first one that has to run eagerly."""
+        """The plan of callbacks ``first`` up to ``stop``, or the number of the first one that has to run eagerly.
+
+        The scalar program of an earlier trace is replayed where that is sound, else the callbacks are traced.
+        """
         structure = _structure(signature)
-        known = [i for i in range(first, stop) if (i, structure) in self.eager]
-        if known:
-            return known[0]
-        work = signature.asked is not None
+        eager = [i for i in range(first, stop) if (i, structure) in self.eager]
+        if eager:
+            return eager[0]
+        hyper = bucket[0].hyper
+        known = self._known.setdefault((first, stop, structure, signature.asked, _static(hyper)), [])
+        for candidate in known:
+            again = candidate.replay and candidate.replay(hyper, dict(signature.state))
+            if again:
+                self._traces[bucket[0].where] = candidate.trace
+                return Plan(bucket, candidate, *again)
         try:
             traced = trace(
                 self.callbacks[first:stop],
                 signature,
-                bucket[0].hyper,
+                hyper,
                 first=first,
                 state_dtype=self.state_dtype,
-                work=work,
+                work=signature.asked is not None,
             )
         except (Untraceable, Exception) as error:
             i = getattr(error, "callback", first)
             reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
             self.eager[i, structure] = Eager(callback_name(self.callbacks[i]), reason)
             return i
-        return self._compile(bucket, traced) or first
+        compiled = self._compile(bucket[0], traced)
+        if compiled is None:
+            return first
+        pure = all(map(is_pure, self.callbacks[first:stop]))
+        entry = Known(traced, *compiled, Replay(traced) if pure else None)
+        known[:] = [*(known[-3:] if pure else ()), entry]
+        return Plan(bucket, entry, traced.slot_values(), traced.new_numbers())
 
-    def _compile(self, bucket: list[Item], traced: Trace) -> Plan | None:
-        """The plan, or None where no backend can compile and the reference has to step in."""
+    def _compile(self, item: Item, traced: Trace) -> tuple[Backend, Kernel] | None:
+        """Backend and kernel, or None where no backend can compile and the reference has to step in."""
         names = [traced.scalars.expression(i) for i in traced.slots]
         device = traced.signature.device
         compiled = backends.compile_program(self.backend, device, traced.program, self.title, names)
         if compiled is None:
             return None
         backend, kernel = compiled
-        key = id(bucket[0].home)
         known = next((k for k in self.kernels if k.program == kernel.program), None)
         if known is None:
             label = f"{kernel.name} #{len(self.kernels) + 1}"
-            known = replace(kernel, why=self._why(self._traces.get(key), traced), label=label)
+            known = replace(kernel, why=self._why(self._traces.get(item.where), traced), label=label)
             self.kernels.append(known)
             env.debug(1, f"# {known.label}: {known.why}\n{traced.program}")
-        self._traces[key] = traced
-        return Plan(bucket, traced, backend, known)
+        self._traces[item.where] = traced
+        return backend, known
 
     def _why(self, old: Trace | None, new: Trace) -> str:
         """What made another kernel necessary, against the last trace of the same parameter."""
         if old is None:
-            return (
-                "first step"
-                if not self.kernels
-                else f"first step of parameters with {describe(new.signature)}"
-            )
+            others = f" of parameters with {describe(new.signature)}" if self.kernels else ""
+            return f"first step{others}"
         return "; ".join(differences(old, new)) or "the callbacks did something else than before"
 
     # -- launching --
@@ -176,15 +227,10 @@ class Engine:
             for item in plan.items:
                 item.lay_out()
                 items.allocate(item, plan.trace.created)
-        for group in together.values():
-            launch(group)
-        self.launched += [
-            (group[0].kernel, sum(len(plan.items) for plan in group)) for group in together.values()
-        ]
+        self.launched += [Launched(group, launch(group)) for group in together.values()]
         for plan in plans:
-            numbers = plan.trace.new_numbers()
             for item in plan.items:
-                item.state.update(numbers)
+                item.state.update(plan.numbers)
                 if item.param is not item.home:
                     item.home.copy_(item.param)
 
@@ -205,7 +251,6 @@ class Engine:
                 self._advance(bucket, first)
                 continue
             if stop < len(self.callbacks):
-                self._say(stop, signature)
                 self._run_eagerly(self.callbacks[stop], bucket)
                 self._advance(bucket, stop + 1)
 
@@ -227,15 +272,15 @@ class Engine:
         for item in work:
             reference.run_callback(callback, item.param, item.state, item.hyper)
 
-    def _say(self, i: int, signature: Signature) -> None:
-        eager = self.eager.get((i, _structure(signature)))
-        if eager is not None and eager not in self._said:
-            self._said.add(eager)
-            text = f"fusedopt: the callback {eager.callback} runs eagerly, parameter by parameter: {eager.reason}"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+    def _say(self) -> None:
+        for eager in dict.fromkeys(self.eager.values()):
+            if eager not in self._said:
+                self._said.add(eager)
+                text = f"fusedopt: the callback {eager.callback} runs eagerly, parameter by parameter: {eager.reason}"
+                warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def launch(plans: list[Plan]) -> None:
+def launch(plans: list[Plan]) -> Launch:
     """Launch plans that share a program, each with its own scalars."""
     kernel, rows = plans[0].kernel, [item for plan in plans for item in plan.items]
     columns: dict[str, list[torch.Tensor]] = {}
@@ -245,10 +290,11 @@ def launch(plans: list[Plan]) -> None:
         else:
             columns[name] = [item.state[name.removeprefix("state.")] for item in rows]
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
-    slots = np.array([plan.trace.slot_values() for plan in plans], dtype=np.float64)
-    plans[0].backend.launch(kernel, columns, [item.param.numel() for item in rows], sets, slots)
+    prepared = plans[0].known.backend.prepare(kernel, columns, [item.param.numel() for item in rows], sets)
+    prepared.run(np.array([plan.slots for plan in plans], dtype=np.float64))
     for name, _ in kernel.program.stores:
         leaf.bump_versions(columns[name])
+    return prepared
 
 
 def callback_name(callback: Callable[..., Any]) -> str:
@@ -262,6 +308,17 @@ def _structure(signature: Signature) -> tuple:
     """The signature without its numbers, and without whether it is a work copy."""
     state = tuple((k, "number" if type(v) in (int, float) else v) for k, v in signature.state)
     return signature.device, signature.param, signature.grad, state, signature.attributes
+
+
+def _static(hyper: dict[str, Any]) -> tuple:
+    """The hyperparameters without their numbers: names, flags, and how many numbers a tuple has."""
+    return tuple((k, _shape_of(v)) for k, v in hyper.items())
+
+
+def _shape_of(value: Any) -> Any:
+    if type(value) in (int, float):
+        return "number"
+    return tuple(map(_shape_of, value)) if isinstance(value, (tuple, list)) else value
 
 
 def describe(signature: Signature) -> str:

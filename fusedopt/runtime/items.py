@@ -18,16 +18,22 @@ class Item:
     """One parameter in this step. ``param`` and ``grad`` are what kernels see, ``home`` is the user's tensor.
 
     ``param`` is another tensor than ``home`` for a parameter that is not dense in memory (a slice of a larger one),
-    and on work copies. ``group`` is the index of its param group, ``hyper`` that group's hyperparameters.
+    and on work copies. ``where`` is the index of its param group and its own in there, ``hyper`` the group's
+    hyperparameters, ``state`` its state by the names callbacks use.
     """
 
-    __slots__ = ("grad", "group", "home", "hyper", "param", "state")
+    __slots__ = ("grad", "home", "hyper", "param", "state", "where")
 
     def __init__(
-        self, home: torch.Tensor, grad: torch.Tensor, state: State, group: int, hyper: dict[str, Any]
+        self,
+        home: torch.Tensor,
+        grad: torch.Tensor,
+        state: State,
+        where: tuple[int, int],
+        hyper: dict[str, Any],
     ) -> None:
         self.home = self.param = home
-        self.grad, self.state, self.group, self.hyper = grad, state, group, hyper
+        self.grad, self.state, self.where, self.hyper = grad, state, where, hyper
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """State tensors with the parameter's shape."""
@@ -110,7 +116,7 @@ def work_copy(item: Item) -> Item:
         return reference.upcast(t, compute)
 
     state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in item.state.items()}
-    work = Item(copy(item.param), copy(item.grad), state, item.group, item.hyper)
+    work = Item(copy(item.param), copy(item.grad), state, item.where, item.hyper)
     work.param.grad = work.grad
     return work
 

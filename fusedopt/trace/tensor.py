@@ -38,7 +38,7 @@ def where_now() -> str:
 
 
 class SymTensor:
-    """A tensor that builds graph values. ``node`` is its current value; ``asked`` the dtype eager torch would give it."""
+    """A tensor that builds graph values. ``node`` is its value now; ``asked`` the dtype eager torch would give it."""
 
     def __init__(self, run: Run, node: int, asked: torch.dtype | None) -> None:
         self.__dict__.update(run=run, node=node, asked=asked)
@@ -123,7 +123,7 @@ class SymTensor:
 
 
 def _rebind(box: SymTensor, value: Any) -> SymTensor:
-    """``box.copy_(value)``: the location gets the value; its kind stays (an S value is broadcast into an F location)."""
+    """``box.copy_(value)``: the location gets the value; its kind stays (an S value is expanded into an F location)."""
     new = lift(box.run, value)
     if box.kind == "S" and new.kind == "F":
         raise Untraceable("an in-place result does not fit the 0-d tensor it is written to")

@@ -1,0 +1,235 @@
+"""The warm step: a step like the last one, without Python work per tensor.
+
+After a step that was one fused program per bucket, everything that decided it is recorded. If the next step finds all
+of it unchanged (checked in C++), only what may change on every step is done: the scalar programs are replayed on this
+step's hyperparameters and counters, for all scalar sets at once, and the same tables are launched again. In any doubt
+the step is done the long way, which is always right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..names import NOT_NEGATIVE
+from ..trace.replay import Replay
+from . import leaf
+from .cpu import HEAD
+from .engine import Launched, Plan
+
+if TYPE_CHECKING:
+    from ..optimizer import Optimizer
+
+FEW = 4
+"""Up to this many scalar sets Python floats are faster than numpy arrays."""
+SAME, TENSOR, NUMBER = range(3)
+
+
+@dataclass
+class Batch:
+    """Scalar sets of one launch that share a replay.
+
+    ``sets`` are their numbers among all sets, ``rows`` their rows in ``slots``; ``leaves`` says for each input of the
+    replay where it is found: a column of cells, or the key of scalar state.
+    """
+
+    replay: Replay
+    sets: list[int]
+    rows: slice
+    slots: np.ndarray
+    leaves: list[np.ndarray | str]
+
+    def evaluate(self, cells: np.ndarray, numbers: dict[str, list]) -> dict[str, Sequence] | None:
+        """Fill the slots; returns the new scalar state by key, or None if a guard no longer holds."""
+        one_by_one = len(self.sets) <= FEW
+        evaluate = self._one_by_one if one_by_one else self._all_at_once
+        try:
+            with np.errstate(all="raise"):
+                return evaluate(cells, numbers)
+        except ArithmeticError:
+            return None
+
+    def _one_by_one(self, cells: np.ndarray, numbers: dict[str, list]) -> dict[str, Sequence] | None:
+        out: list[tuple] = []
+        for k, s in enumerate(self.sets):
+            inputs = [
+                numbers[leaf][s] if isinstance(leaf, str) else cells.item(leaf[k]) for leaf in self.leaves
+            ]
+            slots, new, guards = self.replay.function(*inputs)
+            if not all(guards):
+                return None
+            self.slots[self.rows.start + k] = slots
+            out.append(new)
+        return {key: [new[i] for new in out] for i, key in enumerate(self.replay.number_keys)}
+
+    def _all_at_once(self, cells: np.ndarray, numbers: dict[str, list]) -> dict[str, Sequence] | None:
+        n = len(self.sets)
+        inputs = [
+            np.array([numbers[leaf][s] for s in self.sets]) if isinstance(leaf, str) else cells[leaf]
+            for leaf in self.leaves
+        ]
+        slots, new, guards = self.replay.function(*inputs)
+        if not all(np.all(g) for g in guards):
+            return None
+        for i, value in enumerate(slots):
+            self.slots[self.rows, i] = value
+        return {k: np.broadcast_to(v, n).tolist() for k, v in zip(self.replay.number_keys, new, strict=True)}
+
+
+class Warm:
+    """A recorded step of one optimizer. ``step`` repeats it and returns True, or returns False having done nothing."""
+
+    def __init__(self, opt: Optimizer, launched: list[Launched]) -> None:
+        self.state, self.version, self.engine = opt.state, opt.state.version, opt.engine
+        self.launches = [
+            (entry.launch, np.array([p.slots for p in entry.plans], dtype=np.float64)) for entry in launched
+        ]
+        plans = [plan for entry in launched for plan in entry.plans]
+        self.keys = sorted({key for plan in plans for key in plan.known.replay.number_keys})  # type: ignore[union-attr]
+        self.numbers = {key: [plan.numbers.get(key) for plan in plans] for key in self.keys}
+        hypers, place, size = _hyper_cells(opt)
+        self.cells = np.zeros(size)
+        self.batches = _batches(launched, [slots for _, slots in self.launches], place)
+        rows = [
+            row for entry, first in _with_first_set(launched) for row in _rows(opt, entry, first, self.keys)
+        ]
+        stepped = {id(item.home) for plan in plans for item in plan.items}
+        absent = [p for group in opt.param_groups for p in group["params"] if id(p) not in stepped]
+        self.recording = leaf.native.Recording(list(opt.param_groups), absent, rows, hypers)  # type: ignore[union-attr]
+
+    def step(self, opt: Optimizer) -> bool:
+        """Repeat the recorded step if it is still the right one."""
+        if opt.state is not self.state or self.state.version != self.version or opt.engine is not self.engine:
+            return False
+        if not self.recording.check(opt.param_groups, self.cells.ctypes.data):
+            return False
+        new = {key: list(values) for key, values in self.numbers.items()}
+        for batch in self.batches:
+            found = batch.evaluate(self.cells, self.numbers)
+            if found is None:
+                return False
+            for key, values in found.items():
+                for s, value in zip(batch.sets, values, strict=True):
+                    new[key][s] = value
+        for launch, slots in self.launches:
+            launch.run(slots)
+        self.numbers = new
+        self.recording.commit([new[key] for key in self.keys])
+        return True
+
+
+def record(opt: Optimizer, launched: list[Launched], stepped: int) -> Warm | None:
+    """The recording of a step just done, or None if its like cannot be repeated without looking at every tensor.
+
+    ``stepped`` is the number of parameters in the step: all must have been in ``launched``.
+    """
+    plans = [plan for entry in launched for plan in entry.plans]
+    ready = (
+        leaf.native is not None
+        and sum(len(p.items) for p in plans) == stepped
+        and all(map(_repeatable, plans))
+    )
+    return Warm(opt, launched) if ready and plans else None
+
+
+def _repeatable(plan: Plan) -> bool:
+    """Whether its kernel took the user's own tensors, its scalars can be replayed, and no state was new."""
+    own = all(item.param is item.home and item.grad is item.home.grad for item in plan.items)
+    old = {k for k, _ in plan.trace.signature.state}
+    return own and plan.known.replay is not None and plan.numbers.keys() <= old and not plan.trace.created
+
+
+def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]], int]:
+    """For each group what to check and read; for each group the cell of each number, by callback name; cells in all."""
+    size, checks, places = 0, [], []
+    for group in opt.param_groups:
+        found: list[tuple] = []
+        place: dict[Any, int] = {}
+        for key, value in group.items():
+            if key in ("params", "param_names"):
+                continue
+            parts = list(enumerate(value)) if isinstance(value, tuple) else [(-1, value)]
+            for i, part in parts:
+                name = (
+                    opt.hyper_map.name.get((key, i), (key, i)) if i >= 0 else opt.hyper_map.name.get(key, key)
+                )
+                if type(part) in (int, float):
+                    place[name] = size
+                    found.append((key, i, size, name not in NOT_NEGATIVE, part))
+                    size += 1
+                else:
+                    found.append((key, i, -1, True, part))
+        checks.append(found)
+        places.append(place)
+    return checks, places, max(size, 1)
+
+
+def _batches(launched: list[Launched], slots: list[np.ndarray], place: list[dict[Any, int]]) -> list[Batch]:
+    out = []
+    for (entry, first), table in zip(_with_first_set(launched), slots, strict=True):
+        start = 0
+        while start < len(entry.plans):
+            replay = entry.plans[start].known.replay
+            stop = start + 1
+            while stop < len(entry.plans) and entry.plans[stop].known.replay is replay:
+                stop += 1
+            assert replay is not None
+            groups = [plan.items[0].where[0] for plan in entry.plans[start:stop]]
+            leaves: list[np.ndarray | str] = []
+            for kind, name, *path in replay.leaves:
+                key = (name, *path) if path else name
+                leaves.append(name if kind == "state" else np.array([place[g][key] for g in groups]))
+            sets = list(range(first + start, first + stop))
+            out.append(Batch(replay, sets, slice(start, stop), table, leaves))
+            start = stop
+    return out
+
+
+def _with_first_set(launched: list[Launched]) -> list[tuple[Launched, int]]:
+    """Each launch with the number of its first scalar set."""
+    out, first = [], 0
+    for entry in launched:
+        out.append((entry, first))
+        first += len(entry.plans)
+    return out
+
+
+def _rows(opt: Optimizer, entry: Launched, first: int, keys: list[str]) -> list[tuple]:
+    """What to check for each row of a launch: see csrc/recording.h."""
+    program = entry.plans[0].kernel.program
+    column = {name: HEAD + k for k, (name, _) in enumerate(program.buffers)}
+    written = {name for name, _ in program.stores}
+    address = entry.launch.rows.ctypes.data
+    out: list[tuple] = []
+    for s, plan in enumerate(entry.plans, start=first):
+        number_keys = plan.known.replay.number_keys  # type: ignore[union-attr]
+        for item in plan.items:
+            entries: list[tuple] = []
+            live = opt.state[item.home]
+            for stored, value in live.items():
+                key = opt.callback_name_of(stored)
+                buffer = f"state.{key}"
+                if buffer in column:
+                    entries.append((stored, value, TENSOR, column[buffer], buffer in written))
+                elif key in number_keys:
+                    entries.append((stored, value, NUMBER, keys.index(key), False))
+                else:
+                    entries.append((stored, value, SAME, -1, False))
+            row = address + 8 * entry.launch.rows.shape[1] * len(out)
+            p = item.home
+            out.append(
+                (
+                    p,
+                    live,
+                    row,
+                    column.get("param", -1),
+                    column.get("grad", -1),
+                    "param" in written,
+                    s,
+                    entries,
+                )
+            )
+    return out

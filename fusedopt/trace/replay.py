@@ -1,0 +1,80 @@
+"""Replay: a trace's scalar program as a function, run on later steps in place of the callbacks.
+
+The function takes the leaves (hyperparameters and scalar state) and returns slots, new scalar state, and whether each
+guard still holds. It works on floats, and on numpy arrays: one entry per scalar set, all sets at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .number import ARITHMETIC, Number, Scalar, ScalarProgram
+from .tracer import Trace
+
+
+class Replay:
+    """``leaves`` are the inputs, as ``("hyper", name, ...)`` and ``("state", key, ...)`` entries, in order."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        scalars = trace.scalars
+        self.leaves = [e for e in scalars.entries if e[0] in ("hyper", "state")]
+        self.number_keys = [k for k, v in trace.numbers.items() if isinstance(v, Number)]
+        self.source = _source(scalars, trace.slots, [trace.numbers[k].index for k in self.number_keys])
+        namespace: dict[str, Any] = dict(ARITHMETIC) | {"values": scalars.values}
+        exec(compile(self.source, "<scalar program>", "exec"), namespace)
+        self.function = namespace["replay"]
+
+    def inputs(self, hyper: dict[str, Any], state: dict[str, Any]) -> list[Scalar]:
+        """The leaves' values for one scalar set."""
+        out = []
+        for kind, name, *path in self.leaves:
+            value = (hyper if kind == "hyper" else state)[name]
+            for i in path:
+                value = value[i]
+            out.append(value)
+        return out
+
+    def __call__(
+        self, hyper: dict[str, Any], state: dict[str, Any]
+    ) -> tuple[Sequence[Scalar], dict[str, Any]] | None:
+        """Slots and new scalar state, or None if the callbacks have to be run: a guard fails, or arithmetic does."""
+        try:
+            inputs = self.inputs(hyper, state)
+            if any(type(v) not in (int, float) for v in inputs):
+                return None
+            slots, numbers, guards = self.function(*inputs)
+        except (ArithmeticError, KeyError, IndexError, TypeError, ValueError):
+            return None
+        if not all(guards):
+            return None
+        flags = {k: v for k, v in self.trace.numbers.items() if not isinstance(v, Number)}
+        return slots, flags | dict(zip(self.number_keys, numbers, strict=True))
+
+
+def _source(scalars: ScalarProgram, slots: Sequence[int], numbers: Sequence[int]) -> str:
+    """The scalar program as Python; entries that nothing needs are left out."""
+    needed: set[int] = set()
+    todo = [*slots, *numbers, *(g.index for g in scalars.guards)]
+    while todo:
+        i = todo.pop()
+        if i not in needed:
+            needed.add(i)
+            op, *operands = scalars.entries[i]
+            todo += operands if op in ARITHMETIC else []
+    leaves = [i for i, e in enumerate(scalars.entries) if e[0] in ("hyper", "state")]
+    lines = [f"def replay({', '.join(f't{i}' for i in leaves)}):"]
+    for i in sorted(needed):
+        op, *operands = scalars.entries[i]
+        if op in ARITHMETIC:
+            lines.append(f"    t{i} = {op}({', '.join(f't{k}' for k in operands)})")
+        elif op not in ("hyper", "state"):
+            lines.append(f"    t{i} = values[{i}]")
+    guards = [f"t{g.index} == {g.value!r}" for g in scalars.guards]
+    parts = [
+        "".join(f"{t}, " for t in part)
+        for part in ([f"t{i}" for i in slots], [f"t{i}" for i in numbers], guards)
+    ]
+    lines.append(f"    return ({parts[0]}), ({parts[1]}), ({parts[2]})")
+    return "\n".join(lines)
