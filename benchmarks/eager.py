@@ -18,7 +18,9 @@ class EagerOptimizer:
     what their callbacks returned.
     """
 
-    def __init__(self, params: Iterable[torch.Tensor], cbs: Sequence[Callable[..., Any]], **hypers: Any) -> None:
+    def __init__(
+        self, params: Iterable[torch.Tensor], cbs: Sequence[Callable[..., Any]], **hypers: Any
+    ) -> None:
         defaults = {k: v for cb in cbs for k, v in getattr(cb, "defaults", {}).items()}
         self.cbs = list(cbs)
         self.param_groups = [{"params": list(params), **defaults, **hypers}]

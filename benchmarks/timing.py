@@ -47,5 +47,7 @@ class Stopwatch:
 def machine() -> str:
     """CPU, cores, threads, versions and date: without them a number means nothing."""
     cpu = f"{cpu_features().model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, fusedopt {fusedopt.__version__}"
+    versions = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, fusedopt {fusedopt.__version__}"
+    )
     return f"{cpu}; {versions}; {date.today()}"

@@ -42,9 +42,17 @@ def check(opt: Optimizer, state_dict: dict[str, Any]) -> None:
         raise ValueError("a state dict has the keys 'state' and 'param_groups'")
     for p, where, state in _pairs(opt, state_dict):
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape != p.shape:
+            if isinstance(value, torch.Tensor) and not _fits(value.shape, p.shape):
                 shapes = f"{tuple(value.shape)}, and the parameter is {tuple(p.shape)}"
                 raise ValueError(f"loaded state dict: {key!r} of {where} has shape {shapes}")
+
+
+def _fits(shape: torch.Size, param: torch.Size) -> bool:
+    """Whether it can be state of the parameter: its shape, or a statistic with fewer dimensions or some of size one."""
+    same_rank = len(shape) == len(param)
+    return (
+        all(a in (1, b) for a, b in zip(shape, param, strict=True)) if same_rank else len(shape) < len(param)
+    )
 
 
 def _pairs(opt: Optimizer, state_dict: dict[str, Any]) -> list[tuple[torch.Tensor, str, dict[str, Any]]]:

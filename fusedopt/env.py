@@ -55,3 +55,14 @@ def debug(level: int, text: str) -> None:
     """Print `text` to stderr when `FUSEDOPT_DEBUG` is at least `level`."""
     if debug_level() >= level:
         print(text, file=sys.stderr, flush=True)
+
+
+def caller_level() -> int:
+    """The ``stacklevel`` with which a warning names the user's line: the first frame outside fusedopt and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "fusedopt",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -114,7 +116,8 @@ class Optimizer(torch.optim.Optimizer):
         self._set_up(hypers)
         defaults: dict[str, Any] = {}
         values = self.hyper_map.to_fastai(hypers)
-        values = {k: v for cb in self.cbs for k, v in getattr(cb, "defaults", {}).items()} | values
+        _check_known(values, self.cbs)
+        values = {k: v for cb in self.cbs for k, v in _defaults(cb).items()} | values
         listed = {
             k: v for k, v in values.items() if isinstance(v, (slice, list)) or getattr(v, "ndim", 0) == 1
         }
@@ -135,7 +138,7 @@ class Optimizer(torch.optim.Optimizer):
         given |= {"mom"} if "momentum" in hypers else set()
         given |= {"sqr_mom"} if "alpha" in hypers else set()
         for cb in self.cbs:
-            given |= set(getattr(cb, "defaults", ()))
+            given |= set(_defaults(cb))
         self.hyper_map = HyperNames(given, self.hyper_names)
         self._stored = dict(self.state_names)
         self._called = {stored: name for name, stored in self._stored.items()}
@@ -169,14 +172,21 @@ class Optimizer(torch.optim.Optimizer):
             value = names.plain(value)
             names.check(name, value)
             self.hyper_map.write(group, name, value)
-        super().add_param_group(group)
+        with warnings.catch_warnings():  # of duplicates, which are refused below
+            warnings.filterwarnings(
+                "ignore", "optimizer contains a parameter group with duplicate parameters"
+            )
+            super().add_param_group(group)
         index = len(self.param_groups) - 1
-        for i, p in enumerate(self.param_groups[index]["params"]):
-            if p.is_complex():
+        params = self.param_groups[index]["params"]
+        seen: set[torch.Tensor] = set()
+        for i, p in enumerate(params):
+            if p in seen or p.is_complex():
                 self.param_groups.pop()
-                raise ValueError(
-                    f"parameter {i} of group {index} is complex; use torch.view_as_real(p) as the parameter instead"
-                )
+                wrong = "complex; use torch.view_as_real(p) as the parameter instead"
+                wrong = "in the group twice; list every parameter once" if p in seen else wrong
+                raise ValueError(f"parameter {i} of group {index} is {wrong}")
+            seen.add(p)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient; returns what the closure returns, if there is one.
@@ -204,12 +214,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_from_scratch(self) -> None:
         todo = self._items()
-        self.engine.step(todo)
+        launched = self.engine.step(todo)
         for item in todo:
             live = self.state[item.home]
             if item.state is not live:
                 live.update((self._stored.get(k, k), v) for k, v in item.state.items())
-        self._warm = record(self, self.engine.launched, len(todo))
+        self._warm = record(self, launched)
 
     def callback_name_of(self, stored: str) -> str:
         """The callback argument that a key of ``opt.state[p]`` is handed to."""
@@ -369,6 +379,39 @@ def _callbacks(cbs: Any) -> list[Callable]:
     return found
 
 
+def _defaults(cb: Callable) -> dict[str, Any]:
+    """A callback's hyperparameter defaults; a partial has its function's, but for what it sets itself."""
+    if isinstance(cb, functools.partial):
+        return {k: v for k, v in _defaults(cb.func).items() if k not in cb.keywords}
+    return dict(getattr(cb, "defaults", {}))
+
+
+def _function(cb: Callable) -> Callable:
+    return _function(cb.func) if isinstance(cb, functools.partial) else cb
+
+
+COMMON = ("lr", "mom", "sqr_mom", "wd", "eps", "maximize", "foreach", "fused", "capturable", "differentiable")
+"""Hyperparameters that are accepted whether or not a callback takes them."""
+
+
+def _check_known(hypers: Iterable[str], cbs: Sequence[Callable]) -> None:
+    """Raise TypeError for a hyperparameter that no callback takes: most likely a typing error."""
+    taken = set(COMMON)
+    for cb in cbs:
+        try:
+            taken |= set(inspect.signature(cb).parameters) | set(_defaults(cb))
+            taken |= {
+                c for c in inspect.unwrap(_function(cb)).__code__.co_consts if isinstance(c, str)
+            }  # kwargs["x"]
+        except (TypeError, ValueError, AttributeError):  # a callable without a signature may take anything
+            return
+    for name in hypers:
+        if name not in taken:
+            near = difflib.get_close_matches(name, [*taken, "backend", "state_dtype", "title"], 1)
+            hint = f"did you mean {near[0]!r}?" if near else "name it among a callback's arguments"
+            raise TypeError(f"no callback takes the hyperparameter {name!r}; {hint}")
+
+
 def _last(value: Any) -> Any:
     return value.stop if isinstance(value, slice) else value[-1]
 
@@ -391,7 +434,11 @@ def _param_groups(params: Any) -> Any:
 
 def _is_list(p: Any) -> bool:
     """A list of parameters, not torch's ``(name, parameter)`` pair."""
-    return isinstance(p, Iterable) and not (isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str))
+    return (
+        isinstance(p, Iterable)
+        and not isinstance(p, str)
+        and not (isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str))
+    )
 
 
 def _check_gradient(p: torch.Tensor, grad: torch.Tensor, group: int, i: int) -> None:

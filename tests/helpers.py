@@ -2,13 +2,18 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from fusedopt import reference
+from fusedopt.ir.program import Buffer, Program, interpret
 from fusedopt.runtime import backends
+from fusedopt.trace.tracer import Signature, Trace, trace
 
+CPU = torch.device("cpu")
 INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
@@ -35,11 +40,11 @@ def ulp_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     assert a.dtype == b.dtype
     lowest = torch.iinfo(INTEGER[a.itemsize]).min
     # ordered: a negative number's bits count downwards from zero
-    x, y = ((i := bits(t)).to(torch.int64).where(i >= 0, lowest - i.to(torch.int64)) for t in (a, b))
-    distance = (x - y).abs()
-    distance = distance.where(distance >= 0, torch.iinfo(torch.int64).max)  # overflow, from end to end
-    one_nan = a.isnan() != b.isnan()
-    return distance.masked_fill(one_nan, torch.iinfo(torch.int64).max).masked_fill(a.isnan() & b.isnan(), 0)
+    x, y = (torch.where(i < 0, lowest - i, i) for i in (bits(a).to(torch.int64), bits(b).to(torch.int64)))
+    too_far = (x.double() - y.double()).abs() > 2**62  # the difference may not fit
+    far = torch.iinfo(torch.int64).max
+    distance = (x - y).abs().masked_fill(too_far | (a.isnan() != b.isnan()), far)
+    return distance.masked_fill(a.isnan() & b.isnan(), 0)
 
 
 def _as_list(x: Tensors) -> list[torch.Tensor]:
@@ -56,7 +61,7 @@ def error_in_ulp(x: Tensors, truth: Tensors) -> float:
     for ours, true in zip(_as_list(x), _as_list(truth), strict=True):
         assert true.dtype == torch.float64 and ours.shape == true.shape, (ours.shape, true.shape, true.dtype)
         same = (ours == true) | (ours.isnan() & true.isnan())
-        error = (ours.double() - true).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf)
+        error = (ours.double() - true).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
         finite = true[true.isfinite()].abs()
         if not ours.numel() or not error.any():
             continue
@@ -92,3 +97,88 @@ def run_kernel(kernel, buffers: dict[str, torch.Tensor], slots: Iterable[float] 
 
 def copies(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.clone() for name, t in buffers.items()}
+
+
+# ---------------------------------------------------------------- traces, without a compiler
+
+
+def signature(
+    param: torch.dtype = torch.float32, grad: torch.dtype | None = None, attributes: tuple = (), **state: Any
+) -> Signature:
+    """What callbacks see of a parameter; ``state`` maps keys to Buffers, numbers and flags."""
+    return Signature(CPU, param, grad or param, tuple(sorted(state.items())), attributes)
+
+
+class Stepper:
+    """A callback list at work on one parameter: traced, and its program interpreted, step by step.
+
+    ``traces`` holds the trace of each step. ``hyper`` may be changed between steps.
+    """
+
+    def __init__(self, callbacks: Sequence[Callable], p: torch.Tensor, **hyper: Any) -> None:
+        self.callbacks, self.p, self.hyper = callbacks, p.clone(), hyper
+        self.state: dict[str, Any] = {}
+        self.traces: list[Trace] = []
+
+    def step(self, grad: torch.Tensor) -> Trace:
+        state = {k: self._seen(v) for k, v in self.state.items()}
+        t = trace(self.callbacks, signature(self.p.dtype, grad.dtype, **state), self.hyper)
+        for key, new in t.created.items():
+            self.state[key] = torch.zeros(self.p.shape if new.kind == "F" else (), dtype=new.dtype)
+        tensors = {f"state.{k}": v for k, v in self.state.items()} | {"param": self.p, "grad": grad}
+        for name, value in interpret(t.program, tensors, t.slot_values()).items():
+            if name == "param":
+                self.p = value
+            else:
+                self.state[name.removeprefix("state.")] = value
+        self.state |= t.new_numbers()
+        self.traces.append(t)
+        return t
+
+    def _seen(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return Buffer(value.dtype, "F" if value.shape == self.p.shape else "S")
+
+    @property
+    def programs(self) -> list[Program]:
+        """The different programs so far, in order."""
+        return list(dict.fromkeys(t.program for t in self.traces))
+
+
+def assert_as_eager(
+    callbacks: Sequence[Callable] | Callable,
+    steps: int = 3,
+    start: torch.Tensor | None = None,
+    hypers: Callable[[int], dict[str, Any]] = lambda t: {},
+    **hyper: Any,
+) -> Stepper:
+    """Traced and interpreted, the callbacks do what they do eagerly, in float64; returns the Stepper.
+
+    ``hypers(t)`` are further hyperparameters of step t, from 0.
+    """
+    callbacks = [callbacks] if callable(callbacks) else callbacks
+    p = torch.randn(7, dtype=torch.float64) if start is None else start
+    ours, state = Stepper(callbacks, p, **{"lr": 0.1, **hyper}), {}
+    for t in range(steps):
+        ours.hyper |= hypers(t)
+        grad = torch.randn_like(p)
+        ours.step(grad)
+        p = reference.upcast(p, torch.float64)
+        p.grad = grad.clone()
+        for callback in callbacks:
+            reference.run_callback(callback, p, state, ours.hyper)
+        assert_same_result(ours.p, p, "p")
+        assert ours.state.keys() == state.keys()
+        for key, value in state.items():
+            assert_same_result(ours.state[key], value, key)
+    return ours
+
+
+def assert_same_result(ours: Any, eager: Any, name: str) -> None:
+    """Tensors equal but for rounding; other values equal and of one type."""
+    assert isinstance(ours, torch.Tensor) == isinstance(eager, torch.Tensor), f"{name}: {ours} for {eager}"
+    if isinstance(eager, torch.Tensor):
+        torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-14, equal_nan=True, msg=lambda m: f"{name}: {m}")
+    else:
+        assert (type(ours), ours) == (type(eager), eager), name

@@ -16,6 +16,9 @@ schedule changes no program.
 
 from __future__ import annotations
 
+import keyword
+import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,11 +125,15 @@ def depth_first(values: list[Value] | tuple[Value, ...], roots: Iterable[int]) -
 def verify(program: Program) -> None:
     """Raise ProgramError, naming the value, unless the program keeps the grammar and the op table's types."""
     buffers = program.buffer
+    if len(buffers) < len(program.buffers) or len(dict(program.stores)) < len(program.stores):
+        raise ProgramError("a buffer is listed twice, or stored to twice")
     for i, v in enumerate(program.values):
         _check_value(program, buffers, i, v)
     for name, index in program.stores:
         if name not in buffers:
             raise ProgramError(f"store to the unknown buffer {name!r}")
+        if not 0 <= index < len(program.values):
+            raise ProgramError(f"store of v{index}, which is not there, to {name!r}")
         if program.values[index].type != "f":
             raise ProgramError(f"store of the bool v{index} to {name!r}")
         if buffers[name].kind == "S" and program.values[index].kind != "S":
@@ -137,6 +144,8 @@ def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value)
     if v.op in LEAVES:
         if v.args:
             raise ProgramError(f"v{i}: {v.op} takes no arguments")
+        if v.type != "f" or (v.op != "load" and v.kind != "S"):
+            raise ProgramError(f"v{i}: {v.op} is no {v.type} of kind {v.kind}")
         if v.op == "load" and (v.attr not in buffers or buffers[v.attr].kind != v.kind):
             raise ProgramError(f"v{i}: load of {v.attr!r}, which is no {v.kind} buffer of this program")
         if v.op == "slot" and not 0 <= v.attr < program.slots:
@@ -196,9 +205,34 @@ def interpret(
 # ---- the printer ---------------------------------------------------------------------------------------------------
 
 
+_TAKEN = frozenset(keyword.kwlist) | frozenset(
+    """
+    alignas alignof asm auto bool break case catch char char16_t char32_t char8_t class co_await co_return co_yield
+    compl concept const const_cast consteval constexpr constinit continue decltype default delete do double
+    dynamic_cast else enum explicit export extern false float for friend goto if inline int long mutable namespace new
+    noexcept nullptr operator private protected public register reinterpret_cast requires restrict return short signed
+    sizeof static static_assert static_cast struct switch template this thread_local throw true try typedef typeid
+    typename union unsigned using virtual void volatile wchar_t while and_eq bitand bitor not_eq or_eq xor xor_eq
+    param grad launch row begin end partial i lane element load store maximum minimum sign combine for_lanes std
+    half bfloat16 int64_t sum_ mean_ amax_ amin_ torch numel
+    """.split()  # noqa: SIM905
+)
+"""Words that generated code uses itself."""
+_NUMBERED = re.compile(r"(v|s|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*", re.ASCII)
+
+
 def identifier(buffer: str) -> str:
-    """A buffer's name as an identifier: ``state.exp_avg`` is ``exp_avg``."""
-    return "".join(c if c.isalnum() else "_" for c in buffer.removeprefix("state."))
+    """A buffer's name as an identifier: ``state.exp_avg`` is ``exp_avg``.
+
+    A key that is no identifier, or that means something in generated code already, is told apart by a number.
+    """
+    key = buffer.removeprefix("state.")
+    plain = key.isidentifier() and key.isascii() and key not in _TAKEN and not _NUMBERED.fullmatch(key)
+    if plain or key == buffer:
+        return key
+    return "".join(
+        c if c.isalnum() and c.isascii() else "_" for c in f"at_{key}_{zlib.crc32(key.encode()):08x}"
+    )
 
 
 def names(program: Program) -> list[str]:
@@ -222,6 +256,8 @@ def render_python(program: Program, name: str = "program") -> str:
     """The program as Python that runs: ``program(param, grad, ..., s0, s1, ...)`` returns the stored buffers."""
     label = names(program)
     arguments = [identifier(b) for b, _ in program.buffers] + [f"s{i}" for i in range(program.slots)]
+    if "param" not in arguments and any(v.op in ("expand", "as_float") for v in program.values):
+        arguments.insert(0, "param")  # for its shape and dtype
     if any(v.op == "numel" for v in program.values):
         arguments.append("numel")
     lines = [f"def {name}({', '.join(arguments)}):"]

@@ -130,5 +130,5 @@ def compile_program(
             reason = f"fusedopt: the {backend.name} backend cannot be used, so steps run unfused. {error}"
             if backend.name not in _warned:
                 _warned.add(backend.name)
-                warnings.warn(reason, RuntimeWarning, stacklevel=2)
+                warnings.warn(reason, RuntimeWarning, stacklevel=env.caller_level())
     return None

@@ -101,12 +101,13 @@ class Engine:
         self.launched: list[Launched] = []
         self._known: dict[tuple, list[Known]] = {}
         self._traces: dict[tuple[int, int], Trace] = {}
-        self._said: set[Eager] = set()
+        self._said: set[str] = set()
 
-    def step(self, todo: list[Item]) -> None:
+    def step(self, todo: list[Item]) -> list[Launched]:
         """Step every item: its ``home`` is updated in place, its ``state`` holds the new state.
 
-        If a callback or the compiler raises, nothing has changed.
+        If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all of the step:
+        nothing if a callback ran eagerly.
         """
         verdicts = dict(self.eager)
         try:
@@ -121,6 +122,7 @@ class Engine:
         self._launch(plans)
         for item, work in copies:
             items.store(item, work, self.state_dtype)
+        return [] if copies else self.launched
 
     def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
         """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
@@ -133,13 +135,11 @@ class Engine:
 
     def prepare(self, todo: list[Item]) -> tuple[list[Plan], list[Item]]:
         """Trace and compile: plans for the buckets that fuse whole, and the items that need work copies."""
-        if self.backend == "reference":
-            return [], todo
         plans: list[Plan] = []
         unfused: list[Item] = []
         try:
             for bucket, signature in self._buckets(todo):
-                plan = self._fuse(bucket, signature, 0, len(self.callbacks))
+                plan = self.backend != "reference" and self._fuse(bucket, signature, 0, len(self.callbacks))
                 if isinstance(plan, Plan):
                     plans.append(plan)
                 else:
@@ -201,6 +201,7 @@ class Engine:
         device = traced.signature.device
         compiled = backends.compile_program(self.backend, device, traced.program, self.title, names)
         if compiled is None:
+            self.backend = "reference"  # said by compile_program; do not ask a broken compiler again
             return None
         backend, kernel = compiled
         known = next((k for k in self.kernels if k.program == kernel.program), None)
@@ -243,41 +244,46 @@ class Engine:
             for callback in self.callbacks[first:]:
                 self._run_eagerly(callback, work)
             return
-        for bucket, signature in self._buckets(work, work=True):
-            try:
-                stop = self._fuse_until(bucket, signature, first)
-            except NeedsAttribute as need:
-                self.attributes += (need.name,)
-                self._advance(bucket, first)
-                continue
-            if stop < len(self.callbacks):
-                self._run_eagerly(self.callbacks[stop], bucket)
-                self._advance(bucket, stop + 1)
+        try:
+            found = [self._fuse_until(*bucket, first) for bucket in self._buckets(work, work=True)]
+        except NeedsAttribute as need:
+            self.attributes += (need.name,)
+            self._advance(work, first)
+            return
+        plans = [plan for plan, _, _ in found if plan is not None]
+        self._launch(plans)
+        for plan in plans:
+            for item in plan.items:
+                for key, dtype in plan.trace.asked.items():
+                    reference.mark(item.state[key], dtype)
+        for stop in sorted({stop for _, stop, _ in found} - {len(self.callbacks)}):
+            rest = [item for _, i, bucket in found if i == stop for item in bucket]
+            self._run_eagerly(self.callbacks[stop], rest)
+            self._advance(rest, stop + 1)
 
-    def _fuse_until(self, bucket: list[Item], signature: Signature, first: int) -> int:
-        """Launch the longest run of callbacks from ``first`` on that fuses; returns where it ends."""
+    def _fuse_until(
+        self, bucket: list[Item], signature: Signature, first: int
+    ) -> tuple[Plan | None, int, list[Item]]:
+        """The plan of the longest run of callbacks from ``first`` on that fuses, if there is one, and where it ends."""
         stop = len(self.callbacks)
         while stop > first:
             plan = self._fuse(bucket, signature, first, stop)
             if isinstance(plan, Plan):
-                self._launch([plan])
-                for item in bucket:
-                    for key, dtype in plan.trace.asked.items():
-                        reference.mark(item.state[key], dtype)
-                return stop
+                return plan, stop, bucket
             stop = plan
-        return first
+        return None, first, bucket
 
     def _run_eagerly(self, callback: Callable[..., Any], work: list[Item]) -> None:
         for item in work:
             reference.run_callback(callback, item.param, item.state, item.hyper)
+            items.attach_gradient(item, item.param.grad)  # the callback may have set another
 
     def _say(self) -> None:
         for eager in dict.fromkeys(self.eager.values()):
-            if eager not in self._said:
-                self._said.add(eager)
+            if eager.callback not in self._said:
+                self._said.add(eager.callback)
                 text = f"fusedopt: the callback {eager.callback} runs eagerly, parameter by parameter: {eager.reason}"
-                warnings.warn(text, RuntimeWarning, stacklevel=4)
+                warnings.warn(text, RuntimeWarning, stacklevel=env.caller_level())
 
 
 def launch(plans: list[Plan]) -> Launch:

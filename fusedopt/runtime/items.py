@@ -89,7 +89,8 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def with_layout(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A copy of ``t`` with the strides of the dense tensor ``like``."""
-    return torch.empty_strided(like.size(), like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+    out = torch.empty_strided(like.size(), like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+    return reference.mark(out, reference.asked(t))
 
 
 def allocate(item: Item, created: dict[str, Buffer]) -> None:
@@ -117,8 +118,16 @@ def work_copy(item: Item) -> Item:
 
     state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in item.state.items()}
     work = Item(copy(item.param), copy(item.grad), state, item.where, item.hyper)
-    work.param.grad = work.grad
+    attach_gradient(work)
     return work
+
+
+def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:
+    """Make ``grad`` (else the item's own) what kernels and callbacks both see as the work copy's gradient."""
+    if grad is not None:
+        work.grad = grad
+    work.lay_out()
+    work.param.grad = work.grad
 
 
 def store(item: Item, work: Item, state_dtype: torch.dtype | None) -> None:

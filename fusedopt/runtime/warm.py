@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..names import NOT_NEGATIVE
 from ..trace.replay import Replay
@@ -121,15 +122,13 @@ class Warm:
         return True
 
 
-def record(opt: Optimizer, launched: list[Launched], stepped: int) -> Warm | None:
-    """The recording of a step just done, or None if its like cannot be repeated without looking at every tensor.
-
-    ``stepped`` is the number of parameters in the step: all must have been in ``launched``.
-    """
+def record(opt: Optimizer, launched: list[Launched]) -> Warm | None:
+    """The recording of a step that was these launches, or None if its like needs a look at every tensor again."""
     plans = [plan for entry in launched for plan in entry.plans]
+    tensors = any(isinstance(v, torch.Tensor) for group in opt.param_groups for v in group.values())
     ready = (
         leaf.native is not None
-        and sum(len(p.items) for p in plans) == stepped
+        and not tensors  # a learning rate in a tensor changes without a trace
         and all(map(_repeatable, plans))
     )
     return Warm(opt, launched) if ready and plans else None

@@ -11,6 +11,7 @@ equals what it was.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,10 +115,11 @@ class ScalarProgram:
         """All entries' values for other hyperparameters and state (no guard is checked here)."""
         out: list[Scalar] = []
         for (op, *operands), recorded in zip(self.entries, self.values, strict=True):
-            if op == "hyper":
-                out.append(hyper[operands[0]])
-            elif op == "state":
-                out.append(state[operands[0]])
+            if op in ("hyper", "state"):
+                name, *path = operands
+                out.append(
+                    functools.reduce(operator.getitem, path, (hyper if op == "hyper" else state)[name])
+                )
             elif op in ("const", "raw", "default"):
                 out.append(recorded)
             else:
@@ -138,6 +140,11 @@ class Number:
     def __init__(self, program: ScalarProgram, index: int, value: Scalar) -> None:
         self.program, self.index, self.value = program, index, value
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """So that a callback's ``isinstance(lr, float)`` finds what it finds eagerly."""
+        return type(self.value)
+
     def escape(self) -> Scalar:
         """The true value; from here on the trace holds for this value only."""
         self.program.guard(self.index, self.value, "escape")
@@ -145,6 +152,8 @@ class Number:
 
     def _operate(self, op: str, other: Any, swapped: bool = False) -> Any:
         program = self.program
+        if isinstance(other, Number) and other.program is not program:
+            other = other.value  # kept from an earlier step
         if isinstance(other, Number):
             index, value = other.index, other.value
         elif type(other) in (int, float, bool):

@@ -144,6 +144,8 @@ def _expand(x: SymTensor) -> SymTensor:
 def lift(run: Run, x: Any) -> SymTensor:
     """Anything a tensor op accepts as a symbolic tensor: numbers become scalar slots."""
     if isinstance(x, SymTensor):
+        if x.run is not run:
+            raise Untraceable("a tensor kept from another call of a callback; keep it in the state")
         return x
     if isinstance(x, torch.Tensor):
         if x.dim() or x.device.type != "cpu":
@@ -496,12 +498,20 @@ _IN_PLACE = {
     "__itruediv__": "div_",
     "__ipow__": "pow_",
 }
+_NO_OPERATOR = {"@": "matmul", "//": "floordiv", "%": "mod", "<<": "lshift", ">>": "rshift"}
 
 
 def _install() -> None:
     for dunder, name in (_OPERATORS | _IN_PLACE).items():
         setattr(SymTensor, dunder, lambda self, *other, name=name: getattr(self, name)(*other))
     SymTensor.__rtruediv__ = lambda self, other: _div(lift(self.run, other), self)  # type: ignore[attr-defined]
+    for symbol, name in _NO_OPERATOR.items():
+        for dunder in (f"__{name}__", f"__r{name}__"):
+            setattr(SymTensor, dunder, functools.partialmethod(_refuse_operator, symbol))
+
+
+def _refuse_operator(self: SymTensor, symbol: str, other: Any) -> Any:
+    raise Untraceable(f"the operator {symbol} on tensors has no fused form")
 
 
 _install()

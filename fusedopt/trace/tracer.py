@@ -18,10 +18,12 @@ import torch
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, depth_first, reachable
 from .number import Number, Scalar, ScalarProgram
-from .tensor import SymParameter, SymTensor, Untraceable
+from .tensor import SymParameter, SymTensor, Untraceable, lift
 
 Callback = Callable[..., Any]
 MAX_PATHS = 8
+PARAM, GRAD = ".param", ".grad"
+"""Cells of the parameter and its gradient, apart from state under any name, "grad" included."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Foreign:
     shape: torch.Size
 
     def __getattr__(self, name: str) -> Any:
-        raise Untraceable(f"a state tensor of shape {tuple(self.shape)} and dtype {self.dtype}")
+        raise Untraceable(
+            f"a {self.dtype} state tensor of another shape than the parameter's, or of integers"
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ class Run:
     conditions: list[int] = field(default_factory=list)
     taken: list[bool] = field(default_factory=list)
     raw: int = 0
+    finished: bool = False
 
     @property
     def compute(self) -> torch.dtype:
@@ -133,8 +138,9 @@ class Run:
 
     def slot(self, x: Number | Scalar) -> int:
         """A number as a value. Plain numbers are told apart by where they occur, never by what they are."""
-        if isinstance(x, Number):
+        if isinstance(x, Number) and x.program is self.scalars:
             return self.graph.leaf("slot", x.index)
+        x = x.value if isinstance(x, Number) else x  # one kept from an earlier step is a plain number
         self.raw += 1
         return self.graph.leaf(
             "slot", self.scalars.entry(("raw", self.callback, tuple(self.taken), self.raw), x)
@@ -145,6 +151,8 @@ class Run:
 
     def branch(self, condition: SymTensor) -> bool:
         """The answer to ``if condition`` on this path; an unasked condition is taken as true first."""
+        if self.finished:
+            raise Untraceable("a branch on a tensor kept from another call of a callback")
         if condition.node in self.conditions:
             return self.taken[self.conditions.index(condition.node)]
         i = len(self.taken)
@@ -215,7 +223,7 @@ def _run_again(
 
 def _is_new(key: str, cell: Any, signature: Signature) -> bool:
     known = dict(signature.state).get(key)
-    return isinstance(cell, Cell) and key not in ("param", "grad") and not isinstance(known, Buffer)
+    return isinstance(cell, Cell) and key not in (PARAM, GRAD) and not isinstance(known, Buffer)
 
 
 def _asked_dtype(
@@ -253,7 +261,7 @@ def _same(a: Any, b: Any, replace: dict[int, int]) -> bool:
 
 
 class _Pass:
-    """One pass over the callback list. ``cells`` maps 'param', 'grad' and state keys to a Cell, Number or flag."""
+    """One pass over the callback list. ``cells`` maps PARAM, GRAD and state keys to a Cell, Number or flag."""
 
     def __init__(
         self,
@@ -273,8 +281,8 @@ class _Pass:
         s = self.signature
         asked = s.asked or (s.param, s.grad)
         cells: dict[str, Any] = {
-            "param": Cell(self.graph.leaf("load", "param", kind="F"), asked[0]),
-            "grad": Cell(self.graph.leaf("load", "grad", kind="F"), asked[1]),
+            PARAM: Cell(self.graph.leaf("load", "param", kind="F"), asked[0]),
+            GRAD: Cell(self.graph.leaf("load", "grad", kind="F"), asked[1]),
         }
         for key, value in (dict(s.state) | given).items():
             if isinstance(value, Buffer):
@@ -328,24 +336,28 @@ class _Pass:
 
     def _one_path(self, run: Run, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
         boxes = {k: SymTensor(run, v.node, v.asked) for k, v in cells.items() if isinstance(v, Cell)}
-        p = SymParameter(run, cells["param"].node, cells["param"].asked, boxes["grad"])
-        state = {k: boxes.get(k, v) for k, v in cells.items() if k not in ("param", "grad")}
+        p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, boxes[GRAD])
+        state = {k: boxes.get(k, v) for k, v in cells.items() if k not in (PARAM, GRAD)}
         given = state | self.hyper
         for name, value in _defaults(callback).items():
             if name not in given:
                 given[name] = self._number(("default", run.callback, name), value)
         returned = callback(p, **given)
-        cells["param"], cells["grad"] = Cell(p.node, p.asked), Cell(p.grad.node, p.grad.asked)
+        run.finished = True
+        cells[PARAM], cells[GRAD] = Cell(p.node, p.asked), Cell(p.grad.node, p.grad.asked)
         for key in state:
             if key in boxes:
                 cells[key] = Cell(boxes[key].node, boxes[key].asked)
         for key, value in returned.items() if isinstance(returned, dict) else ():
-            cells[key] = self._returned(key, value)
+            cells[key] = self._returned(run, key, value)
         return cells
 
-    def _returned(self, key: str, value: Any) -> Any:
+    def _returned(self, run: Run, key: str, value: Any) -> Any:
         if isinstance(value, SymTensor):
+            value = lift(run, value)
             return Cell(value.node, value.asked)
+        if isinstance(value, Number) and value.program is not self.scalars:
+            return value.value
         if isinstance(value, torch.Tensor):
             raise Untraceable(
                 f"the state {key!r} is a tensor not made from the parameter, its gradient or its state"
@@ -368,6 +380,8 @@ class _Pass:
 
     def _select(self, run: Run, condition: int, yes: Any, no: Any) -> Any:
         if yes is no or (isinstance(yes, Cell) and isinstance(no, Cell) and yes.node == no.node):
+            return yes
+        if isinstance(yes, Number) and isinstance(no, Number) and yes.index == no.index:
             return yes
         if all(type(v) in (int, float) for v in (yes, no)) and yes == no:
             return yes
@@ -426,9 +440,9 @@ def _program(
 ) -> tuple[Program, tuple[int, ...]]:
     """The program for the final cells, in canonical numbering, and the scalar entries of its slots."""
     buffers = {"param": Buffer(signature.param, "F"), "grad": Buffer(signature.grad, "F")}
-    stores: dict[str, int] = {"param": cells["param"].node}
+    stores: dict[str, int] = {"param": cells[PARAM].node}
     if materialize_grad:
-        stores["grad"] = cells["grad"].node
+        stores["grad"] = cells[GRAD].node
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
     for key, buffer in sorted((old | created).items()):
         buffers[f"state.{key}"] = buffer

@@ -1,0 +1,550 @@
+"""Every dtype, size and memory layout: the cpp backend against the reference, the reference against float64.
+
+The truth is a loop over the callbacks in float64, written out in ``plain`` and sharing nothing with fusedopt.
+The tolerance is the competitor's error (``helpers.assert_close_to_float64``): for the reference that of the
+same loop in the parameters' own dtype, for the cpp backend that of the reference.
+"""
+
+from functools import cache, partial
+
+import pytest
+import torch
+from helpers import assert_close_to_float64
+from torch import nn
+
+import fusedopt
+from fusedopt import (
+    adam_step,
+    average_grad,
+    average_sqr_grad,
+    l2_reg,
+    lamb_step,
+    larc_layer_lr,
+    larc_step,
+    momentum_step,
+    radam_step,
+    step_stat,
+    weight_decay,
+)
+
+MOMENTS = [partial(average_grad, dampening=True), average_sqr_grad, step_stat]
+OPTIMIZERS = dict(
+    Adam=[weight_decay, *MOMENTS, adam_step],
+    Lamb=[weight_decay, *MOMENTS, lamb_step],
+    Larc=[l2_reg, average_grad, larc_layer_lr, larc_step],
+    SGD=[l2_reg, average_grad, momentum_step],
+    RAdam=[weight_decay, *MOMENTS, radam_step],
+)
+HYPERS = dict(lr=0.1, wd=0.5, mom=0.8, sqr_mom=0.9, eps=1e-3, trust_coeff=0.5)
+STEPS = 8  # RAdam changes its kernel at the sixth
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+# --
+# Parameters and gradients in every layout. A case is a function from a generator of numbers to (parameter, gradient).
+
+
+def nchw(t):
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def at_odd_offset(t, offset=1):
+    """The same numbers as a view that starts in the middle of nowhere, as in a flat gradient buffer."""
+    flat = torch.zeros(t.numel() + offset + 3, dtype=t.dtype)
+    view = flat[offset : offset + t.numel()].view(t.shape)
+    return view.copy_(t)
+
+
+LAYOUTS = {
+    "empty": lambda r: (r(0), r(0)),
+    "empty matrix": lambda r: (r(2, 0), r(2, 0)),
+    "0-d": lambda r: (r(), r()),
+    "one": lambda r: (r(1), r(1)),
+    "three": lambda r: (r(3), r(3)),
+    "seventeen": lambda r: (r(17), r(17)),
+    "ones everywhere": lambda r: (r(1, 9, 1, 1), r(9, 1, 1, 1).transpose(0, 1)),
+    "channels_last": lambda r: (nchw(r(2, 3, 4, 5)), nchw(r(2, 3, 4, 5))),
+    "channels_last, gradient not": lambda r: (nchw(r(2, 3, 4, 5)), r(2, 3, 4, 5)),
+    "gradient channels_last": lambda r: (r(2, 3, 4, 5), nchw(r(2, 3, 4, 5))),
+    "channels_last_3d": lambda r: (
+        r(2, 3, 2, 2, 2).contiguous(memory_format=torch.channels_last_3d),
+        r(2, 3, 2, 2, 2),
+    ),
+    "transposed": lambda r: (r(6, 5).t(), r(6, 5).t()),
+    "transposed, gradient not": lambda r: (r(6, 5).t(), r(5, 6)),
+    "permuted, gradient otherwise": lambda r: (r(3, 4, 5).permute(2, 0, 1), r(5, 4, 3).permute(0, 2, 1)),
+    "slice of columns": lambda r: (r(4, 10)[:, ::2], r(4, 5)),
+    "slice of a vector": lambda r: (r(30)[1::3], r(20)[::2]),
+    "transposed slice": lambda r: (r(9, 8)[::3, :4].t(), r(4, 3)),
+    "gradient expanded": lambda r: (r(4, 5), r(4, 1).expand(4, 5)),
+    "gradient expanded from one": lambda r: (r(7), r(1).expand(7)),
+    "gradient unaligned": lambda r: (r(33), at_odd_offset(r(33))),
+    "parameter unaligned": lambda r: (at_odd_offset(r(33), 3), r(33)),
+    "both unaligned, transposed": lambda r: (at_odd_offset(r(5, 7)).t(), at_odd_offset(r(5, 7), 5).t()),
+}
+
+
+def numbers(dtype, seed=0):
+    """A generator of numbers that are exact in ``dtype``, whatever dtype they are asked for later."""
+    gen = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
+
+
+def large(r):
+    """Several chunks, with a tail; and what is about one chunk long."""
+    return [(r(n), r(n)) for n in (1_000_003, 65_536, 65_537)]
+
+
+def problem(dtype, which=None):
+    cases = large if which == "large" else lambda r: [make(r) for make in LAYOUTS.values()]
+    pairs = cases(numbers(dtype))
+    assert all(t.dtype == dtype for pair in pairs for t in pair)
+    return pairs
+
+
+def scaled(grad, t):
+    """The gradient of step ``t``, exact in every dtype: other strides, same bits."""
+    return (0.5 if t % 3 else -2.0) * grad if t else grad
+
+
+# --
+# Three ways to run it
+
+
+def plain(cbs, pairs, dtype, hypers, steps):
+    """The truth: fastai's contract in ten lines, in one dtype, by eager torch."""
+    out = []
+    for p, g in pairs:
+        q, state = p.detach().to(dtype, copy=True), {}
+        for t in range(steps):
+            q.grad = scaled(g, t).to(dtype, copy=True).contiguous()
+            for cb in cbs:
+                new = cb(q, **{**state, **hypers})
+                if isinstance(new, dict):
+                    state |= {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in new.items()}
+        out.append((q, state))
+    return out
+
+
+def steps_of(cbs, pairs, steps=STEPS, grad_dtype=None, hypers=HYPERS, **options):
+    """Run fusedopt over the problem. Returns the optimizer and its parameters."""
+    params = []
+    for p, _ in pairs:
+        params.append(nn.Parameter(torch.empty(0, dtype=p.dtype)))
+        params[-1].data = p  # keeps the layout, and what lies between a slice's elements
+        assert params[-1].stride() == p.stride()
+        if grad_dtype is not None:
+            params[-1].grad_dtype = grad_dtype
+    opt = fusedopt.Optimizer(params, cbs, **hypers, **options)
+    for t in range(steps):
+        for p, (_, g) in zip(params, pairs, strict=True):
+            p.grad = (g if t == 0 else scaled(g, t)).to(grad_dtype or g.dtype)
+        before = [(p.grad.clone(), p.grad._version) for p in params]
+        opt.step()
+        for p, (g, version) in zip(params, before, strict=True):
+            assert torch.equal(p.grad, g) and p.grad._version == version, "a step never changes gradients"
+    return opt, params
+
+
+def is_dense(t):
+    return torch.ops.aten.is_non_overlapping_and_dense(t)
+
+
+def tensors(opt, params):
+    """Parameters and their state tensors, in order; those without elements have nothing to compare."""
+    out = []
+    for p in params:
+        if p.numel():
+            state = opt.state[p]
+            out += [p.detach(), *(state[k] for k in sorted(state) if isinstance(state[k], torch.Tensor))]
+    return out
+
+
+def true_tensors(runs):
+    out = []
+    for p, state in runs:
+        if p.numel():
+            out += [p, *(state[k] for k in sorted(state) if isinstance(state[k], torch.Tensor))]
+    return out
+
+
+@cache
+def truth(name, dtype, which, steps):
+    return plain(OPTIMIZERS[name], problem(dtype, which), torch.float64, HYPERS, steps)
+
+
+@cache
+def reference(name, dtype, which, steps, options=()):
+    return steps_of(OPTIMIZERS[name], problem(dtype, which), steps, backend="reference", **dict(options))
+
+
+def check_reference(name, dtype, cbs=None, steps=STEPS):
+    """The reference's parameters are as near to float64 as eager torch in the same dtype."""
+    _, params = (
+        reference(name, dtype, None, steps)
+        if cbs is None
+        else steps_of(cbs, problem(dtype), steps, backend="reference")
+    )
+    eager = plain(OPTIMIZERS[name], problem(dtype), dtype, HYPERS, steps)
+    true = truth(name, dtype, None, steps)
+    keep = [i for i, p in enumerate(params) if p.numel()]
+    assert_close_to_float64(
+        [params[i].detach() for i in keep], [eager[i][0] for i in keep], [true[i][0] for i in keep]
+    )
+
+
+def check_cpp(name, dtype, cbs=None, which=None, steps=STEPS, **options):
+    """cpp's parameters and state are as near to float64 as the reference's; same keys, dtypes and strides."""
+    a, pa = reference(name, dtype, which, steps, tuple(options.items()))
+    b, pb = steps_of(cbs or OPTIMIZERS[name], problem(dtype, which), steps, backend="cpp", **options)
+    for p, q in zip(pa, pb, strict=True):
+        assert p.stride() == q.stride()
+        s, t = a.state[p], b.state[q]
+        assert s.keys() == t.keys()
+        for k in s:
+            if isinstance(s[k], torch.Tensor):
+                assert (s[k].dtype, s[k].shape) == (t[k].dtype, t[k].shape), k
+                assert s[k].stride() == t[k].stride() or not is_dense(p), k
+            else:
+                assert s[k] == t[k], k
+    true = [t.double() for t in true_tensors(truth(name, dtype, which, steps))]
+    # In float64 eager torch is itself the truth, but one that rounds, too: an ulp on every step.
+    assert_close_to_float64(tensors(b, pb), tensors(a, pa), true, ulp=steps if dtype == torch.float64 else 2)
+    return a, b, pb
+
+
+@every_dtype
+@every_optimizer
+def test_the_reference_follows_float64_in_every_layout(name, dtype):
+    check_reference(name, dtype)
+
+
+@every_dtype
+@every_optimizer
+def test_cpp_follows_the_reference_in_every_layout(name, dtype):
+    _, opt, params = check_cpp(name, dtype)
+    assert not opt.explain().eager
+    assert opt.explain().backend == "cpp"
+    for p in params:
+        for value in opt.state[p].values():
+            if isinstance(value, torch.Tensor) and value.shape == p.shape and p.dim():
+                assert value.dtype == dtype
+
+
+@every_dtype
+@every_optimizer
+def test_cpp_follows_the_reference_over_several_chunks(name, dtype):
+    check_cpp(name, dtype, which="large", steps=2)
+
+
+@every_optimizer
+def test_low_precision_parameters_with_float32_state(name):
+    _, opt, params = check_cpp(name, torch.bfloat16, state_dtype=torch.float32)
+    states = [v for p in params for v in opt.state[p].values() if isinstance(v, torch.Tensor)]
+    assert states and {v.dtype for v in states} == {torch.float32}
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no Tensor.grad_dtype")
+@every_optimizer
+def test_low_precision_parameters_with_float32_gradients(name):
+    check_cpp(name, torch.bfloat16, grad_dtype=torch.float32)
+
+
+def flip_gradient(p, **kwargs):
+    p.grad.data.neg_()
+
+
+def without_decay(cbs):
+    return [cb for cb in cbs if cb not in (weight_decay, l2_reg)]
+
+
+MUTATIONS = dict(flip=lambda cbs: [flip_gradient, *cbs], decay=without_decay)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@every_dtype
+def test_mutation_the_comparisons_notice(dtype, mutation):
+    for name in ("Adam", "Lamb"):
+        cbs = MUTATIONS[mutation](OPTIMIZERS[name])
+        with pytest.raises(AssertionError, match=r"error .* above"):
+            check_reference(name, dtype, cbs)
+        with pytest.raises(AssertionError, match=r"error .* above"):
+            check_cpp(name, dtype, cbs)
+    with pytest.raises(AssertionError, match=r"error .* above"):
+        check_cpp("SGD", dtype, MUTATIONS[mutation](OPTIMIZERS["SGD"]), which="large", steps=2)
+
+
+@pytest.mark.parametrize("case", [c for c in LAYOUTS if "empty" not in c])
+def test_mutation_one_wrong_element_is_noticed_in_every_layout(case, monkeypatch):
+    reference("SGD", torch.float32, None, STEPS), truth("SGD", torch.float32, None, STEPS)  # as they should be
+    make = LAYOUTS[case]
+
+    def spoilt(r):
+        p, g = make(r)
+        g = g.clone()
+        g[(0,) * g.dim()] += 1.0
+        return p, g
+
+    monkeypatch.setitem(LAYOUTS, case, spoilt)
+    with pytest.raises(AssertionError, match=r"error .* above"):
+        check_cpp("SGD", torch.float32)
+
+
+# --
+# Bits
+
+
+@every_dtype
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
+    def run(threads):
+        torch.set_num_threads(threads)
+        opt, params = steps_of(OPTIMIZERS["Lamb"], problem(dtype, "large"), 2, backend="cpp")
+        return tensors(opt, params)
+
+    one = run(1)
+    for threads in (2, 3, 8):
+        assert all(map(torch.equal, one, run(threads)))
+
+
+def test_results_do_not_depend_on_the_other_parameters():
+    together = steps_of(OPTIMIZERS["Lamb"], problem(torch.float32), backend="cpp")
+    for i, pair in enumerate(problem(torch.float32)):
+        alone = steps_of(OPTIMIZERS["Lamb"], [pair], backend="cpp")
+        assert torch.equal(alone[1][0], together[1][i])
+
+
+def test_an_elementwise_optimizer_does_not_depend_on_the_layout():
+    """The same numbers in another order of memory: the same bits."""
+    _, params = steps_of(OPTIMIZERS["Adam"], problem(torch.float32), backend="cpp")
+    straight = [(p.contiguous(), g.contiguous()) for p, g in problem(torch.float32)]
+    _, expected = steps_of(OPTIMIZERS["Adam"], straight, backend="cpp")
+    for p, e in zip(params, expected, strict=True):
+        assert torch.equal(p, e)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_what_lies_between_a_slices_elements_is_left_alone(backend):
+    base = torch.arange(40.0).reshape(4, 10)
+    before, p = base.clone(), nn.Parameter(torch.empty(0))
+    p.data = base[:, ::2]
+    p.grad = torch.ones(4, 5)
+    opt = fusedopt.Optimizer([p], OPTIMIZERS["Adam"], backend=backend, **HYPERS)
+    for _ in range(3):
+        opt.step()
+    assert torch.equal(base[:, 1::2], before[:, 1::2])
+    assert (base[:, ::2] != before[:, ::2]).all()
+    assert torch.equal(p.detach(), base[:, ::2]), "the parameter still is the slice"
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_autograd_notices_a_stale_use(backend):
+    def host(p, **kwargs):
+        p.data.mul_(1 + 0 * p.data.sum().item())
+
+    base = torch.ones(6, 4)
+    for cbs, eager in ((OPTIMIZERS["Adam"], False), ([*OPTIMIZERS["Adam"], host], backend == "cpp")):
+        for make in (lambda: torch.ones(3, 4), lambda: torch.ones(4, 3).t(), lambda: base[::2]):
+            p = nn.Parameter(torch.empty(0))
+            p.data = make()
+            opt = fusedopt.Optimizer([p], cbs, backend=backend, **HYPERS)
+            for t in range(3):
+                loss = (p * p).sum()
+                p.grad = torch.ones(3, 4)
+                version = p._version
+                if eager and t == 0:
+                    with pytest.warns(RuntimeWarning, match="host runs eagerly"):
+                        opt.step()
+                else:
+                    opt.step()
+                assert p._version > version
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    loss.backward()
+
+
+# --
+# Changes between steps
+
+
+def model_steps(change, name="Adam", backend="cpp", dtype=torch.float32, before=2, after=3):
+    """Some steps of a small convolutional model, a change of the model, and more steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(dtype)
+    opt = fusedopt.Optimizer(model.parameters(), OPTIMIZERS[name], backend=backend, **HYPERS)
+    gen = torch.Generator().manual_seed(1)
+
+    def steps(n):
+        for _ in range(n):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
+            opt.step()
+
+    steps(before)
+    change(model)
+    steps(after)
+    return opt, list(model.parameters())
+
+
+def to_channels_last(model):
+    model.to(memory_format=torch.channels_last)
+
+
+def nothing(model):
+    pass
+
+
+@pytest.mark.parametrize("name", ["Adam", "Lamb"])
+def test_a_model_that_turns_channels_last_keeps_its_trajectory(name):
+    for backend in ("reference", "cpp"):
+        changed, params = model_steps(to_channels_last, name, backend)
+        _, expected = model_steps(nothing, name, backend)
+        assert params[0].is_contiguous(memory_format=torch.channels_last)
+        for p, e in zip(params, expected, strict=True):
+            torch.testing.assert_close(p, e, rtol=1e-6, atol=1e-7)
+            if name == "Adam" and backend == "cpp":
+                assert torch.equal(p, e)
+        if backend == "cpp":
+            assert changed.state[params[0]]["grad_avg"].stride() == params[0].stride()
+            assert len(changed.explain().compiled) == 1, "another layout is no other kernel"
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"), [("double", torch.float64), ("half", torch.float16), ("bfloat16", torch.bfloat16)]
+)
+def test_a_model_that_changes_dtype_keeps_its_state(change, dtype):
+    """Parameter and gradient in the new dtype, state in its own; computed as for any such mixture."""
+    a, pa = model_steps(lambda m: getattr(m, change)(), backend="reference")
+    b, pb = model_steps(lambda m: getattr(m, change)(), backend="cpp")
+    eps = max(torch.finfo(torch.float32).eps, torch.finfo(dtype).eps)
+    for p, q in zip(pa, pb, strict=True):
+        assert q.dtype == dtype
+        torch.testing.assert_close(p, q, rtol=0, atol=2 * eps * p.abs().max().item())
+        for k in ("grad_avg", "sqr_avg"):
+            assert b.state[q][k].dtype == a.state[p][k].dtype == torch.float32
+            torch.testing.assert_close(a.state[p][k], b.state[q][k], rtol=1e-6, atol=1e-7)
+        assert b.state[q]["step"] == 5
+    assert "now" in b.explain().compiled[1].why and str(dtype).removeprefix("torch.") in b.explain().compiled[1].why
+
+
+def test_mutation_state_read_in_the_old_layout_is_noticed():
+    def to_channels_last_wrongly(model):
+        p = model[0].weight
+        p.data = p.data.flatten().as_strided(p.shape, torch.empty_like(p.data, memory_format=torch.channels_last).stride())
+
+    _, params = model_steps(to_channels_last_wrongly)
+    _, expected = model_steps(nothing)
+    assert not torch.allclose(params[0], expected[0], rtol=1e-6, atol=1e-7)
+
+
+# --
+# Who is stepped, and with what
+
+
+def lagging(cbs, backend, steps=12, flags=True):
+    """Two groups; a parameter that misses gradients, one that never has any, one that does not decay."""
+    r = numbers(torch.float32)
+    params = [nn.Parameter(r(4, 3)), nn.Parameter(r(5)), nn.Parameter(r(3)), nn.Parameter(r(2, 2))]
+    groups = [dict(params=params[:2]), dict(params=params[2:], lr=0.03, mom=0.5, wd=0.3)]
+    opt = fusedopt.Optimizer(groups, cbs, backend=backend, **HYPERS)
+    if flags:
+        opt.state[params[0]]["do_wd"] = False
+    log = []
+    for t in range(steps):
+        grads = [r(p.numel()).reshape(p.shape) for p in params]
+        missing = (1,) if t < 4 or t == 7 else ()
+        for i, p in enumerate(params):
+            p.grad = None if i == 3 or i in missing else grads[i]
+        if flags and t == 8:
+            opt.state[params[0]]["do_wd"], opt.state[params[1]]["do_wd"] = True, False
+        opt.step()
+        log.append([g if p.grad is not None else None for p, g in zip(params, grads, strict=True)])
+    return opt, params, log
+
+
+def lagging_truth(cbs, log, dtype):
+    r = numbers(torch.float32)
+    start = [r(4, 3), r(5), r(3), r(2, 2)]
+    out = []
+    for i, p in enumerate(start):
+        q, state = p.to(dtype), {}
+        hypers = HYPERS | (dict(lr=0.03, mom=0.5, wd=0.3) if i >= 2 else {})
+        for t, grads in enumerate(log):
+            if grads[i] is None:
+                continue
+            q.grad = grads[i].to(dtype, copy=True)
+            do_wd = not (i == 0 and t < 8) and not (i == 1 and t >= 8)
+            for cb in cbs:
+                new = cb(q, **{**state, "do_wd": do_wd, **hypers})
+                state |= new if isinstance(new, dict) else {}
+        out.append((q, state))
+    return out
+
+
+def check_lagging(name, backend, cbs=None, flags=True):
+    opt, params, log = lagging(cbs or OPTIMIZERS[name], backend, flags=flags)
+    true, eager = (lagging_truth(OPTIMIZERS[name], log, d) for d in (torch.float64, torch.float32))
+    assert_close_to_float64([p.detach() for p in params], [q for q, _ in eager], [q for q, _ in true])
+    return opt, params
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@every_optimizer
+def test_groups_flags_and_missing_gradients(name, backend):
+    """Each group has its numbers; a parameter without gradient stands still and its step count lags."""
+    opt, params = check_lagging(name, backend)
+    assert params[3] not in opt.state
+    if name in ("Adam", "Lamb", "RAdam"):
+        assert [opt.state[p]["step"] for p in params[:3]] == [12, 7, 12]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_mutation_flags_and_groups_count(backend):
+    with pytest.raises(AssertionError, match=r"error .* above"):
+        check_lagging("Adam", backend, flags=False)
+    with pytest.raises(AssertionError, match=r"error .* above"):
+        check_lagging("Adam", backend, without_decay(OPTIMIZERS["Adam"]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_frozen_parameter_stands_still_and_its_bias_correction_lags(backend):
+    """With a constant gradient and bias correction, Adam's step is lr·g/(|g| + eps) from the first on."""
+    p, q = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    opt = fusedopt.Optimizer([[p], [q]], OPTIMIZERS["Adam"], backend=backend, **HYPERS | dict(wd=0.0, eps=0.0))
+    opt.freeze_to(1)
+    for _ in range(5):
+        q.grad = torch.full((3,), 2.0)
+        opt.step()
+    assert (p == 0).all() and p not in opt.state
+    opt.unfreeze()
+    p.grad = torch.full((3,), -3.0)
+    opt.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.1))
+    torch.testing.assert_close(q.detach(), torch.full((3,), -0.6))
+    assert (opt.state[p]["step"], opt.state[q]["step"]) == (1, 6)
+
+
+def test_a_parameter_without_elements_only_counts():
+    for backend in ("reference", "cpp"):
+        p = nn.Parameter(torch.zeros(0, 3))
+        p.grad = torch.zeros(0, 3)
+        opt = fusedopt.Optimizer([p], OPTIMIZERS["Larc"] + [step_stat], backend=backend, **HYPERS)
+        for _ in range(3):
+            opt.step()
+        state = opt.state[p]
+        assert state["step"] == 3
+        assert (state["grad_avg"].shape, state["local_lr"].shape) == ((0, 3), ())
+
+
+def test_a_gradient_that_is_the_negative_of_memory_is_read_as_what_it_is():
+    """torch may hand out a real tensor whose memory holds its negative: the imaginary part of a conjugate."""
+    for backend in ("reference", "cpp"):
+        p = nn.Parameter(torch.zeros(4))
+        g = torch.complex(torch.zeros(4), torch.arange(1.0, 5.0)).conj().imag
+        assert g.is_neg()
+        opt = fusedopt.Optimizer([p], OPTIMIZERS["SGD"], backend=backend, **HYPERS)
+        for _ in range(2):
+            p.grad = g
+            opt.step()
+        assert (p > 0).all()
