@@ -1,1 +1,1 @@
-"""Scripts that measure fusedopt against eager callbacks and torch.optim. ``python -m benchmarks.demo`` is the main one."""
+"""Scripts that measure fusedopt against eager callbacks and torch.optim; ``python -m benchmarks.demo`` is the demo."""

@@ -39,7 +39,7 @@ from .timing import Stopwatch, machine
 
 NAMES = ("eager", "torch", "torch fused", "fusedopt")
 NUDGED = "eager, nudged"
-"""The control: eager callbacks from weights of which one in a thousand differs in its last bit."""
+"""The control: eager callbacks, and after every step another thousandth of the weights moves to the next float."""
 EARLY = 10
 """How many steps "at first" is."""
 
@@ -250,12 +250,13 @@ def train(rule: Rule, model: nn.Module, digits: Digits, settings: Settings) -> R
     """Train every implementation of a rule, and the control, in turns."""
     makers = rule.makers()
     runs = {name: Run.start(model, make) for name, make in makers.items()}
-    runs[NUDGED] = Run.start(nudged(model), makers["eager"])
+    runs[NUDGED] = Run.start(model, makers["eager"])
     batches = digits.batches(settings.epochs, settings.batch_size, settings.seed)
     for step, (x, y) in zip(_progress(settings.total, rule.name), batches, strict=False):
         turn = list(runs.values())
         for run in turn[step % len(turn) :] + turn[: step % len(turn)]:
             run.step(x, y, one_cycle(step, settings.total))
+        nudge(runs[NUDGED].model, step)
         if step == 0:
             first_step = distance(runs["eager"].model, runs["fusedopt"].model)
     return Result(
@@ -269,13 +270,11 @@ def train(rule: Rule, model: nn.Module, digits: Digits, settings: Settings) -> R
 
 
 @torch.no_grad()
-def nudged(model: nn.Module) -> nn.Module:
-    """A copy with every thousandth weight moved to the next float."""
-    model = copy.deepcopy(model)
+def nudge(model: nn.Module, step: int) -> None:
+    """Move every thousandth weight to the next float, other weights at another step."""
     for p in model.parameters():
-        some = p.view(-1)[::1000]
+        some = p.view(-1)[step % 1000 :: 1000]
         some.copy_(torch.nextafter(some, some + 1))
-    return model
 
 
 @torch.no_grad()
@@ -331,8 +330,8 @@ PAIRS = (("fusedopt", "eager"), ("fusedopt", "torch"), (NUDGED, "eager"))
 MEANING = """\
 fusedopt rounds after every operation, on every backend alike; torch's CPU kernels round a multiply-add once. So some
 weights differ in the last bit after a step from the same gradients, and training amplifies that as it does any
-disturbance. How much is the network's doing, the last column shows: it is eager callbacks against themselves, started
-with every thousandth weight one float higher. A wrong rule would stand out in the first steps."""
+disturbance. How much is the network's doing, the last column shows: eager callbacks against themselves, one weight
+in a thousand moved to the next float after every step. A wrong rule would stand out in the first steps."""
 
 
 def differences(results: Sequence[Result]) -> str:
@@ -374,7 +373,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.2), layout="constrained")
     for axis, result in zip(axes.flat, results, strict=False):
         _draw_losses(axis, result)
-    for axis in axes.flat[len(results) :]:
+    axes.flat[0].legend()
+    for axis in axes.flat[len(results) + 1 :]:
         axis.set_visible(False)
     if len(results) < axes.size:
         _draw_gaps(axes.flat[len(results)], results)
@@ -394,7 +394,6 @@ def _draw_losses(axis: Any, result: Result) -> None:
         axis.plot(range(1, len(result.losses[name]) + 1), result.losses[name], **how)
     axis.set(title=result.rule.name, xlabel="step", ylabel="cross entropy", yscale="log")
     axis.grid(alpha=0.25)
-    axis.legend()
 
 
 def _draw_gaps(axis: Any, results: Sequence[Result]) -> None:
@@ -431,7 +430,9 @@ def run(settings: Settings, rules: Sequence[Rule] = RULES) -> list[Result]:
     shown = next((r for r in results if r.rule.name == "Adam"), results[-1])
     compiled = [k for r in results for k in r.optimizer.explain().compiled]
     print(f"\n{table(results)}\n\n{differences(results)}\n\nLoss curves: {path}")
-    print(f"Kernels: {len(compiled)} for {len(results)} rules; the learning rate changed at every step.\n")
+    print(
+        f"Kernels: {len(compiled)} for {len(results)} rules, though the learning rate changed at every step.\n"
+    )
     print(kernel(shown))
     return results
 

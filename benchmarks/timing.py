@@ -40,7 +40,7 @@ class Stopwatch:
 
     @property
     def median(self) -> float:
-        """The median in milliseconds: the first, slow sample (compiling) and what the machine does besides weigh little."""
+        """The median in milliseconds: a slow first sample (compiling) and bursts of other work weigh little."""
         return self.percentile(50)
 
 

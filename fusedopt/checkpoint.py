@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 COUNTERS = ("step", "mu_product")
 """Numbers that torch's schema keeps as 0-d float32 tensors."""
 FLAGS = ("do_wd", "force_train")
+"""State that describes a parameter (fastai sets it) rather than what the optimizer has learnt about it."""
 
 
 def count(step: torch.Tensor) -> int | float:

@@ -92,7 +92,7 @@ def explain(opt: Optimizer) -> Explanation:
     launched = launched or engine.foresee(opt._items(pretend=True))
     used = sorted({k.backend for k, _ in launched}) or ["reference"]
     return Explanation(
-        optimizer=type(opt).__name__,
+        optimizer=opt.title or type(opt).__name__,
         backend=" and ".join(used),
         callbacks=tuple(callback_name(cb) for cb in opt.cbs),
         stages=tuple(s for number, (kernel, n) in enumerate(launched) for s in _stages(kernel, n, number)),

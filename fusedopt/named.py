@@ -49,7 +49,7 @@ def SGD(params: Any, lr: Any, mom: float = 0.0, wd: float = 0.0, decouple_wd: bo
     ``mom`` (`fit_one_cycle`) changes nothing. `wd` is true weight decay, or L2 with ``decouple_wd=False``.
     """
     momentum = [average_grad, momentum_step] if mom != 0 else [sgd_step]
-    return Optimizer(params, [_decay(decouple_wd), *momentum], lr=lr, mom=mom, wd=wd)
+    return Optimizer(params, [_decay(decouple_wd), *momentum], title="SGD", lr=lr, mom=mom, wd=wd)
 
 
 def RMSProp(
@@ -67,7 +67,7 @@ def RMSProp(
     """
     momentum = [average_grad] if mom != 0 else []
     cbs = [_decay(decouple_wd), *momentum, average_sqr_grad, rms_prop_step]
-    return Optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return Optimizer(params, cbs, title="RMSProp", lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 
 def Adam(
@@ -81,7 +81,7 @@ def Adam(
 ) -> Optimizer:
     """Adam with true weight decay (AdamW), or with L2 regularization for ``decouple_wd=False``."""
     cbs = _moments(decouple_wd, adam_step)
-    return Optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return Optimizer(params, cbs, title="Adam", lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 
 def RAdam(
@@ -96,7 +96,7 @@ def RAdam(
 ) -> Optimizer:
     """Rectified Adam; `beta` other than 0 softens the denominator (SAdam)."""
     cbs = _moments(decouple_wd, radam_step)
-    return Optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
+    return Optimizer(params, cbs, title="RAdam", lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
 
 
 def QHAdam(
@@ -112,7 +112,9 @@ def QHAdam(
 ) -> Optimizer:
     """Quasi-hyperbolic Adam: `nu_1` and `nu_2` weigh the averages against this step's own gradient."""
     cbs = _moments(decouple_wd, qhadam_step)
-    return Optimizer(params, cbs, lr=lr, nu_1=nu_1, nu_2=nu_2, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return Optimizer(
+        params, cbs, title="QHAdam", lr=lr, nu_1=nu_1, nu_2=nu_2, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+    )
 
 
 def Larc(
@@ -128,7 +130,7 @@ def Larc(
     """LARC, or LARS for ``clip=False``: one learning rate per tensor; momentum if `mom` is not 0 here."""
     momentum = [average_grad] if mom != 0 else []
     cbs = [_decay(decouple_wd), *momentum, partial(larc_layer_lr, clip=clip), larc_step]
-    return Optimizer(params, cbs, lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd)
+    return Optimizer(params, cbs, title="Larc", lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd)
 
 
 def Lamb(
@@ -142,7 +144,7 @@ def Lamb(
 ) -> Optimizer:
     """LAMB: Adam's step scaled, tensor by tensor, to the size of the parameter."""
     cbs = _moments(decouple_wd, lamb_step)
-    return Optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return Optimizer(params, cbs, title="Lamb", lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 
 def Lookahead(opt: Optimizer, k: int = 6, alpha: float = 0.5) -> Optimizer:
@@ -170,6 +172,7 @@ def Lookahead(opt: Optimizer, k: int = 6, alpha: float = 0.5) -> Optimizer:
     if lookahead in opt.cbs:
         raise ValueError("this optimizer looks ahead already")
     opt.cbs = [lookahead_slow, *opt.cbs, lookahead]
+    opt.title = f"Lookahead_{opt.title or type(opt).__name__}"
     for name, value in dict(lookahead_k=k, lookahead_alpha=alpha).items():
         opt.defaults[name] = value
         opt.set_hyper(name, value)
@@ -191,4 +194,6 @@ def ranger(
 ) -> Optimizer:
     """RAdam with Lookahead, under the defaults of the ranger experiments."""
     adaptive = RAdam(params, lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta, decouple_wd=decouple_wd)
-    return Lookahead(adaptive, k=k, alpha=alpha)
+    opt = Lookahead(adaptive, k=k, alpha=alpha)
+    opt.title = "ranger"
+    return opt

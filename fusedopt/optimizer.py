@@ -14,15 +14,13 @@ import torch
 import torch.optim.optimizer as _torch_optimizer
 
 from . import checkpoint, names
+from .checkpoint import FLAGS
 from .explain import Explanation, explain
 from .names import HyperNames, HypersView
 from .runtime import backends
 from .runtime.engine import Engine, callback_name
 from .runtime.items import Item
 from .runtime.warm import Warm, record
-
-FLAGS = ("do_wd", "force_train")
-"""State that describes a parameter (fastai sets it) rather than what the optimizer has learnt about it."""
 
 
 class State(defaultdict):
@@ -149,9 +147,9 @@ class Optimizer(torch.optim.Optimizer):
     def engine(self) -> Engine:
         """The compiler and runtime behind ``step``; made anew when the callback list is changed."""
         if self._engine is None or self._engine.callbacks != self.cbs:
-            title = type(self).__name__
-            if self.title or title == "Optimizer":
-                title = self.title or (callback_name(self.cbs[-1]) if self.cbs else "nothing")
+            title = self.title or type(self).__name__
+            if title == "Optimizer":
+                title = callback_name(self.cbs[-1]) if self.cbs else "nothing"
             self._engine = Engine(self.cbs, self.backend, title, self.state_dtype)
         return self._engine
 

@@ -31,11 +31,11 @@ MOMENTS = [partial(average_grad, dampening=True), average_sqr_grad, step_stat]
 OPTIMIZERS = dict(
     Adam=[weight_decay, *MOMENTS, adam_step],
     Lamb=[weight_decay, *MOMENTS, lamb_step],
-    Larc=[l2_reg, average_grad, larc_layer_lr, larc_step],
+    Larc=[l2_reg, average_grad, partial(larc_layer_lr, trust_coeff=0.5), larc_step],
     SGD=[l2_reg, average_grad, momentum_step],
     RAdam=[weight_decay, *MOMENTS, radam_step],
 )
-HYPERS = dict(lr=0.1, wd=0.5, mom=0.8, sqr_mom=0.9, eps=1e-3, trust_coeff=0.5)
+HYPERS = dict(lr=0.1, wd=0.5, mom=0.8, sqr_mom=0.9, eps=1e-3)
 STEPS = 8  # RAdam changes its kernel at the sixth
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -93,14 +93,14 @@ def numbers(dtype, seed=0):
     return lambda *shape: torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
 
 
-def large(r):
-    """Several chunks, with a tail; and what is about one chunk long."""
-    return [(r(n), r(n)) for n in (1_000_003, 65_536, 65_537)]
+SIZES = dict(chunks=(140_003, 65_536, 65_537), million=(1_000_003,))
+"""Several chunks with a tail, and what is about one chunk long; and a large one."""
 
 
 def problem(dtype, which=None):
-    cases = large if which == "large" else lambda r: [make(r) for make in LAYOUTS.values()]
-    pairs = cases(numbers(dtype))
+    """Pairs of parameter and gradient: in every layout, or of the sizes called ``which``."""
+    r = numbers(dtype)
+    pairs = [(r(n), r(n)) for n in SIZES[which]] if which else [make(r) for make in LAYOUTS.values()]
     assert all(t.dtype == dtype for pair in pairs for t in pair)
     return pairs
 
@@ -237,7 +237,12 @@ def test_cpp_follows_the_reference_in_every_layout(name, dtype):
 @every_dtype
 @every_optimizer
 def test_cpp_follows_the_reference_over_several_chunks(name, dtype):
-    check_cpp(name, dtype, which="large", steps=2)
+    check_cpp(name, dtype, which="chunks", steps=2)
+
+
+@pytest.mark.parametrize("name", ["Adam", "Lamb"])
+def test_cpp_follows_the_reference_over_a_million_elements(name):
+    check_cpp(name, torch.float32, which="million", steps=1)
 
 
 @every_optimizer
@@ -274,7 +279,7 @@ def test_mutation_the_comparisons_notice(dtype, mutation):
         with pytest.raises(AssertionError, match=r"error .* above"):
             check_cpp(name, dtype, cbs)
     with pytest.raises(AssertionError, match=r"error .* above"):
-        check_cpp("SGD", dtype, MUTATIONS[mutation](OPTIMIZERS["SGD"]), which="large", steps=2)
+        check_cpp("SGD", dtype, MUTATIONS[mutation](OPTIMIZERS["SGD"]), which="chunks", steps=2)
 
 
 @pytest.mark.parametrize("case", [c for c in LAYOUTS if "empty" not in c])
@@ -301,7 +306,7 @@ def test_mutation_one_wrong_element_is_noticed_in_every_layout(case, monkeypatch
 def test_results_do_not_depend_on_the_number_of_threads(dtype):
     def run(threads):
         torch.set_num_threads(threads)
-        opt, params = steps_of(OPTIMIZERS["Lamb"], problem(dtype, "large"), 2, backend="cpp")
+        opt, params = steps_of(OPTIMIZERS["Lamb"], problem(dtype, "chunks"), 2, backend="cpp")
         return tensors(opt, params)
 
     one = run(1)

@@ -20,12 +20,15 @@ from .. import env, reference
 from ..ir.program import Buffer
 from ..trace.number import Scalar
 from ..trace.purity import is_pure
-from ..trace.replay import Replay
+from ..trace.replay import Replay, can_replay
 from ..trace.tensor import Untraceable
 from ..trace.tracer import Foreign, NeedsAttribute, Signature, Trace, trace
 from . import backends, items, leaf
 from .backends import Backend, Kernel, Launch
 from .items import Item
+
+MAX_KNOWN = 7
+"""Traces of one structure that are kept for replay: the sides of branches on numbers that a schedule visits."""
 
 
 class Eager(NamedTuple):
@@ -190,9 +193,10 @@ class Engine:
         compiled = self._compile(bucket[0], traced)
         if compiled is None:
             return first
-        pure = all(map(is_pure, self.callbacks[first:stop]))
-        entry = Known(traced, *compiled, Replay(traced) if pure else None)
-        known[:] = [*(known[-3:] if pure else ()), entry]
+        sound = can_replay(traced) and all(map(is_pure, self.callbacks[first:stop]))
+        entry = Known(traced, *compiled, Replay(traced) if sound else None)
+        if sound:
+            known[:] = [*known[-MAX_KNOWN:], entry]
         return Plan(bucket, entry, traced.slot_values(), traced.new_numbers())
 
     def _compile(self, item: Item, traced: Trace) -> tuple[Backend, Kernel] | None:

@@ -13,6 +13,21 @@ from .number import ARITHMETIC, Number, Scalar, ScalarProgram
 from .tracer import Trace
 
 
+def can_replay(trace: Trace) -> bool:
+    """Whether replay has a chance: no number that changes with every step has left the scalar program.
+
+    Such an escape (``math.sqrt`` of a step count, say) is guarded by the value it had, and would fail each time.
+    """
+    return not any(_changes(trace.scalars, g.index) for g in trace.scalars.guards if g.where == "escape")
+
+
+def _changes(scalars: ScalarProgram, index: int) -> bool:
+    op, *operands = scalars.entries[index]
+    if op in ARITHMETIC:
+        return any(_changes(scalars, i) for i in operands)
+    return op in ("state", "default")
+
+
 class Replay:
     """``leaves`` are the inputs, as ``("hyper", name, ...)`` and ``("state", key, ...)`` entries, in order."""
 
@@ -23,6 +38,7 @@ class Replay:
         self.number_keys = [k for k, v in trace.numbers.items() if isinstance(v, Number)]
         self.source = _source(scalars, trace.slots, [trace.numbers[k].index for k in self.number_keys])
         namespace: dict[str, Any] = dict(ARITHMETIC) | {"values": scalars.values}
+        namespace |= {"inf": float("inf"), "nan": float("nan")}  # as guards spell them
         exec(compile(self.source, "<scalar program>", "exec"), namespace)
         self.function = namespace["replay"]
 
