@@ -39,7 +39,9 @@ from .timing import Stopwatch, machine
 
 NAMES = ("eager", "torch", "torch fused", "fusedopt")
 NUDGED = "eager, nudged"
-"""The control: eager callbacks, and after every step another thousandth of the weights moves to the next float."""
+"""The control: eager callbacks, and after every step some of the weights move to the next float."""
+NUDGE_EVERY = 200
+"""Which weights these are: about as many as fusedopt and torch round differently in a step."""
 EARLY = 10
 """How many steps "at first" is."""
 
@@ -271,9 +273,9 @@ def train(rule: Rule, model: nn.Module, digits: Digits, settings: Settings) -> R
 
 @torch.no_grad()
 def nudge(model: nn.Module, step: int) -> None:
-    """Move every thousandth weight to the next float, other weights at another step."""
+    """Move one weight in NUDGE_EVERY to the next float; other weights at another step."""
     for p in model.parameters():
-        some = p.view(-1)[step % 1000 :: 1000]
+        some = p.view(-1)[step % NUDGE_EVERY :: NUDGE_EVERY]
         some.copy_(torch.nextafter(some, some + 1))
 
 
@@ -327,11 +329,11 @@ def _number(x: float | None, digits: int) -> str:
 
 PAIRS = (("fusedopt", "eager"), ("fusedopt", "torch"), (NUDGED, "eager"))
 
-MEANING = """\
+MEANING = f"""\
 fusedopt rounds after every operation, on every backend alike; torch's CPU kernels round a multiply-add once. So some
 weights differ in the last bit after a step from the same gradients, and training amplifies that as it does any
 disturbance. How much is the network's doing, the last column shows: eager callbacks against themselves, one weight
-in a thousand moved to the next float after every step. A wrong rule would stand out in the first steps."""
+in {NUDGE_EVERY} moved to the next float after every step. A wrong rule would stand out in the first steps."""
 
 
 def differences(results: Sequence[Result]) -> str:
@@ -396,13 +398,18 @@ def _draw_losses(axis: Any, result: Result) -> None:
     axis.grid(alpha=0.25)
 
 
+FLOOR = 3e-8
+"""Where a difference of zero is drawn."""
+
+
 def _draw_gaps(axis: Any, results: Sequence[Result]) -> None:
     for k, result in enumerate(results):
         for name, line in (("fusedopt", "-"), (NUDGED, ":")):
             gaps = [abs(x - y) for x, y in zip(result.losses[name], result.losses["eager"], strict=True)]
             label = result.rule.name if line == "-" else None
+            gaps = [max(gap, FLOOR) for gap in gaps]
             axis.plot(range(1, len(gaps) + 1), gaps, line, color=f"C{k}", linewidth=1.3, label=label)
-    axis.set(title="Difference from eager: fusedopt solid, control dotted", xlabel="step", yscale="log")
+    axis.set(title="|loss − eager's|: fusedopt solid, control dotted", xlabel="step", yscale="log")
     axis.grid(alpha=0.25)
     axis.legend(loc="lower right", ncols=2)
 

@@ -39,7 +39,8 @@ class AskedDtypes(TorchFunctionMode):
         if explicit in FLOATS:
             kwargs["dtype"] = self.compute
         out = func(*args, **kwargs)
-        if isinstance(out, torch.Tensor) and out.is_floating_point():
+        known = hasattr(out, "_fusedopt_asked")  # p.grad, or what an in-place method returns: its dtype stays
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and not known:
             mark(out, explicit or self._promoted(args))
         return out
 

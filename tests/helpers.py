@@ -11,7 +11,8 @@ import torch
 from fusedopt import reference
 from fusedopt.ir.program import Buffer, Program, interpret
 from fusedopt.runtime import backends
-from fusedopt.trace.tracer import Signature, Trace, trace
+from fusedopt.trace.signature import Signature
+from fusedopt.trace.tracer import Trace, trace
 
 CPU = torch.device("cpu")
 INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}

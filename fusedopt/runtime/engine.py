@@ -21,8 +21,9 @@ from ..ir.program import Buffer
 from ..trace.number import Scalar
 from ..trace.purity import is_pure
 from ..trace.replay import Replay, can_replay
+from ..trace.signature import Foreign, Signature
 from ..trace.tensor import Untraceable
-from ..trace.tracer import Foreign, NeedsAttribute, Signature, Trace, trace
+from ..trace.tracer import NeedsAttribute, Trace, trace
 from . import backends, items, leaf
 from .backends import Backend, Kernel, Launch
 from .items import Item
@@ -317,7 +318,7 @@ def callback_name(callback: Callable[..., Any]) -> str:
 def _structure(signature: Signature) -> tuple:
     """The signature without its numbers, and without whether it is a work copy."""
     state = tuple((k, "number" if type(v) in (int, float) else v) for k, v in signature.state)
-    return signature.device, signature.param, signature.grad, state, signature.attributes
+    return signature.device, signature.param, signature.grad, state, signature.attributes, signature.zero_dim
 
 
 def _static(hyper: dict[str, Any]) -> tuple:

@@ -9,7 +9,7 @@ import torch
 
 from .. import reference
 from ..ir.program import Buffer
-from ..trace.tracer import Foreign, Signature, compute_dtype
+from ..trace.signature import Foreign, Signature, compute_dtype
 
 State = dict[str, Any]
 
@@ -78,13 +78,15 @@ def _visible(value: Any, shape: torch.Size) -> Any:
 
 def dense(t: torch.Tensor) -> bool:
     """Whether its elements fill one block of memory, in whatever order of dimensions."""
-    return t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t))
+    plain = t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t))
+    return plain and not t.is_neg()
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether flat position i is the same element in both; strides of dimensions of size one do not matter."""
     x, y = a.stride(), b.stride()
-    return x == y or all(s == 1 or i == j for s, i, j in zip(b.shape, x, y, strict=True))
+    same = x == y or all(s == 1 or i == j for s, i, j in zip(b.shape, x, y, strict=True))
+    return same and not a.is_neg()  # torch has real tensors whose memory holds their negative
 
 
 def with_layout(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -139,16 +141,17 @@ def store(item: Item, work: Item, state_dtype: torch.dtype | None) -> None:
         old = item.state.get(key)
         if not isinstance(value, torch.Tensor):
             item.state[key] = value
-        elif isinstance(old, torch.Tensor) and old.shape == (item.param.shape if empty else value.shape):
-            if not empty:
-                old.copy_(value)
-        else:
-            item.state[key] = _new_state(item, value, state_dtype, empty)
+        elif not isinstance(old, torch.Tensor) or (old.shape != value.shape and not empty):
+            item.state[key] = _new_state(item, work, value, state_dtype)
+        elif not empty:
+            old.copy_(value)
 
 
-def _new_state(item: Item, value: torch.Tensor, state_dtype: torch.dtype | None, empty: bool) -> torch.Tensor:
-    like_param = empty or value.shape == item.param.shape
-    if not value.is_floating_point() or not like_param:
-        return value.detach().clone()
-    out = torch.zeros_like(item.param, dtype=state_dtype or reference.asked(value), requires_grad=False)
-    return out if empty else out.copy_(value)
+def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None) -> torch.Tensor:
+    """A copy of it, laid out like the parameter if it has its shape; zeros where the parameter was a stand-in."""
+    if value.shape != work.param.shape:
+        out = torch.zeros_like(value)
+    else:
+        dtype = state_dtype or reference.asked(value) if value.is_floating_point() else value.dtype
+        out = torch.zeros_like(item.param, dtype=dtype, requires_grad=False)
+    return out if item.param.numel() == 0 else out.copy_(value)

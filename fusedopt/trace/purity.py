@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional
 
+from . import methods  # noqa: F401  (fills the table)
 from .tensor import METHODS
 
 MODULES = (torch, math, torch.nn, torch.nn.functional, torch.linalg, torch.special)

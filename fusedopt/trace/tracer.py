@@ -17,55 +17,15 @@ import torch
 
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, depth_first, reachable
+from . import methods  # noqa: F401  (fills the table of tensor methods)
 from .number import Number, Scalar, ScalarProgram
+from .signature import Foreign, Signature
 from .tensor import SymParameter, SymTensor, Untraceable, lift
 
 Callback = Callable[..., Any]
 MAX_PATHS = 8
 PARAM, GRAD = ".param", ".grad"
 """Cells of the parameter and its gradient, apart from state under any name, "grad" included."""
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """A state tensor that no kernel can take: another shape than the parameter's, or integers."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def __getattr__(self, name: str) -> Any:
-        raise Untraceable(
-            f"a {self.dtype} state tensor of another shape than the parameter's, or of integers"
-        )
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What callbacks can see of a parameter besides its elements; equal signatures give equal traces.
-
-    ``state`` maps each key to a ``Buffer`` (a tensor), or to the number, flag or None itself. ``attributes`` are the
-    shape attributes that some callback reads. ``asked`` are the parameter's and the gradient's dtypes as the user
-    sees them, where these differ from the buffers' (work copies in the compute dtype). ``zero_dim``: the parameter is
-    0-d, so that its state cannot be told apart into one number per element and one per tensor.
-    """
-
-    device: torch.device
-    param: torch.dtype
-    grad: torch.dtype
-    state: tuple[tuple[str, Any], ...] = ()
-    attributes: tuple[tuple[str, Any], ...] = ()
-    asked: tuple[torch.dtype, torch.dtype] | None = None
-    zero_dim: bool = False
-
-    @property
-    def compute(self) -> torch.dtype:
-        buffers = [v.dtype for _, v in self.state if isinstance(v, Buffer)]
-        return compute_dtype(self.param, self.grad, *buffers)
-
-
-def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 if any of them is float64, else float32: values are upcast on load and rounded once on store."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 @dataclass(frozen=True)
@@ -296,7 +256,17 @@ class _Pass:
             except (Untraceable, Exception) as error:
                 error.callback = self.first + i  # type: ignore[union-attr]
                 raise
-        return cells
+        return self._per_element(cells) if s.zero_dim else cells
+
+    def _per_element(self, cells: dict[str, Any]) -> dict[str, Any]:
+        """For a 0-d parameter all state is one number per element: the next step could not tell it apart."""
+
+        def per_element(cell: Any) -> Any:
+            value = self.graph.values[cell.node] if isinstance(cell, Cell) else None
+            whole = value is not None and value.kind == "S" and value.type == "f"
+            return Cell(self.graph.op("expand", cell.node), cell.asked) if whole else cell
+
+        return {key: per_element(cell) for key, cell in cells.items()}
 
     def _check_kinds(self, cells: dict[str, Any]) -> None:
         """State keeps its kind. For a 0-d parameter everything is one number per element."""

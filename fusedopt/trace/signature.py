@@ -1,0 +1,53 @@
+"""What callbacks can see of a parameter apart from its elements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ir.program import Buffer
+from .tensor import Untraceable
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A state tensor that no kernel can take: another shape than the parameter's, or integers."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def __getattr__(self, name: str) -> Any:
+        raise Untraceable(
+            f"a {self.dtype} state tensor of another shape than the parameter's, or of integers"
+        )
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What callbacks can see of a parameter besides its elements; equal signatures give equal traces.
+
+    ``state`` maps each key to a ``Buffer`` (a tensor), or to the number, flag or None itself. ``attributes`` are the
+    shape attributes that some callback reads. ``asked`` are the parameter's and the gradient's dtypes as the user
+    sees them, where these differ from the buffers' (work copies in the compute dtype). ``zero_dim``: the parameter is
+    0-d, so that its state cannot be told apart into one number per element and one per tensor.
+    """
+
+    device: torch.device
+    param: torch.dtype
+    grad: torch.dtype
+    state: tuple[tuple[str, Any], ...] = ()
+    attributes: tuple[tuple[str, Any], ...] = ()
+    asked: tuple[torch.dtype, torch.dtype] | None = None
+    zero_dim: bool = False
+
+    @property
+    def compute(self) -> torch.dtype:
+        buffers = [v.dtype for _, v in self.state if isinstance(v, Buffer)]
+        return compute_dtype(self.param, self.grad, *buffers)
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 if any of them is float64, else float32: values are upcast on load and rounded once on store."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
