@@ -17,18 +17,30 @@ if TYPE_CHECKING:
     from .optimizer import Optimizer
 
 Place = str | tuple[str, int]
+TORCH = {"weight_decay": ("wd",), "betas": ("mom", "sqr_mom"), "momentum": ("mom",), "alpha": ("sqr_mom",)}
+"""torch's names, and what callbacks call the same."""
 NOT_NEGATIVE = ("lr", "eps", "wd", "mom", "sqr_mom")
 
 
 class HyperNames:
     """The map for one optimizer: callback name → param-group key, or (key, position) in a tuple there."""
 
-    def __init__(self, names: Iterable[str], declared: Mapping[str, Place] | None = None) -> None:
-        names = set(names)
+    def __init__(
+        self, names: Iterable[str], declared: Mapping[str, Place] | None = None, taken: Iterable[str] = ()
+    ) -> None:
+        """``names``: the hyperparameters given, in either vocabulary; ``taken``: the arguments that callbacks name.
+
+        A callback that itself has an argument ``alpha`` gets the group's ``alpha``, not as ``sqr_mom``.
+        """
+        taken = set(taken)
+        names = {
+            own for name in names for own in (TORCH.get(name, (name,)) if name not in taken else (name,))
+        }
         momentum: dict[str, Place] = {"mom": "momentum", "sqr_mom": "alpha"}
         if {"mom", "sqr_mom"} <= names:
             momentum = {"mom": ("betas", 0), "sqr_mom": ("betas", 1)}
-        self.place: dict[str, Place] = {"wd": "weight_decay", **momentum, **(declared or {})}
+        places = {"wd": "weight_decay", **momentum, **(declared or {})}
+        self.place = {k: v for k, v in places.items() if (v[0] if isinstance(v, tuple) else v) not in taken}
         self.name: dict[Place, str] = {place: name for name, place in self.place.items()}
 
     def of_group(self, group: Mapping[str, Any]) -> dict[str, Any]:

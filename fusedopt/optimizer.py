@@ -130,14 +130,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _set_up(self, hypers: Mapping[str, Any]) -> None:
         """What is derived from callbacks and options, and so never saved."""
-        given = {"wd" if k == "weight_decay" else k for k in hypers} | (
-            {"mom", "sqr_mom"} if "betas" in hypers else set()
+        given = {*hypers, *(name for cb in self.cbs for name in _defaults(cb))}
+        self.hyper_map = HyperNames(
+            given, self.hyper_names, {name for cb in self.cbs for name in _arguments(cb)}
         )
-        given |= {"mom"} if "momentum" in hypers else set()
-        given |= {"sqr_mom"} if "alpha" in hypers else set()
-        for cb in self.cbs:
-            given |= set(_defaults(cb))
-        self.hyper_map = HyperNames(given, self.hyper_names)
         self._stored = dict(self.state_names)
         self._called = {stored: name for name, stored in self._stored.items()}
         self._engine: Engine | None = None
@@ -392,17 +388,21 @@ COMMON = ("lr", "mom", "sqr_mom", "wd", "eps", "maximize", "foreach", "fused", "
 """Hyperparameters that are accepted whether or not a callback takes them."""
 
 
+def _arguments(cb: Callable) -> set[str]:
+    """The arguments a callback names."""
+    try:
+        return set(inspect.signature(cb).parameters) | set(_defaults(cb))
+    except (TypeError, ValueError):  # a callable without a signature
+        return set(_defaults(cb))
+
+
 def _check_known(hypers: Iterable[str], cbs: Sequence[Callable]) -> None:
     """Raise TypeError for a hyperparameter that no callback takes: most likely a typing error."""
-    taken = set(COMMON)
-    for cb in cbs:
-        try:
-            taken |= set(inspect.signature(cb).parameters) | set(_defaults(cb))
-            taken |= {
-                c for c in inspect.unwrap(_function(cb)).__code__.co_consts if isinstance(c, str)
-            }  # kwargs["x"]
-        except (TypeError, ValueError, AttributeError):  # a callable without a signature may take anything
-            return
+    functions = [cb for cb in map(_function, cbs) if hasattr(cb, "__code__")]
+    if len(functions) < len(cbs):
+        return  # a callable object may take anything
+    looked_up = {c for cb in functions for c in cb.__code__.co_consts if isinstance(c, str)}  # kwargs["x"]
+    taken = looked_up.union(COMMON, *map(_arguments, cbs))
     for name in hypers:
         if name not in taken:
             near = difflib.get_close_matches(name, [*taken, "backend", "state_dtype", "title"], 1)

@@ -104,7 +104,11 @@ def copies(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def signature(
-    param: torch.dtype = torch.float32, grad: torch.dtype | None = None, attributes: tuple = (), **state: Any
+    param: torch.dtype = torch.float32,
+    grad: torch.dtype | None = None,
+    attributes: tuple = (),
+    /,
+    **state: Any,
 ) -> Signature:
     """What callbacks see of a parameter; ``state`` maps keys to Buffers, numbers and flags."""
     return Signature(CPU, param, grad or param, tuple(sorted(state.items())), attributes)
@@ -180,6 +184,8 @@ def assert_same_result(ours: Any, eager: Any, name: str) -> None:
     """Tensors equal but for rounding; other values equal and of one type."""
     assert isinstance(ours, torch.Tensor) == isinstance(eager, torch.Tensor), f"{name}: {ours} for {eager}"
     if isinstance(eager, torch.Tensor):
-        torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-14, equal_nan=True, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours, eager, rtol=1e-12, atol=1e-14, equal_nan=True, msg=lambda m: f"{name}: {m}"
+        )
     else:
         assert (type(ours), ours) == (type(eager), eager), name

@@ -68,7 +68,11 @@ def test_arithmetic_is_pythons_and_is_recorded(name, program, lr, mom, step):
     assert type(result) is Number and type(result.value) is type(expected) and result.value == expected
     assert program.guards == []
     hyper, state = OTHER
-    assert program.run(hyper, state)[result.index] == formula(hyper["lr"], hyper["mom"], state["step"]) != expected
+    assert (
+        program.run(hyper, state)[result.index]
+        == formula(hyper["lr"], hyper["mom"], state["step"])
+        != expected
+    )
     again = eval(program.expression(result.index), {}, HYPER | STATE)
     assert again == expected
 

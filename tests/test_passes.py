@@ -177,7 +177,12 @@ def test_a_reduction_of_a_reduction_of_a_reduction_takes_a_stage_each_before_the
     program = three_levels()
     split = check_stages(program)
     assert [len(stage.reductions) for stage in split] == [1, 1, 1, 0]
-    assert [stage.loads(program) for stage in split] == [["grad"], ["grad"], ["param", "grad"], ["param", "grad", "state.m"]]
+    assert [stage.loads(program) for stage in split] == [
+        ["grad"],
+        ["grad"],
+        ["param", "grad"],
+        ["param", "grad", "state.m"],
+    ]
 
 
 def test_reductions_that_do_not_need_each_other_share_a_stage():

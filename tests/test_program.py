@@ -245,7 +245,22 @@ def test_the_print_names_buffers_and_where_each_value_comes_from():
     assert {w.split(",")[0] for w in where} == {cb.__name__ for cb in ADAM if cb is not callbacks.step_stat}
 
 
-KEYS = ["grad_avg", "exp_avg", "m", "grad", "param", "s0", "v12", "r1", "acc0", "i", "T", "int", "class", "lambda"]
+KEYS = [
+    "grad_avg",
+    "exp_avg",
+    "m",
+    "grad",
+    "param",
+    "s0",
+    "v12",
+    "r1",
+    "acc0",
+    "i",
+    "T",
+    "int",
+    "class",
+    "lambda",
+]
 KEYS += ["row", "a-b", "a.b", "a_b", "", "x y", "é", "__v", "sign", "end"]
 
 

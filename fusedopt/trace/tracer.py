@@ -190,8 +190,6 @@ def _asked_dtype(
     key: str, cell: Cell, graph: Graph, signature: Signature, state_dtype: torch.dtype | None
 ) -> torch.dtype:
     """The dtype of new state: as asked, or the policy's; one number per tensor keeps the compute type."""
-    if graph.values[cell.node].type == "b":
-        raise Untraceable(f"the state {key!r} is a mask; fused state is floating point")
     if graph.values[cell.node].kind == "S":
         return signature.compute
     return state_dtype or cell.asked or (signature.asked or (signature.param,))[0]
@@ -269,13 +267,14 @@ class _Pass:
         return {key: per_element(cell) for key, cell in cells.items()}
 
     def _check_kinds(self, cells: dict[str, Any]) -> None:
-        """State keeps its kind. For a 0-d parameter everything is one number per element."""
+        """State is floating point and keeps its kind. For a 0-d parameter everything is one number per element."""
+        for key, cell in cells.items():
+            if isinstance(cell, Cell) and self.graph.values[cell.node].type == "b":
+                raise Untraceable(f"the state {key!r} is a mask; fused state is floating point")
         for key, buffer in self.signature.state:
             cell = cells.get(key)
             if isinstance(buffer, Buffer) and isinstance(cell, Cell):
                 value = self.graph.values[cell.node]
-                if value.type == "b":
-                    raise Untraceable(f"the state {key!r} becomes a mask; fused state is floating point")
                 if value.kind != buffer.kind and self.signature.zero_dim:
                     cells[key] = Cell(self.graph.op("expand", cell.node), cell.asked)
                 elif value.kind != buffer.kind:
