@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .callback import name_of
 from .ir.program import identifier
 from .runtime.backends import Kernel
 from .runtime.engine import Eager
@@ -85,28 +86,29 @@ class Explanation:
 
 def explain(opt: Optimizer) -> Explanation:
     """Explain the last step, or, before the first, the step that would be if every parameter had a gradient."""
-    from .runtime.engine import callback_name
-
     engine = opt.engine
     launched = [(entry.plans[0].kernel, entry.tensors) for entry in engine.launched]
     launched = launched or engine.foresee(opt._items(pretend=True))
-    used = sorted({k.backend for k, _ in launched}) or ["reference"]
+    names = sorted({k.backend for k, _ in launched}) or ["reference"]
+    used = engine.history.used.values()
     return Explanation(
         optimizer=opt.title or type(opt).__name__,
-        backend=" and ".join(used),
-        callbacks=tuple(callback_name(cb) for cb in opt.cbs),
-        stages=tuple(s for number, (kernel, n) in enumerate(launched) for s in _stages(kernel, n, number)),
+        backend=" and ".join(names),
+        callbacks=tuple(name_of(cb) for cb in opt.cbs),
+        stages=tuple(
+            s for kernel, n in launched for s in _stages(kernel, engine.history.used[kernel].label, n)
+        ),
         eager=tuple(dict.fromkeys(engine.eager.values())),
-        compiled=tuple(Compiled(k.label, k.why, k.source_path, k.seconds, k.cached) for k in engine.kernels),
-        source="\n".join(k.body for k in engine.kernels),
+        compiled=tuple(Compiled(label, why, k.source_path, k.seconds, k.cached) for k, label, why in used),
+        source="\n".join(k.body for k, _, _ in used),
     )
 
 
-def _stages(kernel: Kernel, tensors: int, number: int) -> list[StageInfo]:
+def _stages(kernel: Kernel, label: str, tensors: int) -> list[StageInfo]:
     program = kernel.program
     return [
         StageInfo(
-            kernel=kernel.label,
+            kernel=label,
             reads=tuple(identifier(n) for n in stage.loads(program)),
             writes=tuple(identifier(n) for n, _ in stage.stores),
             reduces=len(stage.reductions),

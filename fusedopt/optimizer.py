@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,12 +12,13 @@ from typing import Any, ClassVar
 import torch
 import torch.optim.optimizer as _torch_optimizer
 
-from . import checkpoint, names
+from . import callback, checkpoint, names
+from .callback import arguments_of, defaults_of, name_of
 from .checkpoint import FLAGS
 from .explain import Explanation, explain
 from .names import HyperNames, HypersView
 from .runtime import backends
-from .runtime.engine import Engine, callback_name
+from .runtime.engine import Engine
 from .runtime.items import Item
 from .runtime.warm import Warm, record
 
@@ -30,7 +30,8 @@ class State(defaultdict):
     """
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(dict, *args)
+        given = args[1:] if args[:1] == (dict,) else args  # defaultdict's copy() hands over the factory
+        super().__init__(dict, *given)
         self.version = 0
         """Counts changes of which parameters have a dict, and which dict that is."""
 
@@ -115,7 +116,7 @@ class Optimizer(torch.optim.Optimizer):
         defaults: dict[str, Any] = {}
         values = self.hyper_map.to_fastai(hypers)
         _check_known(values, self.cbs)
-        values = {k: v for cb in self.cbs for k, v in _defaults(cb).items()} | values
+        values = {k: v for cb in self.cbs for k, v in defaults_of(cb).items()} | values
         listed = {
             k: v for k, v in values.items() if isinstance(v, (slice, list)) or getattr(v, "ndim", 0) == 1
         }
@@ -130,9 +131,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _set_up(self, hypers: Mapping[str, Any]) -> None:
         """What is derived from callbacks and options, and so never saved."""
-        given = {*hypers, *(name for cb in self.cbs for name in _defaults(cb))}
+        given = {*hypers, *(name for cb in self.cbs for name in defaults_of(cb))}
         self.hyper_map = HyperNames(
-            given, self.hyper_names, {name for cb in self.cbs for name in _arguments(cb)}
+            given, self.hyper_names, {name for cb in self.cbs for name in arguments_of(cb)}
         )
         self._stored = dict(self.state_names)
         self._called = {stored: name for name, stored in self._stored.items()}
@@ -145,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._engine is None or self._engine.callbacks != self.cbs:
             title = self.title or type(self).__name__
             if title == "Optimizer":
-                title = callback_name(self.cbs[-1]) if self.cbs else "nothing"
+                title = name_of(self.cbs[-1]) if self.cbs else "nothing"
             self._engine = Engine(self.cbs, self.backend, title, self.state_dtype)
         return self._engine
 
@@ -373,36 +374,18 @@ def _callbacks(cbs: Any) -> list[Callable]:
     return found
 
 
-def _defaults(cb: Callable) -> dict[str, Any]:
-    """A callback's hyperparameter defaults; a partial has its function's, but for what it sets itself."""
-    if isinstance(cb, functools.partial):
-        return {k: v for k, v in _defaults(cb.func).items() if k not in cb.keywords}
-    return dict(getattr(cb, "defaults", {}))
-
-
-def _function(cb: Callable) -> Callable:
-    return _function(cb.func) if isinstance(cb, functools.partial) else cb
-
-
 COMMON = ("lr", "mom", "sqr_mom", "wd", "eps", "maximize", "foreach", "fused", "capturable", "differentiable")
 """Hyperparameters that are accepted whether or not a callback takes them."""
 
 
-def _arguments(cb: Callable) -> set[str]:
-    """The arguments a callback names."""
-    try:
-        return set(inspect.signature(cb).parameters) | set(_defaults(cb))
-    except (TypeError, ValueError):  # a callable without a signature
-        return set(_defaults(cb))
-
-
 def _check_known(hypers: Iterable[str], cbs: Sequence[Callable]) -> None:
     """Raise TypeError for a hyperparameter that no callback takes: most likely a typing error."""
-    functions = [cb for cb in map(_function, cbs) if hasattr(cb, "__code__")]
-    if len(functions) < len(cbs):
-        return  # a callable object may take anything
-    looked_up = {c for cb in functions for c in cb.__code__.co_consts if isinstance(c, str)}  # kwargs["x"]
-    taken = looked_up.union(COMMON, *map(_arguments, cbs))
+    taken = set(COMMON)
+    for cb in cbs:
+        found = callback.looked_up(cb)
+        if found is None:
+            return  # a callable object may take anything
+        taken |= found | arguments_of(cb).keys() | defaults_of(cb).keys()
     for name in hypers:
         if name not in taken:
             near = difflib.get_close_matches(name, [*taken, "backend", "state_dtype", "title"], 1)

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from fusedopt.runtime import backends, engine
+
 OURS = ("FUSEDOPT_BACKEND", "FUSEDOPT_DEBUG", "FUSEDOPT_CACHE_DIR")
 
 
@@ -29,3 +31,12 @@ def same_start():
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """As in a fresh process: no kernel is loaded, no trace is known."""
+    monkeypatch.setattr(backends, "_made", {})
+    engine._known_traces.cache_clear()
+    yield
+    engine._known_traces.cache_clear()

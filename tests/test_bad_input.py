@@ -496,7 +496,7 @@ def no_warning_given(monkeypatch):
 
 
 @pytest.fixture(params=["cannot run", "cannot compile", "makes no file", "makes no library"])
-def broken_compiler(request, monkeypatch, tmp_path, no_warning_given):
+def broken_compiler(request, monkeypatch, tmp_path, no_warning_given, nothing_compiled):
     """CXX is a compiler that fails in one of several ways, and the cache is empty. Gives its log of calls."""
     log = tmp_path / "calls"
     bodies = {

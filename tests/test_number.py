@@ -135,7 +135,7 @@ def test_a_number_kept_from_another_program_counts_as_its_value(program, lr):
 COMPARISONS = {
     "gt": (lambda lr: lr > 0.1, "(lr > 0.1)", True),
     "ge": (lambda lr: lr >= 1, "(lr >= 1)", False),
-    "lt reflected": (lambda lr: 0.1 < lr, "(lr > 0.1)", True),
+    "lt reflected": (lambda lr: 0.1 < lr, "(lr > 0.1)", True),  # noqa: SIM300
     "le": (lambda lr: lr <= 0.25, "(lr <= 0.25)", True),
     "eq": (lambda lr: lr == 0.25, "(lr == 0.25)", True),
     "ne": (lambda lr: lr != 0, "(lr != 0)", True),
@@ -182,7 +182,7 @@ ESCAPES = {
     "round": lambda x: round(x, 1),
     "round to int": lambda x: round(x),
     "format": lambda x: f"{x:.3f}",
-    "percent": lambda x: "%g" % x,
+    "percent": lambda x: "%g" % x,  # noqa: UP031
     "str": lambda x: str(x),
     "is_integer": lambda x: float.is_integer(float(x)),
     "numpy function": lambda x: np.sqrt(x),

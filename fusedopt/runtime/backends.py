@@ -16,9 +16,9 @@ from ..ir.passes import Stage, stages
 from ..ir.program import Program
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
-    """A compiled program. ``handle`` is the backend's own; ``why`` says what made it necessary."""
+    """A compiled program: one object per program and name. ``handle`` is the backend's own."""
 
     backend: str
     name: str
@@ -28,8 +28,6 @@ class Kernel:
     seconds: float
     cached: bool
     handle: object = field(repr=False)
-    why: str = ""
-    label: str = ""
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -25,7 +25,15 @@ class Cpp:
     name = "cpp"
     device = "cpu"
 
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[Program, str], Kernel] = {}
+
     def compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
+        if (program, name) not in self._kernels:
+            self._kernels[program, name] = self._compile(program, name, slot_names)
+        return self._kernels[program, name]
+
+    def _compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
         body = cpp.render(program, slot_names, name)
         library = toolchain.compile_library(
             name, cpp.source(skeleton("cpu.cpp"), body), key_parts=[cpp.VERSION]

@@ -8,24 +8,26 @@ backend is the same with no program at all.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .. import env, reference
-from ..ir.program import Buffer
+from ..callback import identity, name_of
 from ..trace.number import Scalar
 from ..trace.purity import is_pure
 from ..trace.replay import Replay, can_replay
-from ..trace.signature import Foreign, Signature
+from ..trace.signature import Signature
 from ..trace.tensor import Untraceable
 from ..trace.tracer import NeedsAttribute, Trace, trace
 from . import backends, items, leaf
 from .backends import Backend, Kernel, Launch
+from .history import History
 from .items import Item
 
 MAX_KNOWN = 7
@@ -82,8 +84,8 @@ class Launched:
 class Engine:
     """Steps parameters by a callback list. It holds no tensors: state lives with the optimizer.
 
-    ``kernels`` are those compiled so far, ``eager`` the verdicts on callbacks with no fused form, ``launched`` what the
-    last step launched.
+    ``history`` has the kernels used so far, ``eager`` the verdicts on callbacks with no fused form, ``launched`` what
+    the last step launched.
     """
 
     def __init__(
@@ -93,18 +95,13 @@ class Engine:
         title: str,
         state_dtype: torch.dtype | None,
     ) -> None:
-        self.callbacks, self.backend, self.title, self.state_dtype = (
-            list(callbacks),
-            backend,
-            title,
-            state_dtype,
-        )
+        self.callbacks, self.backend = list(callbacks), backend
+        self.title, self.state_dtype = title, state_dtype
         self.attributes: tuple[str, ...] = ()
-        self.kernels: list[Kernel] = []
+        self.history = History()
         self.eager: dict[tuple[int, Any], Eager] = {}
         self.launched: list[Launched] = []
-        self._known: dict[tuple, list[Known]] = {}
-        self._traces: dict[tuple[int, int], Trace] = {}
+        self._known = _known_traces((*map(identity, callbacks),), backend, title, state_dtype)
         self._said: set[str] = set()
 
     def step(self, todo: list[Item]) -> list[Launched]:
@@ -131,11 +128,10 @@ class Engine:
     def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
         """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
         plans, _ = self.prepare(todo)
-        counts: dict[str, tuple[Kernel, int]] = {}
+        counts: dict[Kernel, int] = {}
         for plan in plans:
-            before = counts.get(plan.kernel.label, (plan.kernel, 0))[1]
-            counts[plan.kernel.label] = plan.kernel, before + len(plan.items)
-        return list(counts.values())
+            counts[plan.kernel] = counts.get(plan.kernel, 0) + len(plan.items)
+        return list(counts.items())
 
     def prepare(self, todo: list[Item]) -> tuple[list[Plan], list[Item]]:
         """Trace and compile: plans for the buckets that fuse whole, and the items that need work copies."""
@@ -175,8 +171,7 @@ class Engine:
         for candidate in known:
             again = candidate.replay and candidate.replay(hyper, dict(signature.state))
             if again:
-                self._traces[bucket[0].where] = candidate.trace
-                return Plan(bucket, candidate, *again)
+                return self._planned(Plan(bucket, candidate, *again))
         try:
             traced = trace(
                 self.callbacks[first:stop],
@@ -189,18 +184,22 @@ class Engine:
         except (Untraceable, Exception) as error:
             i = getattr(error, "callback", first)
             reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
-            self.eager[i, structure] = Eager(callback_name(self.callbacks[i]), reason)
+            self.eager[i, structure] = Eager(name_of(self.callbacks[i]), reason)
             return i
-        compiled = self._compile(bucket[0], traced)
+        compiled = self._compile(traced)
         if compiled is None:
             return first
         sound = can_replay(traced) and all(map(is_pure, self.callbacks[first:stop]))
         entry = Known(traced, *compiled, Replay(traced) if sound else None)
         if sound:
             known[:] = [*known[-MAX_KNOWN:], entry]
-        return Plan(bucket, entry, traced.slot_values(), traced.new_numbers())
+        return self._planned(Plan(bucket, entry, traced.slot_values(), traced.new_numbers()))
 
-    def _compile(self, item: Item, traced: Trace) -> tuple[Backend, Kernel] | None:
+    def _planned(self, plan: Plan) -> Plan:
+        self.history.note(plan.items[0].where, plan.kernel, plan.trace)
+        return plan
+
+    def _compile(self, traced: Trace) -> tuple[Backend, Kernel] | None:
         """Backend and kernel, or None where no backend can compile and the reference has to step in."""
         names = [traced.scalars.expression(i) for i in traced.slots]
         device = traced.signature.device
@@ -208,28 +207,13 @@ class Engine:
         if compiled is None:
             self.backend = "reference"  # said by compile_program; do not ask a broken compiler again
             return None
-        backend, kernel = compiled
-        known = next((k for k in self.kernels if k.program == kernel.program), None)
-        if known is None:
-            label = f"{kernel.name} #{len(self.kernels) + 1}"
-            known = replace(kernel, why=self._why(self._traces.get(item.where), traced), label=label)
-            self.kernels.append(known)
-            env.debug(1, f"# {known.label}: {known.why}\n{traced.program}")
-        self._traces[item.where] = traced
-        return backend, known
-
-    def _why(self, old: Trace | None, new: Trace) -> str:
-        """What made another kernel necessary, against the last trace of the same parameter."""
-        if old is None:
-            others = f" of parameters with {describe(new.signature)}" if self.kernels else ""
-            return f"first step{others}"
-        return "; ".join(differences(old, new)) or "the callbacks did something else than before"
+        return compiled
 
     # -- launching --
     def _launch(self, plans: list[Plan]) -> None:
         together: dict[tuple, list[Plan]] = {}
         for plan in plans:
-            together.setdefault((plan.kernel.program, plan.trace.signature.device), []).append(plan)
+            together.setdefault((plan.kernel, plan.trace.signature.device), []).append(plan)
             for item in plan.items:
                 item.lay_out()
                 items.allocate(item, plan.trace.created)
@@ -308,11 +292,12 @@ def launch(plans: list[Plan]) -> Launch:
     return prepared
 
 
-def callback_name(callback: Callable[..., Any]) -> str:
-    """A callback's name for messages; a partial has its function's."""
-    while hasattr(callback, "func"):
-        callback = callback.func
-    return getattr(callback, "__name__", type(callback).__name__)
+@functools.lru_cache(maxsize=64)
+def _known_traces(
+    callbacks: tuple[Hashable, ...], backend: str, title: str, state_dtype: torch.dtype | None
+) -> dict[tuple, list[Known]]:
+    """Compiled traces, shared by all optimizers with these callbacks: a thousand small ones trace once."""
+    return {}
 
 
 def _structure(signature: Signature) -> tuple:
@@ -330,38 +315,3 @@ def _shape_of(value: Any) -> Any:
     if type(value) in (int, float):
         return "number"
     return tuple(map(_shape_of, value)) if isinstance(value, (tuple, list)) else value
-
-
-def describe(signature: Signature) -> str:
-    """A signature in words: dtypes, tensors in the state, flags."""
-    tensors = [k for k, v in signature.state if isinstance(v, (Buffer, Foreign))]
-    flags = [f"{k}={v}" for k, v in signature.state if v is None or isinstance(v, (bool, str))]
-    parts = [f"{_short(signature.param)} parameter", f"{_short(signature.grad)} gradient"]
-    parts += [f"state {', '.join(tensors)}"] if tensors else ["no state"]
-    return ", ".join(parts + flags + [f"{k} {v}" for k, v in signature.attributes])
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def differences(old: Trace, new: Trace) -> list[str]:
-    """Why two traces of one parameter may differ: signature, flags, branches on numbers."""
-    out = []
-    a, b = old.signature, new.signature
-    if (a.param, a.grad) != (b.param, b.grad):
-        out.append(f"now {_short(b.param)} parameter with {_short(b.grad)} gradient")
-    was, now = _structural(a), _structural(b)
-    appeared = [k for k in now if k not in was]
-    if appeared:
-        out.append(f"state {', '.join(appeared)} is there now")
-    out += [f"state {k} is now {now[k]}" for k in now if k in was and now[k] != was[k]]
-    before, after = old.branches(), new.branches()
-    out += [
-        f"{text} is now {after[text]}" for text in after if text in before and before[text] != after[text]
-    ]
-    return out
-
-
-def _structural(signature: Signature) -> dict[str, Any]:
-    return {k: v for k, v in signature.state if type(v) not in (int, float)}

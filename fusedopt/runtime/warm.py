@@ -8,6 +8,7 @@ the step is done the long way, which is always right.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from ..names import NOT_NEGATIVE
-from ..trace.replay import Replay
+from ..trace.replay import LARGEST, Replay
 from . import leaf
 from .cpu import HEAD
 from .engine import Launched, Plan
@@ -34,7 +35,7 @@ class Batch:
     """Scalar sets of one launch that share a replay.
 
     ``sets`` are their numbers among all sets, ``rows`` their rows in ``slots``; ``leaves`` says for each input of the
-    replay where it is found: a column of cells, or the key of scalar state.
+    replay where it is found: a column of cells, or the key of scalar state; ``whole`` which cells are integers.
     """
 
     replay: Replay
@@ -42,22 +43,22 @@ class Batch:
     rows: slice
     slots: np.ndarray
     leaves: list[np.ndarray | str]
+    whole: np.ndarray
 
     def evaluate(self, cells: np.ndarray, numbers: dict[str, list]) -> dict[str, Sequence] | None:
         """Fill the slots; returns the new scalar state by key, or None if a guard no longer holds."""
-        one_by_one = len(self.sets) <= FEW
-        evaluate = self._one_by_one if one_by_one else self._all_at_once
-        try:
-            with np.errstate(all="raise"):
+        ways = (self._one_by_one,) if len(self.sets) <= FEW else (self._all_at_once, self._one_by_one)
+        for evaluate in ways:
+            with contextlib.suppress(ArithmeticError, TypeError, ValueError):
                 return evaluate(cells, numbers)
-        except ArithmeticError:
-            return None
+        return None
 
     def _one_by_one(self, cells: np.ndarray, numbers: dict[str, list]) -> dict[str, Sequence] | None:
         out: list[tuple] = []
         for k, s in enumerate(self.sets):
             inputs = [
-                numbers[leaf][s] if isinstance(leaf, str) else cells.item(leaf[k]) for leaf in self.leaves
+                numbers[leaf][s] if isinstance(leaf, str) else self._cell(cells, leaf[k])
+                for leaf in self.leaves
             ]
             slots, new, guards = self.replay.function(*inputs)
             if not all(guards):
@@ -66,18 +67,38 @@ class Batch:
             out.append(new)
         return {key: [new[i] for new in out] for i, key in enumerate(self.replay.number_keys)}
 
+    def _cell(self, cells: np.ndarray, k: int) -> int | float:
+        value = cells.item(k)
+        return int(value) if self.whole[k] else value
+
     def _all_at_once(self, cells: np.ndarray, numbers: dict[str, list]) -> dict[str, Sequence] | None:
+        """With numpy; raises where Python's numbers might do something else."""
         n = len(self.sets)
         inputs = [
-            np.array([numbers[leaf][s] for s in self.sets]) if isinstance(leaf, str) else cells[leaf]
+            _array([numbers[leaf][s] for s in self.sets])
+            if isinstance(leaf, str)
+            else cells[leaf]
+            if not self.whole[leaf].any()
+            else _array([self._cell(cells, k) for k in leaf])
             for leaf in self.leaves
         ]
-        slots, new, guards = self.replay.function(*inputs)
+        with np.errstate(all="raise", under="ignore"):
+            slots, new, guards = self.replay.array_function(*inputs)
         if not all(np.all(g) for g in guards):
             return None
         for i, value in enumerate(slots):
             self.slots[self.rows, i] = value
         return {k: np.broadcast_to(v, n).tolist() for k, v in zip(self.replay.number_keys, new, strict=True)}
+
+
+def _array(values: list) -> np.ndarray:
+    """Numbers of one type as an array. Raises TypeError for several, OverflowError for large integers."""
+    if len(set(map(type, values))) > 1:
+        raise TypeError("integers and floats")
+    out = np.array(values)
+    if out.dtype.kind != "f" and (out.dtype.kind != "i" or np.abs(out).max() > LARGEST):
+        raise OverflowError("an integer beyond numpy's")
+    return out
 
 
 class Warm:
@@ -91,9 +112,9 @@ class Warm:
         plans = [plan for entry in launched for plan in entry.plans]
         self.keys = sorted({key for plan in plans for key in plan.known.replay.number_keys})  # type: ignore[union-attr]
         self.numbers = {key: [plan.numbers.get(key) for plan in plans] for key in self.keys}
-        hypers, place, size = _hyper_cells(opt)
-        self.cells = np.zeros(size)
-        self.batches = _batches(launched, [slots for _, slots in self.launches], place)
+        hypers, place, whole = _hyper_cells(opt)
+        self.cells = np.zeros(len(whole))
+        self.batches = _batches(launched, [slots for _, slots in self.launches], place, whole)
         rows = [
             row for entry, first in _with_first_set(launched) for row in _rows(opt, entry, first, self.keys)
         ]
@@ -141,9 +162,13 @@ def _repeatable(plan: Plan) -> bool:
     return own and plan.known.replay is not None and plan.numbers.keys() <= old and not plan.trace.created
 
 
-def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]], int]:
-    """For each group what to check and read; for each group the cell of each number, by callback name; cells in all."""
-    size, checks, places = 0, [], []
+def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]], np.ndarray]:
+    """For each group what to check and read; for each group the cell of each number, by callback name.
+
+    And for each cell whether it is an integer.
+    """
+    checks, places = [], []
+    whole: list[bool] = []
     for group in opt.param_groups:
         found: list[tuple] = []
         place: dict[Any, int] = {}
@@ -156,17 +181,19 @@ def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]
                     opt.hyper_map.name.get((key, i), (key, i)) if i >= 0 else opt.hyper_map.name.get(key, key)
                 )
                 if type(part) in (int, float):
-                    place[name] = size
-                    found.append((key, i, size, name not in NOT_NEGATIVE, part))
-                    size += 1
+                    place[name] = len(whole)
+                    found.append((key, i, len(whole), name not in NOT_NEGATIVE, part))
+                    whole.append(type(part) is int)
                 else:
                     found.append((key, i, -1, True, part))
         checks.append(found)
         places.append(place)
-    return checks, places, max(size, 1)
+    return checks, places, np.array(whole or [False])
 
 
-def _batches(launched: list[Launched], slots: list[np.ndarray], place: list[dict[Any, int]]) -> list[Batch]:
+def _batches(
+    launched: list[Launched], slots: list[np.ndarray], place: list[dict[Any, int]], whole: np.ndarray
+) -> list[Batch]:
     out = []
     for (entry, first), table in zip(_with_first_set(launched), slots, strict=True):
         start = 0
@@ -182,7 +209,7 @@ def _batches(launched: list[Launched], slots: list[np.ndarray], place: list[dict
                 key = (name, *path) if path else name
                 leaves.append(name if kind == "state" else np.array([place[g][key] for g in groups]))
             sets = list(range(first + start, first + stop))
-            out.append(Batch(replay, sets, slice(start, stop), table, leaves))
+            out.append(Batch(replay, sets, slice(start, stop), table, leaves, whole))
             start = stop
     return out
 

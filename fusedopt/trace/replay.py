@@ -6,8 +6,11 @@ guard still holds. It works on floats, and on numpy arrays: one entry per scalar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from .number import ARITHMETIC, Number, Scalar, ScalarProgram
 from .tracer import Trace
@@ -28,6 +31,25 @@ def _changes(scalars: ScalarProgram, index: int) -> bool:
     return op in ("state", "default")
 
 
+LARGEST = 2**60
+"""Above it integers are left to Python: numpy's overflow."""
+
+
+def _checked(name: str) -> Callable[[Any, Any], Any]:
+    operate = ARITHMETIC[name]
+
+    def checked(a: Any, b: Any) -> Any:
+        if np.result_type(a, b).kind in "iuO":
+            x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            if name == "pow" and np.any(y < 0):
+                raise OverflowError("a negative power of an integer is no integer")
+            if np.any(np.abs(operate(x, y)) > LARGEST):
+                raise OverflowError("an integer beyond numpy's")
+        return operate(a, b)
+
+    return checked
+
+
 class Replay:
     """``leaves`` are the inputs, as ``("hyper", name, ...)`` and ``("state", key, ...)`` entries, in order."""
 
@@ -37,10 +59,18 @@ class Replay:
         self.leaves = [e for e in scalars.entries if e[0] in ("hyper", "state")]
         self.number_keys = [k for k, v in trace.numbers.items() if isinstance(v, Number)]
         self.source = _source(scalars, trace.slots, [trace.numbers[k].index for k in self.number_keys])
-        namespace: dict[str, Any] = dict(ARITHMETIC) | {"values": scalars.values}
+        self.function = self._compiled({})
+
+    @functools.cached_property
+    def array_function(self) -> Callable[..., Any]:
+        """``function`` for arrays: raises OverflowError where numpy's integers are not Python's."""
+        return self._compiled({name: _checked(name) for name in ("mul", "pow")})
+
+    def _compiled(self, replaced: dict[str, Any]) -> Callable[..., Any]:
+        namespace: dict[str, Any] = dict(ARITHMETIC) | replaced | {"values": self.trace.scalars.values}
         namespace |= {"inf": float("inf"), "nan": float("nan")}  # as guards spell them
         exec(compile(self.source, "<scalar program>", "exec"), namespace)
-        self.function = namespace["replay"]
+        return namespace["replay"]
 
     def inputs(self, hyper: dict[str, Any], state: dict[str, Any]) -> list[Scalar]:
         """The leaves' values for one scalar set."""

@@ -8,13 +8,13 @@ state. Parameters of one group with the same signature share a trace. ``trace`` 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..callback import Callback, arguments_of
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, depth_first, reachable
 from . import methods  # noqa: F401  (fills the table of tensor methods)
@@ -22,7 +22,6 @@ from .number import Number, Scalar, ScalarProgram
 from .signature import Foreign, Signature
 from .tensor import SymParameter, SymTensor, Untraceable, lift
 
-Callback = Callable[..., Any]
 MAX_PATHS = 8
 PARAM, GRAD = ".param", ".grad"
 """Cells of the parameter and its gradient, apart from state under any name, "grad" included."""
@@ -308,8 +307,9 @@ class _Pass:
         p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, boxes[GRAD])
         state = {k: boxes.get(k, v) for k, v in cells.items() if k not in (PARAM, GRAD)}
         given = state | self.hyper
-        for name, value in _defaults(callback).items():
-            if name not in given:
+        # Default numbers are handed in, so that those of ``step=0`` are recorded too.
+        for name, value in arguments_of(callback).items():
+            if name not in given and type(value) in (int, float):
                 given[name] = self._number(("default", run.callback, name), value)
         returned = callback(p, **given)
         run.finished = True
@@ -381,23 +381,6 @@ def select(graph: Graph, condition: int, yes: int, no: int) -> int:
             args[k] = select(graph, condition, a.args[k], b.args[k])
             return graph.op(a.op, *args, where=lambda: a.where)
     return graph.op("where", condition, yes, no, where=lambda: a.where or b.where)
-
-
-@functools.lru_cache(maxsize=512)
-def _defaults_of(function: Callback) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return {}
-    return {p.name: p.default for p in parameters if type(p.default) in (int, float)}
-
-
-def _defaults(callback: Callback) -> dict[str, Any]:
-    """Numbers among the callback's argument defaults: handed in explicitly, so that ``step=0`` is recorded too."""
-    try:
-        return _defaults_of(callback)
-    except TypeError:  # an unhashable callable
-        return {}
 
 
 def _program(

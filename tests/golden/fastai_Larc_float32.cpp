@@ -1,0 +1,83 @@
+// Larc
+using T = float;
+
+// Stage 1 of 2: reads param, grad; reduces; 8 bytes per element.
+static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,
+                    [[maybe_unused]] double* partial) {
+  const T s0 = T(row.slot(launch, 0));              // (1 - (lr * wd))
+  const float* __restrict param = row.buffer<const float>(0);
+  const float* __restrict grad = row.buffer<const float>(1);
+  Lanes<sum_> acc0;
+  Lanes<sum_> acc1;
+  const auto element = [&](int64_t i, int lane) {
+    const T v0 = load<T>(param, i);
+    const T v2 = v0 * s0;                             // weight_decay
+    const T v6 = load<T>(grad, i);
+    const T v8 = v2 * v2;                             // handle_torch_function
+    const T v13 = v6 * v6;                            // handle_torch_function
+    acc0.add(lane, v8);
+    acc1.add(lane, v13);
+  };
+  for_lanes(begin, end, element);
+  partial[0] = acc0.total();
+  partial[1] = acc1.total();
+}
+FUSEDOPT_STAGE(0)
+
+// Stage 2 of 2: reads param, grad_avg, grad; writes param, grad_avg; 20 bytes per element.
+static void stage_1([[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,
+                    [[maybe_unused]] double* partial) {
+  const T s0 = T(row.slot(launch, 0));              // (1 - (lr * wd))
+  const T s1 = T(row.slot(launch, 1));              // mom
+  const T r0 = T(combine<sum_>(launch, row, 0));    // handle_torch_function
+  const T v10 = std::sqrt(r0);                      // handle_torch_function
+  const T s2 = T(row.slot(launch, 2));              // (lr * trust_coeff)
+  const T v12 = v10 * s2;                           // larc_layer_lr
+  const T r1 = T(combine<sum_>(launch, row, 1));    // handle_torch_function
+  const T v15 = std::sqrt(r1);                      // handle_torch_function
+  const T s3 = T(row.slot(launch, 3));              // wd
+  const T v17 = v10 * s3;                           // larc_layer_lr
+  const T v18 = v15 + v17;                          // larc_layer_lr
+  const T s4 = T(row.slot(launch, 4));              // eps
+  const T v20 = v18 + s4;                           // larc_layer_lr
+  const T v21 = v12 / v20;                          // larc_layer_lr
+  const T s5 = T(row.slot(launch, 5));              // lr
+  const T v23 = minimum(v21, s5);                   // larc_layer_lr
+  float* __restrict param = row.buffer<float>(0);
+  const float* __restrict grad = row.buffer<const float>(1);
+  float* __restrict grad_avg = row.buffer<float>(2);
+  FUSEDOPT_INDEPENDENT
+  for (int64_t i = begin; i < end; ++i) {
+    const T v0 = load<T>(param, i);
+    const T v2 = v0 * s0;                             // weight_decay
+    const T v3 = load<T>(grad_avg, i);
+    const T v5 = v3 * s1;                             // average_grad
+    const T v6 = load<T>(grad, i);
+    const T v7 = v5 + v6;                             // average_grad
+    const T v24 = v7 * v23;                           // larc_step
+    const T v25 = v2 - v24;                           // larc_step
+    store(param, i, v25);
+    store(grad_avg, i, v7);
+  }
+}
+FUSEDOPT_STAGE(1)
+
+// Once per tensor, after the last stage.
+static void scalars([[maybe_unused]] const Launch& launch, const Row row) {
+  const T r0 = T(combine<sum_>(launch, row, 0));    // handle_torch_function
+  const T v10 = std::sqrt(r0);                      // handle_torch_function
+  const T s2 = T(row.slot(launch, 2));              // (lr * trust_coeff)
+  const T v12 = v10 * s2;                           // larc_layer_lr
+  const T r1 = T(combine<sum_>(launch, row, 1));    // handle_torch_function
+  const T v15 = std::sqrt(r1);                      // handle_torch_function
+  const T s3 = T(row.slot(launch, 3));              // wd
+  const T v17 = v10 * s3;                           // larc_layer_lr
+  const T v18 = v15 + v17;                          // larc_layer_lr
+  const T s4 = T(row.slot(launch, 4));              // eps
+  const T v20 = v18 + s4;                           // larc_layer_lr
+  const T v21 = v12 / v20;                          // larc_layer_lr
+  const T s5 = T(row.slot(launch, 5));              // lr
+  const T v23 = minimum(v21, s5);                   // larc_layer_lr
+  store(row.buffer<float>(3), 0, v23);
+}
+FUSEDOPT_SCALARS

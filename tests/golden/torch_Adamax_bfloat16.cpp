@@ -1,0 +1,37 @@
+// Adamax
+using T = float;
+
+// Stage 1 of 1: reads param, grad_avg, grad, inf_avg; writes param, grad_avg, inf_avg; 14 bytes per element.
+static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,
+                    [[maybe_unused]] double* partial) {
+  const T s0 = T(row.slot(launch, 0));              // (-lr / (((1 - mom) * (1 - (mom ** (step + 1)))) / (1 - mom)))
+  const T s1 = T(row.slot(launch, 1));              // mom
+  const T s2 = T(row.slot(launch, 2));              // (1 - mom)
+  const T s3 = T(row.slot(launch, 3));              // sqr_mom
+  const T s4 = T(row.slot(launch, 4));              // eps
+  bfloat16* __restrict param = row.buffer<bfloat16>(0);
+  const bfloat16* __restrict grad = row.buffer<const bfloat16>(1);
+  bfloat16* __restrict grad_avg = row.buffer<bfloat16>(2);
+  bfloat16* __restrict inf_avg = row.buffer<bfloat16>(3);
+  FUSEDOPT_INDEPENDENT
+  for (int64_t i = begin; i < end; ++i) {
+    const T v0 = load<T>(param, i);
+    const T v2 = load<T>(grad_avg, i);
+    const T v4 = v2 * s1;                             // average_grad
+    const T v6 = load<T>(grad, i);
+    const T v7 = s2 * v6;                             // average_grad
+    const T v8 = v4 + v7;                             // average_grad
+    const T v9 = s0 * v8;                             // adamax_step
+    const T v10 = load<T>(inf_avg, i);
+    const T v12 = v10 * s3;                           // adamax_step
+    const T v13 = std::abs(v6);                       // adamax_step
+    const T v15 = v13 + s4;                           // adamax_step
+    const T v16 = maximum(v12, v15);                  // adamax_step
+    const T v17 = v9 / v16;                           // adamax_step
+    const T v18 = v0 + v17;                           // adamax_step
+    store(param, i, v18);
+    store(grad_avg, i, v8);
+    store(inf_avg, i, v16);
+  }
+}
+FUSEDOPT_STAGE(0)

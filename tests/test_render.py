@@ -1,0 +1,194 @@
+"""Generated C++: what is committed under tests/golden is what is generated, and it compiles without a warning.
+
+`python -m tests.golden` writes the golden files anew; nothing here does.
+"""
+
+import math
+import re
+import subprocess
+
+import golden
+import pytest
+import torch
+from fusedopt.kernels import source as skeleton
+from helpers import signature
+
+from fusedopt import callbacks
+from fusedopt.compile import toolchain
+from fusedopt.ir.program import Buffer, Graph, Program
+from fusedopt.render import cpp
+from fusedopt.trace.tracer import trace
+
+WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
+ALL_ADAM = dict(lr=0.123, mom=0.77, sqr_mom=0.88, eps=0.0321, wd=0.456)
+
+
+def compile_alone(text, folder, *flags):
+    """What the compiler says about a source file; raises if it fails or warns."""
+    path = folder / "kernel.cpp"
+    path.write_text(text)
+    tool = toolchain.compiler()
+    done = subprocess.run(
+        [*tool.command, *toolchain.FLAGS, *WARNINGS, *flags, str(path), "-o", str(folder / "kernel.so")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- golden code
+
+
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_generated_code_is_the_golden_code(name):
+    """After a change that is meant: `python -m tests.golden`, and read the difference."""
+    assert golden.generate(name) == golden.path(name).read_text(encoding="utf-8")
+
+
+def test_every_golden_file_belongs_to_an_optimizer():
+    assert {p.name for p in golden.FOLDER.glob("*.cpp")} == {golden.path(name).name for name in golden.NAMES}
+
+
+@pytest.mark.parametrize("name", golden.NAMES[::2])
+def test_no_learning_rate_ever_appears_in_the_code(name):
+    assert golden.generate(name, lr=0.0123) == golden.path(name).read_text(encoding="utf-8")
+
+
+def test_no_hyperparameter_ever_appears_in_the_code():
+    code = golden.generate(golden.EXAMPLE_OF, **ALL_ADAM)
+    assert code == golden.path(golden.EXAMPLE_OF).read_text(encoding="utf-8")
+    assert not any(str(value) in code for value in ALL_ADAM.values())
+
+
+def test_the_comparison_with_golden_code_can_fail():
+    undecayed = golden.generate(golden.EXAMPLE_OF, wd=0.0)
+    assert undecayed != golden.path(golden.EXAMPLE_OF).read_text(encoding="utf-8")
+    assert "weight_decay" not in undecayed
+
+
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_each_stage_loads_and_stores_a_buffer_once_per_element(name):
+    stages = re.split(r"^// Stage ", golden.path(name).read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    for stage in stages:
+        loads, stores = re.findall(r"load<T>\((\w+), i\)", stage), re.findall(r"store\((\w+), i,", stage)
+        assert loads and len(set(loads)) == len(loads) and len(set(stores)) == len(stores)
+        reads = re.search(r"reads ([\w, ]+); ", stage)[1].split(", ")
+        assert sorted(loads) == sorted(reads)
+        writes = re.search(r"; writes ([\w, ]+); ", stage)
+        assert stores == (writes[1].split(", ") if writes else [])
+        for pointer in re.findall(r"^ *(const )?\w+\* __restrict (\w+) =", stage, flags=re.MULTILINE):
+            assert bool(pointer[0]) == (pointer[1] not in stores)
+
+
+# ---------------------------------------------------------------- the skeleton
+
+
+def test_the_example_in_the_kernels_folder_is_the_golden_adam():
+    example = golden.EXAMPLE.read_text(encoding="utf-8")
+    assert example == golden.path(golden.EXAMPLE_OF).read_text(encoding="utf-8")
+
+
+def test_the_skeleton_compiles_alone_with_its_example(tmp_path):
+    compile_alone(skeleton("cpu.cpp"), tmp_path, f"-I{golden.EXAMPLE.parent}")
+
+
+def test_no_golden_code_gives_the_compiler_cause_to_warn(tmp_path):
+    """All in one file, each kernel in a namespace, so that this takes a second instead of a minute."""
+    parts = ["#undef FUSEDOPT_STAGE", "#undef FUSEDOPT_SCALARS"]
+    parts += [
+        "#define FUSEDOPT_STAGE(k) void run_##k(const Launch& l, Row r) { stage_##k(l, r, 0, 1, nullptr); }"
+    ]
+    parts += ["#define FUSEDOPT_SCALARS void run(const Launch& l, Row r) { scalars(l, r); }"]
+    bodies = [body for name in golden.NAMES for body in golden.kernels(name)]
+    parts += [f"namespace kernel_{k} {{\n{body}\n}}" for k, body in enumerate(bodies)]
+    compile_alone(cpp.source(skeleton("cpu.cpp"), "\n".join(parts)), tmp_path, "-fsyntax-only")
+
+
+def test_a_warning_would_be_noticed(tmp_path):
+    body = golden.EXAMPLE.read_text(encoding="utf-8").replace(
+        "FUSEDOPT_IND", "const T unused = 0;\nFUSEDOPT_IND"
+    )
+    with pytest.raises(AssertionError, match="unused"):
+        compile_alone(cpp.source(skeleton("cpu.cpp"), body), tmp_path, "-fsyntax-only")
+
+
+def test_source_wants_one_place_for_the_body():
+    assert cpp.source(f"before\n{cpp.SLOT}\nafter", "body") == "before\nbody\nafter"
+    for wrong in ("nowhere", f"{cpp.SLOT} {cpp.SLOT}"):
+        with pytest.raises(ValueError, match="once"):
+            cpp.source(wrong, "body")
+
+
+# ---------------------------------------------------------------- rendering
+
+
+def lamb_with_state():
+    """Two stages and a number per tensor that is stored."""
+
+    def keep_norm(p, **kwargs):
+        return {"norm": p.grad.norm()}
+
+    cbs = [
+        keep_norm,
+        callbacks.average_grad,
+        callbacks.average_sqr_grad,
+        callbacks.step_stat,
+        callbacks.lamb_step,
+    ]
+    return trace(cbs, signature(), dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-6)).program
+
+
+def test_every_stage_and_the_scalar_stores_have_a_symbol():
+    program = lamb_with_state()
+    body = cpp.render(program)
+    symbols, scalars = cpp.entries(program)
+    assert symbols == ["fusedopt_stage_0", "fusedopt_stage_1"] and scalars == "fusedopt_scalars"
+    assert re.findall(r"^FUSEDOPT_STAGE\((\d)\)", body, flags=re.MULTILINE) == ["0", "1"]
+    assert body.count("\nFUSEDOPT_SCALARS\n") == 1
+    plain = trace([callbacks.sgd_step], signature(), dict(lr=0.1)).program
+    assert cpp.entries(plain) == (["fusedopt_stage_0"], None) and "FUSEDOPT_SCALARS" not in cpp.render(plain)
+
+
+def test_rendering_is_a_pure_function_of_the_program():
+    assert cpp.render(lamb_with_state()) == cpp.render(lamb_with_state())
+
+
+def test_comments_name_the_scalar_and_the_callback_of_each_line():
+    program = trace([callbacks.sgd_step], signature(), dict(lr=0.1)).program
+    body = cpp.render(program, ["-lr"], "plain SGD")
+    assert body.startswith("// plain SGD\nusing T = float;\n")
+    assert re.search(r"row\.slot\(launch, 0\)\);\s+// -lr$", body, flags=re.MULTILINE)
+    assert re.search(r"\* v\d+;\s+// sgd_step$", body, flags=re.MULTILINE)
+    assert not re.search(r"// .*\.py", body), "a moved line must not make another kernel"
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.float64], ids=str)
+def test_storage_dtypes_are_spelled_by_buffer_and_the_compute_type_once(compute):
+    buffers = {"param": torch.bfloat16, "grad": torch.float16, "state.a": torch.float32, "state.b": compute}
+    g = Graph()
+    loads = [g.leaf("load", name, kind="F") for name in buffers]
+    out = g.op("add", g.op("add", loads[0], loads[1]), g.op("add", loads[2], loads[3]))
+    program = Program(
+        compute,
+        tuple((n, Buffer(d, "F")) for n, d in buffers.items()),
+        tuple(g.values),
+        (("state.b", out),),
+        0,
+    )
+    body = cpp.render(program)
+    assert f"using T = {cpp.TYPES[compute]};" in body
+    for k, (name, dtype) in enumerate(buffers.items()):
+        assert f"{cpp.TYPES[dtype]}* __restrict {name.removeprefix('state.')} = row.buffer<" in body, k
+
+
+def test_constants_are_written_to_the_last_digit():
+    g = Graph()
+    p = g.leaf("load", "param", kind="F")
+    for x in (0.1, 1e-45, math.inf, -math.inf):
+        p = g.op("maximum", p, g.leaf("const", x))
+    buffers = (("param", Buffer(torch.float64, "F")),)
+    body = cpp.render(Program(torch.float64, buffers, tuple(g.values), (("param", p),), 0))
+    assert "T(0.1)" in body and "T(1e-45)" in body
+    assert (
+        ", std::numeric_limits<T>::infinity())" in body and ", -std::numeric_limits<T>::infinity())" in body
+    )
