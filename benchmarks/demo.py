@@ -396,7 +396,6 @@ def draw(results: Sequence[Result], path: Path) -> None:
     if len(results) < axes.size:
         _draw_gaps(axes.flat[len(results)], results)
     figure.suptitle("Training loss on scikit-learn's digits: the same rule, run by different implementations")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
@@ -435,6 +434,7 @@ def _draw_gaps(axis: Any, results: Sequence[Result]) -> None:
 
 def run(settings: Settings, rules: Sequence[Rule]) -> list[Result]:
     """Train, print and draw everything."""
+    settings.out.mkdir(parents=True, exist_ok=True)  # at once: it may be refused
     digits = Digits.load(settings.seed)
     torch.manual_seed(settings.seed)
     model = resnet(settings.widths)
@@ -455,6 +455,13 @@ def run(settings: Settings, rules: Sequence[Rule]) -> list[Result]:
     return results
 
 
+def _count(text: str) -> int:
+    """A whole number from 1 on, as an argument."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and do the job."""
     parser = argparse.ArgumentParser(
@@ -462,12 +469,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Settings.out, help="folder for the picture (%(default)s)")
     parser.add_argument(
-        "--epochs", type=int, default=Settings.epochs, help="epochs of training (%(default)s)"
+        "--epochs", type=_count, default=Settings.epochs, help="epochs of training (%(default)s)"
     )
     parser.add_argument(
         "--seed", type=int, default=Settings.seed, help="of split, weights and batches (%(default)s)"
     )
-    parser.add_argument("--steps", type=int, help="stop after this many steps")
+    parser.add_argument("--steps", type=_count, help="stop after this many steps")
     given = parser.parse_args(arguments)
     run(Settings(epochs=given.epochs, steps=given.steps, seed=given.seed, out=given.out), RULES)
     return 0

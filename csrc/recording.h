@@ -17,14 +17,11 @@ namespace fusedopt {
 class Recording {
  public:
   // groups: the param groups. rows: (param, state dict, row address, param column, grad column, param is written,
-  // scalar set, entries), an entry being (key, value, kind, column, is written). hypers: per group a list of (key,
-  // index in a tuple or -1, cell or -1, may be negative, value).
+  // scalar set, entries), an entry being (key, value, kind, column, is written). hypers: per group, in its dict's order,
+  // (key, parts), a part being (index in a tuple or -1, cell or -1, may be negative, value); no parts for "params".
   Recording(const py::list& groups, const py::list& absent, const py::list& rows, const py::list& hypers) {
-    for (const auto& item : groups)
-      groups_.push_back(read_group(item.cast<py::dict>()));
-    for (size_t g = 0; g < groups_.size(); ++g)
-      for (const auto& item : hypers[g].cast<py::list>())
-        groups_[g].hypers.push_back(read_hyper(item.cast<py::tuple>()));
+    for (size_t g = 0; g < groups.size(); ++g)
+      groups_.push_back(read_group(groups[g].cast<py::dict>(), hypers[g].cast<py::list>()));
     for (const auto& item : absent)
       absent_.push_back(tensor(item));
     for (const auto& item : rows)
@@ -43,8 +40,7 @@ class Recording {
       if (param.grad().defined())
         return false;
     for (size_t i = 0; i < rows_.size(); ++i) {
-      if (i + ahead < rows_.size())
-        __builtin_prefetch(rows_[i + ahead].param.unsafeGetTensorImpl());
+      prefetch(i);
       if (!check_row(rows_[i]))
         return false;
     }
@@ -71,17 +67,18 @@ class Recording {
  private:
   enum class Kind { same = 0, tensor = 1, number = 2 };
 
+  struct Part {
+    int64_t index, cell;
+    bool is_signed;
+    py::object value;
+  };
   struct Hyper {
     py::object key;
-    int64_t index, cell;
-    bool signed_;
-    py::object value;
+    std::vector<Part> parts;
   };
   struct Group {
     py::dict dict;
-    py::object params_key;
     std::vector<py::object> params;
-    Py_ssize_t size;
     std::vector<Hyper> hypers;
   };
   struct Entry {
@@ -104,7 +101,27 @@ class Recording {
     std::vector<int64_t> strides;
     std::vector<Entry> entries;
   };
-  static constexpr size_t ahead = 8; // rows whose tensors are fetched early: after a training step none is in cache
+
+  // After a training step nothing of this is in cache. Pointers are followed a few rows early, one link at a time.
+  void prefetch(size_t i) const {
+    static constexpr size_t far = 12, middle = 8, near = 4;
+    if (i + far < rows_.size()) {
+      const Row& row = rows_[i + far];
+      __builtin_prefetch(row.param.unsafeGetTensorImpl());
+      __builtin_prefetch(row.state.ptr());
+      __builtin_prefetch(row.entries.data());
+    }
+    if (i + middle < rows_.size()) {
+      const Row& row = rows_[i + middle];
+      __builtin_prefetch(row.param.unsafeGetTensorImpl()->autograd_meta());
+      __builtin_prefetch(reinterpret_cast<PyDictObject*>(row.state.ptr())->ma_keys);
+      for (const Entry& entry : row.entries)
+        if (entry.kind == Kind::tensor)
+          __builtin_prefetch(entry.tensor.unsafeGetTensorImpl());
+    }
+    if (i + near < rows_.size() && rows_[i + near].param.grad().defined())
+      __builtin_prefetch(rows_[i + near].param.grad().unsafeGetTensorImpl());
+  }
 
   static const at::Tensor& tensor(py::handle item) {
     if (!THPVariable_Check(item.ptr()))
@@ -112,15 +129,20 @@ class Recording {
     return THPVariable_Unpack(item.ptr());
   }
 
-  static Group read_group(const py::dict& dict) {
-    Group group{dict, py::str("params"), {}, PyDict_GET_SIZE(dict.ptr()), {}};
+  static Group read_group(const py::dict& dict, const py::list& hypers) {
+    Group group{dict, {}, {}};
     for (const auto& p : dict["params"].cast<py::list>())
       group.params.push_back(py::reinterpret_borrow<py::object>(p));
+    for (const auto& item : hypers) {
+      const auto pair = item.cast<py::tuple>();
+      Hyper hyper{pair[0], {}};
+      for (const auto& part : pair[1].cast<py::list>()) {
+        const auto t = part.cast<py::tuple>();
+        hyper.parts.push_back({t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<bool>(), t[3]});
+      }
+      group.hypers.push_back(std::move(hyper));
+    }
     return group;
-  }
-
-  static Hyper read_hyper(const py::tuple& t) {
-    return {t[0], t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<bool>(), t[4]};
   }
 
   static Row read_row(const py::tuple& t) {
@@ -140,40 +162,49 @@ class Recording {
     return row;
   }
 
+  // Dicts are walked in their order: no hashing, and a new or missing key shows by itself.
   static bool check_group(const Group& group, double* numbers) {
-    PyObject* dict = group.dict.ptr();
-    if (PyDict_GET_SIZE(dict) != group.size)
-      return false;
-    PyObject* params = PyDict_GetItemWithError(dict, group.params_key.ptr());
-    if (params == nullptr || !PyList_CheckExact(params) ||
-        static_cast<size_t>(PyList_GET_SIZE(params)) != group.params.size())
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    for (const Hyper& hyper : group.hypers) {
+      if (!PyDict_Next(group.dict.ptr(), &position, &key, &value) || key != hyper.key.ptr())
+        return false;
+      if (hyper.parts.empty() ? !same_params(group, value) : !check_hyper(hyper, value, numbers))
+        return false;
+    }
+    return !PyDict_Next(group.dict.ptr(), &position, &key, &value);
+  }
+
+  static bool same_params(const Group& group, PyObject* params) {
+    if (!PyList_CheckExact(params) || static_cast<size_t>(PyList_GET_SIZE(params)) != group.params.size())
       return false;
     for (size_t i = 0; i < group.params.size(); ++i)
       if (PyList_GET_ITEM(params, i) != group.params[i].ptr())
         return false;
-    for (const Hyper& hyper : group.hypers)
-      if (!check_hyper(dict, hyper, numbers))
+    return true;
+  }
+
+  static bool check_hyper(const Hyper& hyper, PyObject* value, double* numbers) {
+    const bool tuple = hyper.parts[0].index >= 0;
+    if (tuple && (!PyTuple_CheckExact(value) || static_cast<size_t>(PyTuple_GET_SIZE(value)) != hyper.parts.size()))
+      return false;
+    for (const Part& part : hyper.parts)
+      if (!check_part(part, tuple ? PyTuple_GET_ITEM(value, part.index) : value, numbers))
         return false;
     return true;
   }
 
-  static bool check_hyper(PyObject* dict, const Hyper& hyper, double* numbers) {
-    PyObject* value = PyDict_GetItemWithError(dict, hyper.key.ptr());
-    if (value != nullptr && hyper.index >= 0) {
-      if (!PyTuple_CheckExact(value) || PyTuple_GET_SIZE(value) <= hyper.index)
-        return false;
-      value = PyTuple_GET_ITEM(value, hyper.index);
-    }
-    if (hyper.cell < 0)
-      return value == hyper.value.ptr();
-    if (value == nullptr || Py_TYPE(value) != Py_TYPE(hyper.value.ptr()))
+  static bool check_part(const Part& part, PyObject* value, double* numbers) {
+    if (part.cell < 0)
+      return value == part.value.ptr();
+    if (Py_TYPE(value) != Py_TYPE(part.value.ptr()))
       return false;
     const double x = PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : PyLong_AsDouble(value);
-    if (std::isnan(x) || (x < 0 && !hyper.signed_) || PyErr_Occurred() != nullptr) {
+    if (std::isnan(x) || (x < 0 && !part.is_signed) || PyErr_Occurred() != nullptr) {
       PyErr_Clear();
       return false;
     }
-    numbers[hyper.cell] = x;
+    numbers[part.cell] = x;
     return true;
   }
 
@@ -184,17 +215,19 @@ class Recording {
         grad.scalar_type() != row.grad_dtype || grad.layout() != at::kStrided || !grad.device().is_cpu() ||
         grad.sizes() != row.param.sizes() || grad.strides() != row.param.strides())
       return false;
-    PyObject* state = row.state.ptr();
-    if (PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(row.entries.size()))
-      return false;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
     for (const Entry& entry : row.entries) {
-      if (PyDict_GetItemWithError(state, entry.key.ptr()) != entry.value.ptr())
+      if (!PyDict_Next(row.state.ptr(), &position, &key, &value) || key != entry.key.ptr() ||
+          value != entry.value.ptr())
         return false;
       if (entry.kind == Kind::tensor && entry.column >= 0 &&
           (reinterpret_cast<int64_t>(entry.tensor.const_data_ptr()) != row.words[entry.column] ||
            entry.tensor.scalar_type() != entry.dtype))
         return false;
     }
+    if (PyDict_Next(row.state.ptr(), &position, &key, &value))
+      return false;
     if (row.grad_column >= 0)
       row.words[row.grad_column] = reinterpret_cast<int64_t>(grad.const_data_ptr());
     return true;

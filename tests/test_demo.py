@@ -62,8 +62,8 @@ def test_everybody_is_in_the_table(results):
 
 
 def test_the_picture_is_not_blank(results, tmp_path):
-    demo.draw(results, tmp_path / "new" / "curves.png")
-    pixels = torch.tensor(image.imread(tmp_path / "new" / "curves.png"))[..., :3]
+    demo.draw(results, tmp_path / "curves.png")
+    pixels = torch.tensor(image.imread(tmp_path / "curves.png"))[..., :3]
     assert pixels.shape[1] > 1000
     panels = [part for row in pixels.chunk(2) for part in row.chunk(3, dim=1)]
     assert all((panel < 0.5).any() and panel.std() > 0.05 for panel in panels)
@@ -71,9 +71,10 @@ def test_the_picture_is_not_blank(results, tmp_path):
 
 def test_the_command_prints_everything(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "RULES", demo.RULES[3:4])
-    assert demo.main(["--steps", "2", "--out", str(tmp_path)]) == 0
+    out = tmp_path / "new"
+    assert demo.main(["--steps", "2", "--out", str(out)]) == 0
     printed, bars = capsys.readouterr()
-    assert (tmp_path / "loss_curves.png").stat().st_size > 10_000
+    assert (out / "loss_curves.png").stat().st_size > 10_000
     for text in (
         "speed-up of fusedopt",
         "Largest of all",
@@ -84,6 +85,13 @@ def test_the_command_prints_everything(tmp_path, capsys, monkeypatch):
     ):
         assert text in printed, text
     assert "Adam" in bars and "2/2" in bars
+
+
+@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--steps", "-1"], ["--steps", "x"]])
+def test_wrong_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
 
 
 def test_a_demo_does_not_write_to_the_documents():

@@ -674,6 +674,7 @@ def event_step_count(opt, params, rng):
 
 
 def event_step_tensor(opt, params, rng):
+    params[0].grad = torch.ones_like(params[0])  # an optimizer that has nothing to do with it leaves it a tensor
     state = opt.state[params[0]]
     if "step" in state:
         state["step"] = torch.tensor(float(rng.randrange(1, 50)))
@@ -708,7 +709,7 @@ def event_lr(opt, params, rng):
 
 
 def event_lr_int(opt, params, rng):
-    opt.param_groups[0]["lr"] = rng.randrange(2)
+    opt.param_groups[0]["lr"] = 0
 
 
 def event_lr_tensor(opt, params, rng):

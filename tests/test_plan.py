@@ -1,5 +1,7 @@
 """The chunk planner: pure functions of sizes, so two billion elements cost nothing here."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -97,7 +99,7 @@ def check_splits(sizes, threads):
     assert list(bounds) == sorted(bounds) and 2 <= len(bounds) <= threads + 1
     cost = chunks[:, 2] - chunks[:, 1] + CHUNK_COST
     if len(chunks):
-        parts = [cost[a:b].sum() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        parts = [cost[a:b].sum() for a, b in pairwise(bounds)]
         assert sum(parts) == cost.sum()
         assert max(parts) <= cost.sum() / len(parts) + cost.max()
     return bounds

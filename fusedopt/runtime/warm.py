@@ -170,22 +170,18 @@ def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]
     checks, places = [], []
     whole: list[bool] = []
     for group in opt.param_groups:
-        found: list[tuple] = []
+        found: list[tuple[str, list[tuple]]] = []
         place: dict[Any, int] = {}
         for key, value in group.items():
-            if key in ("params", "param_names"):
-                continue
-            parts = list(enumerate(value)) if isinstance(value, tuple) else [(-1, value)]
-            for i, part in parts:
-                name = (
-                    opt.hyper_map.name.get((key, i), (key, i)) if i >= 0 else opt.hyper_map.name.get(key, key)
-                )
+            parts = []
+            for i, part in enumerate(value) if isinstance(value, tuple) and value else [(-1, value)]:
+                name = opt.hyper_map.name.get((key, i) if i >= 0 else key, (key, i) if i >= 0 else key)
+                cell = -1
                 if type(part) in (int, float):
-                    place[name] = len(whole)
-                    found.append((key, i, len(whole), name not in NOT_NEGATIVE, part))
+                    place[name] = cell = len(whole)
                     whole.append(type(part) is int)
-                else:
-                    found.append((key, i, -1, True, part))
+                parts.append((i, cell, name not in NOT_NEGATIVE, part))
+            found.append((key, [] if key == "params" else parts))
         checks.append(found)
         places.append(place)
     return checks, places, np.array(whole or [False])
