@@ -59,6 +59,14 @@ def looked_up(callback: Callback) -> set[str] | None:
 def identity(callback: Callback) -> Hashable:
     """Equal for callbacks that are the same function with the same bound arguments."""
     if isinstance(callback, functools.partial):
-        bound = tuple(sorted(callback.keywords.items()))
-        return identity(callback.func), callback.args, bound, tuple(type(v) for _, v in bound)
+        bound = [*enumerate(callback.args), *sorted(callback.keywords.items())]
+        return identity(callback.func), tuple((name, type(v), _hashable(v)) for name, v in bound)
     return callback if isinstance(callback, types.FunctionType) else id(callback)
+
+
+def _hashable(value: Any) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value

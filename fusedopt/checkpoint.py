@@ -33,8 +33,11 @@ def to_torch(opt: Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
 
 
 def _as_tensor(key: str, value: Any) -> Any:
-    counts = key in COUNTERS and isinstance(value, (int, float))
-    return torch.tensor(float(value), dtype=torch.float32) if counts else value
+    """A counter as a float32 tensor, as torch has it, or as float64 where that would round it."""
+    if key not in COUNTERS or not isinstance(value, (int, float)):
+        return value
+    single = torch.tensor(float(value), dtype=torch.float32)
+    return single if single.item() == value else single.new_tensor(value, dtype=torch.float64)
 
 
 def check(opt: Optimizer, state_dict: dict[str, Any]) -> None:

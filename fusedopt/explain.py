@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from .optimizer import Optimizer
 
 
+def _count(n: int, what: str) -> str:
+    """``1 launch``, ``2 launches``."""
+    ending = "" if n == 1 else "es" if what.endswith("ch") else "s"
+    return f"{n} {what}{ending}"
+
+
 @dataclass(frozen=True)
 class StageInfo:
     """One launch: its kernel, element buffers read and written, and bytes moved per element."""
@@ -26,9 +32,10 @@ class StageInfo:
     tensors: int
 
     def __str__(self) -> str:
-        work = f"writes {', '.join(self.writes)}" if self.writes else f"{self.reduces} reductions per tensor"
+        reduces = f"{_count(self.reduces, 'reduction')} per tensor"
+        work = f"writes {', '.join(self.writes)}" if self.writes else reduces
         what = f"reads {', '.join(self.reads)}; {work}; {self.bytes_per_element} bytes per element"
-        return f"{self.kernel}, {self.tensors} tensors: {what}"
+        return f"{self.kernel}, {_count(self.tensors, 'tensor')}: {what}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.optimizer} on the {self.backend} backend: {self.launches} launches per step, "
+            f"{self.optimizer} on the {self.backend} backend: {_count(self.launches, 'launch')} per step, "
             f"{self.bytes_per_element} bytes per element",
             f"callbacks: {', '.join(self.callbacks)}",
         ]

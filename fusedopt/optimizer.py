@@ -255,6 +255,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take over a state dict. Raises ValueError, changing nothing, if it does not fit."""
         checkpoint.check(self, state_dict)
         flags = {p: {k: v for k, v in s.items() if k in FLAGS} for p, s in self.state.items()}
+        self._warm = None  # it holds on to the old tensors
         super().load_state_dict(state_dict)
         checkpoint.finish_load(self, state_dict, flags)
 
@@ -337,6 +338,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def clear_state(self) -> None:
         """Forget all state but the flags ``do_wd`` and ``force_train``."""
+        self._warm = None  # it holds on to the tensors
         for state in self.state.values():
             for key in [k for k in state if k not in FLAGS]:
                 del state[key]

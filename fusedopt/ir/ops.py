@@ -64,6 +64,15 @@ def _sqrt(x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy())))
 
 
+def _maximum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of two equal numbers the second. Of two zeros ``torch.maximum`` gives either, by their place in the tensor."""
+    return torch.where((a > b) | (a != a), a, b)
+
+
+def _minimum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where((a < b) | (a != a), a, b)
+
+
 def _unary(name: str, cpp: str) -> Op:
     return Op(name, "f>f", getattr(torch, name), cpp)
 
@@ -81,8 +90,8 @@ OPS: dict[str, Op | Reduction] = {
         Op("div", "ff>f", torch.div, "{0} / {1}"),
         Op("pow", "ff>f", torch.pow, "std::pow({0}, {1})"),
         Op("atan2", "ff>f", torch.atan2, "std::atan2({0}, {1})"),
-        Op("maximum", "ff>f", torch.maximum, "maximum({0}, {1})"),
-        Op("minimum", "ff>f", torch.minimum, "minimum({0}, {1})"),
+        Op("maximum", "ff>f", _maximum, "maximum({0}, {1})"),
+        Op("minimum", "ff>f", _minimum, "minimum({0}, {1})"),
         _unary("neg", "-{0}"),
         _unary("abs", "std::abs({0})"),
         _unary("sign", "sign({0})"),
