@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+import operator
 import types
-from collections.abc import Callable, Hashable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 Callback = Callable[..., Any]
@@ -24,17 +27,22 @@ def name_of(callback: Callback) -> str:
 
 def arguments_of(callback: Callback) -> Mapping[str, Any]:
     """Its named arguments with their defaults (``inspect.Parameter.empty`` without one)."""
-    try:
-        return _arguments(callback)
-    except TypeError:  # unhashable: look anew each time
-        return _arguments.__wrapped__(callback)
-
-
-@functools.lru_cache(maxsize=512)
-def _arguments(callback: Callback) -> Mapping[str, Any]:
     if isinstance(callback, functools.partial):
         own = arguments_of(callback.func)
-        return own | {k: v for k, v in callback.keywords.items() if k in own}  # type: ignore[operator]
+        return dict(own) | {k: v for k, v in callback.keywords.items() if k in own}
+    if not isinstance(callback, types.FunctionType):
+        return _arguments(callback)
+    made_of = callback.__code__, callback.__defaults__, callback.__kwdefaults__
+    known = _known.get(callback)
+    if known is None or any(map(operator.is_not, known[0], made_of)):
+        known = _known[callback] = made_of, _arguments(callback)
+    return known[1]
+
+
+_known: weakref.WeakKeyDictionary[Callback, tuple[tuple, Mapping[str, Any]]] = weakref.WeakKeyDictionary()
+
+
+def _arguments(callback: Callback) -> Mapping[str, Any]:
     try:
         return {p.name: p.default for p in inspect.signature(callback).parameters.values()}
     except (TypeError, ValueError):  # no signature to be had
@@ -49,11 +57,21 @@ def defaults_of(callback: Callback) -> dict[str, Any]:
 
 
 def looked_up(callback: Callback) -> set[str] | None:
-    """Names it may take from ``**kwargs``: the strings in its code. None if that cannot be told."""
+    """Names it may take from ``**kwargs``: the strings in its code. None if it may take any."""
     function = function_of(callback)
     if not isinstance(function, types.FunctionType):
         return None
-    return {c for c in function.__code__.co_consts if isinstance(c, str)}
+    codes = list(_codes(function.__code__))
+    if any(step.opname == "CALL_FUNCTION_EX" for code in codes for step in dis.get_instructions(code)):
+        return None  # it hands its arguments on
+    return {c for code in codes for c in code.co_consts if isinstance(c, str)}
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
 
 
 def identity(callback: Callback) -> Hashable:

@@ -142,8 +142,8 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def engine(self) -> Engine:
-        """The compiler and runtime behind ``step``; made anew when the callback list is changed."""
-        if self._engine is None or self._engine.callbacks != self.cbs:
+        """The compiler and runtime behind ``step``; made anew when callbacks, or what they read, are changed."""
+        if self._engine is None or not self._engine.follows(self.cbs):
             title = self.title or type(self).__name__
             if title == "Optimizer":
                 title = name_of(self.cbs[-1]) if self.cbs else "nothing"

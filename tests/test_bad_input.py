@@ -222,7 +222,7 @@ def test_a_parameter_twice_is_refused():
     p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
     with pytest.raises(ValueError, match="more than one parameter group"):
         fusedopt.Adam([[p], [q, p]], lr=0.1)
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="parameter 2 of group 0.*twice"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"parameter 2 of group 0.*twice"):
         warnings.simplefilter("ignore")  # torch only warns
         fusedopt.Adam([p, q, p], lr=0.1)
     opt = fusedopt.Adam([p], lr=0.1)
@@ -471,7 +471,9 @@ def test_a_closure_that_raises_changes_nothing():
 def test_a_state_dict_that_does_not_fit_is_refused(spoil, match):
     opt, _ = stepped()
     state_dict = {k: v.copy() for k, v in opt.state_dict().items()}
-    state_dict["param_groups"] = [dict(g, params=list(g["params"]), lr=0.7) for g in state_dict["param_groups"]]
+    state_dict["param_groups"] = [
+        dict(g, params=list(g["params"]), lr=0.7) for g in state_dict["param_groups"]
+    ]
     state_dict["state"] = {k: dict(v) for k, v in state_dict["state"].items()}
     spoil(state_dict)
     for target in (opt, stepped(steps=0)[0]):

@@ -94,11 +94,6 @@ def report(example: Example, printed: str) -> str:
     return "\n".join([example.code, *difference])
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("FUSEDOPT_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_examples_print_what_is_shown(document):
     text = document.read_text(encoding="utf-8")

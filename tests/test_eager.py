@@ -308,7 +308,9 @@ def as_expanded(p):
     p.grad = p.grad[:, :1].expand(p.shape)
 
 
-@pytest.mark.parametrize("layout", [lambda p: None, as_transposed, as_expanded], ids=["same", "transposed", "expanded"])
+@pytest.mark.parametrize(
+    "layout", [lambda p: None, as_transposed, as_expanded], ids=["same", "transposed", "expanded"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", [host_gradient, rebind_gradient, rebind_gradient_data])
 def test_a_changed_gradient_is_seen_by_what_follows_and_by_nobody_else(change, dtype, layout):
@@ -362,7 +364,9 @@ def test_layouts_and_holes_on_the_eager_path():
         ]
         for p in params[:-1]:
             p.grad = torch.randn(p.shape, generator=gen)
-        opt = fusedopt.Optimizer(params, [average_grad, row_means, step_stat, momentum_step], backend=backend, **HYPERS)
+        opt = fusedopt.Optimizer(
+            params, [average_grad, row_means, step_stat, momentum_step], backend=backend, **HYPERS
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             for _ in range(3):

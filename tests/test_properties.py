@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import assert_close_to_float64, assert_same_bits, compile_kernel, copies, run_kernel, signature
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 import fusedopt
@@ -18,7 +18,10 @@ from fusedopt.ir.program import Buffer, interpret
 from fusedopt.trace.tracer import trace
 
 # Every new structure is compiled (0.2 s), so there are few examples, the same on every run.
-SETTINGS = dict(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+# Shrinking a failure would compile hundreds; add Phase.shrink to hunt one down.
+SETTINGS = dict(
+    derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = st.sampled_from([(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32), (F32, F16)])
 HYPER = dict(lr=0.1, k=0.7, wd=0.01, mom=0.9, sqr_mom=0.95, eps=1e-3, trust_coeff=0.3, nu_1=0.6, nu_2=0.8)
@@ -39,12 +42,18 @@ def takes_all(p, lr, k, wd, mom, sqr_mom, eps, trust_coeff, nu_1, nu_2, **kwargs
 
 
 def callback(*lines):
-    """``def callback(p, lr, k, m=None, **kwargs)`` with these lines; shown in full by hypothesis."""
+    """``def callback(p, lr, k, m=None, **kwargs)`` with these lines; ``show`` shows them."""
     source = "\n    ".join(["def callback(p, lr, k, m=None, **kwargs):", *lines])
     namespace = {"torch": torch}
     exec(source, namespace)
-    namespace["callback"].__qualname__ = source
+    namespace["callback"].source = source
     return namespace["callback"]
+
+
+def show(cbs):
+    """The callbacks' code, in the report of a failure."""
+    for cb in cbs:
+        note(getattr(cb, "source", repr(cb)))
 
 
 # ---------------------------------------------------------------- bit for bit
@@ -77,10 +86,11 @@ def special(size, dtype, generator):
     return x.to(dtype)
 
 
-@settings(max_examples=60, **SETTINGS)
+@settings(max_examples=50, **SETTINGS)
 @given(exact_callbacks(), DTYPES, st.sampled_from([F32, BF16, F64]), st.sampled_from([1, 7, 16, 33, 1000]))
 def test_kernels_are_the_interpreter_bit_for_bit(cb, dtypes, state_dtype, size):
     """On + - * / and square roots, comparisons and selections, whatever the values."""
+    show([cb])
     generator = torch.Generator().manual_seed(size)
     t = trace([cb], signature(*dtypes, m=Buffer(state_dtype, "F")), HYPER)
     tensors = {
@@ -108,7 +118,8 @@ def test_the_comparison_bit_for_bit_can_fail():
 
 # ---------------------------------------------------------------- by competition
 
-SHAPES = [(1,), (5, 33), (17,), (2, 3, 50)]
+STEPS = 3
+SHAPES = [(5, 33), (131,), (2, 3, 50)]  # large enough that no competitor is exact by luck
 SMOOTH = grown(
     [*TENSORS, "p.data", "p.grad"],
     "(-{0}); torch.tanh({0}); (({0}).abs() + 1).sqrt(); (-({0}).abs()).exp(); ({0}) * k; (k - {0});"
@@ -122,21 +133,22 @@ SMOOTH = grown(
 
 @st.composite
 def smooth_lists(draw):
-    """One or two callbacks: state that starts as zeros or as something else, and a step along an expression."""
+    """One or two callbacks: state that starts as zeros or as something else, a branch, a step along an expression."""
     out = []
     for _ in range(draw(st.integers(1, 2))):
         start = draw(st.sampled_from(["torch.zeros_like(p)", "p.data.clone()", "p.grad * k"]))
-        lines = [f"m = {start} if m is None else m", f"p.grad.copy_({draw(SMOOTH)})"][
-            : 1 + draw(st.booleans())
+        optional = [
+            f"p.grad.copy_({draw(SMOOTH)})",
+            f"if p.grad.norm() > {draw(st.sampled_from([1, 8, 64]))}: p.grad.mul_(k)",
         ]
-        out.append(
-            callback(
-                *lines,
-                f"m.mul_(k).add_({draw(SMOOTH)}, alpha=lr)",
-                f"p.data.sub_({draw(SMOOTH)}, alpha=lr)",
-                "return {'m': m}",
-            )
-        )
+        lines = [
+            f"m = {start} if m is None else m",
+            *(line for line in optional if draw(st.booleans())),
+            f"m.mul_(k).add_({draw(SMOOTH)}, alpha=lr)",
+            f"p.data.sub_({draw(SMOOTH)}, alpha=lr)",
+            "return {'m': m}",
+        ]
+        out.append(callback(*lines))
     return out
 
 
@@ -162,10 +174,10 @@ def our_lists(draw):
     return [*decay, *draw(st.permutations(averages)), callbacks.step_stat, *larc, *chosen]
 
 
-def steps(cbs, backend, dtypes, seed, n=3):
-    """Parameters after n steps. In float64 (``dtypes`` None) the same start and gradients, rounded as they were."""
+def steps(cbs, backend, dtypes, seed):
+    """Parameters after all steps. In float64 (``dtypes`` None) the same start and gradients, rounded as they were."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = [torch.randn(n + 1, *shape, generator=generator) for shape in SHAPES]
+    numbers = [torch.randn(STEPS + 1, *shape, generator=generator) for shape in SHAPES]
     rounded = [(x[0].to(dtypes[0]), x[1:].to(dtypes[1])) for x in numbers]
     if backend == "float64":
         rounded = [(p.double(), g.double()) for p, g in rounded]
@@ -173,7 +185,7 @@ def steps(cbs, backend, dtypes, seed, n=3):
     opt = fusedopt.Optimizer(
         params, [takes_all, *cbs], backend="reference" if backend == "float64" else backend, **HYPER
     )
-    for t in range(n):
+    for t in range(STEPS):
         for p, (_, g) in zip(params, rounded, strict=True):
             p.grad = None
             p.grad = g[t].clone() if g.dtype == p.dtype else with_grad(p, g[t])
@@ -192,16 +204,19 @@ def with_grad(p, grad):
 def check(cbs, dtypes, seed, mutate=lambda cbs: cbs):
     truth = steps(cbs, "float64", dtypes, seed)
     eager = steps(cbs, "reference", dtypes, seed)
-    assert_close_to_float64(steps(mutate(cbs), "cpp", dtypes, seed), eager, truth)
+    # In float64 the truth is rounded as the competitor is, which so has no error: 2 ulp for each step.
+    ulp = 2.0 * STEPS if F64 in dtypes else 2.0
+    assert_close_to_float64(steps(mutate(cbs), "cpp", dtypes, seed), eager, truth, ulp)
 
 
-@settings(max_examples=30, **SETTINGS)
+@settings(max_examples=25, **SETTINGS)
 @given(smooth_lists(), DTYPES, st.integers(0, 3))
 def test_random_callbacks_are_as_close_to_float64_as_eager_torch(cbs, dtypes, seed):
+    show(cbs)
     check(cbs, dtypes, seed)
 
 
-@settings(max_examples=30, **SETTINGS)
+@settings(max_examples=25, **SETTINGS)
 @given(our_lists(), DTYPES, st.integers(0, 3))
 def test_random_lists_of_our_callbacks_are_as_close_to_float64_as_eager_torch(cbs, dtypes, seed):
     check(cbs, dtypes, seed)

@@ -248,6 +248,14 @@ def test_structure_selects_another_program():
     assert len({base, *(t.program for t in others)}) == 5
 
 
+def test_the_order_of_a_norm_is_structure():
+    seen = assert_as_eager(
+        callback("p.data.sub_(p.grad.norm(kwargs['k']))"), hypers=lambda t: dict(k=[1, 2, 3][t])
+    )
+    assert len(seen.programs) == 3
+    assert [(g.value, g.where) for g in seen.traces[0].scalars.guards] == [(1, "escape")]
+
+
 def test_plain_numbers_in_a_callback_are_slots_too():
     values = iter([0.5, 0.25, 0.125, 0.1])
     drawn = callback("p.data.mul_(next(values)).sub_(p.grad, alpha=3)", values=values)
@@ -683,6 +691,19 @@ def test_a_number_kept_outside_the_state_is_a_plain_number():
     for lr in (0.5, 0.25):
         t = trace([averages], signature(), dict(lr=lr))
     assert t.slot_values() == [(0.5 + 0.25) / 2, 0.5]
+
+
+def test_isinstance_of_numbers_finds_what_it_finds_eagerly():
+    assert_as_eager(callback("p.data.mul_(2 if isinstance(lr, float) and not isinstance(lr, int) else 3)"))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a symbolic tensor is no torch.Tensor. Python asks nobody but the class, and a __class__ that says so "
+    "makes torch's C++ take it for one, which crashes. SymTensor would have to be a tensor subclass.",
+)
+def test_isinstance_of_tensors_finds_what_it_finds_eagerly():
+    assert_as_eager(callback("p.data.mul_(2 if isinstance(p.grad, torch.Tensor) else 3)"))
 
 
 # ---------------------------------------------------------------- refusals at work

@@ -20,7 +20,7 @@ import torch
 from .. import env, reference
 from ..callback import identity, name_of
 from ..trace.number import Scalar
-from ..trace.purity import is_pure
+from ..trace.purity import Sources, is_pure
 from ..trace.replay import Replay, can_replay
 from ..trace.signature import Signature
 from ..trace.tensor import Untraceable
@@ -101,8 +101,24 @@ class Engine:
         self.history = History()
         self.eager: dict[tuple[int, Any], Eager] = {}
         self.launched: list[Launched] = []
-        self._known = _known_traces((*map(identity, callbacks),), backend, title, state_dtype)
+        self._pure = [is_pure(cb) for cb in callbacks]
+        self._sources = Sources(cb for cb, pure in zip(callbacks, self._pure, strict=True) if pure)
+        self._known = self._shared_traces()
         self._said: set[str] = set()
+
+    def follows(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
+        """Whether it still does what these callbacks do."""
+        return self.callbacks == callbacks and self._sources.unchanged()
+
+    def _shared_traces(self) -> dict[tuple, list[Known]]:
+        """Those of other engines with these callbacks; but what has a closure is not kept beyond its time."""
+        key = (*map(identity, self.callbacks), *self._sources.found)
+        try:
+            if all(self._pure) and not self._sources.closed:
+                return _known_traces(key, self.backend, self.title, self.state_dtype)
+        except TypeError:  # a default that cannot be hashed
+            pass
+        return {}
 
     def step(self, todo: list[Item]) -> list[Launched]:
         """Step every item: its ``home`` is updated in place, its ``state`` holds the new state.
@@ -189,7 +205,7 @@ class Engine:
         compiled = self._compile(traced)
         if compiled is None:
             return first
-        sound = can_replay(traced) and all(map(is_pure, self.callbacks[first:stop]))
+        sound = can_replay(traced) and all(self._pure[first:stop])
         entry = Known(traced, *compiled, Replay(traced) if sound else None)
         if sound:
             known[:] = [*known[-MAX_KNOWN:], entry]

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ..names import NOT_NEGATIVE
-from ..trace.replay import LARGEST, Replay
+from ..trace.number import Number
+from ..trace.replay import Replay, array
 from . import leaf
 from .cpu import HEAD
 from .engine import Launched, Plan
@@ -75,11 +76,11 @@ class Batch:
         """With numpy; raises where Python's numbers might do something else."""
         n = len(self.sets)
         inputs = [
-            _array([numbers[leaf][s] for s in self.sets])
+            array([numbers[leaf][s] for s in self.sets])
             if isinstance(leaf, str)
             else cells[leaf]
             if not self.whole[leaf].any()
-            else _array([self._cell(cells, k) for k in leaf])
+            else array([self._cell(cells, k) for k in leaf])
             for leaf in self.leaves
         ]
         with np.errstate(all="raise", under="ignore"):
@@ -91,28 +92,24 @@ class Batch:
         return {k: np.broadcast_to(v, n).tolist() for k, v in zip(self.replay.number_keys, new, strict=True)}
 
 
-def _array(values: list) -> np.ndarray:
-    """Numbers of one type as an array. Raises TypeError for several, OverflowError for large integers."""
-    if len(set(map(type, values))) > 1:
-        raise TypeError("integers and floats")
-    out = np.array(values)
-    if out.dtype.kind != "f" and (out.dtype.kind != "i" or np.abs(out).max() > LARGEST):
-        raise OverflowError("an integer beyond numpy's")
-    return out
-
-
 class Warm:
     """A recorded step of one optimizer. ``step`` repeats it and returns True, or returns False having done nothing."""
 
-    def __init__(self, opt: Optimizer, launched: list[Launched]) -> None:
+    def __init__(
+        self,
+        opt: Optimizer,
+        launched: list[Launched],
+        hypers: list[list[tuple]],
+        place: list[dict[Any, int]],
+        whole: np.ndarray,
+    ) -> None:
         self.state, self.version, self.engine = opt.state, opt.state.version, opt.engine
         self.launches = [
             (entry.launch, np.array([p.slots for p in entry.plans], dtype=np.float64)) for entry in launched
         ]
         plans = [plan for entry in launched for plan in entry.plans]
-        self.keys = sorted({key for plan in plans for key in plan.known.replay.number_keys})  # type: ignore[union-attr]
+        self.keys = sorted({key for plan in plans for key in _number_keys(plan)})
         self.numbers = {key: [plan.numbers.get(key) for plan in plans] for key in self.keys}
-        hypers, place, whole = _hyper_cells(opt)
         self.cells = np.zeros(len(whole))
         self.batches = _batches(launched, [slots for _, slots in self.launches], place, whole)
         rows = [
@@ -146,20 +143,43 @@ class Warm:
 def record(opt: Optimizer, launched: list[Launched]) -> Warm | None:
     """The recording of a step that was these launches, or None if its like needs a look at every tensor again."""
     plans = [plan for entry in launched for plan in entry.plans]
-    tensors = any(isinstance(v, torch.Tensor) for group in opt.param_groups for v in group.values())
-    ready = (
-        leaf.native is not None
-        and not tensors  # a learning rate in a tensor changes without a trace
-        and all(map(_repeatable, plans))
-    )
-    return Warm(opt, launched) if ready and plans else None
+    if leaf.native is None or not plans or not all(map(_repeatable, plans)):
+        return None
+    hypers, place, whole = _hyper_cells(opt)
+    found = all(key in place[plan.items[0].where[0]] for plan in plans for key in _hyper_leaves(plan))
+    return Warm(opt, launched, hypers, place, whole) if found else None
 
 
 def _repeatable(plan: Plan) -> bool:
-    """Whether its kernel took the user's own tensors, its scalars can be replayed, and no state was new."""
-    own = all(item.param is item.home and item.grad is item.home.grad for item in plan.items)
-    old = {k for k, _ in plan.trace.signature.state}
-    return own and plan.known.replay is not None and plan.numbers.keys() <= old and not plan.trace.created
+    """Whether its kernel took the user's own tensors, its scalars can be replayed, and only numbers in its state change."""
+    own = all(
+        item.param is item.home and item.grad is item.home.grad and type(item.home).grad is torch.Tensor.grad
+        for item in plan.items
+    )
+    old = dict(plan.trace.signature.state)
+    new = {k: v for k, v in plan.trace.numbers.items() if not isinstance(v, Number)}
+    same = all(k in old and type(v) is type(old[k]) and bool(v == old[k]) for k, v in new.items())
+    return (
+        own
+        and same
+        and plan.known.replay is not None
+        and plan.numbers.keys() <= old.keys()
+        and not plan.trace.created
+    )
+
+
+def _number_keys(plan: Plan) -> list[str]:
+    """Scalar state that its replay reads or writes."""
+    replay = plan.known.replay
+    assert replay is not None
+    return [*replay.number_keys, *(name for kind, name, *_ in replay.leaves if kind == "state")]
+
+
+def _hyper_leaves(plan: Plan) -> list[Any]:
+    """Where its replay finds numbers among the hyperparameters: a name, or a name and a position."""
+    replay = plan.known.replay
+    assert replay is not None
+    return [(name, *path) if path else name for kind, name, *path in replay.leaves if kind == "hyper"]
 
 
 def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]], np.ndarray]:

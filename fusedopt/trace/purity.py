@@ -12,7 +12,7 @@ import dis
 import functools
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -56,11 +56,58 @@ _NAMES |= set(vars(math)) | {
 }
 _NAMES |= {str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype)}
 """What pure code may take from a module: functions the tracer knows, mathematics, dtypes. Not ``torch.rand``."""
+MAX_KNOWN = 512
 
 
-@functools.lru_cache(maxsize=512)
-def _is_pure_function(function: types.FunctionType) -> bool:
-    return _check(function, frozenset())
+class Sources:
+    """What decides what pure callbacks do: their code, their defaults, and what they read by global name.
+
+    A notebook cell that is run again changes it under a callback that stays the same object.
+    """
+
+    def __init__(self, callbacks: Iterable[Callable[..., Any]]) -> None:
+        self.functions: list[tuple[types.FunctionType, types.CodeType, Any]] = []
+        self.reads: list[tuple[Callable[[str], Any], str, Any]] = []
+        self._seen: set[types.FunctionType] = set()
+        for callback in callbacks:
+            self._add(callback)
+
+    def _add(self, value: Any) -> None:
+        if isinstance(value, functools.partial):
+            self._add(value.func)
+        elif isinstance(value, types.FunctionType) and not _of_a_library(value) and value not in self._seen:
+            self._seen.add(value)
+            self.functions.append((value, value.__code__, value.__defaults__))
+            for name in _global_names(value):
+                found = value.__globals__.get(name)
+                self.reads.append((value.__globals__.get, name, found))
+                self._add(found)
+            for cell in value.__closure__ or ():
+                self._add(cell.cell_contents)
+
+    def unchanged(self) -> bool:
+        """Whether all of it is still there. Asked on every step, hence the plain loops."""
+        for read, name, found in self.reads:
+            if read(name) is not found:
+                return False
+        for function, code, defaults in self.functions:
+            if function.__code__ is not code or function.__defaults__ is not defaults:
+                return False
+        return True
+
+    @property
+    def found(self) -> list[Any]:
+        """All of it, to tell two apart."""
+        return [x for _, *made_of in self.functions for x in made_of] + [found for _, _, found in self.reads]
+
+    @property
+    def closed(self) -> bool:
+        """Whether some function has a closure, and so may hold on to anything."""
+        return any(function.__closure__ for function, _, _ in self.functions)
+
+
+_known: dict[types.FunctionType, tuple[bool, Sources]] = {}
+"""Verdicts on functions without a closure; they hold until their sources change."""
 
 
 def is_pure(callback: Callable[..., Any]) -> bool:
@@ -69,6 +116,17 @@ def is_pure(callback: Callable[..., Any]) -> bool:
         values = (*callback.args, *callback.keywords.values())
         return is_pure(callback.func) and all(isinstance(v, CONSTANTS) for v in values)
     return isinstance(callback, types.FunctionType) and _is_pure_function(callback)
+
+
+def _is_pure_function(function: types.FunctionType) -> bool:
+    verdict, sources = _known.get(function, (None, None))
+    if verdict is None or not sources.unchanged():  # type: ignore[union-attr]
+        verdict = _check(function, frozenset())
+        if not function.__closure__:
+            if len(_known) >= MAX_KNOWN:
+                _known.clear()
+            _known[function] = verdict, Sources([function] if verdict else ())
+    return verdict
 
 
 def _check(function: types.FunctionType, seen: frozenset) -> bool:
@@ -94,10 +152,15 @@ def _globals(function: types.FunctionType) -> Iterator[Any]:
     """What the code loads by global name, nested functions included; Ellipsis for a name that is not there."""
     builtins = function.__globals__.get("__builtins__", {})
     builtins = vars(builtins) if isinstance(builtins, types.ModuleType) else builtins
+    for name in _global_names(function):
+        yield function.__globals__.get(name, builtins.get(name, ...))
+
+
+def _global_names(function: types.FunctionType) -> Iterator[str]:
     for code in _codes(function.__code__):
         for step in dis.get_instructions(code):
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                yield function.__globals__.get(step.argval, builtins.get(step.argval, ...))
+                yield step.argval
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -142,9 +205,13 @@ def _attribute_is_pure(name: str) -> bool:
     )
 
 
+def _of_a_library(function: types.FunctionType) -> bool:
+    return (function.__module__ or "").split(".")[0] in ("torch", "math")
+
+
 def _is_pure_value(value: Any, seen: frozenset) -> bool:
     if isinstance(value, types.FunctionType):
-        return value.__module__.split(".")[0] in ("torch", "math") or _check(value, seen)
+        return _of_a_library(value) or _check(value, seen)
     if isinstance(value, functools.partial):
         return _is_pure_value(value.func, seen) and all(
             isinstance(v, CONSTANTS) for v in (*value.args, *value.keywords.values())

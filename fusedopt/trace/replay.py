@@ -7,12 +7,13 @@ guard still holds. It works on floats, and on numpy arrays: one entry per scalar
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from .number import ARITHMETIC, Number, Scalar, ScalarProgram
+from .number import ARITHMETIC, Guard, Number, Scalar, ScalarProgram
 from .tracer import Trace
 
 
@@ -31,23 +32,39 @@ def _changes(scalars: ScalarProgram, index: int) -> bool:
     return op in ("state", "default")
 
 
-LARGEST = 2**60
-"""Above it integers are left to Python: numpy's overflow."""
+LARGEST = 2**53
+"""Above it integers are left to Python: as float64 they are not exact, and numpy's overflow."""
 
 
-def _checked(name: str) -> Callable[[Any, Any], Any]:
-    operate = ARITHMETIC[name]
+def array(values: list) -> np.ndarray:
+    """Numbers of one type as an array. Raises TypeError for several, OverflowError for large integers."""
+    if len(set(map(type, values))) > 1:
+        raise TypeError("integers and floats")
+    out = np.array(values)
+    if out.dtype.kind != "f" and (out.dtype.kind != "i" or np.abs(out).max() > LARGEST):
+        raise OverflowError("an integer beyond numpy's")
+    return out
 
-    def checked(a: Any, b: Any) -> Any:
-        if np.result_type(a, b).kind in "iuO":
-            x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-            if name == "pow" and np.any(y < 0):
-                raise OverflowError("a negative power of an integer is no integer")
-            if np.any(np.abs(operate(x, y)) > LARGEST):
-                raise OverflowError("an integer beyond numpy's")
-        return operate(a, b)
 
-    return checked
+def _power(a: Scalar, b: Scalar) -> Scalar:
+    result = a**b
+    if isinstance(result, complex):
+        raise ValueError("a complex number")
+    return result
+
+
+def _powers(a: Any, b: Any) -> Any:
+    """Element by element with Python's power: numpy's may differ in the last bit."""
+    x, y = np.broadcast_arrays(a, b)
+    if x.ndim and all(v.flat[0] != 0 and np.all(v == v.flat[0]) for v in (x, y)):
+        return _power(x.item(0), y.item(0))
+    return array(list(map(_power, x.ravel().tolist(), y.ravel().tolist()))).reshape(x.shape)
+
+
+def _product(a: Any, b: Any) -> Any:
+    if np.result_type(a, b).kind in "iuO" and np.any(np.abs(np.multiply(a, b, dtype=np.float64)) > LARGEST):
+        raise OverflowError("an integer beyond numpy's")
+    return a * b
 
 
 class Replay:
@@ -59,16 +76,16 @@ class Replay:
         self.leaves = [e for e in scalars.entries if e[0] in ("hyper", "state")]
         self.number_keys = [k for k, v in trace.numbers.items() if isinstance(v, Number)]
         self.source = _source(scalars, trace.slots, [trace.numbers[k].index for k in self.number_keys])
-        self.function = self._compiled({})
+        self.function = self._compiled({"pow": _power})
 
     @functools.cached_property
     def array_function(self) -> Callable[..., Any]:
-        """``function`` for arrays: raises OverflowError where numpy's integers are not Python's."""
-        return self._compiled({name: _checked(name) for name in ("mul", "pow")})
+        """``function`` for arrays: equal to the last bit, or it raises where numpy's numbers are not Python's."""
+        return self._compiled({"mul": _product, "pow": _powers, "copysign": np.copysign})
 
     def _compiled(self, replaced: dict[str, Any]) -> Callable[..., Any]:
-        namespace: dict[str, Any] = dict(ARITHMETIC) | replaced | {"values": self.trace.scalars.values}
-        namespace |= {"inf": float("inf"), "nan": float("nan")}  # as guards spell them
+        namespace = {**ARITHMETIC, "copysign": math.copysign, **replaced, "values": self.trace.scalars.values}
+        namespace |= {"inf": math.inf, "nan": math.nan}  # as guards spell them
         exec(compile(self.source, "<scalar program>", "exec"), namespace)
         return namespace["replay"]
 
@@ -117,10 +134,18 @@ def _source(scalars: ScalarProgram, slots: Sequence[int], numbers: Sequence[int]
             lines.append(f"    t{i} = {op}({', '.join(f't{k}' for k in operands)})")
         elif op not in ("hyper", "state"):
             lines.append(f"    t{i} = values[{i}]")
-    guards = [f"t{g.index} == {g.value!r}" for g in scalars.guards]
+    guards = [text for g in scalars.guards for text in _conditions(g)]
     parts = [
         "".join(f"{t}, " for t in part)
         for part in ([f"t{i}" for i in slots], [f"t{i}" for i in numbers], guards)
     ]
     lines.append(f"    return ({parts[0]}), ({parts[1]}), ({parts[2]})")
     return "\n".join(lines)
+
+
+def _conditions(guard: Guard) -> list[str]:
+    name = f"t{guard.index}"
+    conditions = [f"{name} == {guard.value!r}"]
+    if type(guard.value) is float and guard.value == 0:  # both zeros are equal, and not the same
+        conditions.append(f"copysign(1.0, {name}) == {math.copysign(1.0, guard.value)}")
+    return conditions
