@@ -15,6 +15,12 @@ backward pass and the next forward pass.
 
 from __future__ import annotations
 
+import os
+
+# How long a thread of OpenMP spins before it sleeps. By default that is milliseconds, and where the machine has other
+# work to do, threads that spin for each other make the demo take many times as long. Must stand before torch.
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")
+
 import argparse
 import copy
 import math

@@ -6,6 +6,7 @@ took and how much memory steps needed, as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -19,7 +20,6 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,8 +43,9 @@ ROOT = Path(__file__).parents[1]
 class Effort:
     """How long to measure. A turn is a few steps of one provider; in a round everybody has one turn.
 
-    seconds: per pair, within the limits for rounds, and twice that with training passes between steps; turn: seconds that a turn aims at; steps: at most so many in it;
-    repeats: fresh processes per first step; cycle: steps of the one-cycle schedule.
+    seconds: per pair, within the limits for rounds, and twice that with training passes between steps; turn: seconds
+    that a turn aims at; steps: at most so many in it; repeats: fresh processes per first step; cycle: steps of the
+    one-cycle schedule.
     """
 
     seconds: float = 10.0
@@ -107,25 +108,42 @@ STEPS_CHECKED = 3
 
 
 @torch.no_grad()
-def agree(runners: Sequence[Runner], params: Sequence[Tensor]) -> dict[str, float]:
-    """Run every provider for three steps from the same start and compare where they arrive; seconds of first steps.
+def agree(
+    runners: Sequence[Runner], params: Sequence[Tensor]
+) -> tuple[dict[str, float], dict[str, Exception]]:
+    """Run every provider for three steps from the same start and compare where they arrive.
 
-    Raises Disagreement if a parameter is off by more than a thousandth of the largest update, plus rounding.
+    Returns the seconds of first steps, and why optional providers failed. Raises Disagreement if a parameter is off by
+    more than a thousandth of the largest update, plus rounding.
     """
     start = [p.clone() for p in params]
-    first, expected, seconds = "", None, {}
+    first, expected = "", None
+    seconds: dict[str, float] = {}
+    failed: dict[str, Exception] = {}
     for runner in runners:
-        before = time.perf_counter()
-        for step in range(STEPS_CHECKED):
-            runner(1.0 - 0.2 * step)
-            if step == 0:
-                seconds[runner.name] = time.perf_counter() - before
-        if runner.comparable and expected is None:
-            first, expected = runner.name, [p.clone() for p in params]
-        elif runner.comparable:
-            _compare(runner.name, first, params, expected, start)
+        try:
+            seconds[runner.name] = _first_steps(runner)
+        except Exception as error:
+            if runner.name not in providers.OPTIONAL:
+                raise
+            failed[runner.name] = error
+        else:
+            if runner.comparable and expected is None:
+                first, expected = runner.name, [p.clone() for p in params]
+            elif runner.comparable:
+                _compare(runner.name, first, params, expected, start)
         for p, s in zip(params, start, strict=True):
             p.copy_(s)
+    return seconds, failed
+
+
+def _first_steps(runner: Runner) -> float:
+    """Take the steps to compare; seconds of the first one."""
+    before = time.perf_counter()
+    runner(1.0)
+    seconds = time.perf_counter() - before
+    for step in range(1, STEPS_CHECKED):
+        runner(1.0 - 0.2 * step)
     return seconds
 
 
@@ -150,7 +168,7 @@ class LaunchClock:
     def __init__(self) -> None:
         self.seconds, self.calls = 0.0, 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def running(self) -> Iterator[LaunchClock]:
         """Clock every launch of compiled stages."""
         launch = leaf.run_cpu
@@ -265,26 +283,22 @@ def measure(
         return []
     training = cases.Training() if pair.mode == "training" else None
     params = training.tensors() if training else case.tensors()
-    runners = list(_runners(names, pair.rule, params, case.learning_rates(), say))
-    seconds = agree(runners, params)
+    runners = list(_runners(names, pair.rule, params, case.learning_rates()))
+    seconds, failed = agree(runners, params)
+    for name, error in failed.items():
+        say(f"  without {name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+    runners = [r for r in runners if r.name not in failed]
     gc.collect()
     records = Race(runners, effort, training and training.run).run()
     return _rows(pair, runners, records, seconds)
 
 
 def _runners(
-    names: Sequence[str],
-    rule: str,
-    params: Sequence[Tensor],
-    rates: Sequence[float],
-    say: Callable[[str], None],
+    names: Sequence[str], rule: str, params: Sequence[Tensor], rates: Sequence[float]
 ) -> Iterator[Runner]:
     for name in names:
-        try:
+        with contextlib.suppress(providers.Unavailable):
             yield providers.make(name, rule, params, rates)
-        except providers.Unavailable as why:
-            if name not in ("deepspeed", "bare loop"):  # not everybody has those, and that is no news
-                say(f"  without {name}: {why}")
 
 
 def _rows(

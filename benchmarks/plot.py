@@ -1,4 +1,4 @@
-"""What was measured: the CSV, and everything that is made from the CSV alone: tables, the bars to reach, the picture."""
+"""What was measured: the CSV, and what is made from the CSV alone: tables, the bars to reach, the picture."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
@@ -371,17 +372,14 @@ def draw(results: Results, path: Path) -> None:
     panels = [panel for panel in panels if panel[1]] or [("Steps", steps, _pair_label)]
     heights = [len({label(line) for line in found}) for _, found, label in panels]
     figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(7 * len(panels), 1.6 + 1.05 * max(heights)),
-        layout="constrained",
-        squeeze=False,
+        1, len(panels), figsize=(7.2 * len(panels), 2 + max(heights)), layout="constrained", squeeze=False
     )
     for axis, (title, found, label) in zip(axes.flat, panels, strict=True):
         _draw_panel(axis, title, found, label)
     _legend(figure, steps)
-    figure.suptitle("Optimizer step, median with 20th to 80th percentile (shorter is faster)")
-    figure.supxlabel(where_from(results), fontsize=7, color="#666666")
+    figure.suptitle("Optimizer step: median and 20th to 80th percentile, shorter is faster", fontsize=12)
+    where = textwrap.fill(where_from(results), 100 * len(panels))
+    figure.supxlabel(where, fontsize=7, color="#666666")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -405,8 +403,9 @@ def _draw_panel(axis: Any, title: str, found: Sequence[Line], label: Callable[[L
             _draw_bar(axis, k + (i - (len(shown) - 1) / 2) * 0.84 / len(shown), 0.84 / len(shown), by[name])
     axis.set_yticks(range(len(groups)), groups)
     axis.invert_yaxis()
-    axis.set(title=title, xlabel="milliseconds per step", xscale="log")
-    axis.margins(x=0.12)
+    smallest, largest = (f(line["p50"] for line in found) for f in (min, max))
+    limits = 10 ** math.floor(math.log10(smallest) - 0.3), largest * 4
+    axis.set(title=title, xlabel="milliseconds per step", xscale="log", xlim=limits)
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
 
@@ -425,7 +424,7 @@ def _draw_bar(axis: Any, y: float, height: float, line: Line) -> None:
 def _legend(figure: Any, steps: Sequence[Line]) -> None:
     used = [p for p in LOOKS if any(line["provider"] == p for line in steps)]
     handles = [plt.Rectangle((0, 0), 1, 1, color=LOOKS[p]) for p in used]
-    figure.legend(handles, used, loc="outside upper center", ncols=len(used), fontsize=8, frameon=False)
+    figure.legend(handles, used, loc="outside right upper", fontsize=8, frameon=False)
 
 
 def publishable(results: Results) -> bool:

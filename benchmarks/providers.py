@@ -216,6 +216,8 @@ PROVIDERS: dict[str, Callable[..., Runner]] = {
 }
 SLOW_TO_START = ("torch compiled",)
 """Providers that are used only when asked for."""
+OPTIONAL = ("torch compiled", "deepspeed")
+"""Providers whose failure is theirs: they are left out."""
 
 
 def make(name: str, rule: str, params: Sequence[Tensor], rates: Sequence[float] = (1.0,)) -> Runner:

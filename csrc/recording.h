@@ -17,8 +17,9 @@ namespace fusedopt {
 class Recording {
  public:
   // groups: the param groups. rows: (param, state dict, row address, param column, grad column, param is written,
-  // scalar set, entries), an entry being (key, value, kind, column, is written). hypers: per group, in its dict's order,
-  // (key, parts), a part being (index in a tuple or -1, cell or -1, may be negative, value); no parts for "params".
+  // scalar set, entries), an entry being (key, value, kind, column, is written). hypers: per group, in its dict's
+  // order, (key, value, parts), a part being (index in a tuple or list, else -1; cell or -1; may be negative; value);
+  // None in place of the parts for "params".
   Recording(const py::list& groups, const py::list& absent, const py::list& rows, const py::list& hypers) {
     for (size_t g = 0; g < groups.size(); ++g)
       groups_.push_back(read_group(groups[g].cast<py::dict>(), hypers[g].cast<py::list>()));
@@ -73,7 +74,8 @@ class Recording {
     py::object value;
   };
   struct Hyper {
-    py::object key;
+    py::object key, value;
+    bool is_params, several; // several: a tuple or list
     std::vector<Part> parts;
   };
   struct Group {
@@ -81,13 +83,28 @@ class Recording {
     std::vector<py::object> params;
     std::vector<Hyper> hypers;
   };
+  // Where a tensor's elements are. Two tensors may share memory until one is written to: asking for the address to
+  // write at separates them.
+  struct Memory {
+    const void* data;
+    at::ScalarType dtype;
+    at::DimVector sizes, strides;
+
+    static const void* address(const at::Tensor& t, bool written) {
+      return written ? t.mutable_data_ptr() : t.const_data_ptr();
+    }
+    bool holds(const at::Tensor& t, bool written) const {
+      return t.layout() == at::kStrided && t.scalar_type() == dtype && t.sizes() == at::IntArrayRef(sizes) &&
+          t.strides() == at::IntArrayRef(strides) && !t.is_neg() && address(t, written) == data;
+    }
+  };
   struct Entry {
     py::object key, value;
     Kind kind;
     int64_t column;
     bool written;
     at::Tensor tensor;
-    at::ScalarType dtype;
+    Memory memory;
   };
   struct Row {
     at::Tensor param;
@@ -95,12 +112,13 @@ class Recording {
     int64_t* words;
     int64_t param_column, grad_column;
     bool written;
-    int64_t set, numel;
-    const void* data;
-    at::ScalarType dtype, grad_dtype;
-    std::vector<int64_t> strides;
+    int64_t set;
+    Memory memory;
+    at::ScalarType grad_dtype;
     std::vector<Entry> entries;
   };
+
+  static constexpr double largest = 1LL << 53; // whole numbers beyond it are not exact as double
 
   // After a training step nothing of this is in cache. Pointers are followed a few rows early, one link at a time.
   void prefetch(size_t i) const {
@@ -134,12 +152,15 @@ class Recording {
     for (const auto& p : dict["params"].cast<py::list>())
       group.params.push_back(py::reinterpret_borrow<py::object>(p));
     for (const auto& item : hypers) {
-      const auto pair = item.cast<py::tuple>();
-      Hyper hyper{pair[0], {}};
-      for (const auto& part : pair[1].cast<py::list>()) {
-        const auto t = part.cast<py::tuple>();
-        hyper.parts.push_back({t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<bool>(), t[3]});
-      }
+      const auto triple = item.cast<py::tuple>();
+      const auto value = py::object(triple[1]);
+      const bool several = PyTuple_CheckExact(value.ptr()) || PyList_CheckExact(value.ptr());
+      Hyper hyper{triple[0], value, triple[2].is_none(), several, {}};
+      if (!hyper.is_params)
+        for (const auto& part : triple[2].cast<py::list>()) {
+          const auto t = part.cast<py::tuple>();
+          hyper.parts.push_back({t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<bool>(), t[3]});
+        }
       group.hypers.push_back(std::move(hyper));
     }
     return group;
@@ -147,19 +168,33 @@ class Recording {
 
   static Row read_row(const py::tuple& t) {
     const at::Tensor& param = tensor(t[0]);
+    const bool written = t[5].cast<bool>();
     Row row{param, t[1].cast<py::dict>(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
-            t[4].cast<int64_t>(), t[5].cast<bool>(), t[6].cast<int64_t>(), param.numel(), param.const_data_ptr(),
-            param.scalar_type(), param.grad().scalar_type(), param.strides().vec(), {}};
+            t[4].cast<int64_t>(), written, t[6].cast<int64_t>(), memory(param, written),
+            param.grad().scalar_type(), {}};
     for (const auto& item : t[7].cast<py::list>()) {
       const auto e = item.cast<py::tuple>();
       Entry entry{e[0], e[1], static_cast<Kind>(e[2].cast<int>()), e[3].cast<int64_t>(), e[4].cast<bool>(), {}, {}};
       if (entry.kind == Kind::tensor) {
         entry.tensor = tensor(entry.value);
-        entry.dtype = entry.tensor.scalar_type();
+        entry.memory = memory(entry.tensor, entry.written);
       }
       row.entries.push_back(std::move(entry));
     }
     return row;
+  }
+
+  static Memory memory(const at::Tensor& t, bool written) {
+    return {Memory::address(t, written), t.scalar_type(), at::DimVector(t.sizes()), at::DimVector(t.strides())};
+  }
+
+  // Whether flat position i is the same element in both, where both have the same sizes.
+  static bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+    const auto x = a.strides(), y = b.strides(), sizes = b.sizes();
+    for (size_t i = 0; i < sizes.size(); ++i)
+      if (sizes[i] != 1 && x[i] != y[i])
+        return false;
+    return !a.is_neg(); // torch has real tensors whose memory holds their negative
   }
 
   // Dicts are walked in their order: no hashing, and a new or missing key shows by itself.
@@ -169,7 +204,7 @@ class Recording {
     for (const Hyper& hyper : group.hypers) {
       if (!PyDict_Next(group.dict.ptr(), &position, &key, &value) || key != hyper.key.ptr())
         return false;
-      if (hyper.parts.empty() ? !same_params(group, value) : !check_hyper(hyper, value, numbers))
+      if (hyper.is_params ? !same_params(group, value) : !check_hyper(hyper, value, numbers))
         return false;
     }
     return !PyDict_Next(group.dict.ptr(), &position, &key, &value);
@@ -185,11 +220,11 @@ class Recording {
   }
 
   static bool check_hyper(const Hyper& hyper, PyObject* value, double* numbers) {
-    const bool tuple = hyper.parts[0].index >= 0;
-    if (tuple && (!PyTuple_CheckExact(value) || static_cast<size_t>(PyTuple_GET_SIZE(value)) != hyper.parts.size()))
+    if (hyper.several && (Py_TYPE(value) != Py_TYPE(hyper.value.ptr()) ||
+                          static_cast<size_t>(PySequence_Fast_GET_SIZE(value)) != hyper.parts.size()))
       return false;
     for (const Part& part : hyper.parts)
-      if (!check_part(part, tuple ? PyTuple_GET_ITEM(value, part.index) : value, numbers))
+      if (!check_part(part, hyper.several ? PySequence_Fast_GET_ITEM(value, part.index) : value, numbers))
         return false;
     return true;
   }
@@ -199,8 +234,10 @@ class Recording {
       return value == part.value.ptr();
     if (Py_TYPE(value) != Py_TYPE(part.value.ptr()))
       return false;
-    const double x = PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : PyLong_AsDouble(value);
-    if (std::isnan(x) || (x < 0 && !part.is_signed) || PyErr_Occurred() != nullptr) {
+    const bool whole = PyLong_CheckExact(value);
+    const double x = whole ? PyLong_AsDouble(value) : PyFloat_AS_DOUBLE(value);
+    if (std::isnan(x) || (x < 0 && !part.is_signed) || (whole && std::abs(x) > largest) ||
+        PyErr_Occurred() != nullptr) {
       PyErr_Clear();
       return false;
     }
@@ -210,10 +247,9 @@ class Recording {
 
   bool check_row(const Row& row) const {
     const at::Tensor& grad = row.param.grad();
-    if (row.param.const_data_ptr() != row.data || row.param.scalar_type() != row.dtype ||
-        row.param.numel() != row.numel || row.param.strides() != at::IntArrayRef(row.strides) || !grad.defined() ||
-        grad.scalar_type() != row.grad_dtype || grad.layout() != at::kStrided || !grad.device().is_cpu() ||
-        grad.sizes() != row.param.sizes() || grad.strides() != row.param.strides())
+    if (!row.memory.holds(row.param, row.written) || !grad.defined() || grad.scalar_type() != row.grad_dtype ||
+        grad.layout() != at::kStrided || !grad.device().is_cpu() || grad.sizes() != row.param.sizes() ||
+        !same_layout(grad, row.param))
       return false;
     Py_ssize_t position = 0;
     PyObject *key, *value;
@@ -221,9 +257,7 @@ class Recording {
       if (!PyDict_Next(row.state.ptr(), &position, &key, &value) || key != entry.key.ptr() ||
           value != entry.value.ptr())
         return false;
-      if (entry.kind == Kind::tensor && entry.column >= 0 &&
-          (reinterpret_cast<int64_t>(entry.tensor.const_data_ptr()) != row.words[entry.column] ||
-           entry.tensor.scalar_type() != entry.dtype))
+      if (entry.kind == Kind::tensor && !entry.memory.holds(entry.tensor, entry.written))
         return false;
     }
     if (PyDict_Next(row.state.ptr(), &position, &key, &value))

@@ -94,8 +94,7 @@ class Explanation:
 def explain(opt: Optimizer) -> Explanation:
     """Explain the last step, or, before the first, the step that would be if every parameter had a gradient."""
     engine = opt.engine
-    launched = [(entry.plans[0].kernel, entry.tensors) for entry in engine.launched]
-    launched = launched or engine.foresee(opt._items(pretend=True))
+    launched = engine.launched or engine.foresee(opt._items(pretend=True))
     names = sorted({k.backend for k, _ in launched}) or ["reference"]
     used = engine.history.used.values()
     return Explanation(

@@ -163,5 +163,5 @@ class HypersView(MutableMapping):
 
 
 def number(value: Any) -> Any:
-    """A one-element tensor's number; anything else as it is."""
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    """A number of torch's (a one-element tensor) or numpy's as Python's; anything else as it is."""
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else plain(value)

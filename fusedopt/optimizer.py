@@ -17,6 +17,7 @@ from .callback import arguments_of, defaults_of, name_of
 from .checkpoint import FLAGS
 from .explain import Explanation, explain
 from .names import HyperNames, HypersView
+from .reference import FLOATS
 from .runtime import backends
 from .runtime.engine import Engine
 from .runtime.items import Item
@@ -436,7 +437,10 @@ def _check_gradient(p: torch.Tensor, grad: torch.Tensor, group: int, i: int) -> 
         )
     if grad.shape != p.shape:
         raise RuntimeError(f"{what} has shape {tuple(grad.shape)}, the parameter {tuple(p.shape)}")
-    if not p.is_floating_point() or not grad.is_floating_point():
+    if p.dtype not in FLOATS or grad.dtype not in FLOATS:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         raise RuntimeError(
-            f"parameter {i} of group {group} is {p.dtype} with a {grad.dtype} gradient; floats only"
+            f"parameter {i} of group {group} is {p.dtype} with a {grad.dtype} gradient; {known} only"
         )
+    if not p.is_contiguous() and torch._debug_has_internal_overlap(p) == 1:
+        raise RuntimeError(f"parameter {i} of group {group} is expanded, several elements are one; clone it")

@@ -303,17 +303,19 @@ class WithGrad(nn.Parameter):
         (lambda p: torch.ones(p.shape, device="meta"), "on meta, the parameter on cpu"),
         (lambda p: torch.ones(4, 5), r"has shape \(4, 5\), the parameter \(3, 5\)"),
         (lambda p: torch.ones(5), r"has shape \(5,\), the parameter \(3, 5\)"),
-        (lambda p: torch.ones(3, 5, dtype=torch.int64), "floats only"),
-        (lambda p: torch.ones(3, 5, dtype=torch.complex64), "floats only"),
+        (lambda p: torch.ones(3, 5, dtype=torch.int64), "torch.int64 gradient; .* only"),
+        (lambda p: torch.ones(3, 5, dtype=torch.complex64), "torch.complex64 gradient; .* only"),
+        (lambda p: torch.ones(3, 5).to(torch.float8_e5m2), "torch.float8_e5m2 gradient; .* only"),
     ],
-    ids=["sparse", "meta", "shape", "broadcastable", "int", "complex"],
+    ids=["sparse", "meta", "shape", "broadcastable", "int", "complex", "float8"],
 )
 def test_a_bad_gradient_is_refused_and_nothing_is_stepped(backend, grad, match):
     params = parameters()
     params[1] = WithGrad(params[1].detach())
     params[1].grad = torch.ones(3, 5)
     opt = fusedopt.Optimizer([params[:1], params[1:]], ADAM, backend=backend, **HYPERS)
-    opt.step()
+    for _ in range(3):
+        opt.step()
     snapshot, good = Snapshot(opt), params[1].grad
     params[1].grad = grad(params[1])
     with pytest.raises(RuntimeError, match=rf"parameter 0 of group 1.*{match}"):
@@ -321,7 +323,16 @@ def test_a_bad_gradient_is_refused_and_nothing_is_stepped(backend, grad, match):
     params[1].grad = good
     snapshot.check()
     opt.step()
-    assert [opt.state[p]["step"] for p in params] == [2, 2, 2]
+    assert [opt.state[p]["step"] for p in params] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_expanded_parameter_is_refused(backend):
+    p, q = nn.Parameter(torch.ones(1).expand(5)), nn.Parameter(torch.ones(2))
+    opt = fusedopt.Optimizer([q, p], ADAM, backend=backend, **HYPERS)
+    p.grad, q.grad = torch.ones(5), torch.ones(2)
+    with refuses(opt, RuntimeError, match="parameter 1 of group 0 is expanded"):
+        opt.step()
 
 
 def test_a_real_sparse_gradient_is_refused():

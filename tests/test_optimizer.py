@@ -25,6 +25,7 @@ from fusedopt import (
     step_stat,
     weight_decay,
 )
+from fusedopt.runtime import leaf
 
 with warnings.catch_warnings():
     # fastai scripts a function at import; torch deprecates that, and fastai is not ours to change
@@ -778,13 +779,18 @@ def event_explain(opt, params, rng):
 EVENTS = [f for name, f in sorted(globals().items()) if name.startswith("event_")]
 
 
-def drive(backend, seed, steps=60):
-    """An optimizer's life: several steps alike, then something happens."""
-    rng = random.Random(seed)
+def beginning(backend):
     params = parameters(shapes=((4,), (3, 5), (2, 2), (7,)))
     opt = fusedopt.Optimizer(
         [params[:2], params[2:]], ADAM, lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-3, wd=0.1, backend=backend
     )
+    return opt, params
+
+
+def drive(backend, seed, steps=60):
+    """An optimizer's life: several steps alike, then something happens."""
+    rng = random.Random(seed)
+    opt, params = beginning(backend)
     log = []
     for _ in range(steps):
         if rng.random() < 0.5:
@@ -796,27 +802,57 @@ def drive(backend, seed, steps=60):
         yield opt, params, log
 
 
+def assert_same_life(a, pa, b, pb, log):
+    for p, q in zip(pa, pb, strict=True):
+        s, t = a.state.get(p, {}), b.state.get(q, {})
+        assert s.keys() == t.keys(), log
+        for k in s:
+            if isinstance(s[k], torch.Tensor):
+                assert s[k].dtype == t[k].dtype, (k, log)
+                torch.testing.assert_close(s[k], t[k], rtol=1e-5, atol=1e-6, msg=f"{k}: {log}")
+            else:
+                assert s[k] == t[k] and type(s[k]) is type(t[k]), (k, log)
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=str(log))
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda f: f.__name__)
+def test_the_step_after_an_event_sees_it(event):
+    lives = [beginning(backend) for backend in ("reference", "cpp")]
+    for seed in range(3):
+        for opt, params in lives:
+            for _ in range(3):
+                opt.step()
+            event(opt, params, random.Random(seed))
+            opt.step()
+        (a, pa), (b, pb) = lives
+        assert_same_life(a, pa, b, pb, event.__name__)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_is_stale_whatever_happens_between_steps(seed):
     for (a, pa, log), (b, pb, _) in zip(drive("reference", seed), drive("cpp", seed), strict=True):
-        for p, q in zip(pa, pb, strict=True):
-            s, t = a.state.get(p, {}), b.state.get(q, {})
-            assert s.keys() == t.keys(), log[-12:]
-            for k in s:
-                if isinstance(s[k], torch.Tensor):
-                    assert s[k].dtype == t[k].dtype, (k, log[-12:])
-                    torch.testing.assert_close(s[k], t[k], rtol=1e-5, atol=1e-6, msg=f"{k}: {log[-12:]}")
-                else:
-                    assert s[k] == t[k] and type(s[k]) is type(t[k]), (k, log[-12:])
-            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=str(log[-12:]))
+        assert_same_life(a, pa, b, pb, log[-12:])
 
 
-def test_mutation_a_stale_learning_rate_would_be_noticed(monkeypatch):
-    for (_, pa, _), (b, pb, _) in zip(drive("reference", 0, 4), drive("cpp", 0, 4), strict=True):
-        b.set_hyper("lr", 0.09)
-        with torch.no_grad():
-            same = all(torch.allclose(p, q, rtol=1e-4, atol=1e-5) for p, q in zip(pa, pb, strict=True))
-    assert not same
+def test_mutation_a_stale_learning_rate_would_be_noticed():
+    (a, pa), (b, pb) = beginning("reference"), beginning("cpp")
+    for opt in (a, b):
+        opt.step()
+    b.set_hyper("lr", 0.0999)
+    for opt in (a, b):
+        opt.step()
+    with pytest.raises(AssertionError, match="log"):
+        assert_same_life(a, pa, b, pb, "log")
+
+
+@pytest.fixture
+def long_ways(monkeypatch):
+    """Counts the steps that looked at every tensor in Python. Without the extension every step does."""
+    if leaf.native is None:
+        pytest.skip("the C++ extension is not built")
+    seen, step = [], fusedopt.Optimizer._step_from_scratch
+    monkeypatch.setattr(fusedopt.Optimizer, "_step_from_scratch", lambda self: seen.append(1) or step(self))
+    return seen
 
 
 @pytest.mark.parametrize("groups", [2, 9])
@@ -841,8 +877,8 @@ def test_counters_of_repeated_steps_stay_what_they_were(groups):
 
 
 @pytest.mark.parametrize("groups", [2, 9])
-def test_long_training_underflows_without_harm(groups):
-    """Bias corrections become exactly one; nothing is raised and nothing changes."""
+def test_long_training_underflows_without_harm(groups, long_ways):
+    """Bias corrections become exactly one; nothing is raised, nothing changes, nothing gets slower."""
     both = []
     for backend in BACKENDS:
         params = parameters(shapes=[(3,)] * groups)
@@ -850,9 +886,11 @@ def test_long_training_underflows_without_harm(groups):
         opt.step()
         for p in params:
             opt.state[p]["step"] = 1060  # 0.5 ** 1074 is the last number that is not zero
+        before = len(long_ways)
         for _ in range(30):
             opt.step()
         both.append(params)
+    assert len(long_ways) - before <= 2, "cpp goes on as it began"
     for p, q in zip(*both, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
@@ -874,6 +912,28 @@ def test_integer_powers_of_step_counts():
         both.append(params)
     for p, q in zip(*both, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_returned_state_is_taken_by_value(backend):
+    def alias(p, lr, **kwargs):
+        return {"last": p.grad.data, "here": p.data, "again": p.grad.data}
+
+    def change(p, lr, **kwargs):
+        p.grad.data.mul_(2)
+        p.data.sub_(p.grad.data, alpha=lr)
+
+    params = parameters()
+    opt = fusedopt.Optimizer(params, [alias, change], lr=0.1, backend=backend)
+    for seed in range(3):
+        give_gradients(params, seed)
+        start = values(params)
+        opt.step()
+        for p, s in zip(params, start, strict=True):
+            state = opt.state[p]
+            assert torch.equal(state["last"], p.grad) and torch.equal(state["here"], s)
+            places = [t.data_ptr() for t in (p, p.grad, *state.values())]
+            assert len(set(places)) == 5
 
 
 def test_two_optimizers_do_not_disturb_each_other():

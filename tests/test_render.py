@@ -19,6 +19,9 @@ from fusedopt.ir.program import Buffer, Graph, Program
 from fusedopt.render import cpp
 from fusedopt.trace.tracer import trace
 
+# Of two lists that make the same program, the one seen first names the lines.
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
 ALL_ADAM = dict(lr=0.123, mom=0.77, sqr_mom=0.88, eps=0.0321, wd=0.456)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ import torch
 
 from .. import env, reference
 from ..callback import identity, name_of
+from ..ir.program import Buffer
 from ..trace.number import Scalar
 from ..trace.purity import Sources, is_pure
 from ..trace.replay import Replay, can_replay
-from ..trace.signature import Signature
+from ..trace.signature import PLAIN, Opaque, Signature
 from ..trace.tensor import Untraceable
 from ..trace.tracer import NeedsAttribute, Trace, trace
 from . import backends, items, leaf
@@ -84,8 +85,8 @@ class Launched:
 class Engine:
     """Steps parameters by a callback list. It holds no tensors: state lives with the optimizer.
 
-    ``history`` has the kernels used so far, ``eager`` the verdicts on callbacks with no fused form, ``launched`` what
-    the last step launched.
+    ``history`` has the kernels used so far, ``eager`` the verdicts on callbacks with no fused form, ``launched`` the
+    kernels of the last step's launches, and how many tensors each stepped.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Engine:
         self.attributes: tuple[str, ...] = ()
         self.history = History()
         self.eager: dict[tuple[int, Any], Eager] = {}
-        self.launched: list[Launched] = []
+        self.launched: list[tuple[Kernel, int]] = []
         self._pure = [is_pure(cb) for cb in callbacks]
         self._sources = Sources(cb for cb, pure in zip(callbacks, self._pure, strict=True) if pure)
         self._known = self._shared_traces()
@@ -136,10 +137,10 @@ class Engine:
         except BaseException:
             self.eager = verdicts  # a callback that raised may fuse once it no longer does
             raise
-        self._launch(plans)
+        launched = self._launch(plans)
         for item, work in copies:
             items.store(item, work, self.state_dtype)
-        return [] if copies else self.launched
+        return [] if copies else launched
 
     def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
         """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
@@ -183,7 +184,9 @@ class Engine:
         if eager:
             return eager[0]
         hyper = bucket[0].hyper
-        known = self._known.setdefault((first, stop, structure, signature.asked, _static(hyper)), [])
+        plain = all(type(v) in PLAIN or isinstance(v, Buffer) for _, v in signature.state) and _plain(hyper.values())
+        key = first, stop, structure, signature.asked, _static(hyper)
+        known = self._known.setdefault(key, []) if plain else []
         for candidate in known:
             again = candidate.replay and candidate.replay(hyper, dict(signature.state))
             if again:
@@ -205,7 +208,7 @@ class Engine:
         compiled = self._compile(traced)
         if compiled is None:
             return first
-        sound = can_replay(traced) and all(self._pure[first:stop])
+        sound = plain and can_replay(traced) and all(self._pure[first:stop])
         entry = Known(traced, *compiled, Replay(traced) if sound else None)
         if sound:
             known[:] = [*known[-MAX_KNOWN:], entry]
@@ -226,19 +229,21 @@ class Engine:
         return compiled
 
     # -- launching --
-    def _launch(self, plans: list[Plan]) -> None:
+    def _launch(self, plans: list[Plan]) -> list[Launched]:
         together: dict[tuple, list[Plan]] = {}
         for plan in plans:
             together.setdefault((plan.kernel, plan.trace.signature.device), []).append(plan)
             for item in plan.items:
                 item.lay_out()
                 items.allocate(item, plan.trace.created)
-        self.launched += [Launched(group, launch(group)) for group in together.values()]
+        launched = [Launched(group, launch(group)) for group in together.values()]
+        self.launched += [(entry.plans[0].kernel, entry.tensors) for entry in launched]
         for plan in plans:
             for item in plan.items:
                 item.state.update(plan.numbers)
                 if item.param is not item.home:
                     item.home.copy_(item.param)
+        return launched
 
     # -- work copies --
     def _advance(self, work: list[Item], first: int) -> None:
@@ -317,17 +322,22 @@ def _known_traces(
 
 
 def _structure(signature: Signature) -> tuple:
-    """The signature without its numbers, and without whether it is a work copy."""
-    state = tuple((k, "number" if type(v) in (int, float) else v) for k, v in signature.state)
+    """The signature without its numbers' values, and without whether it is a work copy."""
+    state = tuple((k, type(v) if type(v) in (int, float, Opaque) else v) for k, v in signature.state)
     return signature.device, signature.param, signature.grad, state, signature.attributes, signature.zero_dim
 
 
 def _static(hyper: dict[str, Any]) -> tuple:
-    """The hyperparameters without their numbers: names, flags, and how many numbers a tuple has."""
+    """The hyperparameters without their numbers' values: names, types, flags, and how many numbers a tuple has."""
     return tuple((k, _shape_of(v)) for k, v in hyper.items())
 
 
 def _shape_of(value: Any) -> Any:
-    if type(value) in (int, float):
-        return "number"
-    return tuple(map(_shape_of, value)) if isinstance(value, (tuple, list)) else value
+    if type(value) in (tuple, list):
+        return (type(value), *map(_shape_of, value))
+    return value if type(value) in PLAIN and type(value) not in (int, float) else type(value)
+
+
+def _plain(values: Iterable[Any]) -> bool:
+    """Whether they are numbers and flags, in tuples or lists at most."""
+    return all(type(v) in PLAIN or (type(v) in (tuple, list) and _plain(v)) for v in values)

@@ -9,7 +9,7 @@ import torch
 
 from .. import reference
 from ..ir.program import Buffer
-from ..trace.signature import Foreign, Signature, compute_dtype
+from ..trace.signature import PLAIN, Foreign, Opaque, Signature, compute_dtype
 
 State = dict[str, Any]
 
@@ -70,7 +70,7 @@ _ATTRIBUTES = {
 
 def _visible(value: Any, shape: torch.Size) -> Any:
     if not isinstance(value, torch.Tensor):
-        return value
+        return value if type(value) in PLAIN else Opaque(value)
     if value.dtype not in reference.FLOATS or (value.shape != shape and value.dim()):
         return Foreign(value.dtype, value.shape)
     return Buffer(value.dtype, "F" if value.shape == shape else "S")

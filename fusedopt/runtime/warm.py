@@ -151,14 +151,18 @@ def record(opt: Optimizer, launched: list[Launched]) -> Warm | None:
 
 
 def _repeatable(plan: Plan) -> bool:
-    """Whether its kernel took the user's own tensors, its scalars can be replayed, and only numbers in its state change."""
+    """Whether a step like it can be repeated: no state is new, and only tensors and numbers in it change.
+
+    Its kernel has to take the user's own tensors (where ``p.grad`` is torch's, and not of a subclass that puts another
+    in its place), and its scalars have to be replayable.
+    """
     own = all(
         item.param is item.home and item.grad is item.home.grad and type(item.home).grad is torch.Tensor.grad
         for item in plan.items
     )
     old = dict(plan.trace.signature.state)
     new = {k: v for k, v in plan.trace.numbers.items() if not isinstance(v, Number)}
-    same = all(k in old and type(v) is type(old[k]) and bool(v == old[k]) for k, v in new.items())
+    same = all(type(v) is type(old.get(k)) and (type(v) in (int, float) or v == old[k]) for k, v in new.items())
     return (
         own
         and same
@@ -190,18 +194,21 @@ def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]
     checks, places = [], []
     whole: list[bool] = []
     for group in opt.param_groups:
-        found: list[tuple[str, list[tuple]]] = []
+        found: list[tuple[str, Any, list[tuple] | None]] = []
         place: dict[Any, int] = {}
         for key, value in group.items():
+            if key == "params":
+                found.append((key, value, None))
+                continue
             parts = []
-            for i, part in enumerate(value) if isinstance(value, tuple) and value else [(-1, value)]:
+            for i, part in enumerate(value) if type(value) in (tuple, list) else [(-1, value)]:
                 name = opt.hyper_map.name.get((key, i) if i >= 0 else key, (key, i) if i >= 0 else key)
                 cell = -1
                 if type(part) in (int, float):
                     place[name] = cell = len(whole)
                     whole.append(type(part) is int)
                 parts.append((i, cell, name not in NOT_NEGATIVE, part))
-            found.append((key, [] if key == "params" else parts))
+            found.append((key, value, parts))
         checks.append(found)
         places.append(place)
     return checks, places, np.array(whole or [False])

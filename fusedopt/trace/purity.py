@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional
 
 from . import methods  # noqa: F401  (fills the table)
+from .signature import PLAIN as CONSTANTS
 from .tensor import METHODS
 
 MODULES = (torch, math, torch.nn, torch.nn.functional, torch.linalg, torch.special)
@@ -43,7 +44,6 @@ BUILTINS = (
     any,
     all,
 )
-CONSTANTS = (type(None), bool, int, float, str, bytes, type(...), torch.dtype, torch.memory_format)
 _NAMES = {name for m in MODULES for name in vars(m) if name in METHODS or name.removesuffix("_") in METHODS}
 _NAMES |= set(vars(math)) | {
     "nn",
@@ -60,7 +60,7 @@ MAX_KNOWN = 512
 
 
 class Sources:
-    """What decides what pure callbacks do: their code, their defaults, and what they read by global name.
+    """What decides what pure callbacks do: their code, their defaults, and what they read from around them.
 
     A notebook cell that is run again changes it under a callback that stays the same object.
     """
@@ -83,6 +83,7 @@ class Sources:
                 self.reads.append((value.__globals__.get, name, found))
                 self._add(found)
             for cell in value.__closure__ or ():
+                self.reads.append((functools.partial(getattr, cell), "cell_contents", cell.cell_contents))
                 self._add(cell.cell_contents)
 
     def unchanged(self) -> bool:
@@ -144,16 +145,16 @@ def _check(function: types.FunctionType, seen: frozenset) -> bool:
     ):
         return False  # a mutable default, or a number in a closure
     seen = seen | {function}
-    reads = [*cells.values(), *_globals(function)]
-    return _plain_code(function.__code__) and all(_is_pure_value(v, seen) for v in reads)
+    reads = cells | _globals(function)
+    return _plain_code(function.__code__, reads) and all(_is_pure_value(v, seen) for v in reads.values())
 
 
-def _globals(function: types.FunctionType) -> Iterator[Any]:
+def _globals(function: types.FunctionType) -> dict[str, Any]:
     """What the code loads by global name, nested functions included; Ellipsis for a name that is not there."""
     builtins = function.__globals__.get("__builtins__", {})
     builtins = vars(builtins) if isinstance(builtins, types.ModuleType) else builtins
-    for name in _global_names(function):
-        yield function.__globals__.get(name, builtins.get(name, ...))
+    names = _global_names(function)
+    return {name: function.__globals__.get(name, builtins.get(name, ...)) for name in names}
 
 
 def _global_names(function: types.FunctionType) -> Iterator[str]:
@@ -171,38 +172,39 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 _IMPURE_STEPS = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "IMPORT_NAME", "YIELD_VALUE", "SEND")
+_OF_ARGUMENTS = {"data", "grad", "dtype", "shape", "ndim", "device", "itemsize", "item", "is_integer"} | {
+    *("get", "items", "keys", "values", "pop", "setdefault", "update", "append", "extend")
+}
+"""Attributes of tensors, numbers, dicts and lists, besides the tensor methods that the tracer knows."""
 
 
-def _plain_code(code: types.CodeType) -> bool:
-    """No writes to globals or closures, no imports, no generators; and from modules only what is pure."""
+def _plain_code(code: types.CodeType, reads: dict[str, Any]) -> bool:
+    """No writes to globals or closures, no imports, no generators; and no attributes but those named above.
+
+    ``reads`` is what comes from around the code: only modules have attributes that are what they were.
+    """
     for inner in _codes(code):
-        previous = None
+        owner: Any = None
         for step in dis.get_instructions(inner):
-            if step.opname in _IMPURE_STEPS:
-                return False
-            from_module = previous is not None and previous.opname in (
-                "LOAD_GLOBAL",
-                "LOAD_DEREF",
-                "LOAD_ATTR",
-                "LOAD_METHOD",
-            )
-            if (
-                step.opname in ("LOAD_ATTR", "LOAD_METHOD")
-                and from_module
-                and not _attribute_is_pure(step.argval)
+            if step.opname in _IMPURE_STEPS or (
+                step.opname in ("STORE_ATTR", "DELETE_ATTR") and step.argval not in ("data", "grad")
             ):
                 return False
-            previous = step
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and not (
+                _attribute_is_pure(step.argval) and (owner is None or isinstance(owner, types.ModuleType))
+            ):
+                return False
+            around = step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF")
+            owner = reads.get(step.argval) if around else None
     return True
 
 
 def _attribute_is_pure(name: str) -> bool:
-    return (
-        name in _NAMES
-        or name in METHODS
-        or name.removesuffix("_") in METHODS
-        or name in ("data", "grad", "dtype", "shape", "ndim", "device", "get", "items")
-    )
+    return name in _NAMES or name in _OF_ARGUMENTS or _known_method(name)
+
+
+def _known_method(name: str) -> bool:
+    return name in METHODS or name.removesuffix("_") in METHODS
 
 
 def _of_a_library(function: types.FunctionType) -> bool:
@@ -211,7 +213,7 @@ def _of_a_library(function: types.FunctionType) -> bool:
 
 def _is_pure_value(value: Any, seen: frozenset) -> bool:
     if isinstance(value, types.FunctionType):
-        return _of_a_library(value) or _check(value, seen)
+        return _known_method(value.__name__) if _of_a_library(value) else _check(value, seen)
     if isinstance(value, functools.partial):
         return _is_pure_value(value.func, seen) and all(
             isinstance(v, CONSTANTS) for v in (*value.args, *value.keywords.values())
@@ -221,5 +223,6 @@ def _is_pure_value(value: Any, seen: frozenset) -> bool:
     if isinstance(value, type):
         return issubclass(value, BaseException) or value in BUILTINS
     if isinstance(value, types.BuiltinFunctionType):
-        return value in BUILTINS or value.__name__ in METHODS or value in vars(math).values()
+        free = value.__self__ is None or isinstance(value.__self__, types.ModuleType)  # no object's method
+        return value in BUILTINS or value in vars(math).values() or (free and _known_method(value.__name__))
     return False

@@ -24,11 +24,28 @@ class Foreign:
         )
 
 
+PLAIN = (type(None), bool, int, float, str, bytes, type(...), torch.dtype, torch.memory_format)
+"""Types of values that stay what they are: the same value gives the same trace."""
+
+
+class Opaque:
+    """State that is no tensor, number or flag, a dict say. What is in it may change, so callbacks are always run."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Opaque) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 @dataclass(frozen=True)
 class Signature:
     """What callbacks can see of a parameter besides its elements; equal signatures give equal traces.
 
-    ``state`` maps each key to a ``Buffer`` (a tensor), or to the number, flag or None itself. ``attributes`` are the
+    ``state`` maps each key to a ``Buffer`` (a tensor), to the number, flag or None itself, or to an ``Opaque``. ``attributes`` are the
     shape attributes that some callback reads. ``asked`` are the parameter's and the gradient's dtypes as the user
     sees them, where these differ from the buffers' (work copies in the compute dtype). ``zero_dim``: the parameter is
     0-d, so that its state cannot be told apart into one number per element and one per tensor.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,10 @@ def where_now() -> str:
     return f"{code.co_name}, {code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
 
 
+def _is_ours(frame: types.FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch", "numpy")
+
+
 class SymTensor:
     """A tensor that builds graph values. ``node`` is its value now; ``asked`` the dtype eager torch would give it."""
 
@@ -46,6 +51,14 @@ class SymTensor:
         self.__dict__.update(run=run, node=node, asked=asked)
 
     # -- what it is --
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What ``isinstance`` asks for. A callback would be told that this is no tensor; it runs eagerly instead."""
+        # torch's own argument parser asks too, in the name of the same frame.
+        if "isinstance" in sys._getframe(1).f_code.co_names and not _is_ours(sys._getframe(1)):
+            raise Untraceable("isinstance() of a tensor; it is a symbolic one while callbacks are traced")
+        return type(self)
+
     @property
     def kind(self) -> str:
         return self.run.graph.values[self.node].kind

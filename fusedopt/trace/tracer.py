@@ -19,7 +19,7 @@ from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, depth_first, reachable
 from . import methods  # noqa: F401  (fills the table of tensor methods)
 from .number import Number, Scalar, ScalarProgram
-from .signature import Foreign, Signature
+from .signature import Foreign, Opaque, Signature
 from .tensor import SymParameter, SymTensor, Untraceable, lift
 
 MAX_PATHS = 8
@@ -214,7 +214,7 @@ def _same(a: Any, b: Any, replace: dict[int, int]) -> bool:
         return a.node == replace.get(b.node, b.node)
     if isinstance(a, Number) and isinstance(b, Number):
         return a.index == b.index
-    return type(a) is type(b) and bool(a == b)
+    return a is b or (type(a) is type(b) and bool(a == b))
 
 
 class _Pass:
@@ -244,8 +244,10 @@ class _Pass:
         for key, value in (dict(s.state) | given).items():
             if isinstance(value, Buffer):
                 cells[key] = Cell(self.graph.leaf("load", f"state.{key}", kind=value.kind), value.dtype)
-            else:
+            elif type(value) in (int, float):
                 cells[key] = self._number(("state", key), value)
+            else:
+                cells[key] = value.value if isinstance(value, Opaque) else value
         for i, callback in enumerate(self.callbacks):
             try:
                 cells = self._all_paths(i, callback, cells)
