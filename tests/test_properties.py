@@ -86,7 +86,7 @@ def special(size, dtype, generator):
     return x.to(dtype)
 
 
-@settings(max_examples=50, **SETTINGS)
+@settings(max_examples=40, **SETTINGS)
 @given(exact_callbacks(), DTYPES, st.sampled_from([F32, BF16, F64]), st.sampled_from([1, 7, 16, 33, 1000]))
 def test_kernels_are_the_interpreter_bit_for_bit(cb, dtypes, state_dtype, size):
     """On + - * / and square roots, comparisons and selections, whatever the values."""
@@ -209,14 +209,14 @@ def check(cbs, dtypes, seed, mutate=lambda cbs: cbs):
     assert_close_to_float64(steps(mutate(cbs), "cpp", dtypes, seed), eager, truth, ulp)
 
 
-@settings(max_examples=25, **SETTINGS)
+@settings(max_examples=20, **SETTINGS)
 @given(smooth_lists(), DTYPES, st.integers(0, 3))
 def test_random_callbacks_are_as_close_to_float64_as_eager_torch(cbs, dtypes, seed):
     show(cbs)
     check(cbs, dtypes, seed)
 
 
-@settings(max_examples=25, **SETTINGS)
+@settings(max_examples=20, **SETTINGS)
 @given(our_lists(), DTYPES, st.integers(0, 3))
 def test_random_lists_of_our_callbacks_are_as_close_to_float64_as_eager_torch(cbs, dtypes, seed):
     check(cbs, dtypes, seed)

@@ -23,7 +23,7 @@ from ..ir.program import Buffer
 from ..trace.number import Scalar
 from ..trace.purity import Sources, is_pure
 from ..trace.replay import Replay, can_replay
-from ..trace.signature import PLAIN, Opaque, Signature
+from ..trace.signature import PLAIN, Foreign, Opaque, Signature
 from ..trace.tensor import Untraceable
 from ..trace.tracer import NeedsAttribute, Trace, trace
 from . import backends, items, leaf
@@ -184,7 +184,7 @@ class Engine:
         if eager:
             return eager[0]
         hyper = bucket[0].hyper
-        plain = all(type(v) in PLAIN or isinstance(v, Buffer) for _, v in signature.state) and _plain(hyper.values())
+        plain = _plain(v for _, v in signature.state) and _plain(hyper.values())
         key = first, stop, structure, signature.asked, _static(hyper)
         known = self._known.setdefault(key, []) if plain else []
         for candidate in known:
@@ -339,5 +339,7 @@ def _shape_of(value: Any) -> Any:
 
 
 def _plain(values: Iterable[Any]) -> bool:
-    """Whether they are numbers and flags, in tuples or lists at most."""
-    return all(type(v) in PLAIN or (type(v) in (tuple, list) and _plain(v)) for v in values)
+    """Whether they are tensors, numbers and flags, in tuples or lists at most."""
+    return all(
+        type(v) in (Buffer, Foreign, *PLAIN) or (type(v) in (tuple, list) and _plain(v)) for v in values
+    )

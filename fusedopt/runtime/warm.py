@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from ..names import NOT_NEGATIVE
-from ..trace.number import Number
 from ..trace.replay import Replay, array
 from . import leaf
 from .cpu import HEAD
@@ -161,15 +160,11 @@ def _repeatable(plan: Plan) -> bool:
         for item in plan.items
     )
     old = dict(plan.trace.signature.state)
-    new = {k: v for k, v in plan.trace.numbers.items() if not isinstance(v, Number)}
-    same = all(type(v) is type(old.get(k)) and (type(v) in (int, float) or v == old[k]) for k, v in new.items())
-    return (
-        own
-        and same
-        and plan.known.replay is not None
-        and plan.numbers.keys() <= old.keys()
-        and not plan.trace.created
+    same = not plan.trace.created and all(
+        k in old and type(v) is type(old[k]) and (type(v) in (int, float) or v == old[k])
+        for k, v in plan.numbers.items()
     )
+    return own and same and plan.known.replay is not None
 
 
 def _number_keys(plan: Plan) -> list[str]:
