@@ -4,6 +4,10 @@
 // same hyperparameter flags, gradients where there were gradients, state dicts with the same entries, tensors with the
 // same memory, dtype and strides. On the way it reads what may change on every step: the numbers among the
 // hyperparameters, and where the gradients lie. Any doubt is a no; the caller then does the step the long way.
+//
+// Tensors and dicts are not owned: the garbage collector could not see through to them, and a parameter that refers to
+// its optimizer would live forever. What `check` has found in the groups is alive; the caller vouches for the state
+// dicts (opt.state counts its changes); a state tensor is looked at after its dict was found to hold it.
 #pragma once
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -24,7 +28,7 @@ class Recording {
     for (size_t g = 0; g < groups.size(); ++g)
       groups_.push_back(read_group(groups[g].cast<py::dict>(), hypers[g].cast<py::list>()));
     for (const auto& item : absent)
-      absent_.push_back(tensor(item));
+      absent_.push_back(checked(item));
     for (const auto& item : rows)
       rows_.push_back(read_row(item.cast<py::tuple>()));
   }
@@ -35,10 +39,10 @@ class Recording {
       return false;
     auto* numbers = reinterpret_cast<double*>(hypers);
     for (size_t g = 0; g < groups_.size(); ++g)
-      if (PyList_GET_ITEM(groups.ptr(), g) != groups_[g].dict.ptr() || !check_group(groups_[g], numbers))
+      if (PyList_GET_ITEM(groups.ptr(), g) != groups_[g].dict || !check_group(groups_[g], numbers))
         return false;
-    for (const at::Tensor& param : absent_)
-      if (param.grad().defined())
+    for (PyObject* param : absent_)
+      if (tensor(param).grad().defined())
         return false;
     for (size_t i = 0; i < rows_.size(); ++i) {
       prefetch(i);
@@ -51,16 +55,16 @@ class Recording {
   // After the launch: new numbers into the state dicts (`numbers[column][set]`), version counters up.
   void commit(const py::list& numbers) {
     for (Row& row : rows_) {
-      bump(row.param, row.written);
+      bump(tensor(row.param), row.written);
       for (Entry& entry : row.entries) {
         if (entry.kind == Kind::tensor)
-          bump(entry.tensor, entry.written);
+          bump(tensor(entry.value), entry.written);
         if (entry.kind != Kind::number)
           continue;
         PyObject* value = PyList_GET_ITEM(PyList_GET_ITEM(numbers.ptr(), entry.column), row.set);
-        if (PyDict_SetItem(row.state.ptr(), entry.key.ptr(), value) != 0)
+        if (PyDict_SetItem(row.state, entry.key.ptr(), value) != 0)
           throw py::error_already_set();
-        entry.value = py::reinterpret_borrow<py::object>(value);
+        entry.own(value);
       }
     }
   }
@@ -79,8 +83,8 @@ class Recording {
     std::vector<Part> parts;
   };
   struct Group {
-    py::dict dict;
-    std::vector<py::object> params;
+    PyObject* dict;
+    std::vector<PyObject*> params;
     std::vector<Hyper> hypers;
   };
   // Where a tensor's elements are. Two tensors may share memory until one is written to: asking for the address to
@@ -99,16 +103,23 @@ class Recording {
     }
   };
   struct Entry {
-    py::object key, value;
+    py::object key;
+    PyObject* value;
+    py::object owned; // the value, unless it is a tensor
     Kind kind;
     int64_t column;
     bool written;
-    at::Tensor tensor;
+    const void* impl; // of a tensor, to fetch early
     Memory memory;
+
+    void own(PyObject* x) {
+      owned = py::reinterpret_borrow<py::object>(x);
+      value = x;
+    }
   };
   struct Row {
-    at::Tensor param;
-    py::dict state;
+    PyObject* param;
+    PyObject* state;
     int64_t* words;
     int64_t param_column, grad_column;
     bool written;
@@ -118,66 +129,74 @@ class Recording {
     std::vector<Entry> entries;
   };
 
-  static constexpr double largest = 1LL << 53; // whole numbers beyond it are not exact as double
+  static constexpr double largest = 1LL << 53; // from here on whole numbers are not exact as double
 
   // After a training step nothing of this is in cache. Pointers are followed a few rows early, one link at a time.
   void prefetch(size_t i) const {
     static constexpr size_t far = 12, middle = 8, near = 4;
     if (i + far < rows_.size()) {
       const Row& row = rows_[i + far];
-      __builtin_prefetch(row.param.unsafeGetTensorImpl());
-      __builtin_prefetch(row.state.ptr());
+      __builtin_prefetch(tensor(row.param).unsafeGetTensorImpl());
+      __builtin_prefetch(row.state);
       __builtin_prefetch(row.entries.data());
     }
     if (i + middle < rows_.size()) {
       const Row& row = rows_[i + middle];
-      __builtin_prefetch(row.param.unsafeGetTensorImpl()->autograd_meta());
-      __builtin_prefetch(reinterpret_cast<PyDictObject*>(row.state.ptr())->ma_keys);
+      __builtin_prefetch(tensor(row.param).unsafeGetTensorImpl()->autograd_meta());
+      __builtin_prefetch(reinterpret_cast<PyDictObject*>(row.state)->ma_keys);
       for (const Entry& entry : row.entries)
-        if (entry.kind == Kind::tensor)
-          __builtin_prefetch(entry.tensor.unsafeGetTensorImpl());
+        __builtin_prefetch(entry.impl);
     }
-    if (i + near < rows_.size() && rows_[i + near].param.grad().defined())
-      __builtin_prefetch(rows_[i + near].param.grad().unsafeGetTensorImpl());
+    if (i + near < rows_.size() && tensor(rows_[i + near].param).grad().defined())
+      __builtin_prefetch(tensor(rows_[i + near].param).grad().unsafeGetTensorImpl());
   }
 
-  static const at::Tensor& tensor(py::handle item) {
+  static const at::Tensor& tensor(PyObject* item) { return THPVariable_Unpack(item); }
+
+  static PyObject* checked(py::handle item) {
     if (!THPVariable_Check(item.ptr()))
-      throw py::type_error("a Recording holds tensors");
-    return THPVariable_Unpack(item.ptr());
+      throw py::type_error("a Recording is of tensors");
+    return item.ptr();
   }
 
   static Group read_group(const py::dict& dict, const py::list& hypers) {
-    Group group{dict, {}, {}};
+    Group group{dict.ptr(), {}, {}};
     for (const auto& p : dict["params"].cast<py::list>())
-      group.params.push_back(py::reinterpret_borrow<py::object>(p));
+      group.params.push_back(p.ptr());
     for (const auto& item : hypers) {
       const auto triple = item.cast<py::tuple>();
       const auto value = py::object(triple[1]);
       const bool several = PyTuple_CheckExact(value.ptr()) || PyList_CheckExact(value.ptr());
-      Hyper hyper{triple[0], value, triple[2].is_none(), several, {}};
-      if (!hyper.is_params)
+      Hyper hyper{triple[0], {}, triple[2].is_none(), several, {}};
+      if (!hyper.is_params) {
+        hyper.value = value;
         for (const auto& part : triple[2].cast<py::list>()) {
           const auto t = part.cast<py::tuple>();
           hyper.parts.push_back({t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<bool>(), t[3]});
         }
+      }
       group.hypers.push_back(std::move(hyper));
     }
     return group;
   }
 
   static Row read_row(const py::tuple& t) {
-    const at::Tensor& param = tensor(t[0]);
+    PyObject* p = checked(t[0]);
+    const at::Tensor& param = tensor(p);
     const bool written = t[5].cast<bool>();
-    Row row{param, t[1].cast<py::dict>(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
+    Row row{p, t[1].cast<py::dict>().ptr(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
             t[4].cast<int64_t>(), written, t[6].cast<int64_t>(), memory(param, written),
             param.grad().scalar_type(), {}};
     for (const auto& item : t[7].cast<py::list>()) {
       const auto e = item.cast<py::tuple>();
-      Entry entry{e[0], e[1], static_cast<Kind>(e[2].cast<int>()), e[3].cast<int64_t>(), e[4].cast<bool>(), {}, {}};
+      Entry entry{e[0], py::object(e[1]).ptr(), {}, static_cast<Kind>(e[2].cast<int>()), e[3].cast<int64_t>(),
+                  e[4].cast<bool>(), nullptr, {}};
       if (entry.kind == Kind::tensor) {
-        entry.tensor = tensor(entry.value);
-        entry.memory = memory(entry.tensor, entry.written);
+        const at::Tensor& state = tensor(checked(entry.value));
+        entry.impl = state.unsafeGetTensorImpl();
+        entry.memory = memory(state, entry.written);
+      } else {
+        entry.own(entry.value);
       }
       row.entries.push_back(std::move(entry));
     }
@@ -202,19 +221,19 @@ class Recording {
     Py_ssize_t position = 0;
     PyObject *key, *value;
     for (const Hyper& hyper : group.hypers) {
-      if (!PyDict_Next(group.dict.ptr(), &position, &key, &value) || key != hyper.key.ptr())
+      if (!PyDict_Next(group.dict, &position, &key, &value) || key != hyper.key.ptr())
         return false;
       if (hyper.is_params ? !same_params(group, value) : !check_hyper(hyper, value, numbers))
         return false;
     }
-    return !PyDict_Next(group.dict.ptr(), &position, &key, &value);
+    return !PyDict_Next(group.dict, &position, &key, &value);
   }
 
   static bool same_params(const Group& group, PyObject* params) {
     if (!PyList_CheckExact(params) || static_cast<size_t>(PyList_GET_SIZE(params)) != group.params.size())
       return false;
     for (size_t i = 0; i < group.params.size(); ++i)
-      if (PyList_GET_ITEM(params, i) != group.params[i].ptr())
+      if (PyList_GET_ITEM(params, i) != group.params[i])
         return false;
     return true;
   }
@@ -236,7 +255,7 @@ class Recording {
       return false;
     const bool whole = PyLong_CheckExact(value);
     const double x = whole ? PyLong_AsDouble(value) : PyFloat_AS_DOUBLE(value);
-    if (std::isnan(x) || (x < 0 && !part.is_signed) || (whole && std::abs(x) > largest) ||
+    if (std::isnan(x) || (x < 0 && !part.is_signed) || (whole && std::abs(x) >= largest) ||
         PyErr_Occurred() != nullptr) {
       PyErr_Clear();
       return false;
@@ -246,21 +265,21 @@ class Recording {
   }
 
   bool check_row(const Row& row) const {
-    const at::Tensor& grad = row.param.grad();
-    if (!row.memory.holds(row.param, row.written) || !grad.defined() || grad.scalar_type() != row.grad_dtype ||
-        grad.layout() != at::kStrided || !grad.device().is_cpu() || grad.sizes() != row.param.sizes() ||
-        !same_layout(grad, row.param))
+    const at::Tensor& param = tensor(row.param);
+    const at::Tensor& grad = param.grad();
+    if (!row.memory.holds(param, row.written) || !grad.defined() || grad.scalar_type() != row.grad_dtype ||
+        grad.layout() != at::kStrided || !grad.device().is_cpu() || grad.sizes() != param.sizes() ||
+        !same_layout(grad, param))
       return false;
     Py_ssize_t position = 0;
     PyObject *key, *value;
     for (const Entry& entry : row.entries) {
-      if (!PyDict_Next(row.state.ptr(), &position, &key, &value) || key != entry.key.ptr() ||
-          value != entry.value.ptr())
+      if (!PyDict_Next(row.state, &position, &key, &value) || key != entry.key.ptr() || value != entry.value)
         return false;
-      if (entry.kind == Kind::tensor && !entry.memory.holds(entry.tensor, entry.written))
+      if (entry.kind == Kind::tensor && !entry.memory.holds(tensor(value), entry.written))
         return false;
     }
-    if (PyDict_Next(row.state.ptr(), &position, &key, &value))
+    if (PyDict_Next(row.state, &position, &key, &value))
       return false;
     if (row.grad_column >= 0)
       row.words[row.grad_column] = reinterpret_cast<int64_t>(grad.const_data_ptr());
@@ -273,7 +292,7 @@ class Recording {
   }
 
   std::vector<Group> groups_;
-  std::vector<at::Tensor> absent_;
+  std::vector<PyObject*> absent_;
   std::vector<Row> rows_;
 };
 

@@ -1,10 +1,12 @@
 """One class, two contracts: fastai's optimizer protocol and torch.optim.Optimizer's."""
 
 import copy
+import gc
 import inspect
 import pickle
 import random
 import warnings
+import weakref
 from functools import partial
 
 import numpy as np
@@ -954,3 +956,15 @@ def test_parameters_of_inference_mode_are_stepped():
             p.grad = torch.ones(5)
             opt.step()
         assert torch.equal(p, torch.full((5,), -0.5))
+
+
+def test_a_parameter_that_refers_to_its_optimizer_is_collected():
+    p = nn.Parameter(torch.ones(3))
+    p.opt = fusedopt.Adam([p], lr=0.1)
+    for _ in range(5):  # enough for a step to be recorded
+        p.grad = torch.ones(3)
+        p.opt.step()
+    gone = weakref.ref(p)
+    del p
+    gc.collect()
+    assert gone() is None

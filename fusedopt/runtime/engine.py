@@ -233,10 +233,16 @@ class Engine:
         together: dict[tuple, list[Plan]] = {}
         for plan in plans:
             together.setdefault((plan.kernel, plan.trace.signature.device), []).append(plan)
+        # Before anything changes: a number may be too large for a float.
+        tables = [np.array([plan.slots for plan in group], dtype=np.float64) for group in together.values()]
+        for plan in plans:
             for item in plan.items:
                 item.lay_out()
                 items.allocate(item, plan.trace.created)
-        launched = [Launched(group, launch(group)) for group in together.values()]
+        launched = [
+            Launched(group, launch(group, slots))
+            for group, slots in zip(together.values(), tables, strict=True)
+        ]
         self.launched += [(entry.plans[0].kernel, entry.tensors) for entry in launched]
         for plan in plans:
             for item in plan.items:
@@ -296,8 +302,8 @@ class Engine:
                 warnings.warn(text, RuntimeWarning, stacklevel=env.caller_level())
 
 
-def launch(plans: list[Plan]) -> Launch:
-    """Launch plans that share a program, each with its own scalars."""
+def launch(plans: list[Plan], slots: np.ndarray) -> Launch:
+    """Launch plans that share a program, each with its own row of scalars."""
     kernel, rows = plans[0].kernel, [item for plan in plans for item in plan.items]
     columns: dict[str, list[torch.Tensor]] = {}
     for name, _ in kernel.program.buffers:
@@ -307,7 +313,7 @@ def launch(plans: list[Plan]) -> Launch:
             columns[name] = [item.state[name.removeprefix("state.")] for item in rows]
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
     prepared = plans[0].known.backend.prepare(kernel, columns, [item.param.numel() for item in rows], sets)
-    prepared.run(np.array([plan.slots for plan in plans], dtype=np.float64))
+    prepared.run(slots)
     for name, _ in kernel.program.stores:
         leaf.bump_versions(columns[name])
     return prepared

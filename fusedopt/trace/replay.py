@@ -33,7 +33,7 @@ def _changes(scalars: ScalarProgram, index: int) -> bool:
 
 
 LARGEST = 2**53
-"""Above it integers are left to Python: as float64 they are not exact, and numpy's overflow."""
+"""From here on integers are left to Python: as float64 they are not exact, and numpy's overflow."""
 
 
 def array(values: list) -> np.ndarray:
@@ -41,7 +41,7 @@ def array(values: list) -> np.ndarray:
     if len(set(map(type, values))) > 1:
         raise TypeError("integers and floats")
     out = np.array(values)
-    if out.dtype.kind != "f" and (out.dtype.kind != "i" or np.abs(out).max() > LARGEST):
+    if out.dtype.kind != "f" and (out.dtype.kind != "i" or np.abs(out).max() >= LARGEST):
         raise OverflowError("an integer beyond numpy's")
     return out
 
@@ -62,7 +62,7 @@ def _powers(a: Any, b: Any) -> Any:
 
 
 def _product(a: Any, b: Any) -> Any:
-    if np.result_type(a, b).kind in "iuO" and np.any(np.abs(np.multiply(a, b, dtype=np.float64)) > LARGEST):
+    if np.result_type(a, b).kind in "iuO" and np.any(np.abs(np.multiply(a, b, dtype=np.float64)) >= LARGEST):
         raise OverflowError("an integer beyond numpy's")
     return a * b
 

@@ -403,11 +403,12 @@ def _program(
         if isinstance(cells[key], Cell):
             stores[f"state.{key}"] = cells[key].node
     program, slots = canonical(graph, signature.compute, buffers, stores)
-    return _optimized(program), slots
+    return _optimized(program, tuple(v.where for v in program.values)), slots
 
 
 @functools.lru_cache(maxsize=256)
-def _optimized(program: Program) -> Program:
+def _optimized(program: Program, where: tuple[str, ...]) -> Program:
+    """``where`` only tells equal programs of different callbacks apart."""
     return optimize(program)
 
 

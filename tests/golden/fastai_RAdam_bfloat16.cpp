@@ -64,17 +64,17 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v8 = load<T>(grad, i);
     const T v9 = s3 * v8;                             // average_grad
     const T v10 = v6 + v9;                            // average_grad
-    const T v11 = s1 * v10;                           // adam_step
+    const T v11 = s1 * v10;                           // radam_step
     const T v12 = load<T>(sqr_avg, i);
     const T v14 = v12 * s4;                           // average_sqr_grad
     const T v16 = s5 * v8;                            // average_sqr_grad
     const T v17 = v16 * v8;                           // average_sqr_grad
     const T v18 = v14 + v17;                          // average_sqr_grad
-    const T v20 = v18 / s6;                           // adam_step
-    const T v21 = std::sqrt(v20);                     // adam_step
-    const T v23 = v21 + s7;                           // adam_step
-    const T v24 = v11 / v23;                          // adam_step
-    const T v25 = v2 + v24;                           // adam_step
+    const T v20 = v18 / s6;                           // radam_step
+    const T v21 = std::sqrt(v20);                     // radam_step
+    const T v23 = v21 + s7;                           // radam_step
+    const T v24 = v11 / v23;                          // radam_step
+    const T v25 = v2 + v24;                           // radam_step
     store(param, i, v25);
     store(grad_avg, i, v10);
     store(sqr_avg, i, v18);

@@ -19,7 +19,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   FUSEDOPT_INDEPENDENT
   for (int64_t i = begin; i < end; ++i) {
     const T v0 = load<T>(param, i);
-    const T v2 = v0 * s0;                             // weight_decay
+    const T v2 = v0 * s0;                             // flagged_weight_decay
     const T v4 = load<T>(grad_avg, i);
     const T v6 = v4 * s2;                             // average_grad
     const T v8 = load<T>(grad, i);

@@ -1,0 +1,1192 @@
+"""Replay of the scalar program: exactly what the callbacks would have done, or not at all."""
+
+import functools
+import itertools
+import math
+import os
+import random
+import struct
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same_bits, signature
+from torch import nn
+
+import fusedopt
+from fusedopt import callbacks, weight_decay
+from fusedopt.runtime import backends, cpu, engine, warm
+from fusedopt.table import TABLE
+from fusedopt.trace.purity import Sources, is_pure
+from fusedopt.trace.replay import Replay
+from fusedopt.trace.tracer import trace
+
+
+def parameters(n=1, dtype=torch.float64):
+    gen = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(5, generator=gen).to(dtype)) for _ in range(n)]
+    for p in params:
+        p.grad = torch.randn(5, generator=gen).to(dtype)
+    return params
+
+
+def make(cbs, n=1, backend="cpp", **hypers):
+    """An optimizer with one group per parameter. One title, so that one kernel serves nearly all tests here."""
+    params = parameters(n)
+    groups = [{"params": [p]} for p in params]
+    return fusedopt.Optimizer(groups, cbs, backend=backend, title="replay", **{"lr": 0.1} | hypers)
+
+
+def params_of(opt):
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def forget(opt):
+    """The next step is done the long way, if need be by replay, and not repeated as a whole."""
+    opt._warm = None
+
+
+@pytest.fixture(autouse=True)
+def fresh_traces():
+    """No trace is shared between tests."""
+    engine._known_traces.cache_clear()
+    yield
+    engine._known_traces.cache_clear()
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The traces made, as a list that grows: none is made by a step that replays."""
+    made = []
+    original = engine.trace
+
+    def spy(*args, **kwargs):
+        made.append(original(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(engine, "trace", spy)
+    return made
+
+
+@pytest.fixture
+def naive(monkeypatch):
+    """The mutation: every callback counts as pure, and nothing around it ever changes."""
+    monkeypatch.setattr(engine, "is_pure", lambda callback: True)
+    monkeypatch.setattr(Sources, "unchanged", lambda self: True)
+
+
+# --
+# Unsound cases: callbacks that do not depend on their arguments alone
+
+FACTOR = 1.0
+FACTORS = {"it": 1.0}
+
+
+class Settings:
+    factor = 1.0
+
+
+def shrink(x):
+    return x * 0.5
+
+
+def grow(x):
+    return x * 2.0
+
+
+HELPER = shrink
+
+
+@dataclass
+class Unsound:
+    """A callback, and what changes between steps: ``change(t, opt)`` before step t."""
+
+    callback: Callable
+    change: Callable = lambda t, opt: None
+
+
+def descend(p, x):
+    p.data.add_(p.grad.data, alpha=-x)
+
+
+def closure_over_a_list():
+    factors = [1.0]
+
+    def cb(p, lr, **kwargs):
+        descend(p, lr * factors[0])
+
+    return Unsound(cb, lambda t, opt: factors.__setitem__(0, 1.0 + t))
+
+
+def closure_over_a_number():
+    factor = 1.0
+
+    def cb(p, lr, **kwargs):
+        descend(p, lr * factor)
+
+    def change(t, opt):
+        nonlocal factor
+        factor = 1.0 + t
+
+    return Unsound(cb, change)
+
+
+def counter_of_its_own():
+    calls = 0
+
+    def cb(p, lr, **kwargs):
+        nonlocal calls
+        calls += 1
+        descend(p, lr * calls)
+
+    return Unsound(cb)
+
+
+def iterator_in_a_closure():
+    count = itertools.count()
+
+    def cb(p, lr, **kwargs):
+        descend(p, lr * next(count))
+
+    return Unsound(cb)
+
+
+def global_number():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * FACTOR)
+
+    return Unsound(cb, lambda t, opt: globals().update(FACTOR=1.0 + t))
+
+
+def global_counter_it_rebinds():
+    def cb(p, lr, **kwargs):
+        global FACTOR
+        FACTOR = FACTOR + 1
+        descend(p, lr * FACTOR)
+
+    return Unsound(cb, lambda t, opt: globals().update(FACTOR=1.0) if t == 0 else None)
+
+
+def global_dict():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * FACTORS["it"])
+
+    return Unsound(cb, lambda t, opt: FACTORS.update(it=1.0 + t))
+
+
+def python_random():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * random.random())
+
+    return Unsound(cb, lambda t, opt: random.seed(0) if t == 0 else None)
+
+
+def random_generator_in_a_closure():
+    rng = random.Random(0)
+
+    def cb(p, lr, **kwargs):
+        descend(p, lr * rng.random())
+
+    return Unsound(cb)
+
+
+def torch_random():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * torch.rand(()).item())
+
+    return Unsound(cb, lambda t, opt: torch.manual_seed(0) if t == 0 else None)
+
+
+def torch_random_under_another_name():
+    def cb(p, lr, **kwargs):
+        module = torch
+        descend(p, lr * module.rand(()).item())
+
+    return Unsound(cb, lambda t, opt: torch.manual_seed(0) if t == 0 else None)
+
+
+def torch_generator():
+    generator = torch.Generator().manual_seed(0)
+
+    def cb(p, lr, **kwargs):
+        descend(p, lr * torch.rand((), generator=generator).item())
+
+    return Unsound(cb)
+
+
+def numpy_random():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * np.random.rand())
+
+    return Unsound(cb, lambda t, opt: np.random.seed(0) if t == 0 else None)
+
+
+def numpy_generator():
+    rng = np.random.default_rng(0)
+
+    def cb(p, lr, **kwargs):
+        descend(p, lr * rng.random())
+
+    return Unsound(cb)
+
+
+class Counting:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, p, lr, **kwargs):
+        self.calls += 1
+        descend(p, lr * self.calls)
+
+    def method(self, p, lr, **kwargs):
+        self(p, lr)
+
+
+def callable_object():
+    return Unsound(Counting())
+
+
+def method():
+    return Unsound(Counting().method)
+
+
+def method_of_a_global_tensor():
+    total = torch.ones(())
+    read = total.sum  # a bound method that does not show what it is bound to
+
+    def cb(p, lr, **kwargs):
+        descend(p, lr * read().item())
+
+    return Unsound(cb, lambda t, opt: total.fill_(1.0 + t))
+
+
+def mutable_default():
+    def cb(p, lr, memory=[0], **kwargs):  # noqa: B006
+        memory[0] += 1
+        descend(p, lr * memory[0])
+
+    return Unsound(cb)
+
+
+def attribute_of_an_object():
+    settings = Settings()
+
+    def cb(p, lr, **kwargs):
+        descend(p, lr * settings.factor)
+
+    return Unsound(cb, lambda t, opt: setattr(settings, "factor", 1.0 + t))
+
+
+def attribute_of_a_class():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * Settings.factor)
+
+    return Unsound(cb, lambda t, opt: setattr(Settings, "factor", 1.0 + t))
+
+
+def attribute_of_a_function():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * shrink.max)  # by a name that a tensor method has, too
+
+    return Unsound(cb, lambda t, opt: setattr(shrink, "max", 1.0 + t))
+
+
+def the_time():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * time.thread_time())
+
+    return Unsound(cb)
+
+
+def the_environment():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * float(os.environ["FUSEDOPT_TEST_FACTOR"]))
+
+    return Unsound(cb, lambda t, opt: os.environ.update(FUSEDOPT_TEST_FACTOR=str(t)))
+
+
+def mutable_argument_of_a_partial():
+    factors = [1.0]
+
+    def cb(p, lr, factors, **kwargs):
+        descend(p, lr * factors[0])
+
+    return Unsound(partial(cb, factors=factors), lambda t, opt: factors.__setitem__(0, 1.0 + t))
+
+
+def object_among_the_hyperparameters():
+    settings = Settings()
+
+    def cb(p, lr, settings=None, **kwargs):
+        descend(p, lr * settings.mean)  # a name that tensors have, too
+
+    def change(t, opt):
+        settings.mean = 1.0 + t
+        opt.param_groups[0]["settings"] = settings
+
+    return Unsound(cb, change)
+
+
+def dict_in_the_state():
+    def cb(p, lr, table=None, **kwargs):
+        descend(p, lr * table["factor"])
+
+    def change(t, opt):
+        opt.state[params_of(opt)[0]].setdefault("table", {})["factor"] = 1.0 + t
+
+    return Unsound(cb, change)
+
+
+def helper_in_a_global_replaced():
+    def cb(p, lr, **kwargs):
+        descend(p, HELPER(lr))
+
+    return Unsound(cb, lambda t, opt: globals().update(HELPER=grow if t % 2 else shrink))
+
+
+def helper_in_a_closure_replaced():
+    helper = shrink
+
+    def cb(p, lr, **kwargs):
+        descend(p, helper(lr))
+
+    def change(t, opt):
+        nonlocal helper
+        helper = grow if t % 2 else shrink
+
+    return Unsound(cb, change)
+
+
+def code_replaced():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * 0.5)
+
+    def other(p, lr, **kwargs):
+        descend(p, lr * 2.0)
+
+    def third(p, lr, **kwargs):
+        descend(p, lr * 3.0)
+
+    return Unsound(cb, lambda t, opt: setattr(cb, "__code__", (other if t % 2 else third).__code__))
+
+
+UNSOUND = [
+    closure_over_a_list,
+    closure_over_a_number,
+    counter_of_its_own,
+    iterator_in_a_closure,
+    global_number,
+    global_counter_it_rebinds,
+    global_dict,
+    python_random,
+    random_generator_in_a_closure,
+    torch_random,
+    torch_random_under_another_name,
+    torch_generator,
+    numpy_random,
+    numpy_generator,
+    callable_object,
+    method,
+    method_of_a_global_tensor,
+    mutable_default,
+    attribute_of_an_object,
+    attribute_of_a_class,
+    attribute_of_a_function,
+    the_time,
+    the_environment,
+    mutable_argument_of_a_partial,
+    object_among_the_hyperparameters,
+    dict_in_the_state,
+    helper_in_a_global_replaced,
+    helper_in_a_closure_replaced,
+    code_replaced,
+]
+BY_CHANGE = UNSOUND[-3:]
+"""Pure as they stand: what makes them unsound is that what they are made of is replaced."""
+
+
+def run_unsound(factory, backend, steps=6):
+    """What each step leaves of the parameter, from the same beginning."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "thread_time", partial(next, itertools.count(1)))
+        patch.setenv("FUSEDOPT_TEST_FACTOR", "1")
+        case = factory()
+        opt = make(case.callback, backend=backend)
+        seen = []
+        for t in range(steps):
+            case.change(t, opt)
+            opt.step()
+            seen.append(params_of(opt)[0].detach().clone())
+    assert not opt.explain().eager
+    return seen
+
+
+@pytest.fixture(params=UNSOUND, ids=attrgetter("__name__"))
+def unsound(request):
+    yield request.param
+    globals().update(FACTOR=1.0, HELPER=shrink)
+    FACTORS["it"] = Settings.factor = 1.0
+    vars(shrink).pop("max", None)
+
+
+def test_a_callback_that_reads_more_than_its_arguments_is_run_on_every_step(unsound):
+    for ours, eager in zip(run_unsound(unsound, "cpp"), run_unsound(unsound, "reference"), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-15, atol=1e-15)
+
+
+def test_mutation_naive_replay_would_be_wrong(unsound, naive):
+    if unsound in (object_among_the_hyperparameters, dict_in_the_state):
+        pytest.skip("here the arguments make it unsound, not the callback")
+    found = zip(run_unsound(unsound, "cpp"), run_unsound(unsound, "reference"), strict=True)
+    assert not all(torch.allclose(ours, eager, rtol=1e-3, atol=1e-3) for ours, eager in found)
+
+
+@pytest.mark.parametrize(
+    "factory", [object_among_the_hyperparameters, dict_in_the_state], ids=attrgetter("__name__")
+)
+def test_mutation_objects_taken_for_plain_values_would_be_wrong(factory, monkeypatch):
+    monkeypatch.setattr(engine, "_plain", lambda values: True)
+    found = zip(run_unsound(factory, "cpp"), run_unsound(factory, "reference"), strict=True)
+    assert not all(torch.allclose(ours, eager, rtol=1e-3, atol=1e-3) for ours, eager in found)
+
+
+def test_an_optimizer_made_after_a_helper_was_replaced_does_not_share_the_old_trace(monkeypatch):
+    def cb(p, lr, **kwargs):
+        descend(p, HELPER(lr))
+
+    steps = []
+    for helper in (shrink, grow, shrink):
+        monkeypatch.setitem(globals(), "HELPER", helper)
+        opt = make(cb)
+        before = params_of(opt)[0].detach().clone()
+        opt.step()
+        steps.append(((before - params_of(opt)[0]) / params_of(opt)[0].grad)[0].item())
+    assert steps == pytest.approx([0.05, 0.2, 0.05])
+
+
+# --
+# Purity
+
+
+def test_the_unsound_callbacks_are_not_pure():
+    found = {f.__name__ for f in UNSOUND if is_pure(f().callback)}
+    by_arguments = {object_among_the_hyperparameters.__name__, dict_in_the_state.__name__}
+    assert found <= {f.__name__ for f in BY_CHANGE} | by_arguments
+    assert {f.__name__ for f in BY_CHANGE} <= found
+
+
+@pytest.mark.parametrize("name", [n for n in callbacks.__all__ if n != "debias"])
+def test_our_callbacks_are_pure(name):
+    assert is_pure(getattr(callbacks, name))
+
+
+FASTAI = [
+    "sgd_step",
+    "weight_decay",
+    "l2_reg",
+    "average_grad",
+    "average_sqr_grad",
+    "momentum_step",
+    "step_stat",
+]
+FASTAI += [
+    "rms_prop_step",
+    "adam_step",
+    "radam_step",
+    "qhadam_step",
+    "larc_layer_lr",
+    "larc_step",
+    "lamb_step",
+]
+
+
+@pytest.mark.parametrize("name", FASTAI)
+def test_fastais_callbacks_are_pure(name):
+    optimizer = pytest.importorskip("fastai.optimizer")
+    assert is_pure(getattr(optimizer, name))
+
+
+def recursive(p, lr, depth=0, **kwargs):
+    if depth < 2:
+        recursive(p, lr, depth + 1)
+    descend(p, lr)
+
+
+def mutual(p, lr, **kwargs):
+    if lr > 1e9:
+        tual(p, lr)
+    descend(p, lr)
+
+
+def tual(p, lr, **kwargs):
+    mutual(p, lr - 1)
+
+
+def nested(p, lr, **kwargs):
+    def half(x):
+        return x / 2
+
+    descend(p, half(lr) + (lambda x: x * lr)(2.0))
+
+
+def names_of_modules(p, lr, **kwargs):
+    x = torch.nn.functional.softplus(p.grad.data) + torch.linalg.vector_norm(p.data)
+    p.data.sub_(torch.where(x > 0, x, torch.zeros_like(x)) * (lr * math.pi), alpha=1.0)
+
+
+def containers(p, lr, **kwargs):
+    found = {"lr": lr, **kwargs}
+    weights = [found.get("lr"), found.pop("nothing", 1.0)]
+    weights.append(max((0.9, 0.99)))
+    descend(p, sum(weights) / len(weights))
+    return {k: v for k, v in {"kept": 1.0}.items()}
+
+
+def attributes_of_arguments(p, lr, kept=None, **kwargs):
+    if kept is None:
+        kept = torch.zeros_like(p.grad.data, dtype=torch.float32)
+    if p.ndim > 1 and p.shape[0] > 1 and p.dtype == torch.float32 and isinstance(lr, float):
+        p.grad = p.grad.data * 2
+    return {"kept": kept.mul_(0.9)}
+
+
+def catches(p, lr, **kwargs):
+    try:
+        x = 1 / lr
+    except ZeroDivisionError:
+        x = 0.0
+    descend(p, x)
+
+
+from_closure = functools.wraps(descend)(lambda f: lambda p, lr, **kwargs: f(p, lr))(descend)
+
+PURE = [
+    recursive,
+    mutual,
+    nested,
+    names_of_modules,
+    containers,
+    attributes_of_arguments,
+    catches,
+    from_closure,
+]
+PURE += [
+    partial(recursive, depth=1),
+    partial(partial(recursive), depth=1),
+    lambda p, lr, **kwargs: descend(p, lr),
+]
+
+
+@pytest.mark.parametrize("callback", PURE, ids=lambda cb: getattr(cb, "__name__", "partial"))
+def test_what_depends_on_arguments_alone_is_pure(callback):
+    assert is_pure(callback)
+
+
+def impure_variants():
+    buffer, lists = torch.ones(3), [1.0]
+
+    def yields(p, lr, **kwargs):
+        descend(p, sum(x * lr for x in (1, 2)))
+
+    def imports(p, lr, **kwargs):
+        import fusedopt.env
+
+        descend(p, lr * len(fusedopt.env.__name__))
+
+    def prints(p, lr, **kwargs):
+        print("a step")
+        descend(p, lr)
+
+    def missing(p, lr, **kwargs):
+        descend(p, lr * NOT_THERE_YET)  # noqa: F821
+
+    def global_tensor(p, lr, **kwargs):
+        p.data.sub_(buffer * lr)
+
+    def remembers(p, lr, **kwargs):
+        remembers.calls = 1
+        descend(p, lr)
+
+    def calls_impure(p, lr, **kwargs):
+        prints(p, lr)
+
+    def nested_impure(p, lr, **kwargs):
+        def inner():
+            return random.random()
+
+        descend(p, lr * inner())
+
+    def nested_closure(p, lr, **kwargs):
+        descend(p, (lambda: lists[0])() * lr)
+
+    def hands_out_a_module(p, lr, **kwargs):
+        def module():
+            return torch
+
+        descend(p, lr * module().rand(()).item())
+
+    def chooses_a_module(p, lr, **kwargs):
+        descend(p, lr * (torch if lr else math).rand(()).item())
+
+    def seed(p, lr, **kwargs):
+        descend(p, lr * torch.initial_seed())
+
+    def threads(p, lr, **kwargs):
+        descend(p, lr * torch.get_num_threads())
+
+    def keyword_default(p, lr, *, memory=[], **kwargs):  # noqa: B006
+        descend(p, lr * len(memory))
+
+    def clock(p, lr, read=time.time, **kwargs):
+        descend(p, lr * read())
+
+    def itself_recursive(p, lr, **kwargs):
+        if lists:
+            itself_recursive(p, lr)
+
+    cached = functools.lru_cache(lambda p, lr, **kwargs: descend(p, lr))
+    local = dict(locals())
+    return {k: v for k, v in local.items() if callable(v)} | {
+        "partial of an impure function": partial(prints),
+        "partial with a list": partial(recursive, depth=[1]),
+        "partial with a tensor": partial(recursive, depth=buffer),
+        "a builtin": torch.add,
+        "a class": Counting,
+    }
+
+
+IMPURE = impure_variants()
+
+
+@pytest.mark.parametrize("name", IMPURE)
+def test_what_may_depend_on_more_is_not_pure(name):
+    assert not is_pure(IMPURE[name])
+
+
+def test_a_verdict_of_purity_ends_with_what_it_was_about(monkeypatch):
+    def cb(p, lr, **kwargs):
+        descend(p, HELPER(lr))
+
+    assert is_pure(cb)
+    monkeypatch.setitem(globals(), "HELPER", random.uniform)
+    assert not is_pure(cb)
+    monkeypatch.setitem(globals(), "HELPER", lambda x: x * FACTOR)
+    assert not is_pure(cb)
+
+
+# --
+# Escapes: numbers that leave the recording
+
+ESCAPES = {
+    "math.sqrt": lambda p, lr, **kwargs: descend(p, math.sqrt(lr)),
+    "math.log": lambda p, lr, **kwargs: descend(p, -math.log(lr)),
+    "float": lambda p, lr, **kwargs: descend(p, float(lr)),
+    "int": lambda p, lr, **kwargs: descend(p, int(lr * 100) / 100),
+    "round": lambda p, lr, **kwargs: descend(p, round(lr, 3)),
+    "formatting": lambda p, lr, **kwargs: descend(p, float(f"{lr:.3f}")),
+    "repr": lambda p, lr, **kwargs: descend(p, float(repr(lr)) if repr else 0.0),
+    "numpy": lambda p, lr, **kwargs: descend(p, np.sqrt(lr)),
+    "numpy operand": lambda p, lr, **kwargs: descend(p, float(lr * np.float64(3.0))),
+    "torch.tensor": lambda p, lr, **kwargs: descend(p, torch.tensor(float(lr)).sqrt().item()),
+    "torch op on a real tensor": lambda p, lr, **kwargs: descend(p, (torch.ones(()) * lr).item()),
+    "index": lambda p, lr, **kwargs: descend(p, (0.5, 0.25, 0.125)[round(lr * 10)]),
+    "range": lambda p, lr, **kwargs: [descend(p, 0.1) for _ in range(round(lr * 10))] and None,
+    "comparison": lambda p, lr, **kwargs: descend(p, 1.0 if lr > 0.15 else 3.0),
+    "truth": lambda p, lr, **kwargs: descend(p, 1.0 if lr - 0.1 else 3.0),
+    "exponent": lambda p, lr, **kwargs: p.data.sub_(p.grad.data.abs() ** (lr * 20)),
+    "membership": lambda p, lr, **kwargs: descend(p, 1.0 if lr in (0.1, 0.3) else 3.0),
+    "sign of zero": lambda p, lr, **kwargs: descend(p, math.copysign(1.0, (0.15 - lr) * 0.0)),
+}
+
+
+def drive_escape(name, backend, lrs=(0.1, 0.1, 0.1, 0.2, 0.2, 0.1, 0.1)):
+    opt = make(ESCAPES[name], backend=backend)
+    seen = []
+    for lr in lrs:
+        opt.set_hyper("lr", lr)
+        opt.step()
+        seen.append(params_of(opt)[0].detach().clone())
+    return seen, opt
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_an_escaped_number_is_guarded_by_its_value(name, traces):
+    ours, opt = drive_escape(name, "cpp")
+    eager, _ = drive_escape(name, "reference")
+    for x, y in zip(ours, eager, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-14, atol=1e-14)
+    assert not opt.explain().eager
+    if is_pure(ESCAPES[name]):
+        assert len(traces) <= 2, "each value is traced once"
+
+
+@pytest.mark.parametrize("name", [n for n, cb in ESCAPES.items() if is_pure(cb)])
+def test_mutation_replay_without_guards_would_be_wrong(name, monkeypatch):
+    monkeypatch.setattr(Replay, "__init__", _without_guards(Replay.__init__))
+    ours, _ = drive_escape(name, "cpp")
+    eager, _ = drive_escape(name, "reference")
+    assert not all(torch.allclose(x, y) for x, y in zip(ours, eager, strict=True))
+
+
+def _without_guards(init):
+    def changed(self, traced):
+        guards, traced.scalars.guards = traced.scalars.guards, []
+        init(self, traced)
+        traced.scalars.guards = guards
+
+    return changed
+
+
+def test_zeros_of_both_signs_are_told_apart():
+    def cb(p, lr, side, **kwargs):
+        descend(p, lr * math.copysign(1.0, side))
+
+    for n in (1, 6):
+        opt, eager = make(cb, n, side=0.0), make(cb, n, "reference", side=0.0)
+        for side in (0.0, 0.0, -0.0, -0.0, 0.0):
+            for o in (opt, eager):
+                o.set_hyper("side", side)
+                o.step()
+            for p, q in zip(params_of(opt), params_of(eager), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-15, atol=1e-15)
+
+
+def test_whole_numbers_and_floats_are_told_apart():
+    def cb(p, lr, k, **kwargs):
+        descend(p, lr if isinstance(k, int) else -lr)
+
+    opt, eager = make(cb, k=2), make(cb, 1, "reference", k=2)
+    for k in (2, 2, 2.0, 2.0, 2, 3):
+        for o in (opt, eager):
+            o.set_hyper("k", k)
+            o.step()
+        torch.testing.assert_close(params_of(opt), params_of(eager), rtol=1e-15, atol=1e-15)
+
+
+def test_a_number_that_escapes_with_every_step_is_not_kept_for_replay(traces):
+    def cb(p, lr, step=0, **kwargs):
+        descend(p, lr / math.sqrt(step + 1))
+        return {"step": step + 1}
+
+    opt = make(cb)
+    for _ in range(12):
+        opt.step()
+    assert len(traces) == 12
+    assert not any(opt.engine._known.values()), "nothing is kept that would never be used"
+    assert len(opt.explain().compiled) == 1
+
+
+def test_a_callback_whose_numbers_escape_with_the_learning_rate_keeps_few_traces():
+    def cb(p, lr, **kwargs):
+        descend(p, math.sqrt(lr))
+
+    opt = make(cb)
+    for t in range(40):
+        opt.set_hyper("lr", 0.1 + t)
+        opt.step()
+    assert sum(map(len, opt.engine._known.values())) <= engine.MAX_KNOWN + 1
+    assert len(opt.explain().compiled) == 1
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor, float])
+def test_other_kinds_of_numbers_keep_one_trace(kind, traces):
+    opt = make(lambda p, lr, **kwargs: descend(p, lr))
+    for t in range(10):
+        opt.param_groups[0]["lr"] = kind(0.1 + t)
+        opt.step()
+    assert len(traces) == len(opt.engine._known) == 1
+    assert not opt.explain().eager
+
+
+# --
+# Replayed numbers are the callbacks', exactly
+
+
+class Log(NamedTuple):
+    """The scalars of each launch, as bytes, and the programs handed to the compiler."""
+
+    slots: list
+    compiled: list
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Programs are not compiled, and launches do nothing but keep their scalars."""
+    kernels, log = {}, Log([], [])
+
+    class NoKernels:
+        name, device = "cpp", "cpu"
+
+        def prepare(self, *args):
+            return cpu.Launch(*args[:2], tuple(args[2]), args[3])
+
+    def compile_program(backend, device, program, title, names):
+        log.compiled.append(program)
+        if program not in kernels:
+            kernels[program] = backends.Kernel("cpp", title, program, "", "", 0.0, True, ([], None))
+        return NoKernels(), kernels[program]
+
+    monkeypatch.setattr(backends, "compile_program", compile_program)
+    monkeypatch.setattr(cpu.Launch, "run", lambda self, table: log.slots.append(table.tobytes()))
+    return log
+
+
+def schedule(opt, t):
+    """Other hyperparameters on each step, and in each group."""
+    for g, h in enumerate(opt.hypers):
+        wave = math.sin(1.0 + t + 0.1 * g)
+        for name, value in START[id(opt)][g].items():
+            if type(value) is float and name in ("mom", "sqr_mom", "nu_1", "nu_2", "dampening", "rho"):
+                h[name] = value * (0.9 + 0.09 * wave)
+            elif type(value) is float:
+                h[name] = value * (1.0 + 0.5 * wave)
+
+
+START = {}
+
+
+def numbers_of(opt):
+    """Every number of the state: type and bits."""
+    return [
+        [
+            (k, type(v).__name__, struct.pack("d", v))
+            for k, v in opt.state[p].items()
+            if type(v) in (int, float)
+        ]
+        for p in params_of(opt)
+    ]
+
+
+ROWS = [pytest.param(row, v, id=f"{row.face}-{row.name}-{v.id}") for row in TABLE for v in row.variants]
+
+
+@pytest.mark.parametrize("sets", [1, warm.FEW + 2], ids=["floats", "arrays"])
+@pytest.mark.parametrize(("row", "variant"), ROWS)
+def test_replayed_numbers_equal_the_callbacks_exactly(row, variant, sets, no_kernels, monkeypatch, traces):
+    """Over 50 steps: repeated steps (all scalar sets at once), replay set by set, and the callbacks themselves."""
+    opts = []
+    for _ in range(3):
+        params = [nn.Parameter(torch.ones(2)) for _ in range(sets)]
+        for p in params:
+            p.grad = torch.ones(2)
+        opts.append(row.factory([{"params": [p]} for p in params], **variant.kwargs))
+        START[id(opts[-1])] = [dict(h) for h in opts[-1].hypers]
+    repeated, replayed, traced = opts
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "is_pure", lambda callback: False)
+        assert not any(traced.engine._pure)
+    steps = 50 if sets == 1 else 14
+    scalars = {opt: [] for opt in opts}
+    counts = dict.fromkeys(opts, 0)
+    for t in range(steps):
+        for opt in opts:
+            schedule(opt, t)
+            if opt is not repeated:
+                forget(opt)
+            before = len(traces)
+            opt.step()
+            counts[opt] += len(traces) - before
+            scalars[opt].append(no_kernels.slots[:])
+            no_kernels.slots.clear()
+        assert scalars[repeated][-1] == scalars[traced][-1], f"step {t + 1}, repeated"
+        assert scalars[replayed][-1] == scalars[traced][-1], f"step {t + 1}, replayed"
+        assert numbers_of(repeated) == numbers_of(replayed) == numbers_of(traced), f"step {t + 1}"
+    START.clear()
+    assert counts[traced] == steps * sets
+    assert counts[repeated] + counts[replayed] <= 14, "most steps are replayed"
+
+
+@pytest.mark.parametrize("sets", [1, warm.FEW + 2], ids=["floats", "arrays"])
+def test_mutation_one_rounding_more_in_replay_is_noticed(sets, no_kernels, monkeypatch, traces):
+    original = Replay._compiled
+    rounded = {"truediv": lambda a, b: a * (1 / b)}
+    monkeypatch.setattr(Replay, "_compiled", lambda self, replaced: original(self, replaced | rounded))
+    row, variant = next(p.values for p in ROWS if p.id == "torch-Adam-lr=0.01")
+    with pytest.raises(AssertionError, match="step"):
+        test_replayed_numbers_equal_the_callbacks_exactly(row, variant, sets, no_kernels, monkeypatch, traces)
+
+
+def everything(p, lr, mom, k, j, step=0, **kwargs):
+    """Every operation of the scalar program, on floats, whole numbers, and both."""
+    numbers = [lr + mom, lr - mom, lr * mom, lr / mom, lr // mom, lr % mom, abs(lr) ** mom, -lr, abs(lr)]
+    numbers += [
+        k + j,
+        k - j,
+        k * j,
+        k / j,
+        k // j,
+        k % j,
+        -k,
+        abs(k),
+        lr**2,
+        lr**k,
+        abs(mom) ** -0.5,
+        2**step,
+    ]
+    numbers += [lr * k, k - mom, j / lr, k // mom, 7 % lr, 1.5**j, lr + 1, 3 * step]
+    for x in numbers:
+        descend(p, x)
+    return {"step": step + 1, "mixed": step + lr}
+
+
+def test_arrays_of_numbers_are_computed_as_pythons_to_the_last_bit():
+    hyper = dict(lr=0.3, mom=0.7, k=3, j=2)
+    replay = Replay(trace([everything], signature(step=3, mixed=0.5), hyper))
+    rng = random.Random(0)
+
+    def number(leaf):
+        if leaf[1] in ("k", "j", "step"):
+            return rng.randrange(1, 40)
+        return rng.choice([-1, 1]) * rng.uniform(1e-3, 10.0)
+
+    rows = [[number(leaf) for leaf in replay.leaves] for _ in range(500)]
+    with np.errstate(all="raise", under="ignore"):
+        slots, new, _ = replay.array_function(*map(np.array, zip(*rows, strict=True)))
+    for i, row in enumerate(rows):
+        expected_slots, expected_new, _ = replay.function(*row)
+        for found, expected in zip((*slots, *new), (*expected_slots, *expected_new), strict=True):
+            x = np.broadcast_to(found, len(rows))[i].item()
+            assert (type(x), struct.pack("d", x)) == (type(expected), struct.pack("d", expected)), row
+
+
+def test_powers_of_equal_numbers_are_taken_once_and_are_pythons(monkeypatch):
+    from fusedopt.trace import replay
+
+    taken = []
+    power = replay._power
+    monkeypatch.setattr(replay, "_power", lambda a, b: taken.append((a, b)) or power(a, b))
+    base, exponent = np.full(465, 0.9), np.full(465, 37)
+    assert replay._powers(base, exponent) == 0.9**37
+    assert taken == [(0.9, 37)]
+    mixed = replay._powers(np.array([0.0, -0.0]), 3)
+    assert np.copysign(1.0, mixed).tolist() == [1.0, -1.0]
+
+
+CASES = {
+    "a power of two that grows": (lambda lr, step: lr * 2 ** (step + 50), 20),
+    "a negative power of a whole number": (lambda lr, step: lr * 2**-step, 10),
+    "a product of large whole numbers": (lambda lr, step: lr / ((step + 2) * 10**17 + 1), 5),
+    "a power that underflows": (lambda lr, step: lr * (1 - 1e-30 ** (step + 9)), 6),
+    "a product that overflows": (lambda lr, step: lr / (1e200 * 10.0 ** (step * 40)), 6),
+    "a whole number beyond floats in between": (lambda lr, step: (10**400 + step) // 10**400 * lr, 4),
+}
+
+
+@pytest.mark.parametrize("n", [1, warm.FEW + 2])
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_at_the_limits_are_pythons(name, n):
+    compute, steps = CASES[name]
+
+    def cb(p, lr, step=0, **kwargs):
+        descend(p, compute(lr, step))
+        return {"step": step + 1}
+
+    opt, eager = make(cb, n), make(cb, n, "reference")
+    for _ in range(steps):
+        opt.step(), eager.step()
+    torch.testing.assert_close(params_of(opt), params_of(eager), rtol=1e-13, atol=1e-13)
+    assert numbers_of(opt) == numbers_of(eager)
+
+
+@pytest.mark.parametrize("n", [1, warm.FEW + 2])
+def test_state_that_comes_from_whole_hyperparameters_stays_whole(n):
+    def cb(p, lr, k, count=0, **kwargs):
+        descend(p, lr * count)
+        return {"count": count + k}
+
+    opt = make(cb, n, k=2**53 - 1)
+    total = 0
+    for k in (2, 2, 3, 2**53 + 1, 1, 2**53 - 1):
+        total += k
+        opt.set_hyper("k", k)
+        opt.step()
+        assert {opt.state[p]["count"] for p in params_of(opt)} == {total}
+    assert {type(opt.state[p]["count"]) for p in params_of(opt)} == {int}
+
+
+# --
+# Guards: the kernel follows the branch, and none is compiled twice
+
+
+def small(factory, **kwargs):
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    return factory([p], **kwargs)
+
+
+def test_radams_branch_flips_at_its_step_and_back(traces, no_kernels):
+    opt = small(fusedopt.RAdam, lr=0.1)
+    p = params_of(opt)[0]
+    kernels = []
+    for _ in range(12):
+        opt.step()
+        kernels.append(opt.engine.launched[0][0])
+    flip = next(i for i, k in enumerate(kernels) if k is not kernels[0])
+    assert flip == 5, "r > 5 at the sixth step, with sqr_mom = 0.99"
+    assert kernels == [kernels[0]] * flip + [kernels[-1]] * (12 - flip)
+    assert len(traces) == len(no_kernels.compiled) == 3, "first step, state in place, beyond the branch"
+    for _ in range(3):
+        opt.state[p]["step"] = 0
+        for _ in range(7):
+            opt.step()
+    assert len(traces) == 3, "both sides are known by now"
+    assert len(opt.explain().compiled) == 2
+    assert "> 5" in opt.explain().compiled[1].why or "<= 5" in opt.explain().compiled[1].why
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_lookahead_synchronises_on_every_kth_step_with_two_traces(k, traces, no_kernels):
+    opt = small(lambda params, **kw: fusedopt.Lookahead(fusedopt.SGD(params, **kw), k=k), lr=0.1)
+    kernels = []
+    for _ in range(4 * k):
+        opt.step()
+        kernels.append(opt.engine.launched[0][0])
+    steady = kernels[k:]
+    assert all((kernel is steady[k - 1]) == ((i + 1) % k == 0) for i, kernel in enumerate(steady))
+    before = len(traces)
+    for _ in range(4 * k):
+        opt.step()
+    assert len(traces) == len(no_kernels.compiled) == before
+    opt.set_hyper("lookahead_k", k + 1)
+    for _ in range(3 * (k + 1)):
+        opt.step()
+    assert len(traces) <= before + (k == 1), "another k is another number"
+
+
+def test_weight_decay_that_comes_and_goes_reuses_its_two_kernels(traces, no_kernels):
+    opt = small(fusedopt.SGD, lr=0.1)
+    for wd in (0.0, 0.0, 0.1, 0.2, 0.0, 0.0, 0.3, 0.3, 0.0):
+        opt.set_hyper("wd", wd)
+        opt.step()
+        reads = opt.explain().stages[0]
+        assert reads.bytes_per_element == 12
+    assert len(traces) == len(no_kernels.compiled) == len(opt.explain().compiled) == 2
+    assert "wd" in opt.explain().compiled[1].why
+
+
+def test_guards_hold_for_each_scalar_set_on_its_own():
+    """Groups on both sides of a branch: two launches, and a group that changes sides changes launches."""
+    cbs = [weight_decay, lambda p, lr, **kwargs: descend(p, lr)]
+    opt, eager = make(cbs, 8, wd=0.0), make(cbs, 8, "reference", wd=0.0)
+    sizes = []
+    for with_decay in (0, 0, 3, 3, 8, 8, 2, 0):
+        for o in (opt, eager):
+            o.set_hyper("wd", [0.1] * with_decay + [0.0] * (8 - with_decay))
+            o.step()
+        sizes.append(sorted(s.tensors for s in opt.explain().stages))
+        torch.testing.assert_close(params_of(opt), params_of(eager), rtol=1e-15, atol=1e-15)
+    assert sizes == [[8], [8], [3, 5], [3, 5], [8], [8], [2, 6], [8]]
+    assert len(opt.explain().compiled) == 2
+
+
+def test_flags_in_the_state_that_change_are_followed():
+    def cb(p, lr, back=False, **kwargs):
+        descend(p, -lr if back else lr * 2)
+        return {"back": not back}
+
+    opt, eager = make(cb, 2), make(cb, 2, "reference")
+    for _ in range(7):
+        opt.step(), eager.step()
+        torch.testing.assert_close(params_of(opt), params_of(eager), rtol=1e-15, atol=1e-15)
+    assert opt.state == eager.state or [*opt.state.values()] == [*eager.state.values()]
+
+
+def test_state_that_is_set_to_a_constant_is_followed():
+    def cb(p, lr, phase=0, **kwargs):
+        descend(p, lr * phase)
+        return {"phase": 3}
+
+    opt, eager = make(cb), make(cb, backend="reference")
+    for t in range(7):
+        if t == 4:
+            for o in (opt, eager):
+                o.state[params_of(o)[0]]["phase"] = 5.0
+        opt.step(), eager.step()
+        torch.testing.assert_close(params_of(opt), params_of(eager), rtol=1e-15, atol=1e-15)
+        assert numbers_of(opt) == numbers_of(eager)
+
+
+# --
+# Errors of arithmetic go back to the callbacks
+
+
+def divides(p, lr, a, **kwargs):
+    descend(p, lr / (1 - a))
+
+
+def overflows(p, lr, a, **kwargs):
+    descend(p, lr * (a * 1e9) ** 99.0)
+
+
+def complex_root(p, lr, a, **kwargs):
+    descend(p, lr * (0.75 - a) ** 0.5)
+
+
+def too_large(p, lr, a, **kwargs):
+    descend(p, lr * int(a) ** 9999)
+
+
+def unordered(p, lr, a, **kwargs):
+    if (0.75 - a) ** 0.3 > 0.1:
+        descend(p, lr)
+
+
+ERRORS = {
+    divides: (1.0, ZeroDivisionError),
+    overflows: (1.0, OverflowError),
+    complex_root: (1.0, RuntimeError),
+    too_large: (2.0, OverflowError),
+    unordered: (1.0, TypeError),
+}
+
+
+@pytest.mark.parametrize("repeat", [True, False], ids=["repeated", "replayed"])
+@pytest.mark.parametrize("n", [1, 3, warm.FEW + 2])
+@pytest.mark.parametrize("callback", ERRORS, ids=attrgetter("__name__"))
+def test_what_cannot_be_computed_raises_as_eager_does_and_changes_nothing(callback, n, repeat):
+    bad, error = ERRORS[callback]
+    opt, eager = make(callback, n, a=1e-9), make(callback, n, "reference", a=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for t in range(8):
+            for o in (opt, eager):
+                o.param_groups[-1]["a"] = bad if t == 4 else 1e-9
+                if not repeat:
+                    forget(o)
+                before = [p.detach().clone() for p in params_of(o)]
+                if t == 4:
+                    with pytest.raises(error):
+                        o.step()
+                    assert all(map(torch.equal, params_of(o), before))
+                else:
+                    o.step()
+            torch.testing.assert_close(params_of(opt), params_of(eager), rtol=1e-12, atol=1e-12)
+    assert not opt.explain().eager, "it fuses again"
+
+
+def test_a_number_too_large_for_a_float_changes_nothing_in_any_launch():
+    """Two kernels: neither has run when it turns out that the second one's numbers do not fit."""
+
+    def cb(p, lr, step=1021, **kwargs):
+        p.data.add_(p.grad.data, alpha=lr)
+        p.data.mul_(2**step)
+        return {"step": step + 1}
+
+    params = parameters() + parameters(dtype=torch.float32)
+    opt = fusedopt.Optimizer([params[:1], params[1:]], cb, lr=0.1, backend="cpp", title="replay")
+    opt.state[params[0]]["step"] = 1
+    opt.step(), opt.step()
+    before = [p.detach().clone() for p in params]
+    opt.state[params[1]]["step"] = 1024
+    with pytest.raises(OverflowError):
+        opt.step()
+    for p, old in zip(params, before, strict=True):
+        assert_same_bits(p.detach(), old)
+    assert [opt.state[p]["step"] for p in params] == [3, 1024]
