@@ -55,10 +55,10 @@ class Recording {
   // After the launch: new numbers into the state dicts (`numbers[column][set]`), version counters up.
   void commit(const py::list& numbers) {
     for (Row& row : rows_) {
-      bump(tensor(row.param), row.written);
+      bump(tensor(row.param), row.memory.written);
       for (Entry& entry : row.entries) {
         if (entry.kind == Kind::tensor)
-          bump(tensor(entry.value), entry.written);
+          bump(tensor(entry.value), entry.memory.written);
         if (entry.kind != Kind::number)
           continue;
         PyObject* value = PyList_GET_ITEM(PyList_GET_ITEM(numbers.ptr(), entry.column), row.set);
@@ -92,14 +92,13 @@ class Recording {
   struct Memory {
     const void* data;
     at::ScalarType dtype;
-    at::DimVector sizes, strides;
+    bool written;
 
     static const void* address(const at::Tensor& t, bool written) {
       return written ? t.mutable_data_ptr() : t.const_data_ptr();
     }
-    bool holds(const at::Tensor& t, bool written) const {
-      return t.layout() == at::kStrided && t.scalar_type() == dtype && t.sizes() == at::IntArrayRef(sizes) &&
-          t.strides() == at::IntArrayRef(strides) && !t.is_neg() && address(t, written) == data;
+    bool holds(const at::Tensor& t) const {
+      return t.layout() == at::kStrided && t.scalar_type() == dtype && !t.is_neg() && address(t, written) == data;
     }
   };
   struct Entry {
@@ -107,8 +106,7 @@ class Recording {
     PyObject* value;
     py::object owned; // the value, unless it is a tensor
     Kind kind;
-    int64_t column;
-    bool written;
+    int32_t column;
     const void* impl; // of a tensor, to fetch early
     Memory memory;
 
@@ -121,11 +119,10 @@ class Recording {
     PyObject* param;
     PyObject* state;
     int64_t* words;
-    int64_t param_column, grad_column;
-    bool written;
-    int64_t set;
+    int64_t grad_column, set;
     Memory memory;
     at::ScalarType grad_dtype;
+    at::DimVector sizes;
     std::vector<Entry> entries;
   };
 
@@ -184,17 +181,16 @@ class Recording {
     PyObject* p = checked(t[0]);
     const at::Tensor& param = tensor(p);
     const bool written = t[5].cast<bool>();
-    Row row{p, t[1].cast<py::dict>().ptr(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
-            t[4].cast<int64_t>(), written, t[6].cast<int64_t>(), memory(param, written),
-            param.grad().scalar_type(), {}};
+    Row row{p, t[1].cast<py::dict>().ptr(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[4].cast<int64_t>(),
+            t[6].cast<int64_t>(), memory(param, written), param.grad().scalar_type(), at::DimVector(param.sizes()), {}};
     for (const auto& item : t[7].cast<py::list>()) {
       const auto e = item.cast<py::tuple>();
-      Entry entry{e[0], py::object(e[1]).ptr(), {}, static_cast<Kind>(e[2].cast<int>()), e[3].cast<int64_t>(),
-                  e[4].cast<bool>(), nullptr, {}};
+      Entry entry{e[0], py::object(e[1]).ptr(), {}, static_cast<Kind>(e[2].cast<int>()), e[3].cast<int32_t>(),
+                  nullptr, {}};
       if (entry.kind == Kind::tensor) {
         const at::Tensor& state = tensor(checked(entry.value));
         entry.impl = state.unsafeGetTensorImpl();
-        entry.memory = memory(state, entry.written);
+        entry.memory = memory(state, e[4].cast<bool>());
       } else {
         entry.own(entry.value);
       }
@@ -204,12 +200,14 @@ class Recording {
   }
 
   static Memory memory(const at::Tensor& t, bool written) {
-    return {Memory::address(t, written), t.scalar_type(), at::DimVector(t.sizes()), at::DimVector(t.strides())};
+    return {Memory::address(t, written), t.scalar_type(), written};
   }
 
-  // Whether flat position i is the same element in both, where both have the same sizes.
+  // Whether both have the same sizes, and flat position i is the same element in both.
   static bool same_layout(const at::Tensor& a, const at::Tensor& b) {
     const auto x = a.strides(), y = b.strides(), sizes = b.sizes();
+    if (a.sizes() != sizes)
+      return false;
     for (size_t i = 0; i < sizes.size(); ++i)
       if (sizes[i] != 1 && x[i] != y[i])
         return false;
@@ -267,16 +265,17 @@ class Recording {
   bool check_row(const Row& row) const {
     const at::Tensor& param = tensor(row.param);
     const at::Tensor& grad = param.grad();
-    if (!row.memory.holds(param, row.written) || !grad.defined() || grad.scalar_type() != row.grad_dtype ||
-        grad.layout() != at::kStrided || !grad.device().is_cpu() || grad.sizes() != param.sizes() ||
-        !same_layout(grad, param))
+    if (!row.memory.holds(param) || param.sizes() != at::IntArrayRef(row.sizes) ||
+        !param.is_non_overlapping_and_dense() || !grad.defined() || grad.scalar_type() != row.grad_dtype ||
+        grad.layout() != at::kStrided || !grad.device().is_cpu() || !same_layout(grad, param))
       return false;
     Py_ssize_t position = 0;
     PyObject *key, *value;
     for (const Entry& entry : row.entries) {
       if (!PyDict_Next(row.state, &position, &key, &value) || key != entry.key.ptr() || value != entry.value)
         return false;
-      if (entry.kind == Kind::tensor && !entry.memory.holds(tensor(value), entry.written))
+      if (entry.kind == Kind::tensor &&
+          !(entry.memory.holds(tensor(value)) && (tensor(value).dim() == 0 || same_layout(tensor(value), param))))
         return false;
     }
     if (PyDict_Next(row.state, &position, &key, &value))
