@@ -22,21 +22,14 @@ from benchmarks.eager import EagerOptimizer  # noqa: E402
 SMALL = demo.Settings(widths=(4, 8), steps=6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The small demo needs no threads, and they wait for each other busily where the machine is not free."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    digits = demo.Digits.load()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(SMALL.threads)
     torch.manual_seed(0)
     model = demo.resnet(SMALL.widths)
-    return [demo.train(rule, model, digits, SMALL) for rule in demo.RULES]
+    yield [demo.train(rule, model, demo.Digits.load(), SMALL) for rule in demo.RULES]
+    torch.set_num_threads(threads)
 
 
 def test_same_rule_same_curve(results):

@@ -39,7 +39,7 @@ def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
 def give_gradients(params, seed):
     gen = torch.Generator().manual_seed(seed)
     for p in params:
-        grad = torch.randn(p.shape, generator=gen).to(p.dtype)
+        grad = torch.randn(p.shape, generator=gen).to(p.grad_dtype or p.dtype)
         p.grad = items.with_layout(grad, p) if p.dim() else grad
 
 
@@ -357,7 +357,7 @@ def all_gradients_missing(opt, params):
 def gradient_of_another_dtype(opt, params):
     params[1].grad = None
     params[1].grad_dtype = torch.float64
-    params[1].grad = torch.full_like(params[1], 0.1, dtype=torch.float64)
+    params[1].grad = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(3, 5)
 
 
 @change(LONG)
@@ -1271,17 +1271,17 @@ def test_a_warm_step_keeps_no_memory():
     gc.collect()
     tracemalloc.start()
     try:
-        opt.step()
-        before = tracemalloc.get_traced_memory()[0]
-        for t in range(50):
-            opt.set_hyper("lr", 0.1 / (1 + t))
-            opt.step()
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - before
+        held = []
+        for _ in range(3):  # Python keeps a few freed objects for reuse: the first round fills these lists
+            for t in range(200):
+                opt.set_hyper("lr", 0.1 / (1 + t))
+                opt.step()
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
     assert is_warm(opt)
-    assert grown < 4096
+    assert held[2] - held[1] < 4096, "less than 20 bytes a step"
 
 
 def recorded_bytes(n, elements):
