@@ -46,7 +46,7 @@ class Stopwatch:
 
 def machine() -> str:
     """CPU, cores, threads, versions and date: without them a number means nothing."""
-    cpu = f"{cpu_features().model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    cpu = f"{cpu_features().model}, {os.cpu_count()} cores, torch on {torch.get_num_threads()}"
     versions = (
         f"Python {platform.python_version()}, torch {torch.__version__}, fusedopt {fusedopt.__version__}"
     )

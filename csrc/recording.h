@@ -107,6 +107,7 @@ class Recording {
     py::object owned; // the value, unless it is a tensor
     Kind kind;
     int32_t column;
+    bool whole; // one number for the whole parameter
     const void* impl; // of a tensor, to fetch early
     Memory memory;
 
@@ -186,9 +187,10 @@ class Recording {
     for (const auto& item : t[7].cast<py::list>()) {
       const auto e = item.cast<py::tuple>();
       Entry entry{e[0], py::object(e[1]).ptr(), {}, static_cast<Kind>(e[2].cast<int>()), e[3].cast<int32_t>(),
-                  nullptr, {}};
+                  false, nullptr, {}};
       if (entry.kind == Kind::tensor) {
         const at::Tensor& state = tensor(checked(entry.value));
+        entry.whole = state.dim() == 0;
         entry.impl = state.unsafeGetTensorImpl();
         entry.memory = memory(state, e[4].cast<bool>());
       } else {
@@ -275,7 +277,8 @@ class Recording {
       if (!PyDict_Next(row.state, &position, &key, &value) || key != entry.key.ptr() || value != entry.value)
         return false;
       if (entry.kind == Kind::tensor &&
-          !(entry.memory.holds(tensor(value)) && (tensor(value).dim() == 0 || same_layout(tensor(value), param))))
+          !(entry.memory.holds(tensor(value)) &&
+            (entry.whole ? tensor(value).dim() == 0 : same_layout(tensor(value), param))))
         return false;
     }
     if (PyDict_Next(row.state, &position, &key, &value))

@@ -71,11 +71,14 @@ class Explanation:
 
     @property
     def bytes_per_element(self) -> int:
-        """The most that any element's kernel reads and writes in a step, over all its stages."""
+        """The most that is read and written for any element in a step, over all stages of its kernels.
+
+        An element has one kernel, or several in turn where a callback runs eagerly between them.
+        """
         per_kernel: dict[str, int] = {}
         for stage in self.stages:
             per_kernel[stage.kernel] = per_kernel.get(stage.kernel, 0) + stage.bytes_per_element
-        return max(per_kernel.values(), default=0)
+        return sum(per_kernel.values()) if self.eager else max(per_kernel.values(), default=0)
 
     def __str__(self) -> str:
         lines = [

@@ -575,3 +575,15 @@ def test_an_earlier_step_survives_a_compiler_that_breaks(tmp_path, monkeypatch):
     params[0].grad = params[0].grad.double()
     with refuses(opt, fusedopt.compile.cache.BuildError):
         opt.step()
+
+
+def test_a_device_without_a_backend_is_said_once_and_the_others_still_fuse(no_warning_given):
+    there, here = nn.Parameter(torch.ones(3, device="meta")), nn.Parameter(torch.ones(3))
+    opt = fusedopt.SGD([there, here], lr=0.1)
+    with pytest.warns(RuntimeWarning, match="compiles nothing for meta") as caught:
+        for _ in range(2):
+            there.grad, here.grad = torch.ones(3, device="meta"), torch.ones(3)
+            opt.step()
+    assert len(caught) == 1
+    assert opt.explain().launches == 1 and opt.explain().backend == "cpp"
+    torch.testing.assert_close(here.detach(), torch.full((3,), 0.8))

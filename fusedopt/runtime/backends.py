@@ -103,6 +103,11 @@ def candidates(name: str, device: torch.device) -> tuple[Backend, ...]:
     if name == "reference":
         return ()
     if name == "auto":
+        if device.type not in FOR_DEVICE:
+            _say(
+                device.type,
+                f"this version compiles nothing for {device.type}, so parameters there are stepped unfused",
+            )
         return tuple(get(n) for n in FOR_DEVICE.get(device.type, ()))
     backend = get(name)
     if backend.device != device.type:
@@ -125,8 +130,12 @@ def compile_program(
         except BuildError as error:
             if name != "auto":
                 raise
-            reason = f"fusedopt: the {backend.name} backend cannot be used, so steps run unfused. {error}"
-            if backend.name not in _warned:
-                _warned.add(backend.name)
-                warnings.warn(reason, RuntimeWarning, stacklevel=env.caller_level())
+            _say(backend.name, f"the {backend.name} backend cannot be used, so steps run unfused. {error}")
     return None
+
+
+def _say(topic: str, text: str) -> None:
+    """Warn once per topic."""
+    if topic not in _warned:
+        _warned.add(topic)
+        warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=env.caller_level())

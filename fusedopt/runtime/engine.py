@@ -179,6 +179,8 @@ class Engine:
 
         The scalar program of an earlier trace is replayed where that is sound, else the callbacks are traced.
         """
+        if not backends.candidates(self.backend, signature.device):
+            return first
         structure = _structure(signature)
         eager = [i for i in range(first, stop) if (i, structure) in self.eager]
         if eager:
