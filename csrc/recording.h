@@ -20,8 +20,8 @@ namespace fusedopt {
 
 class Recording {
  public:
-  // groups: the param groups. rows: (param, state dict, row address, param column, grad column, param is written,
-  // scalar set, entries), an entry being (key, value, kind, column, is written). hypers: per group, in its dict's
+  // groups: the param groups. rows: (param, state dict, row address, grad column, param is written, scalar set,
+  // entries), an entry being (key, value, kind, column, is written). hypers: per group, in its dict's
   // order, (key, value, parts), a part being (index in a tuple or list, else -1; cell or -1; may be negative; value);
   // None in place of the parts for "params".
   Recording(const py::list& groups, const py::list& absent, const py::list& rows, const py::list& hypers) {
@@ -181,10 +181,10 @@ class Recording {
   static Row read_row(const py::tuple& t) {
     PyObject* p = checked(t[0]);
     const at::Tensor& param = tensor(p);
-    const bool written = t[5].cast<bool>();
-    Row row{p, t[1].cast<py::dict>().ptr(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[4].cast<int64_t>(),
-            t[6].cast<int64_t>(), memory(param, written), param.grad().scalar_type(), at::DimVector(param.sizes()), {}};
-    for (const auto& item : t[7].cast<py::list>()) {
+    const bool written = t[4].cast<bool>();
+    Row row{p, t[1].cast<py::dict>().ptr(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
+            t[5].cast<int64_t>(), memory(param, written), param.grad().scalar_type(), at::DimVector(param.sizes()), {}};
+    for (const auto& item : t[6].cast<py::list>()) {
       const auto e = item.cast<py::tuple>();
       Entry entry{e[0], py::object(e[1]).ptr(), {}, static_cast<Kind>(e[2].cast<int>()), e[3].cast<int32_t>(),
                   false, nullptr, {}};

@@ -263,17 +263,6 @@ def _rows(opt: Optimizer, entry: Launched, first: int, keys: list[str]) -> list[
                 else:
                     entries.append((stored, value, SAME, -1, False))
             row = address + 8 * entry.launch.rows.shape[1] * len(out)
-            p = item.home
-            out.append(
-                (
-                    p,
-                    live,
-                    row,
-                    column.get("param", -1),
-                    column.get("grad", -1),
-                    "param" in written,
-                    s,
-                    entries,
-                )
-            )
+            grad = column.get("grad", -1)
+            out.append((item.home, live, row, grad, "param" in written, s, entries))
     return out
