@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -80,6 +81,12 @@ def run(todo: Sequence[Job], path: Path, keep: bool) -> plot.Results:
     return plot.Results(found)
 
 
+def busy() -> str:
+    """A warning if other processes are at work: the threads then wait for each other, and no time means much."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return f"\nWARNING: the load is {load:.1f}; wait until the machine is quiet" if load > 0.5 else ""
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = argparse.ArgumentParser(
@@ -115,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(job.id for job in todo) or f"nothing matches {given.only!r}")
         return 0 if todo else 2
     start = time.perf_counter()
-    print(f"machine: {machine()}", flush=True)
+    print(f"machine: {machine()}{busy()}", flush=True)
     path = (given.out or (QUICK_FOLDER if given.quick else FOLDER)) / f"{plot.slug()}.csv"
     results = run(todo, path, keep=given.only is not None)
     path.with_suffix(".md").write_text(plot.report(results), encoding="utf-8")

@@ -38,6 +38,8 @@ from .timing import Stopwatch
 
 ROOT = Path(__file__).parents[1]
 
+Say = Callable[[str], object]
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -48,16 +50,16 @@ class Effort:
     one-cycle schedule.
     """
 
-    seconds: float = 10.0
+    seconds: float = 8.0
     rounds: tuple[int, int] = (7, 150)
     turn: float = 0.02
-    steps: int = 10
+    steps: int = 40
     repeats: int = 3
     cycle: int = 1000
 
 
 FULL = Effort()
-QUICK = Effort(seconds=0.6, rounds=(3, 30), steps=5, repeats=1, cycle=100)
+QUICK = Effort(seconds=0.5, rounds=(2, 30), steps=20, repeats=1, cycle=100)
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,8 @@ def one_cycle(step: int) -> tuple[float, float]:
 class Race:
     """Providers that take turns on the same tensors.
 
-    ``between`` is run before every step (training). Without it a turn is one step off the clock, which brings the
-    provider's own memory back into the caches, and some on it.
+    ``between`` is run before every step (training). Without it a turn is some steps off the clock, which bring the
+    provider's own memory back into the caches, and four times as many on it.
     """
 
     def __init__(
@@ -243,7 +245,7 @@ class Race:
         self.random.shuffle(self.runners)
         for runner in self.runners:
             record = self.records[runner.name]
-            if lengths[runner.name] > 1:
+            for _ in range(math.ceil(lengths[runner.name] / 4) if lengths[runner.name] > 1 else 0):
                 self._step(runner)
             turn = [self._step(runner, record) for _ in range(lengths[runner.name])]
             record.turns.append(turn)
@@ -272,9 +274,7 @@ class Race:
         return watch.samples[0]
 
 
-def measure(
-    pair: Pair, effort: Effort, compiled: bool = False, say: Callable[[str], None] = print
-) -> list[Row]:
+def measure(pair: Pair, effort: Effort, compiled: bool = False, say: Say = print) -> list[Row]:
     """Everything about one pair."""
     case = CASES[pair.case]
     names = [n for n in pair.providers if compiled or n not in providers.SLOW_TO_START]
@@ -283,10 +283,10 @@ def measure(
         return []
     training = cases.Training() if pair.mode == "training" else None
     params = training.tensors() if training else case.tensors()
-    runners = list(_runners(names, pair.rule, params, case.learning_rates()))
+    runners = list(_runners(names, pair.rule, params, case.learning_rates(), say))
     seconds, failed = agree(runners, params)
     for name, error in failed.items():
-        say(f"  without {name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        say(_without(name, error))
     runners = [r for r in runners if r.name not in failed]
     gc.collect()
     records = Race(runners, effort, training and training.run).run()
@@ -294,11 +294,21 @@ def measure(
 
 
 def _runners(
-    names: Sequence[str], rule: str, params: Sequence[Tensor], rates: Sequence[float]
+    names: Sequence[str], rule: str, params: Sequence[Tensor], rates: Sequence[float], say: Say
 ) -> Iterator[Runner]:
     for name in names:
-        with contextlib.suppress(providers.Unavailable):
+        try:
             yield providers.make(name, rule, params, rates)
+        except providers.Unavailable:
+            pass
+        except Exception as error:
+            if name not in providers.OPTIONAL:
+                raise
+            say(_without(name, error))
+
+
+def _without(name: str, error: Exception) -> str:
+    return f"  without {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _rows(
@@ -421,19 +431,11 @@ def first_steps(case: str, rule: str, effort: Effort) -> list[Row]:
     return [Row.of((case, rule, mode, name), "first step", "ms", s) for (mode, name), s in samples.items()]
 
 
-MEMORY_PROVIDERS = ("fusedopt", "torch fused", "torch foreach", "eager")
-
-
 def memory(case: str, rule: str) -> list[Row]:
     """Memory that a warm step needs for a while, and that the first ones took for good besides the state."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in MEMORY_PROVIDERS:
-            chosen = providers.RULES[rule]
-            if (name.startswith("torch") and chosen.torch is None) or (
-                name == "torch fused" and not chosen.fused
-            ):
-                continue
+        for name in ("fusedopt", "torch foreach" if providers.RULES[rule].torch else "eager"):
             found = in_new_process(case, rule, name, Path(folder))
             for what in ("peak growth", "python peak growth", "beyond state"):
                 rows.append(Row.of((case, rule, "memory", name), what, "bytes", [found[what]]))

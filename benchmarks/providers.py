@@ -164,8 +164,12 @@ def _torch(
 
 
 def _compiled(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> Runner:
-    """``torch.compile(opt.step)``. The rate is a tensor and momentum stays: a new float would compile again."""
-    runner = _torch(rule, params, rates, name="torch compiled", foreach=True)
+    """``torch.compile(opt.step)``. The rate is a tensor and momentum stays: a new float would compile again.
+
+    ``capturable``: with ``foreach``, torch takes a tensor for the rate only then.
+    """
+    flags = dict(capturable=True) if rule.momentum_key == "betas" else {}
+    runner = _torch(rule, params, rates, name="torch compiled", foreach=True, **flags)
     runner.step = torch.compile(runner.optimizer.step)
     for group in runner.optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"])
