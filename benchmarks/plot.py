@@ -397,12 +397,13 @@ def _draw_panel(axis: Any, title: str, found: Sequence[Line], label: Callable[[L
     groups: dict[str, dict[str, Line]] = {}
     for line in found:
         groups.setdefault(label(line), {})[line["provider"]] = line
+    height = 0.86 / max(map(len, groups.values()))
     for k, by in enumerate(groups.values()):
         shown = [p for p in LOOKS if p in by]
         for i, name in enumerate(shown):
-            _draw_bar(axis, k + (i - (len(shown) - 1) / 2) * 0.84 / len(shown), 0.84 / len(shown), by[name])
+            _draw_bar(axis, k + (i - (len(shown) - 1) / 2) * height, height, by[name])
     axis.set_yticks(range(len(groups)), groups)
-    axis.invert_yaxis()
+    axis.set_ylim(len(groups) - 0.5, -0.5)
     smallest, largest = (f(line["p50"] for line in found) for f in (min, max))
     limits = 10 ** math.floor(math.log10(smallest) - 0.3), largest * 4
     axis.set(title=title, xlabel="milliseconds per step", xscale="log", xlim=limits)

@@ -1,0 +1,279 @@
+"""The benchmark suite measures what it says: shapes, agreement between providers, CSV, verdicts, picture."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import matplotlib.image
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+import fusedopt
+from benchmarks import __main__ as suite
+from benchmarks import baseline, cases, measure, plot, providers
+from benchmarks.cases import CASES, PAIRS, Case
+from benchmarks.measure import Disagreement, Effort, Row
+
+HASTE = Effort(seconds=0.0, rounds=(2, 2), turn=0.001, steps=2, repeats=1, cycle=20)
+SMALL = Case("small", "a few tensors of several sizes", ((64,), (33, 5), (1000,), (3, 3, 3), (1,)))
+
+
+@pytest.fixture
+def agg():
+    """Pictures without a display."""
+    before = plt.get_backend()
+    plt.switch_backend("agg")
+    yield
+    plt.switch_backend(before)
+
+
+# --
+# Cases
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "numel"),
+    [
+        ("resnet-34", 110, 21_797_672),
+        ("resnet-50", 161, 25_557_032),
+        ("gpt2-124m", 148, 124_439_808),
+        ("moe-1000", 1000, 32_154_880),
+        ("small-500", 500, 400 * 64 + 100 * 64 * 64),
+        ("20x1m", 20, 20 << 20),
+        ("groups-465", 465, 465 * 64 * 64),
+    ],
+)
+def test_parameter_counts(name, tensors, numel):
+    assert (len(CASES[name].shapes), CASES[name].numel) == (tensors, numel)
+
+
+def test_the_network_has_the_tensors_of_small_500():
+    ours = sorted(p.numel() for p in cases.SmallTensors().parameters())
+    assert ours == sorted(math.prod(s) for s in CASES["small-500"].shapes)
+
+
+def test_training_brings_new_gradients():
+    training = cases.Training()
+    params = training.tensors()
+    before = [p.grad for p in params]
+    training.run()
+    assert all(p.grad is not g and p.grad.abs().max() > 0 for p, g in zip(params, before, strict=True))
+
+
+def test_groups_of_their_own_have_learning_rates_of_their_own():
+    rates = CASES["groups-465"].learning_rates()
+    assert len(set(rates)) == 465
+    assert CASES["20x1m"].learning_rates() == [1.0]
+
+
+def test_every_bar_looks_at_something_that_is_measured():
+    """No bar can stay unmeasured because of a typing error: give every pair every line, and judge."""
+    rows = [
+        Row(p.case, p.rule, p.mode, name, what, "ms", 1, 1, 1, 1, 1.0)
+        for p in PAIRS
+        for name in p.providers
+        for what in ("step", "host", "launches")
+    ]
+    rows += [
+        Row(case, rule, f"{cache} cache", "fusedopt", "first step", "ms", 1, 1, 1, 1)
+        for case, rule in cases.FIRST_STEPS
+        for cache in ("empty", "warm")
+    ]
+    rows += [
+        Row(case, rule, "memory", "fusedopt", what, "bytes", 0, 0, 0, 1)
+        for case, rule in cases.MEMORY
+        for what in ("peak growth", "beyond state")
+    ]
+    for schedule in measure.SCHEDULES:
+        rows += measure.kernels(schedule, HASTE)
+    verdicts = plot.judge(plot.Results(plot.lines(rows, plot.facts())))
+    assert not [bar.name for bar, _, reached in verdicts if reached is None]
+
+
+@pytest.mark.parametrize("pattern", ["small-500/AdamW/warm", "adamw/WARM", "small*warm", None])
+def test_only(pattern):
+    assert cases.matches("small-500/AdamW/warm", pattern)
+    assert pattern is None or not cases.matches("20x1m/Lion/training", pattern)
+
+
+# --
+# Providers
+
+
+@pytest.mark.parametrize("rule", providers.RULES)
+def test_providers_of_a_rule_agree(rule):
+    params = SMALL.tensors()
+    runners = list(measure._runners(["eager", *providers.PROVIDERS], rule, params, [1.0], print))
+    runners = [r for r in runners if r.name not in providers.OPTIONAL]
+    assert {"eager", "fusedopt"} <= {r.name for r in runners}
+    measure.agree(runners, params)
+
+
+WRONG = {
+    "a rate 1 % too high": lambda runner: runner.optimizer.param_groups[0].__setitem__("lr", 1.01e-3),
+    "no weight decay": lambda runner: runner.optimizer.param_groups[0].__setitem__("weight_decay", 0.0),
+    "another momentum": lambda runner: runner.optimizer.param_groups[0].__setitem__("betas", (0.85, 0.999)),
+    "a tensor left out": lambda runner: runner.optimizer.param_groups[0]["params"].pop(),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_wrong_provider_is_found_out(how):
+    params = SMALL.tensors()
+    right = providers.make("torch default", "AdamW", params)
+    wrong = providers.make("torch foreach", "AdamW", params)
+    WRONG[how](wrong)
+    if "rate" in how:
+        wrong.set = lambda factor, momentum: None
+        right.set = lambda factor, momentum: None
+    with pytest.raises(Disagreement, match="torch foreach is"):
+        measure.agree([right, wrong], params)
+
+
+def test_a_provider_that_does_nothing_is_found_out():
+    params = SMALL.tensors()
+    idle = replace(providers.make("torch default", "AdamW", params), step=lambda: None)
+    with pytest.raises(Disagreement):
+        measure.agree([idle, providers.make("fusedopt", "AdamW", params)], params)
+
+
+def test_agreement_leaves_everything_as_it_was():
+    params = SMALL.tensors()
+    before = [t.detach().clone() for p in params for t in (p, p.grad)]
+    measure.agree([providers.make(n, "AdamW", params) for n in ("eager", "fusedopt")], params)
+    assert all(map(torch.equal, [t for p in params for t in (p, p.grad)], before))
+
+
+def test_an_optional_provider_may_fail(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no such\nthing")
+
+    monkeypatch.setitem(providers.PROVIDERS, "deepspeed", fail)
+    said = []
+    assert not list(measure._runners(["deepspeed"], "AdamW", SMALL.tensors(), [1.0], said.append))
+    assert said == ["  without deepspeed: RuntimeError: no such thing"]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("sizes", [[1], [5, 1000, 3], [64] * 400 + [4096] * 100, [100_003]])
+def test_pieces_cover_every_element_once_and_evenly(sizes, threads):
+    pieces, bounds = baseline.split(sizes, threads)
+    seen = [np.zeros(size, int) for size in sizes]
+    for row, begin, end in pieces:
+        seen[row][begin:end] += 1
+    assert all((s == 1).all() for s in seen)
+    work = [(pieces[a:b, 2] - pieces[a:b, 1]).sum() for a, b in itertools.pairwise(bounds)]
+    assert len(work) == threads
+    assert max(work) - min(work) <= sum(sizes) % threads + 2 * baseline.ALIGN
+
+
+def test_the_launch_clock_sees_fusedopt_only_and_goes_away():
+    before = measure.leaf.run_cpu
+    params = SMALL.tensors()
+    clock = measure.LaunchClock()
+    with clock.running():
+        providers.make("torch default", "AdamW", params).step()
+        assert clock.take() is None
+        providers.make("fusedopt", "AdamW", params).step()
+        assert clock.take() > 0
+    assert measure.leaf.run_cpu is before
+
+
+# --
+# The suite
+
+
+def test_a_pair_from_end_to_end(tmp_path, monkeypatch, capsys, agg):
+    monkeypatch.setattr(suite, "QUICK", HASTE)
+    arguments = ["--quick", "--only", "groups-465", "--out", str(tmp_path)]
+    assert suite.main(arguments) == 0
+    csv = tmp_path / f"{plot.slug()}.csv"
+    found = plot.Results(plot.read(csv))
+    line = found.line("groups-465", "AdamW", "warm", "fusedopt")
+    assert 0 < line["p20"] <= line["p50"] <= line["p80"]
+    assert (line["ratio"], line["rounds"], line["torch"]) == (1.0, 2, torch.__version__)
+    assert line["fusedopt"] == fusedopt.__version__
+    assert all(line[fact] for fact in plot.FACTS)
+    assert found.ratio("groups-465", "AdamW", "warm", "torch fused") > 1
+    assert found.p50("groups-465", "AdamW", "warm", "fusedopt", "launches") == 1
+    host = found.p50("groups-465", "AdamW", "warm", "fusedopt", "host")
+    assert 0 < host < line["p80"]
+    assert "| groups-465 | AdamW | warm" in csv.with_suffix(".md").read_text()
+    assert "465 groups: launches per step" in capsys.readouterr().out
+    assert drawn_pixels(csv.with_suffix(".png")) > 0.02
+
+
+def drawn_pixels(path):
+    """The fraction of a picture that is not white."""
+    return (matplotlib.image.imread(path)[..., :3].min(-1) < 0.9).mean()
+
+
+def test_list_and_a_pattern_that_matches_nothing(capsys):
+    assert suite.main(["--list", "--quick"]) == 0
+    assert "small-500/AdamW/training" in capsys.readouterr().out.splitlines()
+    assert suite.main(["--only", "no such thing"]) == 2
+    assert "nothing matches" in capsys.readouterr().out
+
+
+def test_a_new_run_replaces_the_lines_it_measured_and_no_others(tmp_path):
+    def line(case, value, commit):
+        row = Row.of((case, "AdamW", "warm", "fusedopt"), "step", "ms", [value])
+        return plot.lines([row], plot.facts() | {"commit": commit})
+
+    path = tmp_path / "x.csv"
+    plot.write(path, line("20x1m", 1.0, "old") + line("small-500", 2.0, "old"))
+    merged = plot.merge(plot.read(path), line("20x1m", 3.0, "new"))
+    assert [(m["case"], m["p50"], m["commit"]) for m in merged] == [
+        ("small-500", 2.0, "old"),
+        ("20x1m", 3.0, "new"),
+    ]
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    rows = [
+        Row("tiny", "AdamW", "warm", "eager", "step", "ms", 0.12345678, 123456.7, math.inf, 3),
+        Row("tiny", "AdamW", "memory", "eager", "peak growth", "bytes", 0, 4096, 1e9, 1, note='a, "b"'),
+    ]
+    path = tmp_path / "x.csv"
+    plot.write(path, plot.lines(rows, plot.facts()))
+    a, b = plot.read(path)
+    assert (a["p20"], a["p50"], a["p80"], a["rounds"]) == (0.1235, 123457, math.inf, 3)
+    assert math.isnan(a["ratio"])
+    assert (b["p50"], b["p80"], b["note"]) == (4096, 1e9, 'a, "b"')
+
+
+def test_the_picture_of_a_whole_run(tmp_path, agg):
+    rows = [
+        Row(p.case, p.rule, p.mode, name, "step", "ms", 0.9 * k, k, 1.2 * k, 9, 1.0 * k)
+        for p in PAIRS
+        for k, name in enumerate(p.providers, 1)
+    ]
+    path = tmp_path / "bench.png"
+    plot.draw(plot.Results(plot.lines(rows, plot.facts())), path)
+    assert drawn_pixels(path) > 0.05
+
+
+def test_the_probe_tells_state_from_the_rest():
+    found = measure.probe("tiny", "AdamW", "fusedopt")
+    assert found["first"] > 0
+    params = CASES["tiny"].tensors()
+    runner = providers.make("fusedopt", "AdamW", params)
+    runner.step()
+    assert measure.state_bytes(runner.optimizer) == 2 * 4 * CASES["tiny"].numel
+    assert abs(found["peak growth"]) < 1 << 20
+
+
+def test_peak_growth_sees_memory_that_is_gone_again():
+    assert measure.peak_growth(lambda: torch.ones(8 << 20).sum()) >= 4 * (8 << 20) * 0.9
+    assert measure.peak_growth(lambda: None) < 1 << 20
+
+
+@pytest.mark.parametrize("name", ["SGD", "Lookahead"])
+def test_kernels_of_a_schedule(name):
+    schedule = next(s for s in measure.SCHEDULES if s.name == name)
+    first, last = measure.kernels(schedule, HASTE)
+    assert (first.mode, first.p50) == ("first step", 1)
+    assert (last.mode, last.p50) == ("one-cycle", schedule.kernels)
+    assert "first step" in last.note
