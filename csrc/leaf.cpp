@@ -93,9 +93,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("run_cpu", torch::wrap_pybind_function(run_cpu),
         py::arg("entries"), py::arg("launch_ptr"), py::arg("splits"));
   py::class_<fusedopt::Recording>(m, "Recording")
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&>(),
-           py::arg("groups"), py::arg("absent"), py::arg("rows"), py::arg("hypers"))
-      .def("check", &fusedopt::Recording::check, py::arg("groups"), py::arg("hypers"))
-      .def("commit", &fusedopt::Recording::commit, py::arg("numbers"));
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
+                    const py::list&>(),
+           py::arg("groups"), py::arg("absent"), py::arg("rows"), py::arg("hypers"), py::arg("batches"),
+           py::arg("numbers"))
+      .def("step", &fusedopt::Recording::step, py::arg("groups"));
+  py::class_<fusedopt::ScalarProgram>(m, "ScalarProgram")
+      .def(py::init<const py::list&, std::vector<size_t>, std::vector<size_t>, const py::list&>(),
+           py::arg("instructions"), py::arg("slots"), py::arg("numbers"), py::arg("guards"))
+      .def("__call__", &fusedopt::ScalarProgram::call, py::arg("leaves"));
   m.def("bump_versions", torch::wrap_pybind_function(bump_versions), py::arg("tensors"));
 }

@@ -1,17 +1,23 @@
-// What a step looked like, so that the next one can be checked against it and run without any Python per tensor.
+// What a step looked like, so that the next one can be checked against it and made ready to launch without any Python.
 //
 // `check` answers whether everything that decides a step is as it was: the same groups with the same parameters, the
 // same hyperparameter flags, gradients where there were gradients, state dicts with the same entries, tensors with the
 // same memory, dtype and strides. On the way it reads what may change on every step: the numbers among the
-// hyperparameters, and where the gradients lie. Any doubt is a no; the caller then does the step the long way.
+// hyperparameters, and where the gradients lie. `evaluate` runs the scalar programs on them. Any doubt in either is a
+// no; the caller then does the step the long way.
 //
 // Tensors and dicts are not owned: the garbage collector could not see through to them, and a parameter that refers to
 // its optimizer would live forever. What `check` has found in the groups is alive; the caller vouches for the state
 // dicts (opt.state counts its changes); a state tensor is looked at after its dict was found to hold it.
 #pragma once
 
+#include <ATen/Parallel.h>
+#include <c10/core/impl/COW.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "scalars.h"
+
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -20,53 +26,36 @@ namespace fusedopt {
 
 class Recording {
  public:
-  // groups: the param groups. rows: (param, state dict, row address, grad column, param is written, scalar set,
-  // entries), an entry being (key, value, kind, column, is written). hypers: per group, in its dict's
-  // order, (key, value, parts), a part being (index in a tuple or list, else -1; cell or -1; may be negative; value);
-  // None in place of the parts for "params".
-  Recording(const py::list& groups, const py::list& absent, const py::list& rows, const py::list& hypers) {
+  // groups: the param groups. absent: their parameters without gradient. rows: (param, state dict, row address, grad
+  // column, param is written, scalar set, entries), an entry being (key, value, kind, column, is written). hypers: per
+  // group, in its dict's order, (key, value, parts), a part being (index in a tuple or list, else -1; cell or -1; may be
+  // negative; value); None in place of the parts for "params". batches: scalar sets that share a program: (program,
+  // first set, how many, address of their slots, leaves, columns of its numbers); a leaf is (column, []) or (-1, a cell per set).
+  // numbers: scalar state, column by column, a value per set or None.
+  Recording(const py::list& groups, const py::list& absent, const py::list& rows, const py::list& hypers,
+            const py::list& batches, const py::list& numbers) {
     for (size_t g = 0; g < groups.size(); ++g)
       groups_.push_back(read_group(groups[g].cast<py::dict>(), hypers[g].cast<py::list>()));
     for (const auto& item : absent)
       absent_.push_back(checked(item));
     for (const auto& item : rows)
       rows_.push_back(read_row(item.cast<py::tuple>()));
+    for (const auto& item : batches)
+      batches_.push_back(read_batch(item.cast<py::tuple>()));
+    for (const auto& column : numbers) {
+      numbers_.emplace_back();
+      for (const auto& value : column.cast<py::list>())
+        numbers_.back().push_back(value.is_none() ? Scalar() : Scalar::from(value));
+    }
+    next_ = numbers_;
   }
 
-  // Whether the step is as recorded. Writes the numbers to `hypers`, and gradient pointers to the row table.
-  bool check(const py::list& groups, uintptr_t hypers) const {
-    if (static_cast<size_t>(PyList_GET_SIZE(groups.ptr())) != groups_.size())
+  // Makes the tables and the state ready for the launch, or returns false and has changed nothing that counts.
+  bool step(const py::list& groups) {
+    if (!check(groups) || !evaluate())
       return false;
-    auto* numbers = reinterpret_cast<double*>(hypers);
-    for (size_t g = 0; g < groups_.size(); ++g)
-      if (PyList_GET_ITEM(groups.ptr(), g) != groups_[g].dict || !check_group(groups_[g], numbers))
-        return false;
-    for (PyObject* param : absent_)
-      if (tensor(param).grad().defined())
-        return false;
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      prefetch(i);
-      if (!check_row(rows_[i]))
-        return false;
-    }
+    commit(); // before the launch, while what it touches is in cache
     return true;
-  }
-
-  // After the launch: new numbers into the state dicts (`numbers[column][set]`), version counters up.
-  void commit(const py::list& numbers) {
-    for (Row& row : rows_) {
-      bump(tensor(row.param), row.memory.written);
-      for (Entry& entry : row.entries) {
-        if (entry.kind == Kind::tensor)
-          bump(tensor(entry.value), entry.memory.written);
-        if (entry.kind != Kind::number)
-          continue;
-        PyObject* value = PyList_GET_ITEM(PyList_GET_ITEM(numbers.ptr(), entry.column), row.set);
-        if (PyDict_SetItem(row.state, entry.key.ptr(), value) != 0)
-          throw py::error_already_set();
-        entry.own(value);
-      }
-    }
   }
 
  private:
@@ -87,18 +76,16 @@ class Recording {
     std::vector<PyObject*> params;
     std::vector<Hyper> hypers;
   };
-  // Where a tensor's elements are. Two tensors may share memory until one is written to: asking for the address to
-  // write at separates them.
+  // Where a tensor's elements are. Two tensors may share memory until one is written to; what is still shared is left
+  // to the long way, which separates them.
   struct Memory {
     const void* data;
     at::ScalarType dtype;
     bool written;
 
-    static const void* address(const at::Tensor& t, bool written) {
-      return written ? t.mutable_data_ptr() : t.const_data_ptr();
-    }
     bool holds(const at::Tensor& t) const {
-      return t.layout() == at::kStrided && t.scalar_type() == dtype && !t.is_neg() && address(t, written) == data;
+      return t.layout() == at::kStrided && t.scalar_type() == dtype && !t.is_neg() && t.const_data_ptr() == data &&
+             !(written && c10::impl::cow::is_cow_data_ptr(t.storage().data_ptr()));
     }
   };
   struct Entry {
@@ -108,7 +95,6 @@ class Recording {
     Kind kind;
     int32_t column;
     bool whole; // one number for the whole parameter
-    const void* impl; // of a tensor, to fetch early
     Memory memory;
 
     void own(PyObject* x) {
@@ -125,28 +111,117 @@ class Recording {
     at::ScalarType grad_dtype;
     at::DimVector sizes;
     std::vector<Entry> entries;
+    std::vector<const void*> dict_lines, tensor_lines; // of cache, to fetch early
   };
 
-  static constexpr double largest = 1LL << 53; // from here on whole numbers are not exact as double
+  struct Leaf {
+    int64_t column;            // of the numbers, or -1
+    std::vector<size_t> cells; // then one for each set
+  };
+  struct Batch {
+    py::object owned;
+    ScalarProgram* program;
+    size_t first, sets;
+    double* slots;
+    std::vector<Leaf> leaves;
+    std::vector<size_t> columns;
+  };
 
-  // After a training step nothing of this is in cache. Pointers are followed a few rows early, one link at a time.
-  void prefetch(size_t i) const {
-    static constexpr size_t far = 12, middle = 8, near = 4;
-    if (i + far < rows_.size()) {
-      const Row& row = rows_[i + far];
-      __builtin_prefetch(tensor(row.param).unsafeGetTensorImpl());
-      __builtin_prefetch(row.state);
-      __builtin_prefetch(row.entries.data());
+  // Whether the step is as recorded. Reads the numbers of the groups, and writes gradient pointers to the row tables.
+  bool check(const py::list& groups) {
+    if (static_cast<size_t>(PyList_GET_SIZE(groups.ptr())) != groups_.size())
+      return false;
+    for (size_t g = 0; g < groups_.size(); ++g)
+      if (PyList_GET_ITEM(groups.ptr(), g) != groups_[g].dict || !check_group(groups_[g]))
+        return false;
+    for (PyObject* param : absent_)
+      if (tensor(param).grad().defined())
+        return false;
+    // This thread holds the GIL and waits, so nobody changes what the others read. They count no references.
+    std::atomic<bool> same = true;
+    at::parallel_for(0, static_cast<int64_t>(rows_.size()), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
+        if (i + ahead < end) {
+          prefetch(rows_[i + ahead].tensor_lines);
+          prefetch(rows_[i + ahead].dict_lines);
+        }
+        if (!check_row(rows_[i]))
+          same = false;
+      }
+    });
+    return same;
+  }
+
+  // Slots and new scalar state of every set.
+  bool evaluate() {
+    for (Batch& batch : batches_) {
+      double* slot = batch.slots;
+      for (size_t k = 0; k < batch.sets; ++k) {
+        const size_t set = batch.first + k;
+        if (!batch.program->run([&](size_t i) -> const Scalar& {
+              const Leaf& leaf = batch.leaves[i];
+              return leaf.column < 0 ? cells_[leaf.cells[k]] : numbers_[leaf.column][set];
+            }))
+          return false;
+        for (size_t i = 0; i < batch.program->slots(); ++i)
+          *slot++ = batch.program->slot(i);
+        for (size_t i = 0; i < batch.columns.size(); ++i)
+          next_[batch.columns[i]][set] = batch.program->number(i);
+      }
     }
-    if (i + middle < rows_.size()) {
-      const Row& row = rows_[i + middle];
-      __builtin_prefetch(tensor(row.param).unsafeGetTensorImpl()->autograd_meta());
-      __builtin_prefetch(reinterpret_cast<PyDictObject*>(row.state)->ma_keys);
-      for (const Entry& entry : row.entries)
-        __builtin_prefetch(entry.impl);
+    return true;
+  }
+
+  // New numbers into the state dicts, version counters up.
+  void commit() {
+    at::parallel_for(0, static_cast<int64_t>(rows_.size()), grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        bump(tensor(rows_[i].param), rows_[i].memory.written);
+        for (const Entry& entry : rows_[i].entries)
+          if (entry.kind == Kind::tensor)
+            bump(tensor(entry.value), entry.memory.written);
+      }
+    });
+    numbers_ = next_;
+    std::vector<std::vector<py::object>> made; // one object per set, shared by its rows
+    for (const auto& column : numbers_) {
+      made.emplace_back();
+      for (const Scalar& number : column)
+        made.back().push_back(number.python());
     }
-    if (i + near < rows_.size() && tensor(rows_[i + near].param).grad().defined())
-      __builtin_prefetch(tensor(rows_[i + near].param).grad().unsafeGetTensorImpl());
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      if (i + ahead < rows_.size())
+        prefetch(rows_[i + ahead].dict_lines);
+      for (Entry& entry : rows_[i].entries) {
+        if (entry.kind != Kind::number)
+          continue;
+        const py::object& value = made[entry.column][rows_[i].set];
+        if (PyDict_SetItem(rows_[i].state, entry.key.ptr(), value.ptr()) != 0)
+          throw py::error_already_set();
+        entry.own(value.ptr());
+      }
+    }
+  }
+
+  static constexpr int64_t grain = 128; // rows that are worth a thread
+  static constexpr int64_t ahead = 8;   // rows
+
+  // After a training step nothing of this is in cache, and following pointers one by one would take most of the time.
+  // So the memory behind them is remembered and asked for some rows early. It may be somebody else's by now: fetching
+  // it is harmless, and `check_row` follows the pointers themselves.
+  static void prefetch(const std::vector<const void*>& lines) {
+    for (const void* line : lines)
+      __builtin_prefetch(line);
+  }
+
+  static void remember(std::vector<const void*>& lines, const void* start, size_t bytes) {
+    for (size_t k = 0; k < bytes; k += 64)
+      lines.push_back(static_cast<const char*>(start) + k);
+  }
+
+  static void remember_tensor(std::vector<const void*>& lines, const at::Tensor& t) {
+    remember(lines, t.unsafeGetTensorImpl(), sizeof(at::TensorImpl));
+    remember(lines, t.storage().unsafeGetStorageImpl(), 64);
   }
 
   static const at::Tensor& tensor(PyObject* item) { return THPVariable_Unpack(item); }
@@ -157,7 +232,7 @@ class Recording {
     return item.ptr();
   }
 
-  static Group read_group(const py::dict& dict, const py::list& hypers) {
+  Group read_group(const py::dict& dict, const py::list& hypers) {
     Group group{dict.ptr(), {}, {}};
     for (const auto& p : dict["params"].cast<py::list>())
       group.params.push_back(p.ptr());
@@ -171,6 +246,8 @@ class Recording {
         for (const auto& part : triple[2].cast<py::list>()) {
           const auto t = part.cast<py::tuple>();
           hyper.parts.push_back({t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<bool>(), t[3]});
+          if (hyper.parts.back().cell >= 0)
+            cells_.emplace_back();
         }
       }
       group.hypers.push_back(std::move(hyper));
@@ -183,15 +260,22 @@ class Recording {
     const at::Tensor& param = tensor(p);
     const bool written = t[4].cast<bool>();
     Row row{p, t[1].cast<py::dict>().ptr(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
-            t[5].cast<int64_t>(), memory(param, written), param.grad().scalar_type(), at::DimVector(param.sizes()), {}};
+            t[5].cast<int64_t>(), memory(param, written), param.grad().scalar_type(), at::DimVector(param.sizes()), {}, {}, {}};
+    remember(row.tensor_lines, p, 64);
+    remember(row.dict_lines, row.state, 64);
+    remember(row.dict_lines, reinterpret_cast<PyDictObject*>(row.state)->ma_keys, 128);
+    remember(row.tensor_lines, param.unsafeGetTensorImpl()->autograd_meta(), 64);
+    remember_tensor(row.tensor_lines, param);
+    remember_tensor(row.tensor_lines, param.grad());
     for (const auto& item : t[6].cast<py::list>()) {
       const auto e = item.cast<py::tuple>();
       Entry entry{e[0], py::object(e[1]).ptr(), {}, static_cast<Kind>(e[2].cast<int>()), e[3].cast<int32_t>(),
-                  false, nullptr, {}};
+                  false, {}};
       if (entry.kind == Kind::tensor) {
         const at::Tensor& state = tensor(checked(entry.value));
         entry.whole = state.dim() == 0;
-        entry.impl = state.unsafeGetTensorImpl();
+        remember(row.tensor_lines, entry.value, 64);
+        remember_tensor(row.tensor_lines, state);
         entry.memory = memory(state, e[4].cast<bool>());
       } else {
         entry.own(entry.value);
@@ -201,8 +285,18 @@ class Recording {
     return row;
   }
 
+  static Batch read_batch(const py::tuple& t) {
+    Batch batch{t[0], t[0].cast<ScalarProgram*>(), t[1].cast<size_t>(), t[2].cast<size_t>(),
+                reinterpret_cast<double*>(t[3].cast<uintptr_t>()), {}, t[5].cast<std::vector<size_t>>()};
+    for (const auto& item : t[4].cast<py::list>()) {
+      const auto leaf = item.cast<py::tuple>();
+      batch.leaves.push_back({leaf[0].cast<int64_t>(), leaf[1].cast<std::vector<size_t>>()});
+    }
+    return batch;
+  }
+
   static Memory memory(const at::Tensor& t, bool written) {
-    return {Memory::address(t, written), t.scalar_type(), written};
+    return {written ? t.mutable_data_ptr() : t.const_data_ptr(), t.scalar_type(), written};
   }
 
   // Whether both have the same sizes, and flat position i is the same element in both.
@@ -217,13 +311,13 @@ class Recording {
   }
 
   // Dicts are walked in their order: no hashing, and a new or missing key shows by itself.
-  static bool check_group(const Group& group, double* numbers) {
+  bool check_group(const Group& group) {
     Py_ssize_t position = 0;
     PyObject *key, *value;
     for (const Hyper& hyper : group.hypers) {
       if (!PyDict_Next(group.dict, &position, &key, &value) || key != hyper.key.ptr())
         return false;
-      if (hyper.is_params ? !same_params(group, value) : !check_hyper(hyper, value, numbers))
+      if (hyper.is_params ? !same_params(group, value) : !check_hyper(hyper, value))
         return false;
     }
     return !PyDict_Next(group.dict, &position, &key, &value);
@@ -238,30 +332,22 @@ class Recording {
     return true;
   }
 
-  static bool check_hyper(const Hyper& hyper, PyObject* value, double* numbers) {
+  bool check_hyper(const Hyper& hyper, PyObject* value) {
     if (hyper.several && (Py_TYPE(value) != Py_TYPE(hyper.value.ptr()) ||
                           static_cast<size_t>(PySequence_Fast_GET_SIZE(value)) != hyper.parts.size()))
       return false;
     for (const Part& part : hyper.parts)
-      if (!check_part(part, hyper.several ? PySequence_Fast_GET_ITEM(value, part.index) : value, numbers))
+      if (!check_part(part, hyper.several ? PySequence_Fast_GET_ITEM(value, part.index) : value))
         return false;
     return true;
   }
 
-  static bool check_part(const Part& part, PyObject* value, double* numbers) {
+  bool check_part(const Part& part, PyObject* value) {
     if (part.cell < 0)
       return value == part.value.ptr();
-    if (Py_TYPE(value) != Py_TYPE(part.value.ptr()))
-      return false;
-    const bool whole = PyLong_CheckExact(value);
-    const double x = whole ? PyLong_AsDouble(value) : PyFloat_AS_DOUBLE(value);
-    if (std::isnan(x) || (x < 0 && !part.is_signed) || (whole && std::abs(x) >= largest) ||
-        PyErr_Occurred() != nullptr) {
-      PyErr_Clear();
-      return false;
-    }
-    numbers[part.cell] = x;
-    return true;
+    Scalar& x = cells_[part.cell];
+    return Py_TYPE(value) == Py_TYPE(part.value.ptr()) && Scalar::read(value, x) && !std::isnan(x.real) &&
+           (x.real >= 0 || part.is_signed);
   }
 
   bool check_row(const Row& row) const {
@@ -296,6 +382,9 @@ class Recording {
   std::vector<Group> groups_;
   std::vector<PyObject*> absent_;
   std::vector<Row> rows_;
+  std::vector<Batch> batches_;
+  std::vector<Scalar> cells_;
+  std::vector<std::vector<Scalar>> numbers_, next_; // by column and set
 };
 
 } // namespace fusedopt

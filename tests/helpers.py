@@ -5,17 +5,21 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from fusedopt import reference
 from fusedopt.ir.program import Buffer, Program, interpret
-from fusedopt.runtime import backends
+from fusedopt.runtime import backends, leaf
 from fusedopt.trace.signature import Signature
 from fusedopt.trace.tracer import Trace, trace
 
 CPU = torch.device("cpu")
 INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 Tensors = torch.Tensor | Sequence[torch.Tensor]
+needs_extension = pytest.mark.skipif(
+    leaf.native is None, reason=f"this needs the C++ extension: {leaf.extension_status()[1]}"
+)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

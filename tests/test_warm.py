@@ -13,7 +13,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, needs_extension
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -21,12 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
 from fusedopt import average_grad, l2_reg, momentum_step, weight_decay
-from fusedopt.runtime import engine, items, leaf, warm
+from fusedopt.runtime import engine, items, leaf
 from fusedopt.table import TABLE
 
-needs_extension = pytest.mark.skipif(
-    leaf.native is None, reason=f"warm steps need the C++ extension: {leaf.extension_status()[1]}"
-)
 SHAPES = [(4,), (3, 5), (2, 3, 2, 2), ()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -208,10 +205,12 @@ def test_a_warm_step_sees_nothing_but_tables(monkeypatch):
 
 @needs_extension
 def test_mutation_a_warm_step_that_skips_its_scalars_is_noticed(monkeypatch):
-    twins = Twins().warm_up()
-    monkeypatch.setattr(warm.Batch, "evaluate", lambda self, cells, numbers: {})
+    program = leaf.native.ScalarProgram
+    monkeypatch.setattr(
+        leaf.native, "ScalarProgram", lambda code, slots, numbers, guards: program(code, [], numbers, guards)
+    )
     with pytest.raises(AssertionError):
-        twins.step()
+        Twins().warm_up()
 
 
 @pytest.fixture

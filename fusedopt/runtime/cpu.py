@@ -82,6 +82,8 @@ class Launch:
         self.partials = np.empty((len(self.layout), n_reductions))
         tables = [t.ctypes.data for t in (rows, self.layout.chunks, self.partials)]
         self.head = np.array([*tables, 0, width, kernel.program.slots, n_reductions], np.int64)
+        self.address = self.head.ctypes.data
+        self.slots: np.ndarray | None = None
         self.threads = 0
 
     def run(self, slots: np.ndarray) -> None:
@@ -91,7 +93,8 @@ class Launch:
         if self.threads != leaf.thread_count():
             self.threads = leaf.thread_count()
             self.splits = [list(plan.splits(self.sizes, self.threads))] * len(self.stages)
-        self.head[3] = slots.ctypes.data
-        leaf.run_cpu(self.stages, self.head.ctypes.data, self.splits)
+        if self.slots is not slots:
+            self.slots, self.head[3] = slots, slots.ctypes.data
+        leaf.run_cpu(self.stages, self.address, self.splits)
         if self.scalars:
-            leaf.run_cpu([self.scalars], self.head.ctypes.data, [[0, len(self.sizes)]])
+            leaf.run_cpu([self.scalars], self.address, [[0, len(self.sizes)]])

@@ -13,7 +13,7 @@ MAX_CHUNKS = 1024
 """Chunks, and so part results of a reduction, per tensor."""
 ALIGN = 64
 """Chunks start at multiples of this many elements: full vectors, whole cache lines."""
-CHUNK_COST = 256
+CHUNK_COST = 64
 """What starting a chunk costs, in elements."""
 GRAIN = 1 << 14
 """Below this cost a thread is not worth waking."""

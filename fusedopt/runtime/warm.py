@@ -8,16 +8,13 @@ the step is done the long way, which is always right.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import count, groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..names import NOT_NEGATIVE
-from ..trace.replay import Replay, array
 from . import leaf
 from .cpu import HEAD
 from .engine import Launched, Plan
@@ -25,70 +22,7 @@ from .engine import Launched, Plan
 if TYPE_CHECKING:
     from ..optimizer import Optimizer
 
-FEW = 4
-"""Up to this many scalar sets Python floats are faster than numpy arrays."""
 SAME, TENSOR, NUMBER = range(3)
-
-
-@dataclass
-class Batch:
-    """Scalar sets of one launch that share a replay.
-
-    ``sets`` are their numbers among all sets, ``rows`` their rows in ``slots``; ``leaves`` says for each input of the
-    replay where it is found: a column of cells, or the key of scalar state; ``whole`` which cells are integers.
-    """
-
-    replay: Replay
-    sets: list[int]
-    rows: slice
-    slots: np.ndarray
-    leaves: list[np.ndarray | str]
-    whole: np.ndarray
-
-    def evaluate(self, cells: np.ndarray, numbers: dict[str, list]) -> dict[str, Sequence] | None:
-        """Fill the slots; returns the new scalar state by key, or None if a guard no longer holds."""
-        ways = (self._one_by_one,) if len(self.sets) <= FEW else (self._all_at_once, self._one_by_one)
-        for evaluate in ways:
-            with contextlib.suppress(ArithmeticError, TypeError, ValueError):
-                return evaluate(cells, numbers)
-        return None
-
-    def _one_by_one(self, cells: np.ndarray, numbers: dict[str, list]) -> dict[str, Sequence] | None:
-        out: list[tuple] = []
-        for k, s in enumerate(self.sets):
-            inputs = [
-                numbers[leaf][s] if isinstance(leaf, str) else self._cell(cells, leaf[k])
-                for leaf in self.leaves
-            ]
-            slots, new, guards = self.replay.function(*inputs)
-            if not all(guards):
-                return None
-            self.slots[self.rows.start + k] = slots
-            out.append(new)
-        return {key: [new[i] for new in out] for i, key in enumerate(self.replay.number_keys)}
-
-    def _cell(self, cells: np.ndarray, k: int) -> int | float:
-        value = cells.item(k)
-        return int(value) if self.whole[k] else value
-
-    def _all_at_once(self, cells: np.ndarray, numbers: dict[str, list]) -> dict[str, Sequence] | None:
-        """With numpy; raises where Python's numbers might do something else."""
-        n = len(self.sets)
-        inputs = [
-            array([numbers[leaf][s] for s in self.sets])
-            if isinstance(leaf, str)
-            else cells[leaf]
-            if not self.whole[leaf].any()
-            else array([self._cell(cells, k) for k in leaf])
-            for leaf in self.leaves
-        ]
-        with np.errstate(all="raise", under="ignore"):
-            slots, new, guards = self.replay.array_function(*inputs)
-        if not all(np.all(g) for g in guards):
-            return None
-        for i, value in enumerate(slots):
-            self.slots[self.rows, i] = value
-        return {k: np.broadcast_to(v, n).tolist() for k, v in zip(self.replay.number_keys, new, strict=True)}
 
 
 class Warm:
@@ -100,42 +34,33 @@ class Warm:
         launched: list[Launched],
         hypers: list[list[tuple]],
         place: list[dict[Any, int]],
-        whole: np.ndarray,
     ) -> None:
         self.state, self.version, self.engine = opt.state, opt.state.version, opt.engine
         self.launches = [
             (entry.launch, np.array([p.slots for p in entry.plans], dtype=np.float64)) for entry in launched
         ]
         plans = [plan for entry in launched for plan in entry.plans]
-        self.keys = sorted({key for plan in plans for key in _number_keys(plan)})
-        self.numbers = {key: [plan.numbers.get(key) for plan in plans] for key in self.keys}
-        self.cells = np.zeros(len(whole))
-        self.batches = _batches(launched, [slots for _, slots in self.launches], place, whole)
-        rows = [
-            row for entry, first in _with_first_set(launched) for row in _rows(opt, entry, first, self.keys)
-        ]
+        keys = sorted({key for plan in plans for key in _number_keys(plan)})
+        rows, batches, first = [], [], 0
+        for entry, (_, slots) in zip(launched, self.launches, strict=True):
+            rows += _rows(opt, entry, first, keys)
+            batches += _batches(entry, first, slots, place, keys)
+            first += len(entry.plans)
         stepped = {id(item.home) for plan in plans for item in plan.items}
         absent = [p for group in opt.param_groups for p in group["params"] if id(p) not in stepped]
-        self.recording = leaf.native.Recording(list(opt.param_groups), absent, rows, hypers)  # type: ignore[union-attr]
+        numbers = [[plan.numbers.get(key) for plan in plans] for key in keys]
+        self.recording = leaf.native.Recording(  # type: ignore[union-attr]
+            list(opt.param_groups), absent, rows, hypers, batches, numbers
+        )
 
     def step(self, opt: Optimizer) -> bool:
         """Repeat the recorded step if it is still the right one."""
         if opt.state is not self.state or self.state.version != self.version or opt.engine is not self.engine:
             return False
-        if not self.recording.check(opt.param_groups, self.cells.ctypes.data):
+        if not self.recording.step(opt.param_groups):
             return False
-        new = {key: list(values) for key, values in self.numbers.items()}
-        for batch in self.batches:
-            found = batch.evaluate(self.cells, self.numbers)
-            if found is None:
-                return False
-            for key, values in found.items():
-                for s, value in zip(batch.sets, values, strict=True):
-                    new[key][s] = value
         for launch, slots in self.launches:
             launch.run(slots)
-        self.numbers = new
-        self.recording.commit([new[key] for key in self.keys])
         return True
 
 
@@ -144,9 +69,13 @@ def record(opt: Optimizer, launched: list[Launched]) -> Warm | None:
     plans = [plan for entry in launched for plan in entry.plans]
     if leaf.native is None or not plans or not all(map(_repeatable, plans)):
         return None
-    hypers, place, whole = _hyper_cells(opt)
-    found = all(key in place[plan.items[0].where[0]] for plan in plans for key in _hyper_leaves(plan))
-    return Warm(opt, launched, hypers, place, whole) if found else None
+    hypers, place = _hyper_cells(opt)
+    if not all(key in place[plan.items[0].where[0]] for plan in plans for key in _hyper_leaves(plan)):
+        return None
+    try:
+        return Warm(opt, launched, hypers, place)
+    except ValueError:  # a number that only Python can hold
+        return None
 
 
 def _repeatable(plan: Plan) -> bool:
@@ -181,13 +110,10 @@ def _hyper_leaves(plan: Plan) -> list[Any]:
     return [(name, *path) if path else name for kind, name, *path in replay.leaves if kind == "hyper"]
 
 
-def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]], np.ndarray]:
-    """For each group what to check and read; for each group the cell of each number, by callback name.
-
-    And for each cell whether it is an integer.
-    """
+def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]]]:
+    """For each group what to check and read; for each group the cell of each number, by callback name."""
     checks, places = [], []
-    whole: list[bool] = []
+    cells = count()
     for group in opt.param_groups:
         found: list[tuple[str, Any, list[tuple] | None]] = []
         place: dict[Any, int] = {}
@@ -200,44 +126,35 @@ def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]
                 name = opt.hyper_map.name.get((key, i) if i >= 0 else key, (key, i) if i >= 0 else key)
                 cell = -1
                 if type(part) in (int, float):
-                    place[name] = cell = len(whole)
-                    whole.append(type(part) is int)
+                    place[name] = cell = next(cells)
                 parts.append((i, cell, name not in NOT_NEGATIVE, part))
             found.append((key, value, parts))
         checks.append(found)
         places.append(place)
-    return checks, places, np.array(whole or [False])
+    return checks, places
 
 
 def _batches(
-    launched: list[Launched], slots: list[np.ndarray], place: list[dict[Any, int]], whole: np.ndarray
-) -> list[Batch]:
+    entry: Launched, first: int, slots: np.ndarray, place: list[dict[Any, int]], keys: list[str]
+) -> list[tuple]:
+    """The scalar sets of a launch, those with the same program together: see csrc/recording.h."""
     out = []
-    for (entry, first), table in zip(_with_first_set(launched), slots, strict=True):
-        start = 0
-        while start < len(entry.plans):
-            replay = entry.plans[start].known.replay
-            stop = start + 1
-            while stop < len(entry.plans) and entry.plans[stop].known.replay is replay:
-                stop += 1
-            assert replay is not None
-            groups = [plan.items[0].where[0] for plan in entry.plans[start:stop]]
-            leaves: list[np.ndarray | str] = []
-            for kind, name, *path in replay.leaves:
-                key = (name, *path) if path else name
-                leaves.append(name if kind == "state" else np.array([place[g][key] for g in groups]))
-            sets = list(range(first + start, first + stop))
-            out.append(Batch(replay, sets, slice(start, stop), table, leaves, whole))
-            start = stop
-    return out
-
-
-def _with_first_set(launched: list[Launched]) -> list[tuple[Launched, int]]:
-    """Each launch with the number of its first scalar set."""
-    out, first = [], 0
-    for entry in launched:
-        out.append((entry, first))
-        first += len(entry.plans)
+    for replay, plans in groupby(entry.plans, key=lambda plan: plan.known.replay):
+        assert replay is not None
+        groups = [plan.items[0].where[0] for plan in plans]
+        leaves = [
+            (keys.index(name), [])
+            if kind == "state"
+            else (-1, [place[g][(name, *path) if path else name] for g in groups])
+            for kind, name, *path in replay.leaves
+        ]
+        program = leaf.native.ScalarProgram(  # type: ignore[union-attr]
+            replay.instructions, replay.slots, replay.numbers, replay.guards
+        )
+        columns = [keys.index(key) for key in replay.number_keys]
+        out.append((program, first, len(groups), slots.ctypes.data, leaves, columns))
+        first += len(groups)
+        slots = slots[len(groups) :]
     return out
 
 

@@ -1,19 +1,16 @@
 """Replay: a trace's scalar program as a function, run on later steps in place of the callbacks.
 
 The function takes the leaves (hyperparameters and scalar state) and returns slots, new scalar state, and whether each
-guard still holds. It works on floats, and on numpy arrays: one entry per scalar set, all sets at once.
+guard still holds. The extension runs the same instructions for all scalar sets at once (``csrc/scalars.h``).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from .number import ARITHMETIC, Guard, Number, Scalar, ScalarProgram
+from .number import ARITHMETIC, Number, Scalar, ScalarProgram
 from .tracer import Trace
 
 
@@ -32,20 +29,6 @@ def _changes(scalars: ScalarProgram, index: int) -> bool:
     return op in ("state", "default")
 
 
-LARGEST = 2**53
-"""From here on integers are left to Python: as float64 they are not exact, and numpy's overflow."""
-
-
-def array(values: list) -> np.ndarray:
-    """Numbers of one type as an array. Raises TypeError for several, OverflowError for large integers."""
-    if len(set(map(type, values))) > 1:
-        raise TypeError("integers and floats")
-    out = np.array(values)
-    if out.dtype.kind != "f" and (out.dtype.kind != "i" or np.abs(out).max() >= LARGEST):
-        raise OverflowError("an integer beyond numpy's")
-    return out
-
-
 def _power(a: Scalar, b: Scalar) -> Scalar:
     result = a**b
     if isinstance(result, complex):
@@ -53,38 +36,53 @@ def _power(a: Scalar, b: Scalar) -> Scalar:
     return result
 
 
-def _powers(a: Any, b: Any) -> Any:
-    """Element by element with Python's power: numpy's may differ in the last bit."""
-    x, y = np.broadcast_arrays(a, b)
-    if x.ndim and all(v.flat[0] != 0 and np.all(v == v.flat[0]) for v in (x, y)):
-        return _power(x.item(0), y.item(0))
-    return array(list(map(_power, x.ravel().tolist(), y.ravel().tolist()))).reshape(x.shape)
-
-
-def _product(a: Any, b: Any) -> Any:
-    if np.result_type(a, b).kind in "iuO" and np.any(np.abs(np.multiply(a, b, dtype=np.float64)) >= LARGEST):
-        raise OverflowError("an integer beyond numpy's")
-    return a * b
-
-
 class Replay:
-    """``leaves`` are the inputs, as ``("hyper", name, ...)`` and ``("state", key, ...)`` entries, in order."""
+    """A trace's scalar program, reduced to what a step needs.
+
+    ``leaves`` are the inputs, as ``("hyper", name, ...)`` and ``("state", key, ...)`` entries, in order.
+    ``instructions`` are ``("leaf", which)``, ``("value", number)``, or an operation with the instructions it takes;
+    ``slots``, ``numbers`` (scalar state, by ``number_keys``) and ``guards`` (with their values) refer to instructions.
+    """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         scalars = trace.scalars
         self.leaves = [e for e in scalars.entries if e[0] in ("hyper", "state")]
         self.number_keys = [k for k, v in trace.numbers.items() if isinstance(v, Number)]
-        self.source = _source(scalars, trace.slots, [trace.numbers[k].index for k in self.number_keys])
-        self.function = self._compiled({"pow": _power})
+        numbers = [trace.numbers[k].index for k in self.number_keys]
+        needed = _needed(scalars, [*trace.slots, *numbers, *(g.index for g in scalars.guards)])
+        at = {i: k for k, i in enumerate(needed)}
+        self.instructions = [self._instruction(i, at) for i in needed]
+        self.slots, self.numbers = [at[i] for i in trace.slots], [at[i] for i in numbers]
+        self.guards = [(at[g.index], g.value) for g in scalars.guards]
+        self.function = self._compiled()
 
-    @functools.cached_property
-    def array_function(self) -> Callable[..., Any]:
-        """``function`` for arrays: equal to the last bit, or it raises where numpy's numbers are not Python's."""
-        return self._compiled({"mul": _product, "pow": _powers, "copysign": np.copysign})
+    def _instruction(self, i: int, at: dict[int, int]) -> tuple:
+        scalars = self.trace.scalars
+        op, *operands = entry = scalars.entries[i]
+        if op in ARITHMETIC:
+            return op, *(at[k] for k in operands)
+        return ("leaf", self.leaves.index(entry)) if entry in self.leaves else ("value", scalars.values[i])
 
-    def _compiled(self, replaced: dict[str, Any]) -> Callable[..., Any]:
-        namespace = {**ARITHMETIC, "copysign": math.copysign, **replaced, "values": self.trace.scalars.values}
+    @property
+    def source(self) -> str:
+        """The program as Python: returns slots, new scalar state, and whether each guard holds."""
+        given = {operands[0]: f"t{i}" for i, (op, *operands) in enumerate(self.instructions) if op == "leaf"}
+        lines = [f"def replay({', '.join(given.get(k, f'_{k}') for k in range(len(self.leaves)))}):"]
+        for i, (op, *operands) in enumerate(self.instructions):
+            if op in ARITHMETIC:
+                lines.append(f"    t{i} = {op}({', '.join(f't{k}' for k in operands)})")
+            elif op == "value":
+                lines.append(f"    t{i} = values[{i}]")
+        guards = [text for guard in self.guards for text in _conditions(*guard)]
+        outputs = [f"t{i}" for i in self.slots], [f"t{i}" for i in self.numbers], guards
+        parts = ["".join(f"{t}, " for t in part) for part in outputs]
+        lines.append(f"    return ({parts[0]}), ({parts[1]}), ({parts[2]})")
+        return "\n".join(lines)
+
+    def _compiled(self) -> Callable[..., tuple]:
+        values = {i: operands[0] for i, (op, *operands) in enumerate(self.instructions) if op == "value"}
+        namespace: dict[str, Any] = {**ARITHMETIC, "pow": _power, "copysign": math.copysign, "values": values}
         namespace |= {"inf": math.inf, "nan": math.nan}  # as guards spell them
         exec(compile(self.source, "<scalar program>", "exec"), namespace)
         return namespace["replay"]
@@ -116,36 +114,21 @@ class Replay:
         return slots, flags | dict(zip(self.number_keys, numbers, strict=True))
 
 
-def _source(scalars: ScalarProgram, slots: Sequence[int], numbers: Sequence[int]) -> str:
-    """The scalar program as Python; entries that nothing needs are left out."""
+def _needed(scalars: ScalarProgram, outputs: Iterable[int]) -> list[int]:
+    """The entries that these need, in order."""
     needed: set[int] = set()
-    todo = [*slots, *numbers, *(g.index for g in scalars.guards)]
+    todo = [*outputs]
     while todo:
         i = todo.pop()
         if i not in needed:
             needed.add(i)
             op, *operands = scalars.entries[i]
             todo += operands if op in ARITHMETIC else []
-    leaves = [i for i, e in enumerate(scalars.entries) if e[0] in ("hyper", "state")]
-    lines = [f"def replay({', '.join(f't{i}' for i in leaves)}):"]
-    for i in sorted(needed):
-        op, *operands = scalars.entries[i]
-        if op in ARITHMETIC:
-            lines.append(f"    t{i} = {op}({', '.join(f't{k}' for k in operands)})")
-        elif op not in ("hyper", "state"):
-            lines.append(f"    t{i} = values[{i}]")
-    guards = [text for g in scalars.guards for text in _conditions(g)]
-    parts = [
-        "".join(f"{t}, " for t in part)
-        for part in ([f"t{i}" for i in slots], [f"t{i}" for i in numbers], guards)
-    ]
-    lines.append(f"    return ({parts[0]}), ({parts[1]}), ({parts[2]})")
-    return "\n".join(lines)
+    return sorted(needed)
 
 
-def _conditions(guard: Guard) -> list[str]:
-    name = f"t{guard.index}"
-    conditions = [f"{name} == {guard.value!r}"]
-    if type(guard.value) is float and guard.value == 0:  # both zeros are equal, and not the same
-        conditions.append(f"copysign(1.0, {name}) == {math.copysign(1.0, guard.value)}")
+def _conditions(index: int, value: Scalar) -> list[str]:
+    conditions = [f"t{index} == {value!r}"]
+    if type(value) is float and value == 0:  # both zeros are equal, and not the same
+        conditions.append(f"copysign(1.0, t{index}) == {math.copysign(1.0, value)}")
     return conditions
