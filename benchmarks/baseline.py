@@ -59,7 +59,7 @@ def _cut(x: int, size: int) -> int:
 
 
 class BareLoop:
-    """AdamW, or SGD with momentum, on float32 tensors in one group.
+    """AdamW, SGD with momentum, or Adagrad on float32 tensors in one group, as these hyperparameters say.
 
     ``prepare`` does what is not the loop: it reads the gradients' addresses and computes the step's scalars.
     """
@@ -70,23 +70,24 @@ class BareLoop:
         lr: float,
         *,
         betas: tuple[float, float] | None = None,
+        momentum: float | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        momentum: float = 0.0,
     ) -> None:
         self.params, self.lr, self.eps, self.wd = list(params), lr, eps, weight_decay
         self.mom, self.sqr_mom = betas if betas is not None else (momentum, None)
         self.count = 0
-        self.state = [torch.zeros_like(p) for p in self.params for _ in range(2 if betas else 1)]
+        buffers = 1 if betas is None else 2
+        self.state = [[torch.zeros_like(p) for p in self.params] for _ in range(buffers)]
         self.rows = np.zeros((len(self.params), 4), np.int64)
-        self.rows[:, 0] = [p.data_ptr() for p in self.params]
-        for k in range(2 if betas else 1):
-            self.rows[:, 2 + k] = [s.data_ptr() for s in self.state[k :: 2 if betas else 1]]
+        for column, tensors in zip((0, 2, 3), (self.params, *self.state), strict=False):
+            self.rows[:, column] = [t.data_ptr() for t in tensors]
         self.scalars = np.zeros(8, np.float32)
         threads = torch.get_num_threads()
         self.pieces, self.bounds = split([p.numel() for p in self.params], threads)
-        loop = library().adamw if betas else library().momentum
+        name = "adamw" if betas is not None else "adagrad" if momentum is None else "momentum"
         tables = [ctypes.c_void_p(t.ctypes.data) for t in (self.rows, self.pieces, self.bounds, self.scalars)]
+        loop = getattr(library(), name)
         self.step = functools.partial(loop, *tables[:3], ctypes.c_int64(threads), tables[3])
 
     def prepare(self) -> None:
@@ -94,7 +95,7 @@ class BareLoop:
         self.count += 1
         self.rows[:, 1] = [p.grad.data_ptr() for p in self.params]  # type: ignore[union-attr]
         if self.sqr_mom is None:
-            self.scalars[:2] = self.lr, self.mom
+            self.scalars[:2] = self.lr, self.eps if self.mom is None else self.mom
             return
         scale = self.lr / (1 - self.mom**self.count)
         root = (1 - self.sqr_mom**self.count) ** -0.5

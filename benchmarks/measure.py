@@ -366,9 +366,17 @@ def available_memory() -> int:
 # A process of its own: the first step, and memory
 
 
+STATE = "state alone"
+"""In place of a provider: making two zeroed buffers per parameter, which is where every Adam's first step begins."""
+
+
 def probe(case: str, rule: str, provider: str) -> dict[str, float]:
     """Seconds of the first step, and the memory that this step and later ones needed, in bytes."""
     params = CASES[case].tensors()
+    if provider == STATE:
+        start = time.perf_counter()
+        kept = [torch.zeros_like(p) for p in params for _ in range(2)]
+        return {"first": time.perf_counter() - start, "buffers": len(kept)}
     runner = providers.make(provider, rule, params)
     gc.collect()
     before = resident()
@@ -427,16 +435,16 @@ def in_new_process(case: str, rule: str, provider: str, cache: Path) -> dict[str
 
 
 def first_steps(case: str, rule: str, effort: Effort) -> list[Row]:
-    """The first step of a process, with an empty compile cache, with a warm one, and by torch."""
+    """The first step of a process, with an empty compile cache, with a warm one, and without fusedopt."""
     samples: dict[tuple[str, str], list[float]] = {}
     for _ in range(effort.repeats):
         with tempfile.TemporaryDirectory() as folder:
             for cache in ("empty cache", "warm cache"):
                 found = in_new_process(case, rule, "fusedopt", Path(folder))
                 samples.setdefault((cache, "fusedopt"), []).append(found["first"] * 1e3)
-            other = "torch fused" if providers.RULES[rule].fused else "eager"
-            found = in_new_process(case, rule, other, Path(folder))
-            samples.setdefault(("no cache", other), []).append(found["first"] * 1e3)
+            for other in ("torch fused" if providers.RULES[rule].fused else "eager", STATE):
+                found = in_new_process(case, rule, other, Path(folder))
+                samples.setdefault(("no cache", other), []).append(found["first"] * 1e3)
     return [Row.of((case, rule, mode, name), "first step", "ms", s) for (mode, name), s in samples.items()]
 
 

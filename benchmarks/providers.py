@@ -77,7 +77,7 @@ _RULES = (
     _in_torch("AdamW", "betas", lr=1e-3, weight_decay=0.01, fused=True, bare=True),
     _in_torch("SGD", "momentum", lr=1e-2, momentum=0.9, fused=True, bare=True),
     _in_torch("RMSprop", lr=1e-3),
-    _in_torch("Adagrad", lr=1e-2, fused=True),
+    _in_torch("Adagrad", lr=1e-2, eps=1e-10, fused=True, bare=True),
     _in_torch("RAdam", "betas", lr=1e-3),
     _in_torch("NAdam", "betas", lr=1e-3),
     Rule("LAMB", fusedopt.Lamb, _LAMB, momentum_key="betas"),
@@ -201,7 +201,7 @@ def _bare(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> Runne
 
     def set_(factor: float, momentum: float | None) -> None:
         loop.lr = rates[0] * factor
-        loop.mom = loop.mom if momentum is None else momentum
+        loop.mom = loop.mom if momentum is None or loop.mom is None else momentum
 
     return Runner("bare loop", loop, loop.step, set_, loop.prepare)
 

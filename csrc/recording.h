@@ -141,10 +141,15 @@ class Recording {
     std::atomic<bool> same = true;
     at::parallel_for(0, static_cast<int64_t>(rows_.size()), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
-        if (i + ahead < end) {
-          prefetch(rows_[i + ahead].tensor_lines);
-          prefetch(rows_[i + ahead].dict_lines);
+        if (i + 3 * ahead < end) {
+          prefetch(rows_[i + 3 * ahead].tensor_lines);
+          prefetch(rows_[i + 3 * ahead].dict_lines);
         }
+        // Gradients are new in every step: their memory is known once the parameter is here.
+        if (i + 2 * ahead < end)
+          prefetch_gradient(rows_[i + 2 * ahead]);
+        if (i + ahead < end)
+          prefetch_storage(rows_[i + ahead]);
         if (!check_row(rows_[i]))
           same = false;
       }
@@ -204,7 +209,7 @@ class Recording {
   }
 
   static constexpr int64_t grain = 128; // rows that are worth a thread
-  static constexpr int64_t ahead = 8;   // rows
+  static constexpr int64_t ahead = 4;   // rows
 
   // After a training step nothing of this is in cache, and following pointers one by one would take most of the time.
   // So the memory behind them is remembered and asked for some rows early. It may be somebody else's by now: fetching
@@ -212,6 +217,17 @@ class Recording {
   static void prefetch(const std::vector<const void*>& lines) {
     for (const void* line : lines)
       __builtin_prefetch(line);
+  }
+
+  static void prefetch_gradient(const Row& row) {
+    if (const at::Tensor& grad = tensor(row.param).grad(); grad.defined())
+      for (size_t k = 0; k < sizeof(at::TensorImpl); k += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(grad.unsafeGetTensorImpl()) + k);
+  }
+
+  static void prefetch_storage(const Row& row) {
+    if (const at::Tensor& grad = tensor(row.param).grad(); grad.defined() && grad.has_storage())
+      __builtin_prefetch(grad.storage().unsafeGetStorageImpl());
   }
 
   static void remember(std::vector<const void*>& lines, const void* start, size_t bytes) {
@@ -266,7 +282,6 @@ class Recording {
     remember(row.dict_lines, reinterpret_cast<PyDictObject*>(row.state)->ma_keys, 128);
     remember(row.tensor_lines, param.unsafeGetTensorImpl()->autograd_meta(), 64);
     remember_tensor(row.tensor_lines, param);
-    remember_tensor(row.tensor_lines, param.grad());
     for (const auto& item : t[6].cast<py::list>()) {
       const auto e = item.cast<py::tuple>();
       Entry entry{e[0], py::object(e[1]).ptr(), {}, static_cast<Kind>(e[2].cast<int>()), e[3].cast<int32_t>(),
