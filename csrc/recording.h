@@ -209,7 +209,7 @@ class Recording {
   }
 
   static constexpr int64_t grain = 128; // rows that are worth a thread
-  static constexpr int64_t ahead = 4;   // rows
+  static constexpr int64_t ahead = 2;   // rows
 
   // After a training step nothing of this is in cache, and following pointers one by one would take most of the time.
   // So the memory behind them is remembered and asked for some rows early. It may be somebody else's by now: fetching
