@@ -49,13 +49,20 @@ FACTS = ("commit", "device", "cores", "threads", "python", "torch", "fusedopt", 
 
 
 def _commit() -> str:
-    """The short commit of this checkout, with ``-dirty`` if there are changes on top."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    """The short commit of this checkout, with ``-dirty`` if there are changes on top other than results."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError:
+        return _git("rev-parse", "--short=10", "HEAD") + "-dirty" * bool(_git("status", "--porcelain", *CODE))
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip() or "unknown"
+
+
+CODE = ("--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs", ":!*.md")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def slug() -> str:
