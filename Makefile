@@ -7,11 +7,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-# fastai's callbacks are what the tests compare with. Its other requirements (torchvision, spacy) are
-# large and not used here, so it is installed without any and these are what it needs to be imported.
-FASTAI_NEEDS := cloudpickle fastcore fastdownload fastprogress fasttransform matplotlib pandas pillow \
-	plum-dispatch pyyaml requests scikit-learn scipy
-
 setup: $(STAMP)
 
 demo: setup
@@ -39,9 +34,8 @@ clean:
 # torch comes before the project: the extension is compiled against it.
 $(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*) | $(BIN)/pip
 	$(INSTALL) setuptools torch numpy
-	$(INSTALL) $(FASTAI_NEEDS)
-	$(INSTALL) --no-deps fastai
-	$(INSTALL) --no-build-isolation --editable '.[demo,dev]'
+	$(INSTALL) --no-deps fastai torchvision
+	$(INSTALL) --no-build-isolation --editable '.[demo,test,dev]'
 	@$(BIN)/python -c "from fusedopt.runtime.leaf import extension_status as s; print('extension:', *s())"
 	@touch $@
 
