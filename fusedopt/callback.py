@@ -56,15 +56,18 @@ def defaults_of(callback: Callback) -> dict[str, Any]:
     return dict(getattr(callback, "defaults", {}))
 
 
-def looked_up(callback: Callback) -> set[str] | None:
+def looked_up(callback: Callback) -> frozenset[str] | None:
     """Names it may take from ``**kwargs``: the strings in its code. None if it may take any."""
     function = function_of(callback)
-    if not isinstance(function, types.FunctionType):
-        return None
-    codes = list(_codes(function.__code__))
+    return _looked_up(function.__code__) if isinstance(function, types.FunctionType) else None
+
+
+@functools.lru_cache(maxsize=256)
+def _looked_up(code: types.CodeType) -> frozenset[str] | None:
+    codes = list(_codes(code))
     if any(step.opname == "CALL_FUNCTION_EX" for code in codes for step in dis.get_instructions(code)):
         return None  # it hands its arguments on
-    return {c for code in codes for c in code.co_consts if isinstance(c, str)}
+    return frozenset(c for code in codes for c in code.co_consts if isinstance(c, str))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -163,7 +163,8 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"a param group must be a dict, not {type(param_group).__name__}")
         group = {k: v for k, v in param_group.items() if k in ("params", "param_names")}
         values = self.hyper_map.to_fastai({k: v for k, v in param_group.items() if k not in group})
-        filled = self.hyper_map.of_group(self.defaults) | values
+        # torch fills in the defaults of a group that sets nothing itself
+        filled = self.hyper_map.of_group(self.defaults) | values if values else {}
         for name, value in filled.items():
             value = names.plain(value)
             names.check(name, value)
