@@ -47,13 +47,22 @@ class HyperNames:
         """A param group's hyperparameters by the names callbacks use."""
         out: dict[str, Any] = {}
         for key, value in group.items():
-            if key in ("params", "param_names"):
+            if key in ("params", "param_names") or self.shadowed(key, group):
                 continue
             if (key, 0) in self.name and isinstance(value, (tuple, list)):
                 out.update((self.name[key, i], v) for i, v in enumerate(value) if (key, i) in self.name)
             else:
                 out[self.name.get(key, key)] = value
         return out
+
+    def shadowed(self, key: str, group: Mapping[str, Any]) -> bool:
+        """Whether the key is a callback's name for what the group also has in its place, which then counts.
+
+        ZeroRedundancyOptimizer copies keys of groups as the user wrote them into groups that we have translated.
+        """
+        place = self.place.get(key, key)
+        own = place[0] if isinstance(place, tuple) else place
+        return own != key and own in group
 
     def write(self, group: dict[str, Any], name: str, value: Any) -> None:
         """Set one hyperparameter in a group; a tensor there is filled, tuples are replaced."""

@@ -239,9 +239,10 @@ class Optimizer(torch.optim.Optimizer):
     def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
         """The parameter's state by the names callbacks use; the live dict where these are the same."""
         live = self.state.get(p, {})
-        step = live.get("step")
-        if isinstance(step, torch.Tensor):  # written by hand or by a wrapper that knows torch's schema
-            live["step"] = checkpoint.count(step)
+        for key in checkpoint.COUNTERS:
+            # written by hand or, in torch's schema, by ZeroRedundancyOptimizer
+            if isinstance(value := live.get(key), torch.Tensor) and value.numel() == 1:
+                live[key] = checkpoint.count(value)
         return {self._called.get(k, k): v for k, v in live.items()} if self._called or not live else live
 
     def state_dict(self) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]
             for i, part in enumerate(value) if type(value) in (tuple, list) else [(-1, value)]:
                 name = opt.hyper_map.name.get((key, i) if i >= 0 else key, (key, i) if i >= 0 else key)
                 cell = -1
-                if type(part) in (int, float):
+                if type(part) in (int, float) and not opt.hyper_map.shadowed(key, group):
                     place[name] = cell = next(cells)
                 parts.append((i, cell, name not in NOT_NEGATIVE, part))
             found.append((key, value, parts))
