@@ -1,10 +1,23 @@
-"""State dicts: ours are torch.optim's schema, and loading one changes nothing unless it fits."""
+"""State dicts: ours are torch.optim's schema, and loading one changes nothing unless it fits.
+
+One key more than torch's, ``fusedopt``, holds what torch has no place for: fastai's flags and how far the model is
+frozen. fastai's own checkpoints (``state`` a list in the order of the parameters, ``hypers`` a dict per group) are
+converted when they are loaded, and `to_fastai` makes one.
+"""
 
 from __future__ import annotations
 
+import copy
+import itertools
+import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .callback import arguments_of
+from .names import check as check_hyper
+from .names import number, plain
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -13,12 +26,20 @@ COUNTERS = ("step", "mu_product")
 """Numbers that torch's schema keeps as 0-d float32 tensors."""
 FLAGS = ("do_wd", "force_train")
 """State that describes a parameter (fastai sets it) rather than what the optimizer has learnt about it."""
+OWN = ("foreach", "fused", "capturable", "differentiable")
+"""Group keys that say how to run and not what to compute: a checkpoint does not decide them."""
+EXTRA = "fusedopt"
+VERSION = 1
 
 
 def count(step: torch.Tensor) -> int | float:
     """A counter tensor as the Python number it stands for."""
     value = step.item()
     return int(value) if float(value).is_integer() else value
+
+
+# --
+# Saving
 
 
 def to_torch(opt: Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
@@ -40,15 +61,116 @@ def _as_tensor(key: str, value: Any) -> Any:
     return single if single.item() == value else single.new_tensor(value, dtype=torch.float64)
 
 
+def extra(opt: Optimizer) -> dict[str, Any]:
+    """What torch's schema has no place for; empty if there is nothing to say."""
+    params = itertools.chain.from_iterable(group["params"] for group in opt.param_groups)
+    flags = {i: found for i, p in enumerate(params) if (found := _flags(opt.state.get(p, {})))}
+    if not flags and not opt.frozen_idx:
+        return {}
+    return {"version": VERSION, "flags": flags, "frozen_idx": opt.frozen_idx}
+
+
+def _flags(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in state.items() if k in FLAGS}
+
+
+def to_fastai(opt: Optimizer) -> dict[str, Any]:
+    """A checkpoint for ``fastai.optimizer.Optimizer.load_state_dict``, and for fastai's ``Lookahead``.
+
+    Tensors are the live ones. Warns about state that fastai's optimizers have no name for, and leaves it out.
+    """
+    state: list[dict[str, Any]] = []
+    slow: list[list[Any]] = []
+    counts, lost = [0], set()
+    for group in opt.param_groups:
+        found = [opt.state.get(p, {}) for p in group["params"]]
+        slow.append([s.get("slow") for s in found])
+        counts += [s.get("lookahead_count", 0) for s in found]
+        for stored in found:
+            named = {opt.callback_name_of(k): v for k, v in stored.items()}
+            if foreign := _foreign_momentum(opt, group, stored, torchs=False):
+                lost.add(foreign)
+                named.pop(foreign)
+            lost |= named.keys() - {*FASTAI, *FLAGS, *LOOKAHEAD}
+            state.append({k: v for k, v in named.items() if k in (*FASTAI, *FLAGS)})
+    if lost:
+        warnings.warn(f"fastai has no such state, so it is left out: {', '.join(sorted(lost))}", stacklevel=3)
+    out = {"state": state, "hypers": [dict(h) for h in opt.hypers]}
+    looks_ahead = any(s is not None for group in slow for s in group)
+    return out | ({"count": max(counts), "slow_weights": slow} if looks_ahead else {})
+
+
+FASTAI = ("grad_avg", "sqr_avg", "step", "local_lr")
+"""State of fastai's optimizers, and of ours under the names callbacks use."""
+LOOKAHEAD = ("slow", "lookahead_count")
+"""State that fastai keeps with its Lookahead rather than with parameters."""
+
+
+# --
+# Loading
+
+
+class Load:
+    """One load, as a hook before torch's and one after it.
+
+    ``prepare`` does whatever can fail while nothing has changed yet. It runs after the hooks of others, and ``finish``
+    before theirs, so that both see what they would see with torch's own optimizers.
+    """
+
+    def __init__(self, opt: Optimizer) -> None:
+        self.opt = opt
+
+    def prepare(self, _: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Check and copy; returns what is left for torch to do: groups, and state of no parameter."""
+        opt = self.opt
+        if "hypers" in state_dict:
+            state_dict = _from_fastai(opt, state_dict)
+        check(opt, state_dict)
+        saved, pairs = state_dict["param_groups"], _pairs(opt, state_dict)
+        flags = {p: _flags(s) for p, s in opt.state.items()}
+        own = state_dict.get(EXTRA, {})
+        if own:
+            flags |= {p: own["flags"].get(i, {}) for i, (p, *_) in enumerate(pairs)}
+        self.frozen_idx = own.get("frozen_idx", opt.frozen_idx)
+        self.state: dict[torch.Tensor, dict[str, Any]] = {}
+        lost: dict[str, None] = {}
+        for p, where, state in pairs:
+            group = saved[where[0]]
+            foreign = _foreign_momentum(opt, group, state, torchs=_takes(opt, "momentum_buffer"))
+            lost |= {foreign: None} if foreign else {}
+            kept = {k: _copied(k, v, p) for k, v in state.items() if k not in (*FLAGS, foreign)}
+            self.state |= {p: kept} if kept else {}
+        for p, kept in flags.items():
+            if kept:
+                self.state[p] = {**self.state.get(p, {}), **kept}
+        if lost:
+            warnings.warn(
+                f"the checkpoint's {', '.join(lost)} cannot be used: RMSProp's momentum averages gradients in fastai "
+                "and steps in torch.optim; it starts again from zero",
+                stacklevel=5,
+            )
+        groups = [_group(live, theirs) for live, theirs in zip(opt.param_groups, saved, strict=True)]
+        ids = {i for group in saved for i in group["params"]}
+        strange = {k: v for k, v in state_dict["state"].items() if k not in ids}
+        return {**state_dict, "param_groups": groups, "state": strange}
+
+    def finish(self, _: Any) -> None:
+        """Put in place what ``prepare`` has made."""
+        self.opt.state.update(self.state)
+        self.opt.frozen_idx = self.frozen_idx
+
+
 def check(opt: Optimizer, state_dict: dict[str, Any]) -> None:
     """Raise ValueError, naming the parameter, if state tensors do not fit the parameters they are for."""
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("a state dict has the keys 'state' and 'param_groups'")
-    for p, where, state in _pairs(opt, state_dict):
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("a state dict has the keys 'state' and 'param_groups' (or, of fastai, 'hypers')")
+    for p, (g, i), state in _pairs(opt, state_dict):
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and not _fits(value.shape, p.shape):
                 shapes = f"{tuple(value.shape)}, and the parameter is {tuple(p.shape)}"
-                raise ValueError(f"loaded state dict: {key!r} of {where} has shape {shapes}")
+                raise ValueError(
+                    f"loaded state dict: {key!r} of parameter {i} of group {g} has shape {shapes}"
+                )
 
 
 def _fits(shape: torch.Size, param: torch.Size) -> bool:
@@ -59,30 +181,87 @@ def _fits(shape: torch.Size, param: torch.Size) -> bool:
     )
 
 
-def _pairs(opt: Optimizer, state_dict: dict[str, Any]) -> list[tuple[torch.Tensor, str, dict[str, Any]]]:
-    """Each parameter with its saved state; ids in the state dict are opaque, only their order counts."""
+Pair = tuple[torch.Tensor, tuple[int, int], dict[str, Any]]
+
+
+def _pairs(opt: Optimizer, state_dict: dict[str, Any]) -> list[Pair]:
+    """Each parameter with its group, place and saved state; ids are opaque, only their order counts."""
     live, saved = opt.param_groups, state_dict["param_groups"]
-    if len(live) != len(saved):
-        raise ValueError(f"loaded state dict has {len(saved)} parameter groups, the optimizer {len(live)}")
+    _check_count(len(saved), len(live), "parameter groups")
     out = []
     for g, (ours, theirs) in enumerate(zip(live, saved, strict=True)):
-        if len(ours["params"]) != len(theirs["params"]):
-            sizes = f"{len(theirs['params'])} parameters in group {g}, the optimizer {len(ours['params'])}"
-            raise ValueError(f"loaded state dict has {sizes}")
+        _check_count(len(theirs["params"]), len(ours["params"]), f"parameters in group {g}")
         for i, (p, key) in enumerate(zip(ours["params"], theirs["params"], strict=True)):
-            out.append((p, f"parameter {i} of group {g}", state_dict["state"].get(key, {})))
+            out.append((p, (g, i), state_dict["state"].get(key, {})))
     return out
 
 
-def finish_load(opt: Optimizer, state_dict: dict[str, Any], flags: dict[Any, dict[str, Any]]) -> None:
-    """After torch's load: our copies of the tensors, each in its own dtype, counters as numbers, flags back."""
-    for p, _, saved in _pairs(opt, state_dict):
-        for key, value in saved.items():
-            if key in COUNTERS and isinstance(value, torch.Tensor):
-                opt.state[p][key] = count(value)
-            elif isinstance(value, torch.Tensor):
-                # torch casts state to the parameter's dtype, and shares tensors that need no cast.
-                opt.state[p][key] = value.detach().to(p.device, copy=True)
-    for p, kept in flags.items():
-        if kept:
-            opt.state[p].update(kept)
+def _check_count(saved: int, live: int, what: str) -> None:
+    if saved != live:
+        raise ValueError(f"loaded state dict has {saved} {what}, the optimizer {live}")
+
+
+def _copied(key: str, value: Any, p: torch.Tensor) -> Any:
+    """Our own copy: a counter as a number, a tensor in its own dtype (torch would cast it to the parameter's)."""
+    if isinstance(value, torch.Tensor):
+        counter = key in COUNTERS and value.numel() == 1
+        return count(value) if counter else value.detach().to(p.device, copy=True)
+    if isinstance(value, dict):
+        return {k: _copied(k, v, p) for k, v in value.items()}
+    return copy.deepcopy(plain(value))
+
+
+def _group(live: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved group, but for how to run, which stays as it is here. (torch fills in defaults.)"""
+    return {**saved, **{k: v for k, v in live.items() if k in OWN}}
+
+
+def _from_fastai(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """fastai's checkpoint in torch's schema, with state under the names this optimizer stores it by."""
+    hypers, states = state_dict["hypers"], list(state_dict["state"])
+    sizes = [len(group["params"]) for group in opt.param_groups]
+    _check_count(len(hypers), len(sizes), "parameter groups")
+    _check_count(len(states), sum(sizes), "parameters")
+    ids = iter(range(len(states)))
+    groups = []
+    for size, values in zip(sizes, hypers, strict=True):
+        group: dict[str, Any] = {"params": list(itertools.islice(ids, size))}
+        for name, value in values.items():
+            value = number(value)
+            check_hyper(name, value)
+            opt.hyper_map.write(group, name, value)
+        groups.append(group)
+    state = {
+        i: {opt.stored_name_of(k): v for k, v in s.items() if k not in FLAGS} for i, s in enumerate(states)
+    }
+    slow = list(itertools.chain.from_iterable(state_dict.get("slow_weights") or ()))
+    if slow and _takes(opt, "slow"):
+        for i, weights in enumerate(slow):
+            state[i] |= {"slow": weights, "lookahead_count": state_dict["count"]}
+    elif slow:
+        warnings.warn(
+            "the checkpoint's slow_weights are left out: this optimizer does not look ahead", stacklevel=6
+        )
+    flags = {i: found for i, s in enumerate(states) if (found := _flags(s))}
+    own = {EXTRA: {"flags": flags, "frozen_idx": opt.frozen_idx}} if flags else {}
+    return {"state": {i: s for i, s in state.items() if s}, "param_groups": groups, **own}
+
+
+def _takes(opt: Optimizer, name: str) -> bool:
+    """Whether some callback has an argument of this name."""
+    return any(name in arguments_of(cb) for cb in opt.cbs)
+
+
+def _foreign_momentum(
+    opt: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], *, torchs: bool
+) -> str | None:
+    """The key of an RMSProp's state that the other library's RMSProp cannot use, if there is one.
+
+    Momentum is an average of gradients in fastai (``grad_avg``) and of steps in torch (``momentum_buffer``), where a
+    ``grad_avg`` is the mean that a centered RMSprop subtracts. ``torchs``: it is for torch's.
+    """
+    if "square_avg" not in state:
+        return None
+    centered = bool(group.get("centered"))
+    key = "momentum_buffer" if "momentum_buffer" in state and not torchs else "grad_avg"
+    return key if key in state and (key == "momentum_buffer" or centered != torchs) else None

@@ -1,7 +1,8 @@
 """fastai's optimizers by name: the signatures, defaults and meaning of ``fastai.optimizer``.
 
-Each is a short list of callbacks handed to `Optimizer`. What differs from fastai is said in the docstring of
-the function (here) or of the callback (`fusedopt.callbacks`) that differs.
+Each is a short list of callbacks handed to `Optimizer`. What differs from fastai is said in the docstring of the
+function (here) or of the callback (`fusedopt.callbacks`) that differs. In ``opt.state`` and in checkpoints, averages
+have torch's names (``exp_avg``, ``exp_avg_sq``, ``square_avg``, ``momentum_buffer``); callbacks get fastai's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ from .callbacks import (
 )
 from .optimizer import Optimizer
 
+# What checkpoints call the state, so that they load into the matching class of torch.optim.
+_MOMENTS = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+_MOMENTUM = {"grad_avg": "momentum_buffer"}
+_SQUARES = {"sqr_avg": "square_avg"}
+_RMS_HYPERS = {"mom": "momentum", "sqr_mom": "alpha"}
+
 __all__ = ["SGD", "Adam", "Lamb", "Larc", "Lookahead", "QHAdam", "RAdam", "RMSProp", "ranger"]
 
 
@@ -49,7 +56,9 @@ def SGD(params: Any, lr: Any, mom: float = 0.0, wd: float = 0.0, decouple_wd: bo
     ``mom`` (`fit_one_cycle`) changes nothing. `wd` is true weight decay, or L2 with ``decouple_wd=False``.
     """
     momentum = [average_grad, momentum_step] if mom != 0 else [sgd_step]
-    return Optimizer(params, [_decay(decouple_wd), *momentum], title="SGD", lr=lr, mom=mom, wd=wd)
+    return Optimizer(
+        params, [_decay(decouple_wd), *momentum], title="SGD", state_names=_MOMENTUM, lr=lr, mom=mom, wd=wd
+    )
 
 
 def RMSProp(
@@ -63,11 +72,14 @@ def RMSProp(
 ) -> Optimizer:
     """RMSProp, with momentum over the raw gradients if `mom` is not 0 here.
 
-    Deviations: `eps` counts (fastai takes it and drops it, so its value is always 1e-8 there).
+    Deviations: `eps` counts (fastai takes it and drops it, so its value is always 1e-8 there). Steps are counted, which
+    torch's checkpoints need. The average of raw gradients keeps its name ``grad_avg``: torch.optim.RMSprop's
+    ``momentum_buffer`` is an average of steps, and neither can be made from the other.
     """
     momentum = [average_grad] if mom != 0 else []
-    cbs = [_decay(decouple_wd), *momentum, average_sqr_grad, rms_prop_step]
-    return Optimizer(params, cbs, title="RMSProp", lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    cbs = [_decay(decouple_wd), *momentum, average_sqr_grad, step_stat, rms_prop_step]
+    names: dict[str, Any] = dict(state_names=_SQUARES, hyper_names=_RMS_HYPERS)
+    return Optimizer(params, cbs, title="RMSProp", **names, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 
 def Adam(
@@ -81,7 +93,9 @@ def Adam(
 ) -> Optimizer:
     """Adam with true weight decay (AdamW), or with L2 regularization for ``decouple_wd=False``."""
     cbs = _moments(decouple_wd, adam_step)
-    return Optimizer(params, cbs, title="Adam", lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return Optimizer(
+        params, cbs, title="Adam", state_names=_MOMENTS, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+    )
 
 
 def RAdam(
@@ -96,7 +110,18 @@ def RAdam(
 ) -> Optimizer:
     """Rectified Adam; `beta` other than 0 softens the denominator (SAdam)."""
     cbs = _moments(decouple_wd, radam_step)
-    return Optimizer(params, cbs, title="RAdam", lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
+    return Optimizer(
+        params,
+        cbs,
+        title="RAdam",
+        state_names=_MOMENTS,
+        lr=lr,
+        mom=mom,
+        sqr_mom=sqr_mom,
+        eps=eps,
+        wd=wd,
+        beta=beta,
+    )
 
 
 def QHAdam(
@@ -113,7 +138,17 @@ def QHAdam(
     """Quasi-hyperbolic Adam: `nu_1` and `nu_2` weigh the averages against this step's own gradient."""
     cbs = _moments(decouple_wd, qhadam_step)
     return Optimizer(
-        params, cbs, title="QHAdam", lr=lr, nu_1=nu_1, nu_2=nu_2, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+        params,
+        cbs,
+        title="QHAdam",
+        state_names=_MOMENTS,
+        lr=lr,
+        nu_1=nu_1,
+        nu_2=nu_2,
+        mom=mom,
+        sqr_mom=sqr_mom,
+        eps=eps,
+        wd=wd,
     )
 
 
@@ -130,7 +165,17 @@ def Larc(
     """LARC, or LARS for ``clip=False``: one learning rate per tensor; momentum if `mom` is not 0 here."""
     momentum = [average_grad] if mom != 0 else []
     cbs = [_decay(decouple_wd), *momentum, partial(larc_layer_lr, clip=clip), larc_step]
-    return Optimizer(params, cbs, title="Larc", lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd)
+    return Optimizer(
+        params,
+        cbs,
+        title="Larc",
+        state_names=_MOMENTUM,
+        lr=lr,
+        mom=mom,
+        trust_coeff=trust_coeff,
+        eps=eps,
+        wd=wd,
+    )
 
 
 def Lamb(
@@ -144,7 +189,9 @@ def Lamb(
 ) -> Optimizer:
     """LAMB: Adam's step scaled, tensor by tensor, to the size of the parameter."""
     cbs = _moments(decouple_wd, lamb_step)
-    return Optimizer(params, cbs, title="Lamb", lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return Optimizer(
+        params, cbs, title="Lamb", state_names=_MOMENTS, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+    )
 
 
 def Lookahead(opt: Optimizer, k: int = 6, alpha: float = 0.5) -> Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import warnings
@@ -215,12 +216,16 @@ class Optimizer(torch.optim.Optimizer):
         for item in todo:
             live = self.state[item.home]
             if item.state is not live:
-                live.update((self._stored.get(k, k), v) for k, v in item.state.items())
+                live.update((self.stored_name_of(k), v) for k, v in item.state.items())
         self._warm = record(self, launched)
 
     def callback_name_of(self, stored: str) -> str:
         """The callback argument that a key of ``opt.state[p]`` is handed to."""
         return self._called.get(stored, stored)
+
+    def stored_name_of(self, name: str) -> str:
+        """The key of ``opt.state[p]`` where what callbacks call this is kept."""
+        return self._stored.get(name, name)
 
     def _items(self, pretend: bool = False) -> list[Item]:
         """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it)."""
@@ -246,21 +251,44 @@ class Optimizer(torch.optim.Optimizer):
         return {self._called.get(k, k): v for k, v in live.items()} if self._called or not live else live
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in torch.optim's schema. Tensors are the live ones."""
+        """The state in torch.optim's schema, plus ``"fusedopt"`` if fastai's flags are set. Tensors are live."""
         live = self.state
-        try:
-            super().__setattr__("state", checkpoint.to_torch(self))
-            return super().state_dict()
-        finally:
-            self.state = live
+
+        def translate(opt: torch.optim.Optimizer) -> None:
+            object.__setattr__(opt, "state", checkpoint.to_torch(self))
+
+        def complete(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            state_dict.update({checkpoint.EXTRA: found} if (found := checkpoint.extra(self)) else {})
+
+        with (
+            contextlib.ExitStack() as hooks
+        ):  # the innermost ones, so that the hooks of others see what they expect
+            hooks.callback(self.register_state_dict_pre_hook(translate).remove)
+            hooks.callback(self.register_state_dict_post_hook(complete, prepend=True).remove)
+            try:
+                return super().state_dict()
+            finally:
+                self.state = live
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state dict. Raises ValueError, changing nothing, if it does not fit."""
-        checkpoint.check(self, state_dict)
-        flags = {p: {k: v for k, v in s.items() if k in FLAGS} for p, s in self.state.items()}
-        self._warm = None  # it holds on to the old tensors
-        super().load_state_dict(state_dict)
-        checkpoint.finish_load(self, state_dict, flags)
+        """Take over a state dict of ours, of torch.optim's matching optimizer, or of fastai's.
+
+        Nothing is shared with it, and every tensor keeps its dtype. State that the same rule of the other library
+        means differently (RMSProp's momentum) is left out with a warning. Raises ValueError, changing nothing, if it
+        does not fit.
+        """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"a state dict is a dict, not a {type(state_dict).__name__}")
+        load = checkpoint.Load(self)
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self.register_load_state_dict_pre_hook(load.prepare).remove)
+            hooks.callback(self.register_load_state_dict_post_hook(load.finish, prepend=True).remove)
+            super().load_state_dict(state_dict)
+            self._warm = None  # it holds on to the old tensors
+
+    def to_fastai_state_dict(self) -> dict[str, Any]:
+        """The state as fastai's own optimizers save and load it (fastai cannot read torch's schema)."""
+        return checkpoint.to_fastai(self)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("cbs", "backend", "state_dtype", "state_names", "hyper_names", "frozen_idx", "title")

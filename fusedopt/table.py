@@ -95,9 +95,7 @@ def _variants(
     return tuple(Variant(k, state, bytes, first) for k in kwargs)
 
 
-_AVG, _SQR = ("grad_avg",), ("sqr_avg",)
-_BOTH = _AVG + _SQR
-_EXP = ("exp_avg", "exp_avg_sq")
+_MOMENTUM, _EXP = ("momentum_buffer",), ("exp_avg", "exp_avg_sq")
 
 _FASTAI = (
     Row(
@@ -106,15 +104,19 @@ _FASTAI = (
         named.SGD,
         "fastai.optimizer.SGD",
         _variants((), 12, dict(lr=0.1, wd=0.01), dict(lr=0.1, wd=0.01, decouple_wd=False))
-        + _variants(_AVG, 20, dict(lr=0.03, mom=0.9), dict(lr=0.03, mom=0.9, wd=0.01, decouple_wd=False)),
+        + _variants(
+            _MOMENTUM, 20, dict(lr=0.03, mom=0.9), dict(lr=0.03, mom=0.9, wd=0.01, decouple_wd=False)
+        ),
     ),
     Row(
         "RMSProp",
         "fastai",
         named.RMSProp,
         "fastai.optimizer.RMSProp",
-        _variants(_SQR, 20, dict(lr=0.01, wd=0.01))
-        + _variants(_BOTH, 28, dict(lr=0.003, mom=0.9, sqr_mom=0.95, wd=0.01, decouple_wd=False)),
+        _variants(("square_avg",), 20, dict(lr=0.01, wd=0.01))
+        + _variants(
+            ("square_avg", "grad_avg"), 28, dict(lr=0.003, mom=0.9, sqr_mom=0.95, wd=0.01, decouple_wd=False)
+        ),
     ),
     Row(
         "Adam",
@@ -122,7 +124,7 @@ _FASTAI = (
         named.Adam,
         "fastai.optimizer.Adam",
         _variants(
-            _BOTH,
+            _EXP,
             28,
             dict(lr=0.01),
             dict(lr=0.01, mom=0.8, sqr_mom=0.95, eps=1e-3, wd=0.1, decouple_wd=False),
@@ -134,7 +136,7 @@ _FASTAI = (
         named.RAdam,
         "fastai.optimizer.RAdam",
         _variants(
-            _BOTH,
+            _EXP,
             28,
             dict(lr=0.01, wd=0.01),
             dict(lr=0.01, eps=1e-3, wd=0.1, decouple_wd=False),
@@ -148,7 +150,7 @@ _FASTAI = (
         named.QHAdam,
         "fastai.optimizer.QHAdam",
         _variants(
-            _BOTH, 28, dict(lr=0.01, wd=0.01), dict(lr=0.01, nu_1=0.5, nu_2=0.8, wd=0.1, decouple_wd=False)
+            _EXP, 28, dict(lr=0.01, wd=0.01), dict(lr=0.01, nu_1=0.5, nu_2=0.8, wd=0.1, decouple_wd=False)
         ),
     ),
     Row(
@@ -156,7 +158,9 @@ _FASTAI = (
         "fastai",
         named.Larc,
         "fastai.optimizer.Larc",
-        _variants(_AVG, 28, dict(lr=0.03, wd=0.01), dict(lr=0.03, clip=False, wd=0.01, decouple_wd=False))
+        _variants(
+            _MOMENTUM, 28, dict(lr=0.03, wd=0.01), dict(lr=0.03, clip=False, wd=0.01, decouple_wd=False)
+        )
         + _variants((), 20, dict(lr=0.1, mom=0.0, trust_coeff=0.5, wd=0.01)),
         reductions=True,
     ),
@@ -165,7 +169,7 @@ _FASTAI = (
         "fastai",
         named.Lamb,
         "fastai.optimizer.Lamb",
-        _variants(_BOTH, 44, dict(lr=0.01, wd=0.01), dict(lr=0.01, eps=1e-3, wd=0.1, decouple_wd=False)),
+        _variants(_EXP, 44, dict(lr=0.01, wd=0.01), dict(lr=0.01, eps=1e-3, wd=0.1, decouple_wd=False)),
         reductions=True,
     ),
     Row(
@@ -174,7 +178,7 @@ _FASTAI = (
         _lookahead_of_sgd,
         "fastai.optimizer.Lookahead",
         _variants(("slow",), 12, dict(lr=0.1, wd=0.01), first=True)
-        + _variants((*_AVG, "slow"), 20, dict(lr=0.03, mom=0.9, k=3, alpha=0.8), first=True),
+        + _variants((*_MOMENTUM, "slow"), 20, dict(lr=0.03, mom=0.9, k=3, alpha=0.8), first=True),
         changes_structure=True,
     ),
     Row(
@@ -182,7 +186,7 @@ _FASTAI = (
         "fastai",
         named.ranger,
         "fastai.optimizer.ranger",
-        _variants((*_BOTH, "slow"), 28, dict(lr=0.01), dict(lr=0.01, k=3, alpha=0.3, beta=50.0), first=True),
+        _variants((*_EXP, "slow"), 28, dict(lr=0.01), dict(lr=0.01, k=3, alpha=0.3, beta=50.0), first=True),
         changes_structure=True,
     ),
 )
@@ -193,10 +197,10 @@ _TORCH = (
         "torch",
         optim.SGD,
         "torch.optim.SGD",
-        _variants(("momentum_buffer",), 20, dict(lr=0.03, momentum=0.9, weight_decay=0.01))
+        _variants(_MOMENTUM, 20, dict(lr=0.03, momentum=0.9, weight_decay=0.01))
         + _variants((), 12, dict(lr=0.1), dict(lr=0.1, weight_decay=0.01, maximize=True))
-        + _variants(("momentum_buffer",), 20, dict(lr=0.03, momentum=0.9, nesterov=True, weight_decay=0.01))
-        + _variants(("momentum_buffer",), 20, dict(lr=0.03, momentum=0.8, dampening=0.3), first=True),
+        + _variants(_MOMENTUM, 20, dict(lr=0.03, momentum=0.9, nesterov=True, weight_decay=0.01))
+        + _variants(_MOMENTUM, 20, dict(lr=0.03, momentum=0.8, dampening=0.3), first=True),
         torch_fused=True,
     ),
     Row(

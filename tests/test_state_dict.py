@@ -94,7 +94,7 @@ def test_mutation_a_lost_moment_is_noticed(monkeypatch):
     def forgetful(self, state_dict):
         load(self, state_dict)
         for state in self.state.values():
-            state["grad_avg"].zero_()
+            state["exp_avg"].zero_()
 
     monkeypatch.setattr(fusedopt.Optimizer, "load_state_dict", forgetful)
     with pytest.raises(AssertionError):
