@@ -4,6 +4,9 @@ Everything is in float64, so that two ways of rounding stay about 1e-15 apart, a
 thousandth in one hyperparameter is noticed. Where there is a difference on purpose, a test says which.
 """
 
+import copy
+import pickle
+import sys
 import warnings
 from functools import partial
 
@@ -21,10 +24,11 @@ with warnings.catch_warnings():
     import fastai.callback.all as fa
     import fastai.distributed  # noqa: F401  gives the Learner to_parallel
     import fastai.optimizer as fastai_optimizer
+    from fastai.callback import fp16
     from fastai.callback.core import Callback, noop
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
-    from fastai.learner import Learner
+    from fastai.learner import Learner, load_learner
     from fastai.optimizer import OptimWrapper
     from fastai.torch_core import trainable_params
     from fastcore.foundation import L
@@ -527,3 +531,274 @@ def test_frozen_layers_do_not_move(tmp_path):
         learn.fit(1, wd=0.1)
         moved[side] = max((p.detach() - before).abs().max().item() for p, before in frozen)
     assert moved["ours"] == 0.0 < moved["theirs"]
+
+
+def test_hypers_an_optimizer_has_no_use_for_are_kept_and_read_back(tmp_path):
+    """A cycle sets ``mom`` on any optimizer; fastai's wrapper of a torch optimizer without momentum raises KeyError."""
+    train_both(
+        lambda learn: learn.fit_one_cycle(1, moms=(0.5, 0.4, 0.5)),
+        tmp_path,
+        lambda params, lr: fusedopt.Optimizer(params, [fusedopt.weight_decay, fusedopt.sgd_step], lr=lr),
+        lambda params, lr: fastai_optimizer.Optimizer(
+            params, [fastai_optimizer.weight_decay, fastai_optimizer.sgd_step], lr=lr
+        ),
+    )
+    learn = make_learner(lambda params, lr: fusedopt.optim.Adagrad(params, lr=lr), tmp_path)
+    learn.fit_one_cycle(1, moms=(0.5, 0.4, 0.5))
+    assert learn.opt.hypers[-1]["mom"] == learn.recorder.hps["mom"][-1] > 0.4
+    wrapped = make_learner(partial(OptimWrapper, opt=torch.optim.Adagrad), tmp_path)
+    with pytest.raises(KeyError, match="mom"):
+        wrapped.fit_one_cycle(1)
+
+
+def test_torchs_face_obeys_fastais_flags_and_schedules(tmp_path):
+    """Behind OptimWrapper, torch's own sees neither the flags nor that ReduceLROnPlateau writes to its hypers."""
+    learn = make_learner(
+        lambda params, lr: fusedopt.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), eps=1e-5), tmp_path / "ours"
+    )
+    other = make_learner(fastai_optimizer.Adam, tmp_path / "theirs")
+    wrapped = make_learner(
+        partial(OptimWrapper, opt=torch.optim.AdamW, betas=(0.9, 0.99), eps=1e-5), tmp_path / "wrapped"
+    )
+    for one in (learn, other, wrapped):
+        one.fit_one_cycle(2)
+        one.fit(3, 0.01, cbs=fa.ReduceLROnPlateau(patience=1, min_delta=10.0))
+    assert_same_training(learn, other)
+    assert learn.opt.param_groups[0]["lr"] == pytest.approx(1e-4)
+    assert wrapped.opt.hypers[0]["lr"] == 0.01
+
+
+def test_a_learning_rate_in_a_tensor_is_recorded_as_numbers(tmp_path):
+    rate = torch.tensor(0.0)
+
+    def opt_func(params, lr):
+        return fusedopt.optim.AdamW(params, lr=rate)
+
+    learn = make_learner(opt_func, tmp_path, splitter=trainable_params)
+    learn.fit_one_cycle(2, 0.01)
+    assert all(type(lr) is float for lr in learn.recorder.lrs) and len(set(learn.recorder.lrs)) > BATCHES
+    assert learn.opt.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(learn.recorder.lrs[-1])
+
+
+def test_groups_hold_plain_numbers_after_a_cycle(tmp_path):
+    """fastai sets numpy's, which no safe checkpoint may hold."""
+    learn = make_learner(fusedopt.Adam, tmp_path)
+    learn.fit_one_cycle(1, slice(1e-3, 1e-2))
+    kinds = {type(v) for h in learn.opt.hypers for v in h.values()}
+    kinds |= {type(beta) for group in learn.opt.param_groups for beta in group["betas"]}
+    assert kinds == {float}
+    torch.save(learn.opt.state_dict(), tmp_path / "opt.pth", pickle_protocol=2)
+    assert torch.load(tmp_path / "opt.pth", weights_only=True)["param_groups"][0]["betas"][1] == 0.99
+
+
+# --
+# Flags, and what is saved
+
+
+@pytest.fixture
+def trained(tmp_path):
+    learn = make_learner(fusedopt.Adam, tmp_path)
+    learn.fit(1)
+    return learn
+
+
+def snapshot(learn):
+    """The optimizer's numbers and tensors, by parameter name."""
+    names = {p: n for n, p in params_of(learn).items()}
+    state = {
+        (names[p], k): v.clone() if isinstance(v, torch.Tensor) else v
+        for p, s in learn.opt.state.items()
+        for k, v in s.items()
+    }
+    return state, [dict(h) for h in learn.opt.hypers]
+
+
+def assert_same_snapshot(a, b):
+    assert a[1] == b[1] and a[0].keys() == b[0].keys()
+    for key, value in a[0].items():
+        assert torch.equal(value, b[0][key]) if isinstance(value, torch.Tensor) else value == b[0][key], key
+
+
+def test_flags_say_which_parameters_decay_and_train(trained):
+    expected = {n: {"do_wd": False} for n in params_of(trained) if n.endswith("bias")}
+    expected |= {n: {"do_wd": False, "force_train": True} for n in ("0.1.weight", "0.1.bias")}
+    assert flags_of(trained) == expected
+    trained.opt.clear_state()
+    assert flags_of(trained) == expected
+    assert {k for state in trained.opt.state.values() for k in state} == {"do_wd", "force_train"}
+
+
+def test_a_search_leaves_the_optimizer_as_it_was(trained):
+    """Also where it has not stepped, so that there is no state to come back; and it finds the same again."""
+    before = snapshot(trained)
+    curves = []
+    for _ in range(2):
+        trained.lr_find(num_it=10, end_lr=1.0, show_plot=False)
+        curves.append(list(trained.recorder.losses))
+        assert_same_snapshot(snapshot(trained), before)
+    assert curves[0] == curves[1]
+    trained.create_opt()
+    before = snapshot(trained)
+    trained.lr_find(num_it=10, show_plot=False)
+    after = snapshot(trained)
+    assert {k for _, k in after[0]} == {"do_wd", "force_train"}
+    assert after[0] == before[0]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda learn: pickle.loads(pickle.dumps(learn))])
+def test_a_copied_learner_goes_on_alike_with_its_own_parameters(duplicate, trained):
+    trained.freeze_to(1)
+    trained.fit(1)
+    twin = duplicate(trained)
+    own = {id(p) for p in twin.model.parameters()}
+    assert {id(p) for p in twin.opt.state} == own == {id(p) for group in twin.opt.param_lists for p in group}
+    assert not own & {id(p) for p in trained.model.parameters()}
+    assert flags_of(twin) == flags_of(trained) != {} and twin.opt.frozen_idx == 1
+    for learn in (trained, twin):
+        learn.fit_one_cycle(1)
+    assert_same_training(twin, trained)
+
+
+def test_an_exported_learner_trains_on_where_there_is_no_triton(trained, monkeypatch):
+    """Exports carry no optimizer, but the function that makes it: a new one of ours is made after loading."""
+    before = snapshot(trained)
+    trained.export("export.pkl")
+    assert_same_snapshot(snapshot(trained), before)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.warns(UserWarning, match="insecure pickle"):  # so does fastai's load_learner on every call
+        loaded = load_learner(trained.path / "export.pkl")
+    assert loaded.opt is None and loaded.opt_func is fusedopt.Adam
+    loaded.dls = trained.dls
+    trained.create_opt()
+    for learn in (loaded, trained):
+        learn.fit(1)
+    assert_same_training(loaded, trained)
+    assert flags_of(loaded) == flags_of(trained)
+
+
+def test_a_state_dict_can_be_loaded_twice_and_stays_as_it_was(trained):
+    saved = trained.opt.state_dict()
+    before = copy.deepcopy(saved)
+    for _ in range(2):
+        trained.create_opt()
+        trained.opt.load_state_dict(saved)
+        trained.fit(1)
+    assert saved.keys() == before.keys() and saved["param_groups"] == before["param_groups"]
+    for key, state in before["state"].items():
+        assert all(torch.equal(value, saved["state"][key][name]) for name, value in state.items())
+
+
+def test_norms_that_the_optimizer_never_got_are_flagged_and_saved_around(tmp_path):
+    """The default splitter leaves out what is frozen, but fastai flags it in the optimizer's state all the same."""
+
+    made = []
+
+    def scenario(learn):
+        learn.model[0].requires_grad_(False)
+        learn.fit(1)
+        made.append(flags_of(learn))
+        learn.save("saved")
+        learn.load("saved")
+        learn.lr_find(num_it=6, show_plot=False)
+        learn.fit(1)
+
+    ours, theirs = train_both(scenario, tmp_path, splitter=trainable_params)
+    assert made[0] == made[1] == flags_of(ours) and "0.1.weight" in made[0]
+    assert len(ours.opt.param_lists[0]) == 4 and "0.1.weight" not in flags_of(theirs), (
+        "fastai's load drops them"
+    )
+
+
+def test_summary_says_what_is_frozen_and_trains(trained):
+    """fastai reads ``frozen_idx`` and ``requires_grad`` for it."""
+    other = make_learner(fastai_optimizer.Adam, trained.path)
+    other.fit(1)
+    texts = []
+    for learn in (trained, other):
+        learn.freeze_to(1)
+        texts.append([line for line in learn.summary().splitlines() if not line.startswith("Optimizer used")])
+    assert texts[0] == texts[1] and "Model frozen up to parameter group #1" in texts[0]
+
+
+# --
+# Mixed precision
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """fastai's MixedPrecision asks for CUDA; the same on the CPU, in bfloat16, with a gradient scaler all the same."""
+    monkeypatch.setattr(fp16, "autocast", lambda device, dtype: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(fp16, "GradScaler", partial(make_scaler, init_scale=1024.0))
+
+
+def make_scaler(device, **kwargs):
+    return torch.amp.GradScaler("cpu", **kwargs)
+
+
+class BadBatch(Callback):
+    """One batch's gradients are infinite; checks that its step is left out."""
+
+    order = fp16.MixedPrecision.order - 1
+
+    def before_step(self):
+        self.bad = self.train_iter == 2
+        if self.bad:
+            self.learn.model[2].weight.grad.fill_(float("inf"))
+            self.before = [p.detach().clone() for p in self.learn.model.parameters()]
+
+    def after_cancel_step(self):
+        assert self.bad
+        self.skipped = all(
+            torch.equal(p, b) for p, b in zip(self.learn.model.parameters(), self.before, strict=True)
+        )
+
+
+def half_precision(learn):
+    learn.to_fp16()
+    learn.fit_one_cycle(1, cbs=[bad := BadBatch(), fa.GradientClip(1.0)])
+    assert bad.skipped
+    assert [h["lr"] for h in learn.opt.hypers] != []
+    learn.to_fp32()
+    learn.fit(1)
+
+
+def test_mixed_precision_trains_alike_and_leaves_out_bad_batches(on_cpu, tmp_path):
+    """The model runs in bfloat16, so rounding in float32 may be seen at bfloat16's size."""
+    ours, theirs = train_both(half_precision, tmp_path, dtype=torch.float32, tolerance=1e-3)
+    step = {side.opt.state[p]["step"] for side in (ours, theirs) for p in side.model.parameters()}
+    assert step == {2 * BATCHES - 1}, "one was left out"
+
+
+def test_bfloat16_trains_alike(on_cpu, tmp_path):
+    train_both(lambda learn: learn.to_bf16().fit(2), tmp_path, dtype=torch.float32, tolerance=1e-3)
+
+
+class SeemsToBeOnAGPU(Callback):
+    """fastai's older mixed precision refuses anything else. Batches stay where the model is."""
+
+    order = fp16.NonNativeMixedPrecision.order - 1
+
+    def before_fit(self):
+        self.dls._device = torch.device("cuda")
+
+    def after_fit(self):
+        self.dls._device = torch.device("cpu")
+
+
+def test_parameters_swapped_for_master_copies_train_alike_and_come_back(tmp_path):
+    """fastai's older mixed precision puts float32 copies of half-precision parameters into the optimizer for a fit.
+
+    Not with ``flat_master=True``: that needs gradients that are zeroed, and ours (as torch's) are gone after a step.
+    """
+
+    def scenario(learn):
+        learn.fit(1)
+        before = [[id(p) for p in group] for group in learn.opt.param_lists]
+        learn.to_non_native_fp16(dynamic=False, clip=0.5)
+        learn.fit(1, 0.005, cbs=SeemsToBeOnAGPU())
+        learn.to_non_native_fp32()
+        assert [[id(p) for p in group] for group in learn.opt.param_lists] == before
+        learn.fit(1, 0.005)
+
+    train_both(scenario, tmp_path, dtype=torch.float32, tolerance=1e-3)
