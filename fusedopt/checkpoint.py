@@ -61,10 +61,10 @@ def _as_tensor(key: str, value: Any) -> Any:
     return single if single.item() == value else single.new_tensor(value, dtype=torch.float64)
 
 
-def extra(opt: Optimizer) -> dict[str, Any]:
+def extra(opt: Optimizer, states: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
     """What torch's schema has no place for; empty if there is nothing to say."""
     params = itertools.chain.from_iterable(group["params"] for group in opt.param_groups)
-    flags = {i: found for i, p in enumerate(params) if (found := _flags(opt.state.get(p, {})))}
+    flags = {i: found for i, p in enumerate(params) if (found := _flags(states.get(p, {})))}
     if not flags and not opt.frozen_idx:
         return {}
     return {"version": VERSION, "flags": flags, "frozen_idx": opt.frozen_idx}
@@ -77,27 +77,32 @@ def _flags(state: Mapping[str, Any]) -> dict[str, Any]:
 def to_fastai(opt: Optimizer) -> dict[str, Any]:
     """A checkpoint for ``fastai.optimizer.Optimizer.load_state_dict``, and for fastai's ``Lookahead``.
 
-    Tensors are the live ones. Warns about state that fastai's optimizers have no name for, and leaves it out.
+    Tensors are copies, as fastai's loading makes none. Warns about state that fastai's optimizers have no name for, and
+    leaves it out.
     """
     state: list[dict[str, Any]] = []
     slow: list[list[Any]] = []
     counts, lost = [0], set()
     for group in opt.param_groups:
         found = [opt.state.get(p, {}) for p in group["params"]]
-        slow.append([s.get("slow") for s in found])
+        slow.append([_own(s.get("slow")) for s in found])
         counts += [s.get("lookahead_count", 0) for s in found]
         for stored in found:
             named = {opt.callback_name_of(k): v for k, v in stored.items()}
-            if foreign := _foreign_momentum(opt, group, stored, torchs=False):
-                lost.add(foreign)
-                named.pop(foreign)
-            lost |= named.keys() - {*FASTAI, *FLAGS, *LOOKAHEAD}
-            state.append({k: v for k, v in named.items() if k in (*FASTAI, *FLAGS)})
+            foreign = _foreign_momentum(group, stored, torchs=False)
+            lost |= foreign | named.keys() - {*FASTAI, *FLAGS, *LOOKAHEAD}
+            state.append(
+                {k: _own(v) for k, v in named.items() if k in (*FASTAI, *FLAGS) and k not in foreign}
+            )
     if lost:
         warnings.warn(f"fastai has no such state, so it is left out: {', '.join(sorted(lost))}", stacklevel=3)
     out = {"state": state, "hypers": [dict(h) for h in opt.hypers]}
     looks_ahead = any(s is not None for group in slow for s in group)
     return out | ({"count": max(counts), "slow_weights": slow} if looks_ahead else {})
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 FASTAI = ("grad_avg", "sqr_avg", "step", "local_lr")
@@ -133,20 +138,19 @@ class Load:
             flags |= {p: own["flags"].get(i, {}) for i, (p, *_) in enumerate(pairs)}
         self.frozen_idx = own.get("frozen_idx", opt.frozen_idx)
         self.state: dict[torch.Tensor, dict[str, Any]] = {}
-        lost: dict[str, None] = {}
+        lost: set[str] = set()
         for p, where, state in pairs:
-            group = saved[where[0]]
-            foreign = _foreign_momentum(opt, group, state, torchs=_takes(opt, "momentum_buffer"))
-            lost |= {foreign: None} if foreign else {}
-            kept = {k: _copied(k, v, p) for k, v in state.items() if k not in (*FLAGS, foreign)}
+            foreign = _foreign_momentum(saved[where[0]], state, torchs=_takes(opt, "momentum_buffer"))
+            lost |= foreign
+            kept = {k: _copied(k, v, p) for k, v in state.items() if k not in {*FLAGS, *foreign}}
             self.state |= {p: kept} if kept else {}
         for p, kept in flags.items():
             if kept:
                 self.state[p] = {**self.state.get(p, {}), **kept}
         if lost:
             warnings.warn(
-                f"the checkpoint's {', '.join(lost)} cannot be used: RMSProp's momentum averages gradients in fastai "
-                "and steps in torch.optim; it starts again from zero",
+                f"the checkpoint's {', '.join(sorted(lost))} cannot be used: RMSProp's momentum averages gradients in "
+                "fastai and steps in torch.optim; it starts again from zero",
                 stacklevel=5,
             )
         groups = [_group(live, theirs) for live, theirs in zip(opt.param_groups, saved, strict=True)]
@@ -252,16 +256,14 @@ def _takes(opt: Optimizer, name: str) -> bool:
     return any(name in arguments_of(cb) for cb in opt.cbs)
 
 
-def _foreign_momentum(
-    opt: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], *, torchs: bool
-) -> str | None:
-    """The key of an RMSProp's state that the other library's RMSProp cannot use, if there is one.
+def _foreign_momentum(group: Mapping[str, Any], state: Mapping[str, Any], *, torchs: bool) -> set[str]:
+    """The keys of an RMSProp's state that the other library's RMSProp cannot use.
 
     Momentum is an average of gradients in fastai (``grad_avg``) and of steps in torch (``momentum_buffer``), where a
     ``grad_avg`` is the mean that a centered RMSprop subtracts. ``torchs``: it is for torch's.
     """
     if "square_avg" not in state:
-        return None
-    centered = bool(group.get("centered"))
-    key = "momentum_buffer" if "momentum_buffer" in state and not torchs else "grad_avg"
-    return key if key in state and (key == "momentum_buffer" or centered != torchs) else None
+        return set()
+    its_mean = bool(group.get("centered"))
+    foreign = {"momentum_buffer"} if not torchs else set()
+    return (foreign | ({"grad_avg"} if its_mean != torchs else set())) & state.keys()

@@ -56,9 +56,9 @@ def SGD(params: Any, lr: Any, mom: float = 0.0, wd: float = 0.0, decouple_wd: bo
     ``mom`` (`fit_one_cycle`) changes nothing. `wd` is true weight decay, or L2 with ``decouple_wd=False``.
     """
     momentum = [average_grad, momentum_step] if mom != 0 else [sgd_step]
-    return Optimizer(
-        params, [_decay(decouple_wd), *momentum], title="SGD", state_names=_MOMENTUM, lr=lr, mom=mom, wd=wd
-    )
+    cbs = [_decay(decouple_wd), *momentum]
+    # torch.optim.SGD cannot load a checkpoint without dampening.
+    return Optimizer(params, cbs, title="SGD", state_names=_MOMENTUM, lr=lr, mom=mom, wd=wd, dampening=0)
 
 
 def RMSProp(

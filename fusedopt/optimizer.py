@@ -258,11 +258,10 @@ class Optimizer(torch.optim.Optimizer):
             object.__setattr__(opt, "state", checkpoint.to_torch(self))
 
         def complete(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            state_dict.update({checkpoint.EXTRA: found} if (found := checkpoint.extra(self)) else {})
+            state_dict.update({checkpoint.EXTRA: found} if (found := checkpoint.extra(self, live)) else {})
 
-        with (
-            contextlib.ExitStack() as hooks
-        ):  # the innermost ones, so that the hooks of others see what they expect
+        # Innermost, so that the hooks of others see what they expect.
+        with contextlib.ExitStack() as hooks:
             hooks.callback(self.register_state_dict_pre_hook(translate).remove)
             hooks.callback(self.register_state_dict_post_hook(complete, prepend=True).remove)
             try:
@@ -278,7 +277,9 @@ class Optimizer(torch.optim.Optimizer):
         does not fit.
         """
         if not isinstance(state_dict, dict):
-            raise ValueError(f"a state dict is a dict, not a {type(state_dict).__name__}")
+            raise ValueError(
+                f"a state dict has the keys 'state' and 'param_groups'; this is a {type(state_dict).__name__}"
+            )
         load = checkpoint.Load(self)
         with contextlib.ExitStack() as hooks:
             hooks.callback(self.register_load_state_dict_pre_hook(load.prepare).remove)
@@ -407,7 +408,9 @@ def _callbacks(cbs: Any) -> list[Callable]:
     return found
 
 
-COMMON = ("lr", "mom", "sqr_mom", "wd", "eps", "maximize", "foreach", "fused", "capturable", "differentiable")
+COMMON = (
+    "lr", "mom", "sqr_mom", "wd", "eps", "dampening", "maximize", "foreach", "fused", "capturable", "differentiable",
+)  # fmt: skip
 """Hyperparameters that are accepted whether or not a callback takes them."""
 
 
