@@ -4,7 +4,6 @@ Each trains with the wrapper around fusedopt, and compares with torch.optim (mos
 in float64, where agreement to 1e-9 means the same rule on the same gradients.
 """
 
-import copy
 import cProfile
 import math
 import os
@@ -162,65 +161,54 @@ def test_accelerate_resumes_from_a_saved_state(accelerators, tmp_path):
 def test_flags_survive_what_accelerate_does_to_a_state_dict(accelerators):
     """It loads the optimizer's own state dict at once; parameters flagged before are still not decayed."""
     flagged = ["0.bias", "1.weight"]
-    ours = Accelerated(accelerators(), flagged)
+    accelerated = Accelerated(accelerators(), flagged)
+    ours, opt = accelerated.inner, accelerated.opt.optimizer
     model = model_of()
     params = dict(model.named_parameters())
-    opt = torch.optim.AdamW(
-        [
-            {"params": [p for n, p in params.items() if n not in flagged], "weight_decay": 0.5},
-            {"params": [params[n] for n in flagged], "weight_decay": 0.0},
-        ],
-        lr=0.01,
-    )
-    ours.opt.param_groups[0]["weight_decay"] = 0.5
-    rates = []
-    for x, y in data():
-        rates.append(ours.schedule.get_last_lr()[0])
-        for group in opt.param_groups:
-            group["lr"], group["betas"] = rates[-1], ours.opt.param_groups[0]["betas"]
-        for m, step in ((ours.inner, ours.opt.optimizer.step), (model, opt.step)):
-            m.zero_grad()
-            loss_of(m, x, y).backward()
-            step()
-    assert_moved_and_close(weights(ours.inner), weights(model), weights(model_of()))
+    decayed = {"params": [p for n, p in params.items() if n not in flagged], "weight_decay": 0.5}
+    peer = torch.optim.AdamW([decayed, {"params": [params[n] for n in flagged], "weight_decay": 0.0}])
+    opt.set_hypers(wd=0.5, lr=0.01, mom=0.9)
+    for group in peer.param_groups:
+        group["lr"] = 0.01
+    train(ours, opt, 6), train(model, peer, 6)
+    assert_moved_and_close(weights(ours), weights(model), weights(model_of()))
+
+
+def train(model, opt, steps):
+    for x, y in [*data()][:steps]:
+        model.zero_grad()
+        loss_of(model, x, y).backward()
+        opt.step()
+
+
+def replace_parameters(model, opt):
+    """What accelerate does around fully_shard: the optimizer holds one-element stand-ins while there are new ones."""
+    new = {p.data_ptr(): nn.Parameter(p.detach().clone()) for p in model.parameters()}
+    for group in opt.param_groups:
+        for i, p in enumerate(group["params"]):
+            group["params"][i] = torch.empty(1, dtype=p.dtype)
+            group["params"][i].data_ptr = p.data_ptr()
+    for layer in model:
+        for name, p in [*layer.named_parameters()]:
+            setattr(layer, name, new[p.data_ptr()])
+    if not opt.state:
+        opt.load_state_dict(opt.state_dict())  # as AcceleratedOptimizer does
+    fsdp2_switch_optimizer_parameters(opt, new)
+    assert {*opt.param_groups[0]["params"]} == {*model.parameters()}
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])
-def test_parameters_replaced_by_placeholders_and_then_by_others(steps_before):
-    """What accelerate does around fully_shard: one-element stand-ins, a state dict loaded, then the new parameters."""
-    trained = []
+def test_parameters_replaced_by_stand_ins_and_then_by_others(steps_before):
+    """The new ones start without state, as in torch."""
+    results = []
     for face in (torch.optim, fusedopt.optim):
         model = model_of()
         opt = face.AdamW(model.parameters(), lr=0.01)
-
-        def train(steps, model=model, opt=opt):
-            for x, y in [*data()][:steps]:
-                model.zero_grad()
-                loss_of(model, x, y).backward()
-                opt.step()
-
-        train(steps_before)
-        address = {}
-        for name, p in model.named_parameters():
-            address[p.data_ptr()] = name
-        if not steps_before:  # with state, torch's would not fit the placeholders
-            opt.state.clear()
-        for group in opt.param_groups:
-            for i, p in enumerate(group["params"]):
-                group["params"][i] = torch.empty(1, dtype=p.dtype)
-                group["params"][i].data_ptr = partial(int, p.data_ptr())()
-        if not steps_before:
-            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
-            for group in opt.param_groups:  # the load keeps the tensors that stand in
-                assert all(p.numel() == 1 for p in group["params"])
-        new = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
-        for name, p in new.items():
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, p)
-        fsdp2_switch_optimizer_parameters(opt, {ptr: new[name] for ptr, name in address.items()})
-        train(4)
-        trained.append(weights(model))
-    assert_moved_and_close(trained[1], trained[0], weights(model_of()))
+        train(model, opt, steps_before)
+        replace_parameters(model, opt)
+        train(model, opt, 4)
+        results.append(weights(model))
+    assert_moved_and_close(results[1], results[0], weights(model_of()))
 
 
 # --
@@ -415,6 +403,20 @@ def test_an_optimizer_of_one_parameter_is_cheap_to_make():
     calls = pstats.Stats(profile).total_calls / len(opts)
     assert calls < 1000, f"{calls} function calls each"
     assert not any("dis.py" in file for file, _, _ in pstats.Stats(profile).stats)
+
+
+def test_names_that_a_wrapper_copies_into_groups_do_not_hide_torchs():
+    """ZeroRedundancyOptimizer puts a group's keys, as the user wrote them, beside those they were translated to."""
+    models = model_of(), model_of()
+    ours = fusedopt.optim.AdamW([{"params": models[0].parameters(), "wd": 0.2, "mom": 0.8}])
+    ours.param_groups[0].update(wd=0.2, mom=0.8)
+    peer = torch.optim.AdamW(models[1].parameters(), weight_decay=0.2, betas=(0.8, 0.999))
+    for t in range(5):
+        for opt, model in zip((ours, peer), models, strict=True):
+            opt.param_groups[0].update(weight_decay=0.2 + t, betas=(0.8 - 0.1 * t, 0.99))
+            train(model, opt, 1)
+    assert (ours.hypers[0]["wd"], ours.hypers[0]["mom"]) == (4.2, peer.param_groups[0]["betas"][0])
+    assert_close(weights(models[0]), weights(models[1]))
 
 
 # --

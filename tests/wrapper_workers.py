@@ -75,7 +75,8 @@ def sharded(face, name: str, rank: int | None = None) -> dict:
         kind = getattr(face, name)
         if rank is None:
             return kind(groups_of(model, "weight_decay"), **RULES[name])
-        return ZeroRedundancyOptimizer(groups_of(model, "wd"), optimizer_class=kind, **RULES[name])
+        options = dict(RULES[name], parameters_as_bucket_view=name == "AdamW")
+        return ZeroRedundancyOptimizer(groups_of(model, "wd"), optimizer_class=kind, **options)
 
     def train(steps):
         for t in steps:
