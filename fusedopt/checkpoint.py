@@ -142,7 +142,8 @@ class Load:
         for p, where, state in pairs:
             foreign = _foreign_momentum(saved[where[0]], state, torchs=_takes(opt, "momentum_buffer"))
             lost |= foreign
-            kept = {k: _copied(k, v, p) for k, v in state.items() if k not in {*FLAGS, *foreign}}
+            counted = {k: v for k, v in saved[where[0]].items() if k in COUNTERS and state}  # apex counts in the group
+            kept = {k: _copied(k, v, p) for k, v in {**counted, **state}.items() if k not in {*FLAGS, *foreign}}
             self.state |= {p: kept} if kept else {}
         for p, kept in flags.items():
             if kept:
@@ -217,7 +218,8 @@ def _copied(key: str, value: Any, p: torch.Tensor) -> Any:
 
 def _group(live: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """The saved group, but for how to run, which stays as it is here. (torch fills in defaults.)"""
-    return {**saved, **{k: v for k, v in live.items() if k in OWN}}
+    kept = {k: v for k, v in saved.items() if k not in COUNTERS}
+    return {**kept, **{k: v for k, v in live.items() if k in OWN}}
 
 
 def _from_fastai(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

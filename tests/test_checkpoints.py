@@ -331,6 +331,22 @@ def test_a_checkpoint_does_not_decide_how_to_run():
     train(opt, 1)
 
 
+def test_a_step_count_in_the_group_is_every_parameters_own():
+    """As apex saves it. A hyperparameter of that name would stand before the state's count for good."""
+    source, opt, other = (fusedopt.optim.AdamW(parameters()) for _ in range(3))
+    train(source, 3)
+    saved = source.state_dict()
+    other.load_state_dict(copy.deepcopy(saved))
+    for state in saved["state"].values():
+        del state["step"]
+    saved["param_groups"][0]["step"] = 3
+    opt.load_state_dict(saved)
+    assert "step" not in opt.param_groups[0]
+    train(opt, 2, start=3), train(other, 2, start=3)
+    assert_equal(opt.param_groups[0]["params"], other.param_groups[0]["params"])
+    assert opt.state[first(opt)]["step"] == 5
+
+
 def test_strings_and_nested_state_survive():
     opt, other = adam(parameters()), adam(parameters())
     train(opt, 1)
