@@ -78,9 +78,10 @@ def loss_func(pred, target):
 
 
 def make_model(dtype=torch.float64):
+    """No bias before the norm: its gradient would be nothing but rounding."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU()),
         nn.Sequential(nn.Flatten(), nn.Linear(27, 6), nn.ReLU()),
         nn.Linear(6, 3),
     ).to(dtype)
@@ -348,6 +349,38 @@ def test_every_way_to_train_gives_fastais_losses_and_flags(way, tmp_path):
     ours, theirs = train_both(way, tmp_path)
     assert flags_of(ours) == flags_of(theirs) != {}
     assert ours.opt.frozen_idx == theirs.opt.frozen_idx
+
+
+def a_long_day(learn):
+    """All in one, and a flag that is changed on the way."""
+    learn.freeze()
+    learn.fit_one_cycle(1, 0.02)
+    learn.lr_find(num_it=8, show_plot=False)
+    learn.unfreeze()
+    learn.fit(1, slice(1e-3, 1e-2), wd=0.2)
+    learn.save("saved")
+    learn.fit(1)
+    learn.load("saved")
+    learn.fit(1, cbs=[fa.GradientAccumulation(n_acc=16), fa.GradientClip(0.1)])
+    learn.export()
+    weight = learn.model[2].weight
+    for decays in (False, True):
+        learn.opt.state[weight]["do_wd"] = decays
+        learn.fit_flat_cos(1)
+
+
+@pytest.mark.parametrize("name", named.__all__)
+def test_every_optimizer_comes_through_a_long_day_as_fastais_own(name, tmp_path):
+    train_both(a_long_day, tmp_path, *(maker(module, name) for module in (fusedopt, fastai_optimizer)))
+
+
+@pytest.mark.parametrize("name", named.__all__)
+def test_the_reference_comes_through_a_long_day_too(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "reference")
+    ours, _ = train_both(
+        a_long_day, tmp_path, *(maker(module, name) for module in (fusedopt, fastai_optimizer))
+    )
+    assert ours.opt.explain().backend == "reference"
 
 
 def freeze_and_thaw(learn):
