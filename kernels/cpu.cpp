@@ -14,6 +14,10 @@
 #define FUSEDOPT_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
+// What generated code calls, under the names that CUDA has too.
+using std::atan, std::atan2, std::ceil, std::cos, std::erf, std::exp, std::expm1, std::fabs, std::floor, std::log;
+using std::log1p, std::log2, std::nearbyint, std::pow, std::sin, std::sqrt, std::tanh, std::trunc;
+
 struct Launch {
   const int64_t* rows;
   const int64_t* chunks;

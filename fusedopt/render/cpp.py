@@ -11,7 +11,7 @@ from ..ir.ops import LEAVES, OPS, Reduction, is_reduction
 from ..ir.passes import Stage, scalar_stores, stages
 from ..ir.program import Program, Value, identifier
 
-VERSION = "1"
+VERSION = "2"
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16", torch.float16: "half"}
 SLOT = '#include "cpu_example.inc"'
 
@@ -161,7 +161,7 @@ def _reduction(v: Value) -> Reduction:
 
 def _constant(x: float) -> str:
     if abs(x) == float("inf"):
-        return f"{'-' if x < 0 else ''}std::numeric_limits<T>::infinity()"
+        return f"{'-' if x < 0 else ''}T(infinity)"
     return f"T({x!r})"
 
 
