@@ -142,8 +142,12 @@ class Load:
         for p, where, state in pairs:
             foreign = _foreign_momentum(saved[where[0]], state, torchs=_takes(opt, "momentum_buffer"))
             lost |= foreign
-            counted = {k: v for k, v in saved[where[0]].items() if k in COUNTERS and state}  # apex counts in the group
-            kept = {k: _copied(k, v, p) for k, v in {**counted, **state}.items() if k not in {*FLAGS, *foreign}}
+            counted = {
+                k: v for k, v in saved[where[0]].items() if k in COUNTERS and state
+            }  # apex counts in the group
+            kept = {
+                k: _copied(k, v, p) for k, v in {**counted, **state}.items() if k not in {*FLAGS, *foreign}
+            }
             self.state |= {p: kept} if kept else {}
         for p, kept in flags.items():
             if kept:

@@ -32,7 +32,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v17 = v16 * v8;                           // average_sqr_grad
     const T v18 = v14 + v17;                          // average_sqr_grad
     const T v20 = v18 / s6;                           // adam_step
-    const T v21 = sqrt(v20);                          // adam_step
+    const T v21 = ::sqrt(v20);                        // adam_step
     const T v23 = v21 + s7;                           // adam_step
     const T v24 = v11 / v23;                          // adam_step
     const T v25 = v2 + v24;                           // adam_step

@@ -33,7 +33,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v17 = v16 * v7;                           // average_sqr_grad
     const T v18 = v14 + v17;                          // average_sqr_grad
     const T v20 = v18 / s6;                           // lamb_step
-    const T v21 = sqrt(v20);                          // lamb_step
+    const T v21 = ::sqrt(v20);                        // lamb_step
     const T v23 = v21 + s7;                           // lamb_step
     const T v24 = v11 / v23;                          // lamb_step
     const T v25 = v2 * v2;                            // lamb_step
@@ -59,12 +59,12 @@ static void stage_1([[maybe_unused]] const Launch& launch, const Row row, int64_
   const T s6 = T(row.slot(launch, 6));              // (((1 - sqr_mom) * (1 - (sqr_mom ** (step + 1)))) / (1 - sqr_mom))
   const T s7 = T(row.slot(launch, 7));              // eps
   const T r0 = T(combine<mean_>(launch, row, 0) / double(row.numel()));  // lamb_step
-  const T v27 = sqrt(r0);                           // lamb_step
+  const T v27 = ::sqrt(r0);                         // lamb_step
   const T s8 = T(row.slot(launch, 8));              // a number
   const bool v29 = (v27 == s8);                     // lamb_step
   const T s9 = T(row.slot(launch, 9));              // (lr * 1.0)
   const T r1 = T(combine<mean_>(launch, row, 1) / double(row.numel()));  // lamb_step
-  const T v33 = sqrt(r1);                           // lamb_step
+  const T v33 = ::sqrt(r1);                         // lamb_step
   const T s10 = T(row.slot(launch, 10));            // a number
   const bool v35 = (v33 == s10);                    // lamb_step
   const T v36 = v27 / v33;                          // lamb_step
@@ -94,7 +94,7 @@ static void stage_1([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v17 = v16 * v7;                           // average_sqr_grad
     const T v18 = v14 + v17;                          // average_sqr_grad
     const T v20 = v18 / s6;                           // lamb_step
-    const T v21 = sqrt(v20);                          // lamb_step
+    const T v21 = ::sqrt(v20);                        // lamb_step
     const T v23 = v21 + s7;                           // lamb_step
     const T v24 = v11 / v23;                          // lamb_step
     const T v43 = v24 * v42;                          // lamb_step

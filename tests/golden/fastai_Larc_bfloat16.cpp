@@ -30,11 +30,11 @@ static void stage_1([[maybe_unused]] const Launch& launch, const Row row, int64_
   const T s0 = T(row.slot(launch, 0));              // (1 - (lr * wd))
   const T s1 = T(row.slot(launch, 1));              // mom
   const T r0 = T(combine<sum_>(launch, row, 0));    // handle_torch_function
-  const T v10 = sqrt(r0);                           // handle_torch_function
+  const T v10 = ::sqrt(r0);                         // handle_torch_function
   const T s2 = T(row.slot(launch, 2));              // (lr * trust_coeff)
   const T v12 = v10 * s2;                           // larc_layer_lr
   const T r1 = T(combine<sum_>(launch, row, 1));    // handle_torch_function
-  const T v15 = sqrt(r1);                           // handle_torch_function
+  const T v15 = ::sqrt(r1);                         // handle_torch_function
   const T s3 = T(row.slot(launch, 3));              // wd
   const T v17 = v10 * s3;                           // larc_layer_lr
   const T v18 = v15 + v17;                          // larc_layer_lr
@@ -65,11 +65,11 @@ FUSEDOPT_STAGE(1)
 // Once per tensor, after the last stage.
 static void scalars([[maybe_unused]] const Launch& launch, const Row row) {
   const T r0 = T(combine<sum_>(launch, row, 0));    // handle_torch_function
-  const T v10 = sqrt(r0);                           // handle_torch_function
+  const T v10 = ::sqrt(r0);                         // handle_torch_function
   const T s2 = T(row.slot(launch, 2));              // (lr * trust_coeff)
   const T v12 = v10 * s2;                           // larc_layer_lr
   const T r1 = T(combine<sum_>(launch, row, 1));    // handle_torch_function
-  const T v15 = sqrt(r1);                           // handle_torch_function
+  const T v15 = ::sqrt(r1);                         // handle_torch_function
   const T s3 = T(row.slot(launch, 3));              // wd
   const T v17 = v10 * s3;                           // larc_layer_lr
   const T v18 = v15 + v17;                          // larc_layer_lr

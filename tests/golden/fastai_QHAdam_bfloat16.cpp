@@ -45,7 +45,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v30 = v28 / s10;                          // qhadam_step
     const T v32 = v30 * s11;                          // qhadam_step
     const T v33 = v21 + v32;                          // qhadam_step
-    const T v34 = sqrt(v33);                          // qhadam_step
+    const T v34 = ::sqrt(v33);                        // qhadam_step
     const T v36 = v34 + s12;                          // qhadam_step
     const T v37 = v18 / v36;                          // qhadam_step
     const T v38 = v2 + v37;                           // qhadam_step

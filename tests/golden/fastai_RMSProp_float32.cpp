@@ -23,7 +23,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v10 = s3 * v4;                            // average_sqr_grad
     const T v11 = v10 * v4;                           // average_sqr_grad
     const T v12 = v8 + v11;                           // average_sqr_grad
-    const T v13 = sqrt(v12);                          // rms_prop_step
+    const T v13 = ::sqrt(v12);                        // rms_prop_step
     const T v15 = v13 + s4;                           // rms_prop_step
     const T v16 = v5 / v15;                           // rms_prop_step
     const T v17 = v2 + v16;                           // rms_prop_step

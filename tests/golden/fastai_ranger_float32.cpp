@@ -114,7 +114,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v19 = v18 * v10;                          // average_sqr_grad
     const T v20 = v16 + v19;                          // average_sqr_grad
     const T v22 = v20 / s7;                           // radam_step
-    const T v23 = sqrt(v22);                          // radam_step
+    const T v23 = ::sqrt(v22);                        // radam_step
     const T v25 = v23 + s8;                           // radam_step
     const T v26 = v13 / v25;                          // radam_step
     const T v27 = v4 + v26;                           // radam_step
@@ -163,7 +163,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v17 = v16 * v8;                           // average_sqr_grad
     const T v18 = v14 + v17;                          // average_sqr_grad
     const T v20 = v18 / s6;                           // radam_step
-    const T v21 = sqrt(v20);                          // radam_step
+    const T v21 = ::sqrt(v20);                        // radam_step
     const T v23 = v21 + s7;                           // radam_step
     const T v24 = v11 / v23;                          // radam_step
     const T v25 = v2 + v24;                           // radam_step

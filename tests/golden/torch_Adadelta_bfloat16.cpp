@@ -17,7 +17,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v0 = load<T>(param, i);
     const T v2 = load<T>(sqr_delta, i);
     const T v4 = v2 + s1;                             // adadelta_step
-    const T v5 = sqrt(v4);                            // adadelta_step
+    const T v5 = ::sqrt(v4);                          // adadelta_step
     const T v6 = load<T>(sqr_avg, i);
     const T v8 = v6 * s2;                             // average_sqr_grad
     const T v10 = load<T>(grad, i);
@@ -25,7 +25,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v12 = v11 * v10;                          // average_sqr_grad
     const T v13 = v8 + v12;                           // average_sqr_grad
     const T v14 = v13 + s1;                           // adadelta_step
-    const T v15 = sqrt(v14);                          // adadelta_step
+    const T v15 = ::sqrt(v14);                        // adadelta_step
     const T v16 = v5 / v15;                           // adadelta_step
     const T v17 = v16 * v10;                          // adadelta_step
     const T v18 = s0 * v17;                           // adadelta_step

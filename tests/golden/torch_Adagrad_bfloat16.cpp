@@ -17,7 +17,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v4 = load<T>(sqr_sum, i);
     const T v5 = v2 * v2;                             // adagrad_step
     const T v6 = v4 + v5;                             // adagrad_step
-    const T v7 = sqrt(v6);                            // adagrad_step
+    const T v7 = ::sqrt(v6);                          // adagrad_step
     const T v9 = v7 + s1;                             // adagrad_step
     const T v10 = v3 / v9;                            // adagrad_step
     const T v11 = v0 + v10;                           // adagrad_step

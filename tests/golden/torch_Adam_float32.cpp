@@ -30,7 +30,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v15 = v14 * v6;                           // average_sqr_grad
     const T v16 = v12 + v15;                          // average_sqr_grad
     const T v18 = v16 / s5;                           // adam_step
-    const T v19 = sqrt(v18);                          // adam_step
+    const T v19 = ::sqrt(v18);                        // adam_step
     const T v21 = v19 + s6;                           // adam_step
     const T v22 = v9 / v21;                           // adam_step
     const T v23 = v0 + v22;                           // adam_step

@@ -24,7 +24,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v9 = s0 * v8;                             // adamax_step
     const T v10 = load<T>(inf_avg, i);
     const T v12 = v10 * s3;                           // adamax_step
-    const T v13 = fabs(v6);                           // adamax_step
+    const T v13 = ::fabs(v6);                         // adamax_step
     const T v15 = v13 + s4;                           // adamax_step
     const T v16 = maximum(v12, v15);                  // adamax_step
     const T v17 = v9 / v16;                           // adamax_step

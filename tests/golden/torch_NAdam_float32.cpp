@@ -27,7 +27,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v9 = v8 * v2;                             // average_sqr_grad
     const T v10 = v6 + v9;                            // average_sqr_grad
     const T v12 = v10 / s3;                           // nadam_step
-    const T v13 = sqrt(v12);                          // nadam_step
+    const T v13 = ::sqrt(v12);                        // nadam_step
     const T v15 = v13 + s4;                           // nadam_step
     const T v16 = v3 / v15;                           // nadam_step
     const T v17 = v0 + v16;                           // nadam_step

@@ -66,7 +66,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v14 = s4 * v6;                            // average_sqr_grad
     const T v15 = v14 * v6;                           // average_sqr_grad
     const T v16 = v12 + v15;                          // average_sqr_grad
-    const T v17 = sqrt(v16);                          // radam_step
+    const T v17 = ::sqrt(v16);                        // radam_step
     const T v19 = v17 + s5;                           // radam_step
     const T v21 = v19 / s6;                           // radam_step
     const T v22 = v9 / v21;                           // radam_step

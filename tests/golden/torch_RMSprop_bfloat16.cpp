@@ -21,7 +21,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v8 = s2 * v2;                             // average_sqr_grad
     const T v9 = v8 * v2;                             // average_sqr_grad
     const T v10 = v6 + v9;                            // average_sqr_grad
-    const T v11 = sqrt(v10);                          // rms_momentum_step
+    const T v11 = ::sqrt(v10);                        // rms_momentum_step
     const T v13 = v11 + s3;                           // rms_momentum_step
     const T v14 = v3 / v13;                           // rms_momentum_step
     const T v15 = v0 + v14;                           // rms_momentum_step
