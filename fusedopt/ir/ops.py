@@ -5,6 +5,9 @@ The interpreter, the verifier and the renderers walk this table. A new op is a r
 ``types`` reads like a signature: ``"ff>b"`` takes two floats and gives a bool. Floats have the program's compute
 type (float32, or float64 when a buffer is float64); there are no integers among element values.
 
+The C++ column serves CUDA too. A row without a Triton spelling is one that Triton has in no form that is accurate and
+that its interpreter knows: its backend then leaves the program to another.
+
 NaN rules are torch's: ``maximum``, ``minimum`` and the clamps built from them return NaN when either side is NaN,
 ``sign`` of NaN is zero, comparisons with NaN are false except ``ne``. ``expand`` makes one number per element of one
 per tensor (``zeros_like``); it costs nothing.
@@ -22,12 +25,13 @@ import torch
 
 @dataclass(frozen=True)
 class Op:
-    """An elementwise operation: its types, its eager torch meaning, and its spelling in C++."""
+    """An elementwise operation: its types, its eager torch meaning, and its spelling in C++ and in Triton."""
 
     name: str
     types: str
     torch: Callable[..., Any]
     cpp: str
+    triton: str | None = None
 
     @property
     def arity(self) -> int:
@@ -43,13 +47,15 @@ class Reduction:
     """A whole-tensor reduction: one float per tensor from one float per element.
 
     Partial results are doubles, one per chunk, joined in chunk order; ``mean`` divides by the element count after.
-    ``init`` and ``join`` spell the monoid in C++; ``torch`` is the meaning, computed in double.
+    ``init`` and ``join`` spell the monoid, in C++ and Triton alike; ``torch`` is the meaning, computed in double.
+    ``triton`` joins a block of numbers.
     """
 
     name: str
     torch: Callable[[torch.Tensor], torch.Tensor]
     init: str
     join: str
+    triton: str
 
     types = "f>f"
     arity = 1
@@ -73,60 +79,64 @@ def _minimum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where((a < b) | (a != a), a, b)
 
 
-def _unary(name: str, cpp: str) -> Op:
-    return Op(name, "f>f", getattr(torch, name), cpp)
+def _unary(name: str, cpp: str, triton: str | None = None) -> Op:
+    return Op(name, "f>f", getattr(torch, name), cpp, triton)
+
+
+def _infix(name: str, types: str, symbol: str) -> Op:
+    return Op(name, types, getattr(torch, name), f"{{0}} {symbol} {{1}}", f"{{0}} {symbol} {{1}}")
 
 
 def _compare(name: str, symbol: str) -> Op:
-    return Op(name, "ff>b", getattr(torch, name), f"({{0}} {symbol} {{1}})")
+    return Op(name, "ff>b", getattr(torch, name), f"({{0}} {symbol} {{1}})", f"{{0}} {symbol} {{1}}")
 
 
 OPS: dict[str, Op | Reduction] = {
     op.name: op
     for op in (
-        Op("add", "ff>f", torch.add, "{0} + {1}"),
-        Op("sub", "ff>f", torch.sub, "{0} - {1}"),
-        Op("mul", "ff>f", torch.mul, "{0} * {1}"),
-        Op("div", "ff>f", torch.div, "{0} / {1}"),
+        _infix("add", "ff>f", "+"),
+        _infix("sub", "ff>f", "-"),
+        _infix("mul", "ff>f", "*"),
+        Op("div", "ff>f", torch.div, "{0} / {1}", "div({0}, {1})"),
         Op("pow", "ff>f", torch.pow, "::pow({0}, {1})"),
         Op("atan2", "ff>f", torch.atan2, "::atan2({0}, {1})"),
-        Op("maximum", "ff>f", _maximum, "maximum({0}, {1})"),
-        Op("minimum", "ff>f", _minimum, "minimum({0}, {1})"),
-        _unary("neg", "-{0}"),
-        _unary("abs", "::fabs({0})"),
-        _unary("sign", "sign({0})"),
-        Op("sqrt", "f>f", _sqrt, "::sqrt({0})"),
-        _unary("exp", "::exp({0})"),
+        Op("maximum", "ff>f", _maximum, "maximum({0}, {1})", "maximum({0}, {1})"),
+        Op("minimum", "ff>f", _minimum, "minimum({0}, {1})", "minimum({0}, {1})"),
+        _unary("neg", "-{0}", "{0} * -1.0"),
+        _unary("abs", "::fabs({0})", "tl.abs({0})"),
+        _unary("sign", "sign({0})", "sign({0})"),
+        Op("sqrt", "f>f", _sqrt, "::sqrt({0})", "sqrt({0})"),
+        _unary("exp", "::exp({0})", "exp({0})"),
         _unary("expm1", "::expm1({0})"),
-        _unary("log", "::log({0})"),
+        _unary("log", "::log({0})", "tl.log({0})"),
         _unary("log1p", "::log1p({0})"),
-        _unary("log2", "::log2({0})"),
-        _unary("sin", "::sin({0})"),
-        _unary("cos", "::cos({0})"),
+        _unary("log2", "::log2({0})", "tl.log2({0})"),
+        _unary("sin", "::sin({0})", "tl.sin({0})"),
+        _unary("cos", "::cos({0})", "tl.cos({0})"),
         _unary("tanh", "::tanh({0})"),
         _unary("atan", "::atan({0})"),
-        _unary("erf", "::erf({0})"),
-        _unary("floor", "::floor({0})"),
-        _unary("ceil", "::ceil({0})"),
-        _unary("trunc", "::trunc({0})"),
-        _unary("round", "::nearbyint({0})"),
+        _unary("erf", "::erf({0})", "tl.erf({0})"),
+        _unary("floor", "::floor({0})", "tl.floor({0})"),
+        _unary("ceil", "::ceil({0})", "tl.ceil({0})"),
+        _unary("trunc", "::trunc({0})", "trunc({0})"),
+        _unary("round", "::nearbyint({0})", "nearbyint({0})"),
         _compare("gt", ">"),
         _compare("ge", ">="),
         _compare("lt", "<"),
         _compare("le", "<="),
         _compare("eq", "=="),
         _compare("ne", "!="),
-        Op("logical_and", "bb>b", torch.logical_and, "({0} & {1})"),
-        Op("logical_or", "bb>b", torch.logical_or, "({0} | {1})"),
-        Op("logical_xor", "bb>b", torch.logical_xor, "({0} != {1})"),
-        Op("logical_not", "b>b", torch.logical_not, "(!{0})"),
-        Op("where", "bff>f", torch.where, "({0} ? {1} : {2})"),
-        Op("expand", "f>f", lambda x: x, "{0}"),
-        Op("as_float", "b>f", lambda b: b.to(torch.get_default_dtype()), "({0} ? T(1) : T(0))"),
-        Reduction("sum", torch.sum, "0.0", "{0} + {1}"),
-        Reduction("mean", torch.mean, "0.0", "{0} + {1}"),
-        Reduction("amax", torch.amax, "-infinity", "maximum({0}, {1})"),
-        Reduction("amin", torch.amin, "infinity", "minimum({0}, {1})"),
+        Op("logical_and", "bb>b", torch.logical_and, "({0} & {1})", "{0} & {1}"),
+        Op("logical_or", "bb>b", torch.logical_or, "({0} | {1})", "{0} | {1}"),
+        Op("logical_xor", "bb>b", torch.logical_xor, "({0} != {1})", "{0} ^ {1}"),
+        Op("logical_not", "b>b", torch.logical_not, "(!{0})", "~{0}"),
+        Op("where", "bff>f", torch.where, "({0} ? {1} : {2})", "tl.where({0}, {1}, {2})"),
+        Op("expand", "f>f", lambda x: x, "{0}", "{0}"),
+        Op("as_float", "b>f", lambda b: b.to(torch.get_default_dtype()), "({0} ? T(1) : T(0))", "{0}.to(T)"),
+        Reduction("sum", torch.sum, "0.0", "{0} + {1}", "tl.sum({0}, 0)"),
+        Reduction("mean", torch.mean, "0.0", "{0} + {1}", "tl.sum({0}, 0)"),
+        Reduction("amax", torch.amax, "-infinity", "maximum({0}, {1})", "tl.reduce({0}, 0, maximum)"),
+        Reduction("amin", torch.amin, "infinity", "minimum({0}, {1})", "tl.reduce({0}, 0, minimum)"),
     )
 }
 

@@ -72,9 +72,15 @@ def _cpp() -> Backend:
     return Cpp()
 
 
-COMPILED = {"cpp": _cpp}
+def _triton() -> Backend:
+    from .triton import Triton
+
+    return Triton()
+
+
+COMPILED = {"cpp": _cpp, "triton": _triton}
 """Compiled backends by name."""
-FOR_DEVICE = {"cpu": ("cpp",)}
+FOR_DEVICE = {"cpu": ("cpp",), "cuda": ("triton",)}
 """What ``auto`` tries, by device type; the reference comes last."""
 NAMES = ("auto", *COMPILED, "reference")
 
@@ -96,6 +102,9 @@ def check_name(name: str | None) -> str:
 
 
 _warned: set[str] = set()
+_ELSEWHERE = {
+    "triton": ", or start Python with TRITON_INTERPRET=1 to run it on the CPU in Triton's interpreter"
+}
 
 
 def candidates(name: str, device: torch.device) -> tuple[Backend, ...]:
@@ -113,6 +122,7 @@ def candidates(name: str, device: torch.device) -> tuple[Backend, ...]:
     if backend.device != device.type:
         raise ValueError(
             f"backend {name!r} runs on {backend.device}, and a parameter is on {device}; use backend='auto'"
+            + (_ELSEWHERE.get(name, "") if device.type == "cpu" else "")
         )
     return (backend,)
 

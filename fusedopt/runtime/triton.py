@@ -1,0 +1,227 @@
+"""The ``triton`` backend: Triton through its own compiler and launcher, on the tensors' current stream.
+
+Started with TRITON_INTERPRET=1, Triton runs its kernels in an interpreter, on tensors in main memory. Then this backend
+does too: the same tables, the same launches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from .. import env
+from ..compile import cache
+from ..compile.cache import BuildError
+from ..ir.program import Program
+from ..kernels import source as skeleton
+from ..render import triton as renderer
+from . import leaf, plan
+from .backends import Kernel
+from .cpu import HEAD
+
+BLOCK = 1024
+"""Elements of a block: with WARPS, eight per thread, which is 128 bits of a 16-bit type."""
+WARPS = 4
+TILE = 1 << 13
+"""Elements in the pieces of a chunk that a stage is launched over when it needs no part results."""
+FALLBACK = 'use backend="reference", which compiles nothing'
+
+
+class Handle(NamedTuple):
+    """The kernels of the stages, whether each is launched over tiles, and the kernel that stores scalar state."""
+
+    stages: list[Any]
+    tiled: list[bool]
+    scalars: Any | None
+
+
+class Triton:
+    name = "triton"
+
+    def __init__(self) -> None:
+        self.device = "cpu" if interpreting() else "cuda"
+        self._kernels: dict[tuple[Program, str], Kernel] = {}
+
+    def compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
+        if (program, name) not in self._kernels:
+            self._kernels[program, name] = self._compile(program, name, slot_names)
+        return self._kernels[program, name]
+
+    def _compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
+        start = time.perf_counter()
+        version = _version()
+        try:
+            body = renderer.render(program, slot_names, name)
+        except BuildError as error:
+            raise BuildError(f"kernel {name!r}: {error}. Remedy: {FALLBACK}.") from None
+        entry = _store(name, renderer.source(skeleton("triton.py.in"), body), version)
+        module = load(entry.source_path)
+        symbols, scalars = renderer.entries(program)
+        handle = Handle(
+            [module[s] for s in symbols],
+            [not s.reductions and not renderer.joins_parts(program, s) for s in renderer.stages(program)],
+            module[scalars] if scalars else None,
+        )
+        _compile_now(name, handle, entry.source_path)
+        seconds = time.perf_counter() - start
+        return Kernel(
+            self.name, name, program, body, str(entry.source_path), seconds, not entry.built, handle
+        )
+
+    def prepare(
+        self,
+        kernel: Kernel,
+        columns: dict[str, list[torch.Tensor]],
+        sizes: Sequence[int],
+        sets: Sequence[int],
+    ) -> Launch:
+        return Launch(kernel, columns, tuple(sizes), sets)
+
+
+class Launch:
+    """A kernel's tables, ready to run. ``rows`` is what the host knows of the rows; it is uploaded when it changed."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        columns: dict[str, list[torch.Tensor]],
+        sizes: tuple[int, ...],
+        sets: Sequence[int],
+    ) -> None:
+        buffers, layout = kernel.program.buffers, plan.layout(sizes)
+        self.handle = cast(Handle, kernel.handle)
+        width, n_reductions = HEAD + len(buffers), sum(len(s.reductions) for s in kernel.stages)
+        self.rows = rows = np.empty((len(sizes), width), np.int64)
+        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, layout.first, layout.count
+        for k, (name, _) in enumerate(buffers):
+            leaf.write_pointers(columns[name], rows.ctypes.data, len(sizes), width, HEAD + k)
+        self.n_chunks, self.device = len(layout), columns[buffers[0][0]][0].device
+        self._rows, self._slots = Upload(self.device), Upload(self.device)
+        if self.n_chunks:
+            self._chunks = Upload(self.device).of(layout.chunks)
+            self._tiles = Upload(self.device).of(tiles(layout.chunks)) if any(self.handle.tiled) else None
+            n_partials = self.n_chunks * n_reductions
+            self._partials = torch.empty(n_partials, dtype=torch.float64, device=self.device)
+
+    def run(self, slots: np.ndarray) -> None:
+        """Run all stages with these scalars: float64, scalar sets × slots. Nothing here waits for the device."""
+        if not self.n_chunks:
+            return
+        with _on(self.device):
+            rows, numbers = self._rows.of(self.rows), self._slots.of(slots)
+            for stage, tiled in zip(self.handle.stages, self.handle.tiled, strict=True):
+                chunks = self._tiles if tiled else self._chunks
+                assert chunks is not None
+                stage[(len(chunks),)](rows, chunks, self._partials, numbers, BLOCK=BLOCK, **options())
+            if self.handle.scalars is not None:
+                self.handle.scalars[(len(self.rows),)](rows, self._partials, numbers, **options())
+
+
+class Upload:
+    """A table on the device, copied there when the host's has changed, without waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sent: np.ndarray | None = None
+        self._there: torch.Tensor | None = None
+
+    def of(self, table: np.ndarray) -> torch.Tensor:
+        """The table on the device, as it is on the host now."""
+        if self._there is None or self._sent is None or not same_words(self._sent, table):
+            self._sent = table.copy()
+            staged = torch.from_numpy(self._sent)
+            if self.device.type == "cuda":
+                staged = staged.pin_memory()  # torch keeps such memory until the copy is done
+            if self._there is None:
+                self._there = torch.empty(table.shape, dtype=staged.dtype, device=self.device)
+            self._there.copy_(staged, non_blocking=True)
+        return self._there
+
+
+def same_words(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal to the last bit: 0.0 is not -0.0, and NaN is NaN."""
+    return a.shape == b.shape and np.array_equal(a.view(np.int64), b.view(np.int64))
+
+
+def tiles(chunks: np.ndarray) -> np.ndarray:
+    """Chunks cut further, for more programs to share a tensor: the same table with more rows."""
+    begin, end = chunks[:, 1], chunks[:, 2]
+    count = -(-(end - begin) // TILE)
+    chunk = np.repeat(np.arange(len(chunks)), count)
+    start = begin[chunk] + (np.arange(len(chunk)) - (np.cumsum(count) - count)[chunk]) * TILE
+    return np.stack([chunks[chunk, 0], start, np.minimum(start + TILE, end[chunk])], axis=1)
+
+
+def options() -> dict[str, Any]:
+    """How kernels are compiled: nothing contracted, and numbers too small to be normal kept."""
+    common = {"num_warps": WARPS, "enable_fp_fusion": False}
+    return common if torch.version.hip else common | {"enable_reflect_ftz": False}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A kernel file's names. Not imported: Python would keep a compiled copy beside it, unchecked."""
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+    return module.__dict__
+
+
+def interpreting() -> bool:
+    """Whether Triton was started with its interpreter; the variable means nothing once Triton is imported."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret) and not isinstance(triton.language.sum, triton.JITFunction)
+
+
+def _version() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        raise BuildError(
+            f"the triton package cannot be imported ({error}). Remedy: `pip install triton`, or {FALLBACK}."
+        ) from error
+    return str(triton.__version__)
+
+
+def _store(name: str, text: str, version: str) -> cache.Entry:
+    """The source in the compile cache. It is what is loaded, so it is checked as a library is."""
+
+    def build(source: Path, out: Path) -> str:
+        shutil.copyfile(source, out)
+        return ""
+
+    env.debug(2, f"# kernel {name}\n{text}")
+    key = hashlib.sha256(repr([text, renderer.VERSION, version]).encode()).hexdigest()
+    meta = {"compiler": f"triton {version}"}
+    return cache.load_or_build(name, key, text, "py", build, source_suffix="py", meta=meta)
+
+
+def _compile_now(name: str, handle: Handle, path: Path) -> None:
+    """Compile before the first launch, so that what cannot be compiled is known before anything has changed."""
+    words, numbers = torch.int64, torch.float64
+    try:
+        for stage in handle.stages:
+            stage.warmup(words, words, numbers, numbers, BLOCK=BLOCK, grid=(1,), **options())
+        if handle.scalars is not None:
+            handle.scalars.warmup(words, numbers, numbers, grid=(1,), **options())
+    except Exception as error:
+        raise BuildError(
+            f"kernel {name!r}: Triton cannot compile it: {type(error).__name__}: {error}\n  source: {path}\n"
+            f"  remedy: {FALLBACK}"
+        ) from error
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device. Its interpreter computes with numpy, which warns of NaN and infinity."""
+    return torch.cuda.device(device) if device.type == "cuda" else np.errstate(all="ignore")

@@ -1,0 +1,87 @@
+"""What the Triton tests have in common: the programs of the named optimizers, traced and not compiled."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+
+from fusedopt import table
+from fusedopt.ir.program import Program
+from fusedopt.render import triton as renderer
+from fusedopt.runtime import backends, engine
+from fusedopt.runtime.cpu import HEAD
+
+DTYPES = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, None),
+}
+"""Of parameters and gradients, and of state where that is another."""
+NAMED = {f"{row.face}_{row.name}": row for row in table.TABLE}
+STEPS = 7
+EXAMPLE_OF = "fastai_Adam"
+
+
+class Traced(NamedTuple):
+    """A program, with what a renderer is told about it."""
+
+    program: Program
+    slot_names: list[str]
+    title: str
+
+    def body(self) -> str:
+        return renderer.render(self.program, self.slot_names, self.title)
+
+
+class _Recorder:
+    """A backend that compiles and runs nothing."""
+
+    name, device = "cpp", "cpu"
+
+    def __init__(self) -> None:
+        self.kernels: dict[Program, backends.Kernel] = {}
+        self.found: list[Traced] = []
+
+    def compile(self, program: Program, name: str, slot_names: Any) -> backends.Kernel:
+        if program not in self.kernels:
+            self.kernels[program] = backends.Kernel("cpp", name, program, "", "", 0.0, False, None)
+            self.found.append(Traced(program, list(slot_names), name))
+        return self.kernels[program]
+
+    def prepare(self, kernel: backends.Kernel, columns: Any, sizes: Any, sets: Any) -> Any:
+        rows = np.zeros((len(sizes), HEAD + len(kernel.program.buffers)), np.int64)
+        return SimpleNamespace(rows=rows, run=lambda slots: None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Traced]]:
+    """Programs are traced, and added to the list this gives, but not compiled and not run."""
+    recorder = _Recorder()
+    with (
+        mock.patch.dict(backends._made, cpp=recorder),
+        mock.patch.object(engine, "_known_traces", lambda *args: {}),
+    ):
+        yield recorder.found
+
+
+def made(name: str, params: Any, backend: str, dtype: str = "float32", variant: int = 0) -> Any:
+    """A named optimizer on this backend, with the dtype of its state."""
+    row = NAMED[name]
+    opt = row.factory(params, **row.variants[variant].kwargs)
+    opt.backend, opt.state_dtype = backend, DTYPES[dtype][1]
+    return opt
+
+
+def traced(name: str, dtype: str = "float32", variant: int = 0) -> list[Traced]:
+    """The programs that some steps of a named optimizer need."""
+    p = torch.zeros(3, dtype=DTYPES[dtype][0], requires_grad=True)
+    p.grad = torch.zeros_like(p)
+    with recording() as found:
+        opt = made(name, [p], "cpp", dtype, variant)
+        for _ in range(STEPS):
+            opt.step()
+    return found
