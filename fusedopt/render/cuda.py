@@ -1,0 +1,50 @@
+"""Staged programs as CUDA C++: the body that is dropped into ``kernels/cuda.cu``."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from ..ir.passes import Stage
+from ..ir.program import Program, identifier
+from . import c_family
+from .c_family import TYPES, entries, indent
+
+__all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
+
+VERSION = "1"
+SLOT = '#include "cuda_example.inc"'
+
+
+def render(program: Program, slot_names: Sequence[str] = (), title: str = "") -> str:
+    """The generated body. ``slot_names`` are the scalars' expressions, for the comments."""
+    return c_family.render(_Body, program, slot_names, title)
+
+
+def source(skeleton: str, body: str) -> str:
+    """The whole file: the skeleton with the body in place of its example."""
+    return c_family.source(skeleton, SLOT, body)
+
+
+class _Body(c_family.Body):
+    qualifiers = "static __device__"
+
+    def loop(self, stage: Stage) -> list[str]:
+        """One function of an element, which ``walk`` calls with pointers, or with what it has in registers."""
+        lines = [*self.element(stage), *self.accumulate(stage)]
+        if not lines:
+            return ["(void)row, (void)begin, (void)end;  // only numbers per tensor are stored"]
+        names = [identifier(n) for n in self.touched(stage)]
+        numbers = ["int64_t i" if names else "int64_t", "int lane" if stage.reductions else "int"]
+        arguments = ", ".join([*(f"auto& {n}" for n in names), *numbers])
+        totals = [
+            f"acc{j}.finish(partial + {self.reductions.index(i)});" for j, i in enumerate(stage.reductions)
+        ]
+        return [
+            *self.accumulators(stage),
+            *textwrap.wrap(f"const auto element = [&]({arguments}) {{", 108, subsequent_indent=" " * 26),
+            *indent(lines),
+            "};",
+            f"::walk({', '.join(['begin', 'end', 'element', *names])});",
+            *totals,
+        ]

@@ -1,0 +1,304 @@
+// The CUDA kernel: one function per stage, whose blocks walk a list of chunks. fusedopt puts generated code where the
+// example is included; as it stands the file compiles alone. NVRTC has no standard headers, so none are included.
+//
+// A row is a tensor: element count, scalar set, first chunk, number of chunks, then a pointer per buffer.
+// A chunk is a piece of a row: row, first element, one past the last.
+#ifdef __CUDACC_RTC__
+using int64_t = long long;
+using uint64_t = unsigned long long;
+using uint32_t = unsigned int;
+using uint16_t = unsigned short;
+#endif
+
+struct Launch {
+  const int64_t* rows;
+  const int64_t* chunks;
+  double* partials;     // chunks x reductions
+  const double* slots;  // scalar sets x slots
+  int64_t row_words, n_slots, n_reductions;
+};
+
+constexpr int head_words = 4, chunk_words = 3;
+constexpr int max_threads = 256;  // of a block; the number of threads must be a power of two
+constexpr int lanes = 2;          // accumulators of a thread
+constexpr int in_flight = 8;      // elements that a thread loads from each buffer before it computes
+
+// -- storage types: values are computed in T, and rounded to nearest even once, when they are stored --
+struct bfloat16 {
+  uint16_t bits;
+};
+struct half {
+  uint16_t bits;
+};
+
+#ifdef __CUDACC__
+__device__ inline float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
+__device__ inline float float_from_half(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+__device__ inline uint16_t half_from_float(float x) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+__device__ inline uint16_t bfloat16_from_float(float x) {
+#if __CUDA_ARCH__ >= 800
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+#else
+  const uint32_t bits = __float_as_uint(x);
+  return x != x ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#endif
+}
+// What rows point to is global memory, which the compiler cannot see.
+template <class E>
+__device__ inline E* global(E* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+#endif
+
+template <class T, class E>
+__device__ inline T widen(E x) {
+  return T(x);
+}
+template <class T>
+__device__ inline T widen(half x) {
+  return T(float_from_half(x.bits));
+}
+template <class T>
+__device__ inline T widen(bfloat16 x) {
+  return T(float_from_bits(uint32_t(x.bits) << 16));
+}
+
+template <class T>
+__device__ inline void narrow(float& to, T x) {
+  to = float(x);
+}
+template <class T>
+__device__ inline void narrow(double& to, T x) {
+  to = double(x);
+}
+template <class T>
+__device__ inline void narrow(half& to, T x) {
+  to.bits = half_from_float(float(x));
+}
+template <class T>
+__device__ inline void narrow(bfloat16& to, T x) {
+  to.bits = bfloat16_from_float(float(x));
+}
+
+template <class T, class E>
+__device__ inline T load(const E* p, int64_t i) {
+  return widen<T>(p[i]);
+}
+template <class E, class T>
+__device__ inline void store(E* p, int64_t i, T x) {
+  narrow(p[i], x);
+}
+
+// -- torch's rules for NaN --
+template <class T>
+__device__ inline T maximum(T a, T b) {
+  return (a > b || a != a) ? a : b;
+}
+template <class T>
+__device__ inline T minimum(T a, T b) {
+  return (a < b || a != a) ? a : b;
+}
+template <class T>
+__device__ inline T sign(T a) {
+  return T(a > T(0)) - T(a < T(0));
+}
+
+// -- reductions: partial results in double --
+constexpr double infinity = __builtin_bit_cast(double, uint64_t(0x7ff) << 52);
+struct sum_ {
+  static constexpr double init = 0.0;
+  __device__ static double join(double a, double b) { return a + b; }
+};
+using mean_ = sum_;  // divided by the element count where it is used
+struct amax_ {
+  static constexpr double init = -infinity;
+  __device__ static double join(double a, double b) { return maximum(a, b); }
+};
+struct amin_ {
+  static constexpr double init = infinity;
+  __device__ static double join(double a, double b) { return minimum(a, b); }
+};
+
+__device__ inline double* scratch() {
+  __shared__ double numbers[max_threads];
+  return numbers;
+}
+
+// Which element goes to which accumulator, and how those are joined, depends on the number of threads in a block and
+// on nothing else: not on the number of blocks, not on alignment.
+template <class R>
+struct Lanes {
+  double lane[lanes];
+  __device__ Lanes() {
+#pragma unroll
+    for (int k = 0; k < lanes; ++k) lane[k] = R::init;
+  }
+  __device__ inline void add(int k, double x) { lane[k] = R::join(lane[k], x); }
+  // The block's result, by a tree over its threads.
+  __device__ void finish(double* partial) const {
+    double x = lane[0];
+#pragma unroll
+    for (int k = 1; k < lanes; ++k) x = R::join(x, lane[k]);
+    double* const tree = scratch();
+    const unsigned t = threadIdx.x;
+    tree[t] = x;
+    __syncthreads();
+    for (unsigned n = blockDim.x / 2; n > 0; n /= 2) {
+      if (t < n) tree[t] = R::join(tree[t], tree[t + n]);
+      __syncthreads();
+    }
+    if (t == 0) *partial = tree[0];
+  }
+};
+
+struct Row {
+  const int64_t* words;
+  __device__ int64_t numel() const { return words[0]; }
+  __device__ double slot(const Launch& launch, int k) const { return launch.slots[words[1] * launch.n_slots + k]; }
+  template <class E>
+  __device__ E* buffer(int k) const {
+    return global(reinterpret_cast<E*>(words[head_words + k]));
+  }
+};
+
+// Partial results of one reduction, joined in chunk order.
+template <class R>
+__device__ inline double combine(const Launch& launch, Row row, int k) {
+  double x = R::init;
+  for (int64_t c = row.words[2]; c < row.words[2] + row.words[3]; ++c)
+    x = R::join(x, launch.partials[c * launch.n_reductions + k]);
+  return x;
+}
+
+// -- elements --
+template <class E>
+struct alignas(16) Pack {
+  E value[16 / sizeof(E)];
+};
+
+// What a thread holds of one buffer: `unroll` groups of `width` neighbouring elements, in 128-bit packs. Groups of
+// neighbouring threads are neighbours. Groups number 1 and up may lie beyond the chunk: `left` groups do not.
+template <class E, int width, int unroll>
+struct Tile {
+  static constexpr int per_pack = 16 / sizeof(E), packs = width / per_pack;
+  Pack<E> pack[unroll][packs];
+
+  __device__ inline void fetch(const E* from, int64_t left) {
+#pragma unroll
+    for (int u = 0; u < unroll; ++u)
+      if (u == 0 || u * int64_t(blockDim.x) < left)
+#pragma unroll
+        for (int k = 0; k < packs; ++k)
+          pack[u][k] = reinterpret_cast<const Pack<E>*>(from + u * int64_t(blockDim.x) * width)[k];
+  }
+  __device__ inline void flush(E* to, int64_t left) const {
+#pragma unroll
+    for (int u = 0; u < unroll; ++u)
+      if (u == 0 || u * int64_t(blockDim.x) < left)
+#pragma unroll
+        for (int k = 0; k < packs; ++k)
+          reinterpret_cast<Pack<E>*>(to + u * int64_t(blockDim.x) * width)[k] = pack[u][k];
+  }
+  __device__ inline void flush(const E*, int64_t) const {}
+  __device__ inline const E& at(int64_t i) const { return pack[i / width][i % width / per_pack].value[i % per_pack]; }
+  __device__ inline E& at(int64_t i) { return pack[i / width][i % width / per_pack].value[i % per_pack]; }
+};
+template <class T, class E, int width, int unroll>
+__device__ inline T load(const Tile<E, width, unroll>& tile, int64_t i) {
+  return widen<T>(tile.at(i));
+}
+template <class E, int width, int unroll, class T>
+__device__ inline void store(Tile<E, width, unroll>& tile, int64_t i, T x) {
+  narrow(tile.at(i), x);
+}
+
+template <class E>
+struct plain {
+  using type = E;
+};
+template <class E>
+struct plain<const E> {
+  using type = E;
+};
+
+// Load everything, compute, store everything: the loads are independent of each other and stand before all else.
+template <int width, int unroll, class F, class... E>
+struct Step {
+  template <class... Tiles>
+  __device__ static inline void run(const F& element, [[maybe_unused]] int64_t at, int64_t left, E*... buffer,
+                                    Tiles... tile) {
+    (tile.fetch(buffer + at, left), ...);
+#pragma unroll
+    for (int u = 0; u < unroll; ++u)
+      if (u == 0 || u * int64_t(blockDim.x) < left)
+#pragma unroll
+        for (int k = 0; k < width; ++k) element(tile..., u * width + k, k % lanes);
+    (tile.flush(buffer + at, left), ...);
+  }
+};
+
+__device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+template <class... E>
+__device__ constexpr int narrowest() {
+  int size = 8;
+  ((size = smaller(size, sizeof(E))), ...);
+  return size;
+}
+
+// Call `element` for all of a chunk. Thread t of a block of n has the groups t, t + n, t + 2n, ... of `width`
+// elements. Whole groups of aligned buffers go through registers, 128 bits at a time; others element by element.
+template <class F, class... E>
+__device__ inline void walk(int64_t begin, int64_t end, const F& element, E*... buffer) {
+  constexpr int width = 16 / narrowest<E...>(), unroll = width < in_flight ? in_flight / width : 1;
+  const int64_t whole = (end - begin) / width;
+  const bool aligned = (((reinterpret_cast<uint64_t>(buffer + begin) & 15) == 0) && ... && true);
+  int64_t g = threadIdx.x;
+  if (aligned) {
+    for (; g < whole; g += unroll * int64_t(blockDim.x))
+      Step<width, unroll, F, E...>::run(element, begin + g * width, whole - g, buffer...,
+                                        Tile<typename plain<E>::type, width, unroll>()...);
+    g = whole + ((threadIdx.x - unsigned(whole)) & (blockDim.x - 1));  // the first of this thread's after those
+  }
+  for (; begin + g * width < end; g += blockDim.x)
+#pragma unroll 1
+    for (int64_t i = begin + g * width; i < begin + g * width + width; i += lanes)
+#pragma unroll
+      for (int k = 0; k < lanes; ++k)
+        if (i + k < end) element(buffer..., i + k, k);
+}
+
+#define FUSEDOPT_CHUNKS(name, stage)                                                                               \
+  extern "C" __global__ void __launch_bounds__(max_threads)                                                        \
+      name(const __grid_constant__ Launch launch, int64_t n_chunks) {                                              \
+    for (int64_t c = blockIdx.x; c < n_chunks; c += gridDim.x) {                                                   \
+      const int64_t* chunk = launch.chunks + c * chunk_words;                                                      \
+      const Row row{launch.rows + chunk[0] * launch.row_words};                                                    \
+      stage(launch, row, chunk[1], chunk[2], launch.partials + c * launch.n_reductions);                           \
+    }                                                                                                              \
+  }
+
+#define FUSEDOPT_ROWS(name, scalars)                                                                               \
+  extern "C" __global__ void __launch_bounds__(max_threads)                                                        \
+      name(const __grid_constant__ Launch launch, int64_t n_rows) {                                                \
+    for (int64_t r = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; r < n_rows;                                   \
+         r += gridDim.x * int64_t(blockDim.x)) {                                                                   \
+      const Row row{launch.rows + r * launch.row_words};                                                           \
+      if (row.numel() > 0) scalars(launch, row);                                                                   \
+    }                                                                                                              \
+  }
+
+#define FUSEDOPT_STAGE(k) FUSEDOPT_CHUNKS(fusedopt_stage_##k, stage_##k)
+#define FUSEDOPT_SCALARS FUSEDOPT_ROWS(fusedopt_scalars, scalars)
+
+#include "cuda_example.inc"

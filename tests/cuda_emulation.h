@@ -1,0 +1,74 @@
+// Enough of CUDA to compile kernels/cuda.cu as host C++ and to run it on the CPU: included before it (-include).
+//
+// A block is a group of threads with a barrier, blocks run one after another. Packs of 16 bytes are copied with aligned
+// instructions, so a pack at an address that is not a multiple of 16 ends the process, as it would end the kernel.
+// What the skeleton says in PTX is said here in C++: these few lines are not covered by what is run on the CPU.
+#pragma once
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static  // one block at a time
+#define __grid_constant__
+#define __launch_bounds__(threads)
+
+using std::atan, std::atan2, std::ceil, std::cos, std::erf, std::exp, std::expm1, std::fabs, std::floor, std::log;
+using std::log1p, std::log2, std::nearbyint, std::pow, std::sin, std::sqrt, std::tanh, std::trunc;
+
+struct Index {
+  unsigned x;
+};
+inline thread_local Index threadIdx{0}, blockIdx{0};
+inline Index blockDim{1}, gridDim{1};
+inline std::unique_ptr<std::barrier<>> barrier;
+inline void __syncthreads() {
+  if (blockDim.x > 1) barrier->arrive_and_wait();
+}
+
+inline float float_from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float float_from_half(uint16_t bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, sizeof x);
+  return float(x);
+}
+inline uint16_t half_from_float(float x) {
+  const _Float16 rounded = _Float16(x);
+  uint16_t bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  return bits;
+}
+inline uint16_t bfloat16_from_float(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return x != x ? 0x7fff : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+template <class E>
+inline E* global(E* p) {
+  return p;
+}
+
+template <class Launch>
+void emulate(void (*kernel)(Launch, int64_t), const Launch& launch, int64_t n, unsigned blocks, unsigned threads) {
+  gridDim.x = blocks, blockDim.x = threads;
+  barrier = std::make_unique<std::barrier<>>(threads);
+  for (unsigned b = 0; b < blocks; ++b) {
+    const auto run = [&](unsigned t) {
+      blockIdx.x = b, threadIdx.x = t;
+      kernel(launch, n);
+    };
+    std::vector<std::thread> others;
+    for (unsigned t = 1; t < threads; ++t) others.emplace_back(run, t);
+    run(0);
+    for (std::thread& other : others) other.join();
+  }
+}

@@ -1,0 +1,149 @@
+"""Every named optimizer's programs as CUDA C++, many in one source, and that source at work on CPU memory.
+
+A row of `CASES` is a named optimizer with storage dtypes; `programs` are those of eight steps of its first variant.
+"""
+
+import ctypes
+import functools
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import golden
+import numpy as np
+import torch
+
+from fusedopt import table
+from fusedopt.compile import toolchain
+from fusedopt.ir.passes import scalar_stores, stages
+from fusedopt.ir.program import Program
+from fusedopt.kernels import source as skeleton
+from fusedopt.render import cuda
+from fusedopt.runtime import cpu, plan
+
+EXAMPLE = golden.EXAMPLE.with_name("cuda_example.inc")
+EMULATION = Path(__file__).with_name("cuda_emulation.h")
+STORAGE: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, None),
+}
+"""Parameters and gradients, and state (None: as the callbacks ask, which is the parameter's)."""
+CASES = [f"{row.face}_{row.name}_{dtype}" for row in table.TABLE for dtype in STORAGE]
+
+
+class Rendered(NamedTuple):
+    program: Program
+    body: str
+
+
+@functools.cache
+def rendered(case: str) -> tuple[Rendered, ...]:
+    """The case's programs and their CUDA bodies; nothing is compiled."""
+    face, name, dtype = case.split("_")
+    row, (storage, state) = table.row(face, name), STORAGE[dtype]
+    found: list[Rendered] = []
+
+    def render(program: Program, slot_names: Sequence[str], title: str) -> str:
+        found.append(Rendered(program, cuda.render(program, slot_names, title)))
+        return ""
+
+    p = torch.zeros(3, dtype=storage, requires_grad=True)
+    p.grad = torch.zeros_like(p)
+    with golden.nothing_is_compiled(), mock.patch.object(cpu.cpp, "render", render):
+        opt = row.factory([p], **row.variants[0].kwargs)
+        opt.state_dtype = state
+        for _ in range(golden.STEPS):
+            opt.step()
+    return tuple(found)
+
+
+def together(bodies: dict[str, str]) -> str:
+    """One source with many bodies: each in a namespace, its functions called `<name>_stage_0` and so on."""
+    parts = []
+    for name, body in bodies.items():
+        parts += [
+            "#undef FUSEDOPT_STAGE",
+            "#undef FUSEDOPT_SCALARS",
+            f"#define FUSEDOPT_STAGE(k) FUSEDOPT_CHUNKS({name}_stage_##k, stage_##k)",
+            f"#define FUSEDOPT_SCALARS FUSEDOPT_ROWS({name}_scalars, scalars)",
+            f"namespace {name}_ {{\n{body}}}",
+        ]
+    return cuda.source(skeleton("cuda.cu"), "\n".join(parts))
+
+
+# ---------------------------------------------------------------- on the CPU
+
+
+class LaunchTable(ctypes.Structure):
+    """`struct Launch` of the skeleton."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("rows", "chunks", "partials", "slots")),
+        *((name, ctypes.c_int64) for name in ("row_words", "n_slots", "n_reductions")),
+    ]
+
+
+EMULATE = """
+extern "C" void emulated(void (*kernel)(Launch, int64_t), const Launch* launch, int64_t n, unsigned blocks,
+                         unsigned threads) {
+  emulate(kernel, *launch, n, blocks, threads);
+}
+"""
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+
+
+def emulation(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
+    """The source compiled for the CPU and loaded."""
+    path, out = folder / "kernel.cpp", folder / "kernel.so"
+    path.write_text(source + EMULATE)
+    tool = toolchain.compiler()
+    command = [
+        *tool.command,
+        *FLAGS,
+        *WARNINGS,
+        *flags,
+        "-include",
+        str(EMULATION),
+        str(path),
+        "-o",
+        str(out),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return ctypes.CDLL(str(out))
+
+
+def run(
+    library: ctypes.CDLL,
+    name: str,
+    program: Program,
+    columns: dict[str, list[torch.Tensor]],
+    sets: Sequence[int],
+    slots: np.ndarray,
+    blocks: int = 1,
+    threads: int = 1,
+    chunks: plan.Layout | None = None,
+) -> np.ndarray:
+    """Launch all stages on CPU tensors, as a launcher would on a GPU; returns the partial results."""
+    sizes = tuple(t.numel() for t in columns["param"])
+    layout = chunks or plan.layout(sizes)
+    pointers = [[t.data_ptr() for t in columns[buffer]] for buffer, _ in program.buffers]
+    rows = np.array([sizes, sets, layout.first, layout.count, *pointers], np.int64).T.copy()
+    reductions = sum(len(stage.reductions) for stage in stages(program))
+    partials = np.full((len(layout), reductions), np.nan)
+    addresses = [a.ctypes.data for a in (rows, layout.chunks, partials, slots)]
+    launch = LaunchTable(*addresses, rows.shape[1], slots.shape[1], reductions)
+
+    def start(symbol: str, n: int) -> None:
+        kernel: Any = ctypes.cast(getattr(library, f"{name}_{symbol}"), ctypes.c_void_p)
+        library.emulated(kernel, ctypes.byref(launch), ctypes.c_int64(n), blocks, threads)
+
+    for k in range(len(stages(program))):
+        start(f"stage_{k}", len(layout))
+    if scalar_stores(program).stores:
+        start("scalars", len(sizes))
+    return partials
