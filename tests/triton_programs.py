@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from fusedopt import table
-from fusedopt.ir.program import Program
+from fusedopt.ir.ops import OPS, Op
+from fusedopt.ir.program import Buffer, Graph, Program, verify
 from fusedopt.render import triton as renderer
 from fusedopt.runtime import backends, engine
 from fusedopt.runtime.cpu import HEAD
@@ -19,6 +20,7 @@ DTYPES = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, torch.float32),
     "float16": (torch.float16, None),
+    "float64": (torch.float64, None),
 }
 """Of parameters and gradients, and of state where that is another."""
 NAMED = {f"{row.face}_{row.name}": row for row in table.TABLE}
@@ -85,3 +87,23 @@ def traced(name: str, dtype: str = "float32", variant: int = 0) -> list[Traced]:
         for _ in range(STEPS):
             opt.step()
     return found
+
+
+INPUTS = ("param", "grad", "state.third")
+SPELLED = [op for op in OPS.values() if isinstance(op, Op) and op.triton is not None]
+
+
+def all_ops(dtype: torch.dtype) -> Program:
+    """Every elementwise op that Triton has, each into its own state buffer."""
+    graph = Graph()
+    numbers = [graph.leaf("load", name, kind="F") for name in INPUTS]
+    masks = [graph.op("gt", numbers[0], numbers[1]), graph.op("ge", numbers[1], numbers[2])]
+    stores = {}
+    for op in SPELLED:
+        pools = {"f": iter(numbers), "b": iter(masks)}
+        result = graph.op(op.name, *[next(pools[t]) for t in op.types[: op.arity]])
+        stores[f"state.{op.name}"] = graph.op("as_float", result) if op.result == "b" else result
+    buffers = tuple((name, Buffer(dtype, "F")) for name in (*INPUTS, *stores))
+    program = Program(dtype, buffers, tuple(graph.values), tuple(stores.items()), 0)
+    verify(program)
+    return program

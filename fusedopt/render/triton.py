@@ -265,9 +265,9 @@ def _function(name: str, arguments: Sequence[str], lines: Iterable[str]) -> list
 def _call(name: str, arguments: Sequence[str]) -> list[str]:
     """A call, on one line if it fits there."""
     line = f"{name}({', '.join(arguments)})"
-    if len(line) <= 100:
+    if len(line) <= 90:
         return [line]
-    body = textwrap.wrap(f"{', '.join(arguments)},".replace(": tl", ":\0tl"), 100, break_long_words=False)
+    body = textwrap.wrap(f"{', '.join(arguments)},".replace(": tl", ":\0tl"), 96, break_long_words=False)
     return [f"{name}(", *_indent(line.replace("\0", " ") for line in body), ")"]
 
 

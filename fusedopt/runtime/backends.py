@@ -134,13 +134,15 @@ def compile_program(
 
     Raises BuildError if the backend was asked for by name.
     """
-    for backend in candidates(name, device):
+    tried = candidates(name, device)
+    for backend, following in zip(tried, (*tried[1:], None), strict=True):
         try:
             return backend, backend.compile(program, title, slot_names)
         except BuildError as error:
             if name != "auto":
                 raise
-            _say(backend.name, f"the {backend.name} backend cannot be used, so steps run unfused. {error}")
+            instead = f"{following.name} compiles instead" if following else "steps run unfused"
+            _say(backend.name, f"the {backend.name} backend cannot be used, so {instead}. {error}")
     return None
 
 

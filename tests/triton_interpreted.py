@@ -1,0 +1,389 @@
+"""What Triton kernels compute, in Triton's interpreter: test_triton.py starts pytest on this file.
+
+By hand: TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
+"""
+
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+import test_ops
+import torch
+from helpers import assert_same_bits, copies, needs_extension, signature, ulp_distance
+from triton_programs import DTYPES, INPUTS, NAMED, SPELLED, all_ops, made
+
+import fusedopt
+from fusedopt import callbacks
+from fusedopt.compile.cache import BuildError
+from fusedopt.ir.ops import OPS
+from fusedopt.ir.passes import optimize
+from fusedopt.ir.program import Buffer, Graph, Program, interpret
+from fusedopt.runtime import backends, plan
+from fusedopt.runtime import triton as backend
+from fusedopt.trace.tracer import trace
+
+if not backend.interpreting():
+    pytest.skip("TRITON_INTERPRET=1 must be set when Python starts", allow_module_level=True)
+
+GUARD = 16
+"""Elements in front of and behind each tensor: what is written there is found out."""
+
+
+def run(program: Program, buffers: dict, slots=(), on: str = "triton", name: str = "test") -> None:
+    """Launch a program's kernel on one parameter's tensors, which it changes in place."""
+    columns = {name: [buffers[name]] for name, _ in program.buffers}
+    chosen = backends.get(on)
+    launch = chosen.prepare(chosen.compile(program, name, []), columns, [buffers["param"].numel()], [0])
+    launch.run(np.array([list(slots)], dtype=np.float64))
+
+
+# ---------------------------------------------------------------- named optimizers
+
+SIZES = (1, 1031, 0, 70, 1024)
+
+
+class Guarded:
+    """Tensors in the middle of larger ones. Every other one starts at no multiple of 16 bytes."""
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.whole, self.tensors = [], []
+        for k, n in enumerate(SIZES):
+            first = GUARD + k % 2
+            whole = torch.full((n + 2 * GUARD + 1,), 77.0, dtype=dtype)
+            whole[first : first + n] = torch.randn(n, generator=generator).to(dtype)
+            self.whole.append((whole, first, n))
+            self.tensors.append(whole[first : first + n])
+
+    def check(self) -> None:
+        for whole, first, n in self.whole:
+            assert (whole[:first] == 77).all() and (whole[first + n :] == 77).all()
+
+
+def trained(name: str, on: str, dtype: str, variant: int, steps: int) -> list[torch.Tensor]:
+    """Parameters and state after some steps of two groups with schedules, checked for writes out of bounds."""
+    data = Guarded(DTYPES[dtype][0], seed=1)
+    params = [torch.nn.Parameter(t) for t in data.tensors]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    opt = made(name, groups, on, dtype, variant)
+    opt.param_groups[1]["lr"] *= 0.7
+    guarded = [data]
+    for t in range(steps):
+        gradients = Guarded(DTYPES[dtype][0], seed=10 + t)
+        guarded.append(gradients)
+        for p, gradient in zip(params, gradients.tensors, strict=True):
+            p.grad = gradient
+        opt.step()
+        opt.param_groups[0]["lr"] *= 0.9
+    for each in guarded:
+        each.check()
+    assert opt.explain().backend == on
+    state = [v for p in params for v in opt.state[p].values() if isinstance(v, torch.Tensor)]
+    return [*params, *state]
+
+
+def assert_same(name: str, dtype: str, variant: int, steps: int) -> None:
+    ours, theirs = (trained(name, on, dtype, variant, steps) for on in ("triton", "cpp"))
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same_bits(a.detach(), b.detach())
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES)[:3])
+@pytest.mark.parametrize("name", NAMED)
+def test_named_optimizers_have_the_bits_of_cpp(name, dtype):
+    assert_same(name, dtype, 0, 7 if NAMED[name].changes_structure else 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [(n, k) for n, row in NAMED.items() for k in range(1, len(row.variants))]
+)
+def test_their_other_variants_do_too(name, variant):
+    assert_same(name, "float32", variant, 2)
+
+
+@pytest.mark.parametrize("name", ["fastai_Adam", "torch_Adamax"])
+def test_float64_too(name):
+    assert_same(name, "float64", 0, 3)
+
+
+def test_the_comparison_can_fail():
+    ours, theirs = (
+        trained("fastai_Adam", on, "float32", variant, 2) for on, variant in (("triton", 0), ("cpp", 1))
+    )
+    with pytest.raises(AssertionError, match="index, ours, expected"):
+        assert_same_bits(ours[1].detach(), theirs[1].detach())
+
+
+# ---------------------------------------------------------------- ops
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
+def results(request):
+    """What Triton and the reference make of every op it has a spelling for."""
+    program, dtype = all_ops(request.param), request.param
+    given = {name: test_ops.inputs(dtype)[name] for name in INPUTS}
+    given |= {name: torch.zeros_like(given["param"]) for name, _ in program.stores}
+    run(program, ran := copies(given))
+    return ran, interpret(program, given, [])
+
+
+@pytest.mark.parametrize("op", SPELLED, ids=lambda op: op.name)
+def test_elementwise_op_is_torchs(op, results):
+    ours, expected = (t[f"state.{op.name}"] for t in results)
+    if op.name not in test_ops.LIBRARY:
+        assert_same_bits(ours, expected)
+    else:
+        assert ulp_distance(ours, expected).max() <= test_ops.LIBRARY_ULP
+
+
+@pytest.mark.parametrize("compute", test_ops.DTYPES, ids=str)
+def test_16_bit_numbers_are_loaded_and_stored_as_torch_does(compute):
+    """Every one of them, and the ties between them and what is beside those."""
+    program = test_ops.storage_kernel(compute).program
+    patterns = {"param": test_ops.all_patterns(torch.bfloat16), "grad": test_ops.all_patterns(torch.float16)}
+    special = torch.tensor([math.nan, math.inf, -math.inf, 65519.99, 65520.0, 3.3962e38], dtype=compute)
+    ties = [test_ops.between(dtype, compute)[::7] for dtype in (torch.bfloat16, torch.float16)]
+    for x in (*(p.to(compute) for p in patterns.values()), torch.cat([special, *ties])):
+        n = min(len(x), 65536)
+        tensors = {k: p[:n].clone() for k, p in patterns.items()} | {"state.single": torch.randn(n)}
+        tensors |= {name: torch.zeros(n, dtype=compute) for name, _ in program.buffers if "_loaded" in name}
+        before = copies(tensors)
+        tensors["state.x"] = x[:n].clone()
+        run(program, tensors)
+        for name in ("param", "grad", "state.single"):
+            loaded = tensors[f"state.{name.removeprefix('state.')}_loaded"]
+            assert_same_bits(loaded, before[name].to(compute))
+            assert_same_bits(tensors[name], x[:n].to(tensors[name].dtype))
+
+
+# ---------------------------------------------------------------- reductions
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 1088 elements, so that a tensor that is soon stepped has several, with a block and a rest each."""
+    monkeypatch.setattr(plan, "CHUNK", 1088)
+    plan.layout.cache_clear()
+    plan.splits.cache_clear()
+    yield
+    plan.layout.cache_clear()
+    plan.splits.cache_clear()
+
+
+def reduced(x: torch.Tensor, on: str) -> dict[str, torch.Tensor]:
+    program = test_ops.reduction_kernel(x.dtype).program
+    buffers = {name: torch.zeros((), dtype=torch.float64) for name, _ in program.stores}
+    run(program, buffers | {"param": x}, on=on)
+    return {name.removeprefix("state."): t for name, t in buffers.items()}
+
+
+@pytest.mark.parametrize("size", [1, 15, 1025, 3 * 1088 + 5])
+@pytest.mark.parametrize("dtype", test_ops.DTYPES, ids=str)
+def test_reductions_are_those_of_cpp(dtype, size, small_chunks):
+    """In float32 the last bits of a sum's double are rounded away; in float64 the order within a chunk shows."""
+    x = torch.randn(size, dtype=dtype) * 10.0 ** torch.randint(-3, 3, (size,))
+    ours, theirs = reduced(x, "triton"), reduced(x, "cpp")
+    for name in ours:
+        if dtype == torch.float32 or name in ("amax", "amin"):
+            assert_same_bits(ours[name], theirs[name])
+        else:
+            scale = x.abs().sum() / (size if name == "mean" else 1)
+            assert (ours[name] - theirs[name]).abs() <= 16 * torch.finfo(dtype).eps * scale
+
+
+@pytest.mark.parametrize("where", [0, 1024, 1088, 2180])
+def test_reductions_pass_on_nan_and_infinity(where, small_chunks):
+    x = torch.randn(2 * 1088 + 5)
+    x[where] = math.nan
+    assert all(value.isnan() for value in reduced(x, "triton").values())
+    x[where] = math.inf
+    found = reduced(x, "triton")
+    assert all(found[name] == math.inf for name in ("sum", "mean", "amax")) and found["amin"].isfinite()
+
+
+def test_part_results_are_joined_in_the_order_of_chunks(small_chunks):
+    """Chunks whose sums are 1e16, 1, -1e16: in order the 1 is lost, and in double nothing else is."""
+    x = torch.zeros(3 * 1088, dtype=torch.float64)
+    x[0], x[1088], x[2 * 1088] = 1e16, 1.0, -1e16
+    assert reduced(x, "triton")["sum"] == reduced(x, "cpp")["sum"] == 0.0
+    x[0], x[1088], x[2 * 1088] = 1e16, -1e16, 1.0
+    assert reduced(x, "triton")["sum"] == reduced(x, "cpp")["sum"] == 1.0
+
+
+def test_a_program_with_stages_and_scalar_state(small_chunks):
+    """Lamb with a number per tensor that is stored."""
+
+    def keep_norm(p, **kwargs):
+        return {"norm": p.grad.norm()}
+
+    parts = [callbacks.average_grad, callbacks.average_sqr_grad, callbacks.step_stat, callbacks.lamb_step]
+    hypers = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-6)
+    traced = trace([keep_norm, *parts], signature(), hypers)
+    given = {name: torch.rand(2500) for name, b in traced.program.buffers if b.kind == "F"}
+    given |= {name: torch.zeros(()) for name, b in traced.program.buffers if b.kind == "S"}
+    run(traced.program, ours := copies(given), traced.slot_values())
+    run(traced.program, theirs := copies(given), traced.slot_values(), on="cpp")
+    assert ours["state.norm"] > 0
+    for name in given:
+        assert_same_bits(ours[name], theirs[name])
+
+
+# ---------------------------------------------------------------- names and constants
+
+
+def test_state_keys_that_mean_something_in_the_source():
+    keys = [
+        "tl",
+        "tl_",
+        "at",
+        "end",
+        "load",
+        "store",
+        "rounded",
+        "triton",
+        "sqrt",
+        "T",
+        "BLOCK",
+        "x0",
+        "a0",
+        "row",
+    ]
+    graph = Graph()
+    total = graph.leaf("load", "param", kind="F")
+    for key in keys:
+        total = graph.op("add", total, graph.op("sqrt", graph.leaf("load", f"state.{key}", kind="F")))
+    buffers = tuple((n, Buffer(torch.float32, "F")) for n in ("param", *(f"state.{k}" for k in keys)))
+    program = Program(torch.float32, buffers, tuple(graph.values), (("param", total),), 0)
+    tensors = {name: torch.rand(9) for name, _ in buffers}
+    expected = interpret(program, tensors, [])["param"]
+    run(program, tensors)
+    assert_same_bits(tensors["param"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("x", [0.1, -0.0, 0.0, 1e-300, math.inf, -math.inf, math.nan, 16777217.0])
+def test_constants_keep_their_bits(x, dtype):
+    graph = Graph()
+    graph.op("expand", graph.leaf("const", x))
+    program = Program(dtype, (("param", Buffer(dtype, "F")),), tuple(graph.values), (("param", 1),), 0)
+    tensors = {"param": torch.ones(3, dtype=dtype)}
+    run(program, tensors, name=f"constant {x}")  # a program with -0.0 equals the one with 0.0
+    assert_same_bits(tensors["param"], torch.full((3,), x, dtype=dtype))
+
+
+def test_reducing_what_there_is_one_of_per_tensor():
+    """The sum of a number over all elements, and the element count."""
+    graph = Graph()
+    total = graph.op("sum", graph.leaf("slot", 0))
+    graph.op("expand", graph.op("sub", total, graph.leaf("numel")))
+    buffers = (("param", Buffer(torch.float32, "F")),)
+    program = optimize(
+        Program(torch.float32, buffers, tuple(graph.values), (("param", len(graph.values) - 1),), 1)
+    )
+    tensors = {"param": torch.zeros(1030)}
+    run(program, tensors, [2.0])
+    assert (tensors["param"] == 1030).all()
+
+
+# ---------------------------------------------------------------- launching
+
+
+def test_many_groups_are_one_launch():
+    params = [torch.nn.Parameter(torch.full((3,), float(k))) for k in range(40)]
+    expected = [p.detach() - 0.1 * (k + 1) for k, p in enumerate(params)]
+    groups = [{"params": [p], "lr": 0.1 * (k + 1)} for k, p in enumerate(params)]
+    opt = fusedopt.Optimizer(groups, fusedopt.sgd_step, lr=0.1, backend="triton")
+    for p in params:
+        p.grad = torch.ones(3)
+    opt.step()
+    assert [tensors for _, tensors in opt.engine.launched] == [40]
+    for p, value in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), value)
+
+
+@needs_extension
+def test_a_warm_step_uploads_the_gradients_pointers_and_nothing_else_is_made():
+    params = [torch.nn.Parameter(torch.ones(5)) for _ in range(3)]
+    opt = fusedopt.optim.AdamW(params, lr=0.1)
+    opt.backend = "triton"
+    kept = []  # so that each step's gradients are elsewhere
+    with mock.patch.object(backend, "Launch", side_effect=backend.Launch) as prepared:
+        for t in range(6):
+            for p in params:
+                kept.append(p.grad)
+                p.grad = torch.full((5,), 1.0 + t)
+            opt.step()
+            if t == 2:
+                before = prepared.call_count
+    assert prepared.call_count == before
+    other = [torch.nn.Parameter(torch.ones(5))]
+    theirs = fusedopt.optim.AdamW(other, lr=0.1)
+    for t in range(6):
+        other[0].grad = torch.full((5,), 1.0 + t)
+        theirs.step()
+    for p in params:
+        assert_same_bits(p.detach(), other[0].detach())
+
+
+def test_no_elements_are_no_launch():
+    p = torch.nn.Parameter(torch.ones(0))
+    p.grad = torch.ones(0)
+    opt = fusedopt.Optimizer(
+        [p], [fusedopt.average_grad, fusedopt.sgd_step], lr=0.1, mom=0.9, backend="triton"
+    )
+    opt.step()
+    opt.step()
+
+
+def test_uploads_follow_the_bits_of_the_table():
+    upload, table = backend.Upload(torch.device("cpu")), np.array([[1.0, 0.0]])
+    there = upload.of(table)
+    with mock.patch.object(torch.Tensor, "copy_", side_effect=AssertionError("copied")):
+        assert upload.of(table) is there
+    table[0, 1] = -0.0
+    assert math.copysign(1.0, upload.of(table)[0, 1]) == -1.0 and upload.of(table) is there
+
+
+def test_tiles_cover_each_chunk_once_and_start_at_aligned_elements():
+    sizes = (1, backend.TILE, backend.TILE + 1, 65536 * 3 + 77, 5)
+    chunks = plan.layout(sizes).chunks
+    cut = backend.tiles(chunks)
+    assert (cut[:, 2] > cut[:, 1]).all() and (cut[:, 2] - cut[:, 1] <= backend.TILE).all()
+    assert not (cut[:, 1] % plan.ALIGN).any() and backend.TILE % backend.BLOCK == 0
+    for row, size in enumerate(sizes):
+        mine = cut[cut[:, 0] == row]
+        assert mine[0, 1] == 0 and mine[-1, 2] == size and (mine[1:, 1] == mine[:-1, 2]).all()
+
+
+def test_auto_goes_on_to_the_next_backend_and_says_why(monkeypatch):
+    monkeypatch.setitem(backends.FOR_DEVICE, "cpu", ("triton", "cpp"))
+    monkeypatch.setattr(backends, "_warned", set())
+
+    def curious(p, lr, **kwargs):
+        p.data.sub_(p.grad.tanh(), alpha=lr)
+
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    opt = fusedopt.Optimizer([p], curious, lr=0.1)
+    with pytest.warns(
+        RuntimeWarning, match=r"triton backend cannot be used, so cpp compiles instead.*no tanh"
+    ):
+        opt.step()
+    assert opt.explain().backend == "cpp"
+    torch.testing.assert_close(p.detach(), 1 - 0.1 * torch.ones(3).tanh())
+    with pytest.raises(BuildError, match="tanh"):
+        fusedopt.Optimizer([p], curious, lr=0.1, backend="triton").step()
+
+
+def test_every_op_without_a_spelling_is_refused():
+    for op in OPS.values():
+        if op.triton is None:
+            graph = Graph()
+            x = graph.leaf("load", "param", kind="F")
+            y = graph.op(op.name, *[x] * op.arity)
+            buffers = (("param", Buffer(torch.float32, "F")),)
+            program = Program(torch.float32, buffers, tuple(graph.values), (("param", y),), 0)
+            with pytest.raises(BuildError, match=f"no {op.name} "):
+                backends.get("triton").compile(program, "test", [])
