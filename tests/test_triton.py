@@ -214,6 +214,17 @@ def test_lines_are_short_and_hold_no_hyperparameter(name):
         assert not any(str(x) in made.body() for x in NAMED[name].kwargs[0].values() if type(x) is float)
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_every_pointer_of_a_stage_has_a_say_in_whether_it_is_aligned(name):
+    for made in traced(name):
+        for stage in made.body().split("\ndef stage_")[1:]:
+            stage = stage.split("@triton.jit")[0]
+            asked = re.search(r"whole_blocks\(([^,]*),", stage)[1].split(" | ")
+            promised = re.findall(r"multiple_of\((a\d+)\.to\(\w+\), 16\)", stage)
+            assert sorted(asked) == sorted(promised) and len(set(asked)) == len(asked)
+            assert set(re.findall(r"\b(a\d+)\.to\(", stage)) == set(asked)
+
+
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_spellings_use_their_arguments(op):
     missing = {"pow", "atan2", "expm1", "log1p", "tanh", "atan"}
@@ -221,6 +232,101 @@ def test_spellings_use_their_arguments(op):
     if op.triton is not None:
         arity = 1 if isinstance(op, Reduction) else op.arity
         assert [f"{{{k}}}" in op.triton for k in range(4)] == [k < arity for k in range(4)]
+
+
+# ---------------------------------------------------------------- launching
+
+
+class Driver:
+    """Stands where NVIDIA's driver would: it names a GPU and a stream, and notes what it is told to launch."""
+
+    def __init__(self) -> None:
+        self.utils, self.loaded, self.launched = self, [], []
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 12345
+
+    def get_current_stream(self, device: int) -> int:
+        return 77
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 17}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+        self.loaded.append(name)
+        return 1, 2, 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+            tables = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+            self.launched.append((metadata.name, (x, y, z), stream, tables))
+
+        return launch
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    made = Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", made)
+    return made
+
+
+SIZES = (100_000, 0, 5)
+
+
+def launch(name: str) -> backend.Launch:
+    """What the backend prepares for tensors of these sizes, compiled for the GPU that the driver names."""
+    made, used = traced(name)[0], backend.Triton()
+    kernel = used.compile(made.program, made.title, made.slot_names)
+    columns = {
+        name: [torch.zeros(n if b.kind == "F" else (), dtype=b.dtype) for n in SIZES]
+        for name, b in made.program.buffers
+    }
+    return used.prepare(kernel, columns, SIZES, [0, 1, 1])
+
+
+def test_kernels_are_compiled_before_the_first_launch_and_launched_once_per_stage(driver):
+    """Through Triton's own launcher, down to the driver: stages over chunks, a kernel for scalar state over rows."""
+    larc = launch("fastai_Larc")
+    kernels = [*larc.handle.stages, larc.handle.scalars]
+    assert [len(k.device_caches[driver.get_current_device()][0]) for k in kernels] == [1, 1, 1]
+    n_slots = traced("fastai_Larc")[0].program.slots
+    assert driver.loaded == driver.launched == []
+    numbers = torch.rand(2, n_slots, dtype=torch.float64).numpy()
+    larc.run(numbers)
+    assert [(name, grid) for name, grid, _, _ in driver.launched] == [
+        ("stage_0", (3, 1, 1)),
+        ("stage_1", (3, 1, 1)),
+        ("scalars", (3, 1, 1)),
+    ]
+    assert [len(k.device_caches[driver.get_current_device()][0]) for k in kernels] == [1, 1, 1]
+    assert {stream for _, _, stream, _ in driver.launched} == {77}
+    for name, _, _, tables in driver.launched:
+        assert torch.equal(tables[0], torch.from_numpy(larc.rows))
+        assert torch.equal(tables[-1 if name == "scalars" else 3], torch.from_numpy(numbers))
+
+
+def test_a_stage_without_part_results_is_launched_over_tiles(driver):
+    adam = launch("fastai_Adam")
+    adam.run(torch.rand(2, 8, dtype=torch.float64).numpy())
+    pieces = -(-65536 // backend.TILE) + -(-(100_000 - 65536) // backend.TILE) + 1
+    assert [(name, grid) for name, grid, _, _ in driver.launched] == [("stage_0", (pieces, 1, 1))]
+
+
+def test_what_the_host_changed_is_there_at_the_next_launch_and_nothing_is_compiled_again(driver):
+    adam = launch("fastai_Adam")
+    numbers = torch.rand(2, 8, dtype=torch.float64).numpy()
+    for _ in range(2):
+        adam.run(numbers)
+        adam.rows[:, 5] += 16
+        numbers[1] *= 0.5
+    (_, _, _, first), (_, _, _, second) = driver.launched
+    assert torch.equal(second[0][:, 5], first[0][:, 5] + 16)
+    assert torch.equal(second[3][1], first[3][1] * 0.5) and torch.equal(second[3][0], first[3][0])
+    assert driver.loaded == ["stage_0"]
 
 
 # ---------------------------------------------------------------- where it cannot run
@@ -269,6 +375,7 @@ def test_an_op_without_a_spelling_is_named():
 # ---------------------------------------------------------------- what the kernels compute
 
 
+@pytest.mark.slow
 def test_in_tritons_interpreter():
     """triton_interpreted.py, in a process that is started for it."""
     file = Path(__file__).with_name("triton_interpreted.py")

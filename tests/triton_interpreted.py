@@ -108,6 +108,15 @@ def test_float64_too(name):
     assert_same(name, "float64", 0, 3)
 
 
+def test_a_write_past_the_end_would_be_found(monkeypatch, nothing_compiled):
+    right = backend.skeleton("triton.py.in")
+    wrong = right.replace("element_ty), mask=at < end)", "element_ty), mask=at < end + 1)")
+    assert wrong != right
+    monkeypatch.setattr(backend, "skeleton", lambda name: wrong)
+    with pytest.raises(AssertionError):
+        trained("fastai_SGD", "triton", "float32", 0, 1)
+
+
 def test_the_comparison_can_fail():
     ours, theirs = (
         trained("fastai_Adam", on, "float32", variant, 2) for on, variant in (("triton", 0), ("cpp", 1))
@@ -288,6 +297,32 @@ def test_reducing_what_there_is_one_of_per_tensor():
 
 
 # ---------------------------------------------------------------- launching
+
+PROBE = """
+@triton.jit
+def probe(out, address, begin, end, BLOCK: tl.constexpr):
+    tl.store(out, whole_blocks(tl.load(address), tl.load(begin), tl.load(end), BLOCK))
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "begin", "end", "whole"),
+    [
+        (4096, 0, 4096, 4096),
+        (4096, 64, 64 + 1023, 64),
+        (4096, 64, 64 + 2047, 64 + 1024),
+        (2**40, 2**33, 2**33 + 1025, 2**33 + 1024),
+        *((4096 | k, 0, 4096, 0) for k in (1, 2, 4, 8, 15)),
+    ],
+)
+def test_only_whole_blocks_of_aligned_rows_are_said_to_be_aligned(address, begin, end, whole, tmp_path):
+    """What is decided wrongly here is an access that a GPU refuses, and one that the interpreter makes."""
+    path = tmp_path / "probe.py"
+    path.write_text(backend.skeleton("triton.py.in") + PROBE, encoding="utf-8")
+    out = torch.zeros(1, dtype=torch.int64)
+    arguments = [torch.tensor([x]) for x in (address, begin, end)]
+    backend.load(path)["probe"][(1,)](out, *arguments, BLOCK=1024)
+    assert out.item() == whole
 
 
 def test_many_groups_are_one_launch():
