@@ -53,6 +53,12 @@ __device__ inline uint16_t bfloat16_from_float(float x) {
   return x != x ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 #endif
 }
+// Left to itself, the compiler stores some packs of a conditional group element by element.
+__device__ inline void store_128_bits(void* to, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
 // What rows point to is global memory, which the compiler cannot see.
 template <class E>
 __device__ inline E* global(E* p) {
@@ -182,6 +188,38 @@ __device__ inline double combine(const Launch& launch, Row row, int k) {
 }
 
 // -- elements --
+// A buffer of which no element is read. Where a pack is skipped, the compiler cannot see that loading it is useless.
+template <class E>
+struct Written {
+  E* p;
+};
+template <class E>
+__device__ inline Written<E> written(E* p) {
+  return {p};
+}
+
+// What `walk` is given for a buffer: a pointer to const, a pointer, or `written`.
+template <class B>
+struct Buffer;
+template <class E>
+struct Buffer<const E*> {
+  using Element = E;
+  static constexpr bool reads = true, writes = false;
+  __device__ static inline const E* pointer(const E* p) { return p; }
+};
+template <class E>
+struct Buffer<E*> {
+  using Element = E;
+  static constexpr bool reads = true, writes = true;
+  __device__ static inline E* pointer(E* p) { return p; }
+};
+template <class E>
+struct Buffer<Written<E>> {
+  using Element = E;
+  static constexpr bool reads = false, writes = true;
+  __device__ static inline E* pointer(Written<E> b) { return b.p; }
+};
+
 template <class E>
 struct alignas(16) Pack {
   E value[16 / sizeof(E)];
@@ -189,85 +227,84 @@ struct alignas(16) Pack {
 
 // What a thread holds of one buffer: `unroll` groups of `width` neighbouring elements, in 128-bit packs. Groups of
 // neighbouring threads are neighbours. Groups number 1 and up may lie beyond the chunk: `left` groups do not.
-template <class E, int width, int unroll>
+template <class B, int width, int unroll>
 struct Tile {
+  using E = typename Buffer<B>::Element;
   static constexpr int per_pack = 16 / sizeof(E), packs = width / per_pack;
   Pack<E> pack[unroll][packs];
 
-  __device__ inline void fetch(const E* from, int64_t left) {
+  __device__ inline void fetch(B buffer, int64_t at, int64_t left) {
+    if constexpr (Buffer<B>::reads) {
+      const E* from = Buffer<B>::pointer(buffer) + at;
 #pragma unroll
-    for (int u = 0; u < unroll; ++u)
-      if (u == 0 || u * int64_t(blockDim.x) < left)
+      for (int u = 0; u < unroll; ++u)
+        if (u == 0 || u * int64_t(blockDim.x) < left)
 #pragma unroll
-        for (int k = 0; k < packs; ++k)
-          pack[u][k] = reinterpret_cast<const Pack<E>*>(from + u * int64_t(blockDim.x) * width)[k];
+          for (int k = 0; k < packs; ++k)
+            pack[u][k] = reinterpret_cast<const Pack<E>*>(from + u * int64_t(blockDim.x) * width)[k];
+    }
   }
-  __device__ inline void flush(E* to, int64_t left) const {
+  __device__ inline void flush(B buffer, int64_t at, int u) const {
+    if constexpr (Buffer<B>::writes) {
+      E* to = Buffer<B>::pointer(buffer) + at + u * int64_t(blockDim.x) * width;
 #pragma unroll
-    for (int u = 0; u < unroll; ++u)
-      if (u == 0 || u * int64_t(blockDim.x) < left)
-#pragma unroll
-        for (int k = 0; k < packs; ++k)
-          reinterpret_cast<Pack<E>*>(to + u * int64_t(blockDim.x) * width)[k] = pack[u][k];
+      for (int k = 0; k < packs; ++k) store_128_bits(to + k * per_pack, __builtin_bit_cast(uint4, pack[u][k]));
+    }
   }
-  __device__ inline void flush(const E*, int64_t) const {}
   __device__ inline const E& at(int64_t i) const { return pack[i / width][i % width / per_pack].value[i % per_pack]; }
   __device__ inline E& at(int64_t i) { return pack[i / width][i % width / per_pack].value[i % per_pack]; }
 };
-template <class T, class E, int width, int unroll>
-__device__ inline T load(const Tile<E, width, unroll>& tile, int64_t i) {
+template <class T, class B, int width, int unroll>
+__device__ inline T load(const Tile<B, width, unroll>& tile, int64_t i) {
   return widen<T>(tile.at(i));
 }
-template <class E, int width, int unroll, class T>
-__device__ inline void store(Tile<E, width, unroll>& tile, int64_t i, T x) {
+template <class B, int width, int unroll, class T>
+__device__ inline void store(Tile<B, width, unroll>& tile, int64_t i, T x) {
   narrow(tile.at(i), x);
 }
 
-template <class E>
-struct plain {
-  using type = E;
-};
-template <class E>
-struct plain<const E> {
-  using type = E;
-};
-
-// Load everything, compute, store everything: the loads are independent of each other and stand before all else.
-template <int width, int unroll, class F, class... E>
+// Load everything, then compute and store: the loads are independent of each other and stand before all else.
+template <int width, int unroll, class F, class... B>
 struct Step {
-  template <class... Tiles>
-  __device__ static inline void run(const F& element, [[maybe_unused]] int64_t at, int64_t left, E*... buffer,
-                                    Tiles... tile) {
-    (tile.fetch(buffer + at, left), ...);
+  __device__ static inline void run(const F& element, [[maybe_unused]] int64_t at, int64_t left, B... buffer,
+                                    Tile<B, width, unroll>... tile) {
+    (tile.fetch(buffer, at, left), ...);
 #pragma unroll
     for (int u = 0; u < unroll; ++u)
-      if (u == 0 || u * int64_t(blockDim.x) < left)
+      if (u == 0 || u * int64_t(blockDim.x) < left) {
 #pragma unroll
         for (int k = 0; k < width; ++k) element(tile..., u * width + k, k % lanes);
-    (tile.flush(buffer + at, left), ...);
+        (tile.flush(buffer, at, u), ...);
+      }
   }
 };
 
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-template <class... E>
+template <class... B>
 __device__ constexpr int narrowest() {
   int size = 8;
-  ((size = smaller(size, sizeof(E))), ...);
+  ((size = smaller(size, sizeof(typename Buffer<B>::Element))), ...);
   return size;
+}
+
+template <class F, class... P>
+__device__ inline void with_pointers(const F& element, int64_t i, int lane, P... pointer) {
+  element(pointer..., i, lane);
 }
 
 // Call `element` for all of a chunk. Thread t of a block of n has the groups t, t + n, t + 2n, ... of `width`
 // elements. Whole groups of aligned buffers go through registers, 128 bits at a time; others element by element.
-template <class F, class... E>
-__device__ inline void walk(int64_t begin, int64_t end, const F& element, E*... buffer) {
-  constexpr int width = 16 / narrowest<E...>(), unroll = width < in_flight ? in_flight / width : 1;
+template <class F, class... B>
+__device__ inline void walk(int64_t begin, int64_t end, const F& element, B... buffer) {
+  constexpr int width = 16 / narrowest<B...>(), unroll = width < in_flight ? in_flight / width : 1;
   const int64_t whole = (end - begin) / width;
-  const bool aligned = (((reinterpret_cast<uint64_t>(buffer + begin) & 15) == 0) && ... && true);
+  const bool aligned =
+      (((reinterpret_cast<uint64_t>(Buffer<B>::pointer(buffer) + begin) & 15) == 0) && ... && true);
   int64_t g = threadIdx.x;
   if (aligned) {
     for (; g < whole; g += unroll * int64_t(blockDim.x))
-      Step<width, unroll, F, E...>::run(element, begin + g * width, whole - g, buffer...,
-                                        Tile<typename plain<E>::type, width, unroll>()...);
+      Step<width, unroll, F, B...>::run(element, begin + g * width, whole - g, buffer...,
+                                        Tile<B, width, unroll>()...);
     g = whole + ((threadIdx.x - unsigned(whole)) & (blockDim.x - 1));  // the first of this thread's after those
   }
   for (; begin + g * width < end; g += blockDim.x)
@@ -275,7 +312,7 @@ __device__ inline void walk(int64_t begin, int64_t end, const F& element, E*... 
     for (int64_t i = begin + g * width; i < begin + g * width + width; i += lanes)
 #pragma unroll
       for (int k = 0; k < lanes; ++k)
-        if (i + k < end) element(buffer..., i + k, k);
+        if (i + k < end) with_pointers(element, i + k, k, Buffer<B>::pointer(buffer)...);
 }
 
 #define FUSEDOPT_CHUNKS(name, stage)                                                                               \

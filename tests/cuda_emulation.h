@@ -52,6 +52,10 @@ inline uint16_t bfloat16_from_float(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return x != x ? 0x7fff : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline void store_128_bits(void* to, uint4 x) { *static_cast<uint4*>(to) = x; }
 template <class E>
 inline E* global(E* p) {
   return p;

@@ -1,7 +1,7 @@
 """Generated CUDA C++: what it computes, run as C++ on the CPU. What NVRTC makes of it is in test_nvrtc.py.
 
 The emulation covers the skeleton's walk, its tables, tails, alignment and reductions; its few lines of PTX (conversions
-of 16-bit numbers) it does not.
+of 16-bit numbers, 128-bit stores) it does not.
 """
 
 import functools
@@ -201,7 +201,7 @@ def test_the_comparison_notices_a_write_past_the_end_and_a_group_left_out(tmp_pa
     expected = interpreted(program, given, SETS, slots)
     for folder in ("past", "short"):
         (tmp_path / folder).mkdir()
-    past = kernel(program, tmp_path / "past", replaced("if (i + k < end) element", "element"))
+    past = kernel(program, tmp_path / "past", replaced("if (i + k < end) with_pointers", "with_pointers"))
     with pytest.raises(AssertionError, match="harmed"):
         emulated(past, "k", program, given, SETS, slots)
     short = kernel(

@@ -35,6 +35,8 @@ class _Body(c_family.Body):
         if not lines:
             return ["(void)row, (void)begin, (void)end;  // only numbers per tensor are stored"]
         names = [identifier(n) for n in self.touched(stage)]
+        read = {identifier(n) for n in stage.loads(self.program)}
+        walked = [n if n in read else f"::written({n})" for n in names]
         numbers = ["int64_t i" if names else "int64_t", "int lane" if stage.reductions else "int"]
         arguments = ", ".join([*(f"auto& {n}" for n in names), *numbers])
         totals = [
@@ -45,6 +47,8 @@ class _Body(c_family.Body):
             *textwrap.wrap(f"const auto element = [&]({arguments}) {{", 108, subsequent_indent=" " * 26),
             *indent(lines),
             "};",
-            f"::walk({', '.join(['begin', 'end', 'element', *names])});",
+            *textwrap.wrap(
+                f"::walk({', '.join(['begin', 'end', 'element', *walked])});", 108, subsequent_indent=" " * 7
+            ),
             *totals,
         ]
