@@ -397,7 +397,7 @@ def _observed(opt: Optimizer) -> bool:
 
 
 # Opaque to dynamo: a kernel launch is nothing it could trace.
-_observed_step = torch.compiler.disable(torch.optim.Optimizer.profile_hook_step(Optimizer._step))
+_observed_step = torch._disable_dynamo(torch.optim.Optimizer.profile_hook_step(Optimizer._step))
 
 
 def _callbacks(cbs: Any) -> list[Callable]:
