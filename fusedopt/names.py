@@ -20,6 +20,8 @@ Place = str | tuple[str, int]
 TORCH = {"weight_decay": ("wd",), "betas": ("mom", "sqr_mom"), "momentum": ("mom",), "alpha": ("sqr_mom",)}
 """torch's names, and what callbacks call the same."""
 NOT_NEGATIVE = ("lr", "eps", "wd", "mom", "sqr_mom")
+ROUNDING = 1e-7
+"""What a schedule that ends at zero may be below it: torch's LinearLR often ends at -1e-18, or -1e-8 in float32."""
 
 
 class HyperNames:
@@ -105,7 +107,8 @@ def check(name: str, value: Any) -> None:
         value = value.item()
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"invalid {name}: NaN")
-    if name in NOT_NEGATIVE and isinstance(value, (int, float)) and value < 0:
+    lowest = 0.0 if name == "eps" else -ROUNDING
+    if name in NOT_NEGATIVE and isinstance(value, (int, float)) and value < lowest:
         raise ValueError(f"invalid {name}: {value} is negative")
 
 
