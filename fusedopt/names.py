@@ -116,7 +116,7 @@ def per_group(name: str, value: Any, n: int) -> list[Any]:
     """One value per param group, by fastai's rules.
 
     ``slice(a, b)`` is geometric from a to b; ``slice(b)`` is b for the last group and b/10 for the others; one value
-    serves all. Raises ValueError for another number of values.
+    serves all. Raises AssertionError, as fastai, for another number of values.
     """
     if isinstance(value, slice):
         stop = value.stop
@@ -125,10 +125,12 @@ def per_group(name: str, value: Any, n: int) -> list[Any]:
             values = [value.start * step**i for i in range(n)] if n > 1 else [stop]
         else:
             values = [stop / 10] * (n - 1) + [stop]
-    elif isinstance(value, torch.Tensor) or np.ndim(value) == 0:
-        values = [value]
-    else:
+    elif isinstance(value, torch.Tensor):
+        values = value.tolist() if value.ndim == 1 and len(value) != 1 else [value]
+    elif isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0:
         values = list(value)
+    else:
+        values = [value]
     if len(values) == 1:
         values = values * n
     if len(values) != n:

@@ -398,6 +398,7 @@ CONSTRUCTIONS = {
     "rates from a slice": dict(lr=slice(1e-4, 1e-2)),
     "rates from half a slice": dict(lr=slice(1e-2)),
     "rates from a list": dict(lr=[1e-4, 1e-3, 1e-2]),
+    "rates from a tuple": dict(lr=(1e-4, 1e-3, 1e-2)),
     "the optimizer's own decay": dict(wd=None),
     "generators of parameters": dict(splitter=lambda m: [list(b.parameters()) for b in m]),
     "tuples of parameters": dict(splitter=lambda m: tuple(L(b.parameters()) for b in m)),
@@ -582,6 +583,42 @@ def test_hypers_an_optimizer_has_no_use_for_are_kept_and_read_back(tmp_path):
     wrapped = make_learner(partial(OptimWrapper, opt=torch.optim.Adagrad), tmp_path)
     with pytest.raises(KeyError, match="mom"):
         wrapped.fit_one_cycle(1)
+
+
+KINDS = {
+    "tuple": lambda: (0.1, 0.2, 0.3),
+    "tuple of one": lambda: (0.5,),
+    "range": lambda: range(1, 4),
+    "generator": lambda: (x / 10 for x in range(1, 4)),
+    "map": lambda: map(float, "123"),
+    "dict's values": lambda: dict(a=0.1, b=0.2, c=0.3).values(),
+    "set of one": lambda: {0.5},
+    "numpy's float32": lambda: np.array([0.25, 0.5, 1.0], dtype=np.float32),
+    "list of numpy's": lambda: [np.float64(0.1), np.float64(0.2), 0.3],
+    "tensor": lambda: torch.tensor([0.25, 0.5, 1.0]),
+    "list of tensors": lambda: [torch.tensor(0.5)] * 3,
+    "slice of integers": lambda: slice(1, 100),
+    "slice from zero": lambda: slice(0, 0.1),
+    "integer": lambda: 1,
+    "too many": lambda: (x for x in range(4)),
+    "too few": lambda: torch.tensor([0.25, 0.5]),
+    "none": lambda: [],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_kind_of_value_reaches_the_groups_as_in_fastai(kind, tmp_path):
+    """Also what can be gone through only once."""
+    read, refused = [], []
+    for module in (fusedopt, fastai_optimizer):
+        opt = module.Adam(three_groups(make_model()), lr=0.1)
+        try:
+            opt.set_hyper("lr", kind())
+        except AssertionError as error:
+            refused.append(str(error))
+        read.append([float(h["lr"]) for h in opt.hypers])
+    assert read[0] == pytest.approx(read[1], rel=1e-12)
+    assert len(refused) in (0, 2) and len(set(refused)) < 2
 
 
 def test_torchs_face_obeys_fastais_flags_and_schedules(tmp_path):
