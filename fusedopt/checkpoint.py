@@ -57,7 +57,7 @@ def _as_tensor(key: str, value: Any) -> Any:
     """A counter as a float32 tensor, as torch has it, or as float64 where that would round it."""
     if key not in COUNTERS or not isinstance(value, (int, float)):
         return value
-    single = torch.tensor(float(value), dtype=torch.float32)
+    single = torch.tensor(float(value), dtype=torch.float32, device="cpu")  # whatever device is the default
     return single if single.item() == value else single.new_tensor(value, dtype=torch.float64)
 
 
@@ -142,8 +142,12 @@ class Load:
         for p, where, state in pairs:
             foreign = _foreign_momentum(saved[where[0]], state, torchs=_takes(opt, "momentum_buffer"))
             lost |= foreign
-            counted = {k: v for k, v in saved[where[0]].items() if k in COUNTERS and state}  # apex counts in the group
-            kept = {k: _copied(k, v, p) for k, v in {**counted, **state}.items() if k not in {*FLAGS, *foreign}}
+            counted = {
+                k: v for k, v in saved[where[0]].items() if k in COUNTERS and state
+            }  # apex counts in the group
+            kept = {
+                k: _copied(k, v, p) for k, v in {**counted, **state}.items() if k not in {*FLAGS, *foreign}
+            }
             self.state |= {p: kept} if kept else {}
         for p, kept in flags.items():
             if kept:
