@@ -172,6 +172,10 @@ class HypersView(MutableMapping):
     def __len__(self) -> int:
         return len(self._all())
 
+    def copy(self) -> dict[str, Any]:
+        """The numbers as they are now, in a dict."""
+        return self._all()
+
     def __repr__(self) -> str:
         return repr(self._all())
 

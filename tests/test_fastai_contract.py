@@ -759,6 +759,26 @@ def test_a_state_dict_can_be_loaded_twice_and_stays_as_it_was(trained):
         assert all(torch.equal(value, saved["state"][key][name]) for name, value in state.items())
 
 
+def test_a_state_that_does_not_fit_is_announced_and_changes_nothing(trained):
+    """fastai turns whatever the optimizer raises into a warning, and trains on."""
+    other = make_learner(fusedopt.Adam, trained.path, splitter=trainable_params)
+    other.fit(1)
+    other.save("of one group")
+    before = snapshot(trained)
+    with pytest.warns(UserWarning, match="Could not load the optimizer state"):
+        trained.load("of one group")
+    assert_same_snapshot(snapshot(trained), before)
+    trained.fit(1)
+
+
+def test_a_copy_of_hypers_is_a_snapshot(trained):
+    """As with fastai's own, which are dicts; a view would go on changing."""
+    before = [h.copy() for h in trained.opt.hypers]
+    trained.fit_one_cycle(1)
+    assert [h["lr"] for h in before] == [trained.lr] * 3
+    assert all(h["lr"] < trained.lr for h in trained.opt.hypers)
+
+
 def test_norms_that_the_optimizer_never_got_are_flagged_and_saved_around(tmp_path):
     """The default splitter leaves out what is frozen, but fastai flags it in the optimizer's state all the same."""
 
@@ -866,7 +886,7 @@ def test_parameters_swapped_for_master_copies_train_alike_and_come_back(tmp_path
         learn.fit(1)
         before = [[id(p) for p in group] for group in learn.opt.param_lists]
         learn.to_non_native_fp16(dynamic=False, clip=0.5)
-        learn.fit(1, 0.005, cbs=SeemsToBeOnAGPU())
+        learn.fit(1, 0.005, cbs=[SeemsToBeOnAGPU(), fa.SaveModelCallback(every_epoch=True, with_opt=True)])
         learn.to_non_native_fp32()
         assert [[id(p) for p in group] for group in learn.opt.param_lists] == before
         learn.fit(1, 0.005)
