@@ -99,8 +99,9 @@ def dense(t: torch.Tensor) -> bool:
 
 
 def walkable(t: torch.Tensor) -> bool:
-    """Whether its memory is its own: that of some subclasses (DTensor among them) is in other tensors inside."""
-    return type(t) in (torch.Tensor, torch.nn.Parameter) or t.data_ptr() != 0 or t.numel() == 0
+    """Whether its memory is its own: subclasses that dispatch (DTensor, fake tensors) have it elsewhere or nowhere."""
+    plain = type(t) in (torch.Tensor, torch.nn.Parameter)
+    return plain or type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or t.numel() == 0
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
