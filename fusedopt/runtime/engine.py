@@ -12,6 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,9 +160,10 @@ class Engine:
             for bucket, signature in self._buckets(todo):
                 plan = self.backend != "reference" and self._fuse(bucket, signature, 0, len(self.callbacks))
                 if isinstance(plan, Plan):
-                    plan.items = [item for item in bucket if item.fuses(plan.known.backend)]
+                    fuses = [item.fuses(plan.known.backend) for item in bucket]
+                    plan.items = list(compress(bucket, fuses))
                     plans += [plan] if plan.items else []
-                    bucket = [item for item in bucket if not item.fuses(plan.known.backend)]
+                    bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]
                 unfused += map(sharded.unfused, bucket)
         except NeedsAttribute as need:
             self.attributes += (need.name,)
@@ -242,6 +244,8 @@ class Engine:
         for plan in plans:
             for item in plan.items:
                 item.lay_out()
+        for plan in plans:
+            for item in plan.items:
                 items.allocate(item, plan.trace.created)
         launched = [
             Launched(group, launch(group, slots))
@@ -301,10 +305,11 @@ class Engine:
         """Run all callbacks eagerly, on tensors whose memory kernels cannot walk: there are no programs in between."""
         for callback in self.callbacks:
             self._run_eagerly(callback, work)
-        if work and self.backend != "reference" and "whole" not in self._said:
+        tensors = [t for item in work for t in (item.param, item.grad) if not items.walkable(t)]
+        if tensors and self.backend != "reference" and "whole" not in self._said:
             self._said.add("whole")
-            kinds = ", ".join(sorted({type(item.param).__name__ for item in work}))
-            text = f"fusedopt: {len(work)} parameters ({kinds}) are stepped unfused, by torch's operations on them"
+            kinds = ", ".join(sorted({type(t).__name__ for t in tensors}))
+            text = f"fusedopt: tensors of type {kinds} are stepped unfused, by torch's own operations on them"
             warnings.warn(text, RuntimeWarning, stacklevel=env.caller_level())
 
     def _say(self) -> None:

@@ -49,6 +49,9 @@ def _localized(item: Item, kind: Any) -> Item:
         return item
     if not isinstance(item.grad, kind):
         raise RuntimeError(f"{what} is a DTensor, and its gradient is not; distribute it like the parameter")
+    placed = [v for v in (item.grad, *item.state.values()) if isinstance(v, kind)]
+    if any(v.device_mesh != p.device_mesh for v in placed):
+        raise RuntimeError(f"{what} and its gradient or state are on different meshes; move them to one")
     if any(placement.is_partial() for placement in p.placements):
         raise RuntimeError(
             f"{what} is a partial DTensor, whose elements are still to be summed; redistribute it first"
@@ -167,10 +170,10 @@ def _placed(t: Any, like: Any) -> Any:
         out = t.redistribute(placements=[Replicate()] * t.device_mesh.ndim)
         if t.dim() == 0:
             out = _local(out)
-    elif (t.device_mesh, t.placements) == (mesh, placements):
+    elif t.placements == placements:
         return t
     else:
-        out = t.redistribute(mesh, placements)
+        out = t.redistribute(placements=placements)
     return reference.mark(out, reference.asked(t))
 
 
