@@ -125,6 +125,8 @@ class Phase:
     name: str
     losses: list[float]
     """One per batch, as the Recorder smooths them."""
+    peak_lr: float
+    """The highest learning rate of the last layer group."""
     valid_loss: float
     accuracy: float
     seconds: float
@@ -137,7 +139,9 @@ def phase(name: str, learn: Learner, fit: Callable[[], None]) -> Phase:
     fit()
     _, valid_loss, right = learn.recorder.values[-1]
     seconds = time.perf_counter() - start
-    return Phase(name, [float(x) for x in learn.recorder.losses], valid_loss, right, seconds)
+    return Phase(
+        name, [float(x) for x in learn.recorder.losses], max(learn.recorder.lrs), valid_loss, right, seconds
+    )
 
 
 class PeakRates(Callback):
@@ -200,9 +204,8 @@ def main(
         with learn.no_bar():
             suggested = learn.lr_find(num_it=finder_steps, show_plot=False).valley
             finder_losses = [float(loss) for loss in learn.recorder.losses]
-            print(
-                f"{len(dls.train_ds)} pictures of {len(dls.vocab)} breeds; suggested learning rate {lr:.1e}"
-            )
+            print(f"{len(dls.train_ds)} pictures of {len(dls.vocab)} breeds; suggested: {suggested:.1e}")
+            lr = suggested if lr is None else lr
 
             # By default the first layers would learn a hundred times slower than the last: for pretrained ones.
             tuned = phase("fine_tune", learn, lambda: learn.fine_tune(epochs, base_lr=lr, lr_mult=2))

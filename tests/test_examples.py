@@ -87,6 +87,12 @@ def test_breeds_are_learnt(monkeypatch, capsys):
     assert "most confused" in capsys.readouterr().out
 
 
+def test_breeds_are_trained_with_the_suggested_learning_rate():
+    """fine_tune halves it for the layers that it has unfrozen."""
+    found = breeds.main(images=4, epochs=1, size=32, bs=4, finder_steps=12)
+    assert found.phases[0].peak_lr == pytest.approx(found.suggested_lr / 2, rel=0.1)
+
+
 def test_a_resnet_learns_as_with_fastais_adam(tmp_path):
     """An average that is a little shorter is outside the bound."""
     breeds.draw_breeds(tmp_path, images=6)
