@@ -885,3 +885,11 @@ def test_parameters_swapped_for_master_copies_train_alike_and_come_back(tmp_path
         learn.fit(1, 0.005)
 
     train_both(scenario, tmp_path, dtype=torch.float32, tolerance=1e-3)
+
+
+def test_all_params_is_the_list_that_fastais_code_expects():
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    opt = fusedopt.Adam([params[:1], params[1:]], lr=(1e-3, 1e-2))
+    found = opt.all_params().itemgot(0)
+    assert len(found) == 3 and all(a is b for a, b in zip(found, params, strict=True))
+    assert [h["lr"] for h in opt.hypers] == [1e-3, 1e-2]
