@@ -238,6 +238,20 @@ def any_placement_steps_like_the_whole_tensor(name):
             assert_same_training(*by_hand(mesh, PLACEMENTS[name], make), exact=False)
 
 
+@check()
+def a_shard_may_have_many_chunks():
+    torch.set_num_threads(2)
+    mesh, values = mesh_of("two"), [torch.randn(300_001), torch.randn(3)]
+    params, twins = placed(values, mesh, [Shard(0)]), [nn.Parameter(v) for v in values]
+    opt, twin = BY_HAND["odd_step"](params), BY_HAND["odd_step"](twins)
+    for p, q in zip(params, twins, strict=True):
+        q.grad = torch.randn(q.shape)
+        p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+    opt.step(), twin.step()
+    torch.set_num_threads(1)
+    assert_same_training(params, twins, opt, twin, exact=False)
+
+
 @check("AdamW", "Lamb")
 def tensor_parallel_layers_under_fully_shard_step_like_the_whole_model(rule):
     for shape in ((2, 1), (1, 2)):

@@ -60,7 +60,8 @@ class Item:
 
     def walkable(self) -> bool:
         """Whether its tensors have memory of their own."""
-        return all(map(walkable, (self.param, self.grad, *(value for _, value in self.tensors()))))
+        tensors = (v for v in self.state.values() if isinstance(v, torch.Tensor))
+        return walkable(self.param) and walkable(self.grad) and all(map(walkable, tensors))
 
     def finish(self, created: dict[str, Buffer]) -> None:
         """Hand over what a launch has left: what kernels saw may have been copies. ``created`` is its new state."""
