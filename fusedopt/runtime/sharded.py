@@ -19,6 +19,7 @@ import torch
 from .. import reference
 from ..ir.program import Buffer
 from ..trace.signature import Signature
+from . import leaf
 from .cpu import joined
 from .items import Item, walkable
 
@@ -100,7 +101,10 @@ class Shard(Item):
         self.known: dict[str, torch.Tensor] = {}
 
     def fuses(self, backend: Backend) -> bool:
-        return walkable(self.home) and getattr(backend, "runs_parts", False)
+        tensors = (self.whole.grad, *(value for _, value in self.whole.tensors()))
+        kind = _dtensor()
+        plain = all(walkable(_local(t) if isinstance(t, kind) else t) for t in tensors)
+        return plain and walkable(self.home) and getattr(backend, "runs_parts", False)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((key, self.state[key]) for key, _ in self.whole.tensors())
@@ -128,7 +132,7 @@ class Shard(Item):
             elif value is not self.known.get(key):
                 live[key] = _wrapped(value, p)  # type: ignore[arg-type]
         # The local tensors' versions are counted by whoever wrote to them. DTensors have counters of their own.
-        torch.autograd.graph.increment_version([p, *(live[key] for key in shaped)])
+        leaf.bump_versions([p, *(live[key] for key in shaped)])
 
     @property
     def spread(self) -> tuple[Any, tuple[int, ...]]:
