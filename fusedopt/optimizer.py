@@ -337,7 +337,7 @@ class Optimizer(torch.optim.Optimizer):
             self.set_hyper(name, value)
 
     def all_params(self, n: slice | int = slice(None), with_grad: bool = False) -> list[tuple]:
-        """``(p, group's parameters, p's state, group's hypers)`` of groups ``n``; fastcore's list where it is loaded."""
+        """``(p, group's parameters, p's state, group's hypers)`` of groups ``n``; fastcore's list if it is loaded."""
         lists, hypers = self.param_lists, self.hypers
         chosen = range(len(lists))[n]
         rows = [
