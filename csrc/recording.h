@@ -384,8 +384,11 @@ class Recording {
     }
     if (PyDict_Next(row.state, &position, &key, &value))
       return false;
+    const void* data = grad.const_data_ptr();
+    if (!data && grad.numel()) // a DTensor, say, whose elements are in another tensor
+      return false;
     if (row.grad_column >= 0)
-      row.words[row.grad_column] = reinterpret_cast<int64_t>(grad.const_data_ptr());
+      row.words[row.grad_column] = reinterpret_cast<int64_t>(data);
     return true;
   }
 

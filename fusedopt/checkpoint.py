@@ -57,7 +57,7 @@ def _as_tensor(key: str, value: Any) -> Any:
     """A counter as a float32 tensor, as torch has it, or as float64 where that would round it."""
     if key not in COUNTERS or not isinstance(value, (int, float)):
         return value
-    single = torch.tensor(float(value), dtype=torch.float32)
+    single = torch.tensor(float(value), dtype=torch.float32, device="cpu")  # whatever device is the default
     return single if single.item() == value else single.new_tensor(value, dtype=torch.float64)
 
 

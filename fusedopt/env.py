@@ -51,10 +51,10 @@ def cxx() -> str | None:
     return _text("CXX")
 
 
-def debug(level: int, text: str) -> None:
-    """Print `text` to stderr when `FUSEDOPT_DEBUG` is at least `level`."""
+def debug(level: int, *lines: object) -> None:
+    """Print `lines` to stderr when `FUSEDOPT_DEBUG` is at least `level`; else they are not even made strings."""
     if debug_level() >= level:
-        print(text, file=sys.stderr, flush=True)
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def caller_level() -> int:

@@ -20,6 +20,8 @@ Place = str | tuple[str, int]
 TORCH = {"weight_decay": ("wd",), "betas": ("mom", "sqr_mom"), "momentum": ("mom",), "alpha": ("sqr_mom",)}
 """torch's names, and what callbacks call the same."""
 NOT_NEGATIVE = ("lr", "eps", "wd", "mom", "sqr_mom")
+ROUNDING = 1e-7
+"""What a schedule that ends at zero may be below it: torch's LinearLR often ends at -1e-18, or -1e-8 in float32."""
 
 
 class HyperNames:
@@ -105,7 +107,8 @@ def check(name: str, value: Any) -> None:
         value = value.item()
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"invalid {name}: NaN")
-    if name in NOT_NEGATIVE and isinstance(value, (int, float)) and value < 0:
+    lowest = 0.0 if name == "eps" else -ROUNDING
+    if name in NOT_NEGATIVE and isinstance(value, (int, float)) and value < lowest:
         raise ValueError(f"invalid {name}: {value} is negative")
 
 
@@ -113,7 +116,7 @@ def per_group(name: str, value: Any, n: int) -> list[Any]:
     """One value per param group, by fastai's rules.
 
     ``slice(a, b)`` is geometric from a to b; ``slice(b)`` is b for the last group and b/10 for the others; one value
-    serves all. Raises ValueError for another number of values.
+    serves all. Raises AssertionError, as fastai, for another number of values.
     """
     if isinstance(value, slice):
         stop = value.stop
@@ -122,10 +125,12 @@ def per_group(name: str, value: Any, n: int) -> list[Any]:
             values = [value.start * step**i for i in range(n)] if n > 1 else [stop]
         else:
             values = [stop / 10] * (n - 1) + [stop]
-    elif isinstance(value, torch.Tensor) or np.ndim(value) == 0:
-        values = [value]
-    else:
+    elif isinstance(value, torch.Tensor):
+        values = value.tolist() if value.ndim == 1 and len(value) != 1 else [value]
+    elif isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0:
         values = list(value)
+    else:
+        values = [value]
     if len(values) == 1:
         values = values * n
     if len(values) != n:
@@ -166,6 +171,10 @@ class HypersView(MutableMapping):
 
     def __len__(self) -> int:
         return len(self._all())
+
+    def copy(self) -> dict[str, Any]:
+        """The numbers as they are now, in a dict."""
+        return self._all()
 
     def __repr__(self) -> str:
         return repr(self._all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -120,7 +121,9 @@ class Optimizer(torch.optim.Optimizer):
         _check_known(values, self.cbs)
         values = {k: v for cb in self.cbs for k, v in defaults_of(cb).items()} | values
         listed = {
-            k: v for k, v in values.items() if isinstance(v, (slice, list)) or getattr(v, "ndim", 0) == 1
+            k: v
+            for k, v in values.items()
+            if isinstance(v, (slice, list, *((tuple,) if k == "lr" else ()))) or getattr(v, "ndim", 0) == 1
         }
         for name, value in values.items():
             value = names.plain(_last(value) if name in listed else value)
@@ -334,7 +337,7 @@ class Optimizer(torch.optim.Optimizer):
             self.set_hyper(name, value)
 
     def all_params(self, n: slice | int = slice(None), with_grad: bool = False) -> list[tuple]:
-        """``(p, group's parameters, p's state, group's hypers)`` for the groups ``n``."""
+        """``(p, group's parameters, p's state, group's hypers)`` of groups ``n``; fastcore's list if it is loaded."""
         lists, hypers = self.param_lists, self.hypers
         chosen = range(len(lists))[n]
         rows = [
@@ -343,7 +346,8 @@ class Optimizer(torch.optim.Optimizer):
             for p in lists[g]
             if p.grad is not None or not with_grad
         ]
-        return rows
+        fastcore = sys.modules.get("fastcore.foundation")
+        return fastcore.L(rows) if fastcore is not None else rows
 
     def freeze_to(self, n: int) -> None:
         """Freeze the groups before ``n``: no gradients, but for parameters flagged ``force_train``."""
@@ -397,7 +401,7 @@ def _observed(opt: Optimizer) -> bool:
 
 
 # Opaque to dynamo: a kernel launch is nothing it could trace.
-_observed_step = torch.compiler.disable(torch.optim.Optimizer.profile_hook_step(Optimizer._step))
+_observed_step = torch._disable_dynamo(torch.optim.Optimizer.profile_hook_step(Optimizer._step))
 
 
 def _callbacks(cbs: Any) -> list[Callable]:

@@ -1,7 +1,7 @@
 """fastai's real Learner at work with our optimizer: it trains as with fastai's own, batch by batch.
 
-Everything is in float64, so that two ways of rounding stay about 1e-15 apart, and TOLERANCE can be so small that a
-thousandth in one hyperparameter is noticed. Where there is a difference on purpose, a test says which.
+Everything but mixed precision is in float64, so that two ways of rounding stay about 1e-15 apart, and TOLERANCE can be
+so small that a thousandth in one hyperparameter is noticed. Where there is a difference on purpose, a test says which.
 """
 
 import copy
@@ -28,12 +28,15 @@ with warnings.catch_warnings():
     from fastai.callback.core import Callback, noop
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
-    from fastai.learner import Learner, load_learner
+    from fastai.learner import Learner, defaults, load_learner
     from fastai.optimizer import OptimWrapper
     from fastai.torch_core import trainable_params
     from fastcore.foundation import L
 
-# fastai's load names numpy.core, which numpy has renamed. (That an optimizer's state cannot be loaded, it warns, too.)
+# fastai.callback.all gives a progress bar to every Learner that will be made, those of other test files as well.
+defaults.callbacks = [cb for cb in defaults.callbacks if cb is not fa.ProgressCallback]
+
+# fastai's load names numpy.core, which numpy has renamed. Its warning of a state that it could not load stays an error.
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
 
 TOLERANCE = 1e-10
@@ -99,7 +102,6 @@ def make_learner(opt_func, path, dtype=torch.float64, **kwargs):
     kwargs = dict(splitter=three_groups, lr=0.01, wd=0.1) | kwargs
     path.mkdir(exist_ok=True)
     learn = Learner(dls, make_model(dtype), loss_func=loss_func, opt_func=opt_func, path=path, **kwargs)
-    learn.remove_cbs(fa.ProgressCallback)
     learn.logger, learn.create_mbar = noop, False
     return learn.add_cb(LossLog())
 
@@ -398,6 +400,7 @@ CONSTRUCTIONS = {
     "rates from a slice": dict(lr=slice(1e-4, 1e-2)),
     "rates from half a slice": dict(lr=slice(1e-2)),
     "rates from a list": dict(lr=[1e-4, 1e-3, 1e-2]),
+    "rates from a tuple": dict(lr=(1e-4, 1e-3, 1e-2)),
     "the optimizer's own decay": dict(wd=None),
     "generators of parameters": dict(splitter=lambda m: [list(b.parameters()) for b in m]),
     "tuples of parameters": dict(splitter=lambda m: tuple(L(b.parameters()) for b in m)),
@@ -450,15 +453,11 @@ def test_one_optimizer_serves_every_fit(tmp_path):
 
 
 def test_an_optimizer_made_before_is_taken_through_a_function(tmp_path):
-    model_of = {}
-
-    def ready(params, lr):
-        return model_of["opt"]
-
-    learn = make_learner(ready, tmp_path)
-    model_of["opt"] = fusedopt.Adam(three_groups(learn.model), lr=1.0)
+    learn = make_learner(None, tmp_path)
+    opt = fusedopt.Adam(three_groups(learn.model), lr=1.0)
+    learn.opt_func = lambda params, lr: opt
     learn.fit(1)
-    assert learn.opt is model_of["opt"] and flags_of(learn)
+    assert learn.opt is opt and flags_of(learn)
     assert [h["lr"] for h in learn.opt.hypers] == [learn.lr] * 3, "fit sets the Learner's learning rate"
 
 
@@ -530,13 +529,9 @@ def test_a_wrapped_instance_is_cleared_and_trains(tmp_path):
     learners = []
     for side, cls in (("ours", fusedopt.optim.AdamW), ("theirs", torch.optim.AdamW)):
         learn = make_learner(None, tmp_path / side)
-        opt = cls([dict(params=g) for g in three_groups(learn.model)], lr=1.0)
+        opt = cls([dict(params=g) for g in three_groups(learn.model)], lr=0.1)
         for p in learn.model.parameters():
-            p.grad = torch.zeros_like(p)
-        opt.zero_grad(set_to_none=False)
-        opt.param_groups[0]["weight_decay"] = 0.0
-        for group in opt.param_groups:
-            group["lr"] = 0.0
+            p.grad = torch.ones_like(p)
         opt.step()
         assert len(opt.state) > 0
         opt.zero_grad()
@@ -582,6 +577,42 @@ def test_hypers_an_optimizer_has_no_use_for_are_kept_and_read_back(tmp_path):
     wrapped = make_learner(partial(OptimWrapper, opt=torch.optim.Adagrad), tmp_path)
     with pytest.raises(KeyError, match="mom"):
         wrapped.fit_one_cycle(1)
+
+
+KINDS = {
+    "tuple": lambda: (0.1, 0.2, 0.3),
+    "tuple of one": lambda: (0.5,),
+    "range": lambda: range(1, 4),
+    "generator": lambda: (x / 10 for x in range(1, 4)),
+    "map": lambda: map(float, "123"),
+    "dict's values": lambda: dict(a=0.1, b=0.2, c=0.3).values(),
+    "set of one": lambda: {0.5},
+    "numpy's float32": lambda: np.array([0.25, 0.5, 1.0], dtype=np.float32),
+    "list of numpy's": lambda: [np.float64(0.1), np.float64(0.2), 0.3],
+    "tensor": lambda: torch.tensor([0.25, 0.5, 1.0]),
+    "list of tensors": lambda: [torch.tensor(0.5)] * 3,
+    "slice of integers": lambda: slice(1, 100),
+    "slice from zero": lambda: slice(0, 0.1),
+    "integer": lambda: 1,
+    "too many": lambda: (x for x in range(4)),
+    "too few": lambda: torch.tensor([0.25, 0.5]),
+    "none": lambda: [],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_kind_of_value_reaches_the_groups_as_in_fastai(kind, tmp_path):
+    """Also what can be gone through only once."""
+    read, refused = [], []
+    for module in (fusedopt, fastai_optimizer):
+        opt = module.Adam(three_groups(make_model()), lr=0.1)
+        try:
+            opt.set_hyper("lr", kind())
+        except AssertionError as error:
+            refused.append(str(error))
+        read.append([float(h["lr"]) for h in opt.hypers])
+    assert read[0] == pytest.approx(read[1], rel=1e-12)
+    assert len(refused) in (0, 2) and len(set(refused)) < 2
 
 
 def test_torchs_face_obeys_fastais_flags_and_schedules(tmp_path):
@@ -722,6 +753,26 @@ def test_a_state_dict_can_be_loaded_twice_and_stays_as_it_was(trained):
         assert all(torch.equal(value, saved["state"][key][name]) for name, value in state.items())
 
 
+def test_a_state_that_does_not_fit_is_announced_and_changes_nothing(trained):
+    """fastai turns whatever the optimizer raises into a warning, and trains on."""
+    other = make_learner(fusedopt.Adam, trained.path, splitter=trainable_params)
+    other.fit(1)
+    other.save("of one group")
+    before = snapshot(trained)
+    with pytest.warns(UserWarning, match="Could not load the optimizer state"):
+        trained.load("of one group")
+    assert_same_snapshot(snapshot(trained), before)
+    trained.fit(1)
+
+
+def test_a_copy_of_hypers_is_a_snapshot(trained):
+    """As with fastai's own, which are dicts; a view would go on changing."""
+    before = [h.copy() for h in trained.opt.hypers]
+    trained.fit_one_cycle(1)
+    assert [h["lr"] for h in before] == [trained.lr] * 3
+    assert all(h["lr"] < trained.lr for h in trained.opt.hypers)
+
+
 def test_norms_that_the_optimizer_never_got_are_flagged_and_saved_around(tmp_path):
     """The default splitter leaves out what is frozen, but fastai flags it in the optimizer's state all the same."""
 
@@ -791,7 +842,6 @@ def half_precision(learn):
     learn.to_fp16()
     learn.fit_one_cycle(1, cbs=[bad := BadBatch(), fa.GradientClip(1.0)])
     assert bad.skipped
-    assert [h["lr"] for h in learn.opt.hypers] != []
     learn.to_fp32()
     learn.fit(1)
 
@@ -829,9 +879,17 @@ def test_parameters_swapped_for_master_copies_train_alike_and_come_back(tmp_path
         learn.fit(1)
         before = [[id(p) for p in group] for group in learn.opt.param_lists]
         learn.to_non_native_fp16(dynamic=False, clip=0.5)
-        learn.fit(1, 0.005, cbs=SeemsToBeOnAGPU())
+        learn.fit(1, 0.005, cbs=[SeemsToBeOnAGPU(), fa.SaveModelCallback(every_epoch=True, with_opt=True)])
         learn.to_non_native_fp32()
         assert [[id(p) for p in group] for group in learn.opt.param_lists] == before
         learn.fit(1, 0.005)
 
     train_both(scenario, tmp_path, dtype=torch.float32, tolerance=1e-3)
+
+
+def test_all_params_is_the_list_that_fastais_code_expects():
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    opt = fusedopt.Adam([params[:1], params[1:]], lr=(1e-3, 1e-2))
+    found = opt.all_params().itemgot(0)
+    assert len(found) == 3 and all(a is b for a, b in zip(found, params, strict=True))
+    assert [h["lr"] for h in opt.hypers] == [1e-3, 1e-2]

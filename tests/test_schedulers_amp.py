@@ -240,6 +240,21 @@ def test_a_tensor_learning_rate_is_filled_in_place(scheduler):
         assert twins.a.param_groups[0]["lr"] is tensor and type(twins.a.hypers[0]["lr"]) is float
 
 
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("start", [0.3, 0.1, 0.7])
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_a_schedule_that_ends_just_below_zero_by_rounding_ends_well(name, start, tensor):
+    """LinearLR multiplies its way down to zero, and lands on numbers like -2e-18; torch trains on, and so do we."""
+    lows = []
+    for total in (3, 6, 8, 9):
+        lr = torch.tensor(1.0) if tensor else 0.1
+        make = partial(lrs.LinearLR, start_factor=start, end_factor=0.0, total_iters=total)
+        twins, seen = run_schedule(name, make, steps=total + 2, lr=lr)
+        lows += [g["lr"] for g in [seen[-1], *numbers(twins.a)]]
+    assert max(map(abs, lows)) < 1e-7
+    assert start != 0.3 or min(lows) < 0, "this is where it happens"
+
+
 @pytest.mark.parametrize("scheduler", ["OneCycleLR-cos", "CyclicLR-triangular2", "SequentialLR", "SWALR"])
 def test_a_schedule_goes_on_from_a_checkpoint(scheduler):
     """Optimizer and scheduler are saved half-way; new ones that load both end where an undisturbed run ends."""

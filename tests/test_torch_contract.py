@@ -10,6 +10,7 @@ import math
 import pickle
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
 
 import fastai.optimizer as fastai_optimizer
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -854,6 +856,46 @@ def test_a_model_may_change_its_dtype_for_good(name, dtype):
         buffers = [v for v in opt.state[q].values() if isinstance(v, torch.Tensor)]
         assert buffers and all(v.dtype == torch.float32 for v in buffers)
         assert all(torch.isfinite(v).all() for v in buffers)
+
+
+@every_optimizer
+def test_another_default_device_or_dtype_changes_nothing(name):
+    """Whoever steps, saves or loads inside ``with torch.device(...)`` means other tensors."""
+    ours, theirs = both(name)
+    for opt in (ours, theirs):
+        train(opt, range(2))
+        give_gradients(params_of(opt), 2)
+        dtype = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.float64)
+            with torch.device("meta"):
+                opt.step()
+                saved = opt.state_dict()
+                opt.load_state_dict(saved)
+        finally:
+            torch.set_default_dtype(dtype)
+        assert all(v.device.type == "cpu" for s in saved["state"].values() for v in s.values())
+        train(opt, range(3, 5))
+    assert_alike(ours, theirs)
+
+
+def test_tensors_without_memory_are_stepped_as_torch_steps_them():
+    """Fake tensors, with which programs are planned: nothing is computed, and nothing is written anywhere."""
+    with FakeTensorMode():
+        states = []
+        for module in (fusedopt.optim, torch.optim):
+            q = nn.Parameter(torch.ones(3, 2))
+            opt = module.AdamW([q])
+            ours = module is fusedopt.optim
+            with pytest.warns(RuntimeWarning, match="FakeTensor.*unfused") if ours else nullcontext():
+                for _ in range(3):
+                    q.grad = torch.ones(3, 2)
+                    opt.step()
+            states.append(opt.state[q])
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert type(states[0][key]) is type(states[1][key]) is FakeTensor
+        assert states[0][key].shape == (3, 2)
+    assert states[0]["step"] == 3
 
 
 # --

@@ -302,7 +302,7 @@ def parameters_in_place(opt, params):
 
 @change(WARM)
 def state_in_place(opt, params):
-    opt.state[params[1]]["sqr_avg"].mul_(2.0)
+    opt.state[params[1]]["exp_avg_sq"].mul_(2.0)
 
 
 @change(WARM)
@@ -529,24 +529,24 @@ def notes_in_the_state(opt, params):
 
 @change(LONG)
 def state_tensor_replaced(opt, params):
-    opt.state[params[1]]["sqr_avg"] = torch.full((3, 5), 0.5)
+    opt.state[params[1]]["exp_avg_sq"] = torch.full((3, 5), 0.5)
 
 
 @change(LONG)
 def state_tensor_data_replaced(opt, params):
-    opt.state[params[1]]["sqr_avg"].data = torch.full((3, 5), 0.5)
+    opt.state[params[1]]["exp_avg_sq"].data = torch.full((3, 5), 0.5)
 
 
 @change(LONG)
 def state_tensor_of_another_dtype(opt, params):
     state = opt.state[params[1]]
-    state["sqr_avg"].data = state["sqr_avg"].double()
+    state["exp_avg_sq"].data = state["exp_avg_sq"].double()
 
 
 @change(LONG)
 def state_tensor_transposed_in_place(opt, params):
     state = opt.state[params[1]]
-    state["sqr_avg"].data = state["sqr_avg"].data.as_strided((3, 5), (1, 3))
+    state["exp_avg_sq"].data = state["exp_avg_sq"].data.as_strided((3, 5), (1, 3))
 
 
 @change(LONG)
@@ -561,13 +561,13 @@ def state_tensor_added(opt, params):
 
 @change(LONG)
 def state_entry_removed(opt, params):
-    del opt.state[params[1]]["sqr_avg"]
+    del opt.state[params[1]]["exp_avg_sq"]
 
 
 @change(LONG)
 def state_entry_renamed(opt, params):
     state = opt.state[params[1]]
-    state["other"] = state.pop("sqr_avg")
+    state["other"] = state.pop("exp_avg_sq")
 
 
 @change(LONG)
@@ -767,7 +767,7 @@ def test_a_change_between_steps_is_followed(name, long_way):
 def test_a_copy_that_shares_memory_until_written_to_is_left_alone():
     twins = Twins().warm_up()
     p, state = params_of(twins.a)[1], twins.a.state[params_of(twins.a)[1]]
-    kept = [torch._lazy_clone(t.detach()) for t in (p, state["grad_avg"])]
+    kept = [torch._lazy_clone(t.detach()) for t in (p, state["exp_avg"])]
     expected = [t.clone() for t in kept]
     for _ in range(3):
         twins.step()
@@ -796,9 +796,9 @@ def test_memory_that_is_used_again_is_told_apart(long_way):
     for t in range(20):
         for opt in twins:
             p = params_of(opt)[1]
-            state, opt.state[p]["sqr_avg"] = opt.state[p]["sqr_avg"], None
+            state, opt.state[p]["exp_avg_sq"] = opt.state[p]["exp_avg_sq"], None
             del state
-            opt.state[p]["sqr_avg"] = torch.full((3, 5), 0.1 * t)
+            opt.state[p]["exp_avg_sq"] = torch.full((3, 5), 0.1 * t)
             give_gradients(params_of(opt), t)
         twins.step(gradients=False)
         for opt in twins:
@@ -1411,11 +1411,11 @@ def test_replaced_tensors_are_let_go_of():
         give_gradients(params, t)
         opt.step()
     p = params[1]
-    old = weakref.ref(opt.state[p]["sqr_avg"])
+    old = weakref.ref(opt.state[p]["exp_avg_sq"])
     opt.clear_state()
     assert old() is None
     opt.step()
-    old = weakref.ref(opt.state[p]["sqr_avg"])
+    old = weakref.ref(opt.state[p]["exp_avg_sq"])
     opt.step()
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))
     assert old() is None

@@ -5,6 +5,7 @@ The same functions with ``rank=None`` are the single process to compare with.
 
 import copy
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -107,7 +108,8 @@ def sharded(face, name: str, rank: int | None = None) -> dict:
 def run(rank: int, folder: str) -> None:
     """All that needs two processes; each leaves its results in the folder."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    meeting = dict(init_method=f"file://{folder}/rendezvous", timeout=timedelta(minutes=2))
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, **meeting)
     try:
         results = {
             "copied gradients": data_parallel(fusedopt.optim, rank, gradient_as_bucket_view=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ class Kernel:
     cached: bool
     handle: object = field(repr=False)
 
-    @property
+    @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
         return stages(self.program)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -24,6 +24,7 @@ HEAD = 4
 class Cpp:
     name = "cpp"
     device = "cpu"
+    runs_parts = True
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[Program, str], Kernel] = {}
@@ -72,6 +73,7 @@ class Launch:
         sets: Sequence[int],
     ) -> None:
         buffers = kernel.program.buffers
+        self.kernel = kernel
         self.sizes, self.layout = sizes, plan.layout(sizes)
         self.stages, self.scalars = cast(Handle, kernel.handle)
         width, n_reductions = HEAD + len(buffers), sum(len(s.reductions) for s in kernel.stages)
@@ -98,3 +100,53 @@ class Launch:
         leaf.run_cpu(self.stages, self.address, self.splits)
         if self.scalars:
             leaf.run_cpu([self.scalars], self.address, [[0, len(self.sizes)]])
+
+    def run_parts(
+        self,
+        slots: np.ndarray,
+        counts: Sequence[int],
+        exchange: Callable[[Sequence[str], np.ndarray], None],
+    ) -> None:
+        """Run for tensors of which only a part may be here; the whole ones have these element counts.
+
+        After each stage that reduces, ``exchange(ops, totals)`` makes the whole tensors' totals of those of the parts,
+        rows × reductions. Kernels find them where the partial result of a single chunk would be.
+        """
+        n_chunks, n_rows = len(self.layout), len(self.rows)
+        row_of_chunk = self.layout.chunks[:, 0]
+        partials = np.empty((n_chunks + n_rows, self.partials.shape[1]))
+        self.rows[:, 0], self.rows[:, 2], self.rows[:, 3] = counts, n_chunks + np.arange(n_rows), 1
+        self.partials, self.head[2], self.head[3] = partials, partials.ctypes.data, slots.ctypes.data
+        splits = list(plan.splits(self.sizes, leaf.thread_count()))
+        done = 0
+        for stage, address in zip(self.kernel.stages, self.stages, strict=True):
+            leaf.run_cpu([address], self.address, [splits])
+            if stage.reductions:
+                ops = [self.kernel.program.values[i].op for i in stage.reductions]
+                mine = slice(done, done + len(ops))
+                totals = joined(ops, partials[:n_chunks, mine], row_of_chunk, n_rows)
+                exchange(ops, totals)
+                partials[n_chunks:, mine] = totals
+                done += len(ops)
+        if self.scalars:
+            leaf.run_cpu([self.scalars], self.address, [[0, n_rows]])
+
+
+JOIN = {
+    "sum": (0.0, np.add),
+    "mean": (0.0, np.add),
+    "amax": (-np.inf, np.maximum),
+    "amin": (np.inf, np.minimum),
+}
+"""How totals of parts become those of the whole, as the op table has it; NaN stays NaN."""
+
+
+def joined(ops: Sequence[str], parts: np.ndarray, where: np.ndarray, n: int) -> np.ndarray:
+    """n × ops totals of parts × ops, part i belonging to total ``where[i]``. In order, so that it is reproducible."""
+    totals = np.empty((n, len(ops)))
+    with np.errstate(invalid="ignore"):
+        for k, op in enumerate(ops):
+            init, join = JOIN[op]
+            totals[:, k] = init
+            join.at(totals[:, k], where, parts[:, k])
+    return totals

@@ -12,6 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..trace.replay import Replay, can_replay
 from ..trace.signature import PLAIN, Foreign, Opaque, Signature
 from ..trace.tensor import Untraceable
 from ..trace.tracer import NeedsAttribute, Trace, trace
-from . import backends, items, leaf
+from . import backends, items, leaf, sharded
 from .backends import Backend, Kernel, Launch
 from .history import History
 from .items import Item
@@ -129,10 +130,11 @@ class Engine:
         """
         verdicts = dict(self.eager)
         try:
-            plans, unfused = self.prepare(todo)
+            plans, unfused = self.prepare(sharded.localized(todo))
             copies = [(item, items.work_copy(item)) for item in unfused]
             self.launched = []
-            self._advance([work for _, work in copies], 0)
+            self._advance([work for _, work in copies if type(work) is Item], 0)
+            self._run_whole([work for _, work in copies if type(work) is sharded.Whole])
             self._say()
         except BaseException:
             self.eager = verdicts  # a callback that raised may fuse once it no longer does
@@ -144,7 +146,7 @@ class Engine:
 
     def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
         """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
-        plans, _ = self.prepare(todo)
+        plans, _ = self.prepare(sharded.localized(todo))
         counts: dict[Kernel, int] = {}
         for plan in plans:
             counts[plan.kernel] = counts.get(plan.kernel, 0) + len(plan.items)
@@ -158,9 +160,11 @@ class Engine:
             for bucket, signature in self._buckets(todo):
                 plan = self.backend != "reference" and self._fuse(bucket, signature, 0, len(self.callbacks))
                 if isinstance(plan, Plan):
-                    plans.append(plan)
-                else:
-                    unfused += bucket
+                    fuses = [item.fuses(plan.known.backend) for item in bucket]
+                    plan.items = list(compress(bucket, fuses))
+                    plans += [plan] if plan.items else []
+                    bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]
+                unfused += map(sharded.unfused, bucket)
         except NeedsAttribute as need:
             self.attributes += (need.name,)
             return self.prepare(todo)
@@ -240,6 +244,8 @@ class Engine:
         for plan in plans:
             for item in plan.items:
                 item.lay_out()
+        for plan in plans:
+            for item in plan.items:
                 items.allocate(item, plan.trace.created)
         launched = [
             Launched(group, launch(group, slots))
@@ -249,8 +255,7 @@ class Engine:
         for plan in plans:
             for item in plan.items:
                 item.state.update(plan.numbers)
-                if item.param is not item.home:
-                    item.home.copy_(item.param)
+                item.finish(plan.trace.created)
         return launched
 
     # -- work copies --
@@ -296,6 +301,17 @@ class Engine:
             reference.run_callback(callback, item.param, item.state, item.hyper)
             items.attach_gradient(item, item.param.grad)  # the callback may have set another
 
+    def _run_whole(self, work: list[Item]) -> None:
+        """Run all callbacks eagerly, on tensors whose memory kernels cannot walk: there are no programs in between."""
+        for callback in self.callbacks:
+            self._run_eagerly(callback, work)
+        tensors = [t for item in work for t in (item.param, item.grad) if not items.walkable(t)]
+        if tensors and self.backend != "reference" and "whole" not in self._said:
+            self._said.add("whole")
+            kinds = ", ".join(sorted({type(t).__name__ for t in tensors}))
+            text = f"fusedopt: tensors of type {kinds} are stepped unfused, by torch's own operations on them"
+            warnings.warn(text, RuntimeWarning, stacklevel=env.caller_level())
+
     def _say(self) -> None:
         for eager in dict.fromkeys(self.eager.values()):
             if eager.callback not in self._said:
@@ -315,7 +331,7 @@ def launch(plans: list[Plan], slots: np.ndarray) -> Launch:
             columns[name] = [item.state[name.removeprefix("state.")] for item in rows]
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
     prepared = plans[0].known.backend.prepare(kernel, columns, [item.param.numel() for item in rows], sets)
-    prepared.run(slots)
+    sharded.run(prepared, slots, rows)
     for name, _ in kernel.program.stores:
         leaf.bump_versions(columns[name])
     return prepared

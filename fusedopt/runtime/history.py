@@ -33,7 +33,7 @@ class History:
         if kernel not in self.used:
             label = f"{kernel.name} #{len(self.used) + 1}"
             self.used[kernel] = Used(kernel, label, self._why(self._last.get(where), trace))
-            env.debug(1, f"# {label}: {self.used[kernel].why}\n{trace.program}")
+            env.debug(1, f"# {label}: {self.used[kernel].why}", trace.program)
         self._last[where] = trace
 
     def _why(self, old: Trace | None, new: Trace) -> str:

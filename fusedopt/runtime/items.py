@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import reference
 from ..ir.program import Buffer
 from ..trace.signature import PLAIN, Foreign, Opaque, Signature, compute_dtype
+
+if TYPE_CHECKING:
+    from .backends import Backend
 
 State = dict[str, Any]
 
@@ -51,6 +54,20 @@ class Item:
             if not same_layout(value, self.param):
                 self.state[key] = with_layout(value, self.param)
 
+    def fuses(self, backend: Backend) -> bool:
+        """Whether the backend's kernels can step it."""
+        return self.walkable()
+
+    def walkable(self) -> bool:
+        """Whether its tensors have memory of their own."""
+        tensors = (v for v in self.state.values() if isinstance(v, torch.Tensor))
+        return walkable(self.param) and walkable(self.grad) and all(map(walkable, tensors))
+
+    def finish(self, created: dict[str, Buffer]) -> None:
+        """Hand over what a launch has left: what kernels saw may have been copies. ``created`` is its new state."""
+        if self.param is not self.home:
+            self.home.copy_(self.param)
+
     def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:
         """What callbacks can see of it. ``work``: it is a work copy, whose dtypes are not the user's."""
         p = self.param
@@ -80,6 +97,12 @@ def dense(t: torch.Tensor) -> bool:
     """Whether its elements fill one block of memory, in whatever order of dimensions."""
     plain = t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t))
     return plain and not t.is_neg()
+
+
+def walkable(t: torch.Tensor) -> bool:
+    """Whether its memory is its own: subclasses that dispatch (DTensor, fake tensors) have it elsewhere or nowhere."""
+    plain = type(t) in (torch.Tensor, torch.nn.Parameter)
+    return plain or type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or t.numel() == 0
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -119,7 +142,7 @@ def work_copy(item: Item) -> Item:
         return reference.upcast(t, compute)
 
     state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in item.state.items()}
-    work = Item(copy(item.param), copy(item.grad), state, item.where, item.hyper)
+    work = type(item)(copy(item.param), copy(item.grad), state, item.where, item.hyper)
     attach_gradient(work)
     return work
 

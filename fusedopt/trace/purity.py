@@ -157,11 +157,14 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
     return {name: function.__globals__.get(name, builtins.get(name, ...)) for name in names}
 
 
-def _global_names(function: types.FunctionType) -> Iterator[str]:
-    for code in _codes(function.__code__):
-        for step in dis.get_instructions(code):
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                yield step.argval
+def _global_names(function: types.FunctionType) -> tuple[str, ...]:
+    return _loaded_names(function.__code__)
+
+
+@functools.lru_cache(maxsize=MAX_KNOWN)
+def _loaded_names(code: types.CodeType) -> tuple[str, ...]:
+    steps = (step for inner in _codes(code) for step in dis.get_instructions(inner))
+    return tuple(step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -1,0 +1,540 @@
+"""What test_distributed.py runs in two processes: checks, each of which runs in both at once."""
+
+import contextlib
+import copy
+import datetime
+import json
+import pathlib
+import tempfile
+import traceback
+import warnings
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import fusedopt
+import fusedopt.optim
+
+CHECKS = {}
+CPU = torch.device("cpu")
+
+
+def check(*args):
+    """Register a check, once for each argument if there are any."""
+
+    def register(function):
+        for arg in args or [None]:
+            name = function.__name__ if arg is None else f"{function.__name__}[{arg}]"
+            CHECKS[name] = function if arg is None else partial(function, arg)
+        return function
+
+    return register
+
+
+def main(rank, world, folder):
+    """Run all checks, and write what went wrong in each until the processes fall out of step."""
+    folder, found = pathlib.Path(folder), {}
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'init'}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=20),
+    )
+    with contextlib.suppress(RuntimeError):
+        for name, function in CHECKS.items():
+            torch.manual_seed(0)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    function()
+                found[name] = ""
+            except Exception:
+                found[name] = traceback.format_exc()
+            dist.barrier()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+# --
+# Models and optimizers
+
+
+def mesh_of(kind):
+    """one: a mesh of this process alone; two: both; hybrid: replicated over both, sharded over one."""
+    if kind == "two":
+        return init_device_mesh("cpu", (2,))
+    both = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    return both["shard"] if kind == "one" else both
+
+
+def model(width=5):
+    """Of 5 × 4, 5, 1 × 5 and 1 elements: over two processes 3 + 2 rows, and 1 + 0."""
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
+
+
+def sharded_and_whole(kind, dtype=None):
+    whole = model().to(dtype)
+    sharded = copy.deepcopy(whole)
+    return fully_shard(sharded, mesh=mesh_of(kind)), whole
+
+
+def is_sharded(p):
+    return isinstance(p, DTensor)
+
+
+def full(t):
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def train(sharded, whole, opt, twin, steps=3, start=0):
+    """Train the sharded model, and step the whole one with the same gradients."""
+    for t in range(start, start + steps):
+        gen = torch.Generator().manual_seed(t)
+        x = torch.randn(6, 4, generator=gen).to(next(whole.parameters()).dtype)
+        sharded(x).square().mean().backward()
+        for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+            q.grad = full(p.grad).clone()
+        opt.step(), twin.step()
+        opt.zero_grad(), twin.zero_grad()
+
+
+def assert_same(ours, expected, exact=True):
+    assert (ours.dtype, ours.shape) == (expected.dtype, expected.shape), (ours, expected)
+    if exact:
+        assert torch.equal(ours, expected), (ours, expected)
+    else:
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+def assert_same_training(params, twins, opt, twin, exact=True):
+    """Parameters and state are equal; state is sharded as its parameter is, and numbers are numbers."""
+    for p, q in zip(params, twins, strict=True):
+        assert_same(full(p.detach()), q.detach(), exact)
+        s, t = opt.state[p], twin.state[q]
+        assert s.keys() == t.keys()
+        for key, expected in t.items():
+            if not isinstance(expected, torch.Tensor):
+                assert (type(s[key]), s[key]) == (type(expected), expected), key
+                continue
+            if expected.shape == q.shape and is_sharded(p):
+                assert (s[key].device_mesh, s[key].placements) == (p.device_mesh, p.placements), key
+            else:
+                assert not is_sharded(s[key]), key
+            assert_same(full(s[key]), expected, exact)
+
+
+RULES = {
+    "AdamW": partial(fusedopt.optim.AdamW, lr=0.1),
+    "SGD": partial(fusedopt.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "Adam": partial(fusedopt.Adam, lr=0.1),
+    "Lamb": partial(fusedopt.Lamb, lr=0.1),
+    "Larc": partial(fusedopt.Larc, lr=0.1),
+}
+REDUCING = ("Lamb", "Larc")
+
+
+def equals_unsharded(kind, rule):
+    sharded, whole = sharded_and_whole(kind)
+    opt, twin = RULES[rule](sharded.parameters()), RULES[rule](whole.parameters())
+    train(sharded, whole, opt, twin)
+    assert_same_training(sharded.parameters(), whole.parameters(), opt, twin, exact=rule not in REDUCING)
+    explained = opt.explain()
+    assert (explained.backend, explained.eager) == ("cpp", ())
+    assert explained.launches == (2 if rule in REDUCING else 1)
+
+
+@check(*RULES)
+def one_process_with_fully_shard_steps_like_the_unsharded_model(rule):
+    equals_unsharded("one", rule)
+
+
+@check(*RULES)
+def two_processes_with_fully_shard_step_like_the_unsharded_model(rule):
+    equals_unsharded("two", rule)
+
+
+@check(*RULES)
+def replicated_shards_step_like_the_unsharded_model(rule):
+    equals_unsharded("hybrid", rule)
+
+
+@check()
+def only_this_process_may_explain():
+    """What a step would launch is told without a collective, before the first step and after."""
+    sharded, whole = sharded_and_whole("two")
+    opt, twin = RULES["Lamb"](sharded.parameters()), RULES["Lamb"](whole.parameters())
+    for _ in range(2):
+        if dist.get_rank() == 1:
+            assert opt.explain().launches == 2
+        train(sharded, whole, opt, twin, steps=1)
+    dist.barrier()
+
+
+# --
+# Placements of all kinds, set by hand
+
+PLACEMENTS = {
+    "rows and columns": [Shard(0), Shard(1)],
+    "columns": [Shard(1), Replicate()],
+    "replicated": [Replicate(), Replicate()],
+    "replicated rows": [Replicate(), Shard(0)],
+    "rows twice": [Shard(0), Shard(0)],
+}
+SHAPES = ((3, 5), (1, 4), (2, 1), (0, 2))
+
+
+def odd_step(p, lr, peak=None, least=None, **kwargs):
+    """Uses what whole tensors alone have: extremes, a mean, an element count; keeps numbers per tensor."""
+    grad = p.grad.data
+    peak, least = grad.abs().amax(), grad.amin()
+    p.data.sub_(grad / peak + p.data.var() + grad.mean() + least, alpha=lr)
+    return {"peak": peak, "least": least}
+
+
+BY_HAND = {
+    "lamb": lambda ps: fusedopt.Lamb(ps, lr=0.1),
+    "odd_step": lambda ps: fusedopt.Optimizer(ps, odd_step, lr=0.1),
+}
+
+
+def placed(tensors, mesh, placements):
+    return [nn.Parameter(distribute_tensor(t, mesh, placements)) for t in tensors]
+
+
+def by_hand(
+    mesh, placements, make, grads=lambda p, g: distribute_tensor(g, p.device_mesh, p.placements), steps=3
+):
+    values = [torch.randn(shape) for shape in SHAPES]
+    params, twins = placed(values, mesh, placements), [nn.Parameter(v.clone()) for v in values]
+    # a plain parameter beside the others
+    params.append(nn.Parameter(torch.ones(3)))
+    twins.append(nn.Parameter(torch.ones(3)))
+    opt, twin = make(params), make(twins)
+    for _ in range(steps):
+        for p, q in zip(params, twins, strict=True):
+            q.grad = torch.randn(q.shape)
+            p.grad = grads(p, q.grad) if is_sharded(p) else q.grad.clone()
+        opt.step(), twin.step()
+        opt.step(), twin.step()  # with the same gradients again
+    return params, twins, opt, twin
+
+
+@check(*PLACEMENTS)
+def any_placement_steps_like_the_whole_tensor(name):
+    for shape in ((2, 1), (1, 2)):
+        mesh = init_device_mesh("cpu", shape)
+        for make in BY_HAND.values():
+            assert_same_training(*by_hand(mesh, PLACEMENTS[name], make), exact=False)
+
+
+@check()
+def a_shard_may_have_many_chunks():
+    torch.set_num_threads(2)
+    mesh, values = mesh_of("two"), [torch.randn(300_001), torch.randn(3)]
+    params, twins = placed(values, mesh, [Shard(0)]), [nn.Parameter(v) for v in values]
+    opt, twin = BY_HAND["odd_step"](params), BY_HAND["odd_step"](twins)
+    for p, q in zip(params, twins, strict=True):
+        q.grad = torch.randn(q.shape)
+        p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+    opt.step(), twin.step()
+    torch.set_num_threads(1)
+    assert_same_training(params, twins, opt, twin, exact=False)
+
+
+@check("AdamW", "Lamb")
+def tensor_parallel_layers_under_fully_shard_step_like_the_whole_model(rule):
+    for shape in ((2, 1), (1, 2)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+        whole = model(width=6)
+        sharded = copy.deepcopy(whole)
+        parallelize_module(sharded, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(sharded, mesh=mesh["data"])
+        # torch's own, about what its tensor parallel layer returns
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        opt, twin = RULES[rule](sharded.parameters()), RULES[rule](whole.parameters())
+        train(sharded, whole, opt, twin)
+        assert_same_training(sharded.parameters(), whole.parameters(), opt, twin, exact=rule not in REDUCING)
+
+
+def half_each(p, g):
+    """A gradient that is still to be summed."""
+    mine = g if dist.get_rank() == 0 else torch.zeros_like(g)
+    return DTensor.from_local(mine, p.device_mesh, [Partial()])
+
+
+GRADIENTS = {
+    "partial": half_each,
+    "replicated": lambda p, g: distribute_tensor(g, p.device_mesh, [Replicate()]),
+    "columns": lambda p, g: distribute_tensor(g, p.device_mesh, [Shard(1)]),
+}
+
+
+@check(*GRADIENTS)
+def a_gradient_with_other_placements_is_redistributed(name):
+    for placements in ([Shard(0)], [Replicate()]):
+        found = by_hand(mesh_of("two"), placements, BY_HAND["lamb"], GRADIENTS[name])
+        assert_same_training(*found, exact=False)
+
+
+@check()
+def nan_and_infinity_of_one_shard_reach_all():
+    mesh = mesh_of("two")
+    for bad in (float("nan"), float("inf")):
+        for row in range(4):
+            grad = torch.ones(4)
+            grad[row] = bad
+            p, q = (
+                nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)])),
+                nn.Parameter(torch.ones(4)),
+            )
+            p.grad, q.grad = distribute_tensor(grad, mesh, [Shard(0)]), grad
+            opt, twin = (fusedopt.Optimizer([x], odd_step, lr=0.1) for x in (p, q))
+            opt.step(), twin.step()
+            for ours, expected in (
+                (full(p), q),
+                *((opt.state[p][k], twin.state[q][k]) for k in ("peak", "least")),
+            ):
+                assert_same(ours.detach(), expected.detach(), exact=False)
+
+
+@check()
+def memory_order_of_shards_does_not_matter():
+    """A shard that is transposed in memory, or that is a part of a larger block."""
+    mesh, block = mesh_of("two"), torch.randn(4, 6)
+    for whole, local in (
+        (block.T.clone(), lambda r: block[2 * r : 2 * r + 2].clone().T),
+        (block[:, ::2].clone(), lambda r: block.clone()[2 * r : 2 * r + 2, ::2]),
+    ):
+        placement = [Shard(1 if whole.shape == (6, 4) else 0)]
+        p = nn.Parameter(
+            DTensor.from_local(
+                local(dist.get_rank()), mesh, placement, shape=whole.shape, stride=whole.stride()
+            )
+        )
+        q = nn.Parameter(whole)
+        opt, twin = RULES["Adam"]([p]), RULES["Adam"]([q])
+        for _ in range(3):
+            q.grad = torch.randn(q.shape)
+            p.grad = distribute_tensor(q.grad, mesh, placement)
+            opt.step(), twin.step()
+        assert_same_training([p], [q], opt, twin)
+
+
+@check()
+def a_graph_that_saved_the_parameter_notices_the_step():
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh_of("two"), [Shard(0)]))
+    loss = (p * p).sum()
+    p.grad = distribute_tensor(torch.ones(4), p.device_mesh, [Shard(0)])
+    RULES["AdamW"]([p]).step()
+    with raises(RuntimeError, "modified by an inplace operation"):
+        loss.backward()
+
+
+# --
+# What is refused
+
+
+@contextlib.contextmanager
+def raises(kind, text):
+    try:
+        yield
+    except kind as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"no {kind.__name__}: {text}")
+
+
+@check("partial parameter", "plain gradient", "gradient on another mesh", "sharded gradient", "sharded state")
+def what_cannot_be_stepped_is_refused_and_nothing_changes(what):
+    mesh = mesh_of("two")
+    good, whole = nn.Parameter(torch.ones(4)), torch.ones(4)
+    sharded = distribute_tensor(whole, mesh, [Shard(0)])
+    partly = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    p, grad, text = {
+        "partial parameter": (partly, distribute_tensor(whole, mesh, [Replicate()]), "still to be summed"),
+        "plain gradient": (sharded, torch.ones(4), "its gradient is not"),
+        "gradient on another mesh": (
+            sharded,
+            distribute_tensor(whole, mesh_of("one"), [Shard(0)]),
+            "on different meshes",
+        ),
+        "sharded gradient": (whole, sharded.clone(), "is no DTensor, but its gradient or state is"),
+        "sharded state": (whole, whole.clone(), "is no DTensor, but its gradient or state is"),
+    }[what]
+    p = nn.Parameter(p)
+    opt = RULES["Adam"]([good, p])
+    for x in (good, p):
+        x.grad = torch.ones_like(x)
+    if not is_sharded(p):  # so that it comes after a step that was repeated from a recording
+        opt.step(), opt.step(), opt.step()
+    if what == "sharded state":
+        opt.state[p]["exp_avg"] = sharded.clone()
+    p.grad = grad
+    before = good.detach().clone(), full(p).detach().clone()
+    with raises(RuntimeError, text):
+        opt.step()
+    assert_same(good.detach(), before[0])
+    assert_same(full(p).detach(), before[1])
+    assert bool(opt.state) == (not is_sharded(p))
+
+
+# --
+# Eagerly
+
+
+def centralize(p, **kwargs):
+    p.grad = p.grad.data - p.grad.data.mean(dim=0, keepdim=True)
+
+
+@check("auto", "reference")
+def callbacks_that_do_not_fuse_run_on_whole_tensors(backend):
+    """A mean over rows of which each process has some, and LAMB's norms after it."""
+    cbs = [centralize, *(cb for cb in RULES["Lamb"]([nn.Parameter(torch.ones(1))]).cbs)]
+    names = dict(state_names={"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"})
+    sharded, whole = sharded_and_whole("two")
+    opt, twin = (
+        fusedopt.Optimizer(m.parameters(), cbs, lr=0.1, backend=b, **names)
+        for m, b in ((sharded, backend), (whole, "reference"))
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(sharded, whole, opt, twin)
+    said = [str(w.message) for w in said if "fusedopt" in str(w.message)]
+    assert_same_training(sharded.parameters(), whole.parameters(), opt, twin, exact=False)
+    assert sum("tensors of type DTensor are stepped unfused" in s for s in said) == (backend == "auto"), said
+    assert sum("centralize runs eagerly" in s for s in said) == (backend == "auto"), said
+
+
+# --
+# Checkpoints
+
+MODES = {
+    "default": {},
+    "flattened": {"flatten_optimizer_state_dict": True},
+    "full": {"full_state_dict": True},
+}
+
+
+def trained(make, dtype=None):
+    sharded, whole = sharded_and_whole("two", dtype)
+    opt, twin = make(sharded.parameters()), make(whole.parameters())
+    train(sharded, whole, opt, twin)
+    return sharded, whole, opt, twin
+
+
+def flagged(opt):
+    for p in opt.param_groups[0]["params"][1:3]:
+        opt.state[p]["do_wd"] = False
+        opt.state[p]["force_train"] = True
+    return opt
+
+
+def checkpoint_goes_on(mode, rule, dtype=None):
+    """Out of one optimizer, into a fresh one, and both train on like an unsharded one that was never saved."""
+    options = dcp_state.StateDictOptions(**MODES[mode])
+    make = {
+        "AdamW": lambda ps: flagged(RULES["AdamW"](ps)),
+        "Lamb": lambda ps: flagged(RULES["Lamb"](ps)),
+        "bf16": lambda ps: fusedopt.Optimizer(
+            ps,
+            [
+                partial(fusedopt.average_grad, dampening=True),
+                fusedopt.average_sqr_grad,
+                fusedopt.step_stat,
+                fusedopt.adam_step,
+            ],
+            lr=0.1,
+            state_dtype=torch.float32,
+        ),
+    }[rule]
+    sharded, whole, opt, twin = trained(make, dtype)
+    saved = dcp_state.get_optimizer_state_dict(sharded, opt, options=options)
+    saved = copy.deepcopy(saved)
+    if mode == "full":
+        assert not any(is_sharded(v) for s in saved["state"].values() for v in s.values())
+
+    other, _ = sharded_and_whole("two", dtype)
+    other.load_state_dict(sharded.state_dict())
+    fresh = make(other.parameters())
+    fresh.param_groups[0]["lr"] = 0.7
+    before = [full(p.detach()).clone() for p in other.parameters()]
+    dcp_state.set_optimizer_state_dict(other, fresh, saved, options=options)
+    for p, old in zip(other.parameters(), before, strict=True):
+        assert_same(full(p.detach()), old)
+    assert fresh.param_groups[0]["lr"] == 0.1
+    exact = rule not in REDUCING
+    assert_same_training(other.parameters(), whole.parameters(), fresh, twin, exact)
+    train(other, whole, fresh, twin, start=3)
+    assert_same_training(other.parameters(), whole.parameters(), fresh, twin, exact)
+    if dtype:
+        assert {full(v).dtype for s in fresh.state.values() for v in s.values() if is_sharded(v)} == {
+            torch.float32
+        }
+
+
+@check(*MODES)
+def a_checkpoint_goes_on_in_a_fresh_optimizer_with_flags(mode):
+    for rule in ("AdamW", "Lamb"):
+        checkpoint_goes_on(mode, rule)
+
+
+@check(*MODES)
+def a_checkpoint_keeps_the_state_dtype_of_bfloat16_parameters(mode):
+    checkpoint_goes_on(mode, "bf16", torch.bfloat16)
+
+
+@check(*MODES)
+def saving_a_fresh_optimizer_makes_its_state_and_changes_nothing_else(mode):
+    sharded, _ = sharded_and_whole("two")
+    for rule, make in RULES.items():
+        opt = flagged(make(sharded.parameters()))
+        before = [full(p.detach()).clone() for p in sharded.parameters()]
+        options = dcp_state.StateDictOptions(**MODES[mode])
+        dcp_state.get_optimizer_state_dict(sharded, opt, options=options)
+        for p, old in zip(sharded.parameters(), before, strict=True):
+            assert_same(full(p.detach()), old)
+            assert p.grad is None
+            tensors = [v for v in opt.state[p].values() if isinstance(v, torch.Tensor) and v.dim()]
+            assert tensors and all(map(is_sharded, tensors)), rule
+        assert opt.param_groups[0]["lr"] == 0.1
+
+
+@check()
+def a_full_checkpoint_loads_unsharded_and_an_unsharded_one_loads_sharded():
+    sharded, whole, opt, twin = trained(RULES["AdamW"])
+    options = dcp_state.StateDictOptions(full_state_dict=True)
+    saved = dcp_state.get_optimizer_state_dict(sharded, opt, options=options)
+    plain = RULES["AdamW"](whole.parameters())
+    dcp_state.set_optimizer_state_dict(whole, plain, saved, options=options)
+    opt.load_state_dict(twin.state_dict())  # whole tensors, taken apart in the next step
+    train(sharded, whole, opt, plain, start=3)
+    assert_same_training(sharded.parameters(), whole.parameters(), opt, plain)
+
+
+@check()
+def files_of_two_processes_load_in_one():
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    folder = pathlib.Path(folder[0])
+    sharded, whole, opt, twin = trained(RULES["AdamW"])
+    dcp.save({"opt": dcp_state.get_optimizer_state_dict(sharded, opt)}, checkpoint_id=folder / "files")
+    alone, _ = sharded_and_whole("one")
+    for p, q in zip(alone.parameters(), whole.parameters(), strict=True):
+        p.to_local().data.copy_(q.data)
+    fresh = RULES["AdamW"](alone.parameters())
+    loaded = {"opt": dcp_state.get_optimizer_state_dict(alone, fresh)}
+    dcp.load(loaded, checkpoint_id=folder / "files")
+    dcp_state.set_optimizer_state_dict(alone, fresh, loaded["opt"])
+    train(alone, whole, fresh, twin, start=3)
+    assert_same_training(alone.parameters(), whole.parameters(), fresh, twin)
