@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -69,6 +70,15 @@ def probe_reference() -> Status:
     return Status(True, "plain torch operations, one parameter after another")
 
 
+def probe_triton() -> Status:
+    """Triton is there, and torch finds a GPU for it."""
+    if importlib.util.find_spec("triton") is None:
+        return Status(False, "triton is not installed", "pip install 'fusedopt[triton]'")
+    if not torch.cuda.is_available():
+        return Status(False, "torch finds no GPU", "use it where torch.cuda.is_available()")
+    return Status(True, "triton is installed, and torch finds a GPU")
+
+
 def probe_absent() -> Status:
     """A backend that is planned but not there."""
     return Status(False, "not in this version")
@@ -78,7 +88,7 @@ def probe_absent() -> Status:
 PROBES: dict[str, Callable[[], Status]] = {
     "cpp": probe_cpp,
     "cuda": probe_absent,
-    "triton": probe_absent,
+    "triton": probe_triton,
     "reference": probe_reference,
 }
 DEVICES = {"cuda": "cuda", "triton": "cuda"}  # the others are tested on the CPU

@@ -62,10 +62,12 @@ def test_doctor_for_people(capsys, root):
     assert max(map(len, out.splitlines())) < 200
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_doctor_says_plainly_what_is_not_there(name):
-    if doctor.PROBES[name] is doctor.probe_absent:
-        assert doctor.check_backend(name) == doctor.Status(False, "not in this version")
+def test_doctor_says_plainly_what_is_not_there(monkeypatch):
+    assert doctor.check_backend("cuda") == doctor.Status(False, "not in this version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.check_backend("triton").reason == "torch finds no GPU"
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert "fusedopt[triton]" in doctor.check_backend("triton").remedy
 
 
 @pytest.mark.parametrize(
