@@ -10,12 +10,12 @@ import subprocess
 import golden
 import pytest
 import torch
-from fusedopt.kernels import source as skeleton
 from helpers import signature
 
 from fusedopt import callbacks
 from fusedopt.compile import toolchain
 from fusedopt.ir.program import Buffer, Graph, Program
+from fusedopt.kernels import source as skeleton
 from fusedopt.render import cpp
 from fusedopt.trace.tracer import trace
 

@@ -20,10 +20,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fusedopt.kernels import source as skeleton
 
 from fusedopt import table
 from fusedopt.compile import toolchain
+from fusedopt.kernels import source as skeleton
 from fusedopt.render import cpp
 from fusedopt.runtime import backends, cpu, engine
 
