@@ -114,6 +114,21 @@ def test_the_same_op_on_the_same_arguments_is_one_value():
     assert g.leaf("load", "param", kind="F") == p != g.leaf("slot", 0)
 
 
+def test_the_two_zeros_are_two_constants_and_two_programs():
+    def program(*constants):
+        graph = Graph()
+        p = graph.leaf("load", "param", kind="F")
+        for x in constants:
+            p = graph.op("maximum", p, graph.leaf("const", x))
+        return Program(
+            torch.float32, (("param", Buffer(torch.float32, "F")),), tuple(graph.values), (("param", p),), 0
+        )
+
+    assert program(0.0) != program(-0.0)
+    assert hash(program(0.0)) == hash(program(0.0)) and program(0.0) == program(0.0)
+    assert [v.attr for v in program(0.0, -0.0, 0.0).values if v.op == "const"] == [0.0, -0.0]
+
+
 def test_where_a_value_comes_from_is_no_part_of_what_a_program_is():
     program = small()
     moved = replace(program, values=tuple(replace(v, where="elsewhere.py:1") for v in program.values))

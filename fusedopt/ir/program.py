@@ -17,6 +17,7 @@ schedule changes no program.
 from __future__ import annotations
 
 import keyword
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +43,15 @@ class Value:
     kind: str
     type: str
     where: str = field(default="", compare=False)
+    negative_zero: bool = field(init=False, repr=False)
+    """Whether it is the constant -0.0, which is equal to 0.0 and another number."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "negative_zero", _is_negative_zero(self.attr))
+
+
+def _is_negative_zero(x: Any) -> bool:
+    return isinstance(x, float) and x == 0 and math.copysign(1.0, x) < 0
 
 
 @dataclass(frozen=True)
@@ -60,9 +70,10 @@ class Graph:
         self._known: dict[tuple, int] = {}
 
     def leaf(self, op: str, attr: Any = None, kind: str = "S") -> int:
-        index = self._known.get((op, attr, kind))
+        key = (op, attr, kind, _is_negative_zero(attr))
+        index = self._known.get(key)
         if index is None:
-            index = self._known[op, attr, kind] = len(self.values)
+            index = self._known[key] = len(self.values)
             self.values.append(Value(op, (), attr, kind, "f"))
         return index
 
