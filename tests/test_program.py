@@ -276,7 +276,7 @@ KEYS = [
     "class",
     "lambda",
 ]
-KEYS += ["row", "a-b", "a.b", "a_b", "", "x y", "é", "__v", "sign", "end"]
+KEYS += ["row", "a-b", "a.b", "a_b", "", "x y", "é", "__v", "sign", "end", "Row", "sqrt", "rows", "tl"]
 
 
 def test_identifiers_are_distinct_and_take_no_word_of_the_generated_code():

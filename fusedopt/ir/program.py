@@ -225,7 +225,8 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     sizeof static static_assert static_cast struct switch template this thread_local throw true try typedef typeid
     typename union unsigned using virtual void volatile wchar_t while and_eq bitand bitor not_eq or_eq xor xor_eq
     param grad launch row begin end partial i lane element load store maximum minimum sign combine for_lanes std
-    half bfloat16 int64_t sum_ mean_ amax_ amin_ torch numel
+    half bfloat16 int64_t sum_ mean_ amax_ amin_ torch numel Lanes Launch Row infinity
+    triton tl rows chunk chunks piece slots lanes partials address at div sqrt exp trunc nearbyint rounded whole_blocks
     """.split()  # noqa: SIM905
 )
 """Words that generated code uses itself."""
