@@ -54,17 +54,15 @@ def _div(x: SymTensor, other: Any, *, rounding_mode: str | None = None) -> SymTe
     return out if rounding_mode is None else _unary(rounding_mode)(out)
 
 
-def _floor_divide(x: SymTensor, other: Any) -> SymTensor:
+def _floor_divide(x: SymTensor, other: Any, symbol: str = "//") -> SymTensor:
     other = lift(x.run, other)
     if "F" in (x.kind, other.kind):
-        raise Untraceable(
-            "the operator // (or %) on tensors with elements has no fused form; on counts it has"
-        )
+        raise Untraceable(f"the operator {symbol} on tensors with elements has no fused form")
     return _unary("floor")(_div(x, other))
 
 
 def _remainder(x: SymTensor, other: Any) -> SymTensor:
-    return _sub(x, _binary("mul")(_floor_divide(x, other), other))
+    return _sub(x, _binary("mul")(_floor_divide(x, other, "%"), other))
 
 
 def _addcmul(x: SymTensor, a: Any, b: Any, *, value: Any = 1) -> SymTensor:
