@@ -52,9 +52,7 @@ class Compiled(NamedTuple):
 
     def arithmetic(self) -> Counter[str]:
         """How often each floating-point instruction stands in it."""
-        found = re.findall(
-            r"\s((?:add|sub|mul|div|sqrt|rsqrt|rcp|fma|mad|ex2|lg2)\.[\w.]*f\w*)\s", self.ptx
-        )
+        found = re.findall(r"\s((?:add|sub|mul|div|sqrt|rsqrt|rcp|fma|mad|ex2|lg2)\.[\w.]*f\w*)\s", self.ptx)
         return Counter(found)
 
     def accesses(self) -> Counter[tuple[bool, str, int]]:
