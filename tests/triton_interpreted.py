@@ -212,13 +212,26 @@ def test_reductions_pass_on_nan_and_infinity(where, small_chunks):
     assert all(found[name] == math.inf for name in ("sum", "mean", "amax")) and found["amin"].isfinite()
 
 
-def test_part_results_are_joined_in_the_order_of_chunks(small_chunks):
-    """Chunks whose sums are 1e16, 1, -1e16: in order the 1 is lost, and in double nothing else is."""
-    x = torch.zeros(3 * 1088, dtype=torch.float64)
-    x[0], x[1088], x[2 * 1088] = 1e16, 1.0, -1e16
-    assert reduced(x, "triton")["sum"] == reduced(x, "cpp")["sum"] == 0.0
-    x[0], x[1088], x[2 * 1088] = 1e16, -1e16, 1.0
-    assert reduced(x, "triton")["sum"] == reduced(x, "cpp")["sum"] == 1.0
+PARTS = """
+@triton.jit
+def join(out, partials, row):
+    tl.store(out, tl.sum(parts(partials, 2, row, 0.0), 0))
+    tl.store(out + 1, tl.reduce(parts(partials + 1, 2, row, -infinity), 0, maximum))
+"""
+
+
+@pytest.mark.parametrize("last", [-0.5, math.nan])
+@pytest.mark.parametrize("count", [1, 2, 1023, plan.MAX_CHUNKS])
+def test_all_part_results_of_a_row_are_joined_and_no_others(count, last, tmp_path):
+    path = tmp_path / "join.py"
+    path.write_text(backend.skeleton("triton.py.in") + PARTS, encoding="utf-8")
+    partials = torch.full((count + 6, 2), 1e9, dtype=torch.float64)
+    mine = partials[3 : 3 + count]
+    mine[:] = -torch.arange(1.0, 2 * count + 1, dtype=torch.float64).view(count, 2)
+    mine[-1] = last
+    out = torch.zeros(2, dtype=torch.float64)
+    backend.load(path)["join"][(1,)](out, partials, torch.tensor([0, 0, 3, count]))
+    assert_same_bits(out, torch.stack([mine[:, 0].sum(), mine[:, 1].amax()]))
 
 
 def test_a_program_with_stages_and_scalar_state(small_chunks):

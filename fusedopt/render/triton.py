@@ -2,9 +2,9 @@
 
 A stage is two functions. ``element_k`` does the work on a block of elements. ``stage_k`` finds the chunk, computes
 what there is one of per tensor, and calls it: for whole blocks with pointers that are said to be multiples of 16 bytes,
-which is what makes 128-bit accesses of them, and for the rest without. The two must not share a pointer or an offset.
-Such a promise is kept with the value it is made for and would hold for the rest too, where it is not true; and what a
-wider access then writes past the end, no interpreter notices.
+which is what makes 128-bit accesses of them, and for the rest without. The two must not share a pointer. Such a promise
+is kept with the value it is made for and would hold for the rest too, where it is not true; and what a wider access
+then writes past the end, no interpreter notices.
 """
 
 from __future__ import annotations
@@ -117,9 +117,12 @@ class _Body:
         buffers = self._buffers(stage)
         addresses = [f"a{self.buffer_index[n]}" for n in buffers]
         pointers = [
-            f"{a}.to({POINTERS[self.program.buffer[n].dtype]})"
+            f"{a}.to({POINTERS[self.program.buffer[n].dtype]}) + i"
             for a, n in zip(addresses, buffers, strict=True)
         ]
+        # The rest is accessed one element at a time: in smaller blocks, to need no more registers than whole blocks do.
+        # Not where it is reduced: which element goes to which accumulator must not depend on alignment.
+        rest = "BLOCK" if stage.reductions else "REST"
         lines = [
             "chunk = tl.program_id(0).to(tl.int64)",
             "piece = chunks + chunk * CHUNK_WORDS",
@@ -132,13 +135,14 @@ class _Body:
                 f"acc{j} = tl.full((BLOCK,), {_reduction(self.program.values[i]).init}, tl.float64)"
                 for j, i in enumerate(stage.reductions)
             ),
-            "lanes = tl.arange(0, BLOCK).to(tl.int64)",
+            "at = tl.arange(0, BLOCK)",
             f"whole = whole_blocks({' | '.join(addresses) or '0'}, begin, end, BLOCK)",
             "for i in range(begin, whole, BLOCK):",
-            "    at = tl.multiple_of(i + lanes, 64)",
             *_indent(self._visit(k, stage, [f"tl.multiple_of({p}, 16)" for p in pointers], whole=True)),
-            "for i in range(whole, end, BLOCK):",
-            "    at = i + lanes",
+            f"at = tl.arange(0, {rest})",
+            # What would move out of this loop are the addresses of its elements: two registers for each.
+            f"for i in tl.range(whole, end, {rest}, disable_licm=True):",
+            f"    left = tl.minimum(end - i, {rest}).to(tl.int32)",
             *_indent(self._visit(k, stage, pointers, whole=False)),
         ]
         for j, i in enumerate(stage.reductions):
@@ -149,14 +153,16 @@ class _Body:
 
     def _visit(self, k: int, stage: Stage, pointers: list[str], whole: bool) -> list[str]:
         """The call of the element function, and what becomes of its results."""
-        call = _call(f"element_{k}", ["at", "end", *pointers, *self._uniform(stage), str(whole)])
+        call = _call(
+            f"element_{k}", ["at", "BLOCK" if whole else "left", *pointers, *self._uniform(stage), str(whole)]
+        )
         if not stage.reductions:
             return call
         targets = ", ".join(f"x{j}" for j in range(len(stage.reductions)))
         lines = [f"{targets} = {call[0]}", *call[1:]]
         for j, i in enumerate(stage.reductions):
             joined = _reduction(self.program.values[i]).join.format(f"acc{j}", f"x{j}.to(tl.float64)")
-            lines.append(f"acc{j} = {joined}" if whole else f"acc{j} = tl.where(at < end, {joined}, acc{j})")
+            lines.append(f"acc{j} = {joined}" if whole else f"acc{j} = tl.where(at < left, {joined}, acc{j})")
         return lines
 
     # -- one program per row --
@@ -179,24 +185,20 @@ class _Body:
         values = self.program.values
         if any(values[i].op == "slot" for i in stage.values):
             lines.append(f"numbers = slots + tl.load(row + 1) * {self.program.slots}")
-        needed = [i for i in stage.values if is_reduction(values[i].op)]
-        if needed:
-            lines += [
-                f"acc{j} = tl.full((), {_reduction(values[i]).init}, tl.float64)"
-                for j, i in enumerate(needed)
-            ]
-            lines += ["first = tl.load(row + 2)", "for c in range(first, first + tl.load(row + 3)):"]
-            for j, i in enumerate(needed):
-                part = f"tl.load(partials + {self._partial('c', i)})"
-                lines.append(f"    acc{j} = {_reduction(values[i]).join.format(f'acc{j}', part)}")
         for i in stage.values:
             v = values[i]
             if v.kind == "S" and is_reduction(v.op):
-                scale = " / tl.load(row).to(tl.float64)" if v.op == "mean" else ""
-                lines.append(self._commented(f"{self.name(i)} = (acc{needed.index(i)}{scale}).to(T)", v))
+                lines.append(self._commented(f"{self.name(i)} = {self._joined(i)}.to(T)", v))
             elif v.kind == "S":
                 lines.append(self._line(i))
         return lines
+
+    def _joined(self, i: int) -> str:
+        """A reduction's part results, joined; in double."""
+        op = _reduction(self.program.values[i])
+        k, n = self.reductions.index(i), len(self.reductions)
+        joined = op.triton.format(f"parts(partials + {k}, {n}, row, {op.init})")
+        return f"({joined} / tl.load(row).to(tl.float64))" if op.name == "mean" else joined
 
     def _partial(self, chunk: str, i: int) -> str:
         return f"{chunk} * {len(self.reductions)} + {self.reductions.index(i)}"
