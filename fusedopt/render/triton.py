@@ -18,7 +18,7 @@ import torch
 from ..compile.cache import BuildError
 from ..ir.ops import LEAVES, OPS, Op, Reduction, is_reduction
 from ..ir.passes import Stage, scalar_stores, stages
-from ..ir.program import Program, Value, identifier
+from ..ir.program import Program, Value, argument_type, identifier
 
 VERSION = "1"
 SLOT = "# ---- generated ----\n"
@@ -29,7 +29,8 @@ POINTERS = {
     torch.bfloat16: "BFLOAT16",
     torch.float16: "HALF",
 }
-_TAKEN = frozenset("triton tl at end load store rounded div sqrt exp trunc nearbyint infinity".split())  # noqa: SIM905
+_TYPES = {"f": "T", "d": "tl.float64"}
+_TAKEN = frozenset("triton tl at end load store rounded div sqrt exp pow trunc nearbyint infinity".split())  # noqa: SIM905
 """Names that a generated element function uses itself."""
 
 
@@ -39,7 +40,8 @@ def render(program: Program, slot_names: Sequence[str] = (), title: str = "") ->
     Raises BuildError, naming the op, for one without a Triton spelling.
     """
     for v in program.values:
-        if v.op not in LEAVES and OPS[v.op].triton is None:
+        missing = v.op not in LEAVES and OPS[v.op].triton is None
+        if missing or (v.op == "pow" and program.compute == torch.float64):
             raise BuildError(f"Triton has no {v.op} that is accurate and that its interpreter knows")
     split = stages(program)
     body = _Body(program, [i for stage in split for i in stage.reductions], slot_names)
@@ -123,6 +125,7 @@ class _Body:
         # The rest is accessed one element at a time: in smaller blocks, to need no more registers than whole blocks do.
         # Not where it is reduced: which element goes to which accumulator must not depend on alignment.
         rest = "BLOCK" if stage.reductions else "REST"
+        skip = self.program.skip
         lines = [
             "chunk = tl.program_id(0).to(tl.int64)",
             "piece = chunks + chunk * CHUNK_WORDS",
@@ -130,6 +133,11 @@ class _Body:
             "begin = tl.load(piece + 1)",
             "end = tl.load(piece + 2)",
             *self._prologue(stage),
+            *(
+                [f"end = tl.where({self.name(skip)}, begin, end)"]
+                if skip is not None and stage.stores
+                else []
+            ),
             *(f"{a} = tl.load(row + HEAD + {a[1:]})" for a in addresses),
             *(
                 f"acc{j} = tl.full((BLOCK,), {_reduction(self.program.values[i]).init}, tl.float64)"
@@ -167,10 +175,11 @@ class _Body:
 
     # -- one program per row --
     def scalars(self, stage: Stage) -> list[str]:
+        skip = self.program.skip
         lines = [
             f"row = rows + tl.program_id(0).to(tl.int64) * {self._width}",
             *self._prologue(stage),
-            "if tl.load(row) > 0:",
+            f"if tl.load(row) > 0{'' if skip is None else f' and not {self.name(skip)}'}:",
             *(f"    store({self._at(n)}, 0, 1, {self.name(i)}, True)" for n, i in stage.stores),
         ]
         return _function("scalars", ["rows", "partials", "slots"], lines)
@@ -212,9 +221,9 @@ class _Body:
     def name(self, i: int) -> str:
         v = self.program.values[i]
         if v.op == "slot":
-            return f"s{v.attr}"
+            return f"{'d' if v.type == 'd' else 's'}{v.attr}"
         if v.op == "const":
-            return _constant(v.attr)
+            return _constant(v.attr, _TYPES[v.type])
         if is_reduction(v.op):
             return f"r{self.reductions.index(i)}"
         return f"v{i}"
@@ -225,16 +234,24 @@ class _Body:
 
     def _expression(self, v: Value) -> str:
         if v.op == "slot":
-            return f"tl.load(numbers + {v.attr}).to(T)"
+            return f"tl.load(numbers + {v.attr}).to({_TYPES[v.type]})"
         if v.op == "numel":
-            return "tl.load(row).to(T)"
+            return f"tl.load(row).to({_TYPES[v.type]})"
         if v.op == "load" and v.kind == "F":
             return f"load({self.pointer[v.attr]}, at, end, WHOLE)"
         if v.op == "load":
-            return f"load({self._at(v.attr)}, 0, 1, True)"
+            return (
+                f"tl.load({self._at(v.attr)})" if v.type == "d" else f"load({self._at(v.attr)}, 0, 1, True)"
+            )
         op = OPS[v.op]
         assert isinstance(op, Op) and op.triton is not None
-        return op.triton.format(*(self.name(a) for a in v.args))
+        wanted = argument_type(v, [self.program.values[a] for a in v.args])
+        return op.triton.format(*(self._argument(a, wanted) for a in v.args))
+
+    def _argument(self, i: int, wanted: str) -> str:
+        """A value as the type that the op takes."""
+        same = self.program.values[i].type in (wanted, "b")
+        return self.name(i) if same else f"{self.name(i)}.to({_TYPES[wanted]})"
 
     def _commented(self, text: str, v: Value) -> str:
         comment = "" if v.op in LEAVES else v.where.split(",")[0]
@@ -251,12 +268,12 @@ def _reduction(v: Value) -> Reduction:
     return op
 
 
-def _constant(x: float) -> str:
+def _constant(x: float, type_: str) -> str:
     if not math.isfinite(x):
-        return f'tl.full((), float("{x}"), T)'
+        return f'tl.full((), float("{x}"), {type_})'
     if x == 0 and math.copysign(1.0, x) < 0:  # a constant that equals zero becomes a positive one
-        return "(tl.full((), 0.0, T) * -1.0)"
-    return f"tl.full((), {x!r}, T)"
+        return f"(tl.full((), 0.0, {type_}) * -1.0)"
+    return f"tl.full((), {x!r}, {type_})"
 
 
 def _function(name: str, arguments: Sequence[str], lines: Iterable[str]) -> list[str]:
