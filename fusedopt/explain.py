@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .callback import name_of
+from .ir.passes import scalar_stores
 from .ir.program import identifier
 from .runtime.backends import Kernel
 from .runtime.engine import Eager
+from .runtime.scaling import NORM_KERNEL as NORM
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -22,7 +24,10 @@ def _count(n: int, what: str) -> str:
 
 @dataclass(frozen=True)
 class StageInfo:
-    """One launch: its kernel, element buffers read and written, and bytes moved per element."""
+    """One launch: its kernel, element buffers read and written, and bytes moved per element.
+
+    A launch that moves none is over tensors: it stores what there is one of per tensor, such as a step count.
+    """
 
     kernel: str
     reads: tuple[str, ...]
@@ -32,6 +37,8 @@ class StageInfo:
     tensors: int
 
     def __str__(self) -> str:
+        if not self.bytes_per_element:
+            return f"{self.kernel}, {_count(self.tensors, 'tensor')}: writes {', '.join(self.writes)}, once per tensor"
         reduces = f"{_count(self.reduces, 'reduction')} per tensor"
         work = f"writes {', '.join(self.writes)}" if self.writes else reduces
         what = f"reads {', '.join(self.reads)}; {work}; {self.bytes_per_element} bytes per element"
@@ -73,12 +80,14 @@ class Explanation:
     def bytes_per_element(self) -> int:
         """The most that is read and written for any element in a step, over all stages of its kernels.
 
-        An element has one kernel, or several in turn where a callback runs eagerly between them.
+        An element has one kernel, or several in turn where a callback runs eagerly between them. The gradients' norm
+        is read by one more.
         """
         per_kernel: dict[str, int] = {}
         for stage in self.stages:
             per_kernel[stage.kernel] = per_kernel.get(stage.kernel, 0) + stage.bytes_per_element
-        return sum(per_kernel.values()) if self.eager else max(per_kernel.values(), default=0)
+        norm = per_kernel.pop(NORM, 0)
+        return norm + (sum(per_kernel.values()) if self.eager else max(per_kernel.values(), default=0))
 
     def __str__(self) -> str:
         lines = [
@@ -98,23 +107,26 @@ def explain(opt: Optimizer) -> Explanation:
     """Explain the last step, or, before the first, the step that would be if every parameter had a gradient."""
     engine = opt.engine
     launched = engine.launched or engine.foresee(opt._items(pretend=True))
+    before = engine.norm.kernels if engine.norm else []
     names = sorted({k.backend for k, _ in launched}) or ["reference"]
-    used = engine.history.used.values()
+    used = {k: (label, why) for k, label, why in engine.history.used.values()}
+    used |= {k: (k.name, "max_grad_norm") for k, _ in before}
     return Explanation(
         optimizer=opt.title or type(opt).__name__,
         backend=" and ".join(names),
         callbacks=tuple(name_of(cb) for cb in opt.cbs),
-        stages=tuple(
-            s for kernel, n in launched for s in _stages(kernel, engine.history.used[kernel].label, n)
-        ),
+        stages=tuple(s for kernel, n in [*before, *launched] for s in _stages(kernel, used[kernel][0], n)),
         eager=tuple(dict.fromkeys(engine.eager.values())),
-        compiled=tuple(Compiled(label, why, k.source_path, k.seconds, k.cached) for k, label, why in used),
-        source="\n".join(k.body for k, _, _ in used),
+        compiled=tuple(
+            Compiled(label, why, k.source_path, k.seconds, k.cached) for k, (label, why) in used.items()
+        ),
+        source="\n".join(k.body for k in used),
     )
 
 
 def _stages(kernel: Kernel, label: str, tensors: int) -> list[StageInfo]:
     program = kernel.program
+    last = scalar_stores(program)
     return [
         StageInfo(
             kernel=label,
@@ -124,5 +136,5 @@ def _stages(kernel: Kernel, label: str, tensors: int) -> list[StageInfo]:
             bytes_per_element=stage.bytes_per_element(program),
             tensors=tensors,
         )
-        for stage in kernel.stages
+        for stage in (*kernel.stages, *([last] if last.stores else []))
     ]

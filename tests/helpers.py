@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fusedopt import reference
-from fusedopt.ir.program import Buffer, Program, interpret
+from fusedopt.ir.ops import Op
+from fusedopt.ir.program import Buffer, Graph, Program, interpret, verify
 from fusedopt.runtime import backends, leaf
 from fusedopt.trace.signature import Signature
 from fusedopt.trace.tracer import Trace, trace
@@ -191,3 +192,35 @@ def assert_same_result(ours: Any, eager: Any, name: str) -> None:
         )
     else:
         assert (type(ours), ours) == (type(eager), eager), name
+
+
+def doubles(ops: Iterable[Op]) -> tuple[Program, dict[str, torch.Tensor]]:
+    """A float32 program that applies each op to numbers of which one is a double, and tensors for it to run on.
+
+    The results go to double state of their own, as numbers per tensor; their sum with the gradient to the parameter.
+    """
+    graph = Graph()
+    wide, single = graph.leaf("load", "state.wide", type="d"), graph.leaf("load", "state.single")
+    values = [wide, graph.leaf("slot", 0), single]
+    masks = [graph.op("gt", wide, single), graph.op("le", single, wide)]
+    stores, total = {}, graph.leaf("load", "grad", kind="F")
+    for op in ops:
+        pools = {"f": iter(values), "b": iter(masks)}
+        result = graph.op(op.name, *[next(pools[t]) for t in op.types[: op.arity]])
+        result = graph.op("as_float", result) if graph.values[result].type == "b" else result
+        if graph.values[result].kind == "S":
+            stores[f"state.{op.name}"] = result
+        total = graph.op("add", total, result)
+    single_number, double = Buffer(torch.float32, "S"), Buffer(torch.float64, "S")
+    buffers = {name: Buffer(torch.float32, "F") for name in ("param", "grad")}
+    buffers |= {"state.wide": double, "state.single": single_number} | dict.fromkeys(stores, double)
+    stores |= {"param": total}
+    program = Program(torch.float32, tuple(buffers.items()), tuple(graph.values), tuple(stores.items()), 1)
+    verify(program)
+    tensors = {name: torch.zeros((), dtype=torch.float64) for name in stores if name != "param"}
+    tensors |= {"state.wide": torch.tensor(1 / 3, dtype=torch.float64), "state.single": torch.tensor(0.7)}
+    return program, tensors | {"param": torch.zeros(5), "grad": torch.arange(5.0)}
+
+
+SLOT = 0.1
+"""A slot for ``doubles`` that float32 would round."""

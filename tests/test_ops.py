@@ -9,11 +9,13 @@ from functools import cache
 import pytest
 import torch
 from helpers import (
+    SLOT,
     assert_close_to_float64,
     assert_same_bits,
     bits,
     compile_kernel,
     copies,
+    doubles,
     error_in_ulp,
     run_kernel,
     ulp_distance,
@@ -174,6 +176,18 @@ def test_the_interpreters_own_spellings_are_torchs_functions(op, dtype):
     if op.torch is not theirs:
         arguments = list(inputs(dtype).values())[: op.arity]
         assert ulp_distance(op.torch(*arguments), theirs(*arguments)).max() <= (op.name == "sqrt")
+
+
+def test_doubles_of_kind_s_are_computed_in_double():
+    program, given = doubles(ELEMENTWISE)
+    run_kernel(compile_kernel(program), ran := copies(given), [SLOT])
+    expected = interpret(program, given, [SLOT])
+    for name, value in expected.items():
+        library = name.removeprefix("state.") in LIBRARY or name == "param"
+        assert ulp_distance(ran[name], value).max() <= library * LIBRARY_ULP, name
+    third, tenth = given["state.wide"].item(), SLOT
+    assert expected["state.mul"].item() == third * tenth  # as Python has it
+    assert expected["state.mul"].item() != float(torch.tensor(third) * torch.tensor(tenth))
 
 
 def test_the_comparison_of_ops_can_fail():

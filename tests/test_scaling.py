@@ -351,6 +351,24 @@ def test_a_limit_must_be_above_zero(limit):
     assert opt.max_grad_norm == 1.0
 
 
+def test_explain_shows_what_the_norm_costs():
+    params = parameters()
+    opt = optim.AdamW(params, max_grad_norm=1.0, backend="cpp")
+    give(params, gradients(1)[0])
+    opt.step()
+    report = opt.explain()
+    assert report.bytes_per_element == 28 + 4
+    assert [s.kernel.split(" #")[0] for s in report.stages] == [
+        "grad_norm",
+        "grad_norm",
+        "clip",
+        "clip",
+        "AdamW",
+    ]
+    assert {c.name.split(" #")[0] for c in report.compiled} == {"grad_norm", "clip", "AdamW"}
+    assert "writes scaling_norm, once per tensor" in str(report)
+
+
 # ---------------------------------------------------------------- counts on the device
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import test_ops
 import torch
-from helpers import assert_same_bits, copies, needs_extension, signature, ulp_distance
+from helpers import SLOT, assert_same_bits, copies, doubles, needs_extension, signature, ulp_distance
 from triton_programs import DTYPES, INPUTS, NAMED, SPELLED, all_ops, made
 
 import fusedopt
@@ -168,6 +168,14 @@ def test_elementwise_op_is_torchs(op, results):
         assert_same_bits(ours, expected)
     else:
         assert ulp_distance(ours, expected).max() <= test_ops.LIBRARY_ULP
+
+
+def test_doubles_of_kind_s_are_computed_in_double():
+    program, given = doubles(SPELLED)
+    run(program, ran := copies(given), [SLOT])
+    for name, value in interpret(program, given, [SLOT]).items():
+        library = name.removeprefix("state.") in test_ops.LIBRARY or name == "param"
+        assert ulp_distance(ran[name], value).max() <= library * test_ops.LIBRARY_ULP, name
 
 
 @pytest.mark.parametrize("compute", test_ops.DTYPES, ids=str)

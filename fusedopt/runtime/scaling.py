@@ -19,11 +19,12 @@ import torch
 from ..ir.program import Buffer, Graph, Program, verify
 from ..trace.signature import FACTOR, FOUND_INF, Modes, compute_dtype
 from . import sharded
-from .backends import Backend, Launch
+from .backends import Backend, Kernel, Launch
 from .cpu import HEAD
 from .items import Item
 
 INVERSE, NORM = "scaling.inverse", "scaling.norm"
+NORM_KERNEL = "grad_norm"
 EPS = 1e-6
 """Added to the norm, as torch.nn.utils.clip_grad_norm_ does."""
 
@@ -80,7 +81,8 @@ def _set(there: torch.Tensor, value: torch.Tensor | float) -> None:
 class Norm:
     """The global norm of one step's gradients, and the factor that follows: measured when made and by ``repeat``.
 
-    launches: for each launch of the step its backend and rows; eager: the items that are stepped without one
+    launches: for each launch of the step its backend and rows; eager: the items that are stepped without one.
+    ``kernels`` are those that take it, and over how many tensors each.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Norm:
         self.pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Squares on other devices, and where they belong."""
         self.launches: list[Launch] = []
+        self.kernels: list[tuple[Kernel, int]] = []
         for (backend, items), piece in zip(rows, self.squares.split(sizes), strict=True):
             device = items[0].param.device
             out = piece if device == self.main else torch.empty_like(piece, device=device)
@@ -103,7 +106,7 @@ class Norm:
                 out.fill_(_square(items[0].grad))
             else:
                 columns = {"grad": [item.grad for item in items], NORM: list(out.unbind())}
-                launch = _prepared(backend, _squares(items[0].grad.dtype), columns)
+                launch = self._prepared(backend, NORM_KERNEL, _squares(items[0].grad.dtype), columns)
                 sharded.run(launch, _NONE, items)
                 self.launches.append(launch)
         self.join = self._joining(launches[0][0]) if launches else None
@@ -118,7 +121,15 @@ class Norm:
 
     def _joining(self, backend: Backend) -> Launch:
         columns = {name: [self.scaling.buffer(name, self.main)] for name in (INVERSE, NORM, FACTOR)}
-        return _prepared(backend, _coefficient(), {"squares": [self.squares], **columns})
+        return self._prepared(backend, "clip", _coefficient(), {"squares": [self.squares], **columns})
+
+    def _prepared(
+        self, backend: Backend, name: str, program: Program, columns: dict[str, list[torch.Tensor]]
+    ) -> Launch:
+        sizes = [t.numel() for t in columns[program.buffers[0][0]]]
+        kernel = backend.compile(program, name, ["max_grad_norm"])
+        self.kernels.append((kernel, len(sizes)))
+        return backend.prepare(kernel, columns, sizes, [0] * len(sizes))
 
     def _finish(self) -> None:
         scaling, limit = self.scaling, self.scaling.max_norm
@@ -137,12 +148,6 @@ class Norm:
 
 
 _NONE = np.empty((1, 0))
-
-
-def _prepared(backend: Backend, program: Program, columns: dict[str, list[torch.Tensor]]) -> Launch:
-    sizes = [t.numel() for t in columns[program.buffers[0][0]]]
-    kernel = backend.compile(program, "grad_norm", ["max_grad_norm"])
-    return backend.prepare(kernel, columns, sizes, [0] * len(sizes))
 
 
 def _square(grad: torch.Tensor) -> torch.Tensor:
