@@ -117,8 +117,8 @@ def agree(
     """Run every provider for three steps from the same start and compare where they arrive.
 
     Returns the seconds of first steps, and why optional providers failed. Raises Disagreement if a parameter is off by
-    more than a thousandth of the largest update, plus rounding (in 16 bits, where that is as large as an update: by more
-    than half of all updates' norm).
+    more than a thousandth of the largest update, plus rounding. In 16 bits that is as large as an update; there it is
+    half of the norm of all updates.
     """
     start = [p.clone() for p in params]
     first, expected = "", None

@@ -295,9 +295,7 @@ PROVIDERS: dict[str, Callable[..., Runner]] = {
     "optimi": partial(
         _peer_adamw, name="optimi", module="optimi", kind="AdamW", triton=True, kahan_sum=False
     ),
-    "apex": partial(
-        _peer_adamw, name="apex", module="apex.optimizers", kind="FusedAdam", adam_w_mode=True
-    ),
+    "apex": partial(_peer_adamw, name="apex", module="apex.optimizers", kind="FusedAdam", adam_w_mode=True),
     **{f"fusedopt {b}": partial(_fusedopt, backend=b) for b in BACKENDS},
     **{f"fusedopt {b} one group": partial(_one_group, backend=b) for b in BACKENDS},
 }

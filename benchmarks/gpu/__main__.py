@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from . import environment, fresh, host, kernels, scenarios, zoo
 from .device import Device, find
 from .jobs import Job, Part, do
-from .report import Report
 
 FOLDER = Path(__file__).parents[1] / "results"
 SHARES = 5
@@ -34,30 +35,45 @@ class Plan:
 
 
 def plans(rehearse: bool) -> dict[str, Plan]:
-    """All parts in order: what everything else needs, checks side by side, then measurements one after the other."""
+    """All parts in order: what everything else needs, checks side by side, then measurements one after the other.
+
+    A rehearsal has them all in one process but the first: starting processes is most of what it would do.
+    """
     shares = 1 if rehearse else min(SHARES, max(1, (os.cpu_count() or 2) // 2 - 2))
-    return {
+    parts = {
         "environment": Plan(environment.jobs, 60),
         **{
             f"optimizers-{k + 1}": Plan(partial(zoo.jobs, share=k, shares=shares), 150, beside=True)
             for k in range(shares)
         },
         "scenarios": Plan(scenarios.jobs, 150, beside=True),
-        "sanitizer": Plan(fresh.sanitizer_jobs, 150, beside=True),
+        **{
+            t: Plan(partial(fresh.sanitizer_jobs, tool=t), 150, beside=True)
+            for t in (fresh.TOOLS[:1] if rehearse else fresh.TOOLS)
+        },
         "kernels": Plan(kernels.jobs, 150),
         "host": Plan(host.host_jobs, 60),
         "graphs": Plan(host.graph_jobs, 60),
         "first-steps": Plan(fresh.first_jobs, 90),
     }
+    if not rehearse:
+        return parts
+    rest = list(parts.values())[1:]
+    return {
+        "environment": parts["environment"],
+        "rehearsal": Plan(lambda device: chain.from_iterable(part.jobs(device) for part in rest), 300),
+    }
 
 
 class Session:
-    """A whole run: parts in turn, each within its limit and all within ``seconds``."""
+    """A whole run: parts in turn, each within its limit and all within ``given.seconds``."""
 
     def __init__(self, given: argparse.Namespace, folder: Path) -> None:
+        from .report import Report  # and matplotlib with it, which the parts' processes do without
+
         self.given, self.folder = given, folder
         self.begun = time.monotonic()
-        self.report = Report(given.rehearse)
+        self.report = Report(given.rehearse, given.commit)
 
     def elapsed(self) -> float:
         return time.monotonic() - self.begun
@@ -68,8 +84,6 @@ class Session:
         while waiting:
             first = next(iter(waiting))
             group = [n for n, p in waiting.items() if n == first or (p.beside and waiting[first].beside)]
-            if self.given.rehearse:
-                group = group[:1]  # there, cores are what is short
             self._together({n: waiting.pop(n) for n in group})
             self.report.write(self.given.out, self.elapsed())
 
@@ -77,7 +91,10 @@ class Session:
         left = self.given.seconds - REPORTING - self.elapsed()
         print(f"[{self.elapsed():4.0f} s] {', '.join(group)}", flush=True)
         arguments = ["--rehearse"] if self.given.rehearse else []
-        parts = [Part(n, arguments, self.folder, max(1.0, min(p.seconds, left))) for n, p in group.items()]
+        threads = {"OMP_NUM_THREADS": "2"} if len(group) > 1 else {}
+        parts = [
+            Part(n, arguments, self.folder, max(1.0, min(p.seconds, left)), threads) for n, p in group.items()
+        ]
         try:
             running = parts
             while running := [p for p in running if p.running()]:
@@ -96,11 +113,16 @@ class Session:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    out = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Check and measure on an NVIDIA GPU.")
+    out = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="Check and measure on an NVIDIA GPU."
+    )
     out.add_argument("--out", type=Path, default=FOLDER, help="folder for CSV, JSON, tables and picture")
-    out.add_argument("--seconds", type=float, default=450, help="for the whole run; what does not fit is left out (450)")
-    out.add_argument("--only", metavar="PART", help=f"one of {', '.join(plans(True))}")
+    out.add_argument(
+        "--seconds", type=float, default=450, help="for the whole run; what does not fit is left out (450)"
+    )
+    out.add_argument("--only", metavar="PART", help=f"one of {', '.join(plans(False))}")
     out.add_argument("--rehearse", action="store_true", help="on the CPU, tiny: to see that the script works")
+    out.add_argument("--commit", help="what is measured, where git does not know")
     out.add_argument("--part", help=argparse.SUPPRESS)
     out.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     return out
@@ -118,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that parts end with the run
     with tempfile.TemporaryDirectory() as folder:
         session = Session(given, Path(folder))
         session.run()
@@ -126,7 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if report.results.lines:
         files.append(given.out / f"{report.name}.png")
         report.draw(files[-1])
-    print(f"\n{report.checks()}\n\n{report.bars()}\n\n{', '.join(map(str, files))}; took {session.elapsed():.0f} s")
+    print(
+        f"\n{report.checks()}\n\n{report.bars()}\n\n{', '.join(map(str, files))}; took {session.elapsed():.0f} s"
+    )
     return 1 if report.failed() else 0
 
 

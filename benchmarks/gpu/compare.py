@@ -74,8 +74,8 @@ def close(
 ) -> float:
     """Our largest error, in ulp, against that of eager torch. Raises AssertionError if it is more than twice as large.
 
-    truth: in float64; eager: runs in the dtype of ``found``. In 16 bits, where eager's error may be large, all but a few
-    elements must also be those of the first eager run.
+    truth: in float64; eager: runs in the dtype of ``found``. In 16 bits, where eager's error may be large, all but a
+    few elements must also be those of the first eager run.
     """
     worst = 0.0
     for k, (ours, true) in enumerate(zip(found, truth, strict=True)):
@@ -86,10 +86,14 @@ def close(
         off = error(ours, true)
         worst = max(worst, off)
         if not off <= bound:
-            raise AssertionError(f"{what}: tensor {k} of {ours.numel()} is {off:.3g} ulp off; allowed: {bound:.3g}")
+            raise AssertionError(
+                f"{what}: tensor {k} of {ours.numel()} is {off:.3g} ulp off; allowed: {bound:.3g}"
+            )
         if others and ours.itemsize == 2 and differ(ours, others[0]) > max(2, FLIPPED * ours.numel()):
             count = differ(ours, others[0])
-            raise AssertionError(f"{what}: {count} of {ours.numel()} elements of tensor {k} are not eager torch's")
+            raise AssertionError(
+                f"{what}: {count} of {ours.numel()} elements of tensor {k} are not eager torch's"
+            )
     return worst
 
 

@@ -153,7 +153,7 @@ class Rehearsal:
         return case.small()
 
     def some(self, things: Sequence[T], few: int = 1) -> Sequence[T]:
-        return things[:few]
+        return things[:: max(1, len(things) // few)][:few]
 
     def hold(self, seconds: float) -> None:
         pass

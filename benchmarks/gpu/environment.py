@@ -12,7 +12,6 @@ import torch
 
 from fusedopt import doctor
 
-from .. import plot
 from .device import Device
 from .jobs import Job
 
@@ -30,6 +29,8 @@ def jobs(device: Device) -> Iterator[Job]:
 
 def facts(device: Device) -> dict[str, Any]:
     """Everything about the machine."""
+    from .. import plot  # and matplotlib with it, which no other part needs
+
     smi = _nvidia_smi()
     versions = {"triton": _triton(), "nvrtc": _nvrtc(), "cuda": torch.version.cuda or "none"}
     driver = smi.get("driver_version", "none")

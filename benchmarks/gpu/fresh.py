@@ -40,11 +40,10 @@ def first_jobs(device: Device) -> Iterator[Job]:
             yield Job(f"first step/{rule}/{backend}", partial(first_step, device, backend, rule))
 
 
-def sanitizer_jobs(device: Device) -> Iterator[Job]:
-    """Tool by tool and backend by backend."""
-    for tool in device.some(TOOLS):
-        for backend in device.backends:
-            yield Job(f"{tool}/{backend}", partial(sanitize, device, tool, backend))
+def sanitizer_jobs(device: Device, tool: str) -> Iterator[Job]:
+    """One of compute-sanitizer's tools on every backend."""
+    for backend in device.backends:
+        yield Job(f"{tool}/{backend}", partial(sanitize, device, tool, backend))
 
 
 def first_step(device: Device, backend: str, rule: str) -> list[Row]:
@@ -64,7 +63,9 @@ def sanitize(device: Device, tool: str, backend: str) -> str:
     """compute-sanitizer on a few steps."""
     prefix = []
     if device.type == "cuda":
-        found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        found = shutil.which("compute-sanitizer") or shutil.which(
+            "compute-sanitizer", path="/usr/local/cuda/bin"
+        )
         if found is None:
             raise Skipped("compute-sanitizer is not installed; it comes with the CUDA toolkit")
         prefix = [found, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
@@ -72,7 +73,9 @@ def sanitize(device: Device, tool: str, backend: str) -> str:
         ["sanitized", backend, device.type], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, prefix, check=False
     )
     if done.returncode:
-        raise AssertionError(f"{tool} ended with status {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
+        raise AssertionError(
+            f"{tool} ended with status {done.returncode}: {(done.stdout + done.stderr)[-1500:]}"
+        )
     return done.stdout.strip().splitlines()[-1]
 
 
@@ -81,9 +84,7 @@ def _python(
 ) -> subprocess.CompletedProcess[str]:
     """This module in a process of its own. Raises RuntimeError with what it said, if it fails and is checked."""
     command = [*(prefix or []), sys.executable, "-m", "benchmarks.gpu.fresh", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-1500:]}")
     return done

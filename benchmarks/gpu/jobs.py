@@ -5,6 +5,7 @@ So whatever a job does to its process, others go on: the next process of the par
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -116,10 +117,22 @@ def _lines(log: Path) -> list[dict[str, Any]]:
 class Part:
     """A part at work in a process of its own. ``seconds``: its limit."""
 
-    def __init__(self, name: str, arguments: list[str], folder: Path, seconds: float) -> None:
+    def __init__(
+        self, name: str, arguments: list[str], folder: Path, seconds: float, environment: dict[str, str]
+    ) -> None:
         self.name, self.seconds = name, seconds
         self.log, self.output = folder / f"{name}.log", folder / f"{name}.txt"
-        self.command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--log", str(self.log), *arguments]
+        self.command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--part",
+            name,
+            "--log",
+            str(self.log),
+            *arguments,
+        ]
+        self.environment = os.environ | environment
         self.stop = time.monotonic() + seconds
         self.restarts, self._seen = 0, 0
         self.why = ""
@@ -128,7 +141,12 @@ class Part:
     def _start(self) -> None:
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                self.command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                self.command,
+                cwd=ROOT,
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def running(self) -> bool:
@@ -154,10 +172,8 @@ class Part:
 
     def end(self) -> None:
         """End the process and those it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def outcomes(self) -> list[Outcome]:

@@ -25,7 +25,7 @@ BOUND_BY_MEMORY = "4x32m"
 RULES_TIMED = ("AdamW", "LAMB", "RAdam", "NAdam", "Lion", "AdaBelief", "SGD-momentum")
 MODELS = ("resnet-50", "gpt2-124m", "llama-1b")
 MANY = ("10000x64", "1000x1024")
-OTHERS = ("torch default", "torch foreach", "torch fused", "optimi", "apex")
+OTHERS = ("torch foreach", "torch fused", "optimi", "apex")
 
 
 def pairs(device: Device) -> list[Pair]:
@@ -33,7 +33,10 @@ def pairs(device: Device) -> list[Pair]:
     ours = tuple(f"fusedopt {b}" for b in device.backends)
     one_group = tuple(f"{name} one group" for name in ours)
     names = ours + OTHERS
-    out = [Pair(BOUND_BY_MEMORY, rule, ("eager", *names) if RULES[rule].torch is None else names) for rule in RULES_TIMED]
+    out = [
+        Pair(BOUND_BY_MEMORY, rule, ("eager", *names) if RULES[rule].torch is None else names)
+        for rule in RULES_TIMED
+    ]
     out += [Pair(case, "AdamW", names) for case in (*MODELS, *MANY)]
     return [*out, Pair("groups-465", "AdamW", (*ours, *one_group, "torch fused"))]
 

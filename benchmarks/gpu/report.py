@@ -24,8 +24,8 @@ COLORS = ("#d1382c", "#e78d85", "#1f4e96", "#3b7dd8", "#6ea6e8", "#5fa777", "#8d
 class Report:
     """Outcomes by part, and what follows from them."""
 
-    def __init__(self, rehearsal: bool) -> None:
-        self.rehearsal = rehearsal
+    def __init__(self, rehearsal: bool, commit: str | None = None) -> None:
+        self.rehearsal, self.commit = rehearsal, commit
         self.backends = (Rehearsal if rehearsal else Gpu).backends
         self.parts: dict[str, list[Outcome]] = {}
 
@@ -46,6 +46,7 @@ class Report:
     @property
     def results(self) -> Results:
         columns = self.facts.get("columns", dict.fromkeys(plot.FACTS, "unknown"))
+        columns |= {"commit": self.commit} if self.commit else {}
         return Results([row | columns for outcome in self.outcomes for row in outcome.rows])
 
     def failed(self) -> list[Outcome]:
@@ -111,17 +112,21 @@ class Report:
 
     def markdown(self, seconds: float) -> str:
         """All of it."""
-        words = "A rehearsal on a CPU with tiny sizes: **no number here means anything.**\n\n" if self.rehearsal else ""
+        words = (
+            "A rehearsal on a CPU with tiny sizes: **no number here means anything.**\n\n"
+            if self.rehearsal
+            else ""
+        )
         where = plot.where_from(self.results) if self.results.lines else "nothing: nothing was measured"
         smi = ", ".join(f"{k} {v}" for k, v in self.facts.get("nvidia-smi", {}).items())
         sections = [
-            f"{words}Measured on {where}. {smi}. The run took {seconds:.0f} s.",
+            f"{words}Measured on {where}. {smi + '. ' if smi else ''}The run took {seconds:.0f} s.",
             "## Bars", self.bars(),
             "## Checks", self.checks(),
             "## Device time", "Milliseconds from kernel to kernel, cold caches, medians; ~: the host is part of it.",
             self.times("device"),
             "## Host time", "Milliseconds until step() returns, medians; the queue was empty.", self.times("host"),
-            "## Whole steps", "Milliseconds until the device is done, from an empty queue; medians.", self.times("step"),
+            "## Whole steps", "Milliseconds until the device is done, from an empty queue.", self.times("step"),
             "## First step of a process, empty caches", self.times("first step"),
             "## Compiling a kernel", self.times("compile"),
             "## Everything else", self._others(),

@@ -30,8 +30,8 @@ def jobs(device: Device) -> Iterator[Job]:
             yield Job(f"{check.__name__}/{backend}", partial(check, device, backend))
 
 
-def _start(device: Device, shapes: Sequence[tuple[int, ...]] = SHAPES, seed: int = 0) -> list[Tensor]:
-    return [p.requires_grad_() for p in noise(shapes, seed, device.type, F32)]
+def _start(device: Device) -> list[Tensor]:
+    return [p.requires_grad_() for p in noise(SHAPES, 0, device.type, F32)]
 
 
 def _made(backend: str, make: Callable[[], Any], keyword: str = "") -> Any:
@@ -47,7 +47,7 @@ def _feed(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 def wrong_rate(device: Device, backend: str) -> str:
     """The comparison that checks optimizers finds a rate that is a hundredth too high."""
     gradients = [noise(SHAPES, seed, device.type, F32) for seed in range(1, 4)]
-    how = dict(start=_start(device), gradients=gradients, device=device.type)
+    how = dict(start=noise(SHAPES, 0, device.type, F32), gradients=gradients, device=device.type)
     truth = run(partial(optim.AdamW, lr=1e-2), "reference", **how, dtype=torch.float64).tensors
     eager = run(partial(optim.AdamW, lr=1e-2), "reference", **how, dtype=F32).tensors
     wrong = run(partial(optim.AdamW, lr=1.01e-2), backend, **how, dtype=F32).tensors
@@ -66,7 +66,7 @@ def groups(device: Device, backend: str) -> str:
     def make(params: list[Tensor]) -> Any:
         return optim.AdamW([{"params": [p], "lr": 1e-3 * (1 + k)} for k, p in enumerate(params)])
 
-    how = dict(start=_start(device, shapes), gradients=gradients, device=device.type)
+    how = dict(start=noise(shapes, 0, device.type, F32), gradients=gradients, device=device.type)
     ours = run(make, backend, **how, dtype=F32)
     truth, eager = (run(make, "reference", **how, dtype=t).tensors for t in (torch.float64, F32))
     worst = close(backend, ours.tensors, truth, eager)
@@ -79,9 +79,10 @@ def groups(device: Device, backend: str) -> str:
 def many_tensors(device: Device, backend: str) -> str:
     """10,000 tensors: the bits of the same elements in one tensor, with and without misaligned gradients."""
     count = len(device.some(range(10_000), 300))
-    [flat], gradients = noise([(count * 64,)], 0, device.type, F32), [
-        noise([(count * 64,)], seed, device.type, F32) for seed in range(1, 4)
-    ]
+    [flat], gradients = (
+        noise([(count * 64,)], 0, device.type, F32),
+        [noise([(count * 64,)], seed, device.type, F32) for seed in range(1, 4)],
+    )
     make = partial(optim.AdamW, lr=1e-2)
     how = dict(device=device.type, dtype=F32)
     [whole] = run(make, backend, [flat], gradients, **how).tensors
@@ -105,7 +106,9 @@ def huge_total(device: Device, backend: str) -> str:
 
 def _huge(device: Device, backend: str, sizes: Sequence[int]) -> str:
     """Every element has changed, and in windows at starts, ends and 2³¹ they are the bits of small tensors."""
-    if device.free_memory() < 9 * sum(sizes):  # parameters, gradients and a copy in two bytes, and three of one byte
+    if device.free_memory() < 9 * sum(
+        sizes
+    ):  # parameters, gradients and a copy in two bytes, and three of one byte
         raise Skipped(f"{device.free_memory() / 1e9:.0f} GB are free, which are too few")
     params, grads = (
         [torch.empty(n, dtype=BF16, device=device.type).uniform_(*between) for n in sizes]
@@ -169,7 +172,10 @@ def _alike(ours: Sequence[Tensor], other: Sequence[Tensor], ulp: float = 4.0) ->
 def graph(device: Device, backend: str) -> str:
     """Replays of a captured step, with rates, momentum and weight decay that change, against plain steps."""
     said = []
-    for name, keys in (("AdamW", ("lr", "betas", "weight_decay")), ("SGD", ("lr", "momentum", "weight_decay"))):
+    for name, keys in (
+        ("AdamW", ("lr", "betas", "weight_decay")),
+        ("SGD", ("lr", "momentum", "weight_decay")),
+    ):
         kind = getattr(optim, name)
         first = dict(lr=1e-2, weight_decay=0.1) | ({"momentum": 0.9} if name == "SGD" else {})
         ours, plain = _start(device), _start(device)
@@ -224,7 +230,8 @@ def no_waiting(device: Device, backend: str) -> str:
         opt.step()
     with device.no_waiting():
         for k in range(3, 6):
-            _feed(params, given[k])
+            for p, g in zip(params, given[k], strict=True):
+                p.grad = g  # nothing is allocated while the device is held
             opt.param_groups[0]["lr"] = 1e-3 * k
             opt.step()
     return "three steps"

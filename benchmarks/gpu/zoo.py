@@ -50,9 +50,7 @@ def check(device: Device, row: Row, variant: Variant, dtype: torch.dtype) -> str
             return row.factory(params, **variant.kwargs)
 
         ours = backend != "reference"
-        return run(
-            make, backend, start, gradients, device=on, dtype=by, state=variant.state, misaligned=ours
-        )
+        return run(make, backend, start, gradients, device=on, dtype=by, state=variant.state, misaligned=ours)
 
     truth = steps("reference", by=torch.float64)
     eager = steps("reference"), steps("reference", "cpu")
