@@ -32,7 +32,7 @@ bench: setup
 # if all that is needed is there.
 GPU_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation
 gpu:
-	@$(PYTHON) -c "import torch; torch.cuda.init()" || { \
+	@$(PYTHON) -c "import torch; torch.cuda.init()" 2>/dev/null || { \
 		echo "The torch of $(PYTHON) finds no GPU. Activate an environment whose torch does, or: make gpu PYTHON=..."; exit 1; }
 	$(GPU_INSTALL) --no-index --editable '.[cuda,triton]' matplotlib 2>/dev/null || \
 		$(GPU_INSTALL) --editable '.[cuda,triton]' matplotlib

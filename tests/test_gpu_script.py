@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,8 @@ import matplotlib.image
 import pytest
 import torch
 
-from benchmarks import plot
-from benchmarks.cases import CASES
+from benchmarks import plot, providers
+from benchmarks.cases import CASES, Pair
 from benchmarks.gpu import bars, compare, jobs, kernels, scenarios, zoo
 from benchmarks.gpu.device import Gpu, Rehearsal
 from benchmarks.gpu.jobs import Job, Outcome, Part, Skipped
@@ -288,6 +289,70 @@ def test_elements_that_are_left_out_are_found(monkeypatch):
     monkeypatch.setattr(scenarios, "_step_sgd", forgetful)
     with pytest.raises(AssertionError):
         scenarios.huge_tensor(CPU, "cpp")
+
+
+def test_a_provider_that_fails_leaves_the_others_and_is_reported(monkeypatch):
+    def wrong(rule, params, rates):
+        out = providers._fusedopt(rule, params, [2 * rate for rate in rates], backend="cpp")
+        return replace(out, set=lambda factor, momentum: None)
+
+    pair = Pair("tiny", "AdamW", ("fusedopt cpp", "torch fused"))
+    assert {r.provider for r in kernels.times(CPU, pair)} == {"fusedopt cpp", "torch fused"}
+    monkeypatch.setitem(providers.PROVIDERS, "fusedopt cpp", wrong)
+    with pytest.raises(jobs.Partly, match="fusedopt cpp: Disagreement") as partly:
+        kernels.times(CPU, pair)
+    assert {r.provider for r in partly.value.rows} == {"torch fused"}
+
+
+class FakeCuda:
+    """As much of torch.cuda as `Gpu` uses; ``busy``: whether the device is still at what was queued."""
+
+    def __init__(self):
+        self.busy, self.slept, self.mode = True, [], "default"
+
+    def Event(self, enable_timing=False):
+        return SimpleNamespace(
+            record=lambda: None,
+            query=lambda: not self.busy,
+            synchronize=lambda: None,
+            elapsed_time=lambda end: 10.0,
+        )
+
+    def __getattr__(self, name):
+        return {
+            "get_device_name": lambda: "NVIDIA H100 80GB HBM3",
+            "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=1 << 20),
+            "_sleep": self.slept.append,
+            "synchronize": lambda: None,
+            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
+        }[name]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    cuda = FakeCuda()
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
+    out = Gpu()
+    out.cuda = cuda
+    return out
+
+
+def test_the_queue_is_held_while_a_step_is_sent(gpu):
+    assert gpu.slug == "nvidia-h100-80gb-hbm3"
+    assert gpu.time(lambda: None, hold=0.001) == (10.0, True)
+    assert gpu.cuda.slept[-1] == pytest.approx(0.001 * gpu.cuda.slept[0] / 0.010)
+    gpu.cuda.busy = False
+    assert gpu.time(lambda: None, hold=0.001) == (10.0, False)
+
+
+def test_a_step_that_waits_for_the_device_is_found(gpu):
+    with gpu.no_waiting():
+        assert gpu.cuda.mode == "error"
+    with pytest.raises(AssertionError, match="only when the device had done"), gpu.no_waiting():
+        gpu.cuda.busy = False
+    assert gpu.cuda.mode == "default"
 
 
 # --

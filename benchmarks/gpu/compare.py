@@ -35,9 +35,11 @@ class Memory:
 
     def check(self) -> None:
         """Raises AssertionError if a guard byte was written to."""
-        harmed = sum((x != BYTE).sum() for raw, a, b in self.raw for x in (raw[:a], raw[b:]))
-        if int(harmed):
-            raise AssertionError(f"{int(harmed)} bytes outside of the tensors were written to")
+        if not self.raw:
+            return
+        guards = torch.cat([x for raw, a, b in self.raw for x in (raw[:a], raw[b:])])
+        if harmed := int((guards != BYTE).sum()):
+            raise AssertionError(f"{harmed} bytes outside of the tensors were written to")
 
 
 def differ(a: Tensor, b: Tensor) -> int:

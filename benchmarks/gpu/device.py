@@ -45,7 +45,7 @@ class Gpu:
 
     def _calibrate(self) -> float:
         cycles = 20_000_000
-        for _ in range(2):  # the first one loads the kernel and wakes the clock
+        for _ in range(5):  # the first ones load the kernel and wake the clock
             seconds = self._events(lambda: torch.cuda._sleep(cycles)) / 1e3
         return cycles / seconds
 

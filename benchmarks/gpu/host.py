@@ -18,7 +18,7 @@ from ..providers import compiled_by
 from .compare import supported
 from .device import Device
 from .jobs import Job
-from .kernels import MANY, WARM, contenders
+from .kernels import MANY, WARM, contenders, whole
 
 SMALL = "small-500"
 GRAPHS = (SMALL, "resnet-50")
@@ -35,7 +35,8 @@ def host_jobs(device: Device) -> Iterator[Job]:
 def graph_jobs(device: Device) -> Iterator[Job]:
     """Replays and plain steps in one race."""
     for case in GRAPHS:
-        yield Job(f"{case}/graph", partial(graphs, device, case))
+        for backend in device.backends:
+            yield Job(f"{case}/graph/{backend}", partial(graphs, device, case, backend))
 
 
 def race(device: Device, case: str, mode: str, contenders: Sequence[Contender]) -> list[Row]:
@@ -64,28 +65,30 @@ def race(device: Device, case: str, mode: str, contenders: Sequence[Contender]) 
 def host(device: Device, case: str) -> list[Row]:
     """fusedopt against torch's own."""
     names = tuple(f"fusedopt {b}" for b in device.backends)
-    _, runners = contenders(device, Pair(case, "AdamW", (*names, "torch foreach", "torch fused")))
+    pair = Pair(case, "AdamW", (*names, "torch foreach", "torch fused"))
+    runners, problems = contenders(device, pair)
     numbers = count()
 
     def before(runner) -> None:
         runner.set(*one_cycle(next(numbers)))
 
-    return race(device, case, "gpu", [(r.name, partial(before, r), r.step) for r in runners])
+    rows = race(device, case, "gpu", [(r.name, partial(before, r), r.step) for r in runners])
+    return whole(rows, problems)
 
 
-def graphs(device: Device, case: str) -> list[Row]:
-    """Plain steps and replays of fusedopt's, and replays of torch's fused."""
+def graphs(device: Device, case: str, backend: str) -> list[Row]:
+    """Plain steps and replays of a backend's, and of torch's fused."""
     size = device.size(CASES[case])
     entrants: list[Contender] = []
-    for name, backend in [(f"fusedopt {b}", b) for b in device.backends] + [("torch fused", None)]:
+    for name, whose in ((f"fusedopt {backend}", backend), ("torch fused", None)):
         for capturable in (False, True):
-            opt = _adamw(size.tensors(device=device.type), backend, capturable)
+            opt = _adamw(size.tensors(device=device.type), whose, capturable)
             with device.side_stream():
                 for _ in range(WARM):
                     opt.step()
             step = device.capture(opt.step) if capturable else opt.step
-            entrants.append((f"{name} graph" if capturable else name, partial(_change, opt, backend), step))
-    return race(device, case, "graph", entrants)
+            entrants.append((f"{name} graph" if capturable else name, partial(_change, opt, whose), step))
+    return race(device, case, f"graph, {backend}", entrants)
 
 
 def _adamw(params: Sequence[torch.Tensor], backend: str | None, capturable: bool):

@@ -31,6 +31,14 @@ class Skipped(Exception):
     """The job cannot be done here. Says why; that is no failure."""
 
 
+class Partly(Exception):
+    """The job has rows, and something went wrong besides."""
+
+    def __init__(self, rows: list[Row], why: str) -> None:
+        super().__init__(why)
+        self.rows = rows
+
+
 @dataclass(frozen=True)
 class Job:
     """``run`` gives rows that were measured, or words on what was checked; what it raises is a failure."""
@@ -79,6 +87,9 @@ def _done(job: Job) -> Outcome:
         found = job.run()
     except Skipped as why:
         outcome.status, outcome.detail = "skipped", str(why)
+    except Partly as partly:
+        outcome.status, outcome.detail = "failed", str(partly)[:2000]
+        outcome.rows = [asdict(row) for row in partly.rows]
     except Exception as error:
         print(traceback.format_exc(), file=sys.stderr, flush=True)
         outcome.status, outcome.detail = "failed", f"{type(error).__name__}: {error}"[:2000]

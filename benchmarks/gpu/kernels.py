@@ -12,12 +12,11 @@ from itertools import count
 
 import torch
 
-from .. import providers
-from ..cases import CASES, Case, Pair
+from ..cases import CASES, Pair
 from ..measure import Row, _runners, agree, one_cycle
 from ..providers import RULES, Runner
 from .device import Device
-from .jobs import Job, Skipped
+from .jobs import Job, Partly, Skipped
 
 WARM = 8
 """Steps before the first one that counts: RAdam changes its structure at the sixth."""
@@ -57,19 +56,32 @@ def bandwidth(device: Device) -> list[Row]:
     return [Row.of(("copy", "copy", "gpu", "torch"), "bandwidth", "GB/s", speeds)]
 
 
-def contenders(device: Device, pair: Pair) -> tuple[Case, list[Runner]]:
-    """A pair's providers, on the same tensors, after it is known that they do the same."""
+def contenders(device: Device, pair: Pair) -> tuple[list[Runner], list[str]]:
+    """A pair's providers, on the same tensors, after it is known that they do the same; and what is wrong with others.
+
+    Other packages that fail are left out.
+    """
     case = device.size(CASES[pair.case])
     need = case.numel * case.dtype.itemsize * (5 + 2 * len(pair.providers))
     if need > device.free_memory():
         raise Skipped(f"it needs {need / 1e9:.0f} GB, and {device.free_memory() / 1e9:.0f} are free")
     params = case.tensors(device=device.type)
-    runners = list(_runners(pair.providers, pair.rule, params, case.learning_rates(), print))
-    _, failed = agree(runners, params)
-    for name, error in failed.items():
-        print(f"without {name}: {error}", flush=True)
+    # torch's first: if one of ours is wrong, the others are not compared with that
+    order = sorted(pair.providers, key=lambda name: name.startswith("fusedopt"))
+    good: list[Runner] = []
+    problems = []
+    for name in order:
+        base = [r.name for r in good if r.comparable][:1]  # made anew, since it has taken steps
+        try:
+            runners = list(_runners([*base, name], pair.rule, params, case.learning_rates(), print))
+            found = [r for r in runners if r.name == name]
+            _, failed = agree(runners, params)
+        except Exception as error:
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+        else:
+            good += [r for r in found if r.name not in failed]
     gc.collect()
-    return case, [r for r in runners if r.name not in failed]
+    return good, problems
 
 
 class Clock:
@@ -115,7 +127,7 @@ class Clock:
 
 def times(device: Device, pair: Pair) -> list[Row]:
     """Device times, taken in turns; launches and bytes of fusedopt's."""
-    _, runners = contenders(device, pair)
+    runners, problems = contenders(device, pair)
     numbers, order = count(), random.Random(0)
     clocks = [Clock(device, runner, numbers) for runner in runners]
     for _ in range(device.rounds):
@@ -128,6 +140,13 @@ def times(device: Device, pair: Pair) -> list[Row]:
         ratio = _ratio(clock.samples, ours.samples) if ours else float("nan")
         rows.append(Row.of(key, "device", "ms", clock.samples, ratio=ratio, note=clock.note))
         rows += explained(key, clock.runner)
+    return whole(rows, problems)
+
+
+def whole(rows: list[Row], problems: Sequence[str]) -> list[Row]:
+    """The rows. Raises Partly if there are problems."""
+    if problems:
+        raise Partly(rows, "; ".join(problems))
     return rows
 
 
@@ -138,7 +157,7 @@ def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
 
 def explained(key: tuple[str, str, str, str], runner: Runner) -> list[Row]:
     """What fusedopt says of its own steps; the numbers of others are not known."""
-    if runner.name not in providers.PROVIDERS or not runner.name.startswith("fusedopt"):
+    if not runner.name.startswith("fusedopt"):
         return []
     said = runner.optimizer.explain()
     return [
