@@ -39,7 +39,7 @@ def test_a_rehearsal_from_end_to_end(tmp_path):
     done = script("--rehearse", "--out", tmp_path, "--commit", "abc")
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        f"rehearsal.{x}" for x in ("csv", "json", "md", "png")
+        f"rehearsal.{x}" for x in ("csv", "json", "log", "md", "png")
     ]
     found = plot.Results(plot.read(tmp_path / "rehearsal.csv"))
     line = found.line("resnet-50", "AdamW", "gpu", "fusedopt cpp", "device")

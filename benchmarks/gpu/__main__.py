@@ -84,8 +84,10 @@ class Session:
         while waiting:
             first = next(iter(waiting))
             group = [n for n, p in waiting.items() if n == first or (p.beside and waiting[first].beside)]
-            self._together({n: waiting.pop(n) for n in group})
-            self.report.write(self.given.out, self.elapsed())
+            try:
+                self._together({n: waiting.pop(n) for n in group})
+            finally:
+                self.report.write(self.given.out, self.elapsed())
 
     def _together(self, group: dict[str, Plan]) -> None:
         left = self.given.seconds - REPORTING - self.elapsed()
@@ -102,13 +104,16 @@ class Session:
         finally:
             for part in parts:
                 part.end()
-        for part in parts:
-            found = self.report.parts[part.name] = part.outcomes()
-            for outcome in found:
-                if outcome.status != "passed":
-                    print(f"  {outcome.status}: {outcome.job}: {' '.join(outcome.detail.split())[:300]}")
-            passed = sum(o.status == "passed" for o in found)
-            print(f"[{self.elapsed():4.0f} s]   {part.name}: {passed} of {len(found)} passed", flush=True)
+                self._collect(part)
+
+    def _collect(self, part: Part) -> None:
+        found = self.report.parts[part.name] = part.outcomes()
+        self.report.printed[part.name] = part.printed()
+        for outcome in found:
+            if outcome.status != "passed":
+                print(f"  {outcome.status}: {outcome.job}: {' '.join(outcome.detail.split())[:300]}")
+        passed = sum(o.status == "passed" for o in found)
+        print(f"[{self.elapsed():4.0f} s]   {part.name}: {passed} of {len(found)} passed", flush=True)
 
 
 def parser() -> argparse.ArgumentParser:

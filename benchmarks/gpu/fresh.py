@@ -73,6 +73,7 @@ def sanitize(device: Device, tool: str, backend: str) -> str:
         ["sanitized", backend, device.type], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, prefix, check=False
     )
     if done.returncode:
+        print(done.stdout, done.stderr, flush=True)
         raise AssertionError(
             f"{tool} ended with status {done.returncode}: {(done.stdout + done.stderr)[-1500:]}"
         )

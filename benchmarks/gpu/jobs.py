@@ -201,4 +201,8 @@ class Part:
 
     def last_words(self) -> str:
         """The end of what the process printed."""
-        return self.output.read_text(encoding="utf-8", errors="replace")[-1500:].strip()
+        return self.printed()[-400:].strip()
+
+    def printed(self) -> str:
+        """What the process printed, without the beginning where that is long."""
+        return self.output.read_text(encoding="utf-8", errors="replace")[-400_000:]

@@ -6,6 +6,7 @@ import gc
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -77,6 +78,7 @@ def contenders(device: Device, pair: Pair) -> tuple[list[Runner], list[str]]:
             found = [r for r in runners if r.name == name]
             _, failed = agree(runners, params)
         except Exception as error:
+            traceback.print_exc()
             problems.append(f"{name}: {type(error).__name__}: {error}")
         else:
             good += [r for r in found if r.name not in failed]

@@ -28,6 +28,7 @@ class Report:
         self.rehearsal, self.commit = rehearsal, commit
         self.backends = (Rehearsal if rehearsal else Gpu).backends
         self.parts: dict[str, list[Outcome]] = {}
+        self.printed: dict[str, str] = {}
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -55,11 +56,12 @@ class Report:
     def write(self, folder: Path, seconds: float) -> list[Path]:
         """All but the picture; called after every part, so that a run that is cut off leaves what it has."""
         folder.mkdir(parents=True, exist_ok=True)
-        csv, js, md = (folder / f"{self.name}{end}" for end in (".csv", ".json", ".md"))
+        csv, js, md, log = (folder / f"{self.name}{end}" for end in (".csv", ".json", ".md", ".log"))
         plot.write(csv, self.results.lines)
         js.write_text(json.dumps(self._everything(seconds), indent=1, default=str) + "\n", encoding="utf-8")
         md.write_text(self.markdown(seconds), encoding="utf-8")
-        return [csv, js, md]
+        log.write_text("\n".join(f"== {n}\n{text}" for n, text in self.printed.items()), encoding="utf-8")
+        return [csv, js, md, log]
 
     def _everything(self, seconds: float) -> dict[str, Any]:
         results = self.results

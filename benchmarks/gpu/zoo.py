@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Iterator
 from functools import partial
 
@@ -62,6 +63,7 @@ def check(device: Device, row: Row, variant: Variant, dtype: torch.dtype) -> str
             same("run again", steps(backend).tensors, tensors)
             worst = close("against float64", tensors, truth.tensors, *(e.tensors for e in eager))
         except Exception as error:  # the other backend is looked at all the same
+            traceback.print_exc()
             problems.append(f"{backend}: {type(error).__name__}: {error}")
         else:
             found[backend] = tensors
