@@ -64,6 +64,13 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_there_is_no_time_for_is_left_out_and_said(tmp_path):
+    done = script("--rehearse", "--seconds", 1, "--out", tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.count("left out: the time was up") == 2
+    assert "left out" in (tmp_path / "rehearsal.md").read_text()
+
+
 # --
 # Jobs and parts
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import environment, fresh, host, kernels, scenarios, zoo
 from .device import Device, find
-from .jobs import Job, Part, do
+from .jobs import Job, Outcome, Part, do
 
 FOLDER = Path(__file__).parents[1] / "results"
 SHARES = 5
@@ -91,12 +91,14 @@ class Session:
 
     def _together(self, group: dict[str, Plan]) -> None:
         left = self.given.seconds - REPORTING - self.elapsed()
+        if left <= 0:
+            for name in group:
+                self.report.parts[name] = [Outcome(f"{name}/process", "failed", "left out: the time was up")]
+            return
         print(f"[{self.elapsed():4.0f} s] {', '.join(group)}", flush=True)
         arguments = ["--rehearse"] if self.given.rehearse else []
         threads = {"OMP_NUM_THREADS": "2"} if len(group) > 1 else {}
-        parts = [
-            Part(n, arguments, self.folder, max(1.0, min(p.seconds, left)), threads) for n, p in group.items()
-        ]
+        parts = [Part(n, arguments, self.folder, min(p.seconds, left), threads) for n, p in group.items()]
         try:
             running = parts
             while running := [p for p in running if p.running()]:
