@@ -65,7 +65,7 @@ def plans(rehearse: bool) -> dict[str, Plan]:
     }
 
 
-class Session:
+class WholeRun:
     """A whole run: parts in turn, each within its limit and all within ``given.seconds``."""
 
     def __init__(self, given: argparse.Namespace, folder: Path) -> None:
@@ -149,15 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that parts end with the run
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(given, Path(folder))
-        session.run()
-    report = session.report
-    files = report.write(given.out, session.elapsed())
+        whole = WholeRun(given, Path(folder))
+        whole.run()
+    report = whole.report
+    files = report.write(given.out, whole.elapsed())
     if report.results.lines:
         files.append(given.out / f"{report.name}.png")
         report.draw(files[-1])
     print(
-        f"\n{report.checks()}\n\n{report.bars()}\n\n{', '.join(map(str, files))}; took {session.elapsed():.0f} s"
+        f"\n{report.checks()}\n\n{report.bars()}\n\n{', '.join(map(str, files))}; took {whole.elapsed():.0f} s"
     )
     return 1 if report.failed() else 0
 
