@@ -38,6 +38,15 @@ def count(step: torch.Tensor) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
+def counts_to(device: torch.device, state: dict[str, Any]) -> None:
+    """Make a parameter's numbers float64 tensors on the device, for kernels to read and advance."""
+    for key, value in state.items():
+        if type(value) in (int, float):
+            state[key] = torch.tensor(float(value), dtype=torch.float64, device=device)
+        elif key in COUNTERS and isinstance(value, torch.Tensor) and value.numel() == 1:
+            state[key] = value.detach().reshape(()).to(device, torch.float64)
+
+
 # --
 # Saving
 
@@ -55,6 +64,8 @@ def to_torch(opt: Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
 
 def _as_tensor(key: str, value: Any) -> Any:
     """A counter as a float32 tensor, as torch has it, or as float64 where that would round it."""
+    if key == "step" and isinstance(value, torch.Tensor):  # whole, so float32 holds it
+        return value.to(torch.float32)
     if key not in COUNTERS or not isinstance(value, (int, float)):
         return value
     single = torch.tensor(float(value), dtype=torch.float32, device="cpu")  # whatever device is the default
@@ -86,7 +97,7 @@ def to_fastai(opt: Optimizer) -> dict[str, Any]:
     for group in opt.param_groups:
         found = [opt.state.get(p, {}) for p in group["params"]]
         slow.append([_own(s.get("slow")) for s in found])
-        counts += [s.get("lookahead_count", 0) for s in found]
+        counts += [int(s.get("lookahead_count", 0)) for s in found]
         for stored in found:
             named = {opt.callback_name_of(k): v for k, v in stored.items()}
             foreign = _foreign_momentum(group, stored, torchs=False)
@@ -102,6 +113,9 @@ def to_fastai(opt: Optimizer) -> dict[str, Any]:
 
 
 def _own(value: Any) -> Any:
+    """As fastai has it: numbers as numbers, tensors as copies."""
+    if isinstance(value, torch.Tensor) and value.dtype == torch.float64 and value.dim() == 0:
+        return count(value)
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 

@@ -3,13 +3,14 @@
 Each is a short list of callbacks handed to `Optimizer`. What differs from fastai is said in the docstring of the
 function (here) or of the callback (`fusedopt.callbacks`) that differs. In ``opt.state`` and in checkpoints, averages
 have torch's names (``exp_avg``, ``exp_avg_sq``, ``square_avg``, ``momentum_buffer``); callbacks get fastai's.
+``options`` are `Optimizer`'s own: see `fusedopt.optimizer.Options`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .callbacks import (
     adam_step,
@@ -29,7 +30,10 @@ from .callbacks import (
     step_stat,
     weight_decay,
 )
-from .optimizer import Optimizer
+from .optimizer import Optimizer, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What checkpoints call the state, so that they load into the matching class of torch.optim.
 _MOMENTS = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
@@ -49,7 +53,14 @@ def _moments(decouple_wd: bool, step: Callable) -> list[Callable]:
     return [_decay(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, step]
 
 
-def SGD(params: Any, lr: Any, mom: float = 0.0, wd: float = 0.0, decouple_wd: bool = True) -> Optimizer:
+def SGD(
+    params: Any,
+    lr: Any,
+    mom: float = 0.0,
+    wd: float = 0.0,
+    decouple_wd: bool = True,
+    **options: Unpack[Options],
+) -> Optimizer:
     """SGD, with undampened momentum if `mom` is not 0 here.
 
     Args: `mom` decides at construction whether there is momentum at all, as in fastai: with 0, a schedule of
@@ -58,7 +69,9 @@ def SGD(params: Any, lr: Any, mom: float = 0.0, wd: float = 0.0, decouple_wd: bo
     momentum = [average_grad, momentum_step] if mom != 0 else [sgd_step]
     cbs = [_decay(decouple_wd), *momentum]
     # torch.optim.SGD cannot load a checkpoint without dampening.
-    return Optimizer(params, cbs, title="SGD", state_names=_MOMENTUM, lr=lr, mom=mom, wd=wd, dampening=0)
+    return Optimizer(
+        params, cbs, title="SGD", state_names=_MOMENTUM, lr=lr, mom=mom, wd=wd, dampening=0, **options
+    )
 
 
 def RMSProp(
@@ -69,6 +82,7 @@ def RMSProp(
     eps: float = 1e-8,
     wd: float = 0.0,
     decouple_wd: bool = True,
+    **options: Unpack[Options],
 ) -> Optimizer:
     """RMSProp, with momentum over the raw gradients if `mom` is not 0 here.
 
@@ -79,7 +93,9 @@ def RMSProp(
     momentum = [average_grad] if mom != 0 else []
     cbs = [_decay(decouple_wd), *momentum, average_sqr_grad, step_stat, rms_prop_step]
     names: dict[str, Any] = dict(state_names=_SQUARES, hyper_names=_RMS_HYPERS)
-    return Optimizer(params, cbs, title="RMSProp", **names, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return Optimizer(
+        params, cbs, title="RMSProp", **names, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **options
+    )
 
 
 def Adam(
@@ -90,11 +106,21 @@ def Adam(
     eps: float = 1e-5,
     wd: float = 0.01,
     decouple_wd: bool = True,
+    **options: Unpack[Options],
 ) -> Optimizer:
     """Adam with true weight decay (AdamW), or with L2 regularization for ``decouple_wd=False``."""
     cbs = _moments(decouple_wd, adam_step)
     return Optimizer(
-        params, cbs, title="Adam", state_names=_MOMENTS, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+        params,
+        cbs,
+        title="Adam",
+        state_names=_MOMENTS,
+        lr=lr,
+        mom=mom,
+        sqr_mom=sqr_mom,
+        eps=eps,
+        wd=wd,
+        **options,
     )
 
 
@@ -107,6 +133,7 @@ def RAdam(
     wd: float = 0.0,
     beta: float = 0.0,
     decouple_wd: bool = True,
+    **options: Unpack[Options],
 ) -> Optimizer:
     """Rectified Adam; `beta` other than 0 softens the denominator (SAdam)."""
     cbs = _moments(decouple_wd, radam_step)
@@ -121,6 +148,7 @@ def RAdam(
         eps=eps,
         wd=wd,
         beta=beta,
+        **options,
     )
 
 
@@ -134,6 +162,7 @@ def QHAdam(
     eps: float = 1e-8,
     wd: float = 0.0,
     decouple_wd: bool = True,
+    **options: Unpack[Options],
 ) -> Optimizer:
     """Quasi-hyperbolic Adam: `nu_1` and `nu_2` weigh the averages against this step's own gradient."""
     cbs = _moments(decouple_wd, qhadam_step)
@@ -149,6 +178,7 @@ def QHAdam(
         sqr_mom=sqr_mom,
         eps=eps,
         wd=wd,
+        **options,
     )
 
 
@@ -161,6 +191,7 @@ def Larc(
     eps: float = 1e-8,
     wd: float = 0.0,
     decouple_wd: bool = True,
+    **options: Unpack[Options],
 ) -> Optimizer:
     """LARC, or LARS for ``clip=False``: one learning rate per tensor; momentum if `mom` is not 0 here."""
     momentum = [average_grad] if mom != 0 else []
@@ -175,6 +206,7 @@ def Larc(
         trust_coeff=trust_coeff,
         eps=eps,
         wd=wd,
+        **options,
     )
 
 
@@ -186,11 +218,21 @@ def Lamb(
     eps: float = 1e-5,
     wd: float = 0.0,
     decouple_wd: bool = True,
+    **options: Unpack[Options],
 ) -> Optimizer:
     """LAMB: Adam's step scaled, tensor by tensor, to the size of the parameter."""
     cbs = _moments(decouple_wd, lamb_step)
     return Optimizer(
-        params, cbs, title="Lamb", state_names=_MOMENTS, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+        params,
+        cbs,
+        title="Lamb",
+        state_names=_MOMENTS,
+        lr=lr,
+        mom=mom,
+        sqr_mom=sqr_mom,
+        eps=eps,
+        wd=wd,
+        **options,
     )
 
 
@@ -238,9 +280,12 @@ def ranger(
     sqr_mom: float = 0.99,
     beta: float = 0.0,
     decouple_wd: bool = True,
+    **options: Unpack[Options],
 ) -> Optimizer:
     """RAdam with Lookahead, under the defaults of the ranger experiments."""
-    adaptive = RAdam(params, lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta, decouple_wd=decouple_wd)
+    adaptive = RAdam(
+        params, lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta, decouple_wd=decouple_wd, **options
+    )
     opt = Lookahead(adaptive, k=k, alpha=alpha)
     opt.title = "ranger"
     return opt

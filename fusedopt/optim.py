@@ -1,12 +1,15 @@
 """torch.optim's optimizers on fused kernels: ``import fusedopt.optim as optim`` in place of ``torch.optim``.
 
-The classes below have torch.optim's signatures, defaults, param-group keys, state names and results (to
+The classes below have torch.optim's arguments, defaults, param-group keys, state names and results (to
 rounding). Every other name of ``torch.optim`` (``LBFGS``, ``lr_scheduler``, ``Optimizer``, ...) is torch's
 own object.
 
 What differs from torch.optim, for all of them:
 - ``foreach`` and ``fused`` are accepted and kept; they choose nothing, since every step is one fused kernel.
-- ``capturable=True`` and ``differentiable=True`` are refused: see `_refuse_modes`.
+- ``differentiable=True`` is refused: see `_refuse_modes`.
+- ``capturable=True`` keeps all numbers of the state on the device, also on a CPU, and graphs can be replayed with other
+  hyperparameters: see `Optimizer.upload_hypers`. Every class takes it.
+- Every class takes `Optimizer`'s own options: see `fusedopt.optimizer.Options`.
 - NaN is refused wherever a negative number is (torch lets some of them pass); betas may be ints; one-element
   tensors for anything but ``lr`` become floats; ``lr`` may also be a slice or a list, one value per param
   group.
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +43,10 @@ from .callbacks import (
     step_stat,
 )
 from .optimizer import Optimizer as _Optimizer  # the plain name belongs to torch.optim.Optimizer here
+from .optimizer import Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [*torch.optim.__all__]
 
@@ -91,14 +98,7 @@ def _check_betas(betas: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def _refuse_modes(name: str, group: dict[str, Any]) -> None:
-    """Raise for the torch.optim modes that a fused kernel run from Python numbers cannot honour."""
-    if group.get("capturable"):
-        raise ValueError(
-            f"{name}(capturable=True) asks for a step() that can be recorded in a CUDA graph, with step "
-            "count and learning rate read on the device at each replay. fusedopt holds both as Python "
-            "numbers, so a replay would repeat the recorded step's values. Leave capturable=False and call "
-            f"step() outside the captured region, or use torch.optim.{name}(capturable=True)."
-        )
+    """Raise for the torch.optim modes that a fused kernel cannot honour."""
     if group.get("differentiable"):
         raise ValueError(
             f"{name}(differentiable=True) asks for a step() that autograd can differentiate through. A fused "
@@ -152,6 +152,7 @@ class SGD(_TorchFace):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        **options: Unpack[Options],
     ) -> None:
         _check_numbers(momentum=momentum, weight_decay=weight_decay)
         if dampening != dampening:
@@ -162,7 +163,7 @@ class SGD(_TorchFace):
             nesterov=nesterov, maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused
         )
         cbs = [maximize_grad, l2_reg, sgd_momentum_step]
-        self._start(params, cbs, lr, flags, mom=momentum, dampening=dampening, wd=weight_decay)
+        self._start(params, cbs, lr, flags, mom=momentum, dampening=dampening, wd=weight_decay, **options)
 
 
 class RMSprop(_TorchFace):
@@ -187,6 +188,7 @@ class RMSprop(_TorchFace):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         _check_numbers(eps=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
         flags = dict(
@@ -197,7 +199,7 @@ class RMSprop(_TorchFace):
             differentiable=differentiable,
         )
         cbs = [maximize_grad, l2_reg, step_stat, average_sqr_grad, rms_momentum_step]
-        self._start(params, cbs, lr, flags, mom=momentum, sqr_mom=alpha, eps=eps, wd=weight_decay)
+        self._start(params, cbs, lr, flags, mom=momentum, sqr_mom=alpha, eps=eps, wd=weight_decay, **options)
 
 
 class Adam(_TorchFace):
@@ -223,6 +225,7 @@ class Adam(_TorchFace):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         mom, sqr_mom = _check_betas(betas)
         _check_numbers(eps=eps, weight_decay=weight_decay)
@@ -236,7 +239,7 @@ class Adam(_TorchFace):
             decoupled_weight_decay=decoupled_weight_decay,
         )
         cbs = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, adam_step]
-        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay)
+        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay, **options)
 
 
 class AdamW(Adam):
@@ -256,6 +259,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -270,6 +274,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            **options,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -296,6 +301,7 @@ class Adagrad(_TorchFace):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        **options: Unpack[Options],
     ) -> None:
         _check_numbers(
             lr_decay=lr_decay,
@@ -306,7 +312,7 @@ class Adagrad(_TorchFace):
         flags = dict(foreach=foreach, maximize=maximize, differentiable=differentiable, fused=fused)
         cbs = [maximize_grad, l2_reg, step_stat, adagrad_step]
         sums = dict(lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value)
-        self._start(params, cbs, lr, flags, eps=eps, wd=weight_decay, **sums)
+        self._start(params, cbs, lr, flags, eps=eps, wd=weight_decay, **sums, **options)
 
     def share_memory(self) -> None:
         """Refused: sums are made with the first step, and step counts are Python numbers of one process."""
@@ -333,12 +339,13 @@ class Adamax(_TorchFace):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         mom, sqr_mom = _check_betas(betas)
         _check_numbers(eps=eps, weight_decay=weight_decay)
         flags = dict(foreach=foreach, maximize=maximize, differentiable=differentiable, capturable=capturable)
         cbs = [maximize_grad, l2_reg, _dampened, step_stat, adamax_step]
-        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay)
+        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay, **options)
 
 
 class NAdam(_TorchFace):
@@ -363,6 +370,7 @@ class NAdam(_TorchFace):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         mom, sqr_mom = _check_betas(betas)
         _check_numbers(eps=eps, weight_decay=weight_decay, momentum_decay=momentum_decay)
@@ -375,7 +383,7 @@ class NAdam(_TorchFace):
         )
         cbs = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, nadam_step]
         hypers = dict(mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay, momentum_decay=momentum_decay)
-        self._start(params, cbs, lr, flags, **hypers)
+        self._start(params, cbs, lr, flags, **hypers, **options)
 
 
 class RAdam(_TorchFace):
@@ -399,6 +407,7 @@ class RAdam(_TorchFace):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         mom, sqr_mom = _check_betas(betas)
         _check_numbers(eps=eps, weight_decay=weight_decay)
@@ -411,7 +420,7 @@ class RAdam(_TorchFace):
         )
         step = partial(radam_step, beta=0.0, eps_before_debias=True)
         cbs = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, step]
-        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay)
+        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay, **options)
 
 
 class Adadelta(_TorchFace):
@@ -432,13 +441,14 @@ class Adadelta(_TorchFace):
         capturable: bool = False,
         maximize: bool = False,
         differentiable: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         _check_numbers(eps=eps, weight_decay=weight_decay)
         if not 0.0 <= rho <= 1.0:
             raise ValueError(f"Invalid rho value: {rho}")
         flags = dict(maximize=maximize, capturable=capturable, foreach=foreach, differentiable=differentiable)
         cbs = [maximize_grad, l2_reg, step_stat, average_sqr_grad, adadelta_step]
-        self._start(params, cbs, lr, flags, sqr_mom=rho, eps=eps, wd=weight_decay)
+        self._start(params, cbs, lr, flags, sqr_mom=rho, eps=eps, wd=weight_decay, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 import torch.optim.optimizer as _torch_optimizer
@@ -23,7 +23,17 @@ from .reference import FLOATS
 from .runtime import backends
 from .runtime.engine import Engine
 from .runtime.items import Item
+from .runtime.scaling import NORM, Scaling
 from .runtime.warm import Warm, record
+
+
+class Options(TypedDict, total=False):
+    """What every named optimizer takes besides its hyperparameters; see `Optimizer` for what each means."""
+
+    backend: str | None
+    state_dtype: torch.dtype | None
+    amp_fused: bool
+    max_grad_norm: float | None
 
 
 class State(defaultdict):
@@ -74,12 +84,17 @@ class Optimizer(torch.optim.Optimizer):
         hyper_names: callback argument name → param-group key, where the default map (see ``fusedopt.names``) does not
             fit.
         title: what kernels and explanations are called; else the last callback's name.
+        amp_fused: let ``torch.amp.GradScaler`` hand over its scale and what it found, and read both in the kernel: no
+            gradient is rewritten, and nobody waits to know whether a step is skipped. Off by default, because code that
+            clips between ``unscale_`` and ``step`` (Lightning) refuses optimizers that do this.
+        max_grad_norm: scale gradients as if by ``torch.nn.utils.clip_grad_norm_`` over all parameters with a gradient:
+            by min(max_grad_norm / (norm + 1e-6), 1), inside the step, none is rewritten. See ``grad_norm``.
         hypers: hyperparameters, by fastai's names or torch's; ``lr`` may be a slice or a list, one value per group.
 
     Raises:
         TypeError: parameters that are no tensors, a hyperparameter given twice, callbacks that cannot be called.
         ValueError: no parameters, a parameter twice, a complex parameter, a negative or NaN hyperparameter, an unknown
-            backend.
+            backend, a max_grad_norm that is not above zero.
     """
 
     state: State
@@ -96,6 +111,8 @@ class Optimizer(torch.optim.Optimizer):
         state_names: Mapping[str, str] | None = None,
         hyper_names: Mapping[str, names.Place] | None = None,
         title: str | None = None,
+        amp_fused: bool = False,
+        max_grad_norm: float | None = None,
         **hypers: Any,
     ) -> None:
         if hypers.pop("train_bn", None) is not None:
@@ -115,6 +132,10 @@ class Optimizer(torch.optim.Optimizer):
             self.hyper_names = dict(hyper_names)  # type: ignore[misc]
         self.title = title
         self.frozen_idx = 0
+        self._scaling = Scaling(bool(amp_fused))
+        self.max_grad_norm = max_grad_norm
+        if amp_fused:
+            self._step_supports_amp_scaling = True
         self._set_up(hypers)
         defaults: dict[str, Any] = {}
         values = self.hyper_map.to_fastai(hypers)
@@ -144,6 +165,27 @@ class Optimizer(torch.optim.Optimizer):
         self._called = {stored: name for name, stored in self._stored.items()}
         self._engine: Engine | None = None
         self._warm: Warm | None = None
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The global norm that gradients are scaled down to where theirs is larger; None: nothing is scaled."""
+        return self._scaling.max_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None and not float(value) > 0:
+            raise ValueError(f"max_grad_norm must be above 0, or None to clip nothing; it is {value}")
+        self._scaling.max_norm = None if value is None else float(value)
+        self._warm = None
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The global norm of the last step's gradients before clipping: a float32 0-d tensor, written by each step.
+
+        None without ``max_grad_norm``, and before the first step.
+        """
+        norm = self._engine and self._engine.norm
+        return self._scaling.buffer(NORM, norm.main) if norm else None
 
     @property
     def engine(self) -> Engine:
@@ -207,6 +249,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._scaling.amp:  # GradScaler sets these attributes for the time of its call
+            self._scaling.receive(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if self._warm is None or not self._warm.step(self):
             self._warm = None
             with torch.no_grad():
@@ -215,7 +259,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_from_scratch(self) -> None:
         todo = self._items()
-        launched = self.engine.step(todo)
+        launched = self.engine.step(todo, self._scaling)
         for item in todo:
             live = self.state[item.home]
             if item.state is not live:
@@ -234,20 +278,22 @@ class Optimizer(torch.optim.Optimizer):
         """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it)."""
         todo = []
         for g, group in enumerate(self.param_groups):
-            hyper = {k: names.number(v) for k, v in self.hyper_map.of_group(group).items()}
-            for name, value in hyper.items():
-                names.check(name, value)
+            modes = self._scaling.modes(bool(group.get("capturable")))
+            hyper = {k: _hyper(group, k, v) for k, v in self.hyper_map.of_group(group).items()}
             for i, p in enumerate(group["params"]):
                 grad = p if pretend else p.grad
                 if grad is not None:
                     _check_gradient(p, grad, g, i)
-                    todo.append(Item(p.detach() if pretend else p, grad, self._state_of(p), (g, i), hyper))
+                    state = self._state_of(p, modes.on_device)
+                    todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
         return todo
 
-    def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
+    def _state_of(self, p: torch.Tensor, on_device: bool) -> dict[str, Any]:
         """The parameter's state by the names callbacks use; the live dict where these are the same."""
         live = self.state.get(p, {})
-        for key in checkpoint.COUNTERS:
+        if on_device:
+            checkpoint.counts_to(p.device, live)
+        for key in () if on_device else checkpoint.COUNTERS:
             # written by hand or, in torch's schema, by ZeroRedundancyOptimizer
             if isinstance(value := live.get(key), torch.Tensor) and value.numel() == 1:
                 live[key] = checkpoint.count(value)
@@ -296,12 +342,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("cbs", "backend", "state_dtype", "state_names", "hyper_names", "frozen_idx", "title")
-        return super().__getstate__() | {k: getattr(self, k) for k in kept}
+        own = {k: getattr(self, k) for k in kept} | {"max_grad_norm": self.max_grad_norm}
+        if self._scaling.amp:
+            own["_step_supports_amp_scaling"] = True
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        if "cbs" in state:
+            self._scaling = Scaling(state.get("_step_supports_amp_scaling", False))
+        super().__setstate__({k: v for k, v in state.items() if k != "max_grad_norm"})
         if "cbs" in state:
             self._set_up(self.defaults)
+            self.max_grad_norm = state.get("max_grad_norm")
         self.state = State(self.state) if not isinstance(self.state, State) else self.state
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -460,6 +512,16 @@ def _is_list(p: Any) -> bool:
         and not isinstance(p, str)
         and not (isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str))
     )
+
+
+def _hyper(group: dict[str, Any], name: str, value: Any) -> Any:
+    """A hyperparameter as callbacks get it: a number, or a tensor of a capturable group, which kernels read."""
+    there = {p.device for p in group["params"][:1]}
+    if isinstance(value, torch.Tensor) and group.get("capturable") and {value.device} == there:
+        return value.detach().reshape(())
+    value = names.number(value)
+    names.check(name, value)
+    return value
 
 
 def _check_gradient(p: torch.Tensor, grad: torch.Tensor, group: int, i: int) -> None:

@@ -65,8 +65,8 @@ def asked(t: torch.Tensor) -> torch.dtype:
 
 
 def upcast(t: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
-    """A private copy in the compute type that remembers its dtype; a copy of other tensors as they are."""
-    if not t.is_floating_point():
+    """A private copy in the compute type that remembers its dtype; of counts, and tensors of others, as they are."""
+    if not t.is_floating_point() or (t.dtype == torch.float64 and t.dim() == 0):
         return t.detach().clone()
     return mark(t.detach().to(compute, copy=True), t.dtype)
 

@@ -261,8 +261,9 @@ def test_mutation_is_noticed(row, variant, mutate, reference):
 
 
 def arguments(func):
-    """Name, kind and default of every parameter (annotations are ours)."""
-    return [(p.name, p.kind, p.default) for p in inspect.signature(func).parameters.values()]
+    """Name, kind and default of every parameter (annotations are ours, and so are ``options``)."""
+    found = inspect.signature(func).parameters.values()
+    return [(p.name, p.kind, p.default) for p in found if p.name != "options"]
 
 
 @pytest.mark.parametrize("name", named.__all__)

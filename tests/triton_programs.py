@@ -70,20 +70,21 @@ def recording() -> Iterator[list[Traced]]:
         yield recorder.found
 
 
-def made(name: str, params: Any, backend: str, dtype: str = "float32", variant: int = 0) -> Any:
+def made(
+    name: str, params: Any, backend: str, dtype: str = "float32", variant: int = 0, **options: Any
+) -> Any:
     """A named optimizer on this backend, with the dtype of its state."""
     row = NAMED[name]
-    opt = row.factory(params, **row.variants[variant].kwargs)
-    opt.backend, opt.state_dtype = backend, DTYPES[dtype][1]
-    return opt
+    kwargs = row.variants[variant].kwargs | options
+    return row.factory(params, **kwargs, backend=backend, state_dtype=DTYPES[dtype][1])
 
 
-def traced(name: str, dtype: str = "float32", variant: int = 0) -> list[Traced]:
+def traced(name: str, dtype: str = "float32", variant: int = 0, **options: Any) -> list[Traced]:
     """The programs that some steps of a named optimizer need."""
     p = torch.zeros(3, dtype=DTYPES[dtype][0], requires_grad=True)
     p.grad = torch.zeros_like(p)
     with recording() as found:
-        opt = made(name, [p], "cpp", dtype, variant)
+        opt = made(name, [p], "cpp", dtype, variant, **options)
         for _ in range(STEPS):
             opt.step()
     return found
@@ -93,13 +94,18 @@ INPUTS = ("param", "grad", "state.third")
 SPELLED = [op for op in OPS.values() if isinstance(op, Op) and op.triton is not None]
 
 
+def spelled(dtype: torch.dtype) -> list[Op]:
+    """The elementwise ops that Triton has: a power only where double is more than is asked for."""
+    return [op for op in SPELLED if op.name != "pow" or dtype != torch.float64]
+
+
 def all_ops(dtype: torch.dtype) -> Program:
-    """Every elementwise op that Triton has, each into its own state buffer."""
+    """All of them, each into its own state buffer."""
     graph = Graph()
     numbers = [graph.leaf("load", name, kind="F") for name in INPUTS]
     masks = [graph.op("gt", numbers[0], numbers[1]), graph.op("ge", numbers[1], numbers[2])]
     stores = {}
-    for op in SPELLED:
+    for op in spelled(dtype):
         pools = {"f": iter(numbers), "b": iter(masks)}
         result = graph.op(op.name, *[next(pools[t]) for t in op.types[: op.arity]])
         stores[f"state.{op.name}"] = graph.op("as_float", result) if op.result == "b" else result

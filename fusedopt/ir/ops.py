@@ -98,7 +98,7 @@ OPS: dict[str, Op | Reduction] = {
         _infix("sub", "ff>f", "-"),
         _infix("mul", "ff>f", "*"),
         Op("div", "ff>f", torch.div, "{0} / {1}", "div({0}, {1})"),
-        Op("pow", "ff>f", torch.pow, "::pow({0}, {1})"),
+        Op("pow", "ff>f", torch.pow, "::pow({0}, {1})", "pow({0}, {1})"),
         Op("atan2", "ff>f", torch.atan2, "::atan2({0}, {1})"),
         Op("maximum", "ff>f", _maximum, "maximum({0}, {1})", "maximum({0}, {1})"),
         Op("minimum", "ff>f", _minimum, "minimum({0}, {1})", "minimum({0}, {1})"),

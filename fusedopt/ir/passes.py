@@ -17,12 +17,13 @@ def drop_unchanged_stores(program: Program) -> Program:
 
 def drop_dead_values(program: Program) -> Program:
     """Keep what the stores need, renumbered."""
-    order = depth_first(program.values, [i for _, i in program.stores])
+    order = depth_first(program.values, program.roots)
     number = {old: new for new, old in enumerate(order)}
     values = tuple(
         replace(program.values[i], args=tuple(number[a] for a in program.values[i].args)) for i in order
     )
-    return replace(program, values=values, stores=tuple((n, number[i]) for n, i in program.stores))
+    skip = None if program.skip is None else number[program.skip]
+    return replace(program, values=values, stores=tuple((n, number[i]) for n, i in program.stores), skip=skip)
 
 
 def drop_unused_buffers(program: Program) -> Program:
@@ -71,7 +72,10 @@ class Stage:
 
 
 def stages(program: Program) -> tuple[Stage, ...]:
-    """Split at the reductions: those of a stage need only the results of the stages before it."""
+    """Split at the reductions: those of a stage need only the results of the stages before it.
+
+    What is stored once per tensor needs no stage: see ``scalar_stores``.
+    """
     level: list[int] = []
     for v in program.values:
         level.append(max((level[a] for a in v.args), default=0) + is_reduction(v.op))
@@ -80,13 +84,18 @@ def stages(program: Program) -> tuple[Stage, ...]:
         found = tuple(i for i, v in enumerate(program.values) if is_reduction(v.op) and level[i] == depth)
         out.append(Stage(_needed(program, [program.values[i].args[0] for i in found]), found))
     element = tuple(s for s in program.stores if program.buffer[s[0]].kind == "F")
-    return (*out, Stage(_needed(program, [i for _, i in element]), (), element))
+    return (*out, _storing(program, element)) if element or not out else tuple(out)
 
 
 def scalar_stores(program: Program) -> Stage:
     """What is stored once per tensor, after the last stage."""
-    stores = tuple(s for s in program.stores if program.buffer[s[0]].kind == "S")
-    return Stage(_needed(program, [i for _, i in stores]), (), stores)
+    return _storing(program, tuple(s for s in program.stores if program.buffer[s[0]].kind == "S"))
+
+
+def _storing(program: Program, stores: tuple[tuple[str, int], ...]) -> Stage:
+    """The stage of these stores; whether they are to be skipped is for it to find out."""
+    roots = [i for _, i in stores] + ([program.skip] if stores and program.skip is not None else [])
+    return Stage(_needed(program, roots), (), stores)
 
 
 def _needed(program: Program, roots: list[int]) -> tuple[int, ...]:

@@ -8,10 +8,17 @@ Grammar::
     leaf    ::= load(buffer) | slot(i) | const(x) | numel
     store   ::= buffer <- value
     kind    ::= F (one number per element) | S (one number per tensor)
+    type    ::= f (float, of the compute type) | b (bool) | d (double, of kind S only)
 
 An F value may use S values (they are broadcast), an S value is made from S values only, or by a reduction from an F
 value. Slots are the step's scalars (learning rate, bias corrections): numbers the host computes and hands over, so a
 schedule changes no program.
+
+As in torch, one double among S values makes the result double, and beside an F value it is rounded to the compute type.
+Step counts that live on the device are doubles, and with them bias corrections. Where the compute type is double
+itself, there is no d.
+
+``skip`` is a bool of kind S, or None: where it is true, nothing is stored.
 """
 
 from __future__ import annotations
@@ -35,7 +42,7 @@ class ProgramError(AssertionError):
 
 @dataclass(frozen=True)
 class Value:
-    """One value: what computes it, its kind (F or S), its type (f or b), and the callback line it came from."""
+    """One value: what computes it, its kind (F or S), its type (f, b or d), and the callback line it came from."""
 
     op: str
     args: tuple[int, ...]
@@ -69,22 +76,42 @@ class Graph:
         self.values: list[Value] = []
         self._known: dict[tuple, int] = {}
 
-    def leaf(self, op: str, attr: Any = None, kind: str = "S") -> int:
-        key = (op, attr, kind, _is_negative_zero(attr))
+    def leaf(self, op: str, attr: Any = None, kind: str = "S", type: str = "f") -> int:
+        key = (op, attr, kind, type, _is_negative_zero(attr))
         index = self._known.get(key)
         if index is None:
             index = self._known[key] = len(self.values)
-            self.values.append(Value(op, (), attr, kind, "f"))
+            self.values.append(Value(op, (), attr, kind, type))
         return index
 
     def op(self, name: str, *args: int, where: Callable[[], str] = str) -> int:
         """The value ``name(*args)``; ``where`` is asked for the callback's line when the value is new."""
+        if _result(name, [self.values[a] for a in args])[1] == "d":
+            args = tuple(map(self._wide, args))
         index = self._known.get((name, args))
         if index is None:
-            kind = result_kind(name, [self.values[a].kind for a in args])
+            kind, type = _result(name, [self.values[a] for a in args])
             index = self._known[name, args] = len(self.values)
-            self.values.append(Value(name, args, None, kind, OPS[name].result, where()))
+            self.values.append(Value(name, args, None, kind, type, where()))
         return index
+
+    def _wide(self, i: int) -> int:
+        """Numbers of the host are doubles before they are anything else."""
+        v = self.values[i]
+        return self.leaf(v.op, v.attr, type="d") if v.op in ("slot", "const", "numel") else i
+
+
+def _result(name: str, args: Iterable[Value]) -> tuple[str, str]:
+    """Kind and type of an op's result."""
+    args = list(args)
+    kind = result_kind(name, [a.kind for a in args])
+    wide = kind == "S" and OPS[name].result == "f" and any(a.type == "d" for a in args)
+    return kind, "d" if wide else OPS[name].result
+
+
+def argument_type(v: Value, args: Iterable[Value]) -> str:
+    """The type, f or d, in which an op takes its floats."""
+    return "d" if v.kind == "S" and any(a.type == "d" for a in args) else "f"
 
 
 @dataclass(frozen=True)
@@ -96,6 +123,12 @@ class Program:
     values: tuple[Value, ...]
     stores: tuple[tuple[str, int], ...]
     slots: int
+    skip: int | None = None
+
+    @property
+    def roots(self) -> list[int]:
+        """The values that have to be computed."""
+        return [*(i for _, i in self.stores), *([] if self.skip is None else [self.skip])]
 
     @property
     def buffer(self) -> dict[str, Buffer]:
@@ -145,17 +178,26 @@ def verify(program: Program) -> None:
             raise ProgramError(f"store to the unknown buffer {name!r}")
         if not 0 <= index < len(program.values):
             raise ProgramError(f"store of v{index}, which is not there, to {name!r}")
-        if program.values[index].type != "f":
+        if program.values[index].type == "b":
             raise ProgramError(f"store of the bool v{index} to {name!r}")
         if buffers[name].kind == "S" and program.values[index].kind != "S":
             raise ProgramError(f"store of v{index}, one number per element, to the 0-d {name!r}")
+    if program.skip is not None and (
+        program.values[program.skip].kind,
+        program.values[program.skip].type,
+    ) != (
+        "S",
+        "b",
+    ):
+        raise ProgramError(f"v{program.skip}, which says whether to skip, is no bool of kind S")
 
 
 def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value) -> None:
     if v.op in LEAVES:
         if v.args:
             raise ProgramError(f"v{i}: {v.op} takes no arguments")
-        if v.type != "f" or (v.op != "load" and v.kind != "S"):
+        types = "fd" if v.kind == "S" and program.compute != torch.float64 else "f"
+        if v.type not in types or (v.op != "load" and v.kind != "S"):
             raise ProgramError(f"v{i}: {v.op} is no {v.type} of kind {v.kind}")
         if v.op == "load" and (v.attr not in buffers or buffers[v.attr].kind != v.kind):
             raise ProgramError(f"v{i}: load of {v.attr!r}, which is no {v.kind} buffer of this program")
@@ -167,12 +209,13 @@ def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value)
         raise ProgramError(f"v{i}: no op {v.op} with {len(v.args)} arguments")
     if any(not 0 <= a < i for a in v.args):
         raise ProgramError(f"v{i}: an argument does not stand before its use")
-    got = "".join(program.values[a].type for a in v.args) + ">" + v.type
-    if got != op.types:
+    args = [program.values[a] for a in v.args]
+    got = "".join(a.type for a in args) + ">" + v.type
+    if got.replace("d", "f") != op.types:
         raise ProgramError(f"v{i}: {v.op} is {op.types}, not {got}")
-    kinds = {program.values[a].kind for a in v.args}
-    if v.kind != result_kind(v.op, kinds):
-        raise ProgramError(f"v{i}: {v.op} of {kinds} cannot be of kind {v.kind}")
+    if (v.kind, v.type) != _result(v.op, args):
+        kinds = {a.kind for a in args}
+        raise ProgramError(f"v{i}: {v.op} of {kinds}, {got}, cannot be of kind {v.kind}")
 
 
 # ---- the interpreter: the living definition of what a program means -----------------------------------------------
@@ -183,28 +226,32 @@ def interpret(
 ) -> dict[str, torch.Tensor]:
     """Run the program on one parameter's tensors with plain torch ops; returns the buffers it stores, as new tensors.
 
-    F buffers have the parameter's shape, S buffers are 0-d. Values have the compute dtype; each result is rounded to
-    its buffer's dtype once, at the end. Reductions are computed in double.
+    F buffers have the parameter's shape, S buffers are 0-d. Values have the compute dtype, or are double; each result
+    is rounded to its buffer's dtype once, at the end. Reductions are computed in double.
     """
     dtype, like = program.compute, buffers["param"]
-    scalars = torch.tensor(list(slots), dtype=torch.float64).to(dtype)
+    types = {"f": dtype, "d": torch.float64}
+    scalars = torch.tensor(list(slots), dtype=torch.float64)
     leaf = {
-        "load": lambda v: buffers[v.attr].to(dtype),
+        "load": lambda v: buffers[v.attr],
         "slot": lambda v: scalars[v.attr],
-        "const": lambda v: torch.tensor(v.attr, dtype=dtype),
-        "numel": lambda v: torch.tensor(like.numel(), dtype=dtype),
+        "const": lambda v: torch.tensor(v.attr, dtype=torch.float64),
+        "numel": lambda v: torch.tensor(like.numel(), dtype=torch.float64),
     }
     results: list[torch.Tensor] = []
     for v in program.values:
         if v.op in LEAVES:
-            results.append(leaf[v.op](v))
+            results.append(leaf[v.op](v).to(types[v.type]))
             continue
-        args = [results[a] for a in v.args]
+        wanted = types[argument_type(v, [program.values[a] for a in v.args])]
+        args = [x if x.dtype == torch.bool else x.to(wanted) for x in (results[a] for a in v.args)]
         if is_reduction(v.op):
             results.append(OPS[v.op].torch(args[0].expand(like.shape).to(torch.float64)).to(dtype))
         else:
             out = OPS[v.op].torch(*args)
-            results.append(out.to(dtype) if v.type == "f" else out)
+            results.append(out if v.type == "b" else out.to(types[v.type]))
+    if program.skip is not None and results[program.skip]:
+        return {name: buffers[name].clone() for name, _ in program.stores}
     out = {}
     for name, i in program.stores:
         buffer = program.buffer[name]
@@ -226,22 +273,23 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     typename union unsigned using virtual void volatile wchar_t while and_eq bitand bitor not_eq or_eq xor xor_eq
     param grad launch row begin end partial i lane element load store maximum minimum sign combine for_lanes std
     half bfloat16 int64_t sum_ mean_ amax_ amin_ torch numel Lanes Launch Row infinity
+    scaling_factor scaling_found_inf
     triton tl rows chunk chunks piece slots lanes partials address at div sqrt exp trunc nearbyint rounded whole_blocks
     """.split()  # noqa: SIM905
 )
 """Words that generated code uses itself."""
-_NUMBERED = re.compile(r"(v|s|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*", re.ASCII)
+_NUMBERED = re.compile(r"hyper_.*|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*", re.ASCII)
 
 
 def identifier(buffer: str) -> str:
-    """A buffer's name as an identifier: ``state.exp_avg`` is ``exp_avg``.
+    """A buffer's name as an identifier: ``state.exp_avg`` is ``exp_avg``, ``hyper.lr`` is ``hyper_lr``.
 
     A key that is no identifier, or that means something in generated code already, is told apart by a number.
     """
     key = buffer.removeprefix("state.")
     plain = key.isidentifier() and key.isascii() and key not in _TAKEN and not _NUMBERED.fullmatch(key)
     if plain or key == buffer:
-        return key
+        return key.replace(".", "_")
     return "".join(
         c if c.isalnum() and c.isascii() else "_" for c in f"at_{key}_{zlib.crc32(key.encode()):08x}"
     )
@@ -278,6 +326,8 @@ def render_python(program: Program, name: str = "program") -> str:
             continue
         text = f"    {label[i]} = {_spell(program, v, label)}"
         lines.append(f"{text:<56}# {v.where}" if v.where else text)
+    if program.skip is not None:
+        lines.append(f"    if {label[program.skip]}: return {{}}")
     lines.append("    return {" + ", ".join(f"{n!r}: {label[i]}" for n, i in program.stores) + "}")
     return "\n".join(lines)
 

@@ -13,8 +13,9 @@ import torch
 
 from ..ir.ops import LEAVES, OPS, Reduction, is_reduction
 from ..ir.passes import Stage, scalar_stores, stages
-from ..ir.program import Program, Value, identifier
+from ..ir.program import Program, Value, argument_type, identifier
 
+_C_TYPES = {"f": "T", "d": "double", "b": "bool"}
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16", torch.float16: "half"}
 
 
@@ -70,7 +71,7 @@ class Body(ABC):
             f"{self.qualifiers} void stage_{k}([[maybe_unused]] const Launch& launch, const Row row, "
             "int64_t begin, int64_t end,",
             f"{' ' * (len(self.qualifiers) + 14)}[[maybe_unused]] double* partial) {{",
-            *indent([*self._prologue(stage), *self._pointers(stage), *self.loop(stage)]),
+            *indent([*self._prologue(stage), *self._skip(stage), *self._pointers(stage), *self.loop(stage)]),
             "}",
             f"FUSEDOPT_STAGE({k})",
         ]
@@ -78,7 +79,7 @@ class Body(ABC):
     def scalars(self, stage: Stage) -> list[str]:
         lines = [
             f"{self.qualifiers} void scalars([[maybe_unused]] const Launch& launch, const Row row) {{",
-            *indent(self._prologue(stage)),
+            *indent([*self._prologue(stage), *self._skip(stage)]),
         ]
         for name, i in stage.stores:
             k, type_ = self.buffer_index[name], TYPES[self.program.buffer[name].dtype]
@@ -88,6 +89,10 @@ class Body(ABC):
     # -- the once-per-tensor part --
     def _prologue(self, stage: Stage) -> list[str]:
         return [self._line(i) for i in stage.values if self.program.values[i].kind == "S"]
+
+    def _skip(self, stage: Stage) -> list[str]:
+        skip = self.program.skip
+        return [f"if ({self.name(skip)}) return;"] if skip is not None and stage.stores else []
 
     def touched(self, stage: Stage) -> list[str]:
         """The element buffers a stage reads or writes, in the program's order."""
@@ -128,9 +133,9 @@ class Body(ABC):
     def name(self, i: int) -> str:
         v = self.program.values[i]
         if v.op == "slot":
-            return f"s{v.attr}"
+            return f"{'d' if v.type == 'd' else 's'}{v.attr}"
         if v.op == "const":
-            return _constant(v.attr)
+            return _constant(v.attr, _C_TYPES[v.type])
         if is_reduction(v.op):
             return f"r{self.reductions.index(i)}"
         return f"v{i}"
@@ -139,26 +144,32 @@ class Body(ABC):
         v = self.program.values[i]
         if v.op == "const":
             return ""
-        text = f"const {'bool' if v.type == 'b' else 'T'} {self.name(i)} = {self._expression(i, v)};"
+        text = f"const {_C_TYPES[v.type]} {self.name(i)} = {self._expression(i, v)};"
         comment = self._comment(v)
         return f"{text:<48}  // {comment}" if comment else text
 
     def _expression(self, i: int, v: Value) -> str:
         if v.op == "slot":
-            return f"T(row.slot(launch, {v.attr}))"
+            return f"{_C_TYPES[v.type]}(row.slot(launch, {v.attr}))"
         if v.op == "numel":
-            return "T(row.numel())"
+            return f"{_C_TYPES[v.type]}(row.numel())"
         if v.op == "load" and v.kind == "F":
             return f"load<T>({identifier(v.attr)}, i)"
         if v.op == "load":
             type_ = TYPES[self.program.buffer[v.attr].dtype]
-            return f"load<T>(row.buffer<const {type_}>({self.buffer_index[v.attr]}), 0)"
+            return f"load<{_C_TYPES[v.type]}>(row.buffer<const {type_}>({self.buffer_index[v.attr]}), 0)"
         if is_reduction(v.op):
             scale = " / double(row.numel())" if v.op == "mean" else ""
             return f"T(combine<{_reduction(v).name}_>(launch, row, {self.reductions.index(i)}){scale})"
         op = OPS[v.op]
         assert not isinstance(op, Reduction)
-        return op.cpp.format(*(self.name(a) for a in v.args))
+        wanted = argument_type(v, [self.program.values[a] for a in v.args])
+        return op.cpp.format(*(self._argument(a, wanted) for a in v.args))
+
+    def _argument(self, i: int, wanted: str) -> str:
+        """A value as the type that the op takes."""
+        same = self.program.values[i].type in (wanted, "b")
+        return self.name(i) if same else f"{_C_TYPES[wanted]}({self.name(i)})"
 
     def _comment(self, v: Value) -> str:
         if v.op == "slot" and v.attr < len(self.slot_names):
@@ -174,10 +185,10 @@ def _reduction(v: Value) -> Reduction:
     return op
 
 
-def _constant(x: float) -> str:
+def _constant(x: float, type_: str) -> str:
     if abs(x) == float("inf"):
-        return f"{'-' if x < 0 else ''}T(infinity)"
-    return f"T({x!r})"
+        return f"{'-' if x < 0 else ''}{type_}(infinity)"
+    return f"{type_}({x!r})"
 
 
 def indent(lines: Iterable[str]) -> list[str]:

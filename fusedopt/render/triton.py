@@ -2,9 +2,9 @@
 
 A stage is two functions. ``element_k`` does the work on a block of elements. ``stage_k`` finds the chunk, computes
 what there is one of per tensor, and calls it: for whole blocks with pointers that are said to be multiples of 16 bytes,
-which is what makes 128-bit accesses of them, and for the rest without. The two must not share a pointer or an offset.
-Such a promise is kept with the value it is made for and would hold for the rest too, where it is not true; and what a
-wider access then writes past the end, no interpreter notices.
+which is what makes 128-bit accesses of them, and for the rest without. The two must not share a pointer. Such a promise
+is kept with the value it is made for and would hold for the rest too, where it is not true; and what a wider access
+then writes past the end, no interpreter notices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from ..compile.cache import BuildError
 from ..ir.ops import LEAVES, OPS, Op, Reduction, is_reduction
 from ..ir.passes import Stage, scalar_stores, stages
-from ..ir.program import Program, Value, identifier
+from ..ir.program import Program, Value, argument_type, identifier
 
 VERSION = "1"
 SLOT = "# ---- generated ----\n"
@@ -29,7 +29,8 @@ POINTERS = {
     torch.bfloat16: "BFLOAT16",
     torch.float16: "HALF",
 }
-_TAKEN = frozenset("triton tl at end load store rounded div sqrt exp trunc nearbyint infinity".split())  # noqa: SIM905
+_TYPES = {"f": "T", "d": "tl.float64"}
+_TAKEN = frozenset("triton tl at end load store rounded div sqrt exp pow trunc nearbyint infinity".split())  # noqa: SIM905
 """Names that a generated element function uses itself."""
 
 
@@ -39,7 +40,8 @@ def render(program: Program, slot_names: Sequence[str] = (), title: str = "") ->
     Raises BuildError, naming the op, for one without a Triton spelling.
     """
     for v in program.values:
-        if v.op not in LEAVES and OPS[v.op].triton is None:
+        missing = v.op not in LEAVES and OPS[v.op].triton is None
+        if missing or (v.op == "pow" and program.compute == torch.float64):
             raise BuildError(f"Triton has no {v.op} that is accurate and that its interpreter knows")
     split = stages(program)
     body = _Body(program, [i for stage in split for i in stage.reductions], slot_names)
@@ -117,9 +119,13 @@ class _Body:
         buffers = self._buffers(stage)
         addresses = [f"a{self.buffer_index[n]}" for n in buffers]
         pointers = [
-            f"{a}.to({POINTERS[self.program.buffer[n].dtype]})"
+            f"{a}.to({POINTERS[self.program.buffer[n].dtype]}) + i"
             for a, n in zip(addresses, buffers, strict=True)
         ]
+        # The rest is accessed one element at a time: in smaller blocks, to need no more registers than whole blocks do.
+        # Not where it is reduced: which element goes to which accumulator must not depend on alignment.
+        rest = "BLOCK" if stage.reductions else "REST"
+        skip = self.program.skip
         lines = [
             "chunk = tl.program_id(0).to(tl.int64)",
             "piece = chunks + chunk * CHUNK_WORDS",
@@ -127,18 +133,24 @@ class _Body:
             "begin = tl.load(piece + 1)",
             "end = tl.load(piece + 2)",
             *self._prologue(stage),
+            *(
+                [f"end = tl.where({self.name(skip)}, begin, end)"]
+                if skip is not None and stage.stores
+                else []
+            ),
             *(f"{a} = tl.load(row + HEAD + {a[1:]})" for a in addresses),
             *(
                 f"acc{j} = tl.full((BLOCK,), {_reduction(self.program.values[i]).init}, tl.float64)"
                 for j, i in enumerate(stage.reductions)
             ),
-            "lanes = tl.arange(0, BLOCK).to(tl.int64)",
+            "at = tl.arange(0, BLOCK)",
             f"whole = whole_blocks({' | '.join(addresses) or '0'}, begin, end, BLOCK)",
             "for i in range(begin, whole, BLOCK):",
-            "    at = tl.multiple_of(i + lanes, 64)",
             *_indent(self._visit(k, stage, [f"tl.multiple_of({p}, 16)" for p in pointers], whole=True)),
-            "for i in range(whole, end, BLOCK):",
-            "    at = i + lanes",
+            f"at = tl.arange(0, {rest})",
+            # What would move out of this loop are the addresses of its elements: two registers for each.
+            f"for i in tl.range(whole, end, {rest}, disable_licm=True):",
+            f"    left = tl.minimum(end - i, {rest}).to(tl.int32)",
             *_indent(self._visit(k, stage, pointers, whole=False)),
         ]
         for j, i in enumerate(stage.reductions):
@@ -149,22 +161,25 @@ class _Body:
 
     def _visit(self, k: int, stage: Stage, pointers: list[str], whole: bool) -> list[str]:
         """The call of the element function, and what becomes of its results."""
-        call = _call(f"element_{k}", ["at", "end", *pointers, *self._uniform(stage), str(whole)])
+        call = _call(
+            f"element_{k}", ["at", "BLOCK" if whole else "left", *pointers, *self._uniform(stage), str(whole)]
+        )
         if not stage.reductions:
             return call
         targets = ", ".join(f"x{j}" for j in range(len(stage.reductions)))
         lines = [f"{targets} = {call[0]}", *call[1:]]
         for j, i in enumerate(stage.reductions):
             joined = _reduction(self.program.values[i]).join.format(f"acc{j}", f"x{j}.to(tl.float64)")
-            lines.append(f"acc{j} = {joined}" if whole else f"acc{j} = tl.where(at < end, {joined}, acc{j})")
+            lines.append(f"acc{j} = {joined}" if whole else f"acc{j} = tl.where(at < left, {joined}, acc{j})")
         return lines
 
     # -- one program per row --
     def scalars(self, stage: Stage) -> list[str]:
+        skip = self.program.skip
         lines = [
             f"row = rows + tl.program_id(0).to(tl.int64) * {self._width}",
             *self._prologue(stage),
-            "if tl.load(row) > 0:",
+            f"if tl.load(row) > 0{'' if skip is None else f' and not {self.name(skip)}'}:",
             *(f"    store({self._at(n)}, 0, 1, {self.name(i)}, True)" for n, i in stage.stores),
         ]
         return _function("scalars", ["rows", "partials", "slots"], lines)
@@ -179,24 +194,20 @@ class _Body:
         values = self.program.values
         if any(values[i].op == "slot" for i in stage.values):
             lines.append(f"numbers = slots + tl.load(row + 1) * {self.program.slots}")
-        needed = [i for i in stage.values if is_reduction(values[i].op)]
-        if needed:
-            lines += [
-                f"acc{j} = tl.full((), {_reduction(values[i]).init}, tl.float64)"
-                for j, i in enumerate(needed)
-            ]
-            lines += ["first = tl.load(row + 2)", "for c in range(first, first + tl.load(row + 3)):"]
-            for j, i in enumerate(needed):
-                part = f"tl.load(partials + {self._partial('c', i)})"
-                lines.append(f"    acc{j} = {_reduction(values[i]).join.format(f'acc{j}', part)}")
         for i in stage.values:
             v = values[i]
             if v.kind == "S" and is_reduction(v.op):
-                scale = " / tl.load(row).to(tl.float64)" if v.op == "mean" else ""
-                lines.append(self._commented(f"{self.name(i)} = (acc{needed.index(i)}{scale}).to(T)", v))
+                lines.append(self._commented(f"{self.name(i)} = {self._joined(i)}.to(T)", v))
             elif v.kind == "S":
                 lines.append(self._line(i))
         return lines
+
+    def _joined(self, i: int) -> str:
+        """A reduction's part results, joined; in double."""
+        op = _reduction(self.program.values[i])
+        k, n = self.reductions.index(i), len(self.reductions)
+        joined = op.triton.format(f"parts(partials + {k}, {n}, row, {op.init})")
+        return f"({joined} / tl.load(row).to(tl.float64))" if op.name == "mean" else joined
 
     def _partial(self, chunk: str, i: int) -> str:
         return f"{chunk} * {len(self.reductions)} + {self.reductions.index(i)}"
@@ -210,9 +221,9 @@ class _Body:
     def name(self, i: int) -> str:
         v = self.program.values[i]
         if v.op == "slot":
-            return f"s{v.attr}"
+            return f"{'d' if v.type == 'd' else 's'}{v.attr}"
         if v.op == "const":
-            return _constant(v.attr)
+            return _constant(v.attr, _TYPES[v.type])
         if is_reduction(v.op):
             return f"r{self.reductions.index(i)}"
         return f"v{i}"
@@ -223,16 +234,24 @@ class _Body:
 
     def _expression(self, v: Value) -> str:
         if v.op == "slot":
-            return f"tl.load(numbers + {v.attr}).to(T)"
+            return f"tl.load(numbers + {v.attr}).to({_TYPES[v.type]})"
         if v.op == "numel":
-            return "tl.load(row).to(T)"
+            return f"tl.load(row).to({_TYPES[v.type]})"
         if v.op == "load" and v.kind == "F":
             return f"load({self.pointer[v.attr]}, at, end, WHOLE)"
         if v.op == "load":
-            return f"load({self._at(v.attr)}, 0, 1, True)"
+            return (
+                f"tl.load({self._at(v.attr)})" if v.type == "d" else f"load({self._at(v.attr)}, 0, 1, True)"
+            )
         op = OPS[v.op]
         assert isinstance(op, Op) and op.triton is not None
-        return op.triton.format(*(self.name(a) for a in v.args))
+        wanted = argument_type(v, [self.program.values[a] for a in v.args])
+        return op.triton.format(*(self._argument(a, wanted) for a in v.args))
+
+    def _argument(self, i: int, wanted: str) -> str:
+        """A value as the type that the op takes."""
+        same = self.program.values[i].type in (wanted, "b")
+        return self.name(i) if same else f"{self.name(i)}.to({_TYPES[wanted]})"
 
     def _commented(self, text: str, v: Value) -> str:
         comment = "" if v.op in LEAVES else v.where.split(",")[0]
@@ -249,12 +268,12 @@ def _reduction(v: Value) -> Reduction:
     return op
 
 
-def _constant(x: float) -> str:
+def _constant(x: float, type_: str) -> str:
     if not math.isfinite(x):
-        return f'tl.full((), float("{x}"), T)'
+        return f'tl.full((), float("{x}"), {type_})'
     if x == 0 and math.copysign(1.0, x) < 0:  # a constant that equals zero becomes a positive one
-        return "(tl.full((), 0.0, T) * -1.0)"
-    return f"tl.full((), {x!r}, T)"
+        return f"(tl.full((), 0.0, {type_}) * -1.0)"
+    return f"tl.full((), {x!r}, {type_})"
 
 
 def _function(name: str, arguments: Sequence[str], lines: Iterable[str]) -> list[str]:

@@ -24,13 +24,14 @@ from ..ir.program import Buffer
 from ..trace.number import Scalar
 from ..trace.purity import Sources, is_pure
 from ..trace.replay import Replay, can_replay
-from ..trace.signature import PLAIN, Foreign, Opaque, Signature
+from ..trace.signature import FACTOR, PLAIN, Foreign, Opaque, Signature
 from ..trace.tensor import Untraceable
 from ..trace.tracer import NeedsAttribute, Trace, trace
 from . import backends, items, leaf, sharded
 from .backends import Backend, Kernel, Launch
 from .history import History
 from .items import Item
+from .scaling import Norm, Scaling
 
 MAX_KNOWN = 7
 """Traces of one structure that are kept for replay: the sides of branches on numbers that a schedule visits."""
@@ -79,6 +80,10 @@ class Launched:
     launch: Launch
 
     @property
+    def kernel(self) -> Kernel:
+        return self.plans[0].kernel
+
+    @property
     def tensors(self) -> int:
         return sum(len(plan.items) for plan in self.plans)
 
@@ -87,7 +92,7 @@ class Engine:
     """Steps parameters by a callback list. It holds no tensors: state lives with the optimizer.
 
     ``history`` has the kernels used so far, ``eager`` the verdicts on callbacks with no fused form, ``launched`` the
-    kernels of the last step's launches, and how many tensors each stepped.
+    kernels of the last step's launches, and how many tensors each stepped, ``norm`` how its gradients' norm was taken.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class Engine:
         self.attributes: tuple[str, ...] = ()
         self.history = History()
         self.eager: dict[tuple[int, Any], Eager] = {}
+        self.norm: Norm | None = None
         self.launched: list[tuple[Kernel, int]] = []
         self._pure = [is_pure(cb) for cb in callbacks]
         self._sources = Sources(cb for cb, pure in zip(callbacks, self._pure, strict=True) if pure)
@@ -122,7 +128,7 @@ class Engine:
             pass
         return {}
 
-    def step(self, todo: list[Item]) -> list[Launched]:
+    def step(self, todo: list[Item], scaling: Scaling) -> list[Launched]:
         """Step every item: its ``home`` is updated in place, its ``state`` holds the new state.
 
         If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all of the step:
@@ -133,16 +139,19 @@ class Engine:
             plans, unfused = self.prepare(sharded.localized(todo))
             copies = [(item, items.work_copy(item)) for item in unfused]
             self.launched = []
+            self.norm = self._scale(plans, [work for _, work in copies], scaling)
+            if copies and scaling.amp and scaling.skipped({item.param.device for item in unfused}):
+                copies = []
             self._advance([work for _, work in copies if type(work) is Item], 0)
             self._run_whole([work for _, work in copies if type(work) is sharded.Whole])
             self._say()
         except BaseException:
             self.eager = verdicts  # a callback that raised may fuse once it no longer does
             raise
-        launched = self._launch(plans)
+        launched = self._launch(plans, scaling)
         for item, work in copies:
             items.store(item, work, self.state_dtype)
-        return [] if copies else launched
+        return [] if unfused else launched
 
     def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
         """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
@@ -235,23 +244,36 @@ class Engine:
         return compiled
 
     # -- launching --
-    def _launch(self, plans: list[Plan]) -> list[Launched]:
-        together: dict[tuple, list[Plan]] = {}
-        for plan in plans:
-            together.setdefault((plan.kernel, plan.trace.signature.device), []).append(plan)
+    def _scale(self, plans: list[Plan], work: list[Item], scaling: Scaling) -> Norm | None:
+        """Take the norm of all gradients, and scale those of work copies."""
+        norm = None
+        if scaling.max_norm is not None and (plans or work):
+            for plan in plans:
+                for item in plan.items:
+                    item.lay_out()
+            launches = [
+                (group[0].known.backend, [item for plan in group for item in plan.items])
+                for group in _together(plans)
+            ]
+            norm = Norm(scaling, launches, work)
+        for item in work if scaling else ():
+            item.grad.mul_(scaling.buffer(FACTOR, item.param.device))
+        return norm
+
+    def _launch(self, plans: list[Plan], scaling: Scaling) -> list[Launched]:
+        together = _together(plans)
         # Before anything changes: a number may be too large for a float.
-        tables = [np.array([plan.slots for plan in group], dtype=np.float64) for group in together.values()]
+        tables = [np.array([plan.slots for plan in group], dtype=np.float64) for group in together]
         for plan in plans:
             for item in plan.items:
                 item.lay_out()
-        for plan in plans:
-            for item in plan.items:
-                items.allocate(item, plan.trace.created)
+        for item, made in [(item, _allocated(plan, item)) for plan in plans for item in plan.items]:
+            item.state.update(made)
         launched = [
-            Launched(group, launch(group, slots))
-            for group, slots in zip(together.values(), tables, strict=True)
+            Launched(group, launch(group, slots, scaling))
+            for group, slots in zip(together, tables, strict=True)
         ]
-        self.launched += [(entry.plans[0].kernel, entry.tensors) for entry in launched]
+        self.launched += [(entry.kernel, entry.tensors) for entry in launched]
         for plan in plans:
             for item in plan.items:
                 item.state.update(plan.numbers)
@@ -274,7 +296,7 @@ class Engine:
             self._advance(work, first)
             return
         plans = [plan for plan, _, _ in found if plan is not None]
-        self._launch(plans)
+        self._launch(plans, _UNSCALED)
         for plan in plans:
             for item in plan.items:
                 for key, dtype in plan.trace.asked.items():
@@ -320,15 +342,44 @@ class Engine:
                 warnings.warn(text, RuntimeWarning, stacklevel=env.caller_level())
 
 
-def launch(plans: list[Plan], slots: np.ndarray) -> Launch:
+_UNSCALED = Scaling(amp=False)
+
+
+def _together(plans: list[Plan]) -> list[list[Plan]]:
+    """The plans of each launch."""
+    together: dict[tuple, list[Plan]] = {}
+    for plan in plans:
+        together.setdefault((plan.kernel, plan.trace.signature.device), []).append(plan)
+    return list(together.values())
+
+
+def _allocated(plan: Plan, item: Item) -> dict[str, torch.Tensor]:
+    """New state; if there is no memory for it, nothing has changed."""
+    try:
+        return items.allocate(item, plan.trace.created, plan.trace.starts)
+    except RuntimeError as error:
+        group, i = item.where
+        raise torch.OutOfMemoryError(
+            f"no memory for the state ({', '.join(plan.trace.created)}) of parameter {i} of group {group}, which has "
+            f"shape {tuple(item.param.shape)} and is on {item.param.device}; nothing was stepped. Remedy: "
+            f"state_dtype=torch.bfloat16 halves it, or an optimizer with less state. {error}"
+        ) from error
+
+
+def _column(name: str, rows: list[Item], scaling: Scaling) -> list[torch.Tensor]:
+    """The tensor of each row for a buffer of the program."""
+    where, _, key = name.partition(".")
+    if where in ("param", "grad"):
+        return [getattr(item, where) for item in rows]
+    if where == "scaling":
+        return [scaling.buffer(name, rows[0].param.device)] * len(rows)
+    return [(item.hyper if where == "hyper" else item.state)[key] for item in rows]
+
+
+def launch(plans: list[Plan], slots: np.ndarray, scaling: Scaling) -> Launch:
     """Launch plans that share a program, each with its own row of scalars."""
     kernel, rows = plans[0].kernel, [item for plan in plans for item in plan.items]
-    columns: dict[str, list[torch.Tensor]] = {}
-    for name, _ in kernel.program.buffers:
-        if name in ("param", "grad"):
-            columns[name] = [getattr(item, name) for item in rows]
-        else:
-            columns[name] = [item.state[name.removeprefix("state.")] for item in rows]
+    columns = {name: _column(name, rows, scaling) for name, _ in kernel.program.buffers}
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
     prepared = plans[0].known.backend.prepare(kernel, columns, [item.param.numel() for item in rows], sets)
     sharded.run(prepared, slots, rows)
@@ -348,7 +399,8 @@ def _known_traces(
 def _structure(signature: Signature) -> tuple:
     """The signature without its numbers' values, and without whether it is a work copy."""
     state = tuple((k, type(v) if type(v) in (int, float, Opaque) else v) for k, v in signature.state)
-    return signature.device, signature.param, signature.grad, state, signature.attributes, signature.zero_dim
+    s = signature
+    return s.device, s.param, s.grad, state, s.attributes, s.zero_dim, s.modes
 
 
 def _static(hyper: dict[str, Any]) -> tuple:
@@ -359,11 +411,16 @@ def _static(hyper: dict[str, Any]) -> tuple:
 def _shape_of(value: Any) -> Any:
     if type(value) in (tuple, list):
         return (type(value), *map(_shape_of, value))
+    if isinstance(value, torch.Tensor):
+        return value.dtype
     return value if type(value) in PLAIN and type(value) not in (int, float) else type(value)
 
 
 def _plain(values: Iterable[Any]) -> bool:
     """Whether they are tensors, numbers and flags, in tuples or lists at most."""
     return all(
-        type(v) in (Buffer, Foreign, *PLAIN) or (type(v) in (tuple, list) and _plain(v)) for v in values
+        type(v) in (Buffer, Foreign, *PLAIN)
+        or isinstance(v, torch.Tensor)
+        or (type(v) in (tuple, list) and _plain(v))
+        for v in values
     )

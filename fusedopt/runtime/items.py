@@ -9,7 +9,7 @@ import torch
 
 from .. import reference
 from ..ir.program import Buffer
-from ..trace.signature import PLAIN, Foreign, Opaque, Signature, compute_dtype
+from ..trace.signature import HOST, PLAIN, STARTED, Foreign, Modes, Opaque, Signature, compute_dtype
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -22,10 +22,10 @@ class Item:
 
     ``param`` is another tensor than ``home`` for a parameter that is not dense in memory (a slice of a larger one),
     and on work copies. ``where`` is the index of its param group and its own in there, ``hyper`` the group's
-    hyperparameters, ``state`` its state by the names callbacks use.
+    hyperparameters, ``state`` its state by the names callbacks use, ``modes`` what only the device knows.
     """
 
-    __slots__ = ("grad", "home", "hyper", "param", "state", "where")
+    __slots__ = ("grad", "home", "hyper", "modes", "param", "state", "where")
 
     def __init__(
         self,
@@ -34,14 +34,16 @@ class Item:
         state: State,
         where: tuple[int, int],
         hyper: dict[str, Any],
+        modes: Modes = HOST,
     ) -> None:
         self.home = self.param = home
         self.grad, self.state, self.where, self.hyper = grad, state, where, hyper
+        self.modes = modes
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """State tensors with the parameter's shape."""
         for key, value in self.state.items():
-            if isinstance(value, torch.Tensor) and value.shape == self.param.shape:
+            if isinstance(value, torch.Tensor) and per_element(value, self.param):
                 yield key, value
 
     def lay_out(self) -> None:
@@ -71,10 +73,12 @@ class Item:
     def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:
         """What callbacks can see of it. ``work``: it is a work copy, whose dtypes are not the user's."""
         p = self.param
-        state = sorted((k, _visible(v, p.shape)) for k, v in self.state.items()) if self.state else ()
+        state = sorted((k, _visible(v, p)) for k, v in self.state.items()) if self.state else ()
         read = tuple((name, _ATTRIBUTES[name](p)) for name in attributes)
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None
-        return Signature(p.device, p.dtype, self.grad.dtype, tuple(state), read, asked, p.dim() == 0)
+        return Signature(
+            p.device, p.dtype, self.grad.dtype, tuple(state), read, asked, p.dim() == 0, self.modes
+        )
 
 
 _ATTRIBUTES = {
@@ -85,12 +89,18 @@ _ATTRIBUTES = {
 }
 
 
-def _visible(value: Any, shape: torch.Size) -> Any:
+def _visible(value: Any, p: torch.Tensor) -> Any:
     if not isinstance(value, torch.Tensor):
         return value if type(value) in PLAIN else Opaque(value)
-    if value.dtype not in reference.FLOATS or (value.shape != shape and value.dim()):
+    if value.dtype not in reference.FLOATS or (value.shape != p.shape and value.dim()):
         return Foreign(value.dtype, value.shape)
-    return Buffer(value.dtype, "F" if value.shape == shape else "S")
+    return Buffer(value.dtype, "F" if per_element(value, p) else "S")
+
+
+def per_element(value: torch.Tensor, p: torch.Tensor) -> bool:
+    """Whether state has one number per element. That of a 0-d parameter has, but for float64 counts."""
+    count = value.dim() == 0 and value.dtype == torch.float64 != p.dtype
+    return value.shape == p.shape and not count
 
 
 def dense(t: torch.Tensor) -> bool:
@@ -118,13 +128,15 @@ def with_layout(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return reference.mark(out, reference.asked(t))
 
 
-def allocate(item: Item, created: dict[str, Buffer]) -> None:
-    """New state buffers, as zeros: skipped steps never leave uninitialised memory behind."""
+def allocate(item: Item, created: dict[str, Buffer], starts: dict[str, float]) -> State:
+    """New state buffers, as zeros: skipped steps never leave uninitialised memory behind. Counts have ``starts``."""
+    p, made = item.param, {}
     for key, buffer in created.items():
-        if buffer.kind == "F":
-            item.state[key] = torch.zeros_like(item.param, dtype=buffer.dtype, requires_grad=False)
+        if buffer.kind == "F" and key not in starts:
+            made[key] = torch.zeros_like(p, dtype=buffer.dtype, requires_grad=False)
         else:
-            item.state[key] = torch.zeros((), dtype=buffer.dtype, device=item.param.device)
+            made[key] = torch.full((), starts.get(key, 0.0), dtype=buffer.dtype, device=p.device)
+    return made
 
 
 def work_copy(item: Item) -> Item:
@@ -141,10 +153,20 @@ def work_copy(item: Item) -> Item:
             t = reference.mark(torch.zeros([1] * t.dim(), dtype=t.dtype, device=t.device), t.dtype)
         return reference.upcast(t, compute)
 
-    state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in item.state.items()}
-    work = type(item)(copy(item.param), copy(item.grad), state, item.where, item.hyper)
+    state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in _begun(item.state).items()}
+    modes = Modes(item.modes.on_device)
+    work = type(item)(copy(item.param), copy(item.grad), state, item.where, item.hyper, modes)
     attach_gradient(work)
     return work
+
+
+def _begun(state: State) -> State:
+    """The state without what holds nothing yet because every step was skipped so far."""
+    flag = next((k for k in state if k.startswith(STARTED)), None)
+    if flag is None:
+        return state
+    late = () if state[flag].item() else flag.removeprefix(STARTED).split(",")
+    return {k: v for k, v in state.items() if k not in late} | {flag: torch.ones_like(state[flag])}
 
 
 def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:
@@ -172,7 +194,7 @@ def store(item: Item, work: Item, state_dtype: torch.dtype | None) -> None:
 
 def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None) -> torch.Tensor:
     """A copy of it, laid out like the parameter if it has its shape; zeros where the parameter was a stand-in."""
-    if value.shape != work.param.shape:
+    if not per_element(value, work.param):
         out = torch.zeros_like(value)
     else:
         dtype = state_dtype or reference.asked(value) if value.is_floating_point() else value.dtype

@@ -57,7 +57,7 @@ def _localized(item: Item, kind: Any) -> Item:
         raise RuntimeError(
             f"{what} is a partial DTensor, whose elements are still to be summed; redistribute it first"
         )
-    return Shard(Whole(p, item.grad, item.state, item.where, item.hyper))
+    return Shard(Whole(p, item.grad, item.state, item.where, item.hyper, item.modes))
 
 
 class Whole(Item):
@@ -84,7 +84,7 @@ def unfused(item: Item) -> Item:
         return item.whole
     if item.walkable():
         return item
-    return Whole(item.home, item.grad, item.state, item.where, item.hyper)
+    return Whole(item.home, item.grad, item.state, item.where, item.hyper, item.modes)
 
 
 class Shard(Item):
@@ -96,7 +96,8 @@ class Shard(Item):
     __slots__ = ("known", "whole")
 
     def __init__(self, whole: Whole) -> None:
-        super().__init__(_local(whole.home), whole.grad, dict(whole.state), whole.where, whole.hyper)
+        local = _local(whole.home)
+        super().__init__(local, whole.grad, dict(whole.state), whole.where, whole.hyper, whole.modes)
         self.whole = whole
         self.known: dict[str, torch.Tensor] = {}
 

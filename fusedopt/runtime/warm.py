@@ -49,6 +49,10 @@ class Warm:
         stepped = {id(item.home) for plan in plans for item in plan.items}
         absent = [p for group in opt.param_groups for p in group["params"] if id(p) not in stepped]
         numbers = [[plan.numbers.get(key) for plan in plans] for key in keys]
+        self.norm = opt.engine.norm
+        self.gradients = (
+            [entry.launch.rows[:, _column(entry, "grad")] for entry in launched] if self.norm else []
+        )
         self.recording = leaf.native.Recording(  # type: ignore[union-attr]
             list(opt.param_groups), absent, rows, hypers, batches, numbers
         )
@@ -59,6 +63,8 @@ class Warm:
             return False
         if not self.recording.step(opt.param_groups):
             return False
+        if self.norm is not None:
+            self.norm.repeat(self.gradients)
         for launch, slots in self.launches:
             launch.run(slots)
         return True
@@ -69,6 +75,8 @@ def record(opt: Optimizer, launched: list[Launched]) -> Warm | None:
     plans = [plan for entry in launched for plan in entry.plans]
     if leaf.native is None or not plans or not all(map(_repeatable, plans)):
         return None
+    if opt.engine.norm is not None and not all("grad" in entry.kernel.program.buffer for entry in launched):
+        return None
     hypers, place = _hyper_cells(opt)
     if not all(key in place[plan.items[0].where[0]] for plan in plans for key in _hyper_leaves(plan)):
         return None
@@ -76,6 +84,12 @@ def record(opt: Optimizer, launched: list[Launched]) -> Warm | None:
         return Warm(opt, launched, hypers, place)
     except ValueError:  # a number that only Python can hold
         return None
+
+
+def _column(entry: Launched, name: str) -> int:
+    """Where a buffer's pointer is in a row; -1 if the program has no such buffer."""
+    names = [n for n, _ in entry.kernel.program.buffers]
+    return HEAD + names.index(name) if name in names else -1
 
 
 def _repeatable(plan: Plan) -> bool:
@@ -160,7 +174,7 @@ def _batches(
 
 def _rows(opt: Optimizer, entry: Launched, first: int, keys: list[str]) -> list[tuple]:
     """What to check for each row of a launch: see csrc/recording.h."""
-    program = entry.plans[0].kernel.program
+    program = entry.kernel.program
     column = {name: HEAD + k for k, (name, _) in enumerate(program.buffers)}
     written = {name for name, _ in program.stores}
     address = entry.launch.rows.ctypes.data
@@ -180,6 +194,5 @@ def _rows(opt: Optimizer, entry: Launched, first: int, keys: list[str]) -> list[
                 else:
                     entries.append((stored, value, SAME, -1, False))
             row = address + 8 * entry.launch.rows.shape[1] * len(out)
-            grad = column.get("grad", -1)
-            out.append((item.home, live, row, grad, "param" in written, s, entries))
+            out.append((item.home, live, row, _column(entry, "grad"), "param" in written, s, entries))
     return out

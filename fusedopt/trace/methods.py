@@ -54,6 +54,17 @@ def _div(x: SymTensor, other: Any, *, rounding_mode: str | None = None) -> SymTe
     return out if rounding_mode is None else _unary(rounding_mode)(out)
 
 
+def _floor_divide(x: SymTensor, other: Any, symbol: str = "//") -> SymTensor:
+    other = lift(x.run, other)
+    if "F" in (x.kind, other.kind):
+        raise Untraceable(f"the operator {symbol} on tensors with elements has no fused form")
+    return _unary("floor")(_div(x, other))
+
+
+def _remainder(x: SymTensor, other: Any) -> SymTensor:
+    return _sub(x, _binary("mul")(_floor_divide(x, other, "%"), other))
+
+
 def _addcmul(x: SymTensor, a: Any, b: Any, *, value: Any = 1) -> SymTensor:
     return _add(x, _binary("mul")(_times(value, lift(x.run, a)), b))
 
@@ -227,6 +238,10 @@ METHODS |= {
     "rsub": lambda x, other: _sub(lift(x.run, other), x),
     "div": _div,
     "rdiv": lambda x, other: _div(lift(x.run, other), x),
+    "floor_divide": _floor_divide,
+    "rfloor_divide": lambda x, other: _floor_divide(lift(x.run, other), x),
+    "remainder": _remainder,
+    "rremainder": lambda x, other: _remainder(lift(x.run, other), x),
     "addcmul": _addcmul,
     "addcdiv": _addcdiv,
     "lerp": _lerp,

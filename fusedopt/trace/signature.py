@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +41,27 @@ class Opaque:
         return id(self.value)
 
 
+class Modes(NamedTuple):
+    """What of a step is known to the device only.
+
+    on_device: numbers in the state (step counts) are float64 tensors there, which kernels read and advance
+    scaled: gradients are multiplied by the 0-d buffer FACTOR (one over the loss scale, the clip coefficient)
+    skips: where the 0-d buffer FOUND_INF is not zero, nothing is stored
+    """
+
+    on_device: bool = False
+    scaled: bool = False
+    skips: bool = False
+
+
+HOST = Modes()
+FACTOR, FOUND_INF = "scaling.factor", "scaling.found_inf"
+"""Buffers of all parameters together, one number each."""
+STARTED = "started:"
+"""Key of a state flag, followed by the state keys that hold something once it is 1: those whose start is no zero, where
+a first step may be skipped."""
+
+
 @dataclass(frozen=True)
 class Signature:
     """What callbacks can see of a parameter besides its elements; equal signatures give equal traces.
@@ -59,10 +80,11 @@ class Signature:
     attributes: tuple[tuple[str, Any], ...] = ()
     asked: tuple[torch.dtype, torch.dtype] | None = None
     zero_dim: bool = False
+    modes: Modes = HOST
 
     @property
     def compute(self) -> torch.dtype:
-        buffers = [v.dtype for _, v in self.state if isinstance(v, Buffer)]
+        buffers = [v.dtype for _, v in self.state if isinstance(v, Buffer) and v.kind == "F"]
         return compute_dtype(self.param, self.grad, *buffers)
 
 

@@ -69,7 +69,8 @@ class SymTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bool if self.is_bool else self.run.compute
+        type_ = self.run.graph.values[self.node].type
+        return {"b": torch.bool, "d": torch.float64}.get(type_, self.run.compute)
 
     @property
     def data(self) -> SymTensor:
@@ -201,6 +202,7 @@ _CONSTANT = {"requires_grad": True, "is_sparse": False, "is_leaf": True, "layout
 _OPERATORS = {
     "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub", "__mul__": "mul", "__rmul__": "mul",
     "__truediv__": "div", "__rtruediv__": "rdiv", "__pow__": "pow", "__rpow__": "rpow",
+    "__floordiv__": "floor_divide", "__rfloordiv__": "rfloor_divide", "__mod__": "remainder", "__rmod__": "rremainder",
     "__neg__": "neg", "__abs__": "abs",
     "__gt__": "gt", "__ge__": "ge", "__lt__": "lt", "__le__": "le", "__eq__": "eq", "__ne__": "ne",
     "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor", "__invert__": "bitwise_not",
@@ -212,7 +214,7 @@ _IN_PLACE = {
     "__itruediv__": "div_",
     "__ipow__": "pow_",
 }
-_NO_OPERATOR = {"@": "matmul", "//": "floordiv", "%": "mod", "<<": "lshift", ">>": "rshift"}
+_NO_OPERATOR = {"@": "matmul", "<<": "lshift", ">>": "rshift"}
 
 
 def _install() -> None:

@@ -8,7 +8,7 @@ state. Parameters of one group with the same signature share a trace. ``trace`` 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, depth_first, reachable
 from . import methods  # noqa: F401  (fills the table of tensor methods)
 from .number import Number, Scalar, ScalarProgram
-from .signature import Foreign, Opaque, Signature
+from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Opaque, Signature
 from .tensor import SymParameter, SymTensor, Untraceable, lift
 
 MAX_PATHS = 8
@@ -41,7 +41,8 @@ class Trace:
 
     ``slots[i]`` is the scalar program's entry for slot i. ``numbers`` is the new scalar state: an entry's index
     (``scalars.values`` has its value) or a flag. ``created`` are state buffers that did not exist; they start as
-    zeros; ``asked`` is the dtype the user would see for each. ``shared`` says that the program is the later steps' too.
+    zeros, or, for counts on the device, at ``starts``; ``asked`` is the dtype the user would see for each tensor.
+    ``shared`` says that the program is the later steps' too.
     """
 
     signature: Signature
@@ -52,6 +53,7 @@ class Trace:
     created: dict[str, Buffer]
     asked: dict[str, torch.dtype]
     shared: bool = True
+    starts: dict[str, float] = field(default_factory=dict)
 
     def slot_values(self) -> list[Scalar]:
         return [self.scalars.values[i] for i in self.slots]
@@ -143,41 +145,81 @@ def trace(
 
     State keys that are missing are traced twice: as they are, and with the new tensors as inputs. If the second,
     fed zeros, is the first, the first step and all later ones share a program, and the buffers start as zeros.
+    Where steps may be skipped, a state flag on the device tells the two apart instead (see ``STARTED``).
     ``work``: for work copies, between eager callbacks, so a changed gradient is stored and new state is not rounded.
     """
     graph, scalars = Graph(), ScalarProgram()
-    a = _Pass(callbacks, signature, hyper, graph, scalars, first).run({})
-    cells, shared = a, True
+
+    def run(given: dict[str, Buffer], without: Sequence[str] = ()) -> dict[str, Any]:
+        return _Pass(callbacks, signature, hyper, graph, scalars, first).run(given, without)
+
+    starts = _starts(callbacks, signature, hyper, first) if signature.modes.on_device else {}
+    # As the next step will see it: see ``items.per_element``.
+    count = Buffer(torch.float64, "F" if signature.zero_dim and signature.param == torch.float64 else "S")
+    counts = dict.fromkeys(starts, count)
+    flag = next((k for k, _ in signature.state if k.startswith(STARTED)), None)
+    late = flag.removeprefix(STARTED).split(",") if flag else []
+    a = run(counts, late)
     asked = {
-        k: _asked_dtype(k, v, graph, signature, state_dtype) for k, v in a.items() if _is_new(k, v, signature)
+        k: _asked_dtype(k, v, graph, signature, state_dtype)
+        for k, v in a.items()
+        if _is_new(k, v, signature) and k not in counts
     }
     created = {
         k: Buffer(signature.compute if work else dtype, graph.values[a[k].node].kind)
         for k, dtype in asked.items()
     }
-    if created:
-        b = _run_again(callbacks, signature, hyper, graph, scalars, first, created)
-        shared = b is not None and _same_from_zeros(graph, a, b, created)
-        cells = b if shared and b is not None else a
-    program, slots = _program(graph, signature, cells, created, materialize_grad=work)
+    cells, shared = a, True
+    if created or late:
+        b = _again(run, counts | created)
+        shared = not late and b is not None and _same_from_zeros(graph, signature, a, b, created)
+        if shared and b is not None:
+            cells = b
+        elif late or signature.modes.skips:
+            flag = flag or STARTED + ",".join(created)
+            cells = _either(graph, signature, flag, count, a, b, first)
+            created |= {} if late else {flag: count}
+            shared = True
+    created |= counts
+    program, slots = _program(graph, signature, hyper, cells, created, materialize_grad=work)
     numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign))}
-    return Trace(signature, program, scalars, slots, numbers, created, asked, shared)
+    return Trace(signature, program, scalars, slots, numbers, created, asked, shared, starts)
 
 
-def _run_again(
-    callbacks: Sequence[Callback],
-    signature: Signature,
-    hyper: dict[str, Any],
-    graph: Graph,
-    scalars: ScalarProgram,
-    first: int,
-    created: dict[str, Buffer],
-) -> dict[str, Any] | None:
+def _again(run: Callable[..., dict[str, Any]], given: dict[str, Buffer]) -> dict[str, Any] | None:
     """The second trace, with the created buffers as inputs; None if it cannot be had."""
     try:
-        return _Pass(callbacks, signature, hyper, graph, scalars, first).run(created)
+        return run(given)
     except (Untraceable, Exception):
         return None
+
+
+def _starts(
+    callbacks: Sequence[Callback], signature: Signature, hyper: dict[str, Any], first: int
+) -> dict[str, float]:
+    """The numbers that callbacks leave in the state for the first time, and where they start: arguments' defaults."""
+    cells = _Pass(callbacks, signature, hyper, Graph(), ScalarProgram(), first).run({}, counting=True)
+    known = dict(signature.state)
+    out = {}
+    for key in (k for k, v in cells.items() if _is_number(v) and k not in known):
+        # Whoever takes it first starts it. What nobody takes is only written.
+        i, default = next(
+            ((i, arguments_of(cb)[key]) for i, cb in enumerate(callbacks) if key in arguments_of(cb)),
+            (0, 0.0),
+        )
+        if type(default) not in (int, float):
+            error = Untraceable(
+                f"the number {key!r} in the state lives on the device, and needs a number as the default of the "
+                f"argument {key!r} to start from"
+            )
+            error.callback = first + i  # type: ignore[attr-defined]
+            raise error
+        out[key] = float(default)
+    return out
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Number) or type(x) in (int, float)
 
 
 def _is_new(key: str, cell: Any, signature: Signature) -> bool:
@@ -188,19 +230,47 @@ def _is_new(key: str, cell: Any, signature: Signature) -> bool:
 def _asked_dtype(
     key: str, cell: Cell, graph: Graph, signature: Signature, state_dtype: torch.dtype | None
 ) -> torch.dtype:
-    """The dtype of new state: as asked, or the policy's; one number per tensor keeps the compute type."""
-    if graph.values[cell.node].kind == "S":
-        return signature.compute
+    """The dtype of new state: as asked, or the policy's; one number per tensor keeps the type it is computed in."""
+    value = graph.values[cell.node]
+    if value.kind == "S":
+        return torch.float64 if value.type == "d" else signature.compute
     return state_dtype or cell.asked or (signature.asked or (signature.param,))[0]
 
 
-def _same_from_zeros(graph: Graph, a: dict[str, Any], b: dict[str, Any], created: dict[str, Buffer]) -> bool:
+def _load(graph: Graph, signature: Signature, name: str, buffer: Buffer) -> int:
+    wide = buffer.kind == "S" and buffer.dtype == torch.float64 != signature.compute
+    return graph.leaf("load", name, kind=buffer.kind, type="d" if wide else "f")
+
+
+def _either(
+    graph: Graph,
+    signature: Signature,
+    flag: str,
+    buffer: Buffer,
+    a: dict[str, Any],
+    b: dict[str, Any] | None,
+    first: int,
+) -> dict[str, Any]:
+    """Trace a until a step has not been skipped, and then trace b, by a flag on the device."""
+    if b is None or a.keys() != b.keys():
+        error = Untraceable("its first step and the later ones differ by more than a select can tell apart")
+        error.callback = first  # type: ignore[attr-defined]
+        raise error
+    yes = graph.op("ne", _load(graph, signature, f"state.{flag}", buffer), graph.leaf("const", 0.0))
+    one = graph.leaf("const", 1.0)
+    started = Cell(graph.op("expand", one) if buffer.kind == "F" else one, None)
+    return {k: _select(graph, yes, b[k], a[k]) for k in b} | {flag: started}
+
+
+def _same_from_zeros(
+    graph: Graph, signature: Signature, a: dict[str, Any], b: dict[str, Any], created: dict[str, Buffer]
+) -> bool:
     """Whether trace b, its created buffers read as zeros, is trace a."""
-    zero = graph.leaf("const", 0.0)
-    replace = {
-        graph.leaf("load", f"state.{k}", kind=v.kind): graph.op("expand", zero) if v.kind == "F" else zero
-        for k, v in created.items()
-    }
+    replace = {}
+    for k, buffer in created.items():
+        load = _load(graph, signature, f"state.{k}", buffer)
+        zero = graph.leaf("const", 0.0, type=graph.values[load].type)
+        replace[load] = graph.op("expand", zero) if buffer.kind == "F" else zero
     roots = [v.node for v in b.values() if isinstance(v, Cell)]
     for i in reachable(graph.values, roots):
         v = graph.values[i]
@@ -231,19 +301,37 @@ class _Pass:
     ) -> None:
         self.callbacks, self.signature, self.first = callbacks, signature, first
         self.graph, self.scalars = graph, scalars
-        self.hyper = {k: self._number(("hyper", k), v) for k, v in hyper.items()}
+        self.hyper = {k: self._hyper(k, v) for k, v in hyper.items()}
 
-    def run(self, given: dict[str, Buffer]) -> dict[str, Any]:
-        """Trace every callback; ``given`` are state buffers to feed in addition to the signature's."""
+    def _hyper(self, name: str, value: Any) -> Any:
+        """A number, or the cell of a tensor that kernels read."""
+        if isinstance(value, torch.Tensor):
+            buffer = Buffer(value.dtype, "S")
+            return Cell(_load(self.graph, self.signature, f"hyper.{name}", buffer), value.dtype)
+        return self._number(("hyper", name), value)
+
+    def run(
+        self, given: dict[str, Buffer], without: Sequence[str] = (), counting: bool = False
+    ) -> dict[str, Any]:
+        """Trace every callback. ``given`` are state buffers to feed in addition to the signature's, less ``without``.
+
+        ``counting``: leave numbers in the state numbers, even if they belong on the device.
+        """
         s = self.signature
         asked = s.asked or (s.param, s.grad)
+        grad = self.graph.leaf("load", "grad", kind="F")
+        if s.modes.scaled:
+            factor = self.graph.leaf("load", FACTOR)
+            grad = self.graph.op("mul", grad, factor, where=lambda: "scaling")
         cells: dict[str, Any] = {
             PARAM: Cell(self.graph.leaf("load", "param", kind="F"), asked[0]),
-            GRAD: Cell(self.graph.leaf("load", "grad", kind="F"), asked[1]),
+            GRAD: Cell(grad, asked[1]),
         }
         for key, value in (dict(s.state) | given).items():
+            if key in without or key.startswith(STARTED):
+                continue
             if isinstance(value, Buffer):
-                cells[key] = Cell(self.graph.leaf("load", f"state.{key}", kind=value.kind), value.dtype)
+                cells[key] = Cell(_load(self.graph, s, f"state.{key}", value), value.dtype)
             elif type(value) in (int, float):
                 cells[key] = self._number(("state", key), value)
             else:
@@ -255,7 +343,15 @@ class _Pass:
             except (Untraceable, Exception) as error:
                 error.callback = self.first + i  # type: ignore[union-attr]
                 raise
+        if s.modes.on_device and not counting:
+            cells = {k: self._on_device(v) if _is_number(v) else v for k, v in cells.items()}
         return self._per_element(cells) if s.zero_dim else cells
+
+    def _on_device(self, x: Any) -> Cell:
+        """A number as a value that a kernel can store."""
+        index = x.index if isinstance(x, Number) else self.scalars.entry(("const", type(x).__name__, x), x)
+        wide = self.signature.compute != torch.float64
+        return Cell(self.graph.leaf("slot", index, type="d" if wide else "f"), torch.float64)
 
     def _per_element(self, cells: dict[str, Any]) -> dict[str, Any]:
         """For a 0-d parameter all state is one number per element: the next step could not tell it apart."""
@@ -308,7 +404,9 @@ class _Pass:
         boxes = {k: SymTensor(run, v.node, v.asked) for k, v in cells.items() if isinstance(v, Cell)}
         p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, boxes[GRAD])
         state = {k: boxes.get(k, v) for k, v in cells.items() if k not in (PARAM, GRAD)}
-        given = state | self.hyper
+        given = state | {
+            k: SymTensor(run, v.node, v.asked) if isinstance(v, Cell) else v for k, v in self.hyper.items()
+        }
         # Default numbers are handed in, so that those of ``step=0`` are recorded too.
         for name, value in arguments_of(callback).items():
             if name not in given and type(value) in (int, float):
@@ -347,23 +445,23 @@ class _Pass:
         if yes.keys() != no.keys():
             raise Untraceable("a branch on a norm or mean decides which state there is")
         condition = run.conditions[len(path)]
-        return {k: self._select(run, condition, yes[k], no[k]) for k in yes}
+        return {k: _select(self.graph, condition, yes[k], no[k], run.slot) for k in yes}
 
-    def _select(self, run: Run, condition: int, yes: Any, no: Any) -> Any:
-        if yes is no or (isinstance(yes, Cell) and isinstance(no, Cell) and yes.node == no.node):
-            return yes
-        if isinstance(yes, Number) and isinstance(no, Number) and yes.index == no.index:
-            return yes
-        if all(type(v) in (int, float) for v in (yes, no)) and yes == no:
-            return yes
-        return Cell(select(self.graph, condition, self._node(run, yes), self._node(run, no)), _asked(yes, no))
 
-    def _node(self, run: Run, x: Any) -> int:
-        if isinstance(x, Cell):
-            return x.node
-        if isinstance(x, (Number, float)) or type(x) is int:
-            return run.slot(x)
+def _select(graph: Graph, condition: int, yes: Any, no: Any, slot: Callable[[Any], int] | None = None) -> Any:
+    """The cell of either, by a condition on the device; ``slot`` makes values of numbers."""
+    if yes is no or (isinstance(yes, Cell) and isinstance(no, Cell) and yes.node == no.node):
+        return yes
+    if isinstance(yes, Number) and isinstance(no, Number) and yes.index == no.index:
+        return yes
+    if not isinstance(yes, (Cell, Number)) and type(yes) is type(no) and yes == no:
+        return yes
+    nodes = [
+        x.node if isinstance(x, Cell) else slot(x) if slot and _is_number(x) else None for x in (yes, no)
+    ]
+    if nodes[0] is None or nodes[1] is None:
         raise Untraceable("a branch on a norm or mean decides about a flag in the state")
+    return Cell(select(graph, condition, nodes[0], nodes[1]), _asked(yes, no))
 
 
 def _asked(a: Any, b: Any) -> torch.dtype | None:
@@ -388,12 +486,17 @@ def select(graph: Graph, condition: int, yes: int, no: int) -> int:
 def _program(
     graph: Graph,
     signature: Signature,
+    hyper: dict[str, Any],
     cells: dict[str, Any],
     created: dict[str, Buffer],
     materialize_grad: bool,
 ) -> tuple[Program, tuple[int, ...]]:
     """The program for the final cells, in canonical numbering, and the scalar entries of its slots."""
     buffers = {"param": Buffer(signature.param, "F"), "grad": Buffer(signature.grad, "F")}
+    buffers |= {name: Buffer(torch.float32, "S") for name in (FACTOR, FOUND_INF)}
+    buffers |= {f"hyper.{k}": Buffer(v.dtype, "S") for k, v in hyper.items() if isinstance(v, torch.Tensor)}
+    found = graph.leaf("load", FOUND_INF)
+    skip = graph.op("ne", found, graph.leaf("const", 0.0)) if signature.modes.skips else None
     stores: dict[str, int] = {"param": cells[PARAM].node}
     if materialize_grad:
         stores["grad"] = cells[GRAD].node
@@ -402,7 +505,7 @@ def _program(
         buffers[f"state.{key}"] = buffer
         if isinstance(cells[key], Cell):
             stores[f"state.{key}"] = cells[key].node
-    program, slots = canonical(graph, signature.compute, buffers, stores)
+    program, slots = canonical(graph, signature.compute, buffers, stores, skip)
     return _optimized(program, tuple(v.where for v in program.values)), slots
 
 
@@ -413,16 +516,28 @@ def _optimized(program: Program, where: tuple[str, ...]) -> Program:
 
 
 def canonical(
-    graph: Graph, compute: torch.dtype, buffers: dict[str, Buffer], stores: dict[str, int]
+    graph: Graph,
+    compute: torch.dtype,
+    buffers: dict[str, Buffer],
+    stores: dict[str, int],
+    skip: int | None = None,
 ) -> tuple[Program, tuple[int, ...]]:
     """Number the reachable values and the slots in order, so that equal structure is equal text."""
-    order = depth_first(graph.values, stores.values())
+    order = depth_first(graph.values, [*stores.values(), *([] if skip is None else [skip])])
     number = {old: new for new, old in enumerate(order)}
-    slots = [graph.values[i].attr for i in order if graph.values[i].op == "slot"]
+    slots = list(dict.fromkeys(graph.values[i].attr for i in order if graph.values[i].op == "slot"))
     values = []
     for i in order:
         v = graph.values[i]
         attr = slots.index(v.attr) if v.op == "slot" else v.attr
         values.append(type(v)(v.op, tuple(number[a] for a in v.args), attr, v.kind, v.type, v.where))
     kept = tuple((n, number[i]) for n, i in stores.items())
-    return Program(compute, tuple(buffers.items()), tuple(values), kept, len(slots)), tuple(slots)
+    program = Program(
+        compute,
+        tuple(buffers.items()),
+        tuple(values),
+        kept,
+        len(slots),
+        None if skip is None else number[skip],
+    )
+    return program, tuple(slots)

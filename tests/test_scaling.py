@@ -1,0 +1,504 @@
+"""Numbers that only the device knows: loss scale and found infinity, the norm's coefficient, step counts.
+
+On a CPU the device is the CPU, and the kernels are the same programs as on a GPU.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+import fusedopt
+import fusedopt.optim as optim
+from fusedopt import table
+from fusedopt.callbacks import average_grad, sgd_step, step_stat
+
+SHAPES = [(3, 5), (7,), (), (130,)]
+SCALE = 1024.0
+ROWS = [pytest.param(r, r.variants[0], id=f"{r.face}-{r.name}") for r in table.TABLE]
+LATE = [
+    pytest.param(r, v, id=f"{r.face}-{r.name}-{v.id}")
+    for r in table.TABLE
+    for v in r.variants
+    if v.first_step_kernel and v is not r.variants[0]
+]
+"""Optimizers whose state starts as something other than zeros."""
+BACKENDS = ["cpp", "reference"]
+
+
+def parameters(dtype=torch.float32, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+def gradients(steps, dtype=torch.float32, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(1)
+    return [[torch.randn(s, generator=generator).to(dtype) for s in shapes] for _ in range(steps)]
+
+
+def give(params, grads, scale=1.0):
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g * scale
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def scaled_step(opt, params, grads, found=False, scale=SCALE):
+    """A step as GradScaler takes it; ``found``: a gradient is infinite."""
+    give(params, grads, scale)
+    if found:
+        params[0].grad.view(-1)[0] = torch.inf
+    opt.grad_scale, opt.found_inf = torch.tensor(scale), torch.tensor(float(found))
+    opt.step()
+    del opt.grad_scale, opt.found_inf
+
+
+# ---------------------------------------------------------------- loss scaling
+
+
+@pytest.mark.parametrize(("row", "variant"), ROWS + LATE)
+def test_a_scaled_step_is_a_step_and_a_skipped_one_is_none(row, variant):
+    ours, plain = parameters(), parameters()
+    opt = row.factory(ours, **variant.kwargs, amp_fused=True, backend="cpp")
+    twin = row.factory(plain, **variant.kwargs, backend="cpp")
+    for t, grads in enumerate(gradients(12)):
+        before = [p.detach().clone() for p in ours]
+        scaled_step(opt, ours, grads, found=t in (0, 1, 6))
+        if t in (0, 1, 6):
+            assert_same(ours, before)
+        else:
+            give(plain, grads)
+            twin.step()
+    assert_same(ours, plain)
+    assert opt._warm is not None
+    assert not opt.explain().eager
+
+
+def test_without_the_gate_an_infinity_gets_through():
+    (p,) = params = parameters(shapes=[(4,)])
+    opt = optim.AdamW(params, amp_fused=True, backend="cpp")
+    give(params, [torch.full((4,), torch.inf)])
+    opt.found_inf = torch.tensor(0.0)
+    opt.step()
+    assert not p.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_backends_agree_on_scaled_steps(backend, dtype):
+    """Gradients are divided in the compute type, whatever they are stored in.
+
+    (torch itself rounds a 0-d tensor that meets others differently from a number, by an ulp.)
+    """
+    ours, truth = parameters(dtype), parameters(dtype)
+    opt = optim.AdamW(ours, lr=0.1, amp_fused=True, backend=backend)
+    twin = optim.AdamW(truth, lr=0.1, backend=backend)
+    for t, grads in enumerate(gradients(5, dtype)):
+        scaled_step(opt, ours, grads, found=t == 2, scale=2.0)
+        if t != 2:
+            give(truth, grads)
+            twin.step()
+    for p, q in zip(ours, truth, strict=True):
+        assert torch.equal(p, q) if backend == "cpp" else torch.allclose(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_torchs_scaler_drives_it_as_it_drives_torchs_own():
+    def train(make, **options):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        opt = make(model.parameters(), lr=0.01, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
+        scales = []
+        for t in range(12):
+            x = torch.randn(5, 6)
+            loss = model(x).pow(2).mean() * (float("inf") if t in (0, 5) else 1.0)
+            opt.zero_grad()
+            scaler.scale(loss).backward()
+            if t == 7:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+            scales.append(scaler.get_scale())
+            assert not hasattr(opt, "grad_scale") and not hasattr(opt, "found_inf")
+        return list(model.parameters()), scales
+
+    ours, scales = train(optim.AdamW, amp_fused=True)
+    plain, expected = train(optim.AdamW)
+    assert scales == expected
+    assert len(set(scales)) > 2
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_scaler_finds_the_flag_only_where_it_was_asked_for():
+    (p,) = parameters(shapes=[(2,)])
+    assert not hasattr(optim.AdamW([p]), "_step_supports_amp_scaling")
+    opt = optim.AdamW([p], amp_fused=True, max_grad_norm=2.0)
+    again = copy.deepcopy(opt)
+    assert opt._step_supports_amp_scaling and again._step_supports_amp_scaling
+    assert again.max_grad_norm == 2.0
+    assert not hasattr(opt, "grad_scale") and not hasattr(opt, "found_inf")
+
+
+def test_without_a_scaler_a_step_is_a_plain_one_even_after_a_skipped_one():
+    ours, plain = parameters(), parameters()
+    opt, twin = optim.AdamW(ours, amp_fused=True), optim.AdamW(plain)
+    first, second = gradients(2)
+    scaled_step(opt, ours, first, found=True)
+    for params, o in ((ours, opt), (plain, twin)):
+        give(params, second)
+        o.step()
+    assert_same(ours, plain)
+
+
+def clones(p, slow=None, **_):
+    """Keeps a copy of where the parameter started."""
+    slow = p.data.clone() if slow is None else slow
+    p.data.add_(p.grad.data * 0.1)
+    return {"slow": slow * 0.5}
+
+
+def test_state_that_starts_as_a_clone_survives_a_skipped_first_step_and_a_checkpoint():
+    (p,) = params = parameters(shapes=[(4,)])
+    start = p.detach().clone()
+    opt = fusedopt.Optimizer(params, clones, amp_fused=True, backend="cpp")
+    grads = gradients(3, shapes=[(4,)])
+    scaled_step(opt, params, grads[0], found=True)
+    saved = copy.deepcopy(opt.state_dict())
+    for t, backend in ((1, "cpp"), (2, "reference")):
+        (q,) = again = parameters(shapes=[(4,)])
+        other = fusedopt.Optimizer(again, clones, amp_fused=True, backend=backend)
+        other.load_state_dict(saved)
+        scaled_step(other, again, grads[t])
+        assert torch.equal(other.state[q]["slow"], start * 0.5)
+        scaled_step(other, again, grads[t])
+        assert torch.equal(other.state[q]["slow"], start * 0.25)
+
+
+def unfusable(p, lr, **_):
+    p.data.sub_(p.grad.data.sort().values * lr)
+
+
+def test_callbacks_that_run_eagerly_are_scaled_and_skipped_too():
+    ours, plain = parameters(shapes=[(6,)]), parameters(shapes=[(6,)])
+    with pytest.warns(RuntimeWarning, match="unfusable runs eagerly"):
+        opt = fusedopt.Optimizer(ours, [average_grad, unfusable], lr=0.1, mom=0.9, amp_fused=True)
+        twin = fusedopt.Optimizer(plain, [average_grad, unfusable], lr=0.1, mom=0.9)
+        for t, grads in enumerate(gradients(4, shapes=[(6,)])):
+            scaled_step(opt, ours, grads, found=t in (0, 2))
+            if t not in (0, 2):
+                give(plain, grads)
+                twin.step()
+    assert_same(ours, plain)
+    assert_same([opt.state[ours[0]]["grad_avg"]], [twin.state[plain[0]]["grad_avg"]])
+
+
+def undefaulted(p, count=None, **_):
+    p.data.sub_(p.grad.data)
+    return {"count": 1 if count is None else count + 1}
+
+
+def test_a_count_that_starts_nowhere_is_named_and_still_right():
+    (p,) = params = parameters(shapes=[(3,)])
+    opt = fusedopt.Optimizer(params, undefaulted, capturable=True, backend="cpp")
+    give(params, [torch.ones(3)])
+    with pytest.warns(RuntimeWarning, match="'count' in the state lives on the device, and needs a number"):
+        opt.step()
+    opt.step()
+    assert float(opt.state[p]["count"]) == 2.0
+
+
+# ---------------------------------------------------------------- the global norm
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_clipping_is_that_of_clip_grad_norm(backend, dtype, limit):
+    ours, truth = parameters(dtype), parameters(torch.float64)
+    opt = optim.SGD(ours, lr=0.1, max_grad_norm=limit, backend=backend)
+    with torch.no_grad():
+        for p, q in zip(ours, truth, strict=True):
+            q.copy_(p)
+    for grads in gradients(1, dtype):
+        give(ours, grads)
+        give(truth, [g.double() for g in grads])
+        kept = [p.grad.clone() for p in ours]
+        opt.step()
+        assert_same([p.grad for p in ours], kept)  # no gradient is rewritten
+        norm = clip_grad_norm_(truth, limit)
+        torch.optim.SGD(truth, lr=0.1).step()
+    assert opt.grad_norm.dtype == torch.float32 and opt.grad_norm.dim() == 0
+    assert opt.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    tolerance = 2e-7 if dtype != torch.bfloat16 else 2**-8
+    for p, q in zip(ours, truth, strict=True):
+        assert torch.allclose(p.double(), q, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("row", "variant"), ROWS)
+def test_every_optimizer_clips_as_if_its_gradients_had_been_clipped(row, variant):
+    """All in double, so that only the rounding of the float32 coefficient tells the two apart."""
+    ours, plain = parameters(torch.float64), parameters(torch.float64)
+    opt = row.factory(ours, **variant.kwargs, max_grad_norm=0.7, backend="cpp")
+    twin = row.factory(plain, **variant.kwargs, backend="cpp")
+    for grads in gradients(6, torch.float64):
+        give(ours, grads)
+        give(plain, grads)
+        clip_grad_norm_(plain, 0.7)
+        opt.step()
+        twin.step()
+    for p, q in zip(ours, plain, strict=True):
+        assert torch.allclose(p, q, rtol=2e-6, atol=2e-6)
+    assert not opt.explain().eager
+
+
+def test_a_norm_that_is_not_clipped_by_would_be_noticed():
+    ours, plain = parameters(torch.float64), parameters(torch.float64)
+    for params, options in ((ours, {"max_grad_norm": 0.7}), (plain, {})):
+        opt = optim.SGD(params, lr=0.1, **options)
+        give(params, gradients(1, torch.float64)[0])
+        opt.step()
+    assert not torch.allclose(ours[0], plain[0], rtol=2e-6, atol=2e-6)
+
+
+def test_the_norm_is_over_groups_dtypes_and_parameters_that_have_a_gradient():
+    wide, narrow = parameters(shapes=[(40,), (3,)]), parameters(torch.bfloat16, shapes=[(9,)])
+    opt = optim.SGD([{"params": wide}, {"params": narrow, "lr": 0.5, "weight_decay": 0.1}], max_grad_norm=1.0)
+    for generator_step, absent in ((0, None), (1, None), (2, 1)):
+        for i, p in enumerate([*wide, *narrow]):
+            torch.manual_seed(generator_step)
+            p.grad = None if i == absent else torch.randn_like(p)
+        grads = [p.grad.double() for p in [*wide, *narrow] if p.grad is not None]
+        opt.step()
+        expected = torch.cat([g.flatten() for g in grads]).norm()
+        assert opt.grad_norm.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_norm_is_measured_again_on_warm_steps_and_its_limit_is_live():
+    ours, plain = parameters(torch.float64), parameters(torch.float64)
+    opt, twin = optim.SGD(ours, lr=0.1, max_grad_norm=0.5), optim.SGD(plain, lr=0.1)
+    for t, grads in enumerate(gradients(6, torch.float64)):
+        give(ours, grads)
+        give(plain, grads)
+        if t == 4:
+            opt.max_grad_norm = 0.1
+        norm = clip_grad_norm_(plain, opt.max_grad_norm)
+        opt.step()
+        twin.step()
+        assert opt.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    assert opt._warm is not None
+    for p, q in zip(ours, plain, strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_clipping_is_after_unscaling_and_an_infinite_norm_is_reported_not_stepped_by():
+    ours, plain = parameters(), parameters()
+    opt = optim.SGD(ours, lr=0.1, amp_fused=True, max_grad_norm=0.5, backend="cpp")
+    twin = optim.SGD(plain, lr=0.1, max_grad_norm=0.5, backend="cpp")
+    for t, grads in enumerate(gradients(4)):
+        scaled_step(opt, ours, grads, found=t == 1)
+        if t == 1:
+            assert opt.grad_norm.item() == torch.inf
+            continue
+        give(plain, grads)
+        twin.step()
+        assert opt.grad_norm.item() == pytest.approx(twin.grad_norm.item(), rel=1e-6)
+    for p, q in zip(ours, plain, strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_eager_callbacks_are_clipped_by_the_norm_of_all():
+    fused, eager = parameters(torch.float64, [(5,)]), parameters(torch.float64, [(6,)])
+    twins = [p.detach().clone().requires_grad_() for p in (*fused, *eager)]
+    grads = gradients(1, torch.float64, [(5,), (6,)])[0]
+
+    def sorting(p, lr, sort, **_):
+        p.data.sub_((p.grad.data.sort().values if sort else p.grad.data) * lr)
+
+    groups = [{"params": fused, "sort": False}, {"params": eager, "sort": True}]
+    opt = fusedopt.Optimizer(groups, sorting, lr=0.1, sort=False, max_grad_norm=0.5)
+    give([*fused, *eager], grads)
+    give(twins, grads)
+    with pytest.warns(RuntimeWarning, match="sorting runs eagerly"):
+        opt.step()
+    norm = clip_grad_norm_(twins, 0.5)
+    assert opt.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    assert torch.allclose(fused[0], twins[0] - 0.1 * twins[0].grad, rtol=1e-6)
+    assert torch.allclose(eager[0], twins[1] - 0.1 * twins[1].grad.sort().values, rtol=1e-6)
+
+
+def test_without_gradients_there_is_no_norm_and_no_step():
+    params = parameters()
+    opt = optim.AdamW(params, max_grad_norm=1.0, amp_fused=True)
+    opt.found_inf = 0  # what GradScaler sets where no parameter had a gradient
+    opt.step()
+    assert opt.grad_norm is None
+    assert_same(params, parameters())
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+def test_a_limit_must_be_above_zero(limit):
+    with pytest.raises(ValueError, match="max_grad_norm must be above 0"):
+        optim.AdamW(parameters(), max_grad_norm=limit)
+    opt = optim.AdamW(parameters(), max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="max_grad_norm must be above 0"):
+        opt.max_grad_norm = limit
+    assert opt.max_grad_norm == 1.0
+
+
+# ---------------------------------------------------------------- counts on the device
+
+
+@pytest.mark.parametrize(("row", "variant"), ROWS + LATE)
+def test_counts_on_the_device_give_the_steps_that_numbers_do(row, variant):
+    ours, plain = parameters(), parameters()
+    opt = row.factory(ours, **variant.kwargs, capturable=True, backend="cpp")
+    twin = row.factory(plain, **variant.kwargs, backend="cpp")
+    for t, grads in enumerate(gradients(9)):
+        for params, o in ((ours, opt), (plain, twin)):
+            give(params, grads)
+            for group in o.param_groups:
+                group["lr"] *= 0.9**t
+            o.step()
+    assert_same(ours, plain)
+    assert not opt.explain().eager
+    for state in opt.state.values():
+        assert not any(type(v) in (int, float) for v in state.values())
+
+
+def test_one_kernel_serves_both_sides_of_a_branch_on_the_step():
+    params = parameters()
+    opt = optim.RAdam(params, lr=0.01, capturable=True, backend="cpp")
+    for grads in gradients(8):
+        give(params, grads)
+        opt.step()
+    assert len(opt.explain().compiled) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_learning_rate_is_read_where_it_is(backend):
+    ours, plain = parameters(), parameters()
+    lr = torch.tensor(0.1)
+    opt = optim.SGD(ours, lr=lr, momentum=0.9, capturable=True, backend=backend)
+    twin = optim.SGD(plain, lr=0.1, momentum=0.9, backend=backend)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (opt, twin)]
+    for grads in gradients(5):
+        for params, o, schedule in zip((ours, plain), (opt, twin), schedules, strict=True):
+            give(params, grads)
+            o.step()
+            schedule.step()
+    assert opt.param_groups[0]["lr"] is lr and lr.item() == pytest.approx(0.1 * 0.5**5)
+    for p, q in zip(ours, plain, strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_checkpoints_go_between_counts_on_the_device_and_numbers():
+    makers = [
+        lambda params: optim.AdamW(params, lr=0.1, capturable=True),
+        lambda params: torch.optim.AdamW(params, lr=0.1),
+        lambda params: optim.AdamW(params, lr=0.1),
+    ]
+    expected = parameters(torch.float64)
+    whole = torch.optim.AdamW(expected, lr=0.1)
+    grads = gradients(4, torch.float64)
+    for g in grads:
+        give(expected, g)
+        whole.step()
+    for first, second in itertools.permutations(makers, 2):
+        params = parameters(torch.float64)
+        opt = first(params)
+        for g in grads[:2]:
+            give(params, g)
+            opt.step()
+        saved = copy.deepcopy(opt.state_dict())
+        assert all(s["step"].dtype == torch.float32 for s in saved["state"].values())
+        opt = second(params)
+        opt.load_state_dict(saved)
+        if isinstance(opt, torch.optim.AdamW):  # torch's takes the saved group, and refuses this on a CPU
+            opt.param_groups[0]["capturable"] = False
+        for g in grads[2:]:
+            give(params, g)
+            opt.step()
+        for p, q in zip(params, expected, strict=True):
+            assert torch.allclose(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_a_count_on_another_device_or_of_another_type_is_brought_over():
+    (p,) = params = parameters(shapes=[(3,)])
+    opt = optim.AdamW(params, capturable=True)
+    give(params, [torch.ones(3)])
+    opt.step()
+    opt.state[p]["step"] = torch.tensor([4.0])
+    opt.step()
+    assert opt.state[p]["step"].dtype == torch.float64 and opt.state[p]["step"].item() == 5.0
+
+
+def test_the_bias_correction_is_computed_in_double():
+    """In float32, 1 - 0.999 is off by 1e-5 of itself."""
+    (p,) = params = [torch.zeros(1).requires_grad_()]
+    opt = optim.AdamW(params, lr=1.0, betas=(0.0, 0.999), eps=0.0, weight_decay=0.0, capturable=True)
+    give(params, [torch.tensor([0.3])])
+    opt.step()
+    assert p.item() == pytest.approx(-1.0, abs=2e-7)
+
+
+def per_thousand(p, lr, step=0, **_):
+    p.data.sub_(p.grad.data * (lr * (1 + step // 2 + step % 2)))
+    return {"step": step + 1}
+
+
+def test_whole_division_and_remainder_of_counts():
+    ours, plain = parameters(), parameters()
+    opt = fusedopt.Optimizer(ours, per_thousand, lr=0.1, capturable=True, backend="cpp")
+    twin = fusedopt.Optimizer(plain, per_thousand, lr=0.1, backend="cpp")
+    for grads in gradients(6):
+        for params, o in ((ours, opt), (plain, twin)):
+            give(params, grads)
+            o.step()
+    assert not opt.explain().eager
+    for p, q in zip(ours, plain, strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_groups_may_differ_in_where_their_counts_are():
+    host, device = parameters(shapes=[(3,)]), parameters(shapes=[(3,)])
+    opt = fusedopt.Optimizer(
+        [{"params": host}, {"params": device, "capturable": True}],
+        [sgd_step, step_stat],
+        lr=0.1,
+        capturable=False,
+    )
+    give([*host, *device], [torch.ones(3), torch.ones(3)])
+    opt.step()
+    opt.step()
+    assert opt.state[host[0]]["step"] == 2 and type(opt.state[host[0]]["step"]) is int
+    assert isinstance(opt.state[device[0]]["step"], torch.Tensor)
+    assert_same(host, device)
+
+
+def test_a_state_that_does_not_fit_in_memory_leaves_everything_as_it_was(monkeypatch):
+    params = parameters()
+    opt = optim.AdamW(params, backend="cpp")
+    give(params, gradients(1)[0])
+    zeros_like, made = torch.zeros_like, []
+
+    def failing(*args, **kwargs):
+        made.append(args)
+        if len(made) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return zeros_like(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", failing)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"parameter 1 of group 0.*nothing was stepped.*state_dtype"
+    ):
+        opt.step()
+    monkeypatch.undo()
+    assert_same(params, parameters())
+    assert not any(opt.state.values())
+    opt.step()
