@@ -158,3 +158,11 @@ def supported(make: Callable[..., Any], name: str) -> Any:
         if name in str(error):
             raise Skipped(f"this version refuses {name}: {str(error)[:200]}") from error
         raise
+
+
+def capturable(make: Callable[..., Any]) -> Any:
+    """What ``make(capturable=True)`` gives. Raises Skipped if it is refused, or new rates cannot reach the device."""
+    opt = supported(lambda: make(capturable=True), "capturable")
+    if not hasattr(opt, "upload_hypers"):
+        raise Skipped("this version refuses capturable: it has no upload_hypers()")
+    return opt

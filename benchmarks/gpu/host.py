@@ -15,7 +15,7 @@ from fusedopt import optim
 from ..cases import CASES, Pair
 from ..measure import Row, one_cycle
 from ..providers import compiled_by
-from .compare import supported
+from .compare import capturable
 from .device import Device
 from .jobs import Job
 from .kernels import MANY, WARM, contenders, whole
@@ -81,23 +81,23 @@ def graphs(device: Device, case: str, backend: str) -> list[Row]:
     size = device.size(CASES[case])
     entrants: list[Contender] = []
     for name, whose in ((f"fusedopt {backend}", backend), ("torch fused", None)):
-        for capturable in (False, True):
-            opt = _adamw(size.tensors(device=device.type), whose, capturable)
+        for graph in (False, True):
+            opt = _adamw(size.tensors(device=device.type), whose, graph)
             with device.side_stream():
                 for _ in range(WARM):
                     opt.step()
-            step = device.capture(opt.step) if capturable else opt.step
-            entrants.append((f"{name} graph" if capturable else name, partial(_change, opt, whose), step))
+            step = device.capture(opt.step) if graph else opt.step
+            entrants.append((f"{name} graph" if graph else name, partial(_change, opt, whose), step))
     return race(device, case, f"graph, {backend}", entrants)
 
 
-def _adamw(params: Sequence[torch.Tensor], backend: str | None, capturable: bool):
+def _adamw(params: Sequence[torch.Tensor], backend: str | None, graph: bool):
     if backend is None:
-        return torch.optim.AdamW(params, lr=1e-3, fused=True, capturable=capturable)
+        return torch.optim.AdamW(params, lr=1e-3, fused=True, capturable=graph)
     with compiled_by(backend):
-        if not capturable:
+        if not graph:
             return optim.AdamW(params, lr=1e-3)
-        return supported(lambda: optim.AdamW(params, lr=1e-3, capturable=True), "capturable")
+        return capturable(partial(optim.AdamW, params, lr=1e-3))
 
 
 def _change(opt, backend: str | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedopt import optim
 
 from ..providers import compiled_by
-from .compare import close, noise, run, same, supported
+from .compare import capturable, close, noise, run, same, supported
 from .device import Device
 from .jobs import Job, Skipped
 
@@ -179,8 +179,8 @@ def graph(device: Device, backend: str) -> str:
         kind = getattr(optim, name)
         first = dict(lr=1e-2, weight_decay=0.1) | ({"momentum": 0.9} if name == "SGD" else {})
         ours, plain = _start(device), _start(device)
-        opt = _made(backend, lambda: kind(ours, **first, capturable=True), "capturable")  # noqa: B023
-        other = _made(backend, lambda: kind(plain, **first))  # noqa: B023
+        opt = _made(backend, partial(capturable, partial(kind, ours, **first)))
+        other = _made(backend, partial(kind, plain, **first))
         _feed(ours, noise(SHAPES, 1, device.type, F32))
         _feed(plain, noise(SHAPES, 1, device.type, F32))
         with device.side_stream():
