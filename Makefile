@@ -1,5 +1,5 @@
 # make demo and make test each do all the set-up they need. make check changes nothing.
-.PHONY: setup demo test check fix bench clean
+.PHONY: setup demo test check fix bench gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,6 +27,16 @@ fix:
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# In the current Python, whose torch has to be one for CUDA: setup's environment may have another. Nothing is fetched
+# if all that is needed is there.
+GPU_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation
+gpu:
+	@$(PYTHON) -c "import torch; torch.cuda.init()" 2>/dev/null || { \
+		echo "The torch of $(PYTHON) finds no GPU. Activate an environment whose torch does, or: make gpu PYTHON=..."; exit 1; }
+	$(GPU_INSTALL) --no-index --editable '.[cuda,triton]' matplotlib 2>/dev/null || \
+		$(GPU_INSTALL) --editable '.[cuda,triton]' matplotlib
+	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf build dist *.egg-info fusedopt/_C.* .pytest_cache .ruff_cache .mypy_cache .hypothesis $(STAMP)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,15 @@ def mixture_of_experts(
     return (attention + expert * experts) * layers
 
 
+def llama(
+    layers: int = 16, width: int = 2048, kv: int = 512, hidden: int = 8192, words: int = 128256
+) -> list[Shape]:
+    """Llama 3.2 1B: grouped-query attention, a gated feed-forward layer, no biases, the embedding tied."""
+    attention = [(width, width), (kv, width), (kv, width), (width, width)]
+    feed_forward = [(hidden, width), (hidden, width), (width, hidden)]
+    return [(words, width), *(attention + feed_forward + [(width,), (width,)]) * layers, (width,)]
+
+
 # --
 # Cases
 
@@ -72,19 +81,26 @@ class Case:
     what: str
     shapes: tuple[Shape, ...]
     own_groups: bool = False
+    dtype: torch.dtype = torch.float32
 
     @property
     def numel(self) -> int:
         """Parameters in all."""
         return sum(map(math.prod, self.shapes))
 
-    def tensors(self, seed: int = 0) -> list[Tensor]:
+    def tensors(self, seed: int = 0, device: str = "cpu") -> list[Tensor]:
         """Parameters with gradients, both random."""
-        random = torch.Generator().manual_seed(seed)
-        params = [torch.randn(s, generator=random).mul_(0.1).requires_grad_() for s in self.shapes]
+        random = torch.Generator(device).manual_seed(seed)
+        how = dict(generator=random, device=device, dtype=self.dtype)
+        params = [torch.randn(s, **how).mul_(0.1).requires_grad_() for s in self.shapes]
         for p in params:
-            p.grad = torch.randn(p.shape, generator=random).mul_(0.1)
+            p.grad = torch.randn(p.shape, **how).mul_(0.1)
         return params
+
+    def small(self, tensors: int = 8, side: int = 8) -> Case:
+        """The same with the first few tensors only, and none of them large: to see that a script works."""
+        shapes = [tuple(min(n, side) for n in shape) for shape in self.shapes[:tensors]]
+        return replace(self, shapes=tuple(shapes))
 
     def learning_rates(self) -> list[float]:
         """One per param group, as a multiple of the rule's."""
@@ -101,6 +117,9 @@ _CASES = (
     ("resnet-50-narrow", "ResNet-50 of a quarter of the width", resnet((3, 4, 6, 3), 4, width=16)),
     ("gpt2-124m", "GPT-2 124M, embedding tied", gpt2()),
     ("moe-1000", "a mixture of experts in 1,000 tensors", mixture_of_experts()),
+    ("4x32m", "4 tensors of 33,554,432: bound by a GPU's memory", [(1 << 25,)] * 4),
+    ("10000x64", "10,000 tensors of 64", [(64,)] * 10_000),
+    ("1000x1024", "1,000 tensors of 1,024", [(1024,)] * 1000),
     ("tiny", "a linear layer of 64×64 and its bias", [(64, 64), (64,)]),
 )
 CASES = {name: Case(name, what, tuple(shapes)) for name, what, shapes in _CASES}
@@ -110,6 +129,7 @@ CASES["groups-465"] = Case(
     ((64, 64),) * 465,
     own_groups=True,
 )
+CASES["llama-1b"] = Case("llama-1b", "Llama 3.2 1B in bfloat16", tuple(llama()), dtype=torch.bfloat16)
 
 # --
 # Training

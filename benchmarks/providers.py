@@ -5,8 +5,10 @@ All providers of a rule get the same parameters and gradients and do the same ar
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,6 +34,19 @@ def lion(p, lr, wd, beta1, beta2, exp_avg=None, **kwargs):
     p.data.mul_(1 - lr * wd).sub_(torch.sign(exp_avg * beta1 + grad * (1 - beta1)) * lr)
     exp_avg.mul_(beta2).add_(grad, alpha=1 - beta2)
     return {"exp_avg": exp_avg}
+
+
+def adabelief(p, lr, wd, beta1, beta2, eps, step=0, exp_avg=None, exp_avg_var=None, **kwargs):
+    """AdaBelief (Zhuang et al., arXiv:2010.07468), as a user writes it: neither torch nor fusedopt has it."""
+    grad, step = p.grad.data, step + 1
+    if exp_avg is None:
+        exp_avg, exp_avg_var = torch.zeros_like(grad), torch.zeros_like(grad)
+    exp_avg.mul_(beta1).add_(grad * (1 - beta1))
+    surprise = grad - exp_avg
+    exp_avg_var.mul_(beta2).add_(surprise * surprise * (1 - beta2) + eps)
+    spread = (exp_avg_var / (1 - beta2**step)).sqrt() + eps
+    p.data.mul_(1 - lr * wd).sub_(exp_avg / spread * (lr / (1 - beta1**step)))
+    return {"step": step, "exp_avg": exp_avg, "exp_avg_var": exp_avg_var}
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ def _in_torch(name: str, momentum_key: str | None = None, **options: Any) -> Rul
 
 _LAMB = dict(lr=1e-3, mom=0.9, sqr_mom=0.99, eps=1e-6, wd=0.01)
 _LION = dict(lr=1e-4, wd=0.01, beta1=0.9, beta2=0.99)
+_ADABELIEF = dict(lr=1e-3, wd=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
 _RULES = (
     _in_torch("AdamW", "betas", lr=1e-3, weight_decay=0.01, fused=True, bare=True),
     _in_torch("SGD", "momentum", lr=1e-2, momentum=0.9, fused=True, bare=True),
@@ -85,6 +101,13 @@ _RULES = (
         "Lion",
         partial(fusedopt.Optimizer, cbs=lion),
         _LION,
+        momentum_key="beta1",
+        callback_momentum_key="beta1",
+    ),
+    Rule(
+        "AdaBelief",
+        partial(fusedopt.Optimizer, cbs=adabelief),
+        _ADABELIEF,
         momentum_key="beta1",
         callback_momentum_key="beta1",
     ),
@@ -137,13 +160,43 @@ def _groups(params: Sequence[Tensor], rates: Sequence[float]) -> list[dict[str, 
     return [{"params": [p], "lr": rate} for p, rate in zip(params, rates, strict=True)]
 
 
-def _fusedopt(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> Runner:
-    return _runner("fusedopt", rule.ours(_groups(params, rates), **rule.hypers), rule.momentum_key, rates)
+def _fusedopt(
+    rule: Rule, params: Sequence[Tensor], rates: Sequence[float], *, backend: str | None = None
+) -> Runner:
+    name = f"fusedopt {backend}" if backend else "fusedopt"
+    opt = _ours(rule, params, rates, backend)
+    return _runner(name, opt, rule.momentum_key, rates)
 
 
-def _one_group(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> Runner:
-    opt = rule.ours(_groups(params, [rule.lr]), **rule.hypers)
-    return _runner("fusedopt one group", opt, rule.momentum_key, [rule.lr], comparable=len(rates) == 1)
+def _one_group(
+    rule: Rule, params: Sequence[Tensor], rates: Sequence[float], *, backend: str | None = None
+) -> Runner:
+    name = f"fusedopt {backend} one group" if backend else "fusedopt one group"
+    opt = _ours(rule, params, [rule.lr], backend)
+    return _runner(name, opt, rule.momentum_key, [rule.lr], comparable=len(rates) == 1)
+
+
+@contextlib.contextmanager
+def compiled_by(backend: str | None) -> Iterator[None]:
+    """Optimizers made in the block have this backend: the variable reaches every factory; None leaves it as it is."""
+    before = os.environ.get("FUSEDOPT_BACKEND")
+    if backend is not None:
+        os.environ["FUSEDOPT_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ.pop("FUSEDOPT_BACKEND")
+            os.environ.update({} if before is None else {"FUSEDOPT_BACKEND": before})
+
+
+def _ours(
+    rule: Rule, params: Sequence[Tensor], rates: Sequence[float], backend: str | None
+) -> fusedopt.Optimizer:
+    if backend and BACKENDS[backend] != params[0].device.type:
+        raise Unavailable(f"backend {backend!r} runs on {BACKENDS[backend]}")
+    with compiled_by(backend):
+        return rule.ours(_groups(params, rates), **rule.hypers)
 
 
 def _eager(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> Runner:
@@ -206,6 +259,28 @@ def _bare(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> Runne
     return Runner("bare loop", loop, loop.step, set_, loop.prepare)
 
 
+def _peer_adamw(
+    rule: Rule,
+    params: Sequence[Tensor],
+    rates: Sequence[float],
+    *,
+    name: str,
+    module: str,
+    kind: str,
+    **flags: Any,
+) -> Runner:
+    """Another package's AdamW for GPUs."""
+    if rule.name != "AdamW" or params[0].device.type != "cuda":
+        raise Unavailable(f"{name} is taken for AdamW on GPUs")
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise Unavailable(f"{name} is not installed")
+    make = getattr(importlib.import_module(module), kind)
+    opt = make(_groups(params, rates), **rule.hypers, betas=(0.9, 0.999), eps=1e-8, **flags)
+    return _runner(name, opt, rule.momentum_key, rates)
+
+
+BACKENDS = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
+"""The device of each compiled backend, for providers that name one."""
 PROVIDERS: dict[str, Callable[..., Runner]] = {
     "eager": _eager,
     "torch loop": partial(_torch, name="torch loop", foreach=False, fused=False),
@@ -217,10 +292,16 @@ PROVIDERS: dict[str, Callable[..., Runner]] = {
     "bare loop": _bare,
     "fusedopt": _fusedopt,
     "fusedopt one group": _one_group,
+    "optimi": partial(
+        _peer_adamw, name="optimi", module="optimi", kind="AdamW", triton=True, kahan_sum=False
+    ),
+    "apex": partial(_peer_adamw, name="apex", module="apex.optimizers", kind="FusedAdam", adam_w_mode=True),
+    **{f"fusedopt {b}": partial(_fusedopt, backend=b) for b in BACKENDS},
+    **{f"fusedopt {b} one group": partial(_one_group, backend=b) for b in BACKENDS},
 }
 SLOW_TO_START = ("torch compiled",)
 """Providers that are used only when asked for."""
-OPTIONAL = ("torch compiled", "deepspeed")
+OPTIONAL = ("torch compiled", "deepspeed", "optimi", "apex")
 """Providers whose failure is theirs: they are left out."""
 
 
