@@ -97,10 +97,8 @@ def assert_same(found, expected):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """All programs of all cases, compiled together."""
-    bodies = {f"{case}_{k}": r.body for case in CASES for k, r in enumerate(rendered(case))}
-    return cuda_kernels.emulation(cuda_kernels.together(bodies), tmp_path_factory.mktemp("emulated"))
+def library():
+    return cuda_kernels.named()
 
 
 # ---------------------------------------------------------------- rendering

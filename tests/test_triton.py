@@ -24,6 +24,7 @@ from fusedopt.ir.passes import Stage, scalar_stores, stages
 from fusedopt.ir.program import Buffer, Graph, Program
 from fusedopt.kernels import source as skeleton
 from fusedopt.render import triton as renderer
+from fusedopt.runtime import plan
 from fusedopt.runtime import triton as backend
 
 triton = pytest.importorskip("triton")
@@ -312,7 +313,7 @@ def test_kernels_are_compiled_before_the_first_launch_and_launched_once_per_stag
 def test_a_stage_without_part_results_is_launched_over_tiles(driver):
     adam = launch("fastai_Adam")
     adam.run(torch.rand(2, 8, dtype=torch.float64).numpy())
-    pieces = -(-65536 // backend.TILE) + -(-(100_000 - 65536) // backend.TILE) + 1
+    pieces = -(-65536 // plan.TILE) + -(-(100_000 - 65536) // plan.TILE) + 1
     assert [(name, grid) for name, grid, _, _ in driver.launched] == [("stage_0", (pieces, 1, 1))]
 
 
