@@ -1,4 +1,4 @@
-// Launches CUDA kernels through the driver's own API, opened at run time: no CUDA is needed to build this or to load it.
+// Launches CUDA kernels through the driver's own API, opened at run time: building and loading this needs no CUDA.
 //
 // What is used of the API is declared here, after NVIDIA's documentation of it.
 #pragma once
@@ -124,9 +124,10 @@ class Driver {
     const char *name = nullptr, *text = nullptr;
     cuGetErrorName(status, &name);
     cuGetErrorString(status, &text);
+    const std::string version = std::to_string(version_ / 1000) + "." + std::to_string(version_ % 1000 / 10);
     return std::string(call) + ": " + (name ? name : "error " + std::to_string(status)) +
-           (text ? std::string(" (") + text + ")" : "") + ". The driver supports CUDA " + std::to_string(version_ / 1000) +
-           "." + std::to_string(version_ % 1000 / 10) + ". Remedy: " + remedy(status);
+           (text ? std::string(" (") + text + ")" : "") + ". The driver supports CUDA " + version +
+           ". Remedy: " + remedy(status);
   }
 
   static const char* remedy(Status status) {
@@ -239,26 +240,18 @@ class Launcher {
     uintptr_t rows, pieces, partials, slots, gradients;
     int64_t row_words, n_slots, n_reductions, first_gradient;
   };
-  struct Kernel {
-    uintptr_t function;
-    unsigned blocks;
-    uintptr_t pieces;
-    int64_t n;
-  };
+  using Kernels = std::vector<std::tuple<uintptr_t, unsigned, uintptr_t, int64_t>>;
 
   // kernels: (function, blocks, pieces, how many), in the order they run. tables: (rows, partials). widths: (words of a
   // row, slots of a set, reductions). gradients: (address of the first on the host, how many), one in each row; none if
   // the address is null. words: what the kernels take by value.
-  Launcher(std::shared_ptr<Module> module, const std::vector<std::tuple<uintptr_t, unsigned, uintptr_t, int64_t>>& kernels,
-           std::pair<uintptr_t, uintptr_t> tables, std::tuple<int64_t, int64_t, int64_t> widths,
-           std::pair<uintptr_t, int64_t> gradients, size_t words, unsigned threads)
-      : module_(std::move(module)),
+  Launcher(std::shared_ptr<Module> module, const Kernels& kernels, std::pair<uintptr_t, uintptr_t> tables,
+           std::tuple<int64_t, int64_t, int64_t> widths, std::pair<uintptr_t, int64_t> gradients, size_t words,
+           unsigned threads)
+      : module_(std::move(module)), kernels_(kernels),
         launch_{tables.first, 0, tables.second, 0, 0, std::get<0>(widths), std::get<1>(widths), std::get<2>(widths), 0},
         gradients_(reinterpret_cast<const int64_t*>(gradients.first)), n_gradients_(gradients.second),
-        threads_(threads), words_(words) {
-    for (const auto& [function, blocks, pieces, n] : kernels)
-      kernels_.push_back({function, blocks, pieces, n});
-  }
+        threads_(threads), words_(words) {}
 
   // slots: (address on the host, how many) of what goes along by value, or (address on the device, 0). gradients: their
   // address on the device, or null. Nothing here waits for the device.
@@ -276,19 +269,18 @@ class Launcher {
       words_[n_slots + i] = gradients_[i * launch.row_words];
     const Context& context = module_->context();
     const Current current(*context.driver, context.handle);
-    for (Kernel& kernel : kernels_) {
-      launch.pieces = kernel.pieces;
-      void* parameters[] = {&launch, &kernel.n, words_.data()};
+    for (auto& [function, blocks, pieces, n] : kernels_) {
+      launch.pieces = pieces;
+      void* parameters[] = {&launch, &n, words_.data()};
       module_->check("cuLaunchKernel",
-                     context.driver->cuLaunchKernel(reinterpret_cast<Driver::Handle>(kernel.function), kernel.blocks, 1, 1,
-                                                    threads_, 1, 1, 0, reinterpret_cast<Driver::Handle>(stream),
-                                                    parameters, nullptr));
+                     context.driver->cuLaunchKernel(reinterpret_cast<Driver::Handle>(function), blocks, 1, 1, threads_, 1,
+                                                    1, 0, reinterpret_cast<Driver::Handle>(stream), parameters, nullptr));
     }
   }
 
  private:
   std::shared_ptr<Module> module_;
-  std::vector<Kernel> kernels_;
+  Kernels kernels_;
   Launch launch_;
   const int64_t* gradients_;
   int64_t n_gradients_;
@@ -310,9 +302,8 @@ inline void bind_cuda(py::module_& m) {
            py::arg("driver"), py::arg("image"), py::arg("index"))
       .def("function", &Module::function, py::arg("name"), py::arg("threads"));
   py::class_<Launcher>(m, "Launcher")
-      .def(py::init<std::shared_ptr<Module>, const std::vector<std::tuple<uintptr_t, unsigned, uintptr_t, int64_t>>&,
-                    std::pair<uintptr_t, uintptr_t>, std::tuple<int64_t, int64_t, int64_t>,
-                    std::pair<uintptr_t, int64_t>, size_t, unsigned>(),
+      .def(py::init<std::shared_ptr<Module>, const Launcher::Kernels&, std::pair<uintptr_t, uintptr_t>,
+                    std::tuple<int64_t, int64_t, int64_t>, std::pair<uintptr_t, int64_t>, size_t, unsigned>(),
            py::arg("module"), py::arg("kernels"), py::arg("tables"), py::arg("widths"), py::arg("gradients"),
            py::arg("words"), py::arg("threads"))
       .def("run", &Launcher::run, py::arg("slots"), py::arg("n_slots"), py::arg("gradients"), py::arg("stream"));

@@ -270,12 +270,12 @@ struct Tile {
   static constexpr int per_pack = 16 / sizeof(E), packs = width / per_pack;
   Pack<E> pack[unroll][packs];
 
-  __device__ inline void fetch(B buffer, int64_t at, int64_t left) {
+  __device__ inline void fetch(B buffer, int64_t at, unsigned left) {
     if constexpr (Buffer<B>::reads) {
       const E* from = Buffer<B>::pointer(buffer) + at;
 #pragma unroll
       for (int u = 0; u < unroll; ++u)
-        if (u == 0 || u * int64_t(blockDim.x) < left)
+        if (u == 0 || u * blockDim.x < left)
 #pragma unroll
           for (int k = 0; k < packs; ++k)
             pack[u][k] = reinterpret_cast<const Pack<E>*>(from + u * int64_t(blockDim.x) * width)[k];
@@ -303,12 +303,12 @@ __device__ inline void store(Tile<B, width, unroll>& tile, int64_t i, T x) {
 // Load everything, then compute and store: the loads are independent of each other and stand before all else.
 template <int width, int unroll, class F, class... B>
 struct Step {
-  __device__ static inline void run(const F& element, [[maybe_unused]] int64_t at, int64_t left, B... buffer,
+  __device__ static inline void run(const F& element, [[maybe_unused]] int64_t at, unsigned left, B... buffer,
                                     Tile<B, width, unroll>... tile) {
     (tile.fetch(buffer, at, left), ...);
 #pragma unroll
     for (int u = 0; u < unroll; ++u)
-      if (u == 0 || u * int64_t(blockDim.x) < left) {
+      if (u == 0 || u * blockDim.x < left) {
 #pragma unroll
         for (int k = 0; k < width; ++k) element(tile..., u * width + k, k % lanes);
         (tile.flush(buffer, at, u), ...);
@@ -329,24 +329,25 @@ __device__ inline void with_pointers(const F& element, int64_t i, int lane, P...
   element(pointer..., i, lane);
 }
 
-// Call `element` for all of a chunk. Thread t of a block of n has the groups t, t + n, t + 2n, ... of `width`
-// elements. Whole groups of aligned buffers go through registers, 128 bits at a time; others element by element.
+// Call `element` for all of a piece. Thread t of a block of n has the groups t, t + n, t + 2n, ... of `width`
+// elements; a piece has fewer than 2^32 of them. Whole groups of aligned buffers go through registers, 128 bits at a
+// time; others element by element.
 template <class F, class... B>
 __device__ inline void walk(int64_t begin, int64_t end, const F& element, B... buffer) {
   constexpr int width = 16 / narrowest<B...>(), unroll = width < in_flight ? in_flight / width : 1;
-  const int64_t whole = (end - begin) / width;
+  const unsigned whole = unsigned((end - begin) / width);
   const bool aligned =
       (((reinterpret_cast<uint64_t>(Buffer<B>::pointer(buffer) + begin) & 15) == 0) && ... && true);
-  int64_t g = threadIdx.x;
+  unsigned g = threadIdx.x;
   if (aligned) {
-    for (; g < whole; g += unroll * int64_t(blockDim.x))
-      Step<width, unroll, F, B...>::run(element, begin + g * width, whole - g, buffer...,
+    for (; g < whole; g += unroll * blockDim.x)
+      Step<width, unroll, F, B...>::run(element, begin + int64_t(g) * width, whole - g, buffer...,
                                         Tile<B, width, unroll>()...);
-    g = whole + ((threadIdx.x - unsigned(whole)) & (blockDim.x - 1));  // the first of this thread's after those
+    g = whole + ((threadIdx.x - whole) & (blockDim.x - 1));  // the first of this thread's after those
   }
-  for (; begin + g * width < end; g += blockDim.x)
+  for (; begin + int64_t(g) * width < end; g += blockDim.x)
 #pragma unroll 1
-    for (int64_t i = begin + g * width; i < begin + g * width + width; i += lanes)
+    for (int64_t i = begin + int64_t(g) * width; i < begin + int64_t(g) * width + width; i += lanes)
 #pragma unroll
       for (int k = 0; k < lanes; ++k)
         if (i + k < end) with_pointers(element, i + k, k, Buffer<B>::pointer(buffer)...);
@@ -356,11 +357,10 @@ __device__ inline void walk(int64_t begin, int64_t end, const F& element, B... b
 // Blocks take turns at the pieces. While one is worked on, the next one's row is on its way.
 template <void stage(const Launch&, Row, int64_t, int64_t, double*)>
 __device__ inline void each_piece(const Launch& launch, int64_t n, const int64_t* inlined) {
-  for (int64_t c = blockIdx.x, next; c < n; c = next) {
-    const int64_t* piece = launch.pieces + c * piece_words;
-    next = c + gridDim.x;
-    if (next < n && threadIdx.x < launch.row_words)
-      prefetch(launch.rows + launch.pieces[next * piece_words] * launch.row_words + threadIdx.x);
+  for (unsigned c = blockIdx.x; c < n; c += gridDim.x) {
+    const int64_t* piece = launch.pieces + int64_t(c) * piece_words;
+    if (c + gridDim.x < n && threadIdx.x < unsigned(launch.row_words))
+      prefetch(launch.rows + piece[int64_t(gridDim.x) * piece_words] * launch.row_words + threadIdx.x);
     stage(launch, Row(launch, piece[0], inlined), piece[1], piece[2], launch.partials + c * launch.n_reductions);
   }
 }

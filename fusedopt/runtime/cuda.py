@@ -5,7 +5,8 @@ An ordinary step copies nothing to the device: its scalars and the gradients' ad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -68,16 +69,19 @@ class Cuda(Compiler):
             )
         if self._opened is None:
             try:
-                self._opened = leaf.native.Driver(self.library)
-            except RuntimeError as error:
-                self._opened = BuildError(f"{error}; {FALLBACK}.")
+                with _refusing():
+                    self._opened = leaf.native.Driver(self.library)
+            except BuildError as error:
+                self._opened = error
         if isinstance(self._opened, BuildError):
             raise self._opened.with_traceback(None)
         return self._opened
 
     def arch(self, index: int) -> str:
         """What to compile for. Raises BuildError for a GPU that is too old."""
-        major, minor = capability = self.driver().capability(index)
+        driver = self.driver()
+        with _refusing():
+            major, minor = capability = driver.capability(index)
         if capability < OLDEST:
             raise BuildError(
                 f"GPU {index} has compute capability {major}.{minor}, and the cuda backend needs "
@@ -88,7 +92,8 @@ class Cuda(Compiler):
     def describe(self) -> str:
         """Driver, compiler and devices in words. Raises BuildError where one of them is missing."""
         driver, tool = self.driver(), nvrtc.nvrtc()
-        gpus = ", ".join(f"{driver.name(i)} ({self.arch(i)})" for i in range(driver.count))
+        with _refusing():
+            gpus = ", ".join(f"{driver.name(i)} ({self.arch(i)})" for i in range(driver.count))
         return f"driver for CUDA {_version(driver.version)}, NVRTC {tool.version}, {gpus or 'no GPU'}"
 
     def _compile(
@@ -118,14 +123,14 @@ class Cuda(Compiler):
         key = str(entry.path), index
         if key in self._refused:
             raise self._refused[key].with_traceback(None)
+        made_by = f"compiled by NVRTC {nvrtc.nvrtc().version}"
         try:
-            module = leaf.native.Module(self.driver(), entry.path.read_bytes(), index)  # type: ignore[union-attr]
-            return module, {s: module.function(s, THREADS) for s in symbols}
-        except RuntimeError as error:
-            made_by = f"compiled by NVRTC {nvrtc.nvrtc().version}"
-            text = f"kernel {name!r}, {made_by}, cannot be loaded on GPU {index}: {error}; {FALLBACK}."
-            self._refused[key] = BuildError(text)
-            raise self._refused[key] from error
+            with _refusing(f"kernel {name!r}, {made_by}, cannot be loaded on GPU {index}: "):
+                module = leaf.native.Module(self.driver(), entry.path.read_bytes(), index)  # type: ignore[union-attr]
+                return module, {s: module.function(s, THREADS) for s in symbols}
+        except BuildError as error:
+            self._refused[key] = error
+            raise
 
     def prepare(
         self,
@@ -244,6 +249,17 @@ class Launch(Rows):
         if self._host is not slots:
             self._host, self._host_address = slots, slots.ctypes.data
         return self._host_address
+
+
+@contextmanager
+def _refusing(what: str = "") -> Iterator[None]:
+    """What the driver says becomes a BuildError, so that ``auto`` goes on to the next backend."""
+    try:
+        yield
+    except BuildError:
+        raise
+    except RuntimeError as error:
+        raise BuildError(f"{what}{error}; {FALLBACK}.") from error
 
 
 def _suffixes(capacities: Sequence[int]) -> tuple[str, ...]:
