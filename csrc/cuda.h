@@ -50,7 +50,7 @@ class Driver {
   static constexpr int multiprocessors = 16, major = 75, minor = 76; // CU_DEVICE_ATTRIBUTE_...
 
   explicit Driver(const std::string& library) {
-    void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL);
+    void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!handle)
       throw std::runtime_error("there is no NVIDIA driver here (" + std::string(dlerror()) + "). Remedy: install the " +
                                "driver; in a container, start it with access to the GPUs");

@@ -352,6 +352,13 @@ def test_no_elements_are_no_launch(fake):
     assert fake.launches == []
 
 
+def test_a_program_that_touches_nothing_is_no_launch(fake):
+    opt = fusedopt.Optimizer(parameters(3), lambda p, **kwargs: None, lr=0.1, backend="cuda")
+    give_gradients(opt.param_groups[0]["params"], 0)
+    opt.step()
+    assert not opt.explain().eager and fake.launches == []
+
+
 def test_modules_are_unloaded_with_their_kernels(fake):
     before = fake.modules, fake.retained
     params = parameters(5)
@@ -598,6 +605,7 @@ def test_without_nvrtc_or_for_an_architecture_it_does_not_know(fake, monkeypatch
 
 def test_a_kernel_that_does_not_compile_is_named_with_its_source(fake, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(nvrtc, "_failed", {})
 
     def compile(name, source, arch):
         raise RuntimeError("it does not")

@@ -56,9 +56,8 @@ class Cuda(Compiler):
         super().__init__()
         self.library = library or LIBRARY
         self._opened: Any = None
-        self._refused: dict[
-            tuple[str, int], BuildError
-        ] = {}  # an optimizer that fell back would ask every step
+        # By cubin and GPU: an optimizer that fell back would ask again in every step.
+        self._refused: dict[tuple[str, int], BuildError] = {}
 
     def driver(self) -> Any:
         """The driver, initialised. Raises BuildError with the reason."""
@@ -186,7 +185,7 @@ class Launch(Rows):
             self.carried = carried(0, n[1], handle.capacities)._replace(slots=False)
         self._slots, self._addresses = Upload(self.device, resident=True), Upload(self.device)
         self._host: np.ndarray | None = None
-        self._launcher = self._prepared(handle) if len(self.layout) else None
+        self._launcher = self._prepared(handle) if len(self.layout) and names else None
 
     def _prepared(self, handle: Handle) -> Any:
         """The launches of a step. Tables are sent once, and kept."""

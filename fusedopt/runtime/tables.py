@@ -58,4 +58,5 @@ class Rows:
         rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, self.layout.first, self.layout.count
         for k, (name, _) in enumerate(buffers):
             leaf.write_pointers(columns[name], rows.ctypes.data, *rows.shape, HEAD + k)
-        self.device = columns[buffers[0][0]][0].device
+        # A program that touches nothing runs nowhere.
+        self.device = columns[buffers[0][0]][0].device if buffers else torch.device("cpu")

@@ -10,7 +10,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, cast
@@ -67,8 +67,7 @@ class Triton(Compiler):
             [not s.reductions and not renderer.joins_parts(program, s) for s in renderer.stages(program)],
             module[scalars] if scalars else None,
         )
-        with _on(device):
-            _compile_now(name, handle, entry.source_path)
+        _compile_now(name, handle, entry.source_path, device)
         seconds = time.perf_counter() - start
         return Kernel(
             self.name, name, program, body, str(entry.source_path), seconds, not entry.built, handle
@@ -100,7 +99,7 @@ class Launch(Rows):
     ) -> None:
         super().__init__(kernel, columns, sizes, sets)
         self.handle = cast(Handle, kernel.handle)
-        self.n_chunks, chunks = len(self.layout), self.layout.chunks
+        self.n_chunks, chunks = len(self.layout) if kernel.program.buffers else 0, self.layout.chunks
         self._rows, self._slots = Upload(self.device), Upload(self.device, resident=True)
         if self.n_chunks:
             self._chunks = Upload(self.device).of(chunks)
@@ -172,14 +171,15 @@ def _store(name: str, text: str, version: str) -> cache.Entry:
     return cache.load_or_build(name, key, text, "py", build, source_suffix="py", meta=meta)
 
 
-def _compile_now(name: str, handle: Handle, path: Path) -> None:
+def _compile_now(name: str, handle: Handle, path: Path, device: torch.device) -> None:
     """Compile before the first launch, so that what cannot be compiled is known before anything has changed."""
     words, numbers = torch.int64, torch.float64
     try:
-        for stage in handle.stages:
-            stage.warmup(words, words, numbers, numbers, BLOCK=BLOCK, grid=(1,), **options())
-        if handle.scalars is not None:
-            handle.scalars.warmup(words, numbers, numbers, grid=(1,), **options())
+        with nullcontext() if device.index is None else _on(device):
+            for stage in handle.stages:
+                stage.warmup(words, words, numbers, numbers, BLOCK=BLOCK, grid=(1,), **options())
+            if handle.scalars is not None:
+                handle.scalars.warmup(words, numbers, numbers, grid=(1,), **options())
     except Exception as error:
         raise BuildError(
             f"kernel {name!r}: Triton cannot compile it: {type(error).__name__}: {error}\n  source: {path}\n"
