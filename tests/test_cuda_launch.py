@@ -1,10 +1,9 @@
-"""The CUDA backend from the optimizer down to the driver: a stand-in for that runs the kernels on the CPU.
+"""The CUDA backend from the optimizer down to the driver, where a stand-in runs the kernels on the CPU.
 
 NVRTC's place is taken by the system's compiler (see cuda_kernels.py), the GPU's memory is the host's.
 """
 
 import ctypes
-import itertools
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,12 +91,10 @@ def image(built, name, source, arch):
     """What stands for a cubin: a library with all named optimizers' kernels, or one of its own for others."""
     before, after = skeleton("cuda.cu").split(renderer.SLOT)
     body = source.removeprefix(cuda.SMALL_ONLY).removeprefix(before).removesuffix(after)
-    path = built.folder / f"{len(built.images)}.image"
     if not built.images:
-        for case, (k, r) in itertools.chain.from_iterable(
-            zip(itertools.repeat(c), enumerate(rendered(c))) for c in CASES
-        ):
-            built.images[r.body] = cuda_kernels.named()._name, f"{case}_{k}_"
+        for case in CASES:
+            for k, r in enumerate(rendered(case)):
+                built.images[r.body] = cuda_kernels.named()._name, f"{case}_{k}_"
     if body not in built.images:
         folder = built.folder / str(len(built.images))
         folder.mkdir()
