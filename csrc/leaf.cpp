@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "cuda.h"
 #include "recording.h"
 
 #include <cstdint>
@@ -103,4 +104,5 @@ PYBIND11_MODULE(_C, m) {
            py::arg("instructions"), py::arg("slots"), py::arg("numbers"), py::arg("guards"))
       .def("__call__", &fusedopt::ScalarProgram::call, py::arg("leaves"));
   m.def("bump_versions", torch::wrap_pybind_function(bump_versions), py::arg("tensors"));
+  fusedopt::bind_cuda(m);
 }

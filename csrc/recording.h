@@ -370,7 +370,7 @@ class Recording {
     const at::Tensor& grad = param.grad();
     if (!row.memory.holds(param) || param.sizes() != at::IntArrayRef(row.sizes) ||
         !param.is_non_overlapping_and_dense() || !grad.defined() || grad.scalar_type() != row.grad_dtype ||
-        grad.layout() != at::kStrided || !grad.device().is_cpu() || !same_layout(grad, param))
+        grad.layout() != at::kStrided || grad.device() != param.device() || !same_layout(grad, param))
       return false;
     Py_ssize_t position = 0;
     PyObject *key, *value;

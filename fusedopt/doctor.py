@@ -79,15 +79,24 @@ def probe_triton() -> Status:
     return Status(True, "triton is installed, and torch finds a GPU")
 
 
-def probe_absent() -> Status:
-    """A backend that is planned but not there."""
-    return Status(False, "not in this version")
+def probe_cuda() -> Status:
+    """The extension opens the driver, and it has a GPU that torch and NVRTC know."""
+    from .runtime.cuda import Cuda
+
+    try:
+        found = Cuda().describe()
+    except cache.BuildError as error:
+        reason, _, remedy = str(error).partition(". Remedy: ")
+        return Status(False, reason, remedy)
+    if not torch.cuda.is_available():
+        return Status(False, f"torch finds no GPU ({found})", "install a build of torch for CUDA")
+    return Status(True, found)
 
 
 # Name of each backend -> what finds out whether it can work here. A new backend adds its line.
 PROBES: dict[str, Callable[[], Status]] = {
     "cpp": probe_cpp,
-    "cuda": probe_absent,
+    "cuda": probe_cuda,
     "triton": probe_triton,
     "reference": probe_reference,
 }
@@ -100,7 +109,10 @@ def check_backend(name: str) -> Status:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", cache.CacheWarning)  # the report has a line for the cache
             status = PROBES[name]()
-            return self_test(name) if status.works else status
+            if not status.works:
+                return status
+            tested = self_test(name)
+            return tested._replace(reason=f"{tested.reason}; {status.reason}") if tested.works else tested
     except Exception as error:  # whatever it is belongs in the report
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.basename(place.filename)}:{place.lineno}"

@@ -1,8 +1,11 @@
 // The CUDA kernel: one function per stage, whose blocks walk a list of chunks. fusedopt puts generated code where the
 // example is included; as it stands the file compiles alone. NVRTC has no standard headers, so none are included.
 //
-// A row is a tensor: element count, scalar set, first chunk, number of chunks, then a pointer per buffer.
-// A chunk is a piece of a row: row, first element, one past the last.
+// A row is a tensor: element count, scalar set, first chunk, number of chunks, then a pointer per buffer; but where its
+// gradient lies changes from step to step, and comes with the launch.
+// A piece is a part of a row: row, first element, one past the last. Chunks are pieces that leave partial results;
+// stages that leave none get smaller pieces.
+// A launch carries words by value: the scalars and the gradients' addresses, as far as they fit.
 #ifdef __CUDACC_RTC__
 using int64_t = long long;
 using uint64_t = unsigned long long;
@@ -12,13 +15,22 @@ using uint16_t = unsigned short;
 
 struct Launch {
   const int64_t* rows;
-  const int64_t* chunks;
-  double* partials;     // chunks x reductions
-  const double* slots;  // scalar sets x slots
-  int64_t row_words, n_slots, n_reductions;
+  const int64_t* pieces;
+  double* partials;          // chunks x reductions
+  const double* slots;       // scalar sets x slots; null: they are the first of the words
+  const int64_t* gradients;  // an address per row; null: they are the words from `first_gradient` on
+  int64_t row_words, n_slots, n_reductions, first_gradient;
 };
 
-constexpr int head_words = 4, chunk_words = 3;
+// What a launch carries by value: 4,096 bytes of parameters with any driver, 32,764 since CUDA 12.1.
+template <int n>
+struct Inline {
+  int64_t words[n];
+};
+constexpr int parameter_bytes = sizeof(Launch) + sizeof(int64_t);
+constexpr int small_words = (4096 - parameter_bytes) / 8, big_words = (32764 - parameter_bytes) / 8;
+
+constexpr int head_words = 4, piece_words = 3;
 constexpr int max_threads = 256;  // of a block; the number of threads must be a power of two
 constexpr int lanes = 2;          // accumulators of a thread
 constexpr int in_flight = 8;      // elements that a thread loads from each buffer before it computes
@@ -59,12 +71,14 @@ __device__ inline void store_128_bits(void* to, uint4 x) {
                "r"(x.z), "r"(x.w)
                : "memory");
 }
-// What rows point to is global memory, which the compiler cannot see.
+// What rows point to is global memory, which the compiler cannot see, and would not believe of every gradient.
 template <class E>
 __device__ inline E* global(E* p) {
-  __builtin_assume(__isGlobal(p));
-  return p;
+  uint64_t address;
+  asm("cvta.to.global.u64 %0, %1;" : "=l"(address) : "l"(p));
+  return static_cast<E*>(__cvta_global_to_generic(address));
 }
+__device__ inline void prefetch(const int64_t* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global(p))); }
 #endif
 
 template <class T, class E>
@@ -141,6 +155,22 @@ __device__ inline double* scratch() {
   return numbers;
 }
 
+// The results of all threads of the block joined by a tree; every thread gets it.
+template <class R>
+__device__ inline double join_threads(double x) {
+  double* const tree = scratch();
+  const unsigned t = threadIdx.x;
+  tree[t] = x;
+  __syncthreads();
+  for (unsigned n = blockDim.x / 2; n > 0; n /= 2) {
+    if (t < n) tree[t] = R::join(tree[t], tree[t + n]);
+    __syncthreads();
+  }
+  x = tree[0];
+  __syncthreads();  // before somebody writes there again
+  return x;
+}
+
 // Which element goes to which accumulator, and how those are joined, depends on the number of threads in a block and
 // on nothing else: not on the number of blocks, not on alignment.
 template <class R>
@@ -151,40 +181,47 @@ struct Lanes {
     for (int k = 0; k < lanes; ++k) lane[k] = R::init;
   }
   __device__ inline void add(int k, double x) { lane[k] = R::join(lane[k], x); }
-  // The block's result, by a tree over its threads.
   __device__ void finish(double* partial) const {
     double x = lane[0];
 #pragma unroll
     for (int k = 1; k < lanes; ++k) x = R::join(x, lane[k]);
-    double* const tree = scratch();
-    const unsigned t = threadIdx.x;
-    tree[t] = x;
-    __syncthreads();
-    for (unsigned n = blockDim.x / 2; n > 0; n /= 2) {
-      if (t < n) tree[t] = R::join(tree[t], tree[t + n]);
-      __syncthreads();
-    }
-    if (t == 0) *partial = tree[0];
+    x = join_threads<R>(x);
+    if (threadIdx.x == 0) *partial = x;
   }
 };
 
 struct Row {
   const int64_t* words;
+  int64_t index;
+  const int64_t* inlined;  // the words of the launch
+
+  __device__ Row(const Launch& launch, int64_t r, const int64_t* inlined)
+      : words(launch.rows + r * launch.row_words), index(r), inlined(inlined) {}
   __device__ int64_t numel() const { return words[0]; }
-  __device__ double slot(const Launch& launch, int k) const { return launch.slots[words[1] * launch.n_slots + k]; }
+  __device__ double slot(const Launch& launch, int k) const {
+    const int64_t i = words[1] * launch.n_slots + k;
+    return launch.slots ? launch.slots[i] : __builtin_bit_cast(double, inlined[i]);
+  }
   template <class E>
   __device__ E* buffer(int k) const {
     return global(reinterpret_cast<E*>(words[head_words + k]));
   }
+  template <class E>
+  __device__ E* gradient(const Launch& launch) const {
+    const int64_t* at = launch.gradients;
+    return global(reinterpret_cast<E*>(at ? at[index] : inlined[launch.first_gradient + index]));
+  }
 };
 
-// Partial results of one reduction, joined in chunk order.
+// The partial results of one reduction, joined by all threads of the block: the order depends on their number alone.
 template <class R>
 __device__ inline double combine(const Launch& launch, Row row, int k) {
+  const double* parts = launch.partials + row.words[2] * launch.n_reductions + k;
+  const int64_t count = row.words[3];
+  if (count == 1) return *parts;
   double x = R::init;
-  for (int64_t c = row.words[2]; c < row.words[2] + row.words[3]; ++c)
-    x = R::join(x, launch.partials[c * launch.n_reductions + k]);
-  return x;
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) x = R::join(x, parts[i * launch.n_reductions]);
+  return join_threads<R>(x);
 }
 
 // -- elements --
@@ -233,12 +270,12 @@ struct Tile {
   static constexpr int per_pack = 16 / sizeof(E), packs = width / per_pack;
   Pack<E> pack[unroll][packs];
 
-  __device__ inline void fetch(B buffer, int64_t at, int64_t left) {
+  __device__ inline void fetch(B buffer, int64_t at, unsigned left) {
     if constexpr (Buffer<B>::reads) {
       const E* from = Buffer<B>::pointer(buffer) + at;
 #pragma unroll
       for (int u = 0; u < unroll; ++u)
-        if (u == 0 || u * int64_t(blockDim.x) < left)
+        if (u == 0 || u * blockDim.x < left)
 #pragma unroll
           for (int k = 0; k < packs; ++k)
             pack[u][k] = reinterpret_cast<const Pack<E>*>(from + u * int64_t(blockDim.x) * width)[k];
@@ -266,12 +303,12 @@ __device__ inline void store(Tile<B, width, unroll>& tile, int64_t i, T x) {
 // Load everything, then compute and store: the loads are independent of each other and stand before all else.
 template <int width, int unroll, class F, class... B>
 struct Step {
-  __device__ static inline void run(const F& element, [[maybe_unused]] int64_t at, int64_t left, B... buffer,
+  __device__ static inline void run(const F& element, [[maybe_unused]] int64_t at, unsigned left, B... buffer,
                                     Tile<B, width, unroll>... tile) {
     (tile.fetch(buffer, at, left), ...);
 #pragma unroll
     for (int u = 0; u < unroll; ++u)
-      if (u == 0 || u * int64_t(blockDim.x) < left) {
+      if (u == 0 || u * blockDim.x < left) {
 #pragma unroll
         for (int k = 0; k < width; ++k) element(tile..., u * width + k, k % lanes);
         (tile.flush(buffer, at, u), ...);
@@ -292,50 +329,64 @@ __device__ inline void with_pointers(const F& element, int64_t i, int lane, P...
   element(pointer..., i, lane);
 }
 
-// Call `element` for all of a chunk. Thread t of a block of n has the groups t, t + n, t + 2n, ... of `width`
-// elements. Whole groups of aligned buffers go through registers, 128 bits at a time; others element by element.
+// Call `element` for all of a piece. Thread t of a block of n has the groups t, t + n, t + 2n, ... of `width`
+// elements; a piece has fewer than 2^32 of them. Whole groups of aligned buffers go through registers, 128 bits at a
+// time; others element by element.
 template <class F, class... B>
 __device__ inline void walk(int64_t begin, int64_t end, const F& element, B... buffer) {
   constexpr int width = 16 / narrowest<B...>(), unroll = width < in_flight ? in_flight / width : 1;
-  const int64_t whole = (end - begin) / width;
+  const unsigned whole = unsigned((end - begin) / width);
   const bool aligned =
       (((reinterpret_cast<uint64_t>(Buffer<B>::pointer(buffer) + begin) & 15) == 0) && ... && true);
-  int64_t g = threadIdx.x;
+  unsigned g = threadIdx.x;
   if (aligned) {
-    for (; g < whole; g += unroll * int64_t(blockDim.x))
-      Step<width, unroll, F, B...>::run(element, begin + g * width, whole - g, buffer...,
+    for (; g < whole; g += unroll * blockDim.x)
+      Step<width, unroll, F, B...>::run(element, begin + int64_t(g) * width, whole - g, buffer...,
                                         Tile<B, width, unroll>()...);
-    g = whole + ((threadIdx.x - unsigned(whole)) & (blockDim.x - 1));  // the first of this thread's after those
+    g = whole + ((threadIdx.x - whole) & (blockDim.x - 1));  // the first of this thread's after those
   }
-  for (; begin + g * width < end; g += blockDim.x)
+  for (; begin + int64_t(g) * width < end; g += blockDim.x)
 #pragma unroll 1
-    for (int64_t i = begin + g * width; i < begin + g * width + width; i += lanes)
+    for (int64_t i = begin + int64_t(g) * width; i < begin + int64_t(g) * width + width; i += lanes)
 #pragma unroll
       for (int k = 0; k < lanes; ++k)
         if (i + k < end) with_pointers(element, i + k, k, Buffer<B>::pointer(buffer)...);
 }
 
-#define FUSEDOPT_CHUNKS(name, stage)                                                                               \
-  extern "C" __global__ void __launch_bounds__(max_threads)                                                        \
-      name(const __grid_constant__ Launch launch, int64_t n_chunks) {                                              \
-    for (int64_t c = blockIdx.x; c < n_chunks; c += gridDim.x) {                                                   \
-      const int64_t* chunk = launch.chunks + c * chunk_words;                                                      \
-      const Row row{launch.rows + chunk[0] * launch.row_words};                                                    \
-      stage(launch, row, chunk[1], chunk[2], launch.partials + c * launch.n_reductions);                           \
-    }                                                                                                              \
+// -- entries --
+// Blocks take turns at the pieces. While one is worked on, the next one's row is on its way.
+template <void stage(const Launch&, Row, int64_t, int64_t, double*)>
+__device__ inline void each_piece(const Launch& launch, int64_t n, const int64_t* inlined) {
+  for (unsigned c = blockIdx.x; c < n; c += gridDim.x) {
+    const int64_t* piece = launch.pieces + int64_t(c) * piece_words;
+    if (c + gridDim.x < n && threadIdx.x < unsigned(launch.row_words))
+      prefetch(launch.rows + piece[int64_t(gridDim.x) * piece_words] * launch.row_words + threadIdx.x);
+    stage(launch, Row(launch, piece[0], inlined), piece[1], piece[2], launch.partials + c * launch.n_reductions);
   }
+}
 
-#define FUSEDOPT_ROWS(name, scalars)                                                                               \
-  extern "C" __global__ void __launch_bounds__(max_threads)                                                        \
-      name(const __grid_constant__ Launch launch, int64_t n_rows) {                                                \
-    for (int64_t r = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; r < n_rows;                                   \
-         r += gridDim.x * int64_t(blockDim.x)) {                                                                   \
-      const Row row{launch.rows + r * launch.row_words};                                                           \
-      if (row.numel() > 0) scalars(launch, row);                                                                   \
-    }                                                                                                              \
+template <void scalars(const Launch&, Row)>
+__device__ inline void each_row(const Launch& launch, int64_t n, const int64_t* inlined) {
+  for (int64_t r = blockIdx.x; r < n; r += gridDim.x) {
+    const Row row(launch, r, inlined);
+    if (row.numel() > 0) scalars(launch, row);
   }
+}
 
-#define FUSEDOPT_STAGE(k) FUSEDOPT_CHUNKS(fusedopt_stage_##k, stage_##k)
-#define FUSEDOPT_SCALARS FUSEDOPT_ROWS(fusedopt_scalars, scalars)
+#define FUSEDOPT_ENTRY(name, n_words, each, function)                                                              \
+  extern "C" __global__ void __launch_bounds__(max_threads) name(                                                  \
+      const __grid_constant__ Launch launch, int64_t n, const __grid_constant__ Inline<n_words> inlined) {         \
+    each<function>(launch, n, inlined.words);                                                                      \
+  }
+#ifdef FUSEDOPT_SMALL_ONLY  // for drivers that refuse more parameters
+#define FUSEDOPT_ENTRIES(name, each, function) FUSEDOPT_ENTRY(name, small_words, each, function)
+#else
+#define FUSEDOPT_ENTRIES(name, each, function)        \
+  FUSEDOPT_ENTRY(name, small_words, each, function)   \
+  FUSEDOPT_ENTRY(name##_big, big_words, each, function)
+#endif
+
+#define FUSEDOPT_STAGE(k) FUSEDOPT_ENTRIES(fusedopt_stage_##k, each_piece, stage_##k)
+#define FUSEDOPT_SCALARS FUSEDOPT_ENTRIES(fusedopt_scalars, each_row, scalars)
 
 #include "cuda_example.inc"

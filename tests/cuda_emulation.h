@@ -61,14 +61,16 @@ inline E* global(E* p) {
   return p;
 }
 
-template <class Launch>
-void emulate(void (*kernel)(Launch, int64_t), const Launch& launch, int64_t n, unsigned blocks, unsigned threads) {
+inline void prefetch(const int64_t*) {}
+
+template <class... P>
+void emulate(void (*kernel)(P...), unsigned blocks, unsigned threads, const P&... parameter) {
   gridDim.x = blocks, blockDim.x = threads;
   barrier = std::make_unique<std::barrier<>>(threads);
   for (unsigned b = 0; b < blocks; ++b) {
     const auto run = [&](unsigned t) {
       blockIdx.x = b, threadIdx.x = t;
-      kernel(launch, n);
+      kernel(parameter...);
     };
     std::vector<std::thread> others;
     for (unsigned t = 1; t < threads; ++t) others.emplace_back(run, t);

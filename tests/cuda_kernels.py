@@ -6,6 +6,7 @@ A row of `CASES` is a named optimizer with storage dtypes; `programs` are those 
 import ctypes
 import functools
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from fusedopt.ir.program import Program
 from fusedopt.kernels import source as skeleton
 from fusedopt.render import cuda
 from fusedopt.runtime import cpu, plan
+from fusedopt.runtime import cuda as runtime
 
 EXAMPLE = golden.EXAMPLE.with_name("cuda_example.inc")
 EMULATION = Path(__file__).with_name("cuda_emulation.h")
@@ -67,8 +69,8 @@ def together(bodies: dict[str, str]) -> str:
         parts += [
             "#undef FUSEDOPT_STAGE",
             "#undef FUSEDOPT_SCALARS",
-            f"#define FUSEDOPT_STAGE(k) FUSEDOPT_CHUNKS({name}_stage_##k, stage_##k)",
-            f"#define FUSEDOPT_SCALARS FUSEDOPT_ROWS({name}_scalars, scalars)",
+            f"#define FUSEDOPT_STAGE(k) FUSEDOPT_ENTRIES({name}_stage_##k, each_piece, stage_##k)",
+            f"#define FUSEDOPT_SCALARS FUSEDOPT_ENTRIES({name}_scalars, each_row, scalars)",
             f"namespace {name}_ {{\n{body}}}",
         ]
     return cuda.source(skeleton("cuda.cu"), "\n".join(parts))
@@ -81,16 +83,24 @@ class LaunchTable(ctypes.Structure):
     """`struct Launch` of the skeleton."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("rows", "chunks", "partials", "slots")),
-        *((name, ctypes.c_int64) for name in ("row_words", "n_slots", "n_reductions")),
+        *((name, ctypes.c_void_p) for name in ("rows", "pieces", "partials", "slots", "gradients")),
+        *((name, ctypes.c_int64) for name in ("row_words", "n_slots", "n_reductions", "first_gradient")),
     ]
 
 
-EMULATE = """
-extern "C" void emulated(void (*kernel)(Launch, int64_t), const Launch* launch, int64_t n, unsigned blocks,
-                         unsigned threads) {
-  emulate(kernel, *launch, n, blocks, threads);
-}
+EMULATE = f"""
+static_assert(sizeof(Launch) == {ctypes.sizeof(LaunchTable)});
+static_assert(small_words == {runtime.SMALL} && big_words == {runtime.BIG});
+static_assert(max_threads == {runtime.THREADS});
+template <int n>
+void launch(void* kernel, void** parameters, unsigned blocks, unsigned threads) {{
+  emulate(reinterpret_cast<void (*)(Launch, int64_t, Inline<n>)>(kernel), blocks, threads,
+          *static_cast<const Launch*>(parameters[0]), *static_cast<const int64_t*>(parameters[1]),
+          *static_cast<const Inline<n>*>(parameters[2]));
+}}
+extern "C" void emulated(void* kernel, bool big, void** parameters, unsigned blocks, unsigned threads) {{
+  (big ? launch<big_words> : launch<small_words>)(kernel, parameters, blocks, threads);
+}}
 """
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
@@ -117,6 +127,18 @@ def emulation(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(out))
 
 
+@functools.cache
+def named() -> ctypes.CDLL:
+    """All programs of all cases, compiled together: `<case>_<k>_stage_0` and so on."""
+    bodies = {f"{case}_{k}": r.body for case in CASES for k, r in enumerate(rendered(case))}
+    folder = tempfile.TemporaryDirectory(prefix="fusedopt_emulated_")
+    _folders.append(folder)
+    return emulation(together(bodies), Path(folder.name))
+
+
+_folders: list[tempfile.TemporaryDirectory] = []  # removed at exit
+
+
 def run(
     library: ctypes.CDLL,
     name: str,
@@ -135,12 +157,19 @@ def run(
     rows = np.array([sizes, sets, layout.first, layout.count, *pointers], np.int64).T.copy()
     reductions = sum(len(stage.reductions) for stage in stages(program))
     partials = np.full((len(layout), reductions), np.nan)
-    addresses = [a.ctypes.data for a in (rows, layout.chunks, partials, slots)]
-    launch = LaunchTable(*addresses, rows.shape[1], slots.shape[1], reductions)
+    addresses = [a.ctypes.data for a in (rows, layout.chunks, partials)]
+    launch = LaunchTable(*addresses, None, None, rows.shape[1], slots.shape[1], reductions, slots.size)
+    words = np.zeros(runtime.SMALL, np.int64)
+    gradients = [t.data_ptr() for t in columns.get("grad", [])]
+    words[: slots.size], words[slots.size :][: len(gradients)] = slots.view(np.int64).ravel(), gradients
 
     def start(symbol: str, n: int) -> None:
         kernel: Any = ctypes.cast(getattr(library, f"{name}_{symbol}"), ctypes.c_void_p)
-        library.emulated(kernel, ctypes.byref(launch), ctypes.c_int64(n), blocks, threads)
+        count = ctypes.c_int64(n)
+        parameters = (ctypes.c_void_p * 3)(
+            ctypes.addressof(launch), ctypes.addressof(count), words.ctypes.data
+        )
+        library.emulated(kernel, False, parameters, blocks, threads)
 
     for k in range(len(stages(program))):
         start(f"stage_{k}", len(layout))

@@ -24,6 +24,7 @@ import golden
 from fusedopt.compile import nvrtc
 from fusedopt.ir.passes import Stage, scalar_stores, stages
 from fusedopt.ir.program import Program
+from fusedopt.runtime import cuda
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 GATES = golden.FOLDER / "cuda_gates.txt"
@@ -127,8 +128,8 @@ def scalar_functions() -> set[str]:
 
 @functools.cache
 def source() -> str:
-    """All of them in one source: compiling them together takes a third of the time."""
-    return cuda_kernels.together(
+    """All of them in one source: compiling them together takes a third of the time. Those with few parameters only."""
+    return cuda.SMALL_ONLY + cuda_kernels.together(
         {
             f"{case}_{k}": r.body
             for case in cuda_kernels.CASES

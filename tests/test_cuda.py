@@ -97,10 +97,8 @@ def assert_same(found, expected):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """All programs of all cases, compiled together."""
-    bodies = {f"{case}_{k}": r.body for case in CASES for k, r in enumerate(rendered(case))}
-    return cuda_kernels.emulation(cuda_kernels.together(bodies), tmp_path_factory.mktemp("emulated"))
+def library():
+    return cuda_kernels.named()
 
 
 # ---------------------------------------------------------------- rendering
@@ -205,7 +203,9 @@ def test_the_comparison_notices_a_write_past_the_end_and_a_group_left_out(tmp_pa
     with pytest.raises(AssertionError, match="harmed"):
         emulated(past, "k", program, given, SETS, slots)
     short = kernel(
-        program, tmp_path / "short", replaced("begin + g * width < end;", "begin + (g + 1) * width < end;")
+        program,
+        tmp_path / "short",
+        replaced("begin + int64_t(g) * width < end;", "begin + (int64_t(g) + 1) * width < end;"),
     )
     with pytest.raises(AssertionError, match="index, ours, expected"):
         assert_same(emulated(short, "k", program, given, SETS, slots)[0], expected)

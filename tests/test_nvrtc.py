@@ -64,6 +64,19 @@ def test_nothing_spills_and_every_access_of_the_main_path_has_128_bits(arch):
 
 @needs_nvrtc
 @needs_cuobjdump
+@pytest.mark.parametrize("case", ["torch_AdamW_float32", "fastai_Lamb_bfloat16"])
+def test_kernels_with_many_parameters_are_those_with_few(case):
+    source = cuda_kernels.together({"k": cuda_kernels.rendered(case)[0].body})
+    found = sass.functions(nvrtc.compile_cubin("both", source, "sm_90").path)
+    small = [name for name in found if not name.endswith("_big")]
+    assert len(found) == 2 * len(small) >= 2
+    for name in small:
+        assert found[f"{name}_big"].instructions == found[name].instructions
+        assert found[f"{name}_big"].registers == found[name].registers
+
+
+@needs_nvrtc
+@needs_cuobjdump
 def test_the_table_of_gates_is_the_golden_one():
     """After a change that is meant: `python tests/sass.py`, and read the difference."""
     golden = sass.GATES.read_text(encoding="utf-8")

@@ -294,7 +294,7 @@ def test_kernels_are_compiled_before_the_first_launch_and_launched_once_per_stag
 def test_a_stage_without_part_results_is_launched_over_tiles(driver):
     adam = launch("fastai_Adam")
     adam.run(torch.rand(2, 8, dtype=torch.float64).numpy())
-    pieces = -(-65536 // backend.TILE) + -(-(100_000 - 65536) // backend.TILE) + 1
+    pieces = -(-65536 // plan.TILE) + -(-(100_000 - 65536) // plan.TILE) + 1
     assert [(name, grid) for name, grid, _, _ in driver.launched] == [("stage_0", (pieces, 1, 1))]
 
 

@@ -426,11 +426,11 @@ def test_uploads_follow_the_bits_of_the_table():
 
 
 def test_tiles_cover_each_chunk_once_and_start_at_aligned_elements():
-    sizes = (1, backend.TILE, backend.TILE + 1, 65536 * 3 + 77, 5)
+    sizes = (1, plan.TILE, plan.TILE + 1, 65536 * 3 + 77, 5)
     chunks = plan.layout(sizes).chunks
-    cut = backend.tiles(chunks)
-    assert (cut[:, 2] > cut[:, 1]).all() and (cut[:, 2] - cut[:, 1] <= backend.TILE).all()
-    assert not (cut[:, 1] % plan.ALIGN).any() and backend.TILE % backend.BLOCK == 0
+    cut = plan.tiles(chunks)
+    assert (cut[:, 2] > cut[:, 1]).all() and (cut[:, 2] - cut[:, 1] <= plan.TILE).all()
+    assert not (cut[:, 1] % plan.ALIGN).any() and plan.TILE % backend.BLOCK == 0
     for row, size in enumerate(sizes):
         mine = cut[cut[:, 0] == row]
         assert mine[0, 1] == 0 and mine[-1, 2] == size and (mine[1:, 1] == mine[:-1, 2]).all()

@@ -48,7 +48,7 @@ class _Recorder:
         self.kernels: dict[Program, backends.Kernel] = {}
         self.found: list[Traced] = []
 
-    def compile(self, program: Program, name: str, slot_names: Any) -> backends.Kernel:
+    def compile(self, program: Program, name: str, slot_names: Any, device: Any = None) -> backends.Kernel:
         if program not in self.kernels:
             self.kernels[program] = backends.Kernel("cpp", name, program, "", "", 0.0, False, None)
             self.found.append(Traced(program, list(slot_names), name))

@@ -105,9 +105,13 @@ class Body(ABC):
         for name in self.touched(stage):
             type_ = TYPES[self.program.buffer[name].dtype]
             const = "" if name in stored else "const "
-            k = self.buffer_index[name]
-            lines.append(f"{const}{type_}* __restrict {identifier(name)} = row.buffer<{const}{type_}>({k});")
+            lines.append(
+                f"{const}{type_}* __restrict {identifier(name)} = {self.pointer(name, const + type_)};"
+            )
         return lines
+
+    def pointer(self, name: str, type_: str) -> str:
+        return f"row.buffer<{type_}>({self.buffer_index[name]})"
 
     # -- the per-element part --
     def element(self, stage: Stage) -> list[str]:

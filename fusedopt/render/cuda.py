@@ -12,7 +12,7 @@ from .c_family import TYPES, entries, indent
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
 
-VERSION = "1"
+VERSION = "2"
 SLOT = '#include "cuda_example.inc"'
 
 
@@ -28,6 +28,16 @@ def source(skeleton: str, body: str) -> str:
 
 class _Body(c_family.Body):
     qualifiers = "static __device__"
+
+    def pointer(self, name: str, type_: str) -> str:
+        """The gradient's comes with each launch: it is another one in every step."""
+        return f"row.gradient<{type_}>(launch)" if name == "grad" else super().pointer(name, type_)
+
+    def scalars(self, stage: Stage) -> list[str]:
+        """The block joins part results together; one of its threads stores, when all have read."""
+        lines = super().scalars(stage)
+        first = next(i for i, line in enumerate(lines) if line.startswith("  store("))
+        return [*lines[:first], "  __syncthreads();", "  if (threadIdx.x != 0) return;", *lines[first:]]
 
     def loop(self, stage: Stage) -> list[str]:
         """One function of an element, which ``walk`` calls with pointers, or with what it has in registers."""

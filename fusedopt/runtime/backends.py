@@ -43,6 +43,9 @@ class Launch(Protocol):
     def run(self, slots: np.ndarray) -> None:
         """Run all stages with these scalars: float64, scalar sets × slots."""
 
+    def upload(self, slots: np.ndarray) -> None:
+        """Put these scalars where the launch reads them, also one that a CUDA graph replays, and run nothing."""
+
 
 class Backend(Protocol):
     """What the runtime asks of a backend."""
@@ -50,8 +53,13 @@ class Backend(Protocol):
     name: str
     device: str
 
-    def compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
-        """The kernel of a program, from the cache or the compiler. Raises BuildError."""
+    def compile(
+        self, program: Program, name: str, slot_names: Sequence[str], device: torch.device | None = None
+    ) -> Kernel:
+        """The kernel of a program for a device (None: the current one of this backend's type), compiled or cached.
+
+        What cannot be compiled or loaded is known here, before anything has changed. Raises BuildError.
+        """
 
     def prepare(
         self,
@@ -59,11 +67,12 @@ class Backend(Protocol):
         columns: dict[str, list[torch.Tensor]],
         sizes: Sequence[int],
         sets: Sequence[int],
+        resident: bool = False,
     ) -> Launch:
         """Tables for launching the kernel over rows of tensors.
 
         columns: for each buffer of the program one tensor per row; sizes: elements per row; sets: each row's scalar
-        set.
+        set; resident: scalars stay in the device's memory, so that a launch in a CUDA graph sees later ones.
         """
 
 
@@ -73,15 +82,21 @@ def _cpp() -> Backend:
     return Cpp()
 
 
+def _cuda() -> Backend:
+    from .cuda import Cuda
+
+    return Cuda()
+
+
 def _triton() -> Backend:
     from .triton import Triton
 
     return Triton()
 
 
-COMPILED = {"cpp": _cpp, "triton": _triton}
+COMPILED = {"cpp": _cpp, "cuda": _cuda, "triton": _triton}
 """Compiled backends by name."""
-FOR_DEVICE = {"cpu": ("cpp",), "cuda": ("triton",)}
+FOR_DEVICE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 """What ``auto`` tries, by device type; the reference comes last."""
 NAMES = ("auto", *COMPILED, "reference")
 
@@ -138,7 +153,7 @@ def compile_program(
     tried = candidates(name, device)
     for backend, following in zip(tried, (*tried[1:], None), strict=True):
         try:
-            return backend, backend.compile(program, title, slot_names)
+            return backend, backend.compile(program, title, slot_names, device)
         except BuildError as error:
             if name != "auto":
                 raise

@@ -14,27 +14,21 @@ from ..kernels import source as skeleton
 from ..render import cpp
 from . import leaf, plan
 from .backends import Kernel
+from .tables import HEAD as HEAD
+from .tables import Compiler, Rows
 
 Handle = tuple[list[int], int | None]
 """Addresses of the stages, and of the function that stores scalar state."""
-HEAD = 4
-"""Words of a row before its pointers: element count, scalar set, first chunk, number of chunks."""
 
 
-class Cpp:
+class Cpp(Compiler):
     name = "cpp"
     device = "cpu"
     runs_parts = True
 
-    def __init__(self) -> None:
-        self._kernels: dict[tuple[Program, str], Kernel] = {}
-
-    def compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
-        if (program, name) not in self._kernels:
-            self._kernels[program, name] = self._compile(program, name, slot_names)
-        return self._kernels[program, name]
-
-    def _compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
+    def _compile(
+        self, program: Program, name: str, slot_names: Sequence[str], device: torch.device
+    ) -> Kernel:
         body = cpp.render(program, slot_names, name)
         library = toolchain.compile_library(
             name, cpp.source(skeleton("cpu.cpp"), body), key_parts=[cpp.VERSION]
@@ -58,11 +52,12 @@ class Cpp:
         columns: dict[str, list[torch.Tensor]],
         sizes: Sequence[int],
         sets: Sequence[int],
+        resident: bool = False,
     ) -> Launch:
         return Launch(kernel, columns, tuple(sizes), sets)
 
 
-class Launch:
+class Launch(Rows):
     """A kernel's tables, ready to run: a row per tensor, the chunk list, space for part results."""
 
     def __init__(
@@ -72,21 +67,23 @@ class Launch:
         sizes: tuple[int, ...],
         sets: Sequence[int],
     ) -> None:
-        buffers = kernel.program.buffers
-        self.kernel = kernel
-        self.sizes, self.layout = sizes, plan.layout(sizes)
+        super().__init__(kernel, columns, sizes, sets)
         self.stages, self.scalars = cast(Handle, kernel.handle)
-        width, n_reductions = HEAD + len(buffers), sum(len(s.reductions) for s in kernel.stages)
-        self.rows = rows = np.empty((len(sizes), width), np.int64)
-        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, self.layout.first, self.layout.count
-        for k, (name, _) in enumerate(buffers):
-            leaf.write_pointers(columns[name], rows.ctypes.data, len(sizes), width, HEAD + k)
-        self.partials = np.empty((len(self.layout), n_reductions))
-        tables = [t.ctypes.data for t in (rows, self.layout.chunks, self.partials)]
-        self.head = np.array([*tables, 0, width, kernel.program.slots, n_reductions], np.int64)
+        self.partials = np.empty((len(self.layout), self.n_reductions))
+        tables = [t.ctypes.data for t in (self.rows, self.layout.chunks, self.partials)]
+        widths = [self.rows.shape[1], kernel.program.slots, self.n_reductions]
+        self.head = np.array([*tables, 0, *widths], np.int64)
         self.address = self.head.ctypes.data
         self.slots: np.ndarray | None = None
         self.threads = 0
+
+    def upload(self, slots: np.ndarray) -> None:
+        """Put these scalars where the launch reads them."""
+        if self.slots is None:
+            self.slots = slots.copy()
+            self.head[3] = self.slots.ctypes.data
+        else:
+            self.slots[...] = slots
 
     def run(self, slots: np.ndarray) -> None:
         """Run all stages with these scalars: float64, scalar sets × slots."""

@@ -15,6 +15,8 @@ ALIGN = 64
 """Chunks start at multiples of this many elements: full vectors, whole cache lines."""
 CHUNK_COST = 64
 """What starting a chunk costs, in elements."""
+TILE = 1 << 13
+"""Elements in the pieces of a chunk that GPU stages are launched over where they leave no part results."""
 GRAIN = 1 << 14
 """Below this cost a thread is not worth waking."""
 
@@ -43,6 +45,15 @@ def layout(sizes: tuple[int, ...]) -> Layout:
     begin = (np.arange(len(row), dtype=np.int64) - first[row]) * length[row]
     end = np.minimum(begin + length[row], size[row])
     return Layout(np.ascontiguousarray(np.stack([row, begin, end], axis=1)), first, count)
+
+
+def tiles(chunks: np.ndarray) -> np.ndarray:
+    """Chunks cut further, for more programs to share a tensor: the same table with more rows."""
+    begin, end = chunks[:, 1], chunks[:, 2]
+    count = -(-(end - begin) // TILE)
+    chunk = np.repeat(np.arange(len(chunks)), count)
+    start = begin[chunk] + (np.arange(len(chunk)) - (np.cumsum(count) - count)[chunk]) * TILE
+    return np.stack([chunks[chunk, 0], start, np.minimum(start + TILE, end[chunk])], axis=1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, cast
@@ -24,15 +24,14 @@ from ..compile.cache import BuildError
 from ..ir.program import Program
 from ..kernels import source as skeleton
 from ..render import triton as renderer
-from . import leaf, plan
+from . import plan
 from .backends import Kernel
-from .cpu import HEAD
+from .tables import Compiler, Rows
+from .upload import Upload
 
 BLOCK = 1024
 """Elements of a block: with WARPS, eight per thread, which is 128 bits of a 16-bit type."""
 WARPS = 4
-TILE = 1 << 13
-"""Elements in the pieces of a chunk that a stage is launched over when it needs no part results."""
 FALLBACK = 'use backend="reference", which compiles nothing'
 
 
@@ -44,19 +43,16 @@ class Handle(NamedTuple):
     scalars: Any | None
 
 
-class Triton:
+class Triton(Compiler):
     name = "triton"
 
     def __init__(self) -> None:
+        super().__init__()
         self.device = "cpu" if interpreting() else "cuda"
-        self._kernels: dict[tuple[Program, str], Kernel] = {}
 
-    def compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
-        if (program, name) not in self._kernels:
-            self._kernels[program, name] = self._compile(program, name, slot_names)
-        return self._kernels[program, name]
-
-    def _compile(self, program: Program, name: str, slot_names: Sequence[str]) -> Kernel:
+    def _compile(
+        self, program: Program, name: str, slot_names: Sequence[str], device: torch.device
+    ) -> Kernel:
         start = time.perf_counter()
         version = _version()
         try:
@@ -71,7 +67,7 @@ class Triton:
             [not s.reductions and not renderer.joins_parts(program, s) for s in renderer.stages(program)],
             module[scalars] if scalars else None,
         )
-        _compile_now(name, handle, entry.source_path)
+        _compile_now(name, handle, entry.source_path, device)
         seconds = time.perf_counter() - start
         return Kernel(
             self.name, name, program, body, str(entry.source_path), seconds, not entry.built, handle
@@ -83,12 +79,16 @@ class Triton:
         columns: dict[str, list[torch.Tensor]],
         sizes: Sequence[int],
         sets: Sequence[int],
+        resident: bool = False,
     ) -> Launch:
         return Launch(kernel, columns, tuple(sizes), sets)
 
 
-class Launch:
-    """A kernel's tables, ready to run. ``rows`` is what the host knows of the rows; it is uploaded when it changed."""
+class Launch(Rows):
+    """A kernel's tables, ready to run. ``rows`` is what the host knows of the rows; it is uploaded when it changed.
+
+    Scalars are always resident: they are read from the device's memory.
+    """
 
     def __init__(
         self,
@@ -97,20 +97,19 @@ class Launch:
         sizes: tuple[int, ...],
         sets: Sequence[int],
     ) -> None:
-        buffers, layout = kernel.program.buffers, plan.layout(sizes)
+        super().__init__(kernel, columns, sizes, sets)
         self.handle = cast(Handle, kernel.handle)
-        width, n_reductions = HEAD + len(buffers), sum(len(s.reductions) for s in kernel.stages)
-        self.rows = rows = np.empty((len(sizes), width), np.int64)
-        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, layout.first, layout.count
-        for k, (name, _) in enumerate(buffers):
-            leaf.write_pointers(columns[name], rows.ctypes.data, len(sizes), width, HEAD + k)
-        self.n_chunks, self.device = len(layout), columns[buffers[0][0]][0].device
-        self._rows, self._slots = Upload(self.device), Upload(self.device)
+        self.n_chunks, chunks = len(self.layout) if kernel.program.buffers else 0, self.layout.chunks
+        self._rows, self._slots = Upload(self.device), Upload(self.device, resident=True)
         if self.n_chunks:
-            self._chunks = Upload(self.device).of(layout.chunks)
-            self._tiles = Upload(self.device).of(tiles(layout.chunks)) if any(self.handle.tiled) else None
-            n_partials = self.n_chunks * n_reductions
+            self._chunks = Upload(self.device).of(chunks)
+            self._tiles = Upload(self.device).of(plan.tiles(chunks)) if any(self.handle.tiled) else None
+            n_partials = self.n_chunks * self.n_reductions
             self._partials = torch.empty(n_partials, dtype=torch.float64, device=self.device)
+
+    def upload(self, slots: np.ndarray) -> None:
+        """Put these scalars where the launch, and captured ones, read them: in the order of the stream."""
+        self._slots.of(slots)
 
     def run(self, slots: np.ndarray) -> None:
         """Run all stages with these scalars: float64, scalar sets × slots. Nothing here waits for the device."""
@@ -124,41 +123,6 @@ class Launch:
                 stage[(len(chunks),)](rows, chunks, self._partials, numbers, BLOCK=BLOCK, **options())
             if self.handle.scalars is not None:
                 self.handle.scalars[(len(self.rows),)](rows, self._partials, numbers, **options())
-
-
-class Upload:
-    """A table on the device, copied there when the host's has changed, without waiting."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._sent: np.ndarray | None = None
-        self._there: torch.Tensor | None = None
-
-    def of(self, table: np.ndarray) -> torch.Tensor:
-        """The table on the device, as it is on the host now."""
-        if self._there is None or self._sent is None or not same_words(self._sent, table):
-            self._sent = table.copy()
-            staged = torch.from_numpy(self._sent)
-            if self.device.type == "cuda":
-                staged = staged.pin_memory()  # torch keeps such memory until the copy is done
-            if self._there is None:
-                self._there = torch.empty(table.shape, dtype=staged.dtype, device=self.device)
-            self._there.copy_(staged, non_blocking=True)
-        return self._there
-
-
-def same_words(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal to the last bit: 0.0 is not -0.0, and NaN is NaN."""
-    return a.shape == b.shape and np.array_equal(a.view(np.int64), b.view(np.int64))
-
-
-def tiles(chunks: np.ndarray) -> np.ndarray:
-    """Chunks cut further, for more programs to share a tensor: the same table with more rows."""
-    begin, end = chunks[:, 1], chunks[:, 2]
-    count = -(-(end - begin) // TILE)
-    chunk = np.repeat(np.arange(len(chunks)), count)
-    start = begin[chunk] + (np.arange(len(chunk)) - (np.cumsum(count) - count)[chunk]) * TILE
-    return np.stack([chunks[chunk, 0], start, np.minimum(start + TILE, end[chunk])], axis=1)
 
 
 def options() -> dict[str, Any]:
@@ -210,14 +174,15 @@ def _store(name: str, text: str, version: str) -> cache.Entry:
     return cache.load_or_build(name, key, text, "py", build, source_suffix="py", meta=meta)
 
 
-def _compile_now(name: str, handle: Handle, path: Path) -> None:
+def _compile_now(name: str, handle: Handle, path: Path, device: torch.device) -> None:
     """Compile before the first launch, so that what cannot be compiled is known before anything has changed."""
     words, numbers = torch.int64, torch.float64
     try:
-        for stage in handle.stages:
-            stage.warmup(words, words, numbers, numbers, BLOCK=BLOCK, grid=(1,), **options())
-        if handle.scalars is not None:
-            handle.scalars.warmup(words, numbers, numbers, grid=(1,), **options())
+        with nullcontext() if device.index is None else _on(device):
+            for stage in handle.stages:
+                stage.warmup(words, words, numbers, numbers, BLOCK=BLOCK, grid=(1,), **options())
+            if handle.scalars is not None:
+                handle.scalars.warmup(words, numbers, numbers, grid=(1,), **options())
     except Exception as error:
         raise BuildError(
             f"kernel {name!r}: Triton cannot compile it: {type(error).__name__}: {error}\n  source: {path}\n"

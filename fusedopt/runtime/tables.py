@@ -1,0 +1,62 @@
+"""What all backends share: kernels that are compiled once, and the table that a launch walks, a row per tensor."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..ir.program import Program
+from . import leaf, plan
+from .backends import Kernel
+
+HEAD = 4
+"""Words of a row before its pointers: element count, scalar set, first chunk, number of chunks."""
+
+
+class Compiler(ABC):
+    """Compiles programs, and remembers the kernels: one per program, name and device."""
+
+    name: str
+    device: str
+
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[Program, str, torch.device], Kernel] = {}
+
+    def compile(
+        self, program: Program, name: str, slot_names: Sequence[str], device: torch.device | None = None
+    ) -> Kernel:
+        device = device or torch.device(self.device)
+        key = program, name, device
+        if key not in self._kernels:
+            self._kernels[key] = self._compile(program, name, slot_names, device)
+        return self._kernels[key]
+
+    @abstractmethod
+    def _compile(
+        self, program: Program, name: str, slot_names: Sequence[str], device: torch.device
+    ) -> Kernel:
+        """Compile it, or find it in the cache."""
+
+
+class Rows:
+    """The row table on the host: element count, scalar set, first chunk, number of chunks, a pointer per buffer."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        columns: dict[str, list[torch.Tensor]],
+        sizes: tuple[int, ...],
+        sets: Sequence[int],
+    ) -> None:
+        self.kernel, self.sizes, self.layout = kernel, sizes, plan.layout(sizes)
+        self.n_reductions = sum(len(s.reductions) for s in kernel.stages)
+        buffers = kernel.program.buffers
+        self.rows = rows = np.empty((len(sizes), HEAD + len(buffers)), np.int64)
+        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, self.layout.first, self.layout.count
+        for k, (name, _) in enumerate(buffers):
+            leaf.write_pointers(columns[name], rows.ctypes.data, *rows.shape, HEAD + k)
+        # A program that touches nothing runs nowhere.
+        self.device = columns[buffers[0][0]][0].device if buffers else torch.device("cpu")
