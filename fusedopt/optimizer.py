@@ -21,10 +21,12 @@ from .explain import Explanation, explain
 from .names import HyperNames, HypersView
 from .reference import FLOATS
 from .runtime import backends
-from .runtime.engine import Engine
+from .runtime.engine import Engine, Resident
 from .runtime.items import Item
 from .runtime.scaling import NORM, Scaling
 from .runtime.warm import Warm, record
+
+_CUDA = torch.backends.cuda.is_built()
 
 
 class Options(TypedDict, total=False):
@@ -165,6 +167,7 @@ class Optimizer(torch.optim.Optimizer):
         self._called = {stored: name for name, stored in self._stored.items()}
         self._engine: Engine | None = None
         self._warm: Warm | None = None
+        self._captured: list[Resident] = []
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -244,6 +247,41 @@ class Optimizer(torch.optim.Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined]
 
+    def upload_hypers(self) -> None:
+        """Send the hyperparameters of ``param_groups`` to where a step captured into a CUDA graph reads them.
+
+        Capture a step of ``capturable`` groups after three that were not captured, with gradients that stay where they
+        are. Before a replay, change learning rate, momentum, weight decay or ``max_grad_norm`` as you like and call
+        this, on the stream that the graph is replayed on. Nothing waits for the device. A learning rate that is a
+        tensor there is read by the kernels themselves; it needs no call.
+
+        Raises RuntimeError if no capturable group has stepped yet, or if a callback would take another branch than the
+        one captured; the remedy is to capture again.
+        """
+        resident = [
+            *self._captured,
+            *([self._engine.resident] if self._engine and self._engine.resident else []),
+        ]
+        if not any(r.launches for r in resident):
+            raise RuntimeError("upload_hypers() is for groups with capturable=True that have stepped")
+        hypers = [self._hypers_of(group) for group in self.param_groups]
+        for each in resident:
+            each.upload(hypers)
+
+    def _keep_captured(self) -> None:
+        """What a graph replays has to live as long as the optimizer."""
+        if not all(group.get("capturable") for group in self.param_groups):
+            raise RuntimeError(
+                "step() is being captured into a CUDA graph, and would repeat this step's numbers for ever. Remedy: "
+                "make the optimizer with capturable=True"
+            )
+        resident = self.engine.resident
+        if resident is not None and resident not in self._captured:
+            self._captured.append(resident)
+
+    def _hypers_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {k: _hyper(group, k, v) for k, v in self.hyper_map.of_group(group).items()}
+
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
@@ -255,6 +293,8 @@ class Optimizer(torch.optim.Optimizer):
             self._warm = None
             with torch.no_grad():
                 self._step_from_scratch()
+        if _CUDA and torch.cuda.is_current_stream_capturing():
+            self._keep_captured()
         return loss
 
     def _step_from_scratch(self) -> None:
@@ -279,7 +319,7 @@ class Optimizer(torch.optim.Optimizer):
         todo = []
         for g, group in enumerate(self.param_groups):
             modes = self._scaling.modes(bool(group.get("capturable")))
-            hyper = {k: _hyper(group, k, v) for k, v in self.hyper_map.of_group(group).items()}
+            hyper = self._hypers_of(group)
             for i, p in enumerate(group["params"]):
                 grad = p if pretend else p.grad
                 if grad is not None:

@@ -5,8 +5,10 @@
 #include <dlfcn.h>
 
 #include <cstring>
+#include <cstdint>
 #include <sstream>
 #include <string>
+#include <vector>
 
 using Status = int;
 using Emulated = void (*)(void* kernel, bool big, void** parameters, unsigned blocks, unsigned threads);
@@ -26,20 +28,39 @@ struct Launch {
   double* partials;
   const double* slots;
   const long long* gradients;
+  long long others[4];
+};
+// A launch in a graph: its parameters are what they were when it was captured.
+struct Captured {
+  const Function* function;
+  Launch launch;
+  int64_t n;
+  std::vector<int64_t> words;
+  unsigned blocks;
 };
 
 static std::string logged;
+static std::vector<Captured> graph;
 static int depth = 0;
 static const char* const context = "the primary context";
 
 extern "C" {
 int fake_version = 13000, fake_devices = 1, fake_major = 9, fake_minor = 0, fake_blocks = 2, fake_threads = 1;
 int fake_status = 0, fake_modules = 0, fake_retained = 0;
+int fake_capturing = 0, fake_words = 0, fake_big_words = 0;
 char fake_failing[64] = "";
 
 const char* fake_log() { return logged.c_str(); }
-void fake_clear() { logged.clear(); }
+void fake_clear() { logged.clear(), graph.clear(); }
 int fake_depth() { return depth; }
+extern int fake_threads;
+// Does what was captured.
+void fake_replay() {
+  for (Captured& c : graph) {
+    void* parameters[] = {&c.launch, &c.n, c.words.data()};
+    c.function->emulated(c.function->kernel, c.function->big(), parameters, c.blocks, fake_threads);
+  }
+}
 
 static Status result(const char* call) { return std::strcmp(call, fake_failing) == 0 ? fake_status : 0; }
 
@@ -118,6 +139,12 @@ Status cuLaunchKernel(void* handle, unsigned blocks, unsigned, unsigned, unsigne
   line << function->name << ' ' << blocks << ' ' << threads << ' ' << reinterpret_cast<size_t>(stream) << ' '
        << !launch->slots << ' ' << !launch->gradients << '\n';
   logged += line.str();
+  if (fake_capturing) {
+    const auto* words = static_cast<const int64_t*>(parameters[2]);
+    graph.push_back({function, *launch, *static_cast<int64_t*>(parameters[1]),
+                     {words, words + (function->big() ? fake_big_words : fake_words)}, blocks});
+    return 0;
+  }
   function->emulated(function->kernel, function->big(), parameters, blocks, fake_threads);
   return 0;
 }

@@ -18,7 +18,7 @@ from cuda_kernels import CASES, STORAGE, rendered
 from helpers import assert_same_bits, needs_extension
 
 import fusedopt
-from fusedopt import doctor, table
+from fusedopt import doctor, optim, optimizer, table
 from fusedopt.compile import BuildError, cache, nvrtc, toolchain
 from fusedopt.kernels import source as skeleton
 from fusedopt.render import cuda as renderer
@@ -56,7 +56,8 @@ class Fake:
         self.library.fake_clear()
 
 
-DEFAULTS = dict(version=13000, devices=1, major=9, minor=0, blocks=2, threads=1, status=0)
+DEFAULTS = dict(version=13000, devices=1, major=9, minor=0, blocks=2, threads=1, status=0, capturing=0)
+DEFAULTS |= dict(words=cuda.SMALL, big_words=cuda.BIG)
 
 
 @pytest.fixture(scope="session")
@@ -668,3 +669,199 @@ def test_doctor_names_driver_compiler_and_gpus(fake, monkeypatch):
     )
     monkeypatch.setattr(leaf, "native", None)
     assert not probe(fake.path).works
+
+
+# ---------------------------------------------------------------- numbers on the device, and graphs of them
+
+
+DEVICE = [
+    "fastai_Adam",
+    "fastai_Lamb",
+    "fastai_Lookahead",
+    "torch_Adagrad",
+    "torch_NAdam",
+    "torch_RAdam",
+    "torch_SGD",
+]
+
+
+@pytest.mark.parametrize("mode", ["capturable", "amp_fused"])
+@pytest.mark.parametrize("case", DEVICE)
+def test_with_numbers_on_the_device_steps_have_the_bits_of_cpp(fake, case, mode):
+    """Counts are advanced there; with ``amp_fused`` the first step is skipped."""
+    row = table.row(*case.split("_"))
+    out = []
+    for on in ("cuda", "cpp"):
+        torch.manual_seed(1)
+        params = parameters(1, 1031, 0, 70)
+        opt = row.factory(params, **row.variants[0].kwargs, **{mode: True}, backend=on)
+        for t in range(4):
+            give_gradients(params, seed=t)
+            if mode == "amp_fused":
+                opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(float(t == 0))
+            opt.step()
+        state = [v for p in params for v in opt.state[p].values()]
+        out.append([t.detach() for t in [*params, *state]])
+    for ours, theirs in zip(*out, strict=True):
+        if row.reductions:
+            torch.testing.assert_close(ours, theirs)
+        else:
+            assert_same_bits(ours, theirs)
+
+
+def test_the_norm_is_taken_by_kernels(fake):
+    ours, theirs = (parameters(1031, 70) for _ in range(2))
+    opts = [optim.AdamW(p, max_grad_norm=0.5, backend=on) for p, on in ((ours, "cuda"), (theirs, "cpp"))]
+    for a, b in zip(ours, theirs, strict=True):
+        b.data.copy_(a.data)
+    for t in range(3):
+        for params, opt in zip((ours, theirs), opts, strict=True):
+            give_gradients(params, seed=t)
+            opt.step()
+    torch.testing.assert_close(opts[0].grad_norm, opts[1].grad_norm)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.fixture
+def graph(fake, monkeypatch):
+    """A context in which launches are captured, and a function that replays them."""
+    monkeypatch.setattr(optimizer, "_CUDA", True)
+
+    @contextmanager
+    def capture():
+        fake.capturing = 1
+        try:
+            yield
+        finally:
+            fake.capturing = 0
+
+    for module in (upload, cuda):
+        monkeypatch.setattr(module, "capturing", lambda device: bool(fake.capturing))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(fake.capturing))
+    return SimpleNamespace(capture=capture, replay=fake.library.fake_replay)
+
+
+def ready(make, steps=3, **options):
+    """An optimizer that may be captured, another that may not, and their parameters; gradients stay where they are."""
+    torch.manual_seed(0)
+    ours = parameters(1031, 70)
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    opt = make(ours, lr=0.1, capturable=True, backend="cuda", **options)
+    twin = make(plain, lr=0.1, backend="cpp", **options)
+    for params in (ours, plain):
+        give_gradients(params, seed=0)
+    for _ in range(steps):
+        opt.step()
+        twin.step()
+    return opt, twin, ours, plain
+
+
+def new_gradients(*lists):
+    for params in lists:
+        torch.manual_seed(5)
+        for p in params:
+            p.grad.copy_(torch.randn_like(p))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=["", "clipped"])
+def test_a_replayed_step_counts_and_follows_the_hyperparameters(graph, options):
+    opt, twin, ours, plain = ready(optim.AdamW, **options)
+    with graph.capture():
+        opt.step()
+    for t in range(4):
+        new_gradients(ours, plain)
+        for o in (opt, twin):
+            o.param_groups[0] |= dict(
+                lr=0.1 / (t + 1), betas=(0.9 - 0.1 * t, 0.999), weight_decay=0.01 * t + 0.01
+            )
+            if options and t == 2:
+                o.max_grad_norm = 0.25
+        opt.upload_hypers()
+        graph.replay()
+        twin.step()
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7) if options else assert_same_bits(a, b)
+    assert opt.state[ours[0]]["step"].item() == twin.state[plain[0]]["step"]
+
+
+def test_without_the_upload_a_replay_has_the_rate_it_was_captured_with(graph):
+    opt, twin, ours, plain = ready(optim.SGD)
+    with graph.capture():
+        opt.step()
+    opt.param_groups[0]["lr"] = 100.0
+    graph.replay()
+    twin.step()
+    assert_same_bits(ours[0], plain[0])
+
+
+def test_a_rate_that_is_a_tensor_needs_no_upload(graph):
+    torch.manual_seed(0)
+    (p,) = params = parameters(5)
+    start, lr = p.detach().clone(), torch.tensor(0.5)
+    opt = optim.SGD(params, lr=lr, capturable=True, backend="cuda")
+    p.grad = torch.ones(5)
+    for _ in range(3):
+        opt.step()
+    with graph.capture():
+        opt.step()
+    torch.testing.assert_close(p.detach(), start - 1.5)
+    lr.fill_(2.0)
+    graph.replay()
+    torch.testing.assert_close(p.detach(), start - 3.5)
+
+
+def test_graphs_outlive_steps_that_are_not_captured(graph):
+    """A new launch takes the old one's place, which the graph still needs, and which still gets its scalars."""
+    opt, twin, ours, plain = ready(optim.SGD)
+    with graph.capture():
+        opt.step()
+    opt._warm = None
+    for o in (opt, twin):
+        o.step()
+        o.param_groups[0]["lr"] = 0.3
+        o.step()
+    opt.upload_hypers()
+    graph.replay()
+    twin.step()
+    for a, b in zip(ours, plain, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_capturing_too_early_or_an_optimizer_that_is_not_capturable_is_refused(graph):
+    opt, *_ = ready(optim.SGD, steps=0)
+    with graph.capture(), pytest.raises(RuntimeError, match="three steps before capturing"):
+        opt.step()
+    (p,) = parameters(5)
+    p.grad = torch.ones(5)
+    plain = optim.SGD([p], backend="cuda")
+    with graph.capture(), pytest.raises(RuntimeError, match=r"capturable=True|resident=True"):
+        plain.step()
+
+
+def decaying(p, lr, wd, **_):
+    if wd != 0:
+        p.data.mul_(1 - lr * wd)
+    p.data.add_(p.grad.data, alpha=-lr)
+
+
+def test_hyperparameters_that_want_another_kernel_are_refused(graph):
+    (p,) = parameters(5)
+    p.grad = torch.ones(5)
+    opt = fusedopt.Optimizer([p], decaying, lr=0.1, wd=0.0, capturable=True, backend="cuda")
+    with pytest.raises(RuntimeError, match="for groups with capturable=True that have stepped"):
+        opt.upload_hypers()
+    for _ in range(3):
+        opt.step()
+    with graph.capture():
+        opt.step()
+    opt.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(
+        RuntimeError, match=r"group 0: a branch that they decide goes another way now.*capture"
+    ):
+        opt.upload_hypers()
+    opt.param_groups[0] |= dict(weight_decay=0.0, lr=0.2)
+    opt.upload_hypers()
+    before = p.detach().clone()
+    graph.replay()
+    torch.testing.assert_close(p.detach(), before - 0.2)

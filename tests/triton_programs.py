@@ -14,7 +14,7 @@ from fusedopt.ir.ops import OPS, Op
 from fusedopt.ir.program import Buffer, Graph, Program, verify
 from fusedopt.render import triton as renderer
 from fusedopt.runtime import backends, engine
-from fusedopt.runtime.cpu import HEAD
+from fusedopt.runtime.tables import HEAD
 
 DTYPES = {
     "float32": (torch.float32, None),

@@ -14,7 +14,6 @@ from ..kernels import source as skeleton
 from ..render import cpp
 from . import leaf, plan
 from .backends import Kernel
-from .tables import HEAD as HEAD
 from .tables import Compiler, Rows
 
 Handle = tuple[list[int], int | None]

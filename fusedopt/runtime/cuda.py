@@ -241,7 +241,7 @@ class Launch(Rows):
         self._slots.of(slots)
 
     def _address_of(self, slots: np.ndarray) -> int:
-        if capturing(self.device):
+        if self._n_slots and capturing(self.device):
             raise RuntimeError(
                 "a CUDA graph would repeat this step's scalars for ever. Remedy: prepare the launch with resident=True"
             )

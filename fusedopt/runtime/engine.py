@@ -88,11 +88,46 @@ class Launched:
         return sum(len(plan.items) for plan in self.plans)
 
 
+class Resident:
+    """Launches whose scalars live on the device, so that a CUDA graph of them can be replayed with others."""
+
+    def __init__(self, launched: list[Launched], norm: Norm | None) -> None:
+        self.norm = norm
+        self.launches = [
+            (entry.launch, [(plan.known.replay, plan.items[0].where[0]) for plan in entry.plans])
+            for entry in launched
+            if any(item.hyper.get("capturable") for plan in entry.plans for item in plan.items)
+        ]
+
+    def upload(self, hypers: list[dict[str, Any]]) -> None:
+        """Send the scalars that follow from these hyperparameters of each group. Raises RuntimeError, sending none."""
+        tables = []
+        for launch, sets in self.launches:
+            found = [replay and replay(hypers[group], {}) for replay, group in sets]
+            for (replay, group), one in zip(sets, found, strict=True):
+                if one is None:
+                    why = (
+                        "a branch that they decide goes another way now"
+                        if replay
+                        else "a callback is not pure"
+                    )
+                    raise RuntimeError(
+                        f"the captured step does not fit the hyperparameters of group {group}: {why}. Remedy: capture "
+                        "the step again"
+                    )
+            tables.append((launch, np.array([slots for slots, _ in found], dtype=np.float64)))  # type: ignore[misc]
+        for launch, slots in tables:
+            launch.upload(slots)
+        if self.norm is not None:
+            self.norm.upload()
+
+
 class Engine:
     """Steps parameters by a callback list. It holds no tensors: state lives with the optimizer.
 
     ``history`` has the kernels used so far, ``eager`` the verdicts on callbacks with no fused form, ``launched`` the
-    kernels of the last step's launches, and how many tensors each stepped, ``norm`` how its gradients' norm was taken.
+    kernels of the last step's launches, and how many tensors each stepped, ``norm`` how its gradients' norm was taken,
+    ``resident`` its launches whose scalars live on the device.
     """
 
     def __init__(
@@ -108,6 +143,7 @@ class Engine:
         self.history = History()
         self.eager: dict[tuple[int, Any], Eager] = {}
         self.norm: Norm | None = None
+        self.resident: Resident | None = None
         self.launched: list[tuple[Kernel, int]] = []
         self._pure = [is_pure(cb) for cb in callbacks]
         self._sources = Sources(cb for cb, pure in zip(callbacks, self._pure, strict=True) if pure)
@@ -149,6 +185,7 @@ class Engine:
             self.eager = verdicts  # a callback that raised may fuse once it no longer does
             raise
         launched = self._launch(plans, scaling)
+        self.resident = Resident(launched, self.norm)
         for item, work in copies:
             items.store(item, work, self.state_dtype)
         return [] if unfused else launched
@@ -381,7 +418,9 @@ def launch(plans: list[Plan], slots: np.ndarray, scaling: Scaling) -> Launch:
     kernel, rows = plans[0].kernel, [item for plan in plans for item in plan.items]
     columns = {name: _column(name, rows, scaling) for name, _ in kernel.program.buffers}
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
-    prepared = plans[0].known.backend.prepare(kernel, columns, [item.param.numel() for item in rows], sets)
+    sizes = [item.param.numel() for item in rows]
+    resident = any(item.hyper.get("capturable") for item in rows)
+    prepared = plans[0].known.backend.prepare(kernel, columns, sizes, sets, resident)
     sharded.run(prepared, slots, rows)
     for name, _ in kernel.program.stores:
         leaf.bump_versions(columns[name])

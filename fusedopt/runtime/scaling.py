@@ -20,8 +20,8 @@ from ..ir.program import Buffer, Graph, Program, verify
 from ..trace.signature import FACTOR, FOUND_INF, Modes, compute_dtype
 from . import sharded
 from .backends import Backend, Kernel, Launch
-from .cpu import HEAD
 from .items import Item
+from .tables import HEAD
 
 INVERSE, NORM = "scaling.inverse", "scaling.norm"
 NORM_KERNEL = "grad_norm"
@@ -96,6 +96,7 @@ class Norm:
         self.squares = torch.empty(sum(sizes), dtype=torch.float64, device=self.main)
         self.pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Squares on other devices, and where they belong."""
+        self.resident = any(item.hyper.get("capturable") for _, items in rows for item in items)
         self.launches: list[Launch] = []
         self.kernels: list[tuple[Kernel, int]] = []
         for (backend, items), piece in zip(rows, self.squares.split(sizes), strict=True):
@@ -119,6 +120,11 @@ class Norm:
             launch.run(_NONE)
         self._finish()
 
+    def upload(self) -> None:
+        """Put the limit where captured launches read it."""
+        if self.join is not None and self.scaling.max_norm is not None:
+            self.join.upload(np.array([[self.scaling.max_norm]], dtype=np.float64))
+
     def _joining(self, backend: Backend) -> Launch:
         columns = {name: [self.scaling.buffer(name, self.main)] for name in (INVERSE, NORM, FACTOR)}
         return self._prepared(backend, "clip", _coefficient(), {"squares": [self.squares], **columns})
@@ -127,9 +133,11 @@ class Norm:
         self, backend: Backend, name: str, program: Program, columns: dict[str, list[torch.Tensor]]
     ) -> Launch:
         sizes = [t.numel() for t in columns[program.buffers[0][0]]]
-        kernel = backend.compile(program, name, ["max_grad_norm"])
+        kernel = backend.compile(program, name, ["max_grad_norm"], columns[program.buffers[0][0]][0].device)
         self.kernels.append((kernel, len(sizes)))
-        return backend.prepare(kernel, columns, sizes, [0] * len(sizes))
+        return backend.prepare(
+            kernel, columns, sizes, [0] * len(sizes), self.resident and name != NORM_KERNEL
+        )
 
     def _finish(self) -> None:
         scaling, limit = self.scaling, self.scaling.max_norm

@@ -16,8 +16,8 @@ import torch
 
 from ..names import NOT_NEGATIVE
 from . import leaf
-from .cpu import HEAD
 from .engine import Launched, Plan
+from .tables import HEAD
 
 if TYPE_CHECKING:
     from ..optimizer import Optimizer
