@@ -32,6 +32,7 @@ constexpr int small_words = (4096 - parameter_bytes) / 8, big_words = (32764 - p
 
 constexpr int head_words = 4, piece_words = 3;
 constexpr int max_threads = 256;  // of a block; the number of threads must be a power of two
+// `resident_blocks`, of the generated part, is how many of those a multiprocessor is to hold; 0 leaves it to the compiler.
 constexpr int lanes = 2;          // accumulators of a thread
 constexpr int in_flight = 8;      // elements that a thread loads from each buffer before it computes
 
@@ -374,7 +375,7 @@ __device__ inline void each_row(const Launch& launch, int64_t n, const int64_t* 
 }
 
 #define FUSEDOPT_ENTRY(name, n_words, each, function)                                                              \
-  extern "C" __global__ void __launch_bounds__(max_threads) name(                                                  \
+  extern "C" __global__ void __launch_bounds__(max_threads, resident_blocks) name(                                 \
       const __grid_constant__ Launch launch, int64_t n, const __grid_constant__ Inline<n_words> inlined) {         \
     each<function>(launch, n, inlined.words);                                                                      \
   }

@@ -16,7 +16,7 @@
 #define __device__
 #define __shared__ static  // one block at a time
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using std::atan, std::atan2, std::ceil, std::cos, std::erf, std::exp, std::expm1, std::fabs, std::floor, std::log;
 using std::log1p, std::log2, std::nearbyint, std::pow, std::sin, std::sqrt, std::tanh, std::trunc;

@@ -577,6 +577,20 @@ def test_an_earlier_step_survives_a_compiler_that_breaks(tmp_path, monkeypatch):
         opt.step()
 
 
+def test_state_on_another_device_than_its_parameter_is_refused():
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    opt = fusedopt.optim.AdamW([p])
+    opt.step()
+    before = p.detach().clone()
+    opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"].to("meta")
+    with pytest.raises(
+        RuntimeError, match="state 'exp_avg' of parameter 0 of group 0 is on meta, the parameter on"
+    ):
+        opt.step()
+    assert torch.equal(p, before) and opt.state[p]["step"] == 1
+
+
 def test_a_device_without_a_backend_is_said_once_and_the_others_still_fuse(no_warning_given):
     there, here = nn.Parameter(torch.ones(3, device="meta")), nn.Parameter(torch.ones(3))
     opt = fusedopt.SGD([there, here], lr=0.1)

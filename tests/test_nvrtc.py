@@ -8,6 +8,7 @@ import pytest
 import sass
 import torch
 from test_cuda import all_ops
+from triton_programs import traced
 
 from fusedopt.compile import BuildError, nvrtc
 from fusedopt.ir.passes import stages
@@ -60,6 +61,34 @@ def test_nothing_spills_and_every_access_of_the_main_path_has_128_bits(arch):
         assert f.count(r"STG\.E\.64.*") == len(stage.reductions), name
         known = r"(LDG|STG)\.E(\.128|\.64|\.U16)?(\.CONSTANT|\.STRONG\.\w+)?"
         assert f.count(r"(LD|ST|LDG|STG|RED|ATOM\w*)(\..*)?") == f.count(known), name
+
+
+ON_DEVICE = [
+    ("fastai_Adam", {"amp_fused": True, "max_grad_norm": 1.0}),
+    ("fastai_Lamb", {"amp_fused": True}),
+    ("fastai_Lookahead", {"amp_fused": True}),
+    ("torch_NAdam", {"capturable": True}),
+    ("torch_RAdam", {"capturable": True}),
+]
+"""Optimizers whose step counts, scale and norm the device keeps."""
+
+
+@needs_nvrtc
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", sass.ARCHS)
+def test_nothing_spills_with_numbers_on_the_device_either(arch):
+    bodies = {
+        f"{name}_{k}": cuda.render(made.program, made.slot_names, made.title)
+        for name, options in ON_DEVICE
+        for k, made in enumerate(traced(name, "float32", 0, **options))
+    }
+    entry = nvrtc.compile_cubin("on_device", cuda_kernels.together(bodies), arch)
+    found = sass.functions(entry.path)
+    assert (
+        len(found) > len(bodies) > len(ON_DEVICE)
+    )  # the norm's programs, and what is stored once per tensor
+    for name, f in found.items():
+        assert f.registers <= REGISTERS and (f.stack, f.local) == (0, 0), name
 
 
 @needs_nvrtc
@@ -139,7 +168,7 @@ def test_the_gates_notice_contraction_spills_and_narrow_accesses(monkeypatch):
     entry = nvrtc.compile_cubin("narrow", narrow, "sm_80")
     stage = stages(program)[0]
     assert sass.functions(entry.path)["k_stage_0"].count(r"LDG\.E\.128") == 0 < len(stage.loads(program))
-    tight = good.replace("__launch_bounds__(max_threads)", "__launch_bounds__(max_threads, 8)")
+    tight = good.replace("resident_blocks = 0", "resident_blocks = 8")
     entry = nvrtc.compile_cubin("tight", tight, "sm_80")
     f = sass.functions(entry.path)["k_stage_1"]
     assert f.registers == 32 and f.stack > 0 and f.count(r"STL\b.*") > 0

@@ -115,6 +115,20 @@ def test_float64_does_too_but_for_its_registers(name):
             check(made, kernel_name, kernel._replace(registers=0))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fastai_Lamb", {"amp_fused": True}),
+        ("torch_RAdam", {"capturable": True}),
+        ("torch_SGD", {"amp_fused": True, "max_grad_norm": 1.0}),
+    ],
+)
+def test_numbers_on_the_device_need_no_more(name, options):
+    for made in traced(name, "float32", 0, **options):
+        for kernel in gates.compiled(made, 90).values():
+            assert kernel.registers <= 128 and (kernel.stack, kernel.local) == (0, 0)
+
+
 def test_the_table_of_gates_is_the_golden_one():
     """After a change that is meant: `python tests/triton_gates.py`, and read the difference."""
     golden = gates.GATES.read_text(encoding="utf-8")

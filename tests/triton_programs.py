@@ -54,7 +54,9 @@ class _Recorder:
             self.found.append(Traced(program, list(slot_names), name))
         return self.kernels[program]
 
-    def prepare(self, kernel: backends.Kernel, columns: Any, sizes: Any, sets: Any) -> Any:
+    def prepare(
+        self, kernel: backends.Kernel, columns: Any, sizes: Any, sets: Any, resident: bool = False
+    ) -> Any:
         rows = np.zeros((len(sizes), HEAD + len(kernel.program.buffers)), np.int64)
         return SimpleNamespace(rows=rows, run=lambda slots: None)
 

@@ -18,7 +18,10 @@ SLOT = '#include "cuda_example.inc"'
 
 def render(program: Program, slot_names: Sequence[str] = (), title: str = "") -> str:
     """The generated body. ``slot_names`` are the scalars' expressions, for the comments."""
-    return c_family.render(_Body, program, slot_names, title)
+    head, rest = c_family.render(_Body, program, slot_names, title).split("\n\n", 1)
+    # Powers in double need registers that the assembler, aiming at more blocks, would rather spill.
+    blocks = 2 if any(v.type == "d" for v in program.values) else 0
+    return f"{head}\nconstexpr int resident_blocks = {blocks};\n\n{rest}"
 
 
 def source(skeleton: str, body: str) -> str:

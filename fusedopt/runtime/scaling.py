@@ -59,7 +59,7 @@ class Scaling:
     def receive(self, scale: torch.Tensor | None, found_inf: torch.Tensor | float | None) -> None:
         """Take over what GradScaler says of this step, without waiting for it; None: it has no part in it."""
         values = {
-            INVERSE: 1.0 if scale is None else scale.double().reciprocal(),
+            INVERSE: 1.0 if scale is None else scale.reciprocal(),
             FOUND_INF: 0.0 if found_inf is None else found_inf,
         }
         if all(isinstance(v, float) and v == self._received[k] for k, v in values.items()):
