@@ -324,8 +324,8 @@ class Optimizer(torch.optim.Optimizer):
                 grad = p if pretend else p.grad
                 if grad is not None:
                     _check_gradient(p, grad, g, i)
-                    _check_state(p, self.state.get(p, {}), g, i)
                     state = self._state_of(p, modes.on_device)
+                    _check_state(p, self.state.get(p, {}), g, i)
                     todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
         return todo
 
@@ -567,7 +567,7 @@ def _hyper(group: dict[str, Any], name: str, value: Any) -> Any:
 
 def _check_state(p: torch.Tensor, state: Mapping[str, Any], group: int, i: int) -> None:
     for key, value in state.items():
-        if isinstance(value, torch.Tensor) and value.device != p.device and value.dim():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.device != p.device:
             raise RuntimeError(
                 f"the state {key!r} of parameter {i} of group {group} is on {value.device}, the parameter on "
                 f"{p.device}; move the model before the state dict is loaded, or the state with it"
