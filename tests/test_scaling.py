@@ -198,6 +198,21 @@ def test_callbacks_that_run_eagerly_are_scaled_and_skipped_too():
     assert_same([opt.state[ours[0]]["grad_avg"]], [twin.state[plain[0]]["grad_avg"]])
 
 
+def test_state_that_starts_as_a_clone_may_start_between_two_programs():
+    """A first step that is fused and skipped, and then one with a callback that runs eagerly."""
+    (p,) = params = parameters(shapes=[(4,)])
+    start, grads = p.detach().clone(), gradients(3, shapes=[(4,)])
+    opt = fusedopt.Optimizer(params, clones, lr=0.1, amp_fused=True, backend="cpp")
+    scaled_step(opt, params, grads[0], found=True)
+    opt.cbs = [clones, unfusable]
+    with pytest.warns(RuntimeWarning, match="unfusable runs eagerly"):
+        scaled_step(opt, params, grads[1])
+    assert torch.equal(opt.state[p]["slow"], start * 0.5)
+    opt.cbs = [clones]
+    scaled_step(opt, params, grads[2])
+    assert torch.equal(opt.state[p]["slow"], start * 0.25)
+
+
 def undefaulted(p, count=None, **_):
     p.data.sub_(p.grad.data)
     return {"count": 1 if count is None else count + 1}

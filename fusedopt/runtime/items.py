@@ -166,7 +166,7 @@ def _begun(state: State) -> State:
     if flag is None:
         return state
     late = () if state[flag].item() else flag.removeprefix(STARTED).split(",")
-    return {k: v for k, v in state.items() if k not in late} | {flag: torch.ones_like(state[flag])}
+    return {k: v for k, v in state.items() if k not in late and k != flag}
 
 
 def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:
@@ -180,6 +180,9 @@ def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:
 def store(item: Item, work: Item, state_dtype: torch.dtype | None) -> None:
     """Write a work copy's results to the user's tensors: rounded once, existing state in its own dtype."""
     empty = item.param.numel() == 0
+    for key, value in item.state.items():
+        if key.startswith(STARTED):
+            value.fill_(1.0)
     if not empty:
         item.home.copy_(work.param)
     for key, value in work.state.items():
