@@ -17,8 +17,9 @@ from fusedopt import callbacks, table
 from fusedopt.ir.passes import stages
 from fusedopt.ir.program import Buffer
 from fusedopt.trace.methods import STRUCTURAL_POWERS
+from fusedopt.trace.run import MAX_PATHS, NeedsAttribute
 from fusedopt.trace.tensor import Untraceable
-from fusedopt.trace.tracer import MAX_PATHS, NeedsAttribute, trace
+from fusedopt.trace.tracer import trace
 
 F32, F64 = torch.float32, torch.float64
 

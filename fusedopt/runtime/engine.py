@@ -24,9 +24,10 @@ from ..ir.program import Buffer
 from ..trace.number import Scalar
 from ..trace.purity import Sources, is_pure
 from ..trace.replay import Replay, can_replay
+from ..trace.run import NeedsAttribute
 from ..trace.signature import FACTOR, PLAIN, Foreign, Opaque, Signature
 from ..trace.tensor import Untraceable
-from ..trace.tracer import NeedsAttribute, Trace, trace
+from ..trace.tracer import Trace, trace
 from . import backends, items, leaf, sharded
 from .backends import Backend, Kernel, Launch
 from .history import History

@@ -18,7 +18,7 @@ import torch
 from .number import Number
 
 if TYPE_CHECKING:
-    from .tracer import Run
+    from .run import Run
 
 METHODS: dict[str, Callable[..., Any]] = {}
 """What a callback may do to a tensor, by torch's name; ``methods.py`` fills it."""
