@@ -22,7 +22,7 @@ STEPS = 20
 SHAPES = [(4, 5), (7,), (1,), (130,), (3,)]
 ZERO = 4  # starts at zero, so that it has no norm: another path through LAMB's branches
 
-# factory, keyword arguments, launches per step
+# factory, keyword arguments, launches per step: one of Larc's stores its rate per tensor
 LISTS = [
     ("SGD", dict(), 1),
     ("SGD", dict(mom=0.9, wd=0.01), 1),
@@ -34,9 +34,9 @@ LISTS = [
     ("RAdam", dict(wd=0.01), 1),
     ("RAdam", dict(beta=50.0), 1),
     ("QHAdam", dict(wd=0.01), 1),
-    ("Larc", dict(wd=0.01), 2),
-    ("Larc", dict(mom=0.0, trust_coeff=5.0, wd=0.01, decouple_wd=False), 2),
-    ("Larc", dict(clip=False), 2),
+    ("Larc", dict(wd=0.01), 3),
+    ("Larc", dict(mom=0.0, trust_coeff=5.0, wd=0.01, decouple_wd=False), 3),
+    ("Larc", dict(clip=False), 3),
     ("Lamb", dict(wd=0.01), 2),
     ("Lamb", dict(wd=0.01, decouple_wd=False), 2),
 ]

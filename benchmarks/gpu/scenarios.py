@@ -190,7 +190,7 @@ def graph(device: Device, backend: str) -> str:
             other.step()
         replay = device.capture(opt.step)
         for step in range(4):
-            values = dict(lr=1e-2 * (2 + step), momentum=0.8 - 0.1 * step, weight_decay=0.01 * step)
+            values = dict(lr=1e-2 * (2 + step), momentum=0.8 - 0.1 * step, weight_decay=0.01 + 0.01 * step)
             values["betas"] = (values["momentum"], 0.99)
             for each in (opt, other):
                 each.param_groups[0].update({k: values[k] for k in keys})
