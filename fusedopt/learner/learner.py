@@ -67,7 +67,8 @@ class Learner(Fitting, Inference, Saving, Loop):
         self.dls, self.model, self.loss_func, self.opt_func = _pair(dls), model, loss_func, opt_func
         self.lr, self.splitter, self.metrics = lr, splitter, listed(metrics)
         self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
-        self.path, self.opt, self.logger = Path(path), None, print
+        self.path, self.opt = Path(path), None
+        self.logger: Callable[..., Any] = print
         for cb in [*([TrainEval, Recorder] if default_cbs else []), *listed(cbs)]:
             self.add_cb(cb)
         self("after_create")

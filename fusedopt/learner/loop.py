@@ -23,6 +23,8 @@ class Loop:
     model: torch.nn.Module
     loss_func: Callable[..., torch.Tensor]
     opt: Any
+    dl: Any
+    loss: Any
     training = False
     n_epoch = 1
     epoch = iter = n_iter = 0
@@ -37,7 +39,7 @@ class Loop:
         """Add a callback, or one of this class; it is found under its name from now on."""
         cb = cb() if isinstance(cb, type) else cb
         in_order([*self.cbs, cb])  # a cycle is refused before anything has changed
-        cb.learn = self  # type: ignore[assignment]
+        cb.learn = self
         setattr(self, cb.name, cb)
         self.cbs.append(cb)
         self._ordered = None

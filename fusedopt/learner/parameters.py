@@ -25,5 +25,5 @@ def norm_bias_params(model: nn.Module, with_bias: bool = True) -> Iterator[torch
     for module in model.modules():
         if isinstance(module, NORMS):
             yield from module.parameters(recurse=False)
-        elif with_bias and isinstance(getattr(module, "bias", None), nn.Parameter):
-            yield module.bias
+        elif with_bias and isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+            yield bias
