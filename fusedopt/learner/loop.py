@@ -105,7 +105,7 @@ class Loop:
             self._with_events("validate", self._batches)
 
     def _batches(self) -> None:
-        self.n_iter = len(self.dl)  # type: ignore[arg-type]
+        self.n_iter = len(self.dl)
         for i, batch in enumerate(self.dl):
             self.iter = i
             self.xb, self.yb = self.split(batch)
