@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..callback import Callback
+from .recorder import hyper_of_last_group
 
 
 def annealer(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,9 +107,8 @@ class ParamScheduler(Callback):
             self.opt.set_hyper(name, sched(pos))
 
     def after_batch(self) -> None:
-        hypers = self.opt.hypers[-1]
         for name, values in self.hps.items():
-            values.append(hypers[name])
+            values.append(hyper_of_last_group(self.opt, name))
 
     def after_fit(self) -> None:
         if hasattr(self.learn, "recorder"):
