@@ -95,9 +95,10 @@ class ParamScheduler(Callback):
 
     def __init__(self, scheds: Mapping[str, Callable[[float], Any]]) -> None:
         self.scheds = dict(scheds)
+        self.hps: dict[str, list[float]] = {}
 
     def before_fit(self) -> None:
-        self.hps: dict[str, list[float]] = {name: [] for name in self.scheds}
+        self.hps = {name: [] for name in self.scheds}
 
     def before_batch(self) -> None:
         self.set_at(self.pct_train)
