@@ -1,6 +1,7 @@
 """What a fit records, prints, writes and draws; schedules; and looking for a learning rate."""
 
 import copy
+import functools
 import random
 import re
 
@@ -13,6 +14,7 @@ from torch import nn
 import fusedopt
 from benchmarks import learner as benchmark
 from fusedopt import learner as fl
+from fusedopt import named
 from fusedopt.learner import Callback, Learner
 from fusedopt.learner.callbacks import recorder
 
@@ -430,6 +432,19 @@ def test_a_search_changes_nothing(before, error):
     assert learn.recorder.lrs[10] > learn.recorder.lrs[0], "it has searched"
     assert_equal(everything(learn), expected)
     assert all(held[k] is v for k, v in {**dict(learn.model.named_parameters()), "opt": learn.opt}.items())
+
+
+@pytest.mark.parametrize("opt_func", [*named.__all__, "optim.AdamW", "optim.SGD", "optim.RMSprop"])
+def test_a_search_changes_no_optimizer(opt_func):
+    maker = functools.reduce(getattr, opt_func.split("."), fusedopt)
+    if opt_func == "Lookahead":
+        maker = lambda params, lr: fusedopt.Lookahead(fusedopt.SGD(params, lr, mom=0.9))  # noqa: E731
+    learn = odd_learner(opt_func=maker)
+    learn.fit_one_cycle(2, slice(1e-4, 1e-2))
+    expected = everything(learn)
+    learn.lr_find(end_lr=1e-2, show_plot=False)
+    assert_equal(everything(learn), expected)
+    learn.fit(1)
 
 
 def test_training_goes_on_as_without_a_search():

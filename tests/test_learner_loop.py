@@ -131,6 +131,17 @@ def test_a_silenced_callback_is_back_in_the_next_fit():
     assert learn.once.n == 6
 
 
+def test_a_method_that_comes_later_is_called():
+    """As in a notebook: the Learner is there, and then its callback's class grows."""
+    called = []
+    growing = type("Growing", (Callback,), {})
+    learn = make_learner(growing)
+    learn.fit(1)
+    growing.before_fit = lambda self: called.append(1)
+    learn.fit(1)
+    assert called == [1]
+
+
 # --
 # Order
 
@@ -297,6 +308,11 @@ BAD = {
     "a number as metric": (dict(metrics=[fl.accuracy, 3]), TypeError, "3 is no metric"),
     "half a metric": (dict(metrics=nn.Flatten), TypeError, "is no metric"),
     "no callback": (dict(cbs=["progress"]), TypeError, "'progress' is no callback: inherit"),
+    "a name that is taken": (
+        dict(cbs=type("Model", (Callback,), {})),
+        ValueError,
+        "own 'model' would be lost",
+    ),
     "torch's optimizer": (dict(opt_func=torch.optim.AdamW), TypeError, "take fusedopt.optim.AdamW"),
     "a cycle": (
         dict(cbs=[told("Chicken", run_after=["Egg"]), told("Egg", run_after=["Chicken"])]),
