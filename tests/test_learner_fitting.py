@@ -221,6 +221,10 @@ def test_pictures(agg):
     assert [ax.get_ylabel() for ax in learn.recorder.plot_sched("mom")] == ["mom"]
 
 
+def test_a_picture_before_there_is_anything_to_see(agg):
+    assert len(make_learner().recorder.plot_loss().lines[0].get_xdata()) == 0
+
+
 def test_what_is_scheduled_besides_can_be_drawn(agg):
     learn = make_learner()
     learn.fit(1, cbs=fl.ParamScheduler({"eps": fl.sched_exp(1e-8, 1e-2)}))

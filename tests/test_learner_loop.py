@@ -245,6 +245,19 @@ def test_a_callback_that_raises_leaves_everything_usable(event_name, error):
         assert torch.equal(p, q)
 
 
+def test_before_notes_an_error_says_it_in_its_message():
+    class Old(Exception):
+        """As all were before Python 3.11."""
+
+        @property
+        def add_note(self):
+            raise AttributeError
+
+    learn = make_learner()
+    with pytest.raises(Old, match=r"broken\nin the callback Breaks, at the event after_pred"):
+        learn.fit(1, cbs=Breaks("after_pred", error=Old))
+
+
 def test_everybody_cleans_up_even_if_somebody_cannot():
     class Stubborn(Callback):
         def clean_up(self):

@@ -27,6 +27,14 @@ def free_name(cb: Callback, learn: Any) -> str:
     return cb.name
 
 
+def add_note(error: Exception, note: str) -> None:
+    """Say more about an error; before Python 3.11, which prints notes under messages, as part of the message."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.args = (f"{error}\n{note}", *error.args[1:])
+
+
 def as_tensor(loss: Any) -> torch.Tensor:
     """The loss; TypeError if it is no tensor."""
     if not isinstance(loss, torch.Tensor):

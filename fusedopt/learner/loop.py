@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .callback import Callback
-from .checks import as_callback, as_tensor, free_name, one_number
+from .checks import add_note, as_callback, as_tensor, free_name, one_number
 from .events import CANCEL
 from .order import in_order, listening
 
@@ -67,7 +67,7 @@ class Loop:
             except tuple(CANCEL.values()):
                 raise
             except Exception as error:
-                error.add_note(f"in the callback {cb!r}, at the event {event_name}")
+                add_note(error, f"in the callback {cb!r}, at the event {event_name}")
                 raise
 
     # -- the loop --
