@@ -1,0 +1,1 @@
+"""One feature of training in each file."""

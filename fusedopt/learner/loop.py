@@ -1,0 +1,148 @@
+"""The training loop: epochs, batches and steps, with an event at every turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from .callback import Callback
+from .checks import add_note, as_callback, as_tensor, free_name, one_number
+from .events import CANCEL
+from .order import in_order, listening
+
+
+class Loop:
+    """Epochs over two loaders, and callbacks at every event. `Learner` adds what makes it convenient.
+
+    While it runs: ``epoch`` of ``n_epoch``; ``iter`` of ``n_iter`` in this loader ``dl``; ``xb`` and ``yb``, tuples;
+    ``pred``; ``loss``, and ``loss_grad``, which backward starts from; ``training``.
+    """
+
+    dls: Sequence[Iterable[Any]]
+    model: torch.nn.Module
+    loss_func: Callable[..., torch.Tensor]
+    opt: Any
+    dl: Any
+    loss: Any
+    loss_grad: Any
+    training, n_epoch = False, 1
+    epoch = iter = n_iter = 0
+
+    def __init__(self) -> None:
+        self.cbs: list[Callback] = []
+        self._listening: dict[str, list[Callback]] = {}
+        self._forget_batch()
+
+    # -- callbacks --
+    def add_cb(self, cb: Callback | type[Callback]) -> Any:
+        """Add a callback, or one of this class; it is found under its name from now on."""
+        cb = as_callback(cb)
+        in_order([*self.cbs, cb])  # a cycle is refused before anything has changed
+        setattr(self, free_name(cb, self), cb)
+        cb.learn = self
+        self.cbs.append(cb)
+        self._listening.clear()
+        return self
+
+    def remove_cb(self, cb: Callback | type[Callback]) -> Any:
+        """Remove a callback, or all of this class."""
+        for found in [c for c in self.cbs if c is cb or (isinstance(cb, type) and isinstance(c, cb))]:
+            found.learn = None
+            self.cbs.remove(found)
+            if self.__dict__.get(found.name) is found:
+                delattr(self, found.name)
+        self._listening.clear()
+        return self
+
+    def __call__(self, event_name: str) -> None:
+        """Tell every callback of an event, in their order. What one raises names it and the event."""
+        if event_name not in self._listening:
+            self._listening[event_name] = listening(self.cbs, event_name)
+        for cb in self._listening[event_name]:
+            try:
+                cb(event_name)
+            except tuple(CANCEL.values()):
+                raise
+            except Exception as error:
+                add_note(error, f"in the callback {cb!r}, at the event {event_name}")
+                raise
+
+    # -- the loop --
+    def _run(self, n_epoch: int) -> None:
+        self.n_epoch = n_epoch
+        self._listening.clear()  # classes may have new methods, as in a notebook
+        try:
+            self._with_events("fit", self._fit)
+        except BaseException:
+            self.opt.zero_grad()  # the next fit must not add to an unfinished batch's
+            raise
+        finally:
+            with ExitStack() as last:  # so that each has its turn, whatever another raises
+                last.callback(self._forget_batch)
+                for cb in self.cbs:
+                    cb.run = True
+                    last.callback(cb.clean_up)
+
+    def _with_events(self, part: str, run: Callable[[], None]) -> None:
+        try:
+            self(f"before_{part}")
+            run()
+        except CANCEL[part]:
+            self(f"after_cancel_{part}")
+        self(f"after_{part}")
+
+    def _fit(self) -> None:
+        for epoch in range(self.n_epoch):
+            self.epoch = epoch
+            self._with_events("epoch", self._epoch)
+
+    def _epoch(self) -> None:
+        self._train()
+        self._validate()
+
+    def _train(self) -> None:
+        self.dl = self.dls[0]
+        self._with_events("train", self._batches)
+
+    def _validate(self, dl: Iterable[Any] | None = None) -> None:
+        self.dl = self.dls[1] if dl is None else dl
+        with torch.no_grad():
+            self._with_events("validate", self._batches)
+
+    def _batches(self) -> None:
+        self.n_iter = len(self.dl)
+        for i, batch in enumerate(self.dl):
+            self.iter = i
+            self.xb, self.yb = self.split(batch)
+            self._with_events("batch", self._batch)
+
+    def split(self, batch: Any) -> tuple[tuple, tuple]:
+        """Inputs and targets of a batch: the last of several is the target."""
+        batch = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+        n = getattr(self.dls, "n_inp", max(1, len(batch) - 1))
+        return batch[:n], batch[n:]
+
+    def _batch(self) -> None:
+        self.pred = self.model(*self.xb)
+        self("after_pred")
+        if self.yb:
+            self.loss_grad = as_tensor(self.loss_func(self.pred, *self.yb))
+            self.loss = self.loss_grad.clone()
+        self("after_loss")
+        if self.training and self.yb:
+            self._with_events("backward", self._backward)
+            self._with_events("step", self._step)
+            self.opt.zero_grad()
+
+    def _backward(self) -> None:
+        one_number(self.loss_grad).backward()
+
+    def _step(self) -> None:
+        self.opt.step()
+
+    def _forget_batch(self) -> None:
+        self.dl, self.xb, self.yb, self.pred = None, (None,), (None,), None
+        self.loss = self.loss_grad = None
