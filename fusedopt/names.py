@@ -149,14 +149,17 @@ class HypersView(MutableMapping):
     def _all(self) -> dict[str, Any]:
         group = self._opt.param_groups[self._index]
         values = self._opt.hyper_map.of_group(group).items()
-        return {
-            k: number(v)
-            for k, v in values
-            if isinstance(v, (int, float, torch.Tensor)) and not isinstance(v, bool)
-        }
+        return {k: number(v) for k, v in values if _is_number(v)}
 
     def __getitem__(self, name: str) -> Any:
-        return self._all()[name]
+        names, group = self._opt.hyper_map, self._opt.param_groups[self._index]
+        place = names.place.get(name, name)
+        if names.name.get(place, place) != name:  # torch's name for what is shown under fastai's
+            raise KeyError(name)
+        value = group[place[0]][place[1]] if isinstance(place, tuple) else group[place]
+        if not _is_number(value):
+            raise KeyError(name)
+        return number(value)
 
     def __setitem__(self, name: str, value: Any) -> None:
         value = plain(value)
@@ -178,6 +181,10 @@ class HypersView(MutableMapping):
 
     def __repr__(self) -> str:
         return repr(self._all())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
 
 
 def number(value: Any) -> Any:

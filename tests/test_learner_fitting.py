@@ -117,26 +117,6 @@ def test_hyperparameters_of_each_batch():
     np.testing.assert_allclose(rec.moms[:4], [0.95, 0.925, 0.875, 0.85], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "opt_func",
-    [
-        fusedopt.Adam,
-        fusedopt.SGD,
-        fusedopt.RMSProp,
-        fusedopt.optim.AdamW,
-        fusedopt.optim.SGD,
-        fusedopt.optim.RMSprop,
-    ],
-)
-def test_hyperparameters_are_read_as_the_optimizer_has_them(opt_func):
-    opt = opt_func(make_model().parameters(), lr=0.3)
-    opt.set_hypers(lr=0.2)
-    for name in ("lr", "mom", "wd", "nothing"):
-        assert recorder.hyper_of_last_group(opt, name) == opt.hypers[-1].get(name)
-    opt.set_hypers(mom=0.7)
-    assert recorder.hyper_of_last_group(opt, "mom") == 0.7
-
-
 def test_metrics_that_are_objects():
     class Largest:
         """No base class, and a name of its own."""

@@ -3,6 +3,7 @@
 import copy
 import gc
 import inspect
+import operator
 import pickle
 import random
 import warnings
@@ -968,3 +969,15 @@ def test_a_parameter_that_refers_to_its_optimizer_is_collected():
     del p
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "RMSProp", "optim.AdamW", "optim.SGD", "optim.RMSprop"])
+def test_a_hyperparameter_is_shown_under_one_name_and_read_without_the_others(name):
+    opt = operator.attrgetter(name)(fusedopt)([torch.nn.Parameter(torch.ones(2))], lr=0.3)
+    view = opt.hypers[-1]
+    for key in ("lr", "mom", "sqr_mom", "wd", "weight_decay", "betas", "momentum", "alpha", "maximize", "no"):
+        assert view.get(key) == dict(view).get(key), key
+    opt.set_hypers(lr=0.2)
+    assert view["lr"] == 0.2
+    with pytest.raises(KeyError, match="weight_decay"):
+        view["weight_decay"]

@@ -85,8 +85,8 @@ class Recorder(Callback):
         for metric in self._train_mets if learn.training else self._valid_mets:
             metric.accumulate(learn)
         if learn.training:
-            self.lrs.append(hyper_of_last_group(learn.opt, "lr"))
-            if (mom := hyper_of_last_group(learn.opt, "mom")) is not None:
+            self.lrs.append(learn.opt.hypers[-1]["lr"])
+            if (mom := learn.opt.hypers[-1].get("mom")) is not None:
                 self.moms.append(mom)
             learn.smooth_loss = self.smooth_loss.value
             self.losses.append(learn.smooth_loss)
@@ -169,19 +169,6 @@ class Recorder(Callback):
         if suggestions:
             ax.legend(loc="best")
         return ax
-
-
-def hyper_of_last_group(opt: Any, name: str) -> Any:
-    """A hyperparameter of the last group by fastai's name; None if it has none of the name.
-
-    Read from the group where that can be done: ``hypers`` translates a whole group at every call.
-    """
-    if not hasattr(opt, "hyper_map"):
-        return opt.hypers[-1].get(name)
-    group, place = opt.param_groups[-1], opt.hyper_map.place.get(name, name)
-    if isinstance(place, tuple):
-        return number(group[place[0]][place[1]]) if place[0] in group else None
-    return number(group.get(place))
 
 
 def _axes() -> Any:

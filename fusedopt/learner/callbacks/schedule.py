@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ..callback import Callback
-from .recorder import hyper_of_last_group
 
 
 def annealer(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +108,7 @@ class ParamScheduler(Callback):
 
     def after_batch(self) -> None:
         for name, values in self.hps.items():
-            values.append(hyper_of_last_group(self.opt, name))
+            values.append(self.opt.hypers[-1].get(name))
 
     def after_fit(self) -> None:
         if hasattr(self.learn, "recorder"):
