@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import named
+from .callbacks.mixed_precision import Precision
 from .callbacks.recorder import Recorder
 from .callbacks.train_eval import TrainEval
 from .fitting import Fitting
@@ -22,7 +23,7 @@ from .saving import Saving
 LR = 1e-3
 
 
-class Learner(Fitting, Inference, Saving, Loop):
+class Learner(Fitting, Inference, Precision, Saving, Loop):
     """Trains a model, as ``fastai.learner.Learner`` does and under its names.
 
     Args:
