@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fusedopt.learner import GradientClip, Learner, rnn_cbs
 
-TRAIN = "argparse ast dataclasses datetime enum pathlib shutil zipfile".split()
-VALID = "functools textwrap".split()
+TRAIN = ["argparse", "ast", "dataclasses", "datetime", "enum", "pathlib", "shutil", "zipfile"]
+VALID = ["functools", "textwrap"]
 CHARACTERS = 128
 """ASCII; others are a question mark."""
 

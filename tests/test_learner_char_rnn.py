@@ -8,6 +8,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import itertools
+
 import char_rnn
 
 SMALL = dict(epochs=2, width=32, bs=8, length=32, train=["textwrap", "random"], valid=["functools"])
@@ -32,7 +34,7 @@ def test_a_row_goes_on_in_the_next_batch():
     text = torch.arange(1000)
     batches = list(char_rnn.loader(text, bs=4, length=10))
     assert len(batches) == 24
-    for (x, y), (following, _) in zip(batches, batches[1:], strict=False):
+    for (x, y), (following, _) in itertools.pairwise(batches):
         assert torch.equal(y, x + 1) and torch.equal(following, x + 10)
 
 
