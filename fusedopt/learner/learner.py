@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import named
+from .callbacks.mixed_precision import Precision
 from .callbacks.recorder import Recorder, print_line
 from .callbacks.train_eval import TrainEval
 from .checks import as_callback, as_loaders, as_optimizer, trained
@@ -25,7 +26,7 @@ from .saving import Saving
 LR = 1e-3
 
 
-class Learner(Fitting, Inference, Saving, Loop):
+class Learner(Fitting, Inference, Precision, Saving, Loop):
     """Trains a model, as ``fastai.learner.Learner`` does and under its names.
 
     Args:
