@@ -1,6 +1,7 @@
 """A small training loop with the course's callback system, under fastai's names and without fastai."""
 
 from .callback import Callback
+from .callbacks.activation_stats import ActivationStats
 from .events import (
     CancelBackwardException,
     CancelBatchException,
@@ -11,9 +12,13 @@ from .events import (
     CancelValidException,
     event,
 )
+from .hooks import Hook, Hooks, hook_output, hook_outputs
+from .interpret import Interpretation
+from .layers import GeneralRelu, RunningBatchNorm
 from .learner import Learner
 
 __all__ = [
+    "ActivationStats",
     "Callback",
     "CancelBackwardException",
     "CancelBatchException",
@@ -22,6 +27,13 @@ __all__ = [
     "CancelStepException",
     "CancelTrainException",
     "CancelValidException",
+    "GeneralRelu",
+    "Hook",
+    "Hooks",
+    "Interpretation",
     "Learner",
+    "RunningBatchNorm",
     "event",
+    "hook_output",
+    "hook_outputs",
 ]

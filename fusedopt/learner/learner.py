@@ -18,11 +18,12 @@ from .inference import Inference
 from .loop import Loop
 from .parameters import norm_bias_params, trainable_params
 from .saving import Saving
+from .summary import Summary
 
 LR = 1e-3
 
 
-class Learner(Fitting, Inference, Saving, Loop):
+class Learner(Fitting, Inference, Saving, Summary, Loop):
     """Trains a model, as ``fastai.learner.Learner`` does and under its names.
 
     Args:
