@@ -18,8 +18,7 @@ class Callback:
     """
 
     learn: Any = None
-    order = 0
-    run, run_train, run_valid = True, True, True
+    order, run, run_train, run_valid = 0, True, True, True
     run_before: ClassVar[Iterable[type | str]] = ()
     run_after: ClassVar[Iterable[type | str]] = ()
 

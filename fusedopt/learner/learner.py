@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from .. import named
-from .callbacks.recorder import Recorder
+from .callbacks.recorder import Recorder, print_line
 from .callbacks.train_eval import TrainEval
+from .checks import as_callback, as_loaders, as_optimizer, trained
 from .fitting import Fitting
 from .inference import Inference
 from .loop import Loop
+from .metrics import as_metric
+from .order import listed
 from .parameters import norm_bias_params, trainable_params
 from .saving import Saving
 from .summary import Summary
@@ -65,14 +68,23 @@ class Learner(Fitting, Inference, Saving, Summary, Loop):
         default_cbs: bool = True,
     ) -> None:
         super().__init__()
-        self.dls, self.model, self.loss_func, self.opt_func = _pair(dls), model, loss_func, opt_func
-        self.lr, self.splitter, self.metrics = lr, splitter, listed(metrics)
+        self.dls, self.model, self.loss_func, self.opt_func = as_loaders(dls), model, loss_func, opt_func
+        self.lr, self.splitter, self.metrics = lr, splitter, metrics
         self.wd, self.wd_bn_bias, self.train_bn, self.moms = wd, wd_bn_bias, train_bn, moms
         self.path, self.opt = Path(path), None
-        self.logger: Callable[..., Any] = print
+        self.logger: Callable[..., Any] = print_line
         for cb in [*([TrainEval, Recorder] if default_cbs else []), *listed(cbs)]:
             self.add_cb(cb)
         self("after_create")
+
+    @property
+    def metrics(self) -> list[Any]:
+        """What is measured in validation; assign functions or metrics."""
+        return self._metrics
+
+    @metrics.setter
+    def metrics(self, given: Any) -> None:
+        self._metrics = [as_metric(m) for m in listed(given)]
 
     # -- training --
     def fit(
@@ -96,10 +108,8 @@ class Learner(Fitting, Inference, Saving, Summary, Loop):
         """Make the optimizer anew: flags say which parameters are not decayed, and which are trained when frozen."""
         if isinstance(self.opt_func, partial) and "lr" in self.opt_func.keywords:
             self.lr = self.opt_func.keywords["lr"]
-        params = self.splitter(self.model)
-        if not params:
-            raise ValueError("the model has no parameters to train: all are frozen, or it has none")
-        self.opt = self.opt_func(params, lr=self.lr)
+        params = trained(self.splitter(self.model))
+        self.opt = as_optimizer(self.opt_func(params, lr=self.lr))
         for p in norm_bias_params(self.model, with_bias=True) if not self.wd_bn_bias else ():
             self.opt.state[p]["do_wd"] = False
         for p in norm_bias_params(self.model, with_bias=False) if self.train_bn else ():
@@ -134,9 +144,9 @@ class Learner(Fitting, Inference, Saving, Summary, Loop):
     @contextlib.contextmanager
     def added_cbs(self, cbs: Any) -> Iterator[Learner]:
         """With these callbacks in a ``with`` block."""
-        made = [cb() if isinstance(cb, type) else cb for cb in listed(cbs)]
-        self.add_cbs(made)
+        made = [as_callback(cb) for cb in listed(cbs)]
         try:
+            self.add_cbs(made)
             yield self
         finally:
             self.remove_cbs(made)
@@ -149,17 +159,3 @@ class Learner(Fitting, Inference, Saving, Summary, Loop):
             yield self
         finally:
             self.logger = logger
-
-
-def listed(x: Any) -> list[Any]:
-    """None, one thing or several, as a list."""
-    return [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
-
-
-def _pair(dls: Any) -> Any:
-    for part, dl in zip(("training", "validation"), (dls[0], dls[1]), strict=True):
-        if len(dl) == 0:
-            raise ValueError(
-                f"the {part} loader has no batches: is its dataset empty, or smaller than a batch to drop?"
-            )
-    return dls

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from .callback import Callback
+from .checks import as_callback, as_tensor, one_number
 from .events import CANCEL
 from .order import in_order
 
@@ -25,8 +27,8 @@ class Loop:
     opt: Any
     dl: Any
     loss: Any
-    training = False
-    n_epoch = 1
+    loss_grad: Any
+    training, n_epoch = False, 1
     epoch = iter = n_iter = 0
 
     def __init__(self) -> None:
@@ -37,7 +39,7 @@ class Loop:
     # -- callbacks --
     def add_cb(self, cb: Callback | type[Callback]) -> Any:
         """Add a callback, or one of this class; it is found under its name from now on."""
-        cb = cb() if isinstance(cb, type) else cb
+        cb = as_callback(cb)
         in_order([*self.cbs, cb])  # a cycle is refused before anything has changed
         cb.learn = self
         setattr(self, cb.name, cb)
@@ -73,10 +75,15 @@ class Loop:
         self.n_epoch = n_epoch
         try:
             self._with_events("fit", self._fit)
+        except BaseException:
+            self.opt.zero_grad()  # the next fit must not add to an unfinished batch's
+            raise
         finally:
-            for cb in self.cbs:
-                cb.clean_up()
-            self._forget_batch()
+            with ExitStack() as last:  # so that each has its turn, whatever another raises
+                last.callback(self._forget_batch)
+                for cb in self.cbs:
+                    cb.run = True
+                    last.callback(cb.clean_up)
 
     def _with_events(self, part: str, run: Callable[[], None]) -> None:
         try:
@@ -121,7 +128,7 @@ class Loop:
         self.pred = self.model(*self.xb)
         self("after_pred")
         if self.yb:
-            self.loss_grad = self.loss_func(self.pred, *self.yb)
+            self.loss_grad = as_tensor(self.loss_func(self.pred, *self.yb))
             self.loss = self.loss_grad.clone()
         self("after_loss")
         if self.training and self.yb:
@@ -130,10 +137,11 @@ class Loop:
             self.opt.zero_grad()
 
     def _backward(self) -> None:
-        self.loss_grad.backward()
+        one_number(self.loss_grad).backward()
 
     def _step(self) -> None:
         self.opt.step()
 
     def _forget_batch(self) -> None:
-        self.dl, self.xb, self.yb, self.pred, self.loss = None, (None,), (None,), None, None
+        self.dl, self.xb, self.yb, self.pred = None, (None,), (None,), None
+        self.loss = self.loss_grad = None

@@ -1,11 +1,17 @@
-"""The order that callbacks run in."""
+"""Callbacks as they are given, and the order that they run in."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from typing import Any
 
 from .callback import Callback
+
+
+def listed(x: Any) -> list[Any]:
+    """None, one thing or several, as a list."""
+    return [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
 
 
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:

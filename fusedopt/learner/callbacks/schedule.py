@@ -1,0 +1,115 @@
+"""Schedules: how hyperparameters change while a training goes on."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..callback import Callback
+
+
+def annealer(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``f(start, end, ..., pos)`` be called without ``pos`` too: that gives a function of it."""
+    n = len(inspect.signature(f).parameters)
+
+    @functools.wraps(f)
+    def either(*args: Any) -> Any:
+        return f(*args) if len(args) == n else functools.partial(either, *args)
+
+    return either
+
+
+@annealer
+def sched_lin(start: Any, end: Any, pos: float) -> Any:
+    """From ``start`` to ``end`` as ``pos`` goes from 0 to 1, evenly: start + pos (end − start)."""
+    return start + pos * (end - start)
+
+
+@annealer
+def sched_cos(start: Any, end: Any, pos: float) -> Any:
+    """Along half a cosine, flat at both ends: start + (1 + cos(π (1 − pos))) (end − start) / 2."""
+    return start + (1 + math.cos(math.pi * (1 - pos))) * (end - start) / 2
+
+
+@annealer
+def sched_no(start: Any, end: Any, pos: float) -> Any:
+    """``start``, all the time."""
+    return start
+
+
+@annealer
+def sched_exp(start: Any, end: Any, pos: float) -> Any:
+    """By the same factor each time: start (end / start)^pos."""
+    return start * (end / start) ** pos
+
+
+@annealer
+def sched_poly(start: Any, end: Any, power: float, pos: float) -> Any:
+    """Along a power: start + (end − start) pos^power."""
+    return start + (end - start) * pos**power
+
+
+SchedLin, SchedCos, SchedNo, SchedExp, SchedPoly = sched_lin, sched_cos, sched_no, sched_exp, sched_poly
+
+
+def combine_scheds(pcts: Sequence[float], scheds: Sequence[Callable[[float], Any]]) -> Callable[[float], Any]:
+    """One schedule after another, each for its share of the way.
+
+    Raises ValueError if shares are negative, do not sum up to 1, or are not one per schedule.
+    """
+    if len(pcts) != len(scheds) or min(pcts) < 0 or not math.isclose(sum(pcts), 1.0):
+        raise ValueError(
+            f"combine_scheds takes a share per schedule, and shares sum up to 1; "
+            f"these are {list(pcts)} for {len(scheds)} schedules"
+        )
+    # In float32, as fastai has it: positions are running sums, and would miss an edge by their rounding otherwise.
+    edges = np.cumsum(np.array([0, *pcts], np.float32), dtype=np.float64).astype(np.float32)
+
+    def combined(pos: float) -> Any:
+        at = np.float32(pos)
+        i = min(int(np.searchsorted(edges, at, side="right")), len(scheds)) - 1
+        return scheds[i](float((at - edges[i]) / (edges[i + 1] - edges[i])))
+
+    return combined
+
+
+def combined_cos(pct: float, start: Any, middle: Any, end: Any) -> Callable[[float], Any]:
+    """From ``start`` to ``middle`` in ``pct`` of the way, then to ``end``, along half cosines."""
+    return combine_scheds([pct, 1 - pct], [sched_cos(start, middle), sched_cos(middle, end)])
+
+
+class ParamScheduler(Callback):
+    """Sets hyperparameters before each batch by functions of the training's progress, from 0 to 1.
+
+    ``scheds``: function by hyperparameter, as in ``{"lr": sched_cos(1e-2, 0)}``; it gives one value, or one per group.
+    What was set is in ``recorder.hps`` afterwards.
+    """
+
+    order, run_valid = 60, False
+
+    def __init__(self, scheds: Mapping[str, Callable[[float], Any]]) -> None:
+        self.scheds = dict(scheds)
+
+    def before_fit(self) -> None:
+        self.hps: dict[str, list[float]] = {name: [] for name in self.scheds}
+
+    def before_batch(self) -> None:
+        self.set_at(self.pct_train)
+
+    def set_at(self, pos: float) -> None:
+        for name, sched in self.scheds.items():
+            self.opt.set_hyper(name, sched(pos))
+
+    def after_batch(self) -> None:
+        hypers = self.opt.hypers[-1]
+        for name, values in self.hps.items():
+            values.append(hypers[name])
+
+    def after_fit(self) -> None:
+        if hasattr(self.learn, "recorder"):
+            self.learn.recorder.hps.update(self.hps)

@@ -1,0 +1,146 @@
+"""What is measured besides the loss, and how averages over batches are taken."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Metric:
+    """Something measured over batches: `reset`, then `accumulate` after each, then `value`.
+
+    Need not be inherited from: what has these four is a metric.
+    """
+
+    def reset(self) -> None:
+        """Forget all batches."""
+
+    def accumulate(self, learn: Any) -> None:
+        """Take in the batch that the Learner has just been through."""
+
+    @property
+    def value(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.removesuffix("Metric").lower()
+
+
+class Average(Metric):
+    """Mean over items of what `measure` gives for a batch. Sums stay on the device, so nobody waits for it."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.total: Any = 0.0
+        self.count = 0
+
+    def measure(self, learn: Any) -> Any:
+        raise NotImplementedError
+
+    def accumulate(self, learn: Any) -> None:
+        n, value = batch_size(learn.yb), self.measure(learn)
+        self.total += (value.detach() if isinstance(value, torch.Tensor) else value) * n
+        self.count += n
+
+    @property
+    def value(self) -> Any:
+        return self.total / self.count if self.count else None
+
+
+class AvgMetric(Average):
+    """Mean over items of a function of predictions and targets, which itself gives a batch's mean."""
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        super().__init__()
+        self.func = func
+
+    def measure(self, learn: Any) -> Any:
+        return self.func(learn.pred, *learn.yb)
+
+    @property
+    def name(self) -> str:
+        func = self.func.func if isinstance(self.func, functools.partial) else self.func
+        return getattr(func, "__name__", type(func).__name__)
+
+
+class AvgLoss(Average):
+    """Mean over items of the loss."""
+
+    name = "loss"
+
+    def measure(self, learn: Any) -> Any:
+        return learn.loss.mean()
+
+
+class AvgSmoothLoss(Metric):
+    """Moving average of the loss, debiased: v ← β v + (1 − β) loss; v / (1 − β^n)."""
+
+    name = "smooth_loss"
+
+    def __init__(self, beta: float = 0.98) -> None:
+        self.beta = beta
+        self.reset()
+
+    def reset(self) -> None:
+        self.count = 0
+        self.val: torch.Tensor | None = None
+
+    def accumulate(self, learn: Any) -> None:
+        loss = learn.loss.detach()
+        loss = loss.mean() if loss.ndim else loss
+        self.count += 1
+        self.val = torch.lerp(loss, torch.zeros_like(loss) if self.val is None else self.val, self.beta)
+
+    @property
+    def value(self) -> Any:
+        return torch.tensor(0.0) if self.val is None else self.val / (1 - self.beta**self.count)
+
+
+class ValueMetric(Metric):
+    """What a function without arguments gives, such as a number that a callback has."""
+
+    def __init__(self, func: Callable[[], Any], metric_name: str | None = None) -> None:
+        self.func, self.metric_name = func, metric_name
+
+    @property
+    def value(self) -> Any:
+        return self.func()
+
+    @property
+    def name(self) -> str:
+        return self.metric_name or self.func.__name__
+
+
+def as_metric(given: Any) -> Any:
+    """A metric, a metric's class, or a function to average, as a metric. Raises TypeError for anything else."""
+    parts = ("reset", "accumulate", "value", "name")
+    if isinstance(given, type) and all(hasattr(given, part) for part in parts):
+        return given()
+    if not isinstance(given, type) and all(hasattr(given, part) for part in parts):
+        return given
+    if not callable(given) or isinstance(given, type):
+        raise TypeError(
+            f"{given!r} is no metric: give a function of predictions and targets, or an object with "
+            f"{', '.join(parts[:-1])} and {parts[-1]}"
+        )
+    return AvgMetric(given)
+
+
+def batch_size(batch: Any) -> int:
+    """The number of items in a batch: the length of the first tensor in it."""
+    while not isinstance(batch, torch.Tensor):
+        if not isinstance(batch, (tuple, list, dict)) or not batch:
+            return 1
+        batch = next(iter(batch.values() if isinstance(batch, dict) else batch))
+    return len(batch) if batch.ndim else 1
+
+
+def accuracy(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The share of items whose target is the class with the highest score."""
+    return (pred.argmax(-1) == target).float().mean()
