@@ -171,6 +171,14 @@ def test_statistics_leave_no_hooks_behind(error):
     assert hooked(learn.model) == 0
 
 
+def test_statistics_outlive_a_validation():
+    stats = ActivationStats()
+    learn = learner(stats)
+    learn.fit(1)
+    learn.validate()
+    assert len(stats.layer_stats(0)[0]) == 3 and hooked(learn.model) == 0
+
+
 def test_layers_are_chosen():
     model = net()
     chosen = {
@@ -433,5 +441,5 @@ def test_interpretation_says_what_is_wrong():
         Interpretation(SCORES[:, 0], TARGETS, torch.zeros(6))
     learn = learner()
     learn.loss_func = lambda pred, targ, reduction="mean": F.cross_entropy(pred, targ)
-    with pytest.raises(TypeError, match="per item"):
+    with pytest.raises(ValueError, match="24 predictions.*reduction"):
         Interpretation.from_learner(learn)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -111,14 +110,3 @@ def _detached(x: Any, cpu: bool) -> Any:
     if isinstance(x, dict):
         return {key: _detached(value, cpu) for key, value in x.items()}
     return [_detached(value, cpu) for value in x] if isinstance(x, (tuple, list)) else x
-
-
-@contextlib.contextmanager
-def kept_modes(model: nn.Module) -> Iterator[None]:
-    """In a ``with`` block: afterwards each module is in training or evaluation mode as before."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

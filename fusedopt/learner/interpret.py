@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-
-from .callback import Callback
-from .hooks import kept_modes
 
 
 class Interpretation:
     """A classifier's predictions, of shape (items, classes, ...), beside their targets, with one loss per item.
 
-    ``vocab`` names the classes: the data loaders' if they have one, else their numbers. Items are numbered in the
-    order that the loader gives them in. It is fastai's ``ClassificationInterpretation``, which reads vocab and
-    items from fastai's data sets.
+    ``vocab`` names the classes: the data loaders' if they have one, else their numbers. Items are numbered as in
+    the predictions. It is fastai's ``ClassificationInterpretation``, but for what that reads from fastai's data sets.
     """
 
     def __init__(
@@ -33,6 +27,11 @@ class Interpretation:
                 f"predictions of shape {tuple(preds.shape)} are no scores of classes: the model has to give "
                 "(items, classes)"
             )
+        if len(preds) != len(targs) or losses.shape != preds.shape[:1]:
+            raise ValueError(
+                f"{len(preds)} predictions come with {len(targs)} targets and losses of shape {tuple(losses.shape)}: "
+                "give one of each per item; a loss function has to give that with reduction='none'"
+            )
         self.preds, self.targs, self.losses = preds, targs, losses
         self.vocab = list(range(preds.shape[1])) if vocab is None else list(vocab)
         if len(self.vocab) != preds.shape[1]:
@@ -44,16 +43,8 @@ class Interpretation:
     def from_learner(
         cls, learn: Any, ds_idx: int = 1, dl: Iterable[Any] | None = None, vocab: Sequence[Any] | None = None
     ) -> Interpretation:
-        """Predict what a loader gives, with the Learner's callbacks: by default the one for validation.
-
-        Raises:
-            TypeError: a loss function that cannot give a loss per item.
-        """
-        gather = _Gather()
-        with kept_modes(learn.model), learn.added_cbs(gather):
-            learn._validate(learn.dls[ds_idx] if dl is None else dl)
-        learn._forget_batch()
-        preds, targs, losses = (torch.cat(column) for column in zip(*gather.batches, strict=True))
+        """From `Learner.get_preds` with a loss for each item: by default of the loader for validation."""
+        preds, targs, losses = learn.get_preds(ds_idx, dl, with_loss=True)
         return cls(preds, targs, losses, getattr(learn.dls, "vocab", None) if vocab is None else vocab)
 
     def confusion_matrix(self) -> torch.Tensor:
@@ -101,31 +92,3 @@ class Interpretation:
                 text = f"{value:.{norm_dec}f}" if normalize else str(value)
                 ax.text(j, i, text, ha="center", va="center", color=color)
         return ax
-
-
-class _Gather(Callback):
-    """Predictions, targets and a loss per item, batch by batch."""
-
-    def before_validate(self) -> None:
-        self.batches: list[list[torch.Tensor]] = []
-
-    def after_loss(self) -> None:
-        with _each_loss(self.loss_func) as loss_func:
-            losses = loss_func(self.pred, *self.yb)
-        if losses.shape[:1] != self.pred.shape[:1]:
-            raise TypeError("the loss function takes reduction='none' and still gives no loss per item")
-        columns = self.pred, self.yb[0], losses.flatten(1).mean(1) if losses.ndim > 1 else losses
-        self.batches.append([column.detach().cpu() for column in columns])
-
-
-@contextlib.contextmanager
-def _each_loss(loss_func: Callable[..., torch.Tensor]) -> Iterator[Callable[..., torch.Tensor]]:
-    """The loss function, giving a loss per item: as torch's modules and functions do when ``reduction`` is none."""
-    if not hasattr(loss_func, "reduction"):
-        yield partial(loss_func, reduction="none")
-        return
-    before, loss_func.reduction = loss_func.reduction, "none"
-    try:
-        yield loss_func
-    finally:
-        loss_func.reduction = before

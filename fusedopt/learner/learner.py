@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import named
+from .callbacks.mixed_precision import Precision
 from .callbacks.recorder import Recorder, print_line
 from .callbacks.train_eval import TrainEval
 from .checks import as_callback, as_loaders, as_optimizer, trained
@@ -26,7 +27,7 @@ from .summary import Summary
 LR = 1e-3
 
 
-class Learner(Fitting, Inference, Saving, Summary, Loop):
+class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
     """Trains a model, as ``fastai.learner.Learner`` does and under its names.
 
     Args:

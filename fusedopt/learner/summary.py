@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .hooks import Hooks, kept_modes
+from .hooks import Hooks
 
 
 class Table(str):
@@ -72,7 +74,7 @@ def layer_info(model: nn.Module, *xb: Any) -> list[tuple[str, str, str, str]]:
         rows.append((label, _shape(output), f"{sum(p.numel() for p in own):,}" if own else "", trained))
 
     layers = [m for m in names if not list(m.children()) or list(m.parameters(recurse=False))]
-    with kept_modes(model), Hooks(layers, add_row), torch.random.fork_rng(), torch.no_grad():
+    with _kept_modes(model), Hooks(layers, add_row), torch.random.fork_rng(), torch.no_grad():
         model.eval()(*xb)
     rest = [p for p in model.parameters() if p not in seen]
     if rest:
@@ -101,3 +103,14 @@ def _called(function: Any) -> str:
     """The name of a function, a partial of one, or a module."""
     function = getattr(function, "func", function)
     return getattr(function, "__name__", None) or str(function)
+
+
+@contextlib.contextmanager
+def _kept_modes(model: nn.Module) -> Iterator[None]:
+    """In a ``with`` block: afterwards each module is in training or evaluation mode as before."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -46,7 +46,12 @@ class ActivationStats(Callback):
         self.stats: list[dict[str, list[torch.Tensor]]] = []
         self.hooks: Hooks | None = None
 
-    def before_fit(self) -> None:
+    def before_train(self) -> None:
+        # Not before_fit, which validating and predicting between fits have too: statistics stay until the next fit.
+        if self.hooks is None:
+            self._start()
+
+    def _start(self) -> None:
         names = {module: name for name, module in self.model.named_modules()}
         chosen = [m for m in names if self.mod_filter(m)] if self.modules is None else self.modules
         if not chosen:

@@ -1,0 +1,35 @@
+"""Steps over more items than fit into a batch."""
+
+from __future__ import annotations
+
+from .. import batches
+from ..callback import Callback
+from ..events import CancelBatchException
+from .mixed_precision import MixedPrecision
+
+
+class GradientAccumulation(Callback):
+    """Steps after ``n_acc`` items or more, with the sum of their losses' gradients over ``n_acc``.
+
+    Batches without a step end in ``after_cancel_batch``. What a fit has left over is dropped when the next one begins;
+    in fastai it is added to that one's first step.
+    """
+
+    order, run_valid = MixedPrecision.order - 4, False
+
+    def __init__(self, n_acc: int = 32) -> None:
+        self.n_acc, self.count = n_acc, 0
+
+    def before_fit(self) -> None:
+        self.count = 0
+        if self.opt is not None:
+            self.opt.zero_grad()
+
+    def after_loss(self) -> None:
+        self.learn.loss_grad = self.loss_grad / (self.n_acc / batches.size(self.yb))
+
+    def before_step(self) -> None:
+        self.count += batches.size(self.yb)
+        if self.count < self.n_acc:
+            raise CancelBatchException
+        self.count = 0
