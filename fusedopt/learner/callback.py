@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from .events import FIRST_EDITION, INNER
+from .events import INNER, method_for
 
 
 class Callback:
@@ -32,9 +32,7 @@ class Callback:
         """Do what there is to do at an event. Override it to see them all."""
         training = getattr(self.learn, "training", False)
         here = event_name not in INNER or (self.run_train if training else self.run_valid)
-        method = getattr(type(self), event_name, None) or getattr(
-            type(self), FIRST_EDITION.get(event_name, ""), None
-        )
+        method = method_for(type(self), event_name)
         result = method(self) if method is not None and self.run and here else None
         if event_name == "after_fit":
             self.run = True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 INNER = [
     "before_batch",
@@ -38,6 +40,11 @@ event = SimpleNamespace(**{name: name for name in EVENTS})
 """``event.before_fit`` and so on: names that an editor completes and a typing error cannot get past."""
 FIRST_EDITION = {name: name.replace("before_", "begin_") for name in EVENTS if name.startswith("before_")}
 """What the first edition of the course calls them. Callbacks that speak it run too."""
+
+
+def method_for(cls: type, event_name: str) -> Callable[..., Any] | None:
+    """A callback's method for an event, under its name or the first edition's."""
+    return getattr(cls, event_name, None) or getattr(cls, FIRST_EDITION.get(event_name, event_name), None)
 
 
 class CancelBackwardException(Exception):

@@ -11,7 +11,7 @@ import torch
 from .callback import Callback
 from .checks import as_callback, as_tensor, one_number
 from .events import CANCEL
-from .order import in_order
+from .order import in_order, listening
 
 
 class Loop:
@@ -33,7 +33,7 @@ class Loop:
 
     def __init__(self) -> None:
         self.cbs: list[Callback] = []
-        self._ordered: list[Callback] | None = None
+        self._listening: dict[str, list[Callback]] = {}
         self._forget_batch()
 
     # -- callbacks --
@@ -44,7 +44,7 @@ class Loop:
         cb.learn = self
         setattr(self, cb.name, cb)
         self.cbs.append(cb)
-        self._ordered = None
+        self._listening.clear()
         return self
 
     def remove_cb(self, cb: Callback | type[Callback]) -> Any:
@@ -54,14 +54,14 @@ class Loop:
             self.cbs.remove(found)
             if self.__dict__.get(found.name) is found:
                 delattr(self, found.name)
-        self._ordered = None
+        self._listening.clear()
         return self
 
     def __call__(self, event_name: str) -> None:
         """Tell every callback of an event, in their order. What one raises names it and the event."""
-        if self._ordered is None:
-            self._ordered = in_order(self.cbs)
-        for cb in self._ordered:
+        if event_name not in self._listening:
+            self._listening[event_name] = listening(self.cbs, event_name)
+        for cb in self._listening[event_name]:
             try:
                 cb(event_name)
             except tuple(CANCEL.values()):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .callback import Callback
+from .events import method_for
 
 
 def listed(x: Any) -> list[Any]:
@@ -41,6 +42,20 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
             f"run_before and run_after of these callbacks form a cycle: {stuck}; drop one of them"
         )
     return out
+
+
+def listening(callbacks: Iterable[Callback], event_name: str) -> list[Callback]:
+    """Those that an event must be told to, in order: the others' calls would cost more than the rest of the loop.
+
+    All of them at ``after_fit``, where callbacks that were silenced for a fit come back.
+    """
+    return [
+        cb
+        for cb in in_order(callbacks)
+        if event_name == "after_fit"
+        or type(cb).__call__ is not Callback.__call__
+        or method_for(type(cb), event_name) is not None
+    ]
 
 
 def _names(given: Iterable[type | str], cb: Callback) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...names import number
 from ..callback import Callback
 from ..metrics import AvgLoss, AvgSmoothLoss
 
@@ -77,17 +78,17 @@ class Recorder(Callback):
             metric.reset()
 
     def after_batch(self) -> None:
-        if not self.yb:
+        learn = self.learn
+        if not learn.yb:
             return
-        for metric in self._train_mets if self.training else self._valid_mets:
-            metric.accumulate(self.learn)
-        if self.training:
-            hypers = self.opt.hypers[-1].copy()
-            self.lrs.append(hypers["lr"])
-            if "mom" in hypers:
-                self.moms.append(hypers["mom"])
-            self.learn.smooth_loss = self.smooth_loss.value
-            self.losses.append(self.learn.smooth_loss)
+        for metric in self._train_mets if learn.training else self._valid_mets:
+            metric.accumulate(learn)
+        if learn.training:
+            self.lrs.append(hyper_of_last_group(learn.opt, "lr"))
+            if (mom := hyper_of_last_group(learn.opt, "mom")) is not None:
+                self.moms.append(mom)
+            learn.smooth_loss = self.smooth_loss.value
+            self.losses.append(learn.smooth_loss)
 
     def after_cancel_train(self) -> None:
         self._cancelled = True
@@ -96,10 +97,10 @@ class Recorder(Callback):
         self._cancelled = True
 
     def after_train(self) -> None:
-        self._row += [None if self._cancelled else _number(m.value) for m in self._train_mets]
+        self._row += [None if self._cancelled else number(m.value) for m in self._train_mets]
 
     def after_validate(self) -> None:
-        self._row += [None if self._cancelled else _number(m.value) for m in self._valid_mets]
+        self._row += [None if self._cancelled else number(m.value) for m in self._valid_mets]
 
     def after_epoch(self) -> None:
         if self._trained:
@@ -169,14 +170,23 @@ class Recorder(Callback):
         return ax
 
 
+def hyper_of_last_group(opt: Any, name: str) -> Any:
+    """A hyperparameter of the last group by fastai's name; None if it has none of the name.
+
+    Read from the group where that can be done: ``hypers`` translates a whole group at every call.
+    """
+    if not hasattr(opt, "hyper_map"):
+        return opt.hypers[-1].get(name)
+    group, place = opt.param_groups[-1], opt.hyper_map.place.get(name, name)
+    if isinstance(place, tuple):
+        return number(group[place[0]][place[1]]) if place[0] in group else None
+    return number(group.get(place))
+
+
 def _axes() -> Any:
     import matplotlib.pyplot as plt
 
     return plt.subplots()[1]
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
 def format_time(seconds: float) -> str:

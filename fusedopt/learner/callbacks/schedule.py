@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..callback import Callback
+from .recorder import hyper_of_last_group
 
 
 def annealer(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,9 +95,10 @@ class ParamScheduler(Callback):
 
     def __init__(self, scheds: Mapping[str, Callable[[float], Any]]) -> None:
         self.scheds = dict(scheds)
+        self.hps: dict[str, list[float]] = {}
 
     def before_fit(self) -> None:
-        self.hps: dict[str, list[float]] = {name: [] for name in self.scheds}
+        self.hps = {name: [] for name in self.scheds}
 
     def before_batch(self) -> None:
         self.set_at(self.pct_train)
@@ -106,9 +108,8 @@ class ParamScheduler(Callback):
             self.opt.set_hyper(name, sched(pos))
 
     def after_batch(self) -> None:
-        hypers = self.opt.hypers[-1]
         for name, values in self.hps.items():
-            values.append(hypers[name])
+            values.append(hyper_of_last_group(self.opt, name))
 
     def after_fit(self) -> None:
         if hasattr(self.learn, "recorder"):

@@ -24,8 +24,9 @@ class TrainEval(Callback):
         self.learn.training = True
 
     def after_batch(self) -> None:
-        self.learn.pct_train += 1.0 / (self.n_iter * self.n_epoch)
-        self.learn.train_iter += 1
+        learn = self.learn
+        learn.pct_train += 1.0 / (learn.n_iter * learn.n_epoch)
+        learn.train_iter += 1
 
     def before_validate(self) -> None:
         self.model.eval()
