@@ -441,5 +441,5 @@ def test_interpretation_says_what_is_wrong():
         Interpretation(SCORES[:, 0], TARGETS, torch.zeros(6))
     learn = learner()
     learn.loss_func = lambda pred, targ, reduction="mean": F.cross_entropy(pred, targ)
-    with pytest.raises(ValueError, match="24 predictions.*reduction"):
+    with pytest.raises(ValueError, match=r"24 predictions.*reduction"):
         Interpretation.from_learner(learn)

@@ -157,7 +157,9 @@ WAYS = {
     "fit": lambda learn: learn.fit(2),
     "fit twice": lambda learn: (learn.fit(1, 0.02, wd=0.3), learn.fit(1, reset_opt=True)),
     "one cycle": lambda learn: learn.fit_one_cycle(3, 0.02),
-    "one cycle, rates per group": lambda learn: learn.fit_one_cycle(3, slice(1e-4, 1e-2), div=10, pct_start=0.4),
+    "one cycle, rates per group": lambda learn: learn.fit_one_cycle(
+        3, slice(1e-4, 1e-2), div=10, pct_start=0.4
+    ),
     "one cycle, own momentum": lambda learn: learn.fit_one_cycle(2, moms=(0.9, 0.5, 0.8), div_final=100),
     "flat, then cosine": lambda learn: learn.fit_flat_cos(2, slice(1e-3, 1e-2)),
     "warm restarts": lambda learn: learn.fit_sgdr(3, 1, 0.02),

@@ -20,15 +20,6 @@ def mapped(batch: Any, func: Callable[[torch.Tensor], Any]) -> Any:
     return batch
 
 
-def size(batch: Any) -> int:
-    """The length of its first tensor. Raises TypeError if it has none."""
-    found: list[int] = []
-    mapped(batch, lambda x: found.append(len(x)))
-    if not found:
-        raise TypeError(f"a batch needs a tensor to tell its size from; this one is a {type(batch).__name__}")
-    return found[0]
-
-
 def concat(batches: Sequence[Any]) -> Any:
     """Batches of the same structure as one."""
     first = batches[0]

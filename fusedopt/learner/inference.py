@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from .batches import concat, mapped
 from .callback import Callback
 from .losses import unreduced
+from .order import listed
 
 CLASSIFY = (nn.CrossEntropyLoss, nn.NLLLoss, functional.cross_entropy, functional.nll_loss)
 
@@ -77,7 +78,7 @@ class Inference:
         gather = GatherPreds()
         dl = in_order(self.dls[ds_idx] if dl is None else dl)
         with self._losses_of_items() if with_loss else contextlib.nullcontext():
-            self._infer(dl, [*_listed(cbs), gather])
+            self._infer(dl, [*listed(cbs), gather])
         if not gather.seen:
             raise ValueError("there is nothing to predict: the loader had no batches, or all were cancelled")
         inputs, preds, targets, losses = concat(gather.seen)
@@ -106,22 +107,23 @@ class Inference:
 
     def _infer(self, dl: Iterable[Any], cbs: Any) -> None:
         """One validation, with the events of a fit around it."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        training = self.training
-        self.inferring = True
-        try:
-            with self.added_cbs(cbs), self.no_logging():
-                try:
-                    epoch = partial(self._with_events, "epoch", partial(self._validate, dl))
-                    self._with_events("fit", epoch)
-                finally:
-                    for cb in self.cbs:
-                        cb.clean_up()
-        finally:
-            self.inferring, self.training = False, training
-            for module, mode in modes:
-                module.training = mode
-            self._forget_batch()
+        modes, training = [(m, m.training) for m in self.model.modules()], self.training
+        with contextlib.ExitStack() as last:  # so that each has its turn, whatever another raises
+            last.callback(self._as_before, modes, training)
+            last.enter_context(self.no_logging())
+            last.enter_context(self.added_cbs(cbs))
+            for cb in self.cbs:
+                last.callback(cb.clean_up)
+            self.inferring = True
+            self._with_events("fit", partial(self._with_events, "epoch", partial(self._validate, dl)))
+
+    def _as_before(self, modes: list[tuple[nn.Module, bool]], training: bool) -> None:
+        self.inferring, self.training = False, training
+        for module, mode in modes:
+            module.training = mode
+        for cb in self.cbs:
+            cb.run = True
+        self._forget_batch()
 
     @contextlib.contextmanager
     def _losses_of_items(self) -> Iterator[None]:
@@ -153,7 +155,3 @@ def in_order(dl: Any) -> Any:
 def _single(batch: tuple) -> Any:
     """What is alone in a tuple; None if nothing is."""
     return None if not batch else batch[0] if len(batch) == 1 else batch
-
-
-def _listed(x: Any) -> list[Any]:
-    return [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]

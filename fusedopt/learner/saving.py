@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .callback import Callback
+from .callbacks.recorder import print_line
 
 SUFFIX = ".pth"
 READ_ERRORS = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError)
@@ -84,7 +85,7 @@ class Saving:
         self._forget_batch()
         path = Path(self.path) / fname
         kept = {name: getattr(self, name) for name in ("dls", "opt", "logger")}
-        self.dls, self.opt, self.logger = NoData(self.dls), None, print
+        self.dls, self.opt, self.logger = NoData(self.dls), None, print_line
         try:
             return _write(self, path)
         except (pickle.PicklingError, AttributeError, TypeError) as error:

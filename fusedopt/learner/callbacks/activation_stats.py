@@ -124,10 +124,10 @@ class ActivationStats(Callback):
         return "batch" if self.every == 1 else f"batch / {self.every}"
 
     def _grid(self) -> Any:
-        """Axes, one per layer, three in a row."""
-        columns = min(3, len(self.names))
+        """Axes, one per layer, four in a row."""
+        columns = min(4, len(self.names))
         rows = -(-len(self.names) // max(columns, 1))
-        axes = self._subplots(rows, columns, (3.8 * columns, 2.8 * rows))
+        axes = self._subplots(rows, columns, (3.2 * columns, 2.6 * rows))
         for unused in axes[len(self.names) :]:
             unused.remove()
         return axes[: len(self.names)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .. import batches
 from ..callback import Callback
 from ..events import CancelBatchException
+from ..metrics import batch_size
 from .mixed_precision import MixedPrecision
 
 
@@ -26,10 +26,10 @@ class GradientAccumulation(Callback):
             self.opt.zero_grad()
 
     def after_loss(self) -> None:
-        self.learn.loss_grad = self.loss_grad / (self.n_acc / batches.size(self.yb))
+        self.learn.loss_grad = self.loss_grad / (self.n_acc / batch_size(self.yb))
 
     def before_step(self) -> None:
-        self.count += batches.size(self.yb)
+        self.count += batch_size(self.yb)
         if self.count < self.n_acc:
             raise CancelBatchException
         self.count = 0

@@ -42,17 +42,18 @@ class Tracker(Callback):
 
     def before_fit(self) -> None:
         self.run = not (self.inferring or hasattr(self, "lr_finder"))
+        if not self.run:
+            return
         if self.reset_on_fit:
             self.best = self._worst()
-        names = list(self.recorder.metric_names[1:])
-        if self.run and self.monitor not in names:
+        names = [name for name in self.recorder.metric_names[1:] if name != "time"]
+        if self.monitor not in names:
             raise ValueError(f"{self.monitor!r} is not recorded; monitor one of {', '.join(names)}")
-        self.idx = names.index(self.monitor) if self.run else 0
+        self.idx = names.index(self.monitor)
 
     def after_epoch(self) -> None:
         record = self.recorder.values[-1]
-        # an epoch that was cut short may have none
-        value = record[self.idx] if self.idx < len(record) else math.nan
+        value = math.nan if record[self.idx] is None else record[self.idx]  # None: it was cut short
         self.new_best = bool(self.comp(value - self.min_delta, self.best))
         if self.new_best:
             self.best = value
