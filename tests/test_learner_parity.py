@@ -1,4 +1,4 @@
-"""Our Learner beside fastai's, on the same data, seed and optimizer: the same events and the same losses, to the last bit."""
+"""Our Learner beside fastai's, with the same data, seed and optimizer: the same events and losses, to the last bit."""
 
 import warnings
 
