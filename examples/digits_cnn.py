@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from momentum_pictures import save
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -95,7 +96,6 @@ def main(epochs: int = 20, width: int = 32, seed: int = 0, out: Path | None = No
 
 def save_pictures(learn: Learner, stats: ActivationStats, found: Interpretation, out: Path) -> list[Path]:
     """Loss and schedule of the training, activations behind every relu, the confusion matrix, the worst mistakes."""
-    out.mkdir(parents=True, exist_ok=True)
     figures = {
         "loss": learn.recorder.plot_loss().figure,
         "schedule": learn.recorder.plot_sched()[0].figure,
@@ -105,10 +105,7 @@ def save_pictures(learn: Learner, stats: ActivationStats, found: Interpretation,
         "confusion": found.plot_confusion_matrix().figure,
         "top_losses": draw_top_losses(learn, found),
     }
-    for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png", dpi=80)
-    print(f"pictures: {', '.join(figures)} in {out}")
-    return [out / f"{name}.png" for name in figures]
+    return [save(figure, out / f"{name}.png") for name, figure in figures.items()]
 
 
 def draw_top_losses(learn: Learner, found: Interpretation):

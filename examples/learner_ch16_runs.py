@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from digits_cnn import cnn, digits
 from matplotlib.figure import Figure
+from momentum_pictures import save
 from torch import nn
 
 import fusedopt
@@ -96,9 +97,7 @@ def main(epochs: int = 6, width: int = 16, out: Path | None = None) -> list[Run]
     for run in runs:
         print(f"{run.name:10}{run.losses[-1]:8.3f}{100 * run.accuracies[-1]:16.2f}")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        draw(runs).savefig(out / "ch16_runs.png", dpi=70, pil_kwargs={"optimize": True})
-        print(f"picture: {out / 'ch16_runs.png'}")
+        save(draw(runs), out / "ch16_runs.png")
     return runs
 
 

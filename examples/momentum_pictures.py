@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 import fusedopt
 
@@ -26,7 +27,7 @@ ROWS = (
 )
 
 
-def noisy_values(n: int = 80, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def noisy_values(n: int = 150, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Points beside the curve ``1 - (x / 3)**2``."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.linspace(-4, 4, n)
@@ -64,12 +65,19 @@ def draw(betas: Sequence[float] = BETAS) -> Figure:
     return figure
 
 
+def save(figure: Figure, path: Path) -> Path:
+    """As a PNG of a few colours, which is a third of the size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(32).save(path, optimize=True)
+    print(f"picture: {path}")
+    return path
+
+
 def main(out: Path) -> Path:
-    """Save the picture as momentum.png in a folder, and return where it is."""
-    out.mkdir(parents=True, exist_ok=True)
-    draw().savefig(out / "momentum.png", dpi=66, pil_kwargs={"optimize": True})
-    print(f"picture: {out / 'momentum.png'}")
-    return out / "momentum.png"
+    """Save momentum.png in a folder, and return where it is."""
+    return save(draw(), out / "momentum.png")
 
 
 if __name__ == "__main__":
