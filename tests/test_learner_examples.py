@@ -36,7 +36,7 @@ def shades(path):
 
 
 def test_a_small_net_reads_digits(tmp_path, capsys):
-    found = digits_cnn.main(epochs=3, width=4, out=tmp_path / "new")
+    found = digits_cnn.main(epochs=3, width=16, out=tmp_path / "new")
     assert 0.8 < found.accuracy == found.confusion.diag().sum() / 360
     assert found.confusion.sum() == 360
     assert sum(n for *_, n in found.most_confused) == 360 - found.confusion.diag().sum()
