@@ -18,6 +18,23 @@ def as_callback(given: Any) -> Callback:
     return cb
 
 
+def free_name(cb: Callback, learn: Any) -> str:
+    """The name that the Learner will have a callback under; ValueError if it has something else there."""
+    if not isinstance(getattr(learn, cb.name, cb), Callback):
+        raise ValueError(
+            f"the Learner's own {cb.name!r} would be lost to the callback {cb!r}: call the class otherwise"
+        )
+    return cb.name
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Say more about an error; before Python 3.11, which prints notes under messages, as part of the message."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.args = (f"{error}\n{note}", *error.args[1:])
+
+
 def as_tensor(loss: Any) -> torch.Tensor:
     """The loss; TypeError if it is no tensor."""
     if not isinstance(loss, torch.Tensor):

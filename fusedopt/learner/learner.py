@@ -38,7 +38,7 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
         lr: learning rate; ``slice(a, b)`` for rates from a to b over the groups.
         splitter: the model's parameters, as one list or several; each list is a group that can be frozen.
         cbs: callbacks, or their classes.
-        metrics: functions of predictions and targets, averaged over validation.
+        metrics: functions of predictions and targets, averaged over validation; or objects, see `Metric`.
         wd: weight decay; None leaves it to ``opt_func``.
         wd_bn_bias: decay normalization layers and biases too.
         train_bn: train normalization layers of frozen groups.
@@ -47,8 +47,10 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
         default_cbs: whether `TrainEval` and `Recorder` come with it.
 
     Raises:
-        TypeError: dls that are no pair, callbacks or metrics that are none.
-        ValueError: an empty loader, a model without parameters to train, callbacks whose order is a cycle.
+        TypeError: dls that are no pair with lengths, callbacks or metrics that are none; in a fit, an optimizer that is
+            not like fastai's, a loss that is no tensor.
+        ValueError: an empty loader, callbacks whose order is a cycle or whose name is taken; in a fit, a model without
+            parameters to train, a loss that is not one number.
     """
 
     def __init__(

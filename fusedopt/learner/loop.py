@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .callback import Callback
-from .checks import as_callback, as_tensor, one_number
+from .checks import add_note, as_callback, as_tensor, free_name, one_number
 from .events import CANCEL
 from .order import in_order, listening
 
@@ -41,8 +41,8 @@ class Loop:
         """Add a callback, or one of this class; it is found under its name from now on."""
         cb = as_callback(cb)
         in_order([*self.cbs, cb])  # a cycle is refused before anything has changed
+        setattr(self, free_name(cb, self), cb)
         cb.learn = self
-        setattr(self, cb.name, cb)
         self.cbs.append(cb)
         self._listening.clear()
         return self
@@ -67,12 +67,13 @@ class Loop:
             except tuple(CANCEL.values()):
                 raise
             except Exception as error:
-                error.add_note(f"in the callback {cb!r}, at the event {event_name}")
+                add_note(error, f"in the callback {cb!r}, at the event {event_name}")
                 raise
 
     # -- the loop --
     def _run(self, n_epoch: int) -> None:
         self.n_epoch = n_epoch
+        self._listening.clear()  # classes may have new methods, as in a notebook
         try:
             self._with_events("fit", self._fit)
         except BaseException:

@@ -119,15 +119,14 @@ class ValueMetric(Metric):
 
 def as_metric(given: Any) -> Any:
     """A metric, a metric's class, or a function to average, as a metric. Raises TypeError for anything else."""
-    parts = ("reset", "accumulate", "value", "name")
-    if isinstance(given, type) and all(hasattr(given, part) for part in parts):
-        return given()
-    if not isinstance(given, type) and all(hasattr(given, part) for part in parts):
-        return given
-    if not callable(given) or isinstance(given, type):
+    if all(
+        hasattr(given, part) for part in ("reset", "accumulate", "name")
+    ):  # the value may not be there yet
+        return given() if isinstance(given, type) else given
+    if isinstance(given, type) or not callable(given):
         raise TypeError(
-            f"{given!r} is no metric: give a function of predictions and targets, or an object with "
-            f"{', '.join(parts[:-1])} and {parts[-1]}"
+            f"{given!r} is no metric: give a function of predictions and targets, or an object with reset, accumulate, "
+            f"value and name"
         )
     return AvgMetric(given)
 

@@ -104,8 +104,8 @@ def _random_state(dls: Any) -> list[Callable[[], Any]]:
     places: list[tuple[Any, Any]] = [
         (torch.get_rng_state, torch.set_rng_state),
         (np.random.get_state, np.random.set_state),
+        (random.getstate, random.setstate),
     ]
-    places += [(random.getstate, random.setstate)]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         places += [(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)]
     for dl in (dls[0], dls[1]):

@@ -38,6 +38,7 @@ class Recorder(Callback):
     ) -> None:
         self.add_time, self.train_metrics, self.valid_metrics = add_time, train_metrics, valid_metrics
         self.loss, self.smooth_loss = AvgLoss(), AvgSmoothLoss(beta)
+        self._columns: list[str] = []
         self._new_history()
 
     def _new_history(self) -> None:
