@@ -1,6 +1,8 @@
 """Two images in a batch: BatchNorm2d normalizes by their noise, lesson 10's RunningBatchNorm by running statistics.
 
-python examples/small_batches.py
+Two nets on scikit-learn's digits: behind three convolutions, each image has one value in a channel.
+
+    python examples/small_batches.py
 """
 
 from __future__ import annotations

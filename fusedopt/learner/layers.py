@@ -66,7 +66,7 @@ class RunningBatchNorm(nn.modules.batchnorm._BatchNorm):
         sums, sqrs = self._averaged(x) if self.training else (self.sums, self.sqrs)
         mean = sums / self.count
         # A tensor, not a branch: the host need not wait for the device. Rounding may take it below zero later.
-        least = self.LEAST_VAR * ((self.items > 0) & (self.items < self.FIRST_ITEMS))
+        least = self.LEAST_VAR * (self.items < self.FIRST_ITEMS)
         var = torch.maximum(sqrs / self.count - mean.square(), least.to(sqrs.dtype))
         scale = self.weight * (var + self.eps).rsqrt()
         shape = (1, -1, *[1] * (x.dim() - 2))

@@ -32,15 +32,16 @@ class Summary:
     def summary(self) -> Table:
         """Layers in the order they run in: output shape, parameters and whether they are trained; then the totals.
 
-        One batch goes through the model, in evaluation mode; modes and random numbers are left as they were. Unlike
-        fastai's it shows the layers' own names, counts a shared parameter once, and does not make the optimizer.
+        One batch goes through the model, in evaluation mode; modes and the CPU's random numbers are left as they were.
+        Unlike fastai's it shows the layers' own names, counts a shared parameter once, and makes no optimizer.
         """
-        rows = layer_info(self.model, *self._first_inputs())
+        with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws a seed
+            rows = layer_info(self.model, *self._first_inputs())
         params = list(self.model.parameters())
         total, trained = (
             sum(p.numel() for p in ps) for ps in (params, [p for p in params if p.requires_grad])
         )
-        frozen = self.opt.frozen_idx if self.opt is not None else 0
+        frozen = getattr(self.opt, "frozen_idx", 0)
         lines = [
             *_table([("Layer", "Output shape", "Params", "Trained"), *rows]),
             f"Total params: {total:,}",
@@ -55,8 +56,7 @@ class Summary:
 
     def _first_inputs(self) -> tuple:
         device = next((p.device for p in self.model.parameters()), None)
-        with torch.random.fork_rng():  # a loader that shuffles draws a seed
-            xb, _ = self.split(next(iter(self.dls[0])))  # type: ignore[attr-defined]
+        xb, _ = self.split(next(iter(self.dls[0])))  # type: ignore[attr-defined]
         return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in xb)
 
 
@@ -74,7 +74,7 @@ def layer_info(model: nn.Module, *xb: Any) -> list[tuple[str, str, str, str]]:
         rows.append((label, _shape(output), f"{sum(p.numel() for p in own):,}" if own else "", trained))
 
     layers = [m for m in names if not list(m.children()) or list(m.parameters(recurse=False))]
-    with _kept_modes(model), Hooks(layers, add_row), torch.random.fork_rng(), torch.no_grad():
+    with _kept_modes(model), Hooks(layers, add_row), torch.no_grad():
         model.eval()(*xb)
     rest = [p for p in model.parameters() if p not in seen]
     if rest:
