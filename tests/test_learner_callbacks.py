@@ -501,10 +501,10 @@ def test_rates_fall_on_a_plateau_and_no_further_than_asked(capsys):
 def test_validating_and_predicting_are_no_epochs_to_trackers():
     stop = learner.EarlyStopping(patience=9)
     learn, _ = ours([stop])
-    best = stop.best
+    stop.best = -1.0  # which no loss reaches
     learn.validate()
     learn.get_preds()
-    assert stop.best == best and stop.run
+    assert stop.best == -1.0 and stop.run
 
 
 def test_looking_for_a_rate_is_no_training_to_trackers_and_averages(tmp_path):
@@ -684,6 +684,17 @@ def test_the_average_is_what_is_saved_as_best(tmp_path):
     learn, _ = ours([learner.EMA(0.9), Scripted([3.0, 2.0, 1.0]), learner.SaveModel()], path=tmp_path)
     averaged, _ = ours([learner.EMA(0.9)])
     assert torch.equal(weights(learn.model), weights(averaged.model))
+
+
+def test_the_best_is_loaded_over_the_average_of_a_fit_that_was_stopped(tmp_path):
+    class Stops(learner.Callback):
+        def after_batch(self):
+            if self.training and self.train_iter == 8:
+                raise CancelFitException
+
+    learn, _ = ours([learner.EMA(0.9), Stops(), learner.SaveModel()], path=tmp_path)
+    saved = torch.load(learn.save_model.last_saved_path, weights_only=True)
+    assert torch.equal(learn.model[0].weight, saved["0.weight"])
 
 
 @pytest.mark.parametrize("event", ["after_pred", "before_step"])
