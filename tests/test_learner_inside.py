@@ -219,6 +219,16 @@ def test_the_three_pictures():
     assert max(stats.layer_stats(1)[2]) > 0.2  # a relu's
 
 
+def test_a_layer_that_never_runs_has_an_empty_picture():
+    model = Tied()
+    stats = ActivationStats([model.idle, model.twice])
+    learner(stats, model).fit(1)
+    assert stats.layer_stats(0) == [[], [], []]
+    idle, twice = stats.color_dim()
+    assert idle.images[0].get_array().max() == 0 < twice.images[0].get_array().max()
+    assert [len(ax.lines[0].get_ydata()) for ax in stats.dead_chart()] == [0, 6]  # it runs twice in a batch
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Layers
 

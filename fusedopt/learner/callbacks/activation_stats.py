@@ -89,7 +89,8 @@ class ActivationStats(Callback):
 
     def hist(self, idx: int) -> torch.Tensor:
         """A layer's histograms on a logarithmic scale, ``log(1 + count)``: sizes by batches (fastai's name)."""
-        return torch.stack(self.stats[idx]["hist"]).cpu().T.log1p()
+        seen = self.stats[idx]["hist"] or [torch.zeros(BINS)]  # a layer may have had no turn
+        return torch.stack(seen).cpu().T.log1p()
 
     # -- pictures --
     def plot_stats(self) -> Any:
