@@ -1,6 +1,7 @@
 """A small training loop with the course's callback system, under fastai's names and without fastai."""
 
 from .callback import Callback
+from .callbacks.activation_stats import ActivationStats
 from .callbacks.batch_transform import BatchTransform
 from .callbacks.csv_logger import CSVLogger
 from .callbacks.device import DeviceCallback
@@ -45,12 +46,16 @@ from .events import (
     CancelValidException,
     event,
 )
+from .hooks import Hook, Hooks, hook_output, hook_outputs
+from .interpret import Interpretation
+from .layers import GeneralRelu, RunningBatchNorm
 from .learner import Learner
 from .metrics import AvgLoss, AvgMetric, AvgSmoothLoss, Metric, ValueMetric, accuracy
 from .saving import load_learner
 
 __all__ = [
     "EMA",
+    "ActivationStats",
     "AvgLoss",
     "AvgMetric",
     "AvgSmoothLoss",
@@ -66,8 +71,12 @@ __all__ = [
     "CancelValidException",
     "DeviceCallback",
     "EarlyStopping",
+    "GeneralRelu",
     "GradientAccumulation",
     "GradientClip",
+    "Hook",
+    "Hooks",
+    "Interpretation",
     "LRFinder",
     "Learner",
     "Metric",
@@ -80,6 +89,7 @@ __all__ = [
     "RNNRegularizer",
     "Recorder",
     "ReduceLROnPlateau",
+    "RunningBatchNorm",
     "SaveModel",
     "SchedCos",
     "SchedExp",
@@ -95,6 +105,8 @@ __all__ = [
     "combine_scheds",
     "combined_cos",
     "event",
+    "hook_output",
+    "hook_outputs",
     "load_learner",
     "minimum",
     "rnn_cbs",

@@ -22,11 +22,12 @@ from .metrics import as_metric
 from .order import listed
 from .parameters import norm_bias_params, trainable_params
 from .saving import Saving
+from .summary import Summary
 
 LR = 1e-3
 
 
-class Learner(Fitting, Inference, Precision, Saving, Loop):
+class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
     """Trains a model, as ``fastai.learner.Learner`` does and under its names.
 
     Args:
