@@ -277,6 +277,17 @@ def test_progress_is_silent_where_the_learner_is(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_progress_draws_nothing_for_predictions(capsys):
+    learn = make_learner(fl.Progress)
+    learn.fit(1)
+    assert "valid" in capsys.readouterr().err
+    learn.get_preds()
+    learn.validate()
+    assert capsys.readouterr().err == ""
+    learn.fit(1)
+    assert "valid" in capsys.readouterr().err
+
+
 def test_progress_goes_when_a_fit_breaks(capsys):
     class Breaks(Callback):
         def before_step(self):

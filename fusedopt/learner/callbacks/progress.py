@@ -24,6 +24,9 @@ class Progress(Callback):
         self.in_steps = self.in_batches = 0.0
 
     def before_fit(self) -> None:
+        if self.inferring:  # predictions are a fit without training
+            self.run = False
+            return
         from tqdm.auto import tqdm
 
         self._tqdm, self.in_steps, self.in_batches = tqdm, 0.0, 0.0
