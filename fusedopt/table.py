@@ -52,7 +52,9 @@ class Row:
     """Dotted name of the optimizer it must agree with, None if there is none."""
     variants: tuple[Variant, ...]
     reductions: bool = False
-    """Needs a number per tensor (a norm): two launches instead of one."""
+    """Needs a number per tensor (a norm): two stages instead of one."""
+    keeps_numbers: bool = False
+    """Stores a number per tensor: a launch more, over tensors."""
     changes_structure: bool = False
     """Some steps run another kernel: RAdam's first steps, Lookahead's every k-th."""
     torch_fused: bool = False
@@ -74,9 +76,14 @@ class Row:
         return self.variants[0].buffers
 
     @property
+    def stages(self) -> int:
+        """Launches over elements."""
+        return 2 if self.reductions else 1
+
+    @property
     def launches(self) -> int:
         """Kernel launches per step for parameters of one dtype on one device."""
-        return 2 if self.reductions else 1
+        return self.stages + self.keeps_numbers
 
     @property
     def first_step_kernel(self) -> bool:
@@ -163,6 +170,7 @@ _FASTAI = (
         )
         + _variants((), 20, dict(lr=0.1, mom=0.0, trust_coeff=0.5, wd=0.01)),
         reductions=True,
+        keeps_numbers=True,
     ),
     Row(
         "Lamb",

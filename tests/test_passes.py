@@ -159,7 +159,7 @@ def traced_row(row):
 
 @pytest.mark.parametrize("row", table.TABLE, ids=lambda row: f"{row.face}-{row.name}")
 def test_named_optimizers_split_into_as_many_stages_as_the_table_says(row):
-    assert len(check_stages(traced_row(row))) == row.launches
+    assert len(check_stages(traced_row(row))) == row.stages
 
 
 def test_lamb_moves_44_bytes_in_two_stages():
