@@ -161,8 +161,9 @@ def results(request):
 
 @pytest.mark.parametrize("op", SPELLED, ids=lambda op: op.name)
 def test_elementwise_op_is_torchs(op, results):
-    if op.name == "pow" and results[0]["param"].dtype == torch.float64:
-        pytest.skip("double powers need more than double")
+    if f"state.{op.name}" not in results[0]:
+        assert op.name == "pow" and results[0]["param"].dtype == torch.float64  # that needs more than double
+        return
     ours, expected = (t[f"state.{op.name}"] for t in results)
     if op.name not in test_ops.LIBRARY:
         assert_same_bits(ours, expected)
