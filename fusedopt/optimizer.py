@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import functools
 import sys
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict
 
 import torch
 import torch.optim.optimizer as _torch_optimizer
 
-from . import callback, checkpoint, names
+from . import checkpoint, names
+from .accepted import as_callbacks, as_param_groups, check_gradient, check_known, check_state, hyper_of, last
 from .callback import arguments_of, defaults_of, name_of
 from .checkpoint import FLAGS
 from .explain import Explanation, explain
 from .names import HyperNames, HypersView
-from .reference import FLOATS
 from .runtime import backends
 from .runtime.engine import Engine, Resident
 from .runtime.items import Item
 from .runtime.scaling import NORM, Scaling
 from .runtime.warm import Warm, record
+from .state import State
 
 _CUDA = torch.backends.cuda.is_built()
 
@@ -36,40 +34,6 @@ class Options(TypedDict, total=False):
     state_dtype: torch.dtype | None
     amp_fused: bool
     max_grad_norm: float | None
-
-
-class State(defaultdict):
-    """``opt.state``: one dict per parameter, made on first access.
-
-    It counts as empty while it holds nothing but fastai's flags: checkpoint code asks ``if optimizer.state``.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        given = args[1:] if args[:1] == (dict,) else args  # defaultdict's copy() hands over the factory
-        super().__init__(dict, *given)
-        self.version = 0
-        """Counts changes of which parameters have a dict, and which dict that is."""
-
-    def __reduce__(self) -> tuple:
-        return State, (dict(self),)
-
-    def __bool__(self) -> bool:
-        return any(key not in FLAGS for state in self.values() for key in state)
-
-
-def _counted(name: str) -> Callable:
-    method = getattr(defaultdict, name)
-
-    @functools.wraps(method)
-    def changed(self: State, *args: Any, **kwargs: Any) -> Any:
-        self.version += 1
-        return method(self, *args, **kwargs)
-
-    return changed
-
-
-for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
-    setattr(State, _name, _counted(_name))
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -121,7 +85,7 @@ class Optimizer(torch.optim.Optimizer):
             warnings.warn(
                 "train_bn has no effect on an optimizer; set it on the Learner", UserWarning, stacklevel=2
             )
-        self.cbs = _callbacks(cbs)
+        self.cbs = as_callbacks(cbs)
         self.backend = backends.check_name(backend)
         if state_dtype is not None and not (
             isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point
@@ -141,7 +105,7 @@ class Optimizer(torch.optim.Optimizer):
         self._set_up(hypers)
         defaults: dict[str, Any] = {}
         values = self.hyper_map.to_fastai(hypers)
-        _check_known(values, self.cbs)
+        check_known(values, self.cbs)
         values = {k: v for cb in self.cbs for k, v in defaults_of(cb).items()} | values
         listed = {
             k: v
@@ -149,11 +113,11 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(v, (slice, list, *((tuple,) if k == "lr" else ()))) or getattr(v, "ndim", 0) == 1
         }
         for name, value in values.items():
-            value = names.plain(_last(value) if name in listed else value)
+            value = names.plain(last(value) if name in listed else value)
             names.check(name, value)
             self.hyper_map.write(defaults, name, value)
         defaults.setdefault("differentiable", False)
-        super().__init__(_param_groups(params), defaults)
+        super().__init__(as_param_groups(params), defaults)
         for name, value in listed.items():
             self.set_hyper(name, value)
 
@@ -280,7 +244,7 @@ class Optimizer(torch.optim.Optimizer):
             self._captured.append(resident)
 
     def _hypers_of(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {k: _hyper(group, k, v) for k, v in self.hyper_map.of_group(group).items()}
+        return {k: hyper_of(group, k, v) for k, v in self.hyper_map.of_group(group).items()}
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -323,9 +287,9 @@ class Optimizer(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 grad = p if pretend else p.grad
                 if grad is not None:
-                    _check_gradient(p, grad, g, i)
+                    check_gradient(p, grad, g, i)
                     state = self._state_of(p, modes.on_device)
-                    _check_state(p, self.state.get(p, {}), g, i)
+                    check_state(p, self.state.get(p, {}), g, i)
                     todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
         return todo
 
@@ -495,101 +459,3 @@ def _observed(opt: Optimizer) -> bool:
 
 # Opaque to dynamo: a kernel launch is nothing it could trace.
 _observed_step = torch._disable_dynamo(torch.optim.Optimizer.profile_hook_step(Optimizer._step))
-
-
-def _callbacks(cbs: Any) -> list[Callable]:
-    found = [cbs] if callable(cbs) else list(cbs)
-    for cb in found:
-        if not callable(cb):
-            raise TypeError(f"callbacks must be callable; {cb!r} is not")
-    return found
-
-
-COMMON = (
-    "lr", "mom", "sqr_mom", "wd", "eps", "dampening", "maximize", "foreach", "fused", "capturable", "differentiable",
-)  # fmt: skip
-"""Hyperparameters that are accepted whether or not a callback takes them."""
-
-
-def _check_known(hypers: Iterable[str], cbs: Sequence[Callable]) -> None:
-    """Raise TypeError for a hyperparameter that no callback takes: most likely a typing error."""
-    taken = set(COMMON)
-    for cb in cbs:
-        found = callback.looked_up(cb)
-        if found is None:
-            return  # a callable object may take anything
-        taken |= found | arguments_of(cb).keys() | defaults_of(cb).keys()
-    for name in hypers:
-        if name not in taken:
-            near = difflib.get_close_matches(name, [*taken, "backend", "state_dtype", "title"], 1)
-            hint = f"did you mean {near[0]!r}?" if near else "name it among a callback's arguments"
-            raise TypeError(f"no callback takes the hyperparameter {name!r}; {hint}")
-
-
-def _last(value: Any) -> Any:
-    return value.stop if isinstance(value, slice) else value[-1]
-
-
-def _param_groups(params: Any) -> Any:
-    """Params as torch takes them: a list of lists (fastai's splitters) becomes one group per list."""
-    if isinstance(params, (torch.Tensor, Mapping)):
-        return params  # torch says what is wrong
-    found = list(params)
-    is_group = [not isinstance(p, (torch.Tensor, dict)) and _is_list(p) for p in found]
-    if not any(is_group):
-        return found
-    for i, (group, p) in enumerate(zip(is_group, found, strict=True)):
-        if not group:
-            raise ValueError(
-                f"group {i} is a {type(p).__name__}, not a list of parameters, while others are lists"
-            )
-    return [{"params": list(p)} for p in found]
-
-
-def _is_list(p: Any) -> bool:
-    """A list of parameters, not torch's ``(name, parameter)`` pair."""
-    return (
-        isinstance(p, Iterable)
-        and not isinstance(p, str)
-        and not (isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str))
-    )
-
-
-def _hyper(group: dict[str, Any], name: str, value: Any) -> Any:
-    """A hyperparameter as callbacks get it: a number, or a tensor of a capturable group, which kernels read."""
-    there = {p.device for p in group["params"][:1]}
-    if isinstance(value, torch.Tensor) and group.get("capturable") and {value.device} == there:
-        return value.detach().reshape(())
-    value = names.number(value)
-    names.check(name, value)
-    return value
-
-
-def _check_state(p: torch.Tensor, state: Mapping[str, Any], group: int, i: int) -> None:
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.device != p.device:
-            raise RuntimeError(
-                f"the state {key!r} of parameter {i} of group {group} is on {value.device}, the parameter on "
-                f"{p.device}; move the model before the state dict is loaded, or the state with it"
-            )
-
-
-def _check_gradient(p: torch.Tensor, grad: torch.Tensor, group: int, i: int) -> None:
-    what = f"the gradient of parameter {i} of group {group}"
-    if grad.layout is not torch.strided:
-        raise RuntimeError(
-            f"{what} is sparse; use dense gradients (sparse=False) or torch.optim.SparseAdam for it"
-        )
-    if grad.device != p.device:
-        raise RuntimeError(
-            f"{what} is on {grad.device}, the parameter on {p.device}; move the model as a whole"
-        )
-    if grad.shape != p.shape:
-        raise RuntimeError(f"{what} has shape {tuple(grad.shape)}, the parameter {tuple(p.shape)}")
-    if p.dtype not in FLOATS or grad.dtype not in FLOATS:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        raise RuntimeError(
-            f"parameter {i} of group {group} is {p.dtype} with a {grad.dtype} gradient; {known} only"
-        )
-    if not p.is_contiguous() and torch._debug_has_internal_overlap(p) == 1:
-        raise RuntimeError(f"parameter {i} of group {group} is expanded, several elements are one; clone it")

@@ -1,0 +1,44 @@
+"""``opt.state``: a dict per parameter, whose changes are counted."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from .checkpoint import FLAGS
+
+
+class State(defaultdict):
+    """``opt.state``: one dict per parameter, made on first access.
+
+    It counts as empty while it holds nothing but fastai's flags: checkpoint code asks ``if optimizer.state``.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        given = args[1:] if args[:1] == (dict,) else args  # defaultdict's copy() hands over the factory
+        super().__init__(dict, *given)
+        self.version = 0
+        """Counts changes of which parameters have a dict, and which dict that is."""
+
+    def __reduce__(self) -> tuple:
+        return State, (dict(self),)
+
+    def __bool__(self) -> bool:
+        return any(key not in FLAGS for state in self.values() for key in state)
+
+
+def _counted(name: str) -> Callable:
+    method = getattr(defaultdict, name)
+
+    @functools.wraps(method)
+    def changed(self: State, *args: Any, **kwargs: Any) -> Any:
+        self.version += 1
+        return method(self, *args, **kwargs)
+
+    return changed
+
+
+for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+    setattr(State, _name, _counted(_name))
