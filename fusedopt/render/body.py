@@ -1,0 +1,86 @@
+"""What all languages share: how values are named, converted and commented on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ..ir.ops import LEAVES, OPS, Op, Reduction, is_reduction
+from ..ir.passes import Stage, scalar_stores, stages
+from ..ir.program import Program, Value, argument_type, identifier
+
+
+def entries(program: Program, prefix: str = "") -> tuple[list[str], str | None]:
+    """The kernels' names: one per stage, and the one for scalar stores if there are any."""
+    names = [f"{prefix}stage_{k}" for k in range(len(stages(program)))]
+    return names, f"{prefix}scalars" if scalar_stores(program).stores else None
+
+
+def summary(program: Program, stage: Stage) -> str:
+    """What a stage reads, what becomes of it, and how many bytes that is."""
+    stored = [identifier(n) for n, _ in stage.stores]
+    what = f"writes {', '.join(stored)}" if stored else "reduces"
+    loads = ", ".join(identifier(n) for n in stage.loads(program)) or "nothing"
+    return f"reads {loads}; {what}; {stage.bytes_per_element(program)} bytes per element"
+
+
+def reduction(v: Value) -> Reduction:
+    op = OPS[v.op]
+    assert isinstance(op, Reduction)
+    return op
+
+
+def element_op(v: Value) -> Op:
+    op = OPS[v.op]
+    assert isinstance(op, Op)
+    return op
+
+
+class Body(ABC):
+    """The generated code of one program. ``types`` are a language's names for f and d.
+
+    slot_names: the scalars' expressions, for the comments
+    """
+
+    types: ClassVar[dict[str, str]]
+
+    def __init__(self, program: Program, slot_names: Sequence[str]) -> None:
+        self.program, self.slot_names = program, slot_names
+        self.reductions = [i for stage in stages(program) for i in stage.reductions]
+        self.buffer_index = {n: k for k, (n, _) in enumerate(program.buffers)}
+
+    @abstractmethod
+    def constant(self, x: float, type_: str) -> str:
+        """A number as a literal."""
+
+    @abstractmethod
+    def converted(self, text: str, type_: str) -> str:
+        """An expression as another type."""
+
+    def name(self, i: int) -> str:
+        v = self.program.values[i]
+        if v.op == "slot":
+            return f"{'d' if v.type == 'd' else 's'}{v.attr}"
+        if v.op == "const":
+            return self.constant(v.attr, self.types[v.type])
+        if is_reduction(v.op):
+            return f"r{self.reductions.index(i)}"
+        return f"v{i}"
+
+    def arguments(self, v: Value) -> list[str]:
+        """What an op takes, in the type in which it takes it."""
+        values = [self.program.values[a] for a in v.args]
+        wanted = argument_type(v, values)
+        return [
+            self.name(i) if a.type in (wanted, "b") else self.converted(self.name(i), self.types[wanted])
+            for i, a in zip(v.args, values, strict=True)
+        ]
+
+    def comment(self, v: Value) -> str:
+        """Where a value comes from: the callback, the scalar's expression, the state's key."""
+        if v.op == "slot" and v.attr < len(self.slot_names):
+            return self.slot_names[v.attr]
+        if v.op == "load" and v.kind == "S":
+            return identifier(v.attr)
+        return "" if v.op in LEAVES else v.where.split(",")[0]
