@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,32 +45,18 @@ class Cpp(Compiler):
             handle,
         )
 
-    def prepare(
-        self,
-        kernel: Kernel,
-        columns: dict[str, list[torch.Tensor]],
-        sizes: Sequence[int],
-        sets: Sequence[int],
-        resident: bool = False,
-    ) -> Launch:
-        return Launch(kernel, columns, tuple(sizes), sets)
+    def prepare(self, *rows: Any, **how: Any) -> Launch:
+        return Launch(*rows, **how)
 
 
 class Launch(Rows):
     """A kernel's tables, ready to run: a row per tensor, the chunk list, space for part results."""
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        columns: dict[str, list[torch.Tensor]],
-        sizes: tuple[int, ...],
-        sets: Sequence[int],
-    ) -> None:
-        super().__init__(kernel, columns, sizes, sets)
-        self.stages, self.scalars = cast(Handle, kernel.handle)
+    def _get_ready(self) -> None:
+        self.stages, self.scalars = cast(Handle, self.kernel.handle)
         self.partials = np.empty((len(self.layout), self.n_reductions))
         tables = [t.ctypes.data for t in (self.rows, self.layout.chunks, self.partials)]
-        widths = [self.rows.shape[1], kernel.program.slots, self.n_reductions]
+        widths = [self.rows.shape[1], self.kernel.program.slots, self.n_reductions]
         self.head = np.array([*tables, 0, *widths], np.int64)
         self.address = self.head.ctypes.data
         self.slots: np.ndarray | None = None

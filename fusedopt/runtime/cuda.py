@@ -131,15 +131,8 @@ class Cuda(Compiler):
             self._refused[key] = error
             raise
 
-    def prepare(
-        self,
-        kernel: Kernel,
-        columns: dict[str, list[torch.Tensor]],
-        sizes: Sequence[int],
-        sets: Sequence[int],
-        resident: bool = False,
-    ) -> Launch:
-        return Launch(kernel, columns, tuple(sizes), sets, resident)
+    def prepare(self, *rows: Any, **how: Any) -> Launch:
+        return Launch(*rows, **how)
 
 
 class Carried(NamedTuple):
@@ -166,22 +159,14 @@ class Launch(Rows):
     so that a launch in a CUDA graph sees later ones.
     """
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        columns: dict[str, list[torch.Tensor]],
-        sizes: tuple[int, ...],
-        sets: Sequence[int],
-        resident: bool = False,
-    ) -> None:
-        super().__init__(kernel, columns, sizes, sets)
-        self.resident, handle = resident, cast(Handle, kernel.handle)
-        names = [name for name, _ in kernel.program.buffers]
+    def _get_ready(self) -> None:
+        handle = cast(Handle, self.kernel.handle)
+        names = [name for name, _ in self.kernel.program.buffers]
         self._gradients = self.rows[:, HEAD + names.index("grad")] if "grad" in names else self.rows[:0, 0]
-        self._n_slots = (max(sets, default=-1) + 1) * kernel.program.slots
+        self._n_slots = self.n_sets * self.kernel.program.slots
         n = self._n_slots, len(self._gradients)
         self.carried = carried(*n, handle.capacities)
-        if resident:
+        if self.resident:
             self.carried = carried(0, n[1], handle.capacities)._replace(slots=False)
         self._slots, self._addresses = Upload(self.device, resident=True), Upload(self.device)
         self._host: np.ndarray | None = None

@@ -41,17 +41,21 @@ class Compiler(ABC):
         """Compile it, or find it in the cache."""
 
 
-class Rows:
-    """The row table on the host: element count, scalar set, first chunk, number of chunks, a pointer per buffer."""
+class Rows(ABC):
+    """A launch. Here the row table on the host: element count, scalar set, first chunk, number of chunks, a pointer per
+    buffer; the rest is the backend's."""
 
     def __init__(
         self,
         kernel: Kernel,
         columns: dict[str, list[torch.Tensor]],
-        sizes: tuple[int, ...],
+        sizes: Sequence[int],
         sets: Sequence[int],
+        resident: bool = False,
     ) -> None:
-        self.kernel, self.sizes, self.layout = kernel, sizes, plan.layout(sizes)
+        self.kernel, self.sizes, self.resident = kernel, tuple(sizes), resident
+        self.layout = plan.layout(self.sizes)
+        self.n_sets = max(sets, default=-1) + 1
         self.n_reductions = sum(len(s.reductions) for s in kernel.stages)
         buffers = kernel.program.buffers
         self.rows = rows = np.empty((len(sizes), HEAD + len(buffers)), np.int64)
@@ -60,3 +64,8 @@ class Rows:
             leaf.write_pointers(columns[name], rows.ctypes.data, *rows.shape, HEAD + k)
         # A program that touches nothing runs nowhere.
         self.device = columns[buffers[0][0]][0].device if buffers else torch.device("cpu")
+        self._get_ready()
+
+    @abstractmethod
+    def _get_ready(self) -> None:
+        """Make what else is needed to run."""

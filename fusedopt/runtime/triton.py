@@ -73,15 +73,8 @@ class Triton(Compiler):
             self.name, name, program, body, str(entry.source_path), seconds, not entry.built, handle
         )
 
-    def prepare(
-        self,
-        kernel: Kernel,
-        columns: dict[str, list[torch.Tensor]],
-        sizes: Sequence[int],
-        sets: Sequence[int],
-        resident: bool = False,
-    ) -> Launch:
-        return Launch(kernel, columns, tuple(sizes), sets)
+    def prepare(self, *rows: Any, **how: Any) -> Launch:
+        return Launch(*rows, **how)
 
 
 class Launch(Rows):
@@ -90,16 +83,9 @@ class Launch(Rows):
     Scalars are always resident: they are read from the device's memory.
     """
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        columns: dict[str, list[torch.Tensor]],
-        sizes: tuple[int, ...],
-        sets: Sequence[int],
-    ) -> None:
-        super().__init__(kernel, columns, sizes, sets)
-        self.handle = cast(Handle, kernel.handle)
-        self.n_chunks, chunks = len(self.layout) if kernel.program.buffers else 0, self.layout.chunks
+    def _get_ready(self) -> None:
+        self.handle = cast(Handle, self.kernel.handle)
+        self.n_chunks, chunks = len(self.layout) if self.kernel.program.buffers else 0, self.layout.chunks
         self._rows, self._slots = Upload(self.device), Upload(self.device, resident=True)
         if self.n_chunks:
             self._chunks = Upload(self.device).of(chunks)
