@@ -62,8 +62,9 @@ class Scaling:
             INVERSE: 1.0 if scale is None else scale.reciprocal(),
             FOUND_INF: 0.0 if found_inf is None else found_inf,
         }
-        if all(isinstance(v, float) and v == self._received[k] for k, v in values.items()):
-            return
+        old = self._received
+        if all(type(v) is type(old[k]) is float and v == old[k] for k, v in values.items()):
+            return  # numbers, as before: a tensor is not looked at, it may be on its way
         self._received = values
         for (name, _), there in self._there.items():
             if name in values:
