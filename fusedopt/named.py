@@ -3,7 +3,7 @@
 Each is a short list of callbacks handed to `Optimizer`. What differs from fastai is said in the docstring of the
 function (here) or of the callback (`fusedopt.callbacks`) that differs. In ``opt.state`` and in checkpoints, averages
 have torch's names (``exp_avg``, ``exp_avg_sq``, ``square_avg``, ``momentum_buffer``); callbacks get fastai's.
-``options`` are `Optimizer`'s own: see `fusedopt.optimizer.Options`.
+``options`` are `Optimizer`'s own: see `fusedopt.optimizer.AllOptions`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .callbacks import (
     step_stat,
     weight_decay,
 )
-from .optimizer import Optimizer, Options
+from .optimizer import AllOptions, Optimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,7 +59,7 @@ def SGD(
     mom: float = 0.0,
     wd: float = 0.0,
     decouple_wd: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[AllOptions],
 ) -> Optimizer:
     """SGD, with undampened momentum if `mom` is not 0 here.
 
@@ -82,7 +82,7 @@ def RMSProp(
     eps: float = 1e-8,
     wd: float = 0.0,
     decouple_wd: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[AllOptions],
 ) -> Optimizer:
     """RMSProp, with momentum over the raw gradients if `mom` is not 0 here.
 
@@ -106,7 +106,7 @@ def Adam(
     eps: float = 1e-5,
     wd: float = 0.01,
     decouple_wd: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[AllOptions],
 ) -> Optimizer:
     """Adam with true weight decay (AdamW), or with L2 regularization for ``decouple_wd=False``."""
     cbs = _moments(decouple_wd, adam_step)
@@ -133,7 +133,7 @@ def RAdam(
     wd: float = 0.0,
     beta: float = 0.0,
     decouple_wd: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[AllOptions],
 ) -> Optimizer:
     """Rectified Adam; `beta` other than 0 softens the denominator (SAdam)."""
     cbs = _moments(decouple_wd, radam_step)
@@ -162,7 +162,7 @@ def QHAdam(
     eps: float = 1e-8,
     wd: float = 0.0,
     decouple_wd: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[AllOptions],
 ) -> Optimizer:
     """Quasi-hyperbolic Adam: `nu_1` and `nu_2` weigh the averages against this step's own gradient."""
     cbs = _moments(decouple_wd, qhadam_step)
@@ -191,7 +191,7 @@ def Larc(
     eps: float = 1e-8,
     wd: float = 0.0,
     decouple_wd: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[AllOptions],
 ) -> Optimizer:
     """LARC, or LARS for ``clip=False``: one learning rate per tensor; momentum if `mom` is not 0 here."""
     momentum = [average_grad] if mom != 0 else []
@@ -218,7 +218,7 @@ def Lamb(
     eps: float = 1e-5,
     wd: float = 0.0,
     decouple_wd: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[AllOptions],
 ) -> Optimizer:
     """LAMB: Adam's step scaled, tensor by tensor, to the size of the parameter."""
     cbs = _moments(decouple_wd, lamb_step)
@@ -280,7 +280,7 @@ def ranger(
     sqr_mom: float = 0.99,
     beta: float = 0.0,
     decouple_wd: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[AllOptions],
 ) -> Optimizer:
     """RAdam with Lookahead, under the defaults of the ranger experiments."""
     adaptive = RAdam(

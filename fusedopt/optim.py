@@ -42,8 +42,8 @@ from .callbacks import (
     sgd_momentum_step,
     step_stat,
 )
+from .optimizer import AllOptions, Options
 from .optimizer import Optimizer as _Optimizer  # the plain name belongs to torch.optim.Optimizer here
-from .optimizer import Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -152,7 +152,7 @@ class SGD(_TorchFace):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[AllOptions],
     ) -> None:
         _check_numbers(momentum=momentum, weight_decay=weight_decay)
         if dampening != dampening:
@@ -301,7 +301,7 @@ class Adagrad(_TorchFace):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[AllOptions],
     ) -> None:
         _check_numbers(
             lr_decay=lr_decay,

@@ -36,6 +36,12 @@ class Options(TypedDict, total=False):
     max_grad_norm: float | None
 
 
+class AllOptions(Options, total=False):
+    """With ``capturable``, which some of torch's optimizers name among their arguments."""
+
+    capturable: bool
+
+
 class Optimizer(torch.optim.Optimizer):
     """Steps parameters by a list of callbacks, compiled into one fused kernel.
 
@@ -43,8 +49,8 @@ class Optimizer(torch.optim.Optimizer):
         params: parameters; or several groups: torch's dicts, or a list of lists as fastai's splitters give.
         cbs: callbacks ``cb(p, **state, **hypers)``, run in order; ``p`` has ``.data`` and ``.grad``; a returned dict is
             kept in ``opt.state[p]`` and handed back on the next step. ``cb.defaults`` gives hyperparameter defaults.
-        backend: ``"auto"`` (by device), ``"cpp"``, or ``"reference"`` (the callbacks run eagerly). Default: the
-            environment's ``FUSEDOPT_BACKEND``, else auto.
+        backend: ``"auto"`` (by device), ``"cpp"``, ``"cuda"``, ``"triton"``, or ``"reference"`` (the callbacks run
+            eagerly). Default: the environment's ``FUSEDOPT_BACKEND``, else auto.
         state_dtype: storage dtype of new state buffers, whatever dtype the callbacks ask for.
         state_names: callback argument name → key in ``opt.state[p]``, where they differ.
         hyper_names: callback argument name → param-group key, where the default map (see ``fusedopt.names``) does not
@@ -55,6 +61,7 @@ class Optimizer(torch.optim.Optimizer):
             clips between ``unscale_`` and ``step`` (Lightning) refuses optimizers that do this.
         max_grad_norm: scale gradients as if by ``torch.nn.utils.clip_grad_norm_`` over all parameters with a gradient:
             by min(max_grad_norm / (norm + 1e-6), 1), inside the step, none is rewritten. See ``grad_norm``.
+        capturable: (a hyperparameter, so groups may differ) keep step counts on the device; see ``upload_hypers``.
         hypers: hyperparameters, by fastai's names or torch's; ``lr`` may be a slice or a list, one value per group.
 
     Raises:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-class Metric:
+class Metric(ABC):
     """Something measured over batches: `reset`, then `accumulate` after each, then `value`.
 
     Need not be inherited from: what has these four is a metric.
     """
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027  (there may be nothing to forget)
         """Forget all batches."""
 
-    def accumulate(self, learn: Any) -> None:
+    def accumulate(self, learn: Any) -> None:  # noqa: B027
         """Take in the batch that the Learner has just been through."""
 
     @property
+    @abstractmethod
     def value(self) -> Any:
-        raise NotImplementedError
+        """What came of it; None if there was no batch."""
 
     @property
     def name(self) -> str:
@@ -40,8 +42,9 @@ class Average(Metric):
         self.total: Any = 0.0
         self.count = 0
 
+    @abstractmethod
     def measure(self, learn: Any) -> Any:
-        raise NotImplementedError
+        """A batch's mean."""
 
     def accumulate(self, learn: Any) -> None:
         n, value = batch_size(learn.yb), self.measure(learn)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
@@ -20,12 +20,11 @@ import torch
 
 from .. import env, reference
 from ..callback import identity, name_of
-from ..ir.program import Buffer
 from ..trace.number import Scalar
 from ..trace.purity import Sources, is_pure
 from ..trace.replay import Replay, can_replay
 from ..trace.run import NeedsAttribute
-from ..trace.signature import FACTOR, PLAIN, Foreign, Opaque, Signature
+from ..trace.signature import FACTOR, Signature, is_plain, static_of, structure_of
 from ..trace.tensor import Untraceable
 from ..trace.tracer import Trace, trace
 from . import backends, items, leaf, sharded
@@ -232,13 +231,13 @@ class Engine:
         """
         if not backends.candidates(self.backend, signature.device):
             return first
-        structure = _structure(signature)
+        structure = structure_of(signature)
         eager = [i for i in range(first, stop) if (i, structure) in self.eager]
         if eager:
             return eager[0]
         hyper = bucket[0].hyper
-        plain = _plain(v for _, v in signature.state) and _plain(hyper.values())
-        key = first, stop, structure, signature.asked, _static(hyper)
+        plain = is_plain(v for _, v in signature.state) and is_plain(hyper.values())
+        key = first, stop, structure, signature.asked, static_of(hyper)
         known = self._known.setdefault(key, []) if plain else []
         for candidate in known:
             again = candidate.replay and candidate.replay(hyper, dict(signature.state))
@@ -434,33 +433,3 @@ def _known_traces(
 ) -> dict[tuple, list[Known]]:
     """Compiled traces, shared by all optimizers with these callbacks: a thousand small ones trace once."""
     return {}
-
-
-def _structure(signature: Signature) -> tuple:
-    """The signature without its numbers' values, and without whether it is a work copy."""
-    state = tuple((k, type(v) if type(v) in (int, float, Opaque) else v) for k, v in signature.state)
-    s = signature
-    return s.device, s.param, s.grad, state, s.attributes, s.zero_dim, s.modes
-
-
-def _static(hyper: dict[str, Any]) -> tuple:
-    """The hyperparameters without their numbers' values: names, types, flags, and how many numbers a tuple has."""
-    return tuple((k, _shape_of(v)) for k, v in hyper.items())
-
-
-def _shape_of(value: Any) -> Any:
-    if type(value) in (tuple, list):
-        return (type(value), *map(_shape_of, value))
-    if isinstance(value, torch.Tensor):
-        return value.dtype
-    return value if type(value) in PLAIN and type(value) not in (int, float) else type(value)
-
-
-def _plain(values: Iterable[Any]) -> bool:
-    """Whether they are tensors, numbers and flags, in tuples or lists at most."""
-    return all(
-        type(v) in (Buffer, Foreign, *PLAIN)
-        or isinstance(v, torch.Tensor)
-        or (type(v) in (tuple, list) and _plain(v))
-        for v in values
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,3 +92,33 @@ class Signature:
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """float64 if any of them is float64, else float32: values are upcast on load and rounded once on store."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def structure_of(signature: Signature) -> tuple:
+    """The signature without its numbers' values, and without whether it is a work copy."""
+    state = tuple((k, type(v) if type(v) in (int, float, Opaque) else v) for k, v in signature.state)
+    s = signature
+    return s.device, s.param, s.grad, state, s.attributes, s.zero_dim, s.modes
+
+
+def static_of(hyper: dict[str, Any]) -> tuple:
+    """The hyperparameters without their numbers' values: names, types, flags, and how many numbers a tuple has."""
+    return tuple((k, _shape_of(v)) for k, v in hyper.items())
+
+
+def _shape_of(value: Any) -> Any:
+    if type(value) in (tuple, list):
+        return (type(value), *map(_shape_of, value))
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return value if type(value) in PLAIN and type(value) not in (int, float) else type(value)
+
+
+def is_plain(values: Iterable[Any]) -> bool:
+    """Whether they are tensors, numbers and flags, in tuples or lists at most."""
+    return all(
+        type(v) in (Buffer, Foreign, *PLAIN)
+        or isinstance(v, torch.Tensor)
+        or (type(v) in (tuple, list) and is_plain(v))
+        for v in values
+    )

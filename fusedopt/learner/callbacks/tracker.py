@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from ..callback import Callback
@@ -62,7 +63,7 @@ class Tracker(Callback):
         return math.inf if self.lower else -math.inf
 
 
-class Patient(Tracker):
+class Patient(Tracker, ABC):
     """Counts the epochs that it has been waiting for a better value, in ``wait``.
 
     Args:
@@ -90,5 +91,6 @@ class Patient(Tracker):
         if self.wait >= self.patience:
             self.give_up()
 
+    @abstractmethod
     def give_up(self) -> None:
-        raise NotImplementedError
+        """What is done when it has waited long enough."""
