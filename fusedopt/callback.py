@@ -32,9 +32,9 @@ def arguments_of(callback: Callback) -> Mapping[str, Any]:
         return dict(own) | {k: v for k, v in callback.keywords.items() if k in own}
     if not isinstance(callback, types.FunctionType):
         return _arguments(callback)
-    made_of = callback.__code__, callback.__defaults__, callback.__kwdefaults__
+    made_of = callback.__code__, callback.__defaults__, *(callback.__kwdefaults__ or {}).values()
     known = _known.get(callback)
-    if known is None or any(map(operator.is_not, known[0], made_of)):
+    if known is None or len(known[0]) != len(made_of) or any(map(operator.is_not, known[0], made_of)):
         known = _known[callback] = made_of, _arguments(callback)
     return known[1]
 
@@ -47,6 +47,84 @@ def _arguments(callback: Callback) -> Mapping[str, Any]:
         return {p.name: p.default for p in inspect.signature(callback).parameters.values()}
     except (TypeError, ValueError):  # no signature to be had
         return {}
+
+
+def call(callback: Callback, p: Any, given: Mapping[str, Any]) -> Any:
+    """``callback(p, **given)``. A TypeError because it takes too little, or needs more, says which and what to do."""
+    try:
+        return callback(p, **given)
+    except TypeError as error:
+        if message := _misfit(callback, given):
+            raise TypeError(message) from error
+        raise
+
+
+def _misfit(callback: Callback, given: Mapping[str, Any]) -> str:
+    """Why it cannot be called with these arguments; empty if it can."""
+    try:
+        parameters = list(inspect.signature(callback).parameters.values())
+    except (TypeError, ValueError):
+        return ""
+    who = f"the callback {name_of(callback)}{place_of(callback)}"
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][1:]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if not takes_any and (extra := [name for name in given if name not in names]):
+        return (
+            f"{who} does not take {', '.join(extra)}. Every callback is called with all state and all hyperparameters: "
+            "add **kwargs to its arguments"
+        )
+    required = [p.name for p in parameters if p.default is p.empty and p.name in names]
+    if missing := [name for name in required if name not in given]:
+        return (
+            f"{who} needs {', '.join(missing)}, which is no hyperparameter of this optimizer and not in the state: put "
+            "the callback that returns it before this one, or give the argument a default"
+        )
+    return ""
+
+
+def place_of(callback: Callback) -> str:
+    """`` (file.py:12)``, where it is defined; empty if that cannot be told."""
+    function = function_of(callback)
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return f" ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})" if code is not None else ""
+
+
+def may_only_move(callback: Callback) -> bool:
+    """Whether it can be there only to change something: it uses its parameter, and no branch delays that."""
+    function = function_of(callback)
+    return isinstance(function, types.FunctionType) and _may_only_move(function.__code__)
+
+
+@functools.lru_cache(maxsize=256)
+def _may_only_move(code: types.CodeType) -> bool:
+    steps = list(dis.get_instructions(code))
+    branches = any(step.opcode in (*dis.hasjrel, *dis.hasjabs) for step in steps)
+    loads = (step.argval for step in steps if step.opname.startswith("LOAD_FAST"))
+    return not branches and any(_is_of(loaded, code.co_varnames[0]) for loaded in loads)
+
+
+def may_take(key: str, callback: Callback, returns: bool = False) -> bool:
+    """Whether it may take what is called this: as an argument, or from its ``**kwargs``.
+
+    ``returns``: it may be the one that returns it, so that it names it once more than it takes it.
+    """
+    function = function_of(callback)
+    if key in arguments_of(callback) or not isinstance(function, types.FunctionType):
+        return True
+    code = function.__code__
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    rest = code.co_varnames[
+        code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    ]
+    loads = [s.argval for c in _codes(code) for s in dis.get_instructions(c) if s.opname.startswith("LOAD")]
+    used = any(_is_of(loaded, rest) for loaded in loads)
+    named = sum(_is_of(loaded, key) for loaded in loads)
+    return used and (looked_up(function) is None or named > returns)
+
+
+def _is_of(argval: Any, name: str) -> bool:
+    return argval == name or (isinstance(argval, tuple) and name in argval)
 
 
 def defaults_of(callback: Callback) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def explain(opt: Optimizer) -> Explanation:
         backend=" and ".join(names),
         callbacks=tuple(name_of(cb) for cb in opt.cbs),
         stages=tuple(s for kernel, n in [*before, *launched] for s in _stages(kernel, used[kernel][0], n)),
-        eager=tuple(dict.fromkeys(engine.eager.values())),
+        eager=engine.unfused(),
         compiled=tuple(
             Compiled(label, why, k.source_path, k.seconds, k.cached) for k, (label, why) in used.items()
         ),

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .callback import Callback, call
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -26,31 +28,64 @@ class AskedDtypes(TorchFunctionMode):
     """Keeps the compute type inside callbacks, and remembers on each tensor the dtype eager torch would have given it.
 
     Callbacks see low-precision tensors upcast, so ``zeros_like(p)`` alone cannot tell which dtype its state is to be
-    stored in. The dtype travels from operands to results by torch's promotion.
+    stored in. The dtype travels from operands to results by torch's promotion. ``touched`` says whether anything was
+    written to.
     """
 
     def __init__(self, compute: torch.dtype) -> None:
         super().__init__()
         self.compute = compute
+        self.touched = False
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        explicit = kwargs.get("dtype") if func.__name__.endswith("_like") else None
+        kwargs, name = dict(kwargs or {}), func.__name__
+        self.touched |= name in ("__set__", "__setitem__", "numpy") or name.removesuffix("__").endswith("_")
+        self.touched |= "out" in kwargs
+        if name == "__get__" and (size := _SIZES.get(getattr(func, "__self__", None))):
+            return size(args[0])
+        if name == "element_size":
+            return asked(args[0]).itemsize
+        if name in _CASTS:
+            return _cast(func, args, kwargs)
+        explicit = kwargs.get("dtype") if name.endswith("_like") else None
         if explicit in FLOATS:
             kwargs["dtype"] = self.compute
         out = func(*args, **kwargs)
         known = hasattr(out, "_fusedopt_asked")  # p.grad, or what an in-place method returns: its dtype stays
         if isinstance(out, torch.Tensor) and out.is_floating_point() and not known:
-            mark(out, explicit or self._promoted(args))
+            mark(out, explicit or self._promoted(args, out.dtype))
         return out
 
-    def _promoted(self, args: Any) -> torch.dtype:
+    def _promoted(self, args: Any, own: torch.dtype) -> torch.dtype:
         tensors = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         strong = [a for a in tensors if a.dim()] or tensors
-        result = asked(strong[0]) if strong else self.compute
+        result = asked(strong[0]) if strong else own
         for t in strong[1:]:
             result = torch.promote_types(result, asked(t))
         return result
+
+
+_SIZES: dict[Any, Callable[[torch.Tensor], int]] = {
+    torch.Tensor.itemsize: lambda t: asked(t).itemsize,
+    torch.Tensor.nbytes: lambda t: asked(t).itemsize * t.numel(),
+}
+"""Attributes that are the user's tensor's, not those of its copy in the compute type."""
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
+
+
+def _cast(func: Callable, args: Any, kwargs: Any) -> Any:
+    """A cast as the user's tensor would take it: to the dtype that it has there it is itself, to another it is new."""
+    t, flags = args[0], [a for a in args[1:] if type(a) is bool]  # non_blocking and copy
+    copy = kwargs.get("copy") or flags[1:] == [True]
+    wanted = func(t.new_empty([0] * t.dim()), *args[1:], **kwargs)
+    if not isinstance(wanted, torch.Tensor) or not wanted.is_floating_point():
+        return func(*args, **kwargs)
+    other = next((a for a in args[1:] if isinstance(a, torch.Tensor)), None)
+    dtype = wanted.dtype if other is None else asked(other)
+    if dtype == asked(t) and not copy and wanted.device == t.device:
+        return t
+    out = func(*args, **kwargs)
+    return mark(out.clone() if out is t else out, dtype)
 
 
 def mark(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -71,13 +106,68 @@ def upcast(t: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
     return mark(t.detach().to(compute, copy=True), t.dtype)
 
 
+class Lent:
+    """The user's own parameter, for the time of a callback's call made of a work copy and its gradient.
+
+    So a callback finds what it would in a plain loop: the parameter's identity and attributes. A tensor that cannot
+    be lent (of a wrapper that refuses other memory, or made under inference mode) is replaced by the work copy.
+    """
+
+    def __init__(self, owner: torch.Tensor, work: torch.Tensor) -> None:
+        self.owner, self.work = owner, work
+
+    def __enter__(self) -> torch.Tensor:
+        owner, work = self.owner, self.work
+        self.kept = None if owner is work else (owner.data, owner.grad)
+        if self.kept is not None:
+            try:
+                _become(owner, work.data, work.grad)
+                mark(owner, asked(work))
+            except (RuntimeError, TypeError, AttributeError):
+                self._give_back()
+        return owner if self.kept is not None else work
+
+    def __exit__(self, *_: Any) -> None:
+        if self.kept is not None:
+            self.work = mark(self.owner.data, asked(self.work))
+            self.work.grad = self.owner.grad
+            self._give_back()
+
+    def _give_back(self) -> None:
+        _become(self.owner, *self.kept)  # type: ignore[misc]
+        vars(self.owner).pop("_fusedopt_asked", None)
+        self.kept = None
+
+
+def _become(p: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> None:
+    p.grad = None
+    if p.data is not data:
+        p.data = data
+    try:
+        p.grad = grad
+    except RuntimeError:  # its gradient's dtype is fixed
+        dtype, p.grad_dtype = p.grad_dtype, None
+        p.grad = grad
+        p.grad_dtype = dtype
+
+
 def run_callback(
-    callback: Callable[..., Any], p: torch.Tensor, state: dict[str, Any], hyper: Mapping[str, Any]
-) -> None:
-    """Call one callback on work copies and take the state it returns, by value."""
-    mode = AskedDtypes(p.dtype) if p.device.type == "cpu" or p.is_cuda else contextlib.nullcontext()
-    with mode:
-        returned = callback(p, **{**state, **hyper})
-        for key, value in returned.items() if isinstance(returned, dict) else ():
+    callback: Callback,
+    owner: torch.Tensor,
+    work: torch.Tensor,
+    state: dict[str, Any],
+    hyper: Mapping[str, Any],
+) -> tuple[torch.Tensor, bool]:
+    """Call one callback with the owner, made of the work copy, and take the state that it returns, by value.
+
+    Returns the work copy as the callback leaves it, and whether the callback did anything.
+    """
+    mode = AskedDtypes(work.dtype) if work.device.type == "cpu" or work.is_cuda else contextlib.nullcontext()
+    lent = Lent(owner, work)
+    with lent as p, mode:
+        returned = call(callback, p, {**state, **hyper})
+        new = returned if isinstance(returned, dict) else {}
+        for key, value in new.items():
             alias = isinstance(value, torch.Tensor) and value is not state.get(key)
             state[key] = value.detach().clone() if alias else value
+    return lent.work, bool(new) or getattr(mode, "touched", True)

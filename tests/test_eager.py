@@ -108,7 +108,7 @@ CANNOT = {
     to_numpy: "read on the host",
     branch_on_an_element: "read on the host",
     branch_on_a_mask: r"element values; use torch\.where",
-    random_numbers: "randn_like",
+    random_numbers: r"torch\.manual_seed, which may do more",
     closed_over_tensor: "outside the callback's arguments",
     row_means: "reduction over some dimensions",
     sort: "flatten",

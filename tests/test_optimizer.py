@@ -862,7 +862,7 @@ def long_ways(monkeypatch):
 def test_counters_of_repeated_steps_stay_what_they_were(groups):
     """Numbers in the state keep their type and exact value, however many scalar sets are computed at once."""
 
-    def count(p, lr, mom, k, n=0, total=0, big=1, ratio=1.0, **kwargs):
+    def count(p, lr, mom, k, n=0, total=0, big=1, ratio=1.0, late=False, **kwargs):
         p.data.sub_(p.grad.data * (lr * ratio))
         return {"n": n + 1, "total": total + n * k, "big": big * 3, "ratio": ratio * mom, "late": n > 40}
 
@@ -919,7 +919,7 @@ def test_integer_powers_of_step_counts():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_returned_state_is_taken_by_value(backend):
-    def alias(p, lr, **kwargs):
+    def alias(p, lr, last=None, here=None, again=None, **kwargs):
         return {"last": p.grad.data, "here": p.data, "again": p.grad.data}
 
     def change(p, lr, **kwargs):

@@ -8,9 +8,11 @@ backend is the same with no program at all.
 
 from __future__ import annotations
 
+import difflib
 import functools
+import math
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
@@ -19,13 +21,12 @@ import numpy as np
 import torch
 
 from .. import env, reference
-from ..callback import identity, name_of
+from ..callback import arguments_of, identity, may_only_move, may_take, name_of, place_of
 from ..trace.number import Scalar
-from ..trace.purity import Sources, is_pure
+from ..trace.purity import ACTS, PURE, READS, Snapshot, Sources, examine, is_data
 from ..trace.replay import Replay, can_replay
-from ..trace.run import NeedsAttribute
-from ..trace.signature import FACTOR, Signature, is_plain, static_of, structure_of
-from ..trace.tensor import Untraceable
+from ..trace.signals import Changes, NeedsAttribute, Untraceable
+from ..trace.signature import FACTOR, STARTED, Opaque, Signature, is_plain, static_of, structure_of
 from ..trace.tracer import Trace, trace
 from . import backends, items, leaf, sharded
 from .backends import Backend, Kernel, Launch
@@ -38,10 +39,14 @@ MAX_KNOWN = 7
 
 
 class Eager(NamedTuple):
-    """A callback that runs eagerly, and why."""
+    """A callback that runs eagerly, and why: where in its code, what it does there, and what could be done about it."""
 
     callback: str
     reason: str
+
+
+class ActsAfterAll(BaseException):
+    """A callback that was traced turns out to act; what it changed is as it was. The step begins again without it."""
 
 
 @dataclass
@@ -125,9 +130,12 @@ class Resident:
 class Engine:
     """Steps parameters by a callback list. It holds no tensors: state lives with the optimizer.
 
-    ``history`` has the kernels used so far, ``eager`` the verdicts on callbacks with no fused form, ``launched`` the
-    kernels of the last step's launches, and how many tensors each stepped, ``norm`` how its gradients' norm was taken,
-    ``resident`` its launches whose scalars live on the device.
+    ``said``: what was already warned of, by an engine before this one.
+
+    ``history`` has the kernels used so far, ``eager`` the verdicts on callbacks with no fused form, ``acts`` those on
+    callbacks that are never traced (see ``trace.purity``), ``launched`` the kernels of the last step's launches, and
+    how many tensors each stepped, ``norm`` how its gradients' norm was taken, ``resident`` its launches whose scalars
+    live on the device.
     """
 
     def __init__(
@@ -136,6 +144,7 @@ class Engine:
         backend: str,
         title: str,
         state_dtype: torch.dtype | None,
+        said: set[Any] | None = None,
     ) -> None:
         self.callbacks, self.backend = list(callbacks), backend
         self.title, self.state_dtype = title, state_dtype
@@ -145,10 +154,15 @@ class Engine:
         self.norm: Norm | None = None
         self.resident: Resident | None = None
         self.launched: list[tuple[Kernel, int]] = []
-        self._pure = [is_pure(cb) for cb in callbacks]
-        self._sources = Sources(cb for cb, pure in zip(callbacks, self._pure, strict=True) if pure)
+        verdicts = [examine(cb) for cb in callbacks]
+        self._pure = [verdict.level == PURE for verdict in verdicts]
+        self._reads = [verdict.level == READS for verdict in verdicts]
+        self.acts = {i: self._acting(i, v.reason) for i, v in enumerate(verdicts) if v.level == ACTS}
+        self._sources = Sources(callbacks)
         self._known = self._shared_traces()
-        self._said: set[str] = set()
+        self.said: set[Any] = set() if said is None else said
+        self._moved: set[int] | None = set()
+        self._acted = False
 
     def follows(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
         """Whether it still does what these callbacks do."""
@@ -170,29 +184,51 @@ class Engine:
         If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all of the step:
         nothing if a callback ran eagerly.
         """
-        verdicts = dict(self.eager)
+        verdicts = dict(self.eager), dict(self.acts)
         try:
-            plans, unfused = self.prepare(sharded.localized(todo))
-            copies = [(item, items.work_copy(item)) for item in unfused]
-            self.launched = []
-            self.norm = self._scale(plans, [work for _, work in copies], scaling)
-            if copies and scaling.amp and scaling.skipped({item.param.device for item in unfused}):
-                copies = []
-            self._advance([work for _, work in copies if type(work) is Item], 0)
-            self._run_whole([work for _, work in copies if type(work) is sharded.Whole])
-            self._say()
+            while True:
+                try:
+                    plans, copies = self._computed(todo, scaling)
+                    break
+                except ActsAfterAll:  # from the beginning, in the order of a plain loop
+                    continue
+            self._say([work for _, work in copies])
+            self._say_idle([(item, plan.trace.asked | plan.numbers) for plan in plans for item in plan.items])
+            self._say_idle([(item, work.state) for item, work in copies])
+            self._moved = None
         except BaseException:
-            self.eager = verdicts  # a callback that raised may fuse once it no longer does
+            self.eager, self.acts = verdicts  # a callback that raised may fuse once it no longer does
             raise
         launched = self._launch(plans, scaling)
         self.resident = Resident(launched, self.norm)
         for item, work in copies:
             items.store(item, work, self.state_dtype)
-        return [] if unfused else launched
+        return [] if copies else launched
+
+    def _computed(self, todo: list[Item], scaling: Scaling) -> tuple[list[Plan], list[tuple[Item, Item]]]:
+        """Plans to launch, and the items that these leave with work copies on which every callback has been run."""
+        plans, unfused = self.prepare(sharded.localized(todo))
+        unfused.sort(key=lambda item: item.where)
+        copies = [(item, items.work_copy(item)) for item in unfused]
+        work = [work for _, work in copies]
+        self.launched = []
+        self.norm = self._scale(plans, work, scaling)
+        if copies and scaling.amp and scaling.skipped({item.param.device for item in unfused}):
+            return plans, copies[:0]
+        span = self._span()
+        self._acted = False
+        self._advance(work, 0, span.start)
+        self._acted = bool(span)
+        self._run_eagerly(span, work)
+        self._advance(work, span.stop, len(self.callbacks))
+        return plans, copies
 
     def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
         """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
-        plans, _ = self.prepare(sharded.localized(todo))
+        try:
+            plans, _ = self.prepare(sharded.localized(todo))
+        except ActsAfterAll:
+            return self.foresee(todo)
         counts: dict[Kernel, int] = {}
         for plan in plans:
             counts[plan.kernel] = counts.get(plan.kernel, 0) + len(plan.items)
@@ -202,19 +238,30 @@ class Engine:
         """Trace and compile: plans for the buckets that fuse whole, and the items that need work copies."""
         plans: list[Plan] = []
         unfused: list[Item] = []
-        try:
-            for bucket, signature in self._buckets(todo):
-                plan = self.backend != "reference" and self._fuse(bucket, signature, 0, len(self.callbacks))
-                if isinstance(plan, Plan):
-                    fuses = [item.fuses(plan.known.backend) for item in bucket]
-                    plan.items = list(compress(bucket, fuses))
-                    plans += [plan] if plan.items else []
-                    bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]
-                unfused += map(sharded.unfused, bucket)
-        except NeedsAttribute as need:
-            self.attributes += (need.name,)
-            return self.prepare(todo)
+        for bucket, plan in self._traced(todo, 0, len(self.callbacks)):
+            if isinstance(plan, Plan):
+                fuses = [item.fuses(plan.known.backend) for item in bucket]
+                plan.items = list(compress(bucket, fuses))
+                plans += [plan] if plan.items else []
+                bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]
+            unfused += map(sharded.unfused, bucket)
         return plans, unfused
+
+    def _traced(
+        self, todo: list[Item], first: int, stop: int, work: bool = False
+    ) -> list[tuple[list[Item], Plan | int]]:
+        """Each bucket with its plan, or the number of its first callback that has no fused form."""
+        while True:
+            try:
+                buckets = self._buckets(todo, work)
+                if self.backend == "reference":
+                    return [(bucket, first) for bucket, _ in buckets]
+                return [(bucket, self._fuse(bucket, signature, first, stop)) for bucket, signature in buckets]
+            except NeedsAttribute as need:
+                self.attributes += (need.name,)
+            except ActsAfterAll:
+                if not self._acted:
+                    raise
 
     def _buckets(self, todo: list[Item], work: bool = False) -> list[tuple[list[Item], Signature]]:
         """Items of one group with one signature, together."""
@@ -232,7 +279,8 @@ class Engine:
         if not backends.candidates(self.backend, signature.device):
             return first
         structure = structure_of(signature)
-        eager = [i for i in range(first, stop) if (i, structure) in self.eager]
+        span = self._span()
+        eager = [i for i in range(first, stop) if i in span or (i, structure) in self.eager]
         if eager:
             return eager[0]
         hyper = bucket[0].hyper
@@ -241,8 +289,29 @@ class Engine:
         known = self._known.setdefault(key, []) if plain else []
         for candidate in known:
             again = candidate.replay and candidate.replay(hyper, dict(signature.state))
-            if again:
+            if again and _fit(again[0], signature.compute):
                 return self._planned(Plan(bucket, candidate, *again))
+        traced = self._trace(signature, hyper, first, stop, plain)
+        if isinstance(traced, int):
+            return traced
+        if not _fit(traced.slot_values(), signature.compute):
+            return first  # torch knows which number is an error, and which makes infinity
+        compiled = self._compile(traced)
+        if compiled is None:
+            return first
+        sound = plain and can_replay(traced) and all(self._pure[first:stop])
+        entry = Known(traced, *compiled, Replay(traced) if sound else None)
+        if sound:
+            known[:] = [*known[-MAX_KNOWN:], entry]
+        return self._planned(Plan(bucket, entry, traced.slot_values(), traced.new_numbers()))
+
+    def _trace(
+        self, signature: Signature, hyper: dict[str, Any], first: int, stop: int, plain: bool
+    ) -> Trace | int:
+        """The trace, or the number of the callback that has none, with the verdict on it noted."""
+        handed = {} if plain else self._handed(signature, hyper, first, stop)
+        snapshot = Snapshot([*self._sources.values(), *handed.values()])
+        traced: Trace | int
         try:
             traced = trace(
                 self.callbacks[first:stop],
@@ -254,20 +323,77 @@ class Engine:
             )
         except (Untraceable, Exception) as error:
             i = getattr(error, "callback", first)
-            reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
-            self.eager[i, structure] = Eager(name_of(self.callbacks[i]), reason)
-            return i
-        compiled = self._compile(traced)
-        if compiled is None:
-            return first
-        sound = plain and can_replay(traced) and all(self._pure[first:stop])
-        entry = Known(traced, *compiled, Replay(traced) if sound else None)
-        if sound:
-            known[:] = [*known[-MAX_KNOWN:], entry]
-        return self._planned(Plan(bucket, entry, traced.slot_values(), traced.new_numbers()))
+            if isinstance(error, Changes) or i in self._open(first, stop, handed):
+                self.acts[i] = self._untraceable(i, error)
+                raise ActsAfterAll from None
+            self.eager[i, structure_of(signature)] = self._untraceable(i, error)
+            traced = i
+        finally:
+            changed = snapshot.restored()
+        if changed:
+            for i in self._open(first, stop, handed) or range(first, stop):
+                self.acts[i] = self._acting(
+                    i, "it changes a list, dict, set or tensor from outside its arguments"
+                )
+            raise ActsAfterAll
+        return traced
+
+    def _open(self, first: int, stop: int, handed: Iterable[str]) -> list[int]:
+        """The callbacks that hold something that may change, so that it matters how often and when they are called."""
+        return [
+            i
+            for i in range(first, stop)
+            if self._reads[i] or any(may_take(k, self.callbacks[i]) for k in handed)
+        ]
+
+    def _handed(self, signature: Signature, hyper: dict[str, Any], first: int, stop: int) -> dict[str, Any]:
+        """Containers among state and hyperparameters, which callbacks may change. With other objects none is traced."""
+        found = {k: v.value for k, v in signature.state if isinstance(v, Opaque)}
+        found |= {k: v for k, v in hyper.items() if not is_plain([v])}
+        objects = [name for name, value in found.items() if not is_data(value)]
+        seen = [
+            (i, name) for name in objects for i in range(first, stop) if may_take(name, self.callbacks[i])
+        ]
+        for i, name in seen:
+            self.acts[i] = self._acting(
+                i, f"its argument {name} is an object of type {type(found[name]).__name__}"
+            )
+        if seen:
+            raise ActsAfterAll
+        return found
+
+    def unfused(self) -> tuple[Eager, ...]:
+        """All verdicts on callbacks that run eagerly beside fused ones."""
+        acts = [self.acts[i] for i in sorted(self.acts)] if self.backend != "reference" else []
+        return tuple(dict.fromkeys([*acts, *self.eager.values()]))
+
+    def _untraceable(self, i: int, error: BaseException) -> Eager:
+        callback = self.callbacks[i]
+        where = getattr(error, "where", "") or place_of(callback).strip(" ()")
+        reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
+        remedy = getattr(error, "remedy", "") or FUSES
+        return Eager(name_of(callback), f"{where}: {reason}. Remedy: {remedy}")
+
+    def _acting(self, i: int, reason: str) -> Eager:
+        where = "" if ".py:" in reason else f"{place_of(self.callbacks[i]).strip(' ()')}: "
+        return Eager(name_of(self.callbacks[i]), f"{where}{reason}. Remedy: {ARGUMENTS_ALONE}")
+
+    def _span(self) -> range:
+        """The callbacks that run as in a plain loop: for one parameter one after another, then for the next.
+
+        These are the ones that act, all between them, and those that read what the others may change.
+        """
+        if self.backend == "reference":
+            return range(len(self.callbacks))
+        if not self.acts:
+            return range(len(self.callbacks), len(self.callbacks))
+        inside = [i for i, reads in enumerate(self._reads) if reads or i in self.acts]
+        return range(inside[0], inside[-1] + 1)
 
     def _planned(self, plan: Plan) -> Plan:
         self.history.note(plan.items[0].where, plan.kernel, plan.trace)
+        if self._moved is not None:
+            self._moved |= plan.trace.moved
         return plan
 
     def _compile(self, traced: Trace) -> tuple[Backend, Kernel] | None:
@@ -318,66 +444,107 @@ class Engine:
         return launched
 
     # -- work copies --
-    def _advance(self, work: list[Item], first: int) -> None:
-        """Run callbacks from ``first`` on over work copies: a program as far as that goes, one eagerly, and so on."""
-        if first == len(self.callbacks):
+    def _advance(self, work: list[Item], first: int, last: int) -> None:
+        """Run callbacks ``first`` up to ``last`` over work copies: a program as far as it goes, one eagerly, and on."""
+        if first == last:
             return
-        if self.backend == "reference":
-            for callback in self.callbacks[first:]:
-                self._run_eagerly(callback, work)
-            return
-        try:
-            found = [self._fuse_until(*bucket, first) for bucket in self._buckets(work, work=True)]
-        except NeedsAttribute as need:
-            self.attributes += (need.name,)
-            self._advance(work, first)
-            return
+        self._run_eagerly(range(first, last), [item for item in work if type(item) is sharded.Whole])
+        found = self._fused_until([item for item in work if type(item) is Item], first, last)
         plans = [plan for plan, _, _ in found if plan is not None]
         self._launch(plans, _UNSCALED)
         for plan in plans:
             for item in plan.items:
                 for key, dtype in plan.trace.asked.items():
                     reference.mark(item.state[key], dtype)
-        for stop in sorted({stop for _, stop, _ in found} - {len(self.callbacks)}):
+        for stop in sorted({stop for _, stop, _ in found} - {last}):
             rest = [item for _, i, bucket in found if i == stop for item in bucket]
-            self._run_eagerly(self.callbacks[stop], rest)
-            self._advance(rest, stop + 1)
+            self._run_eagerly(range(stop, stop + 1), rest)
+            self._advance(rest, stop + 1, last)
 
-    def _fuse_until(
-        self, bucket: list[Item], signature: Signature, first: int
-    ) -> tuple[Plan | None, int, list[Item]]:
-        """The plan of the longest run of callbacks from ``first`` on that fuses, if there is one, and where it ends."""
-        stop = len(self.callbacks)
-        while stop > first:
-            plan = self._fuse(bucket, signature, first, stop)
+    def _fused_until(
+        self, work: list[Item], first: int, last: int
+    ) -> list[tuple[Plan | None, int, list[Item]]]:
+        """For each bucket the plan of the longest run of callbacks from ``first`` on that fuses, and where it ends."""
+        done: list[tuple[Plan | None, int, list[Item]]] = []
+        for bucket, plan in self._traced(work, first, last, work=True):
             if isinstance(plan, Plan):
-                return plan, stop, bucket
-            stop = plan
-        return None, first, bucket
+                done.append((plan, last, bucket))
+            elif plan == first:
+                done.append((None, first, bucket))
+            else:
+                done += self._fused_until(bucket, first, plan)
+        return done
 
-    def _run_eagerly(self, callback: Callable[..., Any], work: list[Item]) -> None:
+    def _run_eagerly(self, span: range, work: list[Item]) -> None:
         for item in work:
-            reference.run_callback(callback, item.param, item.state, item.hyper)
-            items.attach_gradient(item, item.param.grad)  # the callback may have set another
+            for i in span:
+                item.param, moved = reference.run_callback(
+                    self.callbacks[i], item.owner, item.param, item.state, item.hyper
+                )
+                items.attach_gradient(item, item.param.grad)  # the callback may have set another
+                if moved and self._moved is not None:
+                    self._moved.add(i)
 
-    def _run_whole(self, work: list[Item]) -> None:
-        """Run all callbacks eagerly, on tensors whose memory kernels cannot walk: there are no programs in between."""
-        for callback in self.callbacks:
-            self._run_eagerly(callback, work)
-        tensors = [t for item in work for t in (item.param, item.grad) if not items.walkable(t)]
-        if tensors and self.backend != "reference" and "whole" not in self._said:
-            self._said.add("whole")
+    # -- what is said --
+    def _say(self, work: list[Item]) -> None:
+        """Warn, once each, of what runs eagerly and of what does nothing."""
+        verdicts = {i: eager for (i, _), eager in reversed(self.eager.items())}
+        verdicts |= self.acts if self.backend != "reference" else {}
+        for i, eager in sorted(verdicts.items()):
+            self._warn(
+                i, f"the callback {eager.callback} runs eagerly, parameter by parameter: {eager.reason}"
+            )
+        whole = [item for item in work if type(item) is sharded.Whole]
+        tensors = [t for item in whole for t in (item.param, item.grad) if not items.walkable(t)]
+        if tensors and self.backend != "reference":
             kinds = ", ".join(sorted({type(t).__name__ for t in tensors}))
-            text = f"fusedopt: tensors of type {kinds} are stepped unfused, by torch's own operations on them"
-            warnings.warn(text, RuntimeWarning, stacklevel=env.caller_level())
+            self._warn(
+                "whole", f"tensors of type {kinds} are stepped unfused, by torch's own operations on them"
+            )
 
-    def _say(self) -> None:
-        for eager in dict.fromkeys(self.eager.values()):
-            if eager.callback not in self._said:
-                self._said.add(eager.callback)
-                text = f"fusedopt: the callback {eager.callback} runs eagerly, parameter by parameter: {eager.reason}"
-                warnings.warn(text, RuntimeWarning, stacklevel=env.caller_level())
+    def _say_idle(self, stepped: list[tuple[Item, dict[str, Any]]]) -> None:
+        """Warn, on the first step, of callbacks that did nothing, and of state that nobody takes: items with it."""
+        moved = self._moved
+        if moved is None or not stepped:
+            return
+        for i, callback in enumerate(self.callbacks):
+            if i not in moved and (may_only_move(callback) or not moved):
+                self._warn(
+                    ("idle", i),
+                    f"the callback {name_of(callback)}{place_of(callback)} changed nothing. A callback changes its "
+                    "arguments in place or returns state: p.data.sub_(lr * p.grad), not p = p - lr * p.grad",
+                )
+        for key in dict.fromkeys(key for item, state in stepped for key in state if key not in item.state):
+            if not key.startswith(STARTED) and not any(may_take(key, cb, True) for cb in self.callbacks):
+                near = difflib.get_close_matches(
+                    key, {n for cb in self.callbacks for n in arguments_of(cb)}, 1
+                )
+                hint = f" (is it {near[0]!r}?)" if near else ""
+                self._warn(
+                    ("state", key),
+                    f"the state {key!r} is kept, but no callback takes it: name it among the arguments of one{hint}",
+                )
 
+    def _warn(self, once: Any, text: str) -> None:
+        if once not in self.said:
+            self.said.add(once)
+            warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=env.caller_level())
+
+
+def _fit(slots: Sequence[Scalar], compute: torch.dtype) -> bool:
+    """Whether torch would take these numbers as they are: whole ones of 64 bits, others finite as floats if at all."""
+    largest = torch.finfo(compute).max
+    return all(
+        -(2**63) <= x < 2**63 if type(x) is int else abs(x) <= largest or abs(x) == math.inf or x != x
+        for x in slots
+    )
+
+
+FUSES = "arithmetic on whole tensors fuses, with reductions over all elements (docs/compiler.md has the list)"
+ARGUMENTS_ALONE = (
+    "nothing is wrong, but it is slow; what depends on the arguments alone fuses: pass numbers as hyperparameters, and "
+    "keep what lasts in the state that it returns"
+)
 
 _UNSCALED = Scaling(amp=False)
 

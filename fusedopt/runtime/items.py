@@ -18,14 +18,15 @@ State = dict[str, Any]
 
 
 class Item:
-    """One parameter in this step. ``param`` and ``grad`` are what kernels see, ``home`` is the user's tensor.
+    """One parameter in this step. ``param`` and ``grad`` are what kernels see, ``home`` is where results go.
 
-    ``param`` is another tensor than ``home`` for a parameter that is not dense in memory (a slice of a larger one),
-    and on work copies. ``where`` is the index of its param group and its own in there, ``hyper`` the group's
-    hyperparameters, ``state`` its state by the names callbacks use, ``modes`` what only the device knows.
+    ``param`` is another tensor than ``home`` for a parameter that is not dense in memory (a slice of a larger one).
+    ``owner`` is the user's parameter, also where ``home`` is a work copy of it. ``where`` is the index of its param
+    group and its own in there, ``hyper`` the group's hyperparameters, ``state`` its state by the names callbacks use,
+    ``modes`` what only the device knows.
     """
 
-    __slots__ = ("grad", "home", "hyper", "modes", "param", "state", "where")
+    __slots__ = ("grad", "home", "hyper", "modes", "owner", "param", "state", "where")
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class Item:
         hyper: dict[str, Any],
         modes: Modes = HOST,
     ) -> None:
-        self.home = self.param = home
+        self.home = self.param = self.owner = home
         self.grad, self.state, self.where, self.hyper = grad, state, where, hyper
         self.modes = modes
 
@@ -70,23 +71,25 @@ class Item:
         if self.param is not self.home:
             self.home.copy_(self.param)
 
+    def attribute(self, name: str) -> Any:
+        """What callbacks may ask of the parameter. ``contiguous``: of all its tensors; None where they differ."""
+        p = self.param
+        if name == "contiguous":
+            found = {t.is_contiguous() for t in (p, self.grad, *(t for _, t in self.tensors()))}
+            return found.pop() if len(found) == 1 else None
+        if name == "count":
+            return p.numel()
+        return getattr(self.owner if name == "requires_grad" else p, name)
+
     def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:
         """What callbacks can see of it. ``work``: it is a work copy, whose dtypes are not the user's."""
         p = self.param
         state = sorted((k, _visible(v, p)) for k, v in self.state.items()) if self.state else ()
-        read = tuple((name, _ATTRIBUTES[name](p)) for name in attributes)
+        read = tuple((name, self.attribute(name)) for name in attributes)
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None
         return Signature(
             p.device, p.dtype, self.grad.dtype, tuple(state), read, asked, p.dim() == 0, self.modes
         )
-
-
-_ATTRIBUTES = {
-    "shape": lambda p: p.shape,
-    "ndim": lambda p: p.ndim,
-    "count": lambda p: p.numel(),
-    "itemsize": lambda p: p.itemsize,
-}
 
 
 def _visible(value: Any, p: torch.Tensor) -> Any:
@@ -156,6 +159,7 @@ def work_copy(item: Item) -> Item:
     state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in _begun(item.state).items()}
     modes = Modes(item.modes.on_device)
     work = type(item)(copy(item.param), copy(item.grad), state, item.where, item.hyper, modes)
+    work.owner = item.owner
     attach_gradient(work)
     return work
 

@@ -98,7 +98,7 @@ class Shard(Item):
     def __init__(self, whole: Whole) -> None:
         local = _local(whole.home)
         super().__init__(local, whole.grad, dict(whole.state), whole.where, whole.hyper, whole.modes)
-        self.whole = whole
+        self.whole, self.owner = whole, whole.home
         self.known: dict[str, torch.Tensor] = {}
 
     def fuses(self, backend: Backend) -> bool:

@@ -9,7 +9,19 @@ import torch
 
 from ..ir.ops import OPS, is_reduction
 from .number import Number
-from .tensor import FLOATS, METHODS, SymTensor, Untraceable, as_bool, as_float, expand, lift, new
+from .signals import Untraceable
+from .tensor import (
+    FLOATS,
+    METHODS,
+    SymParameter,
+    SymTensor,
+    alias,
+    as_bool,
+    as_float,
+    expand,
+    lift,
+    new,
+)
 
 
 def _unary(op: str) -> Callable[..., SymTensor]:
@@ -41,6 +53,17 @@ def _times(value: Any, x: SymTensor) -> SymTensor:
     return x if type(value) is int and value == 1 else _binary("mul")(lift(x.run, value), x)
 
 
+def _scale_first(method: Callable[..., SymTensor], operands: int, scale: str) -> Callable[..., SymTensor]:
+    """Also torch's deprecated signature, in which the factor is no keyword and comes first: ``add(alpha, other)``."""
+
+    def either_way(x: SymTensor, *args: Any, **kwargs: Any) -> SymTensor:
+        if len(args) == operands + 1 and scale not in kwargs:
+            return method(x, *args[1:], **{scale: args[0]})
+        return method(x, *args, **kwargs)
+
+    return either_way
+
+
 def _add(x: SymTensor, other: Any, *, alpha: Any = 1) -> SymTensor:
     return _binary("add")(x, _times(alpha, lift(x.run, other)))
 
@@ -50,19 +73,39 @@ def _sub(x: SymTensor, other: Any, *, alpha: Any = 1) -> SymTensor:
 
 
 def _div(x: SymTensor, other: Any, *, rounding_mode: str | None = None) -> SymTensor:
+    if rounding_mode == "floor":
+        return _floor_divide(x, other)
     out = _binary("div")(x, other)
     return out if rounding_mode is None else _unary(rounding_mode)(out)
 
 
-def _floor_divide(x: SymTensor, other: Any, symbol: str = "//") -> SymTensor:
-    other = lift(x.run, other)
-    if "F" in (x.kind, other.kind):
-        raise Untraceable(f"the operator {symbol} on tensors with elements has no fused form")
-    return _unary("floor")(_div(x, other))
+def _signs_differ(a: SymTensor, b: SymTensor) -> SymTensor:
+    zero = a.run.constant(0.0)
+    return _binary("ne")(_binary("lt")(a, zero), _binary("lt")(b, zero))
+
+
+def _floor_divide(x: SymTensor, other: Any) -> SymTensor:
+    """torch's, which is Python's: what is left is subtracted before dividing, as 1 // 0.1 is 9, and 1 / 0.1 is 10."""
+    zero, one = x.run.constant(0.0), x.run.constant(1.0)
+    other = as_float(lift(x.run, other))
+    quotient = _div(x, other)
+    left = _binary("fmod")(x, other)
+    out = _div(_sub(x, left), other)
+    below = METHODS["logical_and"](_binary("ne")(left, zero), _signs_differ(left, other))
+    out = _where(below, _sub(out, one), out)
+    whole = _unary("floor")(out)
+    whole = _where(_binary("gt")(_sub(out, whole), x.run.constant(0.5)), _add(whole, one), whole)
+    # A zero has the quotient's sign.
+    whole = _where(_binary("eq")(out, zero), _binary("mul")(quotient, zero), whole)
+    return _where(_binary("eq")(other, zero), quotient, whole)
 
 
 def _remainder(x: SymTensor, other: Any) -> SymTensor:
-    return _sub(x, _binary("mul")(_floor_divide(x, other, "%"), other))
+    """torch's, which is Python's: it has the divisor's sign."""
+    other = as_float(lift(x.run, other))
+    left = _binary("fmod")(x, other)
+    wrong = METHODS["logical_and"](_binary("ne")(left, x.run.constant(0.0)), _signs_differ(left, other))
+    return _where(wrong, _add(left, other), left)
 
 
 def _addcmul(x: SymTensor, a: Any, b: Any, *, value: Any = 1) -> SymTensor:
@@ -140,22 +183,53 @@ def _constant_like(value: float) -> Callable[..., SymTensor]:
     return lambda x, **kwargs: _full_like(x, x.run.constant(value), **kwargs)
 
 
-def _to(x: SymTensor, *args: Any, dtype: Any = None, **_: Any) -> SymTensor:
+def _to(
+    x: SymTensor,
+    *args: Any,
+    dtype: Any = None,
+    device: Any = None,
+    copy: bool = False,
+    memory_format: Any = torch.preserve_format,
+    non_blocking: bool = False,
+) -> SymTensor:
     for a in args:
-        dtype = (
-            a
-            if isinstance(a, torch.dtype)
-            else a.dtype
-            if isinstance(a, (SymTensor, torch.Tensor))
-            else dtype
-        )
-    if dtype is None or dtype == x.dtype:
-        return x
+        if isinstance(a, torch.dtype):
+            dtype = a
+        elif isinstance(a, (str, torch.device)):
+            device = a
+        elif type(a) is not bool:
+            dtype = lift(x.run, a).asked or a.dtype
+    if device is not None and torch.device(device) != x.run.device:
+        raise Untraceable(f"a tensor is moved to {device}; its parameter is on {x.run.device}")
+    if memory_format != torch.preserve_format:
+        raise Untraceable(f"a tensor gets the layout {memory_format}")
+    return _cast_to(x, dtype, copy or [a for a in args if type(a) is bool][1:] == [True])
+
+
+def _cast_to(x: SymTensor, dtype: torch.dtype | None, copy: bool = False) -> SymTensor:
+    """x in the dtype, which is x itself where it has it already, as the user sees it."""
+    seen = torch.bool if x.is_bool else x.asked or x.dtype
+    if dtype is None or dtype == seen:
+        return _clone(x) if copy else alias(x)
     if dtype == torch.bool:
         return as_bool(x)
-    if x.is_bool and dtype in FLOATS:
-        return as_float(x)
+    if dtype == x.dtype or (x.is_bool and dtype in FLOATS):
+        return SymTensor(x.run, as_float(x).node, dtype)
     raise Untraceable(f"a cast to {dtype}; inside a callback tensors are {x.run.compute}")
+
+
+def _contiguous(x: SymTensor, memory_format: Any = torch.contiguous_format) -> SymTensor:
+    """x itself, or a copy of what is not."""
+    contiguous = x.run.attribute(x.kind, "contiguous") if memory_format == torch.contiguous_format else None
+    if contiguous is None:
+        raise Untraceable("contiguous() of tensors with several layouts")
+    return alias(x) if contiguous else _clone(x)
+
+
+def _requires_grad(x: SymTensor, value: bool = True) -> SymTensor:
+    if value or isinstance(x, SymParameter):
+        raise Untraceable("requires_grad_() has no fused form")
+    return x
 
 
 def _clone(x: SymTensor, **_: Any) -> SymTensor:
@@ -223,7 +297,7 @@ def _max_min(pair: str, whole: str) -> Callable[..., SymTensor]:
 
 
 def _cast(dtype: torch.dtype) -> Callable[..., SymTensor]:
-    return lambda x: _to(x, dtype)
+    return lambda x, memory_format=torch.preserve_format: _to(x, dtype, memory_format=memory_format)
 
 
 # Elementwise ops of the table are methods of the same name; what torch spells otherwise follows.
@@ -233,17 +307,17 @@ METHODS |= {name: _logical(name) for name in ("logical_and", "logical_or", "logi
 METHODS |= {f"bitwise_{name}": _bitwise(f"logical_{name}") for name in ("and", "or", "xor", "not")}
 METHODS |= {name: _reduce(name) for name in OPS if is_reduction(name)}
 METHODS |= {
-    "add": _add,
-    "sub": _sub,
+    "add": _scale_first(_add, 1, "alpha"),
+    "sub": _scale_first(_sub, 1, "alpha"),
     "rsub": lambda x, other: _sub(lift(x.run, other), x),
     "div": _div,
     "rdiv": lambda x, other: _div(lift(x.run, other), x),
     "floor_divide": _floor_divide,
-    "rfloor_divide": lambda x, other: _floor_divide(lift(x.run, other), x),
+    "rfloor_divide": lambda x, other: _floor_divide(as_float(lift(x.run, other)), x),
     "remainder": _remainder,
-    "rremainder": lambda x, other: _remainder(lift(x.run, other), x),
-    "addcmul": _addcmul,
-    "addcdiv": _addcdiv,
+    "rremainder": lambda x, other: _remainder(as_float(lift(x.run, other)), x),
+    "addcmul": _scale_first(_addcmul, 2, "value"),
+    "addcdiv": _scale_first(_addcdiv, 2, "value"),
     "lerp": _lerp,
     "pow": _pow,
     "rpow": lambda x, other: _binary("pow")(lift(x.run, other), x),
@@ -279,8 +353,8 @@ METHODS |= {
     "fill": _full_like,
     "copy": lambda x, other, non_blocking=False: _clone(lift(x.run, other)),
     "clone": _clone,
-    "detach": lambda x: x,
-    "contiguous": lambda x, **_: x,
+    "detach": alias,
+    "contiguous": _contiguous,
     "to": _to,
     "type_as": lambda x, other: _to(x, other),
     "float": _cast(torch.float32),
@@ -296,7 +370,8 @@ METHODS |= {
     "nelement": lambda x: x.run.attribute(x.kind, "count"),
     "is_floating_point": lambda x: not x.is_bool,
     "is_complex": lambda x: False,
-    "requires_grad": lambda x, value=True: x,
+    "element_size": lambda x: x.itemsize,
+    "requires_grad": _requires_grad,
 }
 METHODS |= {
     "subtract": METHODS["sub"],

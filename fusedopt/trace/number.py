@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .signals import Untraceable
+
 Scalar = int | float
 
 ARITHMETIC: dict[str, Callable[..., Any]] = {
@@ -70,7 +72,7 @@ class Guard:
 class ScalarProgram:
     """A list of entries ``(op, *operands)``: leaves name their source, operations name earlier entries.
 
-    Leaves are ``("hyper", name)``, ``("state", key)``, ``("default", callback, argument)``, ``("const", type, value)``
+    Leaves are ``("hyper", name)``, ``("state", key)``, ``("default", callback, argument)``, ``("const", ..., value)``
     and ``("raw", ...)``: a plain number that met a tensor, kept with its position so that two runs of the same code
     give it the same entry.
     """
@@ -88,6 +90,10 @@ class ScalarProgram:
             self.entries.append(key)
             self.values.append(value)
         return index
+
+    def constant(self, value: Scalar) -> int:
+        """The entry of a constant. Its text tells zeros of both signs apart, which are equal."""
+        return self.entry(("const", type(value).__name__, repr(value), value), value)
 
     def number(self, key: tuple, value: Scalar) -> Number:
         return Number(self, self.entry(key, value), value)
@@ -157,7 +163,7 @@ class Number:
         if isinstance(other, Number):
             index, value = other.index, other.value
         elif type(other) in (int, float, bool):
-            index, value = program.entry(("const", type(other).__name__, other), other), other
+            index, value = program.constant(other), other
         elif isinstance(other, (np.generic, np.ndarray, torch.Tensor)):
             return ARITHMETIC[op](*((other, self.escape()) if swapped else (self.escape(), other)))
         else:
@@ -169,7 +175,7 @@ class Number:
             result = ARITHMETIC[op](self.value, value)
             key = (op, self.index, index)
         if isinstance(result, complex):
-            raise ValueError(f"{program.expression(self.index)} {op} {other} is complex")
+            raise Untraceable(f"{program.expression(self.index)} {op} {other} is complex")
         return program.number(key, result)
 
     def _compare(self, op: str, other: Any) -> Any:

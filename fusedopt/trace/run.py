@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from ..callback import Callback, arguments_of
+from ..callback import Callback, arguments_of, call
 from ..ir.program import Buffer, Graph
 from . import methods  # noqa: F401  (fills the table of tensor methods)
 from .number import Number, Scalar, ScalarProgram
+from .signals import Changes, NeedsAttribute, Untraceable, latest
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
-from .tensor import SymParameter, SymTensor, Untraceable, lift
+from .tensor import SymParameter, SymTensor, lift
 
 MAX_PATHS = 8
 PARAM, GRAD = ".param", ".grad"
@@ -29,13 +30,6 @@ class Cell:
 
     node: int
     asked: torch.dtype | None
-
-
-class NeedsAttribute(BaseException):
-    """A callback read a shape attribute that the signature does not hold yet: sign again with it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
 
 
 @dataclass
@@ -88,7 +82,7 @@ class Run:
 
     def attribute(self, kind: str, name: str) -> Any:
         if kind == "S":
-            return {"shape": torch.Size(()), "ndim": 0, "count": 1, "itemsize": self.compute.itemsize}[name]
+            return {"shape": torch.Size(()), "ndim": 0, "count": 1, "contiguous": True}[name]
         known = dict(self.signature.attributes)
         if name not in known:
             raise NeedsAttribute(name)
@@ -96,7 +90,10 @@ class Run:
 
 
 class Pass:
-    """One pass over the callback list. ``cells`` maps PARAM, GRAD and state keys to a Cell, Number or flag."""
+    """One pass over the callback list. ``cells`` maps PARAM, GRAD and state keys to a Cell, Number or flag.
+
+    ``moved`` are the callbacks that did anything.
+    """
 
     def __init__(
         self,
@@ -109,7 +106,9 @@ class Pass:
     ) -> None:
         self.callbacks, self.signature, self.first = callbacks, signature, first
         self.graph, self.scalars = graph, scalars
+        self.lists: dict[str, tuple[list, tuple]] = {}
         self.hyper = {k: self._hyper(k, v) for k, v in hyper.items()}
+        self.moved: set[int] = set()
 
     def _hyper(self, name: str, value: Any) -> Any:
         """A number, or the cell of a tensor that kernels read."""
@@ -146,18 +145,20 @@ class Pass:
                 cells[key] = value.value if isinstance(value, Opaque) else value
         for i, callback in enumerate(self.callbacks):
             try:
-                cells = self._all_paths(i, callback, cells)
+                before, cells = cells, self._all_paths(i, callback, cells)
                 self._check_kinds(cells)
             except (Untraceable, Exception) as error:
                 error.callback = self.first + i  # type: ignore[union-attr]
                 raise
+            if before.keys() != cells.keys() or any(not alike(before[k], v) for k, v in cells.items()):
+                self.moved.add(self.first + i)
         if s.modes.on_device and not counting:
             cells = {k: self._on_device(v) if is_number(v) else v for k, v in cells.items()}
         return self._per_element(cells) if s.zero_dim else cells
 
     def _on_device(self, x: Any) -> Cell:
         """A number as a value that a kernel can store."""
-        index = x.index if isinstance(x, Number) else self.scalars.entry(("const", type(x).__name__, x), x)
+        index = x.index if isinstance(x, Number) else self.scalars.constant(x)
         wide = self.signature.compute != torch.float64
         return Cell(self.graph.leaf("slot", index, type="d" if wide else "f"), torch.float64)
 
@@ -190,9 +191,12 @@ class Pass:
     def _number(self, key: tuple, value: Any) -> Any:
         if type(value) in (int, float):
             return self.scalars.number(key, value)
-        if type(value) in (tuple, list):
-            return type(value)(self._number((*key, i), v) for i, v in enumerate(value))
-        return value
+        if type(value) not in (tuple, list):
+            return value
+        numbers = type(value)(self._number((*key, i), v) for i, v in enumerate(value))
+        if type(value) is list:
+            self.lists[key[1]] = numbers, (*numbers,)
+        return numbers
 
     def _all_paths(self, i: int, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
         """Run the callback along every path through its branches on S values, and merge the outcomes by select."""
@@ -219,8 +223,16 @@ class Pass:
         for name, value in arguments_of(callback).items():
             if name not in given and type(value) in (int, float):
                 given[name] = self._number(("default", run.callback, name), value)
-        returned = callback(p, **given)
-        run.finished = True
+        latest()
+        try:
+            returned = call(callback, p, given)
+        finally:
+            run.finished = True
+        if (signal := latest()) is not None:  # the callback has caught it, and gone on
+            raise signal
+        for name, (numbers, were) in self.lists.items():
+            if len(numbers) != len(were) or any(x is not y for x, y in zip(numbers, were, strict=True)):
+                raise Changes(f"the hyperparameter {name!r} is a list, which is changed")
         cells[PARAM], cells[GRAD] = Cell(p.node, p.asked), Cell(p.grad.node, p.grad.asked)
         for key in state:
             if key in boxes:
@@ -256,6 +268,15 @@ class Pass:
         return {k: either(self.graph, condition, yes[k], no[k], run.slot) for k in yes}
 
 
+def alike(a: Any, b: Any) -> bool:
+    """Whether two values of a location are the same. Zeros of both signs are equal, and not the same."""
+    if isinstance(a, Cell) and isinstance(b, Cell):
+        return a.node == b.node
+    if isinstance(a, Number) and isinstance(b, Number):
+        return a.index == b.index
+    return a is b or (type(a) is type(b) and repr(a) == repr(b) and bool(a == b))
+
+
 def is_number(x: Any) -> bool:
     return isinstance(x, Number) or type(x) in (int, float)
 
@@ -271,7 +292,7 @@ def either(graph: Graph, condition: int, yes: Any, no: Any, slot: Callable[[Any]
         return yes
     if isinstance(yes, Number) and isinstance(no, Number) and yes.index == no.index:
         return yes
-    if not isinstance(yes, (Cell, Number)) and type(yes) is type(no) and yes == no:
+    if not isinstance(yes, (Cell, Number)) and alike(yes, no):
         return yes
     nodes = [x.node if isinstance(x, Cell) else slot(x) if slot and is_number(x) else None for x in (yes, no)]
     if nodes[0] is None or nodes[1] is None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ir.program import Buffer
-from .tensor import Untraceable
+from .signals import Untraceable
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Signature:
     """What callbacks can see of a parameter besides its elements; equal signatures give equal traces.
 
     ``state`` maps each key to a ``Buffer`` (a tensor), to the number, flag or None itself, or to an ``Opaque``.
-    ``attributes`` are the shape attributes that some callback reads. ``asked`` are the parameter's and the gradient's
-    dtypes as the user sees them, where these differ from the buffers' (work copies in the compute dtype).
+    ``attributes`` are the attributes of the parameter that some callback reads. ``asked`` are the parameter's and the
+    gradient's dtypes as the user sees them, where these differ from the buffers' (work copies in the compute dtype).
     ``zero_dim``: the parameter is 0-d, so that its state cannot be told apart into one number per element and one per
     tensor.
     """

@@ -1,8 +1,8 @@
 """Symbolic tensors: what a callback sees in place of the parameter, its gradient and its state.
 
-A symbolic tensor is a *location* holding a value of the graph. In-place methods rebind the location they were called
-on; ``.data`` and ``.detach()`` are the same location. The table ``METHODS`` is all a callback may do to one; anything
-else raises ``Untraceable``, and the callback is run eagerly instead.
+A symbolic tensor is a view of a *place* that holds a value of the graph. In-place methods put another value there;
+``.data`` and ``.detach()`` are views of the same place, and ``p.data = x`` makes p one of x's. The table ``METHODS`` is
+all a callback may do to one; anything else raises ``Untraceable``, and the callback is run eagerly instead.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .number import Number
+from .signals import Untraceable, where_now
 
 if TYPE_CHECKING:
     from .run import Run
@@ -25,30 +26,26 @@ METHODS: dict[str, Callable[..., Any]] = {}
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-class Untraceable(BaseException):
-    """A callback did what has no fused form. A BaseException, so that a callback's ``try`` cannot swallow it."""
-
-
-def where_now() -> str:
-    """``callback, file.py:12`` for the innermost frame outside this package's tracer."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        ("fusedopt.trace", "fusedopt.ir")
-    ):
-        frame = frame.f_back
-    code = frame.f_code
-    return f"{code.co_name}, {code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-
-
 def _is_ours(frame: types.FrameType) -> bool:
     return frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch", "numpy")
 
 
+class Place:
+    """Where a value is: ``node`` is the value now, ``asked`` the dtype eager torch would give it."""
+
+    __slots__ = ("asked", "node")
+
+    def __init__(self, node: int, asked: torch.dtype | None) -> None:
+        self.node, self.asked = node, asked
+
+
 class SymTensor:
-    """A tensor that builds graph values. ``node`` is its value now; ``asked`` the dtype eager torch would give it."""
+    """A tensor that builds graph values: a view of a place."""
+
+    place: Place
 
     def __init__(self, run: Run, node: int, asked: torch.dtype | None) -> None:
-        self.__dict__.update(run=run, node=node, asked=asked)
+        self.__dict__.update(run=run, place=Place(node, asked))
 
     # -- what it is --
     @property  # type: ignore[misc]
@@ -58,6 +55,14 @@ class SymTensor:
         if "isinstance" in sys._getframe(1).f_code.co_names and not _is_ours(sys._getframe(1)):
             raise Untraceable("isinstance() of a tensor; it is a symbolic one while callbacks are traced")
         return type(self)
+
+    @property
+    def node(self) -> int:
+        return self.place.node
+
+    @property
+    def asked(self) -> torch.dtype | None:
+        return self.place.asked
 
     @property
     def kind(self) -> str:
@@ -73,21 +78,29 @@ class SymTensor:
         return {"b": torch.bool, "d": torch.float64}.get(type_, self.run.compute)
 
     @property
-    def data(self) -> SymTensor:
-        return self
+    def itemsize(self) -> int:
+        """As the user's tensor has it, not the one in the compute type."""
+        return (self.dtype if self.is_bool else self.asked or self.dtype).itemsize
 
-    @data.setter
-    def data(self, value: Any) -> None:
-        _rebind(self, value)
+    @property
+    def data(self) -> SymTensor:
+        return alias(self)
+
+    def _replacement(self, value: Any) -> SymTensor:
+        """What takes the place of this tensor's memory: another of the same kind."""
+        other = lift(self.run, value)
+        if not isinstance(value, SymTensor) or (other.kind, other.is_bool) != (self.kind, self.is_bool):
+            raise Untraceable("a tensor is replaced by one of another shape or type")
+        return other
 
     def __getattr__(self, name: str) -> Any:
-        if name in METHODS:
-            return lambda *args, **kwargs: METHODS[name](self, *args, **kwargs)
-        base = name[:-1]
-        if name.endswith("_") and not name.endswith("__") and base in METHODS:
-            return lambda *args, **kwargs: _rebind(self, METHODS[base](self, *args, **kwargs))
         if name in _CONSTANT:
             return _CONSTANT[name]
+        if name in METHODS:
+            return functools.partial(_called, name, METHODS[name], self)
+        base = name[:-1]
+        if name.endswith("_") and not name.endswith("__") and base in METHODS:
+            return lambda *args, **kwargs: _rebind(self, _called(name, METHODS[base], self, *args, **kwargs))
         if name in _SHAPE:
             return self.run.attribute(self.kind, name)
         if name == "device":
@@ -97,12 +110,9 @@ class SymTensor:
         raise Untraceable(f"Tensor.{name} has no fused form")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "data":
-            _rebind(self, value)
-        elif name == "node":
-            self.__dict__["node"] = value
-        else:
+        if name != "data":
             raise Untraceable(f"setting .{name} on a tensor has no fused form")
+        self.__dict__["place"] = self._replacement(value).place
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,7 +121,7 @@ class SymTensor:
         base = name.removeprefix("linalg_")
         if base == "where":
             condition, x, other = args
-            result = METHODS["where"](lift(condition.run, x), condition, other)
+            result = _called("where", METHODS["where"], lift(condition.run, x), condition, other)
         elif base in METHODS or (base.endswith("_") and base[:-1] in METHODS):
             first = args[0] if args else kwargs.pop("input", None)
             if not isinstance(first, SymTensor):
@@ -130,17 +140,45 @@ class SymTensor:
         return self.run.branch(as_bool(self))
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise Untraceable("a tensor's value is read on the host (item, float, indexing, printing, ...)")
+        raise Untraceable(
+            "a tensor's value is read on the host (item, float, indexing, printing, ...)",
+            "keep it a tensor: 0-d tensors fuse, and torch.where and comparisons take them",
+        )
 
     __float__ = __int__ = __index__ = __len__ = __iter__ = __getitem__ = __setitem__ = __format__ = (
         __contains__
     ) = _refuse
     item = tolist = numpy = _refuse
-    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return "<a symbolic tensor of a trace that is over>" if self.run.finished else self._refuse()
+
+    def __hash__(self) -> int:
+        raise Untraceable("which tensor it is (in a set, as a key) cannot be told of a symbolic one")
+
+
+def alias(x: SymTensor) -> SymTensor:
+    """Another view of the same place."""
+    view = SymTensor(x.run, x.node, x.asked)
+    view.__dict__["place"] = x.place
+    return view
+
+
+def _called(name: str, method: Callable[..., Any], x: SymTensor, *args: Any, **kwargs: Any) -> Any:
+    """The method's result. What it does not take torch may, so an error is no error of the callback's yet."""
+    if x.run.finished:
+        raise RuntimeError(
+            f"Tensor.{name} of a tensor kept from another call of a callback, a symbolic one whose trace is over; keep "
+            "tensors in the state that callbacks return"
+        )
+    try:
+        return method(x, *args, **kwargs)
+    except Exception as error:
+        raise Untraceable(f"Tensor.{name}: {error}") from error
 
 
 def _rebind(box: SymTensor, value: Any) -> SymTensor:
-    """``box.copy_(value)``: the location gets the value; its kind stays (an S value is expanded into an F location)."""
+    """``box.copy_(value)``: the place gets the value; its kind stays (an S value is expanded into an F place)."""
     new = lift(box.run, value)
     if box.kind == "S" and new.kind == "F":
         raise Untraceable("an in-place result does not fit the 0-d tensor it is written to")
@@ -148,7 +186,7 @@ def _rebind(box: SymTensor, value: Any) -> SymTensor:
         new = as_bool(new) if box.is_bool else as_float(new)
     if box.kind == "F" and new.kind == "S":
         new = expand(new)
-    box.node = new.node
+    box.place.node = new.node
     return box
 
 
@@ -183,9 +221,9 @@ def new(like: SymTensor, op: str, *args: SymTensor) -> SymTensor:
 
 def _promote(args: tuple[SymTensor, ...]) -> torch.dtype | None:
     """The dtype eager torch gives the result: 0-d tensors and numbers do not widen tensors with elements."""
-    floats = [a for a in args if not a.is_bool and a.asked is not None]
-    strong = [a for a in floats if a.kind == "F"] or floats
-    return functools.reduce(torch.promote_types, [a.asked for a in strong]) if strong else None
+    floats = [(a.kind, a.asked) for a in args if not a.is_bool and a.asked is not None]
+    strong = [asked for kind, asked in floats if kind == "F"] or [asked for _, asked in floats]
+    return functools.reduce(torch.promote_types, strong) if strong else None
 
 
 def as_float(x: SymTensor) -> SymTensor:
@@ -196,8 +234,8 @@ def as_bool(x: SymTensor) -> SymTensor:
     return x if x.is_bool else new(x, "ne", x, lift(x.run, 0))
 
 
-_SHAPE = ("shape", "ndim", "itemsize")
-_CONSTANT = {"requires_grad": True, "is_sparse": False, "is_leaf": True, "layout": torch.strided}
+_SHAPE = ("shape", "ndim")
+_CONSTANT = {"requires_grad": False, "is_sparse": False, "is_leaf": True, "layout": torch.strided}
 
 _OPERATORS = {
     "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub", "__mul__": "mul", "__rmul__": "mul",
@@ -239,8 +277,12 @@ class SymParameter(SymTensor):
         super().__init__(run, node, asked)
         self.__dict__["grad"] = grad
 
+    @property
+    def requires_grad(self) -> bool:
+        return self.run.attribute(self.kind, "requires_grad")
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "grad":
-            _rebind(self.grad, value)
+            self.__dict__["grad"] = self.grad._replacement(value)
         else:
             super().__setattr__(name, value)

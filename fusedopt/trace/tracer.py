@@ -18,9 +18,9 @@ from ..callback import Callback, arguments_of
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, depth_first, reachable
 from .number import Number, Scalar, ScalarProgram
-from .run import GRAD, PARAM, Cell, Pass, either, is_number, load
+from .run import GRAD, PARAM, Cell, Pass, alike, either, is_number, load
+from .signals import Untraceable
 from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature
-from .tensor import Untraceable
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Trace:
     ``slots[i]`` is the scalar program's entry for slot i. ``numbers`` is the new scalar state: an entry's index
     (``scalars.values`` has its value) or a flag. ``created`` are state buffers that did not exist; they start as
     zeros, or, for counts on the device, at ``starts``; ``asked`` is the dtype the user would see for each tensor.
-    ``shared`` says that the program is the later steps' too.
+    ``shared`` says that the program is the later steps' too. ``moved`` are the callbacks that did anything.
     """
 
     signature: Signature
@@ -42,6 +42,7 @@ class Trace:
     asked: dict[str, torch.dtype]
     shared: bool = True
     starts: dict[str, float] = field(default_factory=dict)
+    moved: frozenset[int] = frozenset()
 
     def slot_values(self) -> list[Scalar]:
         return [self.scalars.values[i] for i in self.slots]
@@ -73,9 +74,11 @@ def trace(
     ``work``: for work copies, between eager callbacks, so a changed gradient is stored and new state is not rounded.
     """
     graph, scalars = Graph(), ScalarProgram()
+    passes: list[Pass] = []
 
     def run(given: dict[str, Buffer], without: Sequence[str] = ()) -> dict[str, Any]:
-        return Pass(callbacks, signature, hyper, graph, scalars, first).run(given, without)
+        passes.append(Pass(callbacks, signature, hyper, graph, scalars, first))
+        return passes[-1].run(given, without)
 
     starts = _starts(callbacks, signature, hyper, first) if signature.modes.on_device else {}
     # As the next step will see it: see ``items.per_element``.
@@ -107,7 +110,8 @@ def trace(
     created |= counts
     program, slots = _program(graph, signature, hyper, cells, created, materialize_grad=work)
     numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign))}
-    return Trace(signature, program, scalars, slots, numbers, created, asked, shared, starts)
+    moved = frozenset(passes[0].moved)
+    return Trace(signature, program, scalars, slots, numbers, created, asked, shared, starts, moved)
 
 
 def _again(run: Callable[..., dict[str, Any]], given: dict[str, Buffer]) -> dict[str, Any] | None:
@@ -154,7 +158,9 @@ def _asked_dtype(
     value = graph.values[cell.node]
     if value.kind == "S":
         return torch.float64 if value.type == "d" else signature.compute
-    return state_dtype or cell.asked or (signature.asked or (signature.param,))[0]
+    # Made of a mask and numbers, it has torch's default.
+    mixed = (signature.asked or (signature.param,))[0] if signature.zero_dim else torch.get_default_dtype()
+    return state_dtype or cell.asked or mixed
 
 
 def _until_started(
@@ -195,11 +201,7 @@ def _same_from_zeros(
 
 
 def _same(a: Any, b: Any, replace: dict[int, int]) -> bool:
-    if isinstance(a, Cell) and isinstance(b, Cell):
-        return a.node == replace.get(b.node, b.node)
-    if isinstance(a, Number) and isinstance(b, Number):
-        return a.index == b.index
-    return a is b or (type(a) is type(b) and bool(a == b))
+    return alike(a, Cell(replace.get(b.node, b.node), b.asked) if isinstance(b, Cell) else b)
 
 
 def _program(

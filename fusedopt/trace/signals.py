@@ -1,0 +1,70 @@
+"""What ends a trace from within a callback, and where in the user's code that was."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from typing import Any
+
+_raised = threading.local()
+_OURS = ("fusedopt.trace", "fusedopt.ir")
+
+
+class Signal(BaseException):
+    """A BaseException, so that a callback's ``try`` does not swallow it.
+
+    One that does (``except:``) goes on with what is none of its results; `latest` finds that out when it returns.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        _raised.latest = self
+
+
+def latest() -> Signal | None:
+    """The last signal raised in this thread since this was last asked."""
+    found, _raised.latest = getattr(_raised, "latest", None), None
+    return found
+
+
+class Untraceable(Signal):
+    """A callback did what has no fused form. ``where`` is the place in its code, ``remedy`` what to do about it."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        frame = _caller((*_OURS, "torch.", "numpy."))
+        between = frame.f_globals.get("__name__", "").startswith("fusedopt.runtime")  # callbacks
+        self.where = "" if between else place_of(frame.f_code, frame.f_lineno)
+        self.remedy = remedy
+
+
+class Changes(Untraceable):
+    """A callback changes what it was handed and does not own: how often it is called matters."""
+
+
+class NeedsAttribute(Signal):
+    """A callback read an attribute that the signature does not hold yet: sign again with it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _caller(inner: tuple[str, ...] = _OURS) -> types.FrameType:
+    """The innermost frame outside this package's tracer."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inner):
+        frame = frame.f_back
+    return frame
+
+
+def place_of(code: types.CodeType, line: int) -> str:
+    """``file.py:12``."""
+    return f"{code.co_filename.rsplit('/', 1)[-1]}:{line}"
+
+
+def where_now() -> str:
+    """``callback, file.py:12`` for the innermost frame outside this package's tracer."""
+    frame = _caller()
+    return f"{frame.f_code.co_name}, {place_of(frame.f_code, frame.f_lineno)}"
