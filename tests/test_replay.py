@@ -25,8 +25,10 @@ from fusedopt import callbacks, weight_decay
 from fusedopt.runtime import backends, cpu, engine, leaf
 from fusedopt.table import TABLE
 from fusedopt.trace.number import ARITHMETIC
-from fusedopt.trace.purity import ACTS, PURE, READS, Snapshot, Sources, Verdict, examine, is_pure
+from fusedopt.trace.purity import ACTS, PURE, READS, Verdict, examine, is_pure
 from fusedopt.trace.replay import Replay
+from fusedopt.trace.snapshot import Snapshot
+from fusedopt.trace.sources import Sources
 from fusedopt.trace.tracer import trace
 
 

@@ -23,10 +23,11 @@ import torch
 from .. import env, reference
 from ..callback import arguments_of, identity, may_only_move, may_take, name_of, place_of
 from ..trace.number import Scalar
-from ..trace.purity import ACTS, PURE, READS, Snapshot, Sources, examine, is_data
+from ..trace.purity import ACTS, PURE, READS, examine, sources_of
 from ..trace.replay import Replay, can_replay
 from ..trace.signals import Changes, NeedsAttribute, Untraceable
 from ..trace.signature import FACTOR, STARTED, Opaque, Signature, is_plain, static_of, structure_of
+from ..trace.snapshot import Snapshot, is_data
 from ..trace.tracer import Trace, trace
 from . import backends, items, leaf, sharded
 from .backends import Backend, Kernel, Launch
@@ -158,7 +159,7 @@ class Engine:
         self._pure = [verdict.level == PURE for verdict in verdicts]
         self._reads = [verdict.level == READS for verdict in verdicts]
         self.acts = {i: self._acting(i, v.reason) for i, v in enumerate(verdicts) if v.level == ACTS}
-        self._sources = Sources(callbacks)
+        self._sources = sources_of(callbacks)
         self._known = self._shared_traces()
         self.said: set[Any] = set() if said is None else said
         self._moved: set[int] | None = set()

@@ -21,7 +21,7 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,20 @@ import torch.nn.functional
 from . import methods  # noqa: F401  (fills the table)
 from .signals import place_of
 from .signature import PLAIN as CONSTANTS
+from .snapshot import CONTAINERS, is_data
+from .sources import (
+    MAX_KNOWN,
+    MODULES,
+    NOTHING,
+    Sources,
+    codes,
+    content_of,
+    line_of,
+    method_of,
+    name_of,
+    of_a_library,
+    plain_attribute,
+)
 from .tensor import METHODS
 
 
@@ -59,10 +73,6 @@ BUILTINS = (
     *(abs, min, max, round, pow, sum, divmod, len, range, zip, enumerate, sorted, reversed, map, filter),
     *(isinstance, int, float, bool, complex, str, repr, tuple, list, dict, set, frozenset, slice, any, all),
 )
-MODULES = (torch, math, torch.nn, torch.nn.functional, torch.linalg, torch.special, np)
-SIZE_OF_SNAPSHOT = 4096
-"""Elements of a tensor or array around a callback up to which a trace keeps a copy."""
-MAX_KNOWN = 512
 
 _NAMES = {name for m in MODULES for name in vars(m) if name in METHODS or name.removesuffix("_") in METHODS}
 _NAMES |= {*vars(math), "nn", "functional", "linalg", "special", "inf", "no_grad", "enable_grad"}
@@ -173,7 +183,10 @@ def examine(callback: Callable[..., Any]) -> Verdict:
     """What the callback may do, with everything that it calls."""
     if isinstance(callback, types.FunctionType):
         return _of_function(callback)
-    return _Examination().callable(callback)
+    examination = _Examination()
+    if isinstance(callback, functools.partial):  # its function is likely to be known
+        return max(examination.of(examination.bound_by, callback), examine(callback.func))
+    return examination.of(examination.call, callback)
 
 
 def is_pure(callback: Callable[..., Any]) -> bool:
@@ -189,12 +202,22 @@ def _of_function(function: types.FunctionType) -> Verdict:
     known = _known.get(function)
     if known is not None and known[1].unchanged():
         return known[0]
-    verdict = _Examination().callable(function)
+    examination = _Examination()
+    verdict = examination.of(examination.call, function)
     if not function.__closure__:
         if len(_known) >= MAX_KNOWN:
             _known.clear()
         _known[function] = verdict, Sources([function])
     return verdict
+
+
+def sources_of(callbacks: Iterable[Callable[..., Any]]) -> Sources:
+    """The sources of callbacks that have been examined."""
+    out = Sources()
+    for callback in callbacks:
+        known = _known.get(callback) if isinstance(callback, types.FunctionType) else None
+        out.join(known[1]) if known is not None else out.add(callback)
+    return out
 
 
 class _Acts(Exception):
@@ -208,24 +231,28 @@ class _Examination:
         self.level: Level = PURE
         self.seen: set[types.FunctionType] = set()
 
-    def callable(self, callback: Any) -> Verdict:
+    def of(self, look: Callable[[Any], None], callback: Any) -> Verdict:
+        """The verdict from one way to look at it."""
         try:
-            self._call(callback)
+            look(callback)
         except _Acts as acts:
             return Verdict(ACTS, str(acts))
         return Verdict(self.level)
 
-    def _call(self, callback: Any) -> None:
+    def bound_by(self, callback: functools.partial) -> None:
+        for value in (*callback.args, *callback.keywords.values()):
+            self._bound(value, f"{_called(callback.func)} is bound to")
+
+    def call(self, callback: Any) -> None:
         if isinstance(callback, functools.partial):
-            for bound in (*callback.args, *callback.keywords.values()):
-                self._bound(bound, f"{_called(callback.func)} is bound to")
-            self._call(callback.func)
+            self.bound_by(callback)
+            self.call(callback.func)
         elif isinstance(callback, types.MethodType):
             self._function(callback.__func__, callback.__self__)
         elif isinstance(callback, types.FunctionType):
             self._function(callback)
         else:
-            self._function(_method_of(callback), callback)
+            self._function(method_of(callback), callback)
 
     def _function(self, function: Any, itself: Any = None) -> None:
         """``itself``: the object that it is a method of."""
@@ -233,7 +260,7 @@ class _Examination:
             unknown = function if itself is None or function is None else itself
             raise _Acts(f"{_called(unknown)} is no function whose code could be looked into")
         if function.__globals__.get("__name__") == "torch.utils._contextlib":  # @torch.no_grad()
-            self._call(inspect.unwrap(function))
+            self.call(inspect.unwrap(function))
             return
         if function in self.seen:
             return
@@ -246,33 +273,33 @@ class _Examination:
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._bound(value, f"{place_of(code, code.co_firstlineno)}: a default of {code.co_name} is")
         around = _Around(function, itself)
-        for inner in _codes(code):
+        for inner in codes(code):
             self._code(inner, around, frozenset(code.co_freevars))
 
     def _code(self, code: types.CodeType, around: _Around, free: frozenset[str]) -> None:
         """Go through the steps of some code."""
-        owner: Any = _NOTHING  # what the step before has loaded from around, if it has
+        owner: Any = NOTHING  # what the step before has loaded from around, if it has
         before, line = "", code.co_firstlineno
         for step in dis.get_instructions(code):
             if step.opname == "EXTENDED_ARG":
                 continue
-            line = _line(step, line)
+            line = line_of(step, line)
             where = f"{place_of(code, line)}: {code.co_name}"
-            name = _name_of(step)
-            if owner is not _NOTHING and step.opname not in (
+            name = name_of(step)
+            if owner is not NOTHING and step.opname not in (
                 "LOAD_ATTR",
                 "LOAD_METHOD",
                 "PUSH_NULL",
                 "CACHE",
             ):
                 self._value(owner, f"{where} uses")
-                owner = _NOTHING
+                owner = NOTHING
             if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                if owner is _NOTHING:
+                if owner is NOTHING:
                     self._attribute(name, where)
                 else:
                     owner = self._attribute_of(owner, name, where)
-            elif (found := around.loaded(step.opname, name)) is not _NOTHING:
+            elif (found := around.loaded(step.opname, name)) is not NOTHING:
                 if found is isinstance and name != "isinstance":
                     raise _Acts(f"{where} calls isinstance under another name")
                 owner = found
@@ -300,19 +327,19 @@ class _Examination:
     def _attribute_of(self, owner: Any, name: str, where: str) -> Any:
         """The attribute of a thing around the code: a module, a class, an object with plain attributes."""
         if isinstance(owner, types.ModuleType):
-            value = getattr(owner, name, _NOTHING)
+            value = getattr(owner, name, NOTHING)
             if owner in MODULES:
                 if not _is_arithmetic(owner, name, value):
                     raise _Acts(f"{where} uses {owner.__name__}.{name}, which may do more than arithmetic")
-                return value if isinstance(value, types.ModuleType) else _NOTHING
-            value = ... if value is _NOTHING else value
+                return value if isinstance(value, types.ModuleType) else NOTHING
+            value = ... if value is NOTHING else value
             return self._unchangeable(value, f"{where} uses {owner.__name__}.{name}")
-        if isinstance(owner, (torch.Tensor, np.ndarray, np.generic, *_CONTAINERS, *CONSTANTS)):
+        if isinstance(owner, (torch.Tensor, np.ndarray, np.generic, *CONTAINERS, *CONSTANTS)):
             self._value(owner, f"{where} uses")
             self._attribute(name, where)
-            return _NOTHING
-        value = _plain_attribute(owner, name)
-        if value is _NOTHING:
+            return NOTHING
+        value = plain_attribute(owner, name)
+        if value is NOTHING:
             raise _Acts(f"{where} uses the attribute .{name} of {_called(owner)}")
         self.level = READS
         return self._unchangeable(value, f"{where} uses the attribute .{name} of {_called(owner)}")
@@ -332,19 +359,15 @@ class _Examination:
         """Something from around the code that it holds in its hands."""
         if value is ... or is_data(value):
             self.level = READS
-        elif isinstance(value, types.FunctionType) and _of_a_library(value):
+        elif isinstance(value, types.FunctionType) and of_a_library(value):
             if not _known_method(value.__name__):
                 raise _Acts(f"{what} {_called(value)}, which may do more than arithmetic")
         elif isinstance(value, (types.FunctionType, functools.partial)):
-            self._call(value)
+            self.call(value)
         elif isinstance(value, types.ModuleType):
             raise _Acts(f"{what} the module {value.__name__} under another name")
         elif not _harmless(value):
             raise _Acts(f"{what} {_called(value)}, which may do more than arithmetic")
-
-
-_NOTHING = object()
-_CONTAINERS = (list, dict, set, frozenset, tuple)
 
 
 class _Around:
@@ -356,56 +379,18 @@ class _Around:
         builtins = self.globals.get("__builtins__", {})
         self.builtins = vars(builtins) if isinstance(builtins, types.ModuleType) else builtins
         self.cells = {
-            name: _content(cell, name)
+            name: content_of(cell, name)
             for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
         }
         self.own = {code.co_varnames[0]: itself} if itself is not None and code.co_argcount else {}
 
     def loaded(self, op: str, name: Any) -> Any:
-        """What a step loads from outside; Ellipsis for what is not there; _NOTHING if it loads nothing from there."""
+        """What a step loads from outside; Ellipsis for what is not there; NOTHING if it loads nothing from there."""
         if op in ("LOAD_GLOBAL", "LOAD_NAME"):
             return self.globals.get(name, self.builtins.get(name, ...))
         if op == "LOAD_DEREF":
-            return self.cells.get(name, self.own.get(name, _NOTHING))
-        return self.own.get(name, _NOTHING) if op.startswith("LOAD_FAST") else _NOTHING
-
-
-def _content(cell: Any, name: str) -> Any:
-    """What is in a closure's cell; Ellipsis before it is set. (``name`` makes it readable as attributes are.)"""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return ...
-
-
-@functools.lru_cache(maxsize=MAX_KNOWN)
-def _loaded_names(code: types.CodeType) -> tuple[str, ...]:
-    steps = (step for inner in _codes(code) for step in dis.get_instructions(inner))
-    return tuple(dict.fromkeys(s.argval for s in steps if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")))
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-def _name_of(step: dis.Instruction) -> Any:
-    """What a step is about. Steps that load two variables (Python 3.13) leave the second on top."""
-    pair = step.opname.startswith("LOAD_FAST") and isinstance(step.argval, tuple)
-    return step.argval[-1] if pair else step.argval
-
-
-def _line(step: dis.Instruction, before: int) -> int:
-    positions = getattr(step, "positions", None)  # Python 3.11 and later
-    line = positions.lineno if positions else step.starts_line
-    return before if line is None or isinstance(line, bool) else line
-
-
-def _method_of(callback: Any) -> Any:
-    """What is run when the object is called."""
-    return inspect.getattr_static(type(callback), "__call__", None)
+            return self.cells.get(name, self.own.get(name, NOTHING))
+        return self.own.get(name, NOTHING) if op.startswith("LOAD_FAST") else NOTHING
 
 
 def _called(value: Any) -> str:
@@ -421,10 +406,6 @@ def _known_method(name: str) -> bool:
     return name in METHODS or name.removesuffix("_") in METHODS
 
 
-def _of_a_library(function: types.FunctionType) -> bool:
-    return (function.__module__ or "").split(".")[0] in ("torch", "math")
-
-
 def _harmless(value: Any) -> bool:
     """A class or a builtin that is only a name for something pure."""
     if isinstance(value, type):
@@ -433,212 +414,3 @@ def _harmless(value: Any) -> bool:
         free = value.__self__ is None or isinstance(value.__self__, types.ModuleType)  # no object's method
         return value in BUILTINS or value in vars(math).values() or (free and _known_method(value.__name__))
     return isinstance(value, np.ufunc)
-
-
-def _plain_attribute(owner: Any, name: str) -> Any:
-    """The attribute if reading it runs no code: it is in the object's own dict, or a plain value of its class."""
-    kind = owner if isinstance(owner, type) else type(owner)
-    if isinstance(owner, (types.FunctionType, type)):
-        own: Any = vars(owner)
-    elif isinstance(kind.__getattribute__, types.FunctionType) or hasattr(kind, "__getattr__"):
-        return _NOTHING
-    else:
-        own = getattr(owner, "__dict__", {})
-    inherited = inspect.getattr_static(kind, name, _NOTHING)
-    if hasattr(type(inherited), "__set__"):  # a property goes before the object's own dict
-        return _NOTHING
-    if name in own and not isinstance(own[name], (staticmethod, classmethod, property)):
-        return own[name]
-    if isinstance(inherited, types.FunctionType) and not isinstance(owner, type):
-        return types.MethodType(inherited, owner)
-    return inherited if is_data(inherited) else _NOTHING
-
-
-def _attribute(owner: Any, name: str) -> Any:
-    return getattr(owner, name, None)
-
-
-# --
-# Data around callbacks
-
-
-def is_data(value: Any) -> bool:
-    """Whether it is a number, flag, small tensor or array, or a container of such: readable, and to be snapshot."""
-    if isinstance(value, (*CONSTANTS, np.generic)):
-        return True
-    if type(value) in (list, set, frozenset, tuple):
-        return all(map(is_data, value))
-    if type(value) is dict:
-        return all(map(is_data, value.values()))
-    if type(value) in (torch.Tensor, torch.nn.Parameter):
-        return bool(value.numel() <= SIZE_OF_SNAPSHOT)
-    return type(value) is np.ndarray and value.size <= SIZE_OF_SNAPSHOT and value.dtype != object
-
-
-class Snapshot:
-    """The contents of containers, tensors and arrays, to tell whether they were changed, and to put them back."""
-
-    def __init__(self, values: Iterable[Any]) -> None:
-        self.saved: list[tuple[Any, Any]] = []
-        self._seen: set[int] = set()
-        for value in values:
-            self._take(value)
-
-    def _take(self, value: Any) -> None:
-        if isinstance(value, CONSTANTS) or id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        if type(value) in (list, dict, set):
-            self.saved.append((value, value.copy()))
-        elif isinstance(value, torch.Tensor):
-            self.saved.append((value, (value._version, value.detach().clone())))
-        elif isinstance(value, np.ndarray):
-            self.saved.append((value, value.copy()))
-        for inner in value.values() if type(value) is dict else value if type(value) in _CONTAINERS else ():
-            self._take(inner)
-
-    def restored(self) -> bool:
-        """Whether anything was changed; then it is as it was again."""
-        changed = [(value, was) for value, was in self.saved if not _unchanged(value, was)]
-        for value, was in changed:
-            if isinstance(value, torch.Tensor):
-                with torch.no_grad():
-                    value.detach().copy_(was[1])
-            elif isinstance(value, np.ndarray):
-                value[...] = was
-            else:
-                value.clear()
-                value.extend(was) if type(value) is list else value.update(was)
-        return bool(changed)
-
-
-def _unchanged(value: Any, was: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return bool(value._version == was[0])
-    if isinstance(value, np.ndarray):
-        return bool(np.array_equal(value, was, equal_nan=value.dtype.kind in "fc"))
-    if type(value) is set:
-        return bool(value == was)
-    if type(value) is list:
-        return len(value) == len(was) and all(x is y for x, y in zip(value, was, strict=True))
-    return list(value) == list(was) and all(value[k] is was[k] for k in was)
-
-
-# --
-# What decides what callbacks do
-
-
-class Sources:
-    """What callbacks are made of: their code, defaults and bound arguments, and what these read from around them.
-
-    A notebook cell that is run again, a keyword of a partial, a module loaded again change it under a callback that
-    stays the same object. Data (`is_data`) may change at will where the callback is traced on every step; for the
-    rest, and for what PURE callbacks are made of, identity counts.
-    """
-
-    def __init__(self, callbacks: Iterable[Callable[..., Any]]) -> None:
-        self.functions: list[tuple[types.FunctionType, types.CodeType, Any]] = []
-        self.reads: list[tuple[Callable[[str], Any], str, Any]] = []
-        self.data: list[tuple[Callable[[str], Any], str]] = []
-        self.dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._seen: set[int] = set()
-        for callback in callbacks:
-            self._add(callback)
-
-    def _add(self, value: Any) -> None:
-        if isinstance(value, functools.partial):
-            self.dicts.append((value.keywords, dict(value.keywords)))
-            for inner in (value.func, *value.args, *value.keywords.values()):
-                self._add(inner)
-        elif isinstance(value, types.MethodType):
-            self._add_function(value.__func__, value.__self__)
-        elif isinstance(value, types.FunctionType):
-            self._add_function(value)
-        elif not is_data(value):
-            self._add_function(_method_of(value), value)
-
-    def _add_function(self, function: Any, itself: Any = None) -> None:
-        if (
-            not isinstance(function, types.FunctionType)
-            or _of_a_library(function)
-            or id(function) in self._seen
-        ):
-            return
-        self._seen.add(id(function))
-        self.functions.append((function, function.__code__, function.__defaults__))
-        if function.__kwdefaults__:
-            self.dicts.append((function.__kwdefaults__, dict(function.__kwdefaults__)))
-        for name in _loaded_names(function.__code__):
-            self._read(function.__globals__.get, name, function)
-        for cell in function.__closure__ or ():
-            self._read(functools.partial(_content, cell), "", function)
-        if itself is not None:
-            for name in _attributes_after(function.__code__, function.__code__.co_varnames[:1]):
-                if _plain_attribute(itself, name) is not _NOTHING:
-                    self._read(functools.partial(_attribute, itself), name, function)
-
-    def _read(self, read: Callable[[str], Any], name: str, function: types.FunctionType) -> None:
-        found = read(name)
-        if isinstance(found, types.MethodType):  # made anew at each reading
-            self._add(found)
-            return
-        if found is not None and is_data(found):
-            self.data.append((read, name))
-            return
-        self.reads.append((read, name, found))
-        if isinstance(found, types.ModuleType) and found not in MODULES:
-            variable = name or function.__code__.co_freevars
-            for attribute in _attributes_after(function.__code__, variable):
-                if hasattr(found, attribute):
-                    self._read(vars(found).get, attribute, function)
-        elif not isinstance(found, type):
-            self._add(found)
-
-    def unchanged(self) -> bool:
-        """Whether all of it is still there. Asked on every step, hence the plain loops."""
-        for read, name, found in self.reads:
-            if read(name) is not found:
-                return False
-        for function, code, defaults in self.functions:
-            if function.__code__ is not code or function.__defaults__ is not defaults:
-                return False
-        for live, known in self.dicts:
-            if len(live) != len(known):
-                return False
-            for name, found in known.items():
-                if live.get(name, _NOTHING) is not found:
-                    return False
-        return all(is_data(read(name)) for read, name in self.data) if self.data else True
-
-    @property
-    def found(self) -> list[Any]:
-        """All of it, to tell two apart."""
-        return [
-            *(x for _, *made_of in self.functions for x in made_of),
-            *(found for _, _, found in self.reads),
-            *(x for _, known in self.dicts for x in known.values()),
-        ]
-
-    @property
-    def closed(self) -> bool:
-        """Whether some function has a closure, and so may hold on to anything."""
-        return any(function.__closure__ for function, _, _ in self.functions)
-
-    def values(self) -> list[Any]:
-        """The data that they read or hold, as it is now: what a trace could change."""
-        held = [value for _, _, defaults in self.functions for value in defaults or ()]
-        held += [value for _, known in self.dicts for value in known.values()]
-        return [value for value in held if is_data(value)] + [read(name) for read, name in self.data]
-
-
-@functools.lru_cache(maxsize=MAX_KNOWN)
-def _attributes_after(code: types.CodeType, variables: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The attributes that are read from a variable right after it is loaded."""
-    names = (variables,) if isinstance(variables, str) else variables
-    out, loaded = [], False
-    for inner in _codes(code):
-        for step in dis.get_instructions(inner):
-            if loaded and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                out.append(step.argval)
-            loaded = step.opname.startswith("LOAD_") and _name_of(step) in names
-    return tuple(dict.fromkeys(out))
