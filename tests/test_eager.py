@@ -378,3 +378,26 @@ def test_layouts_and_holes_on_the_eager_path():
     assert torch.equal(base_a[:, 1::2], base_b[:, 1::2]), "the elements between the slice's are another's"
     assert params[2] in b.state and b.state[params[2]]["step"] == 3
     assert not b.state.get(params[4]), "no gradient, no state"
+
+
+def test_a_skipped_step_with_eager_parts_is_not_taken_for_a_whole_one():
+    """What was launched in it is not all that a step does."""
+
+    def by_shape(p, lr, **kwargs):
+        p.data.sub_(p.grad.cumsum(0) if p.ndim > 1 else p.grad, alpha=lr)
+
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((3,), (2, 2))]
+    opt = fusedopt.Optimizer(params, by_shape, lr=0.1, backend="cpp", amp_fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.ones(()))
+    moved = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for value in (torch.inf, torch.inf, 2.0, 2.0):
+            before = [p.detach().clone() for p in params]
+            for p in params:
+                p.grad = torch.full_like(p, value)
+            scaler.step(opt)
+            scaler.update()
+            moved.append([not torch.equal(p, b) for p, b in zip(params, before, strict=True)])
+    assert moved == [[False, False]] * 2 + [[True, True]] * 2

@@ -189,7 +189,7 @@ class Engine:
         try:
             while True:
                 try:
-                    plans, copies = self._computed(todo, scaling)
+                    plans, unfused, copies = self._computed(todo, scaling)
                     break
                 except ActsAfterAll:  # from the beginning, in the order of a plain loop
                     continue
@@ -204,10 +204,15 @@ class Engine:
         self.resident = Resident(launched, self.norm)
         for item, work in copies:
             items.store(item, work, self.state_dtype)
-        return [] if copies else launched
+        return [] if unfused else launched
 
-    def _computed(self, todo: list[Item], scaling: Scaling) -> tuple[list[Plan], list[tuple[Item, Item]]]:
-        """Plans to launch, and the items that these leave with work copies on which every callback has been run."""
+    def _computed(
+        self, todo: list[Item], scaling: Scaling
+    ) -> tuple[list[Plan], list[Item], list[tuple[Item, Item]]]:
+        """Plans to launch, the items that these leave, and these with work copies on which every callback has been run.
+
+        The last is empty where the step is skipped.
+        """
         plans, unfused = self.prepare(sharded.localized(todo))
         unfused.sort(key=lambda item: item.where)
         copies = [(item, items.work_copy(item)) for item in unfused]
@@ -215,14 +220,14 @@ class Engine:
         self.launched = []
         self.norm = self._scale(plans, work, scaling)
         if copies and scaling.amp and scaling.skipped({item.param.device for item in unfused}):
-            return plans, copies[:0]
+            return plans, unfused, []
         span = self._span()
         self._acted = False
         self._advance(work, 0, span.start)
         self._acted = bool(span)
         self._run_eagerly(span, work)
         self._advance(work, span.stop, len(self.callbacks))
-        return plans, copies
+        return plans, unfused, copies
 
     def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
         """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
