@@ -65,7 +65,7 @@ def _misfit(callback: Callback, given: Mapping[str, Any]) -> str:
         parameters = list(inspect.signature(callback).parameters.values())
     except (TypeError, ValueError):
         return ""
-    who = f"the callback {name_of(callback)}{place_of(callback)}"
+    who = f"the callback {name_of(callback)} ({place_of(callback)})"
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][1:]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if not takes_any and (extra := [name for name in given if name not in names]):
@@ -83,10 +83,12 @@ def _misfit(callback: Callback, given: Mapping[str, Any]) -> str:
 
 
 def place_of(callback: Callback) -> str:
-    """`` (file.py:12)``, where it is defined; empty if that cannot be told."""
+    """``file.py:12``, where it is defined, or its type."""
     function = function_of(callback)
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return f" ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})" if code is not None else ""
+    if code is None:
+        return type(function).__name__
+    return f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}"
 
 
 def may_only_move(callback: Callback) -> bool:

@@ -9,8 +9,8 @@ from .callback import name_of
 from .ir.passes import scalar_stores
 from .ir.program import identifier
 from .runtime.backends import Kernel
-from .runtime.engine import Eager
 from .runtime.scaling import NORM_KERNEL as NORM
+from .runtime.verdicts import Eager
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -116,7 +116,7 @@ def explain(opt: Optimizer) -> Explanation:
         backend=" and ".join(names),
         callbacks=tuple(name_of(cb) for cb in opt.cbs),
         stages=tuple(s for kernel, n in [*before, *launched] for s in _stages(kernel, used[kernel][0], n)),
-        eager=engine.unfused(),
+        eager=engine.verdicts.all() if engine.backend != "reference" else (),
         compiled=tuple(
             Compiled(label, why, k.source_path, k.seconds, k.cached) for k, (label, why) in used.items()
         ),

@@ -168,7 +168,7 @@ class Optimizer(torch.optim.Optimizer):
             title = self.title or type(self).__name__
             if title == "Optimizer":
                 title = name_of(self.cbs[-1]) if self.cbs else "nothing"
-            said = self._engine.said if self._engine else None
+            said = self._engine.verdicts.said if self._engine else None
             self._engine = Engine(self.cbs, self.backend, title, self.state_dtype, said)
         return self._engine
 

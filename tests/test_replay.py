@@ -22,7 +22,7 @@ from torch import nn
 
 import fusedopt
 from fusedopt import callbacks, weight_decay
-from fusedopt.runtime import backends, cpu, engine, leaf
+from fusedopt.runtime import backends, cpu, engine, leaf, verdicts
 from fusedopt.table import TABLE
 from fusedopt.trace.number import ARITHMETIC
 from fusedopt.trace.purity import ACTS, PURE, READS, Verdict, examine, is_pure
@@ -81,7 +81,7 @@ def traces(monkeypatch):
 @pytest.fixture
 def naive(monkeypatch):
     """The mutation: every callback counts as pure, and nothing around it ever changes."""
-    monkeypatch.setattr(engine, "examine", lambda callback: Verdict(PURE))
+    monkeypatch.setattr(verdicts, "examine", lambda callback: Verdict(PURE))
     monkeypatch.setattr(Sources, "unchanged", lambda self: True)
     monkeypatch.setattr(Snapshot, "restored", lambda self: False)
 
@@ -899,8 +899,8 @@ def test_replayed_numbers_equal_the_callbacks_exactly(row, variant, sets, no_ker
         START[id(opts[-1])] = [dict(h) for h in opts[-1].hypers]
     repeated, replayed, traced = opts
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "examine", lambda callback: Verdict(READS))
-        assert not any(traced.engine._pure)
+        patch.setattr(verdicts, "examine", lambda callback: Verdict(READS))
+        assert not any(traced.engine.verdicts.pure)
     steps = 50 if sets == 1 else 14
     scalars = {opt: [] for opt in opts}
     counts = dict.fromkeys(opts, 0)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
 from fusedopt import average_grad, l2_reg, momentum_step, weight_decay
-from fusedopt.runtime import engine, items, leaf
+from fusedopt.runtime import engine, items, leaf, verdicts
 from fusedopt.table import TABLE
 from fusedopt.trace.purity import READS, Verdict
 
@@ -155,7 +155,7 @@ def test_a_warm_step_is_bitwise_the_long_one(row, dtype, long_way, monkeypatch):
     twins = Twins(make, shapes, dtype)
     eager = make(parameters(shapes, dtype))
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "examine", lambda callback: Verdict(READS))
+        patch.setattr(verdicts, "examine", lambda callback: Verdict(READS))
         assert eager.engine
     warm_steps = 0
     steps = 16

@@ -8,46 +8,34 @@ backend is the same with no program at all.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
-import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from .. import env, reference
-from ..callback import arguments_of, identity, may_only_move, may_take, name_of, place_of
+from .. import reference
+from ..callback import identity
 from ..trace.number import Scalar
-from ..trace.purity import ACTS, PURE, READS, examine, sources_of
+from ..trace.purity import sources_of
 from ..trace.replay import Replay, can_replay
-from ..trace.signals import Changes, NeedsAttribute, Untraceable
-from ..trace.signature import FACTOR, STARTED, Opaque, Signature, is_plain, static_of, structure_of
-from ..trace.snapshot import Snapshot, is_data
+from ..trace.signals import NeedsAttribute, Untraceable
+from ..trace.signature import FACTOR, Signature, is_plain, static_of, structure_of
+from ..trace.snapshot import Snapshot
 from ..trace.tracer import Trace, trace
 from . import backends, items, leaf, sharded
 from .backends import Backend, Kernel, Launch
 from .history import History
 from .items import Item
 from .scaling import Norm, Scaling
+from .verdicts import ActsAfterAll, Verdicts
 
 MAX_KNOWN = 7
 """Traces of one structure that are kept for replay: the sides of branches on numbers that a schedule visits."""
-
-
-class Eager(NamedTuple):
-    """A callback that runs eagerly, and why: where in its code, what it does there, and what could be done about it."""
-
-    callback: str
-    reason: str
-
-
-class ActsAfterAll(BaseException):
-    """A callback that was traced turns out to act; what it changed is as it was. The step begins again without it."""
 
 
 @dataclass
@@ -131,12 +119,9 @@ class Resident:
 class Engine:
     """Steps parameters by a callback list. It holds no tensors: state lives with the optimizer.
 
-    ``said``: what was already warned of, by an engine before this one.
-
-    ``history`` has the kernels used so far, ``eager`` the verdicts on callbacks with no fused form, ``acts`` those on
-    callbacks that are never traced (see ``trace.purity``), ``launched`` the kernels of the last step's launches, and
-    how many tensors each stepped, ``norm`` how its gradients' norm was taken, ``resident`` its launches whose scalars
-    live on the device.
+    ``history`` has the kernels used so far, ``verdicts`` which callbacks run eagerly, ``launched`` the kernels of the
+    last step's launches, and how many tensors each stepped, ``norm`` how its gradients' norm was taken, ``resident``
+    its launches whose scalars live on the device. ``said``: what an engine before this one has warned of.
     """
 
     def __init__(
@@ -151,18 +136,12 @@ class Engine:
         self.title, self.state_dtype = title, state_dtype
         self.attributes: tuple[str, ...] = ()
         self.history = History()
-        self.eager: dict[tuple[int, Any], Eager] = {}
         self.norm: Norm | None = None
         self.resident: Resident | None = None
         self.launched: list[tuple[Kernel, int]] = []
-        verdicts = [examine(cb) for cb in callbacks]
-        self._pure = [verdict.level == PURE for verdict in verdicts]
-        self._reads = [verdict.level == READS for verdict in verdicts]
-        self.acts = {i: self._acting(i, v.reason) for i, v in enumerate(verdicts) if v.level == ACTS}
+        self.verdicts = Verdicts(self.callbacks, said)
         self._sources = sources_of(callbacks)
         self._known = self._shared_traces()
-        self.said: set[Any] = set() if said is None else said
-        self._moved: set[int] | None = set()
         self._acted = False
 
     def follows(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
@@ -173,7 +152,7 @@ class Engine:
         """Those of other engines with these callbacks; but what has a closure is not kept beyond its time."""
         key = (*map(identity, self.callbacks), *self._sources.found)
         try:
-            if all(self._pure) and not self._sources.closed:
+            if all(self.verdicts.pure) and not self._sources.closed:
                 return _known_traces(key, self.backend, self.title, self.state_dtype)
         except TypeError:  # a default that cannot be hashed
             pass
@@ -185,7 +164,7 @@ class Engine:
         If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all of the step:
         nothing if a callback ran eagerly.
         """
-        verdicts = dict(self.eager), dict(self.acts)
+        saved = self.verdicts.saved()
         try:
             while True:
                 try:
@@ -193,12 +172,9 @@ class Engine:
                     break
                 except ActsAfterAll:  # from the beginning, in the order of a plain loop
                     continue
-            self._say([work for _, work in copies])
-            self._say_idle([(item, plan.trace.asked | plan.numbers) for plan in plans for item in plan.items])
-            self._say_idle([(item, work.state) for item, work in copies])
-            self._moved = None
+            self._say(plans, copies)
         except BaseException:
-            self.eager, self.acts = verdicts  # a callback that raised may fuse once it no longer does
+            self.verdicts.restore(saved)
             raise
         launched = self._launch(plans, scaling)
         self.resident = Resident(launched, self.norm)
@@ -221,7 +197,7 @@ class Engine:
         self.norm = self._scale(plans, work, scaling)
         if copies and scaling.amp and scaling.skipped({item.param.device for item in unfused}):
             return plans, unfused, []
-        span = self._span()
+        span = range(len(self.callbacks)) if self.backend == "reference" else self.verdicts.span()
         self._acted = False
         self._advance(work, 0, span.start)
         self._acted = bool(span)
@@ -284,14 +260,12 @@ class Engine:
         """
         if not backends.candidates(self.backend, signature.device):
             return first
-        structure = structure_of(signature)
-        span = self._span()
-        eager = [i for i in range(first, stop) if i in span or (i, structure) in self.eager]
-        if eager:
-            return eager[0]
+        eager = self.verdicts.first_eager(first, stop, signature)
+        if eager is not None:
+            return eager
         hyper = bucket[0].hyper
         plain = is_plain(v for _, v in signature.state) and is_plain(hyper.values())
-        key = first, stop, structure, signature.asked, static_of(hyper)
+        key = first, stop, structure_of(signature), signature.asked, static_of(hyper)
         known = self._known.setdefault(key, []) if plain else []
         for candidate in known:
             again = candidate.replay and candidate.replay(hyper, dict(signature.state))
@@ -305,7 +279,7 @@ class Engine:
         compiled = self._compile(traced)
         if compiled is None:
             return first
-        sound = plain and can_replay(traced) and all(self._pure[first:stop])
+        sound = plain and can_replay(traced) and all(self.verdicts.pure[first:stop])
         entry = Known(traced, *compiled, Replay(traced) if sound else None)
         if sound:
             known[:] = [*known[-MAX_KNOWN:], entry]
@@ -315,7 +289,8 @@ class Engine:
         self, signature: Signature, hyper: dict[str, Any], first: int, stop: int, plain: bool
     ) -> Trace | int:
         """The trace, or the number of the callback that has none, with the verdict on it noted."""
-        handed = {} if plain else self._handed(signature, hyper, first, stop)
+        callbacks = range(first, stop)
+        handed = {} if plain else self.verdicts.handed(signature, hyper, callbacks)
         snapshot = Snapshot([*self._sources.values(), *handed.values()])
         traced: Trace | int
         try:
@@ -328,78 +303,17 @@ class Engine:
                 work=signature.asked is not None,
             )
         except (Untraceable, Exception) as error:
-            i = getattr(error, "callback", first)
-            if isinstance(error, Changes) or i in self._open(first, stop, handed):
-                self.acts[i] = self._untraceable(i, error)
-                raise ActsAfterAll from None
-            self.eager[i, structure_of(signature)] = self._untraceable(i, error)
-            traced = i
+            traced = getattr(error, "callback", first)
+            self.verdicts.untraceable(traced, error, signature, handed)
         finally:
             changed = snapshot.restored()
         if changed:
-            for i in self._open(first, stop, handed) or range(first, stop):
-                self.acts[i] = self._acting(
-                    i, "it changes a list, dict, set or tensor from outside its arguments"
-                )
-            raise ActsAfterAll
+            self.verdicts.changed(callbacks, handed)
         return traced
-
-    def _open(self, first: int, stop: int, handed: Iterable[str]) -> list[int]:
-        """The callbacks that hold something that may change, so that it matters how often and when they are called."""
-        return [
-            i
-            for i in range(first, stop)
-            if self._reads[i] or any(may_take(k, self.callbacks[i]) for k in handed)
-        ]
-
-    def _handed(self, signature: Signature, hyper: dict[str, Any], first: int, stop: int) -> dict[str, Any]:
-        """Containers among state and hyperparameters, which callbacks may change. With other objects none is traced."""
-        found = {k: v.value for k, v in signature.state if isinstance(v, Opaque)}
-        found |= {k: v for k, v in hyper.items() if not is_plain([v])}
-        objects = [name for name, value in found.items() if not is_data(value)]
-        seen = [
-            (i, name) for name in objects for i in range(first, stop) if may_take(name, self.callbacks[i])
-        ]
-        for i, name in seen:
-            self.acts[i] = self._acting(
-                i, f"its argument {name} is an object of type {type(found[name]).__name__}"
-            )
-        if seen:
-            raise ActsAfterAll
-        return found
-
-    def unfused(self) -> tuple[Eager, ...]:
-        """All verdicts on callbacks that run eagerly beside fused ones."""
-        acts = [self.acts[i] for i in sorted(self.acts)] if self.backend != "reference" else []
-        return tuple(dict.fromkeys([*acts, *self.eager.values()]))
-
-    def _untraceable(self, i: int, error: BaseException) -> Eager:
-        callback = self.callbacks[i]
-        where = getattr(error, "where", "") or place_of(callback).strip(" ()")
-        reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
-        remedy = getattr(error, "remedy", "") or FUSES
-        return Eager(name_of(callback), f"{where}: {reason}. Remedy: {remedy}")
-
-    def _acting(self, i: int, reason: str) -> Eager:
-        where = "" if ".py:" in reason else f"{place_of(self.callbacks[i]).strip(' ()')}: "
-        return Eager(name_of(self.callbacks[i]), f"{where}{reason}. Remedy: {ARGUMENTS_ALONE}")
-
-    def _span(self) -> range:
-        """The callbacks that run as in a plain loop: for one parameter one after another, then for the next.
-
-        These are the ones that act, all between them, and those that read what the others may change.
-        """
-        if self.backend == "reference":
-            return range(len(self.callbacks))
-        if not self.acts:
-            return range(len(self.callbacks), len(self.callbacks))
-        inside = [i for i, reads in enumerate(self._reads) if reads or i in self.acts]
-        return range(inside[0], inside[-1] + 1)
 
     def _planned(self, plan: Plan) -> Plan:
         self.history.note(plan.items[0].where, plan.kernel, plan.trace)
-        if self._moved is not None:
-            self._moved |= plan.trace.moved
+        self.verdicts.moved(plan.trace.moved)
         return plan
 
     def _compile(self, traced: Trace) -> tuple[Backend, Kernel] | None:
@@ -488,53 +402,24 @@ class Engine:
                     self.callbacks[i], item.owner, item.param, item.state, item.hyper
                 )
                 items.attach_gradient(item, item.param.grad)  # the callback may have set another
-                if moved and self._moved is not None:
-                    self._moved.add(i)
+                self.verdicts.moved([i] if moved else [])
 
-    # -- what is said --
-    def _say(self, work: list[Item]) -> None:
-        """Warn, once each, of what runs eagerly and of what does nothing."""
-        verdicts = {i: eager for (i, _), eager in reversed(self.eager.items())}
-        verdicts |= self.acts if self.backend != "reference" else {}
-        for i, eager in sorted(verdicts.items()):
-            self._warn(
-                i, f"the callback {eager.callback} runs eagerly, parameter by parameter: {eager.reason}"
+    def _say(self, plans: list[Plan], copies: list[tuple[Item, Item]]) -> None:
+        """Warn of what runs eagerly and of what does nothing."""
+        if self.backend != "reference":
+            self.verdicts.say()
+            whole = [work for _, work in copies if type(work) is sharded.Whole]
+            tensors = [t for item in whole for t in (item.param, item.grad) if not items.walkable(t)]
+            if tensors:
+                kinds = ", ".join(sorted({type(t).__name__ for t in tensors}))
+                what = f"tensors of type {kinds} are stepped unfused, by torch's own operations on them"
+                self.verdicts.warn("whole", what)
+        if plans or copies:
+            states = [(item, plan.trace.asked | plan.numbers) for plan in plans for item in plan.items]
+            states += [(item, work.state) for item, work in copies]
+            self.verdicts.say_idle(
+                dict.fromkeys(k for item, new in states for k in new if k not in item.state)
             )
-        whole = [item for item in work if type(item) is sharded.Whole]
-        tensors = [t for item in whole for t in (item.param, item.grad) if not items.walkable(t)]
-        if tensors and self.backend != "reference":
-            kinds = ", ".join(sorted({type(t).__name__ for t in tensors}))
-            self._warn(
-                "whole", f"tensors of type {kinds} are stepped unfused, by torch's own operations on them"
-            )
-
-    def _say_idle(self, stepped: list[tuple[Item, dict[str, Any]]]) -> None:
-        """Warn, on the first step, of callbacks that did nothing, and of state that nobody takes: items with it."""
-        moved = self._moved
-        if moved is None or not stepped:
-            return
-        for i, callback in enumerate(self.callbacks):
-            if i not in moved and (may_only_move(callback) or not moved):
-                self._warn(
-                    ("idle", i),
-                    f"the callback {name_of(callback)}{place_of(callback)} changed nothing. A callback changes its "
-                    "arguments in place or returns state: p.data.sub_(lr * p.grad), not p = p - lr * p.grad",
-                )
-        for key in dict.fromkeys(key for item, state in stepped for key in state if key not in item.state):
-            if not key.startswith(STARTED) and not any(may_take(key, cb, True) for cb in self.callbacks):
-                near = difflib.get_close_matches(
-                    key, {n for cb in self.callbacks for n in arguments_of(cb)}, 1
-                )
-                hint = f" (is it {near[0]!r}?)" if near else ""
-                self._warn(
-                    ("state", key),
-                    f"the state {key!r} is kept, but no callback takes it: name it among the arguments of one{hint}",
-                )
-
-    def _warn(self, once: Any, text: str) -> None:
-        if once not in self.said:
-            self.said.add(once)
-            warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=env.caller_level())
 
 
 def _fit(slots: Sequence[Scalar], compute: torch.dtype) -> bool:
@@ -545,12 +430,6 @@ def _fit(slots: Sequence[Scalar], compute: torch.dtype) -> bool:
         for x in slots
     )
 
-
-FUSES = "arithmetic on whole tensors fuses, with reductions over all elements (docs/compiler.md has the list)"
-ARGUMENTS_ALONE = (
-    "nothing is wrong, but it is slow; what depends on the arguments alone fuses: pass numbers as hyperparameters, and "
-    "keep what lasts in the state that it returns"
-)
 
 _UNSCALED = Scaling(amp=False)
 

@@ -1,0 +1,160 @@
+"""Which callbacks run eagerly, why, and in what order; and what is said of them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from .. import env
+from ..callback import arguments_of, may_only_move, may_take, name_of, place_of
+from ..trace.purity import ACTS, PURE, READS, examine
+from ..trace.signals import Changes, Untraceable
+from ..trace.signature import STARTED, Opaque, Signature, is_plain, structure_of
+from ..trace.snapshot import is_data
+
+FUSES = "arithmetic on whole tensors fuses, with reductions over all elements (docs/compiler.md has the list)"
+ARGUMENTS_ALONE = (
+    "nothing is wrong, but it is slow; what depends on the arguments alone fuses: pass numbers as hyperparameters, and "
+    "keep what lasts in the state that it returns"
+)
+
+
+class Eager(NamedTuple):
+    """A callback that runs eagerly, and why: where in its code, what it does there, and what could be done about it."""
+
+    callback: str
+    reason: str
+
+
+class ActsAfterAll(BaseException):
+    """A callback that was traced turns out to act; what it changed is as it was. The step begins again without it."""
+
+
+class Verdicts:
+    """What is thought of each callback of a list.
+
+    ``unfused`` are those with no fused form for parameters of some structure, by number and structure; ``acts`` those
+    that are never traced (see ``trace.purity``), by number; ``pure`` says of each whether its trace may be replayed.
+    ``said`` is what was already warned of.
+    """
+
+    def __init__(self, callbacks: Sequence[Callable[..., Any]], said: set[Any] | None = None) -> None:
+        self.callbacks = callbacks
+        found = [examine(cb) for cb in callbacks]
+        self.pure = [verdict.level == PURE for verdict in found]
+        self._reads = [verdict.level == READS for verdict in found]
+        self.unfused: dict[tuple[int, Any], Eager] = {}
+        self.acts: dict[int, Eager] = {}
+        for i, verdict in enumerate(found):
+            if verdict.level == ACTS:
+                self._act(i, verdict.reason)
+        self.said: set[Any] = set() if said is None else said
+        self._moved: set[int] | None = set()
+
+    def saved(self) -> tuple[dict, dict]:
+        """For `restore`, if a step raises: what raised may fuse once it no longer does."""
+        return dict(self.unfused), dict(self.acts)
+
+    def restore(self, saved: tuple[dict, dict]) -> None:
+        self.unfused, self.acts = saved
+
+    # -- which, and in what order --
+    def span(self) -> range:
+        """The callbacks that run as in a plain loop: for one parameter one after another, then for the next.
+
+        These are the ones that act, all between them, and those that read what the others may change.
+        """
+        if not self.acts:
+            return range(len(self.callbacks), len(self.callbacks))
+        inside = [i for i, reads in enumerate(self._reads) if reads or i in self.acts]
+        return range(inside[0], inside[-1] + 1)
+
+    def first_eager(self, first: int, stop: int, signature: Signature) -> int | None:
+        """The first of these callbacks that is known to run eagerly, for parameters with this signature."""
+        structure, span = structure_of(signature), self.span()
+        return next((i for i in range(first, stop) if i in span or (i, structure) in self.unfused), None)
+
+    def handed(self, signature: Signature, hyper: dict[str, Any], callbacks: range) -> dict[str, Any]:
+        """Containers among state and hyperparameters, which callbacks may change. With other objects none is traced."""
+        found = {k: v.value for k, v in signature.state if isinstance(v, Opaque)}
+        found |= {k: v for k, v in hyper.items() if not is_plain([v])}
+        for name, value in found.items():
+            for i in callbacks if not is_data(value) else ():
+                if may_take(name, self.callbacks[i]):
+                    self._act(i, f"its argument {name} is an object of type {type(value).__name__}")
+        if self.acts.keys() & callbacks:
+            raise ActsAfterAll
+        return found
+
+    def _open(self, callbacks: range, handed: Iterable[str]) -> list[int]:
+        """Those that hold something that may change, so that it matters how often and when they are called."""
+        return [i for i in callbacks if self._reads[i] or any(may_take(k, self.callbacks[i]) for k in handed)]
+
+    def untraceable(self, i: int, error: BaseException, signature: Signature, handed: Iterable[str]) -> None:
+        """Note that a callback has no fused form; raises ActsAfterAll if it matters when it is called."""
+        where = getattr(error, "where", "") or place_of(self.callbacks[i])
+        reason = str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
+        remedy = getattr(error, "remedy", "") or FUSES
+        eager = Eager(name_of(self.callbacks[i]), f"{where}: {reason}. Remedy: {remedy}")
+        if isinstance(error, Changes) or self._open(range(i, i + 1), handed):
+            self.acts[i] = eager
+            raise ActsAfterAll
+        self.unfused[i, structure_of(signature)] = eager
+
+    def changed(self, callbacks: range, handed: Iterable[str]) -> None:
+        """Note that a trace of these has changed something around them. Raises ActsAfterAll."""
+        for i in self._open(callbacks, handed) or callbacks:
+            self._act(i, "it changes a list, dict, set or tensor from outside its arguments")
+        raise ActsAfterAll
+
+    def _act(self, i: int, reason: str) -> None:
+        where = "" if re.match(r"\S.*:\d+: ", reason) else f"{place_of(self.callbacks[i])}: "
+        self.acts[i] = Eager(name_of(self.callbacks[i]), f"{where}{reason}. Remedy: {ARGUMENTS_ALONE}")
+
+    # -- what is said --
+    def all(self) -> tuple[Eager, ...]:
+        """Every verdict with its reason."""
+        acts = [self.acts[i] for i in sorted(self.acts)]
+        return tuple(dict.fromkeys([*acts, *self.unfused.values()]))
+
+    def say(self) -> None:
+        """Warn, once each, of callbacks that run eagerly."""
+        found = {i: eager for (i, _), eager in reversed(self.unfused.items())} | self.acts
+        for i, (name, reason) in sorted(found.items()):
+            self.warn(i, f"the callback {name} runs eagerly, parameter by parameter: {reason}")
+
+    def moved(self, callbacks: Iterable[int]) -> None:
+        """These did something."""
+        if self._moved is not None:
+            self._moved |= {*callbacks}
+
+    def say_idle(self, new: Iterable[str]) -> None:
+        """Warn, after the first step, of callbacks that did nothing, and of ``new`` state that nobody takes."""
+        moved, self._moved = self._moved, None
+        if moved is None:
+            return
+        for i, callback in enumerate(self.callbacks):
+            if i not in moved and (may_only_move(callback) or not moved):
+                self.warn(
+                    ("idle", i),
+                    f"the callback {name_of(callback)} ({place_of(callback)}) changed nothing. A callback changes its "
+                    "arguments in place or returns state: p.data.sub_(lr * p.grad), not p = p - lr * p.grad",
+                )
+        for key in new:
+            if not key.startswith(STARTED) and not any(may_take(key, cb, True) for cb in self.callbacks):
+                known = {name for cb in self.callbacks for name in arguments_of(cb)}
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f" (is it {near[0]!r}?)" if near else ""
+                self.warn(
+                    ("state", key),
+                    f"the state {key!r} is kept, but no callback takes it: name it among the arguments of one{hint}",
+                )
+
+    def warn(self, once: Any, text: str) -> None:
+        """Warn, if this was not said before."""
+        if once not in self.said:
+            self.said.add(once)
+            warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=env.caller_level())
