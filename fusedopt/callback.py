@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dis
 import functools
 import inspect
@@ -91,18 +92,24 @@ def place_of(callback: Callback) -> str:
     return f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}"
 
 
-def may_only_move(callback: Callback) -> bool:
-    """Whether it can be there only to change something: it uses its parameter, and no branch delays that."""
+def uses_parameter(callback: Callback) -> bool:
+    """Whether its code does anything with its first argument; True if it cannot be looked into."""
     function = function_of(callback)
-    return isinstance(function, types.FunctionType) and _may_only_move(function.__code__)
+    if not isinstance(function, types.FunctionType):
+        return True
+    code = function.__code__
+    return any(name in _loads(code) for name in code.co_varnames[:1])
+
+
+def branches(callback: Callback) -> bool:
+    """Whether its code may do other things on other calls; True if it cannot be looked into."""
+    function = function_of(callback)
+    return not isinstance(function, types.FunctionType) or _branches(function.__code__)
 
 
 @functools.lru_cache(maxsize=256)
-def _may_only_move(code: types.CodeType) -> bool:
-    steps = list(dis.get_instructions(code))
-    branches = any(step.opcode in (*dis.hasjrel, *dis.hasjabs) for step in steps)
-    loads = (step.argval for step in steps if step.opname.startswith("LOAD_FAST"))
-    return not branches and any(_is_of(loaded, code.co_varnames[0]) for loaded in loads)
+def _branches(code: types.CodeType) -> bool:
+    return any(step.opcode in (*dis.hasjrel, *dis.hasjabs) for step in dis.get_instructions(code))
 
 
 def may_take(key: str, callback: Callback, returns: bool = False) -> bool:
@@ -119,14 +126,19 @@ def may_take(key: str, callback: Callback, returns: bool = False) -> bool:
     rest = code.co_varnames[
         code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
     ]
-    loads = [s.argval for c in _codes(code) for s in dis.get_instructions(c) if s.opname.startswith("LOAD")]
-    used = any(_is_of(loaded, rest) for loaded in loads)
-    named = sum(_is_of(loaded, key) for loaded in loads)
-    return used and (looked_up(function) is None or named > returns)
+    loads = _loads(code)
+    return rest in loads and (looked_up(function) is None or loads[key] > returns)
 
 
-def _is_of(argval: Any, name: str) -> bool:
-    return argval == name or (isinstance(argval, tuple) and name in argval)
+@functools.lru_cache(maxsize=256)
+def _loads(code: types.CodeType) -> collections.Counter[str]:
+    """How often its code loads each name and each text."""
+    steps = [step for inner in _codes(code) for step in dis.get_instructions(inner)]
+    loaded = [step.argval for step in steps if step.opname.startswith("LOAD")]
+    pairs = [
+        x for found in loaded for x in (found if isinstance(found, tuple) else (found,))
+    ]  # since Python 3.13
+    return collections.Counter(x for x in pairs if isinstance(x, str))
 
 
 def defaults_of(callback: Callback) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def test_joining_does_not_depend_on_how_many_blocks_there_are(fake):
 
 
 def test_scalar_state_is_stored_once_for_each_tensor(fake):
-    def keep_norm(p, **kwargs):
+    def keep_norm(p, norm=None, **kwargs):
         return {"norm": p.grad.norm()}
 
     fake.threads = 4

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .. import env
-from ..callback import arguments_of, may_only_move, may_take, name_of, place_of
+from ..callback import arguments_of, branches, may_take, name_of, place_of, uses_parameter
 from ..trace.purity import ACTS, PURE, READS, examine
 from ..trace.signals import Changes, Untraceable
 from ..trace.signature import STARTED, Opaque, Signature, is_plain, structure_of
@@ -137,7 +137,7 @@ class Verdicts:
         if moved is None:
             return
         for i, callback in enumerate(self.callbacks):
-            if i not in moved and (may_only_move(callback) or not moved):
+            if i not in moved and uses_parameter(callback) and not (moved and branches(callback)):
                 self.warn(
                     ("idle", i),
                     f"the callback {name_of(callback)} ({place_of(callback)}) changed nothing. A callback changes its "
