@@ -56,7 +56,7 @@ class Sources:
             self._add_function(value.__func__, value.__self__)
         elif isinstance(value, types.FunctionType):
             self._add_function(value)
-        elif not is_data(value):
+        elif callable(value) and not isinstance(value, (type, types.BuiltinFunctionType)):
             self._add_function(method_of(value), value)
 
     def _add_function(self, function: Any, itself: Any = None) -> None:
