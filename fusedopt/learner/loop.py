@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .batches import parts
 from .callback import Callback
 from .checks import add_note, as_callback, as_tensor, free_name, one_number
 from .events import CANCEL
@@ -115,15 +116,13 @@ class Loop:
     def _batches(self) -> None:
         self.n_iter = len(self.dl)
         for i, batch in enumerate(self.dl):
-            self.iter = i
-            self.xb, self.yb = self.split(batch)
-            self._with_events("batch", self._batch)
+            self.one_batch(i, batch)
 
-    def split(self, batch: Any) -> tuple[tuple, tuple]:
-        """Inputs and targets of a batch: the last of several is the target."""
-        batch = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        n = getattr(self.dls, "n_inp", max(1, len(batch) - 1))
-        return batch[:n], batch[n:]
+    def one_batch(self, i: int, batch: Any) -> None:
+        """Train or evaluate on this batch, the ``i``-th of its loader."""
+        self.iter = i
+        self.xb, self.yb = parts(batch, getattr(self.dls, "n_inp", None), self.model)
+        self._with_events("batch", self._batch)
 
     def _batch(self) -> None:
         self.pred = self.model(*self.xb)

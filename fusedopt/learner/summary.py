@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .batches import mapped, parts
 from .hooks import Hooks
 
 
@@ -56,8 +57,8 @@ class Summary:
 
     def _first_inputs(self) -> tuple:
         device = next((p.device for p in self.model.parameters()), None)
-        xb, _ = self.split(next(iter(self.dls[0])))  # type: ignore[attr-defined]
-        return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in xb)
+        xb, _ = parts(next(iter(self.dls[0])), getattr(self.dls, "n_inp", None), self.model)
+        return mapped(xb, lambda x: x.to(device))
 
 
 def layer_info(model: nn.Module, *xb: Any) -> list[tuple[str, str, str, str]]:
