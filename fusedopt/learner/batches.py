@@ -69,7 +69,9 @@ def plain(x: torch.Tensor) -> torch.Tensor:
     Mixed with each other, such as in ``pred == target``, they are refused by torch.
     """
     if type(x) is torch.Tensor or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return x  # those that have their own way of keeping values (nested, distributed) must stay what they are
+        return (
+            x  # those that have their own way of keeping values (nested, distributed) must stay what they are
+        )
     return x.as_subclass(torch.Tensor)
 
 
@@ -77,7 +79,7 @@ def parts(batch: Any, n_inp: int | None, model: Any) -> tuple[tuple, tuple]:
     """Inputs and targets of a batch: the first ``n_inp``, or all but the last, are inputs.
 
     A batch that is a dict has its target under one of `TARGETS`, else it is the last. A model with one argument gets
-    several inputs as a dict; else they come in the order of its arguments, where these have the same names, or the dict's.
+    several inputs as a dict; else they come in the order of its arguments, if these have the same names, or the dict's.
     """
     if isinstance(batch, Mapping):
         batch, n_inp = _from_dict(batch, n_inp, model)

@@ -163,8 +163,9 @@ class Inference:
 def class_names(dls: Any) -> Any:
     """The loaders' ``vocab``, if they have one. Where there are several, the last is that of the targets."""
     vocab = getattr(dls, "vocab", None)
-    several = isinstance(vocab, (list, tuple)) and vocab and not isinstance(vocab[-1], str)
-    return vocab[-1] if several and isinstance(vocab[-1], Collection) else vocab
+    if not isinstance(vocab, (list, tuple)) or not vocab or isinstance(vocab[-1], str):
+        return vocab
+    return vocab[-1] if isinstance(vocab[-1], Collection) else vocab
 
 
 def _in_one(gather: GatherPreds, numbers: list[list[int]] | None) -> Any:

@@ -30,7 +30,7 @@ class Loop:
     loss: Any
     loss_grad: Any
     training, n_epoch = False, 1
-    epoch = iter = n_iter = 0
+    epoch = iter = n_iter = start_epoch = 0
 
     def __init__(self) -> None:
         self.cbs: list[Callback] = []
@@ -96,7 +96,7 @@ class Loop:
         self(f"after_{part}")
 
     def _fit(self) -> None:
-        for epoch in range(self.n_epoch):
+        for epoch in range(self.start_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events("epoch", self._epoch)
 

@@ -39,7 +39,7 @@ def numbered(dl: Any) -> tuple[Any, list[list[int]] | None]:
     """
     if is_fastais(dl):
         return _numbered_fastais(dl)
-    if not _has_numbers(dl) or isinstance(dl.sampler, SequentialSampler) and dl.batch_size:
+    if not _has_numbers(dl) or (isinstance(dl.sampler, SequentialSampler) and dl.batch_size):
         return dl, None
     batches: Any = list(islice(dl._index_sampler, len(dl)))
     if dl.batch_sampler is None:  # each item is a batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,8 +49,8 @@ class Summary:
             f"Total params: {total:,}",
             f"Total trainable params: {trained:,}",
             f"Total non-trainable params: {total - trained:,}",
-            f"Optimizer: {_called(self.opt_func)}",
-            f"Loss function: {_called(self.loss_func)}",
+            f"Optimizer: {called(self.opt_func)}",
+            f"Loss function: {called(self.loss_func)}",
             *([f"Frozen up to parameter group {frozen}"] if frozen else []),
             f"Callbacks: {', '.join(map(repr, self.cbs))}",
         ]
@@ -100,9 +101,9 @@ def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
     return [lines[0], rule, *lines[1:], rule]
 
 
-def _called(function: Any) -> str:
+def called(function: Any) -> str:
     """The name of a function, a partial of one, or a module."""
-    function = getattr(function, "func", function)
+    function = function.func if isinstance(function, functools.partial) else function
     return getattr(function, "__name__", None) or str(function)
 
 
