@@ -50,7 +50,8 @@ from .hooks import Hook, Hooks, hook_output, hook_outputs
 from .interpret import Interpretation
 from .layers import GeneralRelu, RunningBatchNorm
 from .learner import Learner
-from .metrics import AvgLoss, AvgMetric, AvgSmoothLoss, Metric, ValueMetric, accuracy
+from .loaders import DataLoaders
+from .metrics import AvgLoss, AvgMetric, AvgSmoothLoss, Metric, ValueMetric, accuracy, error_rate
 from .saving import load_learner
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "CancelStepException",
     "CancelTrainException",
     "CancelValidException",
+    "DataLoaders",
     "DeviceCallback",
     "EarlyStopping",
     "GeneralRelu",
@@ -104,6 +106,7 @@ __all__ = [
     "accuracy",
     "combine_scheds",
     "combined_cos",
+    "error_rate",
     "event",
     "hook_output",
     "hook_outputs",

@@ -18,7 +18,10 @@ from .order import listed
 
 
 class Fitting:
-    """Part of the `Learner`. Rates are a number, a list with one per group, or a slice: see ``Optimizer.set_hyper``."""
+    """Part of the `Learner`. Rates are a number, a list with one per group, or a slice: see ``Optimizer.set_hyper``.
+
+    ``start_epoch`` is as for `Learner.fit`.
+    """
 
     dls: Any
     opt: Any
@@ -42,6 +45,7 @@ class Fitting:
         moms: tuple[float, float, float] | None = None,
         cbs: Any = None,
         reset_opt: bool = False,
+        start_epoch: int = 0,
     ) -> None:
         """Train with one cycle: the rate from lr_max / div to lr_max to lr_max / div_final, momentum through ``moms``.
 
@@ -52,7 +56,7 @@ class Fitting:
             "lr": combined_cos(pct_start, top / div, top, top / div_final),
             "mom": combined_cos(pct_start, *(self.moms if moms is None else moms)),
         }
-        self._fit_scheduled(n_epoch, scheds, wd, cbs, reset_opt)
+        self._fit_scheduled(n_epoch, scheds, wd, cbs, reset_opt, start_epoch)
 
     def fit_flat_cos(
         self,
@@ -63,11 +67,12 @@ class Fitting:
         wd: float | None = None,
         cbs: Any = None,
         reset_opt: bool = False,
+        start_epoch: int = 0,
     ) -> None:
         """Train at a flat rate for ``pct_start`` of the batches, then along half a cosine down to lr / div_final."""
         flat = self._rates(lr)
         scheds = {"lr": combined_cos(pct_start, flat, flat, flat / div_final)}
-        self._fit_scheduled(n_epoch, scheds, wd, cbs, reset_opt)
+        self._fit_scheduled(n_epoch, scheds, wd, cbs, reset_opt, start_epoch)
 
     def fit_sgdr(
         self,
@@ -78,6 +83,7 @@ class Fitting:
         cbs: Any = None,
         reset_opt: bool = False,
         wd: float | None = None,
+        start_epoch: int = 0,
     ) -> None:
         """Train in cycles with warm restarts: each from lr_max down to 0, and ``cycle_mult`` times as long as the last.
 
@@ -86,9 +92,8 @@ class Fitting:
         top, lengths = self._rates(lr_max), [cycle_len * cycle_mult**i for i in range(n_cycles)]
         n_epoch = sum(lengths)
         pcts = [length / n_epoch for length in lengths]
-        self._fit_scheduled(
-            n_epoch, {"lr": combine_scheds(pcts, [sched_cos(top, 0)] * n_cycles)}, wd, cbs, reset_opt
-        )
+        scheds = {"lr": combine_scheds(pcts, [sched_cos(top, 0)] * n_cycles)}
+        self._fit_scheduled(n_epoch, scheds, wd, cbs, reset_opt, start_epoch)
 
     def fine_tune(
         self,
@@ -167,5 +172,8 @@ class Fitting:
         self.opt.set_hyper("lr", self.lr if lr is None else lr)
         return np.array([h["lr"] for h in self.opt.hypers])
 
-    def _fit_scheduled(self, n_epoch: int, scheds: dict, wd: Any, cbs: Any, reset_opt: bool) -> None:
-        self.fit(n_epoch, wd=wd, cbs=[ParamScheduler(scheds), *listed(cbs)], reset_opt=reset_opt)
+    def _fit_scheduled(
+        self, n_epoch: int, scheds: dict, wd: Any, cbs: Any, reset_opt: bool, start_epoch: int
+    ) -> None:
+        cbs = [ParamScheduler(scheds), *listed(cbs)]
+        self.fit(n_epoch, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import default_collate
 
-from .batches import concat, mapped
+from .batches import batch_size, concat, mapped
 from .callback import Callback
-from .losses import unreduced
+from .losses import of_items, unreduced
 from .order import listed
+from .ordered import numbered, order_of, whole
 
 CLASSIFY = (nn.CrossEntropyLoss, nn.NLLLoss, functional.cross_entropy, functional.nll_loss)
 
@@ -25,12 +26,18 @@ class GatherPreds(Callback):
 
     order = 1000  # predictions and losses are final
 
+    def __init__(self, with_input: bool = False, with_loss: bool = False) -> None:
+        self.with_input, self.with_loss = with_input, with_loss
+
     def before_validate(self) -> None:
         self.seen: list[tuple] = []
+        self.iters: list[int] = []
 
     def after_loss(self) -> None:
-        batch = self.xb, self.pred, self.yb, self.loss if self.yb else ()
+        loss = of_items(self.loss, self.yb) if self.with_loss and self.yb else ()
+        batch = self.xb if self.with_input else (), self.pred, self.yb, loss
         self.seen.append(mapped(batch, lambda x: x.detach().cpu()))
+        self.iters.append(self.iter)
 
 
 class Inference:
@@ -61,40 +68,52 @@ class Inference:
         ds_idx: int = 1,
         dl: Iterable[Any] | None = None,
         with_input: bool = False,
+        with_decoded: bool = False,
         with_loss: bool = False,
         act: Callable[[Any], Any] | None = None,
+        reorder: bool = True,
         cbs: Any = None,
     ) -> tuple:
-        """Predictions and targets of all batches, on the CPU: ``([inputs,] preds, targets[, losses])``.
+        """Predictions and targets, on the CPU: ``([inputs,] preds, targets[, decoded][, losses])``.
+
+        They come in the order of the dataset, whatever a loader's sampler does. A loader that drops its last batch is
+        taken to the dataset's end.
 
         Args:
-            ds_idx: 0 for training's loader, in the dataset's order and to its end; 1 for validation's.
+            ds_idx: 0 for training's loader, of which all items are taken; 1 for validation's.
             dl: a loader in place of these, with or without targets (which are None then).
             with_input: return the inputs too.
+            with_decoded: return what the predictions mean too, see `predict`.
             with_loss: return each item's loss too. Needs a loss function with ``reduction``, as attribute or argument.
             act: applied to predictions; None: the loss function's ``activation``, if it has one.
+            reorder: False for the order in which the loader gives them.
             cbs: callbacks for this time.
+
+        Raises:
+            ValueError: no batches; losses without targets; an order that is not known, as when items are skipped.
         """
-        gather = GatherPreds()
-        dl = in_order(self.dls[ds_idx] if dl is None else dl)
+        gather = GatherPreds(with_input, with_loss)
+        if dl is None or getattr(dl, "drop_last", False):
+            dl = whole(self.dls[ds_idx] if dl is None else dl)
+        dl, numbers = numbered(dl) if reorder else (dl, None)
         with self._losses_of_items() if with_loss else contextlib.nullcontext():
             self._infer(dl, [*listed(cbs), gather])
         if not gather.seen:
             raise ValueError("there is nothing to predict: the loader had no batches, or all were cancelled")
-        inputs, preds, targets, losses = concat(gather.seen)
-        if with_loss and not targets:
+        if with_loss and not gather.seen[0][2]:
             raise ValueError(
                 "there are no losses without targets: the loader must give them, or with_loss be False"
             )
+        inputs, preds, targets, losses = _in_one(gather, numbers)
         act = act or getattr(self.loss_func, "activation", None)
         preds = preds if act is None else act(preds)
         found = [*([_single(inputs)] if with_input else []), preds, _single(targets)]
-        return (*found, losses.flatten(1).mean(1) if losses.ndim > 1 else losses) if with_loss else (*found,)
+        return (*found, *([self._decodes(preds)] if with_decoded else []), *([losses] if with_loss else []))
 
     def predict(self, item: Any) -> tuple[Any, Any, Any]:
         """What the model makes of one item: ``(label, decoded, prediction)``, as fastai's.
 
-        Decoded is by the loss function's ``decodes`` if it has one, else the largest of predictions for classes, else
+        Decoded is by the loss function's ``decodes``, if it has one, else the largest of predictions for classes, else
         the prediction. The label is ``dls.vocab[decoded]``, if there is a vocabulary, else decoded.
 
         Args:
@@ -102,7 +121,7 @@ class Inference:
         """
         preds, _ = self.get_preds(dl=[default_collate([item])])
         decoded = self._decodes(preds)[0]
-        vocab = getattr(self.dls, "vocab", None)
+        vocab = class_names(self.dls)
         return decoded if vocab is None else vocab[int(decoded)], decoded, preds[0]
 
     def _infer(self, dl: Iterable[Any], cbs: Any) -> None:
@@ -141,15 +160,20 @@ class Inference:
         return preds.argmax(1) if loss in CLASSIFY else preds
 
 
-def in_order(dl: Any) -> Any:
-    """A loader of the whole dataset in its order, where one can be told to shuffle or to drop the last batch."""
-    known = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset) and dl.batch_size
-    if not known or not isinstance(dl.sampler, (RandomSampler, SequentialSampler)):
-        return dl
-    if isinstance(dl.sampler, SequentialSampler) and not dl.drop_last:
-        return dl
-    same = ("batch_size", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
-    return DataLoader(dl.dataset, shuffle=False, drop_last=False, **{k: getattr(dl, k) for k in same})
+def class_names(dls: Any) -> Any:
+    """The loaders' ``vocab``, if they have one. Where there are several, the last is that of the targets."""
+    vocab = getattr(dls, "vocab", None)
+    if not isinstance(vocab, (list, tuple)) or not vocab or isinstance(vocab[-1], str):
+        return vocab
+    return vocab[-1] if isinstance(vocab[-1], Collection) else vocab
+
+
+def _in_one(gather: GatherPreds, numbers: list[list[int]] | None) -> Any:
+    """What was gathered, in the order of these numbers of items, batch by batch."""
+    if numbers is None:
+        return concat(gather.seen)
+    n = sum(batch_size(pred) for _, pred, *_ in gather.seen)
+    return concat(gather.seen, order_of(numbers, gather.iters, n))
 
 
 def _single(batch: tuple) -> Any:

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from .batches import plain
+from .inference import class_names
+
 
 class Interpretation:
     """A classifier's predictions, of shape (items, classes, ...), beside their targets, with one loss per item.
@@ -22,6 +25,7 @@ class Interpretation:
         losses: torch.Tensor,
         vocab: Sequence[Any] | None = None,
     ) -> None:
+        preds, targs, losses = map(plain, (preds, targs, losses))
         if preds.ndim < 2:
             raise ValueError(
                 f"predictions of shape {tuple(preds.shape)} are no scores of classes: the model has to give "
@@ -45,7 +49,7 @@ class Interpretation:
     ) -> Interpretation:
         """From `Learner.get_preds` with a loss for each item: by default of the loader for validation."""
         preds, targs, losses = learn.get_preds(ds_idx, dl, with_loss=True)
-        return cls(preds, targs, losses, getattr(learn.dls, "vocab", None) if vocab is None else vocab)
+        return cls(preds, targs, losses, class_names(learn.dls) if vocab is None else vocab)
 
     def confusion_matrix(self) -> torch.Tensor:
         """How many items of each class (rows) were taken for each class (columns)."""

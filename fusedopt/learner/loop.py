@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .batches import parts
 from .callback import Callback
 from .checks import add_note, as_callback, as_tensor, free_name, one_number
 from .events import CANCEL
@@ -29,7 +30,7 @@ class Loop:
     loss: Any
     loss_grad: Any
     training, n_epoch = False, 1
-    epoch = iter = n_iter = 0
+    epoch = iter = n_iter = start_epoch = 0
 
     def __init__(self) -> None:
         self.cbs: list[Callback] = []
@@ -95,7 +96,7 @@ class Loop:
         self(f"after_{part}")
 
     def _fit(self) -> None:
-        for epoch in range(self.n_epoch):
+        for epoch in range(self.start_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events("epoch", self._epoch)
 
@@ -115,15 +116,13 @@ class Loop:
     def _batches(self) -> None:
         self.n_iter = len(self.dl)
         for i, batch in enumerate(self.dl):
-            self.iter = i
-            self.xb, self.yb = self.split(batch)
-            self._with_events("batch", self._batch)
+            self.one_batch(i, batch)
 
-    def split(self, batch: Any) -> tuple[tuple, tuple]:
-        """Inputs and targets of a batch: the last of several is the target."""
-        batch = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        n = getattr(self.dls, "n_inp", max(1, len(batch) - 1))
-        return batch[:n], batch[n:]
+    def one_batch(self, i: int, batch: Any) -> None:
+        """Train or evaluate on this batch, the ``i``-th of its loader."""
+        self.iter = i
+        self.xb, self.yb = parts(batch, getattr(self.dls, "n_inp", None), self.model)
+        self._with_events("batch", self._batch)
 
     def _batch(self) -> None:
         self.pred = self.model(*self.xb)

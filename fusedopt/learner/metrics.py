@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .batches import batch_size, plain
+
 
 class Metric(ABC):
     """Something measured over batches: `reset`, then `accumulate` after each, then `value`.
@@ -134,15 +136,20 @@ def as_metric(given: Any) -> Any:
     return AvgMetric(given)
 
 
-def batch_size(batch: Any) -> int:
-    """The number of items in a batch: the length of the first tensor in it."""
-    while not isinstance(batch, torch.Tensor):
-        if not isinstance(batch, (tuple, list, dict)) or not batch:
-            return 1
-        batch = next(iter(batch.values() if isinstance(batch, dict) else batch))
-    return len(batch) if batch.ndim else 1
+def accuracy(pred: torch.Tensor, target: torch.Tensor, axis: int = -1) -> torch.Tensor:
+    """The share of items whose target is the class with the highest score, along ``axis``.
+
+    Raises ValueError if there is not one target for each.
+    """
+    found, target = plain(pred).argmax(axis).flatten(), plain(target).flatten()
+    if len(found) != len(target):
+        raise ValueError(
+            f"predictions of shape {tuple(pred.shape)} are for {len(found)} targets, and there are {len(target)}: "
+            f"one class number each is needed"
+        )
+    return (found == target).float().mean()
 
 
-def accuracy(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The share of items whose target is the class with the highest score."""
-    return (pred.argmax(-1) == target).float().mean()
+def error_rate(pred: torch.Tensor, target: torch.Tensor, axis: int = -1) -> torch.Tensor:
+    """The share of items whose target is another class than that: 1 − `accuracy`."""
+    return 1 - accuracy(pred, target, axis)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from .batches import mapped, parts
 from .hooks import Hooks
 
 
@@ -47,8 +49,8 @@ class Summary:
             f"Total params: {total:,}",
             f"Total trainable params: {trained:,}",
             f"Total non-trainable params: {total - trained:,}",
-            f"Optimizer: {_called(self.opt_func)}",
-            f"Loss function: {_called(self.loss_func)}",
+            f"Optimizer: {called(self.opt_func)}",
+            f"Loss function: {called(self.loss_func)}",
             *([f"Frozen up to parameter group {frozen}"] if frozen else []),
             f"Callbacks: {', '.join(map(repr, self.cbs))}",
         ]
@@ -56,8 +58,8 @@ class Summary:
 
     def _first_inputs(self) -> tuple:
         device = next((p.device for p in self.model.parameters()), None)
-        xb, _ = self.split(next(iter(self.dls[0])))  # type: ignore[attr-defined]
-        return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in xb)
+        xb, _ = parts(next(iter(self.dls[0])), getattr(self.dls, "n_inp", None), self.model)
+        return mapped(xb, lambda x: x.to(device))
 
 
 def layer_info(model: nn.Module, *xb: Any) -> list[tuple[str, str, str, str]]:
@@ -99,9 +101,9 @@ def _table(rows: list[tuple[str, str, str, str]]) -> list[str]:
     return [lines[0], rule, *lines[1:], rule]
 
 
-def _called(function: Any) -> str:
+def called(function: Any) -> str:
     """The name of a function, a partial of one, or a module."""
-    function = getattr(function, "func", function)
+    function = function.func if isinstance(function, functools.partial) else function
     return getattr(function, "__name__", None) or str(function)
 
 
