@@ -15,7 +15,7 @@ from .callbacks.mixed_precision import Precision
 from .callbacks.recorder import Recorder, print_line
 from .callbacks.train_eval import TrainEval
 from .checks import as_callback, as_loaders, as_optimizer, trained
-from .fitting import Fitting
+from .fitting import Fitting, say_if_nothing_froze
 from .inference import Inference
 from .loop import Loop
 from .metrics import as_metric
@@ -124,6 +124,7 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
             self.create_opt()
         self.opt.freeze_to(n)
         self.opt.clear_state()
+        say_if_nothing_froze(self.opt, n)
 
     def freeze(self) -> None:
         """Train the last group only."""
