@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import fusedopt
 from fusedopt import learner
 from fusedopt.learner import CancelBackwardException, CancelFitException, CancelStepException
+from fusedopt.learner.callbacks import mixed_precision
 
 with warnings.catch_warnings():
     # At import, fastai scripts a function (deprecated by torch) and sets an option that pandas has deprecated.
@@ -225,6 +226,12 @@ def fastai_on_cpu(monkeypatch):
     monkeypatch.setattr(fp16, "GradScaler", lambda device, **kwargs: torch.amp.GradScaler("cpu", **kwargs))
 
 
+@pytest.fixture
+def fp16_on_cpu(monkeypatch):
+    """It is tested where it is slow, and for that reason does nothing otherwise."""
+    monkeypatch.setattr(mixed_precision, "SLOW", set())
+
+
 class DtypeSeen(learner.Callback):
     order = learner.MixedPrecision.order - 1
 
@@ -234,7 +241,7 @@ class DtypeSeen(learner.Callback):
 
 @pytest.mark.parametrize("mode", ["fp16", "bf16"])
 @pytest.mark.parametrize("others", ["alone", "with accumulation and clip"])
-def test_mixed_precision_trains_as_fastais(mode, others, fastai_on_cpu):
+def test_mixed_precision_trains_as_fastais(mode, others, fastai_on_cpu, fp16_on_cpu):
     both = others != "alone"
     kwargs = {"init_scale": 2.0**20, "growth_interval": 3} if mode == "fp16" else {}
     mixed, dtype = learner.MixedPrecision(mode, **kwargs), DtypeSeen()
@@ -260,7 +267,7 @@ def test_mixed_precision_trains_as_fastais(mode, others, fastai_on_cpu):
 
 
 @pytest.mark.parametrize("others", ["alone", "with clip", "with accumulation and clip"])
-def test_an_optimizer_that_scales_in_its_kernel_trains_alike(others):
+def test_an_optimizer_that_scales_in_its_kernel_trains_alike(others, fp16_on_cpu):
     """It gets the scale and what was found from the scaler itself, not from a step that it did not make."""
 
     def cbs():
@@ -289,7 +296,7 @@ class CancelOnce(learner.Callback):
 
 @pytest.mark.parametrize("amp_fused", [False, True])
 @pytest.mark.parametrize("order", [0, 30])
-def test_a_step_that_is_cancelled_leaves_the_scaler_alone(order, amp_fused):
+def test_a_step_that_is_cancelled_leaves_the_scaler_alone(order, amp_fused, fp16_on_cpu):
     opt_func = partial(fusedopt.Adam, amp_fused=amp_fused)
     cancel = CancelOnce("before_step", CancelStepException, order)
     learn, seen = ours([learner.MixedPrecision(init_scale=8.0), cancel], opt_func=opt_func, epochs=1)
@@ -297,7 +304,7 @@ def test_a_step_that_is_cancelled_leaves_the_scaler_alone(order, amp_fused):
     assert {float(s["step"]) for s in learn.opt.state.values()} == {5.0}
 
 
-def test_a_backward_pass_that_is_cancelled_leaves_nothing_to_step():
+def test_a_backward_pass_that_is_cancelled_leaves_nothing_to_step(fp16_on_cpu):
     cancel = CancelOnce("before_backward", CancelBackwardException, 0)
     learn, seen = ours([learner.MixedPrecision(init_scale=8.0), cancel], epochs=1)
     assert seen.events.count("after_cancel_step") == seen.events.count("after_cancel_backward") == 1

@@ -140,8 +140,8 @@ def test_statistics_of_known_activations():
     learn.fit(1)
     means, stds, near_zero = stats.layer_stats(0)
     assert means == pytest.approx([2.0, 1.0, 5.0])
-    assert stds == pytest.approx([math.sqrt((16 + 1.96**2 + 1.94**2 + 7.9**2) / 4), 0.0, math.sqrt(75)])
-    assert near_zero == pytest.approx([0.25, 0.0, 0.75])
+    assert stds == pytest.approx([math.sqrt((16 + 1.96**2 + 1.94**2 + 7.9**2) / 3), 0.0, 10.0])
+    assert near_zero == pytest.approx([0.5, 0.0, 0.75])  # negative values are dead, too
     hist = stats.hist(0).expm1().round()
     assert hist.shape == (40, 3)  # neither validation nor other batches
     assert {i: int(n) for i, n in enumerate(hist[:, 0]) if n} == {0: 2, 8: 1, 39: 1}

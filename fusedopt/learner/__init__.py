@@ -10,7 +10,7 @@ from .callbacks.ema import EMA
 from .callbacks.gradient_accumulation import GradientAccumulation
 from .callbacks.gradient_clip import GradientClip
 from .callbacks.lr_finder import LRFinder, SuggestionMethod, minimum, slide, steep, valley
-from .callbacks.mixed_precision import MixedPrecision
+from .callbacks.mixed_precision import AMPMode, MixedPrecision
 from .callbacks.mixup import Mixup
 from .callbacks.model_resetter import ModelResetter
 from .callbacks.progress import Progress
@@ -56,6 +56,7 @@ from .saving import load_learner
 
 __all__ = [
     "EMA",
+    "AMPMode",
     "ActivationStats",
     "AvgLoss",
     "AvgMetric",

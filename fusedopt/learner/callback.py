@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from .events import INNER, method_for
+from .events import INNER, as_event, assigned, method_for
 
 
 class Callback:
-    """Something that happens at events: methods named after them.
+    """Something that happens at events: methods named after them, or functions: ``Callback(after_batch=f)``.
 
     What is not found here is read from the Learner; what is written stays here (for the other, ``self.learn.x = ...``).
     ``order`` says when, among callbacks, and ``run_before``, ``run_after`` (classes or their names) overrule it.
@@ -22,6 +22,10 @@ class Callback:
     run_before: ClassVar[Iterable[type | str]] = ()
     run_after: ClassVar[Iterable[type | str]] = ()
 
+    def __init__(self, **functions: Callable[..., Any]) -> None:
+        for event_name, function in functions.items():
+            setattr(self, as_event(self, event_name), function)
+
     @property
     def name(self) -> str:
         """The class's name without Callback, in snake case: the Learner has the callback under it."""
@@ -32,8 +36,8 @@ class Callback:
         """Do what there is to do at an event. Override it to see them all."""
         training = getattr(self.learn, "training", False)
         here = event_name not in INNER or (self.run_train if training else self.run_valid)
-        method = method_for(type(self), event_name)
-        result = method(self) if method is not None and self.run and here else None
+        method = method_for(self, event_name) if self.run and here else None
+        result = method() if method is not None else None
         if event_name == "after_fit":
             self.run = True
         return result
@@ -45,6 +49,10 @@ class Callback:
         if name.startswith("__") or self.learn is None:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.learn, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assigned(self, name, value)
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return type(self).__name__

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -40,11 +44,87 @@ event = SimpleNamespace(**{name: name for name in EVENTS})
 """``event.before_fit`` and so on: names that an editor completes and a typing error cannot get past."""
 FIRST_EDITION = {name: name.replace("before_", "begin_") for name in EVENTS if name.startswith("before_")}
 """What the first edition of the course calls them. Callbacks that speak it run too."""
+OF_BATCH = {"x", "y", "xb", "yb", "pred", "loss", "loss_grad"}
+"""What a Learner has of a batch."""
+HEARD = {*EVENTS, *FIRST_EDITION.values()}
+"""All names that a callback's function for an event can have."""
+OLDER = {
+    "_order": "order",
+    "set_runner": "learn, which is set for you",
+    "on_train_begin": "before_fit",
+    "on_epoch_begin": "before_epoch",
+    "on_batch_begin": "before_batch",
+    "on_loss_begin": "after_pred",
+    "on_backward_begin": "after_loss",
+    "on_backward_end": "after_backward",
+    "on_step_end": "after_step",
+    "on_batch_end": "after_batch",
+    "on_epoch_end": "after_epoch",
+    "on_train_end": "after_fit",
+}
+"""What fastai 1 and the course of 2019 have, and what to say in its place: nothing here would ask for it."""
 
 
-def method_for(cls: type, event_name: str) -> Callable[..., Any] | None:
-    """A callback's method for an event, under its name or the first edition's."""
-    return getattr(cls, event_name, None) or getattr(cls, FIRST_EDITION.get(event_name, event_name), None)
+def method_for(cb: Any, event_name: str) -> Callable[[], Any] | None:
+    """A callback's function for an event: its own or its class's, under the event's name or the first edition's.
+
+    A function that was assigned, or handed to the constructor, gets the callback if it asks for an argument.
+    """
+    for name in (event_name, FIRST_EDITION.get(event_name)):
+        if name is not None and (name in cb.__dict__ or hasattr(type(cb), name)):
+            found = getattr(cb, name)
+            if found is None or getattr(found, "__self__", None) is cb:
+                return found
+            return functools.partial(found, cb) if _asks_for_one(found) else found
+    return None
+
+
+def _asks_for_one(function: Callable[..., Any]) -> bool:
+    try:
+        each = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins do not tell
+        return False
+    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in each)
+
+
+def as_event(cb: Any, name: str) -> str:
+    """The name of an event; TypeError if it is none."""
+    if name not in HEARD:
+        close = difflib.get_close_matches(name, HEARD, 1)
+        raise TypeError(f"{cb!r} got {name!r}, which is no event" + "".join(f"; {x!r} is one" for x in close))
+    return name
+
+
+def refuse_half(cb: Any) -> None:
+    """Raises TypeError for a callback of which a part would never be called."""
+    has = {*dir(type(cb)), *vars(cb)}
+    for old in sorted(OLDER.keys() & has):
+        raise TypeError(
+            f"{cb!r} has {old!r}, which is of fastai 1 or the course of 2019, and would do nothing here: "
+            f"say {OLDER[old]}"
+        )
+    for name, old in FIRST_EDITION.items():
+        if {name, old} <= has:
+            raise TypeError(
+                f"{cb!r} has both {name!r} and {old!r}, which are one event, and only the first would be called: "
+                f"make them one"
+            )
+
+
+def assigned(cb: Any, name: str, value: Any) -> None:
+    """What there is to do, or to say, when an attribute of a callback is about to be assigned."""
+    if name in HEARD:
+        if value is not None and not callable(value):
+            raise TypeError(
+                f"{name!r} of {cb!r} must be a function, not {value!r}: it is called at that event"
+            )
+        getattr(cb.learn, "_listening", {}).clear()  # whom to tell of events is found out once
+    elif name in OF_BATCH and cb.learn is not None:
+        warnings.warn(
+            f"{cb!r} writes self.{name}, which stays its own and hides the Learner's: "
+            f"write self.learn.{name}, or choose another name",
+            stacklevel=3,
+        )
 
 
 class CancelBackwardException(Exception):

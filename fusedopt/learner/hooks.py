@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
+
+from .batches import mapped
 
 
 class Hook:
@@ -104,9 +105,5 @@ def _output(module: nn.Module, input: Any, output: Any) -> Any:
 
 
 def _detached(x: Any, cpu: bool) -> Any:
-    """Its tensors without their graph; of anything but tensors, tuples, lists and dicts, the thing itself."""
-    if isinstance(x, torch.Tensor):
-        return x.detach().cpu() if cpu else x.detach()
-    if isinstance(x, dict):
-        return {key: _detached(value, cpu) for key, value in x.items()}
-    return [_detached(value, cpu) for value in x] if isinstance(x, (tuple, list)) else x
+    """Its tensors without their graph, in the tuples, lists and dicts that they came in; what else there is stays."""
+    return mapped(x, lambda t: t.detach().cpu() if cpu else t.detach())

@@ -29,7 +29,7 @@ from .checks import (
     tell_misspelt,
     trained,
 )
-from .fitting import Fitting
+from .fitting import Fitting, say_if_nothing_froze
 from .inference import Inference
 from .loop import Loop
 from .metrics import as_metric
@@ -152,6 +152,7 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
             self.create_opt()
         self.opt.freeze_to(n)
         self.opt.clear_state()
+        say_if_nothing_froze(self.opt, n)
 
     def freeze(self) -> None:
         """Train the last group only."""

@@ -10,16 +10,19 @@ import torch
 
 from .batches import parts
 from .callback import Callback
-from .checks import add_note, as_callback, as_tensor, free_name, one_number
+from .checks import add_note, as_tensor, one_number
 from .events import CANCEL
-from .order import in_order, listening
+from .having import Having
+from .minimized import LOSS_EVENTS, Minimized
+from .order import listening
+from .views import Views
 
 
-class Loop:
+class Loop(Having, Minimized, Views):
     """Epochs over two loaders, and callbacks at every event. `Learner` adds what makes it convenient.
 
     While it runs: ``epoch`` of ``n_epoch``; ``iter`` of ``n_iter`` in this loader ``dl``; ``xb`` and ``yb``, tuples;
-    ``pred``; ``loss``, and ``loss_grad``, which backward starts from; ``training``.
+    ``pred``; ``loss``, and ``loss_grad``, which backward starts from; ``training``. See `Views` and `Minimized` too.
     """
 
     dls: Sequence[Iterable[Any]]
@@ -37,27 +40,6 @@ class Loop:
         self._listening: dict[str, list[Callback]] = {}
         self._forget_batch()
 
-    # -- callbacks --
-    def add_cb(self, cb: Callback | type[Callback]) -> Any:
-        """Add a callback, or one of this class; it is found under its name from now on."""
-        cb = as_callback(cb)
-        in_order([*self.cbs, cb])  # a cycle is refused before anything has changed
-        setattr(self, free_name(cb, self), cb)
-        cb.learn = self
-        self.cbs.append(cb)
-        self._listening.clear()
-        return self
-
-    def remove_cb(self, cb: Callback | type[Callback]) -> Any:
-        """Remove a callback, or all of this class."""
-        for found in [c for c in self.cbs if c is cb or (isinstance(cb, type) and isinstance(c, cb))]:
-            found.learn = None
-            self.cbs.remove(found)
-            if self.__dict__.get(found.name) is found:
-                delattr(self, found.name)
-        self._listening.clear()
-        return self
-
     def __call__(self, event_name: str) -> None:
         """Tell every callback of an event, in their order. What one raises names it and the event."""
         if event_name not in self._listening:
@@ -70,6 +52,8 @@ class Loop:
             except Exception as error:
                 add_note(error, f"in the callback {cb!r}, at the event {event_name}")
                 raise
+            if event_name in LOSS_EVENTS:
+                self._follow_loss()
 
     # -- the loop --
     def _run(self, n_epoch: int) -> None:
@@ -120,7 +104,7 @@ class Loop:
 
     def one_batch(self, i: int, batch: Any) -> None:
         """Train or evaluate on this batch, the ``i``-th of its loader."""
-        self.iter = i
+        self.iter, self._loss_before = i, self.loss
         self.xb, self.yb = parts(batch, getattr(self.dls, "n_inp", None), self.model)
         self._with_events("batch", self._batch)
 
@@ -130,6 +114,7 @@ class Loop:
         if self.yb:
             self.loss_grad = as_tensor(self.loss_func(self.pred, *self.yb))
             self.loss = self.loss_grad.clone()
+            self._begin_to_follow()
         self("after_loss")
         if self.training and self.yb:
             self._with_events("backward", self._backward)
@@ -144,4 +129,5 @@ class Loop:
 
     def _forget_batch(self) -> None:
         self.dl, self.xb, self.yb, self.pred = None, (None,), (None,), None
-        self.loss = self.loss_grad = None
+        self.loss = self.loss_grad = self._loss_before = None
+        self._follow_no_longer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -104,7 +105,7 @@ class AvgSmoothLoss(Metric):
 
     @property
     def value(self) -> Any:
-        return torch.tensor(0.0) if self.val is None else self.val / (1 - self.beta**self.count)
+        return torch.tensor(math.nan) if self.val is None else self.val / (1 - self.beta**self.count)
 
 
 class ValueMetric(Metric):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .callback import Callback
@@ -11,8 +11,11 @@ from .events import method_for
 
 
 def listed(x: Any) -> list[Any]:
-    """None, one thing or several, as a list."""
-    return [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
+    """None, one thing or several, as a list. Several are in a list or whatever else is iterable, as fastcore's L."""
+    if x is None:
+        return []
+    one = callable(x) or isinstance(x, (str, bytes, Mapping)) or not isinstance(x, Iterable)
+    return [x] if one else list(x)
 
 
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
@@ -54,7 +57,7 @@ def listening(callbacks: Iterable[Callback], event_name: str) -> list[Callback]:
         for cb in in_order(callbacks)
         if event_name == "after_fit"
         or type(cb).__call__ is not Callback.__call__
-        or method_for(type(cb), event_name) is not None
+        or method_for(cb, event_name) is not None
     ]
 
 

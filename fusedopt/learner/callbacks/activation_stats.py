@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..batches import mapped
 from ..callback import Callback
 from ..hooks import Hooks
 
 NEAR_ZERO = 0.05
-"""What fastai takes for a dead activation."""
+"""What fastai takes for a dead activation: up to here, all negative ones included."""
 BINS, SPAN = 40, 10.0
 """Of the histograms of absolute values: as many bars, up to here."""
 
@@ -24,8 +26,10 @@ class ActivationStats(Callback):
     only each ``every``-th batch; as in the course: ``mod_filter`` chooses among the model's modules instead, for
     example ``lambda m: isinstance(m, nn.ReLU)``. Hooks are removed when a fit ends; a new fit starts anew.
 
-    ``names`` has the layers' names; ``stats[i]`` of layer i is a dict of ``mean``, ``std``, ``near_zero``
-    (at most 0.05 in size) and ``hist`` (40 counts of sizes from 0 to 10), each a list with a tensor per batch.
+    ``names`` has the layers' names; ``stats[i]`` of layer i is a dict of ``mean``, ``std`` (unbiased: of n values by
+    n - 1, so NaN for one), ``near_zero`` (the share of values up to 0.05, and so of all that are negative) and ``hist``
+    (40 counts of sizes, without sign, from 0 to 10), each a list with a tensor per batch. All but ``hist`` is as in
+    fastai. Of a layer that gives several tensors it is the first (fastai: each).
     """
 
     order = -20
@@ -69,14 +73,17 @@ class ActivationStats(Callback):
     def _look(self, stats: dict[str, list[torch.Tensor]], output: Any) -> None:
         if not self.training or self.train_iter % self.every:
             return
-        x = (output[0] if isinstance(output, (tuple, list)) else output).float()
-        size = x.abs()
-        std, mean = torch.std_mean(x, correction=0)
+        x = _first_tensor(output)
+        if x is None:
+            return
+        x = x.float()
+        several = x.numel() > 1  # torch warns of the deviation of one value
+        std, mean = torch.std_mean(x) if several else (x.new_full((), math.nan), x.mean())
         # They stay on their device: asking for numbers now would make the host wait in every layer.
         stats["mean"].append(mean)
         stats["std"].append(std)
-        stats["near_zero"].append((size <= NEAR_ZERO).float().mean())
-        stats["hist"].append(size.histc(BINS, 0, SPAN))
+        stats["near_zero"].append((x <= NEAR_ZERO).float().mean())
+        stats["hist"].append(x.abs().histc(BINS, 0, SPAN))
 
     def _curve(self, i: int, what: str) -> list[Any]:
         """One statistic of a layer, batch by batch."""
@@ -139,6 +146,12 @@ class ActivationStats(Callback):
         import matplotlib.pyplot as plt
 
         return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)[1].ravel()
+
+
+def _first_tensor(output: Any) -> torch.Tensor | None:
+    found: list[torch.Tensor] = []
+    mapped(output, found.append)
+    return found[0] if found else None
 
 
 def _has_own_params(module: nn.Module) -> bool:

@@ -23,7 +23,6 @@ class EMA(Callback):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and less than 1; it is {decay}")
         self.decay = decay
-        self._average_into = get_ema_multi_avg_fn(decay)
         self.average: list[torch.Tensor] = []
         self.stored: list[torch.Tensor] | None = None
 
@@ -36,7 +35,7 @@ class EMA(Callback):
         with torch.no_grad():
             n = len(list(self.model.parameters()))
             now = self._tensors()
-            self._average_into(self.average[:n], now[:n], 0)
+            get_ema_multi_avg_fn(self.decay)(self.average[:n], now[:n], 0)  # made here: no pickle takes it
             _copy(now[n:], self.average[n:])
 
     def before_validate(self) -> None:

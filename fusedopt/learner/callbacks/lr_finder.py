@@ -47,7 +47,7 @@ class LRFinder(ParamScheduler):
 
     def after_batch(self) -> None:
         super().after_batch()
-        loss = float(self.smooth_loss)
+        loss = float(self.smooth_loss) if self.measured else self.best_loss
         self.best_loss = min(loss, self.best_loss)
         if (loss > 4 * self.best_loss and self.stop_div) or self.train_iter >= self.num_it:
             raise CancelFitException

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from enum import Enum
 from typing import Any
 
 import torch
@@ -10,7 +12,17 @@ from ..batches import mapped
 from ..callback import Callback
 from ..events import CancelStepException
 
-MODES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+class AMPMode(str, Enum):
+    """The modes, for an editor to complete. Equal to the strings."""
+
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+MODES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
+SLOW = {("cpu", torch.float16)}
+"""Where half the bits take many times as long: nothing is done there."""
 
 
 class MixedPrecision(Callback):
@@ -20,10 +32,11 @@ class MixedPrecision(Callback):
     scale of the steps that were done. An optimizer made with ``amp_fused=True`` is handed the scaled gradients and does
     both in its kernel: nobody waits, no gradient is rewritten, no step is cancelled, and there are no ``scales``.
 
-    Works on every device that autocast knows, fastai's on CUDA's alone.
+    Works on every device that autocast knows, fastai's on CUDA's alone. On a CPU float16 is many times slower than
+    float32, so there, as in fastai, a training in it stays in the model's own precision, and a warning says so.
 
     Args:
-        amp_mode: ``"fp16"`` or ``"bf16"``, which needs no scaling.
+        amp_mode: ``"fp16"`` or ``"bf16"``, which needs no scaling; or an `AMPMode`, fastai's too.
         kwargs: of ``torch.amp.GradScaler``.
 
     Raises:
@@ -33,19 +46,34 @@ class MixedPrecision(Callback):
     order = 10
     autocast: Any = None
 
-    def __init__(self, amp_mode: str = "fp16", **kwargs: Any) -> None:
-        if amp_mode not in MODES:
-            raise ValueError(f"amp_mode must be one of {', '.join(MODES)}, not {amp_mode!r}")
-        self.amp_mode, self.kwargs = amp_mode, kwargs
+    def __init__(self, amp_mode: str | Enum = AMPMode.FP16, **kwargs: Any) -> None:
+        try:
+            self.amp_mode = AMPMode(amp_mode.value if isinstance(amp_mode, Enum) else amp_mode)
+        except ValueError:
+            modes = ", ".join(mode.value for mode in AMPMode)
+            raise ValueError(f"amp_mode must be one of {modes}, not {amp_mode!r}") from None
+        self.kwargs, self._warned = kwargs, False
         self.scales: list[float] = []
 
     def before_fit(self) -> None:
         device, dtype = next(self.model.parameters()).device.type, MODES[self.amp_mode]
-        self._context = torch.autocast(device, dtype=dtype)
-        self.learn.scaler = torch.amp.GradScaler(device, **{**self.kwargs, "enabled": dtype is torch.float16})
+        if slow := (device, dtype) in SLOW:
+            self._warn()
+        self._context = torch.autocast(device, dtype=dtype, enabled=not slow)
+        scaled = dtype is torch.float16 and not slow
+        self.learn.scaler = torch.amp.GradScaler(device, **{**self.kwargs, "enabled": scaled})
         self.scales, self._checked = [], False
         if self._fused():
             self.learn._step = self._scaled_step
+
+    def _warn(self) -> None:
+        if not self._warned:
+            warnings.warn(
+                "MixedPrecision does nothing in float16 on a CPU, where that is many times slower than float32: "
+                "train on a GPU, or in bfloat16, or without it (to_bf16, to_fp32)",
+                stacklevel=2,
+            )
+        self._warned = True
 
     def before_batch(self) -> None:
         self.autocast = self._context
@@ -123,7 +151,7 @@ class Precision:
 
     def to_bf16(self) -> Any:
         """Train in bfloat16 where that is safe."""
-        return self.to_fp32().add_cb(MixedPrecision(amp_mode="bf16"))
+        return self.to_fp32().add_cb(MixedPrecision(amp_mode=AMPMode.BF16))
 
     def to_fp32(self) -> Any:
         """Train in the model's own precision again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ class Recorder(Callback):
     Per batch: ``losses`` (smoothed), ``lrs``, ``moms`` (of the last group), and ``hps``, these and others by name.
     Per epoch: ``values``, a row of losses and metrics as ``metric_names`` says, and ``iters``, batches until then.
     A part of an epoch that was cancelled has None in its row (fastai leaves it out, and columns move).
+    A batch that was cancelled before it had a loss is in none of these (fastai takes an earlier batch's in its place),
+    one that was cancelled later is; values of no batch at all are NaN.
 
     Args:
         add_time: add the time an epoch takes to the line that is printed.
@@ -69,19 +72,20 @@ class Recorder(Callback):
         if self._fresh:
             self._new_history()
             self.logger(self.metric_names)
-        self._fresh, self._trained, self._cancelled = False, True, False
+        self._fresh, self._trained, self._cancelled, self._seen = False, True, False, 0
         for metric in self._train_mets[1:]:
             metric.reset()
 
     def before_validate(self) -> None:
-        self._cancelled = False
+        self._cancelled, self._seen = False, 0
         for metric in self._valid_mets:
             metric.reset()
 
     def after_batch(self) -> None:
         learn = self.learn
-        if not learn.yb:
+        if not (learn.yb and learn.measured):
             return
+        self._seen += 1
         for metric in self._train_mets if learn.training else self._valid_mets:
             metric.accumulate(learn)
         if learn.training:
@@ -98,10 +102,10 @@ class Recorder(Callback):
         self._cancelled = True
 
     def after_train(self) -> None:
-        self._row += [None if self._cancelled else number(m.value) for m in self._train_mets]
+        self._row += [None if self._cancelled else _value(m, self._seen) for m in self._train_mets]
 
     def after_validate(self) -> None:
-        self._row += [None if self._cancelled else number(m.value) for m in self._valid_mets]
+        self._row += [None if self._cancelled else _value(m, self._seen) for m in self._valid_mets]
 
     def after_epoch(self) -> None:
         if self._trained:
@@ -169,6 +173,17 @@ class Recorder(Callback):
         if suggestions:
             ax.legend(loc="best")
         return ax
+
+
+def _value(metric: Any, batches: int) -> Any:
+    """What a metric came to; NaN where there was no batch and it has nothing to say, or cannot."""
+    try:
+        value = number(metric.value)
+    except Exception:
+        if batches:
+            raise
+        return math.nan
+    return math.nan if value is None and not batches else value
 
 
 def _axes() -> Any:

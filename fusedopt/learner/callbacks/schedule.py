@@ -62,20 +62,22 @@ def combine_scheds(pcts: Sequence[float], scheds: Sequence[Callable[[float], Any
 
     Raises ValueError if shares are negative, do not sum up to 1, or are not one per schedule.
     """
+    pcts, scheds = list(pcts), list(scheds)
     if len(pcts) != len(scheds) or min(pcts) < 0 or not math.isclose(sum(pcts), 1.0):
         raise ValueError(
             f"combine_scheds takes a share per schedule, and shares sum up to 1; "
-            f"these are {list(pcts)} for {len(scheds)} schedules"
+            f"these are {pcts} for {len(scheds)} schedules"
         )
     # In float32, as fastai has it: positions are running sums, and would miss an edge by their rounding otherwise.
     edges = np.cumsum(np.array([0, *pcts], np.float32), dtype=np.float64).astype(np.float32)
+    return functools.partial(_combined, edges, scheds)
 
-    def combined(pos: float) -> Any:
-        at = np.float32(pos)
-        i = min(int(np.searchsorted(edges, at, side="right")), len(scheds)) - 1
-        return scheds[i](float((at - edges[i]) / (edges[i + 1] - edges[i])))
 
-    return combined
+def _combined(edges: np.ndarray, scheds: Sequence[Callable[[float], Any]], pos: float) -> Any:
+    """At the top of the module, and not a closure, for it goes into pickles."""
+    at = np.float32(pos)
+    i = min(int(np.searchsorted(edges, at, side="right")), len(scheds)) - 1
+    return scheds[i](float((at - edges[i]) / (edges[i + 1] - edges[i])))
 
 
 def combined_cos(pct: float, start: Any, middle: Any, end: Any) -> Callable[[float], Any]:
