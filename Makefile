@@ -1,5 +1,5 @@
 # make demo and make test each do all the set-up they need. make check changes nothing.
-.PHONY: setup demo test check fix bench gpu clean
+.PHONY: setup demo test test-torch check fix bench gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,6 +25,24 @@ fix:
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+# The tests with another torch, e.g. `make test-torch TORCH=2.14.1 TESTS=tests/test_warm.py`: all of them without TESTS.
+# In an environment of its own, of up to 6 GB, and on a copy of the tree, whose extension is built for that torch.
+TORCH ?= 2.14.1
+TESTS ?=
+OTHER := .venv-torch-$(TORCH)
+OTHER_PIP = $(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt
+test-torch:
+	@$(MAKE) --no-print-directory VENV=$(OTHER) $(OTHER)/bin/pip
+	grep -vE '^(torch|torchvision|triton|cuda-.*|nvidia-.*)==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip uninstall -qq --yes fastai
+	$(OTHER_PIP) setuptools numpy torch==$(TORCH) torchvision
+	rm -rf $(OTHER)/tree && mkdir $(OTHER)/tree
+	tar -cf - --exclude='./.*' --exclude=./build --exclude='*.so' . | tar -xf - -C $(OTHER)/tree
+	$(OTHER_PIP) --no-build-isolation --editable '$(OTHER)/tree[demo,test,dev]'
+	$(OTHER_PIP) --no-deps fastai
+	@$(OTHER)/bin/python -c "$(TELL)"
+	cd $(OTHER)/tree && ../bin/python -m pytest $(TESTS)
+
 bench: setup
 	$(BIN)/python -m benchmarks
 
@@ -39,14 +57,17 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
 clean:
-	rm -rf build dist *.egg-info fusedopt/_C.* .pytest_cache .ruff_cache .mypy_cache .hypothesis $(STAMP)
+	rm -rf build dist .venv-torch-*/tree *.egg-info fusedopt/_C.* .pytest_cache .ruff_cache .mypy_cache .hypothesis $(STAMP)
 
-# torch comes before the project: the extension is compiled against it.
+# torch comes before the project: the extension is compiled against it. fastai comes last, and goes first where it is
+# from an earlier set-up: its requirements are not all installed, and pip would call that an error in every later call.
+TELL := from fusedopt.runtime.leaf import extension_status as s; print('extension:', *s())
 $(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*) | $(BIN)/pip
+	@$(BIN)/python -m pip uninstall -qq --yes fastai torchvision
 	$(INSTALL) setuptools torch numpy
-	$(INSTALL) --no-deps fastai torchvision
 	$(INSTALL) --no-build-isolation --editable '.[demo,test,dev]'
-	@$(BIN)/python -c "from fusedopt.runtime.leaf import extension_status as s; print('extension:', *s())"
+	$(INSTALL) --no-deps fastai torchvision
+	@$(BIN)/python -c "$(TELL)"
 	@touch $@
 
 # A system Python may come without ensurepip; then its own pip fills the environment.

@@ -1,12 +1,21 @@
 """The build: finds the packages, and compiles fusedopt._C if it can. Metadata is in pyproject.toml."""
 
+import runpy
 import sys
+from glob import glob
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-REBUILD = "pip install --no-build-isolation -v -e ."
+if int(setuptools.__version__.split(".")[0]) < 77:  # it would refuse pyproject.toml in forty lines
+    sys.exit(
+        f"fusedopt is built by setuptools 77 or later, and here is {setuptools.__version__}. Type "
+        "`pip install --upgrade setuptools`, or leave --no-build-isolation out."
+    )
+
+RECIPE = runpy.run_path(str(Path(__file__).with_name("fusedopt") / "compile" / "recipe.py"))
 
 
 class OptionalBuildExt(build_ext):
@@ -36,41 +45,38 @@ class OptionalBuildExt(build_ext):
 
 def _use_torch(extension):
     """Adds torch's headers, libraries and ABI. Imports torch only here, where a failure is caught."""
-    import torch
-    from torch.utils import cpp_extension
-
-    extension.include_dirs += cpp_extension.include_paths()
-    extension.library_dirs += cpp_extension.library_paths()
-    extension.libraries += ["c10", "torch", "torch_cpu", "torch_python"]
-    extension.define_macros += [
-        ("FUSEDOPT_TORCH_VERSION", f'"{torch.__version__}"'),
-        ("_GLIBCXX_USE_CXX11_ABI", str(int(torch.compiled_with_cxx11_abi()))),
-    ]
+    headers, libraries = RECIPE["torch_folders"]()
+    extension.include_dirs.append(str(headers))
+    extension.library_dirs.append(str(libraries))
+    extension.define_macros += RECIPE["macros"]().items()
 
 
 def _notice(error):
     return f"""
 *** fusedopt: the C++ extension was not built, and fusedopt is installed without it.
-*** Everything works; the host side of a step is slower.
+*** Everything works; the first optimizer that steps has it built in the background, if there is a C++20 compiler.
 *** Reason: {type(error).__name__}: {error}
-*** To try again, with a C++20 compiler and torch installed: {REBUILD}
+*** To have it from the start, in an environment with torch: pip install --no-build-isolation ...
 """
 
 
 setup(
-    packages=[*find_packages(include=["fusedopt", "fusedopt.*"]), "fusedopt.kernels"],
-    # A wheel needs no more than this mapping; an editable install also needs kernels/__init__.py.
-    package_dir={"fusedopt.kernels": "kernels"},
-    package_data={"fusedopt.kernels": ["*.cpp", "*.cu", "*.cuh", "*.h", "*.inc", "*.py.in"]},
+    packages=[*find_packages(include=["fusedopt", "fusedopt.*"]), "fusedopt.kernels", "fusedopt.csrc"],
+    # A wheel needs no more than this mapping; an editable install also needs kernels/__init__.py. The extension's
+    # sources are installed because it is compiled where it runs if it could not be here.
+    package_dir={"fusedopt.kernels": "kernels", "fusedopt.csrc": "csrc"},
+    package_data={
+        "fusedopt.kernels": ["*.cpp", "*.cu", "*.cuh", "*.h", "*.inc", "*.py.in"],
+        "fusedopt.csrc": ["*.cpp", "*.h"],
+    },
     ext_modules=[
         Extension(
             "fusedopt._C",
-            ["csrc/leaf.cpp"],
-            depends=["csrc/cuda.h", "csrc/recording.h", "csrc/scalars.h"],
+            [f"csrc/{RECIPE['SOURCE']}"],
+            depends=sorted(glob("csrc/*.h")),
             language="c++",
-            # -fopenmp: without it at::parallel_for is serial. -g0: debug data would cost 9 s.
-            extra_compile_args=["-std=c++20", "-O2", "-g0", "-fopenmp", "-fvisibility=hidden"],
-            extra_link_args=["-fopenmp"],
+            extra_compile_args=list(RECIPE["FLAGS"]),
+            libraries=list(RECIPE["LIBRARIES"]),
         )
     ],
     cmdclass={"build_ext": OptionalBuildExt},

@@ -3,20 +3,16 @@
 // fusedopt/runtime/leaf.py has each of them in Python as well; that is the place to read what they mean.
 // Light headers only: torch/extension.h alone takes longer to compile than all of this.
 
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "cuda.h"
+#include "parallel.h"
 #include "recording.h"
 
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
-
-#ifndef _OPENMP
-#error "without OpenMP at::parallel_for runs serially and says nothing: better no extension than that"
-#endif
 
 // leaf.py finds this text in the file before it loads it: against another torch, loading may crash.
 extern "C" [[gnu::used]] const char fusedopt_built_for_torch[] = "fusedopt built for torch " FUSEDOPT_TORCH_VERSION;
@@ -66,9 +62,9 @@ void run_cpu(
     const auto stage = reinterpret_cast<Stage>(entries[k]);
     const auto& split = splits[k];
     const auto ranges = static_cast<int64_t>(split.size()) - 1;
-    // Grain 1: the planner has already made each range worth a thread. One range, or a call from
-    // inside another parallel region, runs right here.
-    at::parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
+    // The planner has already made each range worth a thread. One range, or a call from inside another
+    // parallel region, runs right here.
+    fusedopt::parallel_for(ranges, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t)
         stage(launch, split[t], split[t + 1]);
     });

@@ -3,6 +3,8 @@
 The names here mirror ``fastai.optimizer``; ``fusedopt.optim`` mirrors ``torch.optim``.
 """
 
+from pathlib import Path as _Path
+
 from . import callbacks, optim
 from .callbacks import (
     adam_step,
@@ -27,6 +29,9 @@ from .named import SGD, Adam, Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, ran
 from .optimizer import Optimizer
 
 __version__ = "0.1.0"
+
+if not _Path(__file__).with_name("kernels").is_dir():  # a source tree, which has kernels/ beside this folder
+    __path__.append(str(_Path(__file__).parents[1]))
 
 __all__ = [
     "SGD",

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 import time
 import traceback
 import warnings
@@ -259,10 +260,16 @@ def _gpus() -> list[str]:
 
 def _extension() -> Status:
     try:
-        from .runtime.leaf import extension_status
+        from .runtime import leaf
+
+        if leaf.native is None:
+            print("fusedopt: looking for the C++ extension, or building it: up to a minute", file=sys.stderr)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the report has a line for it
+            leaf.seek(wait=True)
     except Exception as error:
         return Status(False, f"{type(error).__name__}: {error}")
-    return Status(*extension_status())
+    return Status(*leaf.extension_status())
 
 
 def _next(found: dict[str, Any]) -> list[str]:

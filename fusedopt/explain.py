@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .callback import name_of
 from .ir.passes import scalar_stores
 from .ir.program import identifier
+from .runtime import leaf
 from .runtime.backends import Kernel
 from .runtime.scaling import NORM_KERNEL as NORM
 from .runtime.verdicts import Eager
@@ -62,7 +63,10 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Explanation:
-    """``opt.explain()``. ``launches`` is the number of kernel launches per step; ``bytes_per_element`` their sum."""
+    """``opt.explain()``. ``launches`` is the number of kernel launches per step; ``bytes_per_element`` their sum.
+
+    ``extension`` says why the host side of a step runs without the C++ extension; "" where it does not.
+    """
 
     optimizer: str
     backend: str
@@ -71,6 +75,7 @@ class Explanation:
     eager: tuple[Eager, ...]
     compiled: tuple[Compiled, ...]
     source: str
+    extension: str = ""
 
     @property
     def launches(self) -> int:
@@ -98,6 +103,7 @@ class Explanation:
         lines += [f"stage {k + 1}: {stage}" for k, stage in enumerate(self.stages)]
         lines += [f"runs eagerly: {e.callback}: {e.reason}" for e in self.eager]
         lines += [f"kernel {c}" for c in self.compiled]
+        lines += [f"without the C++ extension: {self.extension}"] if self.extension else []
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -121,6 +127,7 @@ def explain(opt: Optimizer) -> Explanation:
             Compiled(label, why, k.source_path, k.seconds, k.cached) for k, (label, why) in used.items()
         ),
         source="\n".join(k.body for k in used),
+        extension="" if leaf.native or opt.backend == "reference" else leaf.extension_status()[1],
     )
 
 

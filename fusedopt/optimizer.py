@@ -24,8 +24,6 @@ from .runtime.scaling import NORM, Scaling
 from .runtime.warm import Warm, record
 from .state import State
 
-_CUDA = torch.backends.cuda.is_built()
-
 
 class Options(TypedDict, total=False):
     """What every named optimizer takes besides its hyperparameters; see `Optimizer` for what each means."""
@@ -265,7 +263,8 @@ class Optimizer(torch.optim.Optimizer):
             self._warm = None
             with torch.no_grad():
                 self._step_from_scratch()
-        if _CUDA and torch.cuda.is_current_stream_capturing():
+        # Nothing is captured before CUDA is initialised, and asking would need a driver.
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._keep_captured()
         return loss
 

@@ -108,42 +108,6 @@ def test_extension_is_built_where_it_can_be():
     assert leaf.run_cpu is leaf.native.run_cpu
 
 
-def test_extension_of_another_torch_is_not_loaded(monkeypatch):
-    monkeypatch.setattr(leaf, "_library", lambda: Path("_C.so"))
-    monkeypatch.setattr(leaf, "_built_for", lambda library: "1.0.0")
-    with pytest.warns(RuntimeWarning) as warned:
-        module, reason = leaf._load()
-    assert module is None and len(warned) == 1
-    for part in ("built for torch 1.0.0", f"this is torch {torch.__version__}", leaf.REBUILD):
-        assert part in str(warned[0].message)
-    assert str(warned[0].message).startswith(reason)
-
-
-def test_extension_that_does_not_load_is_reported(monkeypatch):
-    def refuse(name):
-        raise ImportError("undefined symbol: gone")
-
-    monkeypatch.setattr(leaf, "_library", lambda: Path("_C.so"))
-    monkeypatch.setattr(leaf, "_built_for", lambda library: torch.__version__)
-    monkeypatch.setattr(leaf.importlib, "import_module", refuse)
-    with pytest.warns(RuntimeWarning, match="does not load: undefined symbol: gone"):
-        assert leaf._load()[0] is None
-
-
-def test_no_extension_is_no_warning(monkeypatch):
-    monkeypatch.setattr(leaf, "_library", lambda: None)
-    module, reason = leaf._load()
-    assert module is None and leaf.REBUILD in reason
-
-
-def test_version_is_read_without_loading(tmp_path):
-    library = tmp_path / "_C.so"
-    library.write_bytes(b"\x7fELF..fusedopt built for torch 2.99.0+cpu\0..")
-    assert leaf._built_for(library) == "2.99.0+cpu"
-    library.write_bytes(b"something else")
-    assert leaf._built_for(library) is None
-
-
 # ------------------------------------------------------------------------------------------ write_pointers
 
 

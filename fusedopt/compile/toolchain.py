@@ -90,6 +90,13 @@ def compiler() -> Compiler:
     return found
 
 
+def compilers() -> list[Compiler]:
+    """All that work here, the one that compiles kernels first."""
+    names = dict.fromkeys(filter(None, (env.cxx(), *CANDIDATES)))
+    found = (_find_compiler(name, os.environ.get("PATH", "")) for name in names)
+    return list(dict.fromkeys(tool for tool in found if isinstance(tool, Compiler)))
+
+
 @functools.lru_cache
 def _find_compiler(cxx: str | None, search_path: str) -> Compiler | str:
     """The compiler, or the message that says there is none: that too is found out only once."""
@@ -303,7 +310,18 @@ def _run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[
 
     A compiler is a driver that starts others: killing it alone, also on Ctrl-C, would leave them at work.
     """
-    with subprocess.Popen(
+    with started(command) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            _kill(process)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+def started(command: Sequence[str]) -> subprocess.Popen[str]:
+    """A compiler at work, in English and in a group of its own."""
+    return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -312,13 +330,7 @@ def _run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[
         text=True,
         errors="replace",
         start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except BaseException:
-            _kill(process)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, output, "")
+    )
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -32,6 +32,7 @@ class Cpp(Compiler):
         library = toolchain.compile_library(
             name, cpp.source(skeleton("cpu.cpp"), body), key_parts=[cpp.VERSION]
         )
+        leaf.seek()
         symbols, scalars = cpp.entries(program)
         handle = [library.address(s) for s in symbols], scalars and library.address(scalars)
         return Kernel(

@@ -17,7 +17,7 @@ from ..compile.cache import BuildError
 from ..ir.program import Program
 from ..kernels import source as skeleton
 from ..render import cuda as renderer
-from . import leaf, plan
+from . import extension, leaf, plan
 from .backends import Kernel
 from .tables import HEAD, Compiler, Rows
 from .upload import Upload, capturing
@@ -61,10 +61,11 @@ class Cuda(Compiler):
 
     def driver(self) -> Any:
         """The driver, initialised. Raises BuildError with the reason."""
+        leaf.seek(wait=True)
         if leaf.native is None:
             raise BuildError(
                 f"the cuda backend needs the C++ extension, and {leaf.extension_status()[1]}. "
-                f"Remedy: with a C++20 compiler, {leaf.REBUILD}; {FALLBACK}."
+                f"Remedy: with a C++20 compiler, {extension.remedy()}; {FALLBACK}."
             )
         if self._opened is None:
             try:

@@ -7,27 +7,23 @@
 The namespaces `python` and `native` (None without the extension) hold both implementations.
 The extension is used only when it was built against the torch that is running: another torch lays out
 its tensors differently, and calling into it may crash. So its version is read before it is loaded.
+Where it is missing it is built (extension.py), and what is asked of this module changes hands when that is done.
 """
 
 import ctypes
 import functools
-import importlib
 import os
-import re
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.machinery import PathFinder
 from itertools import pairwise
 from operator import index
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-REBUILD = "pip install --no-build-isolation -e ."
+from . import extension
 
 # What a compiled stage looks like from C: void stage(const void* launch, int64_t begin, int64_t end).
 # A call through ctypes releases the GIL.
@@ -112,51 +108,44 @@ def _check_tensors(tensors: list[Tensor]) -> None:
             raise TypeError(f"tensors[{i}] must be a Tensor, not {type(tensor).__name__}")
 
 
-def _library() -> Path | None:
-    """The file of the extension in this package, and not one that another checkout has installed."""
-    spec = PathFinder.find_spec("fusedopt._C", [str(Path(__file__).parents[1])])
-    return Path(spec.origin) if spec and spec.origin else None
-
-
-def _built_for(library: Path) -> str | None:
-    """The torch version compiled into the extension (`fusedopt_built_for_torch` in csrc/leaf.cpp)."""
-    found = re.search(rb"fusedopt built for torch ([^\0]+)\0", library.read_bytes())
-    return found[1].decode() if found else None
-
-
-def _load() -> tuple[ModuleType | None, str]:
-    """The extension or None, and the reason in words. Warns when there is one that cannot be used."""
-    library = _library()
-    if library is None:
-        return None, f"fusedopt._C is not built; with a C++20 compiler: {REBUILD}"
-    built_for = _built_for(library)
-    if built_for != torch.__version__:
-        reason = f"fusedopt._C was built for torch {built_for}, and this is torch {torch.__version__}"
-    else:
-        try:
-            return importlib.import_module("fusedopt._C"), f"built for torch {built_for}"
-        except ImportError as error:
-            reason = f"fusedopt._C does not load: {error}"
-    reason += f"; rebuild it: {REBUILD}"
-    warnings.warn(f"{reason}. Until then its Python replacement runs.", RuntimeWarning, stacklevel=2)
-    return None, reason
-
-
-def extension_status() -> tuple[bool, str]:
-    """Whether the C++ extension is in use, and why or why not."""
-    return native is not None, _reason
-
-
 python = SimpleNamespace(
     write_pointers=_write_pointers,
     run_cpu=_run_cpu,
     bump_versions=_bump_versions,
     torch_version=str(torch.__version__),
 )
-native, _reason = _load()
+native, _reason = extension.load_installed()
+_missing = None if native else extension.Missing(_reason)
 
 _active = native or python
 write_pointers = _active.write_pointers
 run_cpu = _active.run_cpu
 bump_versions = _active.bump_versions
 torch_version = _active.torch_version
+
+
+def seek(wait: bool = False) -> bool:
+    """Before a step that could use the extension: whether it is there. If it is missing, see to it, and say so once.
+
+    ``wait``: until it is built, for those who cannot do without.
+    """
+    return _use(_missing.seek(wait) if _missing else None)
+
+
+def available() -> bool:
+    """Whether the extension is in use, from now on if it has been built meanwhile."""
+    return _use(_missing.take() if _missing else None)
+
+
+def _use(module: ModuleType | None) -> bool:
+    """Whoever runs these functions right now may go on with Python's: they do the same."""
+    global native, write_pointers, run_cpu, bump_versions, _missing, _reason
+    if module is not None and native is None:
+        write_pointers, run_cpu, bump_versions = module.write_pointers, module.run_cpu, module.bump_versions
+        native, _missing, _reason = module, None, f"built for torch {module.torch_version} where it runs"
+    return native is not None
+
+
+def extension_status() -> tuple[bool, str]:
+    """Whether the C++ extension is in use, and why or why not."""
+    return native is not None, _missing.reason if _missing else _reason

@@ -73,7 +73,7 @@ class Warm:
 def record(opt: Optimizer, launched: list[Launched]) -> Warm | None:
     """The recording of a step that was these launches, or None if its like needs a look at every tensor again."""
     plans = [plan for entry in launched for plan in entry.plans]
-    if leaf.native is None or not plans or not all(map(_repeatable, plans)):
+    if not plans or not leaf.available() or not all(map(_repeatable, plans)):
         return None
     if opt.engine.norm is not None and not all("grad" in entry.kernel.program.buffer for entry in launched):
         return None

@@ -106,7 +106,7 @@ def _random_state(dls: Any) -> list[Callable[[], Any]]:
         (np.random.get_state, np.random.set_state),
         (random.getstate, random.setstate),
     ]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         places += [(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)]
     for dl in (dls[0], dls[1]):
         for owner in (dl, getattr(dl, "sampler", None)):
