@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import dis
+import functools
+import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from . import callback, names
+from . import callback, env, names
 from .callback import arguments_of, defaults_of
+from .checkpoint import COUNTERS, FLAGS
 from .reference import FLOATS
 
 
@@ -42,13 +47,113 @@ def check_known(hypers: Iterable[str], cbs: Sequence[Callable]) -> None:
             raise TypeError(f"no callback takes the hyperparameter {name!r}; {hint}")
 
 
+class Roles(NamedTuple):
+    """What names mean to a list of callbacks.
+
+    state: what they keep: arguments that one of them names among the keys it returns
+    taken: what else they take, and so may find in a param group; None if one of them may take anything
+    never: the parameter itself, and what a partial has bound
+    """
+
+    state: frozenset[str]
+    taken: frozenset[str] | None
+    never: frozenset[str]
+
+    def hands(self, name: str, own: Iterable[str]) -> bool:
+        """Whether a key of a param group is handed to callbacks; ``own``: the hyperparameters the optimizer was given."""
+        if name in own:
+            return True
+        return name not in self.state | self.never and (self.taken is None or name in self.taken)
+
+
+def roles_of(cbs: Iterable[Callable], stored: Iterable[str]) -> Roles:
+    """The roles of names in callbacks that keep state under the names ``stored`` too."""
+    arguments, bound, first = set[str](), set[str](), set[str]()
+    mentioned, returned, anything = set[str](), {*COUNTERS, *FLAGS, *stored}, False
+    for cb in cbs:
+        own = list(arguments_of(cb))
+        given = set(cb.keywords) if isinstance(cb, functools.partial) else set()
+        arguments |= {*own} - given
+        bound |= given
+        first |= set(own[:1])
+        found = callback.looked_up(cb)
+        anything |= found is None
+        mentioned |= found or set()
+        function = callback.function_of(cb)
+        returned |= _keys_made(function.__code__) if isinstance(function, types.FunctionType) else set()
+    state = frozenset(returned | (mentioned & arguments))
+    taken = None if anything else frozenset((arguments | mentioned) - state)
+    return Roles(state, taken, frozenset(first | (bound - arguments)))
+
+
+@functools.lru_cache(maxsize=256)
+def _keys_made(code: types.CodeType) -> frozenset[str]:
+    """Keys of the dicts that the code makes of several names at once: ``{"a": a, "b": b}``, ``return dict(a=a)``."""
+    steps = list(dis.get_instructions(code))
+    found: set[str] = set()
+    for i, step in enumerate(steps):
+        keys = step.argval
+        if not isinstance(keys, tuple) or not all(isinstance(key, str) for key in keys):
+            continue
+        after = [s.opname for s in steps[i + 1 : i + 4]]
+        if "BUILD_CONST_KEY_MAP" in after[:1] or ("dict" in code.co_names and "RETURN_VALUE" in after):
+            found |= {*keys}
+    return frozenset(found)
+
+
+def warn_of_misspelt(strange: Iterable[str], known: Iterable[str]) -> None:
+    """Warn of a group's keys that no callback takes, where they look like one that is taken.
+
+    What other libraries keep in groups ("lr_mult", "initial_lr", "max_momentum") passes in silence, as in torch.
+    """
+    known = {*known, *COMMON, *names.TORCH}
+    for key in strange:
+        pieces = key.lower().split("_")
+        near = difflib.get_close_matches(key.lower(), known, 1, 0.8)
+        if near and key not in known and not any(set(name.split("_")) <= {*pieces} for name in near if name != key.lower()):
+            warnings.warn(
+                f"the param group's key {key!r} is no hyperparameter of this optimizer and has no effect; did you "
+                f"mean {near[0]!r}? A key that is another library's may stay under a name less alike",
+                UserWarning,
+                stacklevel=env.caller_level(),
+            )
+
+
 def last(value: Any) -> Any:
     return value.stop if isinstance(value, slice) else value[-1]
 
 
+def is_listed(name: str, value: Any) -> bool:
+    """Whether a hyperparameter has one value per group: a slice, or a list or array of more than one."""
+    if isinstance(value, slice):
+        return True
+    if not _is_row(name, value):
+        return False
+    if not len(value):
+        raise ValueError(f"{name} is empty; give one number, or one per param group")
+    return len(value) > 1
+
+
+def _is_row(name: str, value: Any) -> bool:
+    kinds = (list, tuple) if name == "lr" else list
+    return isinstance(value, kinds) or getattr(value, "ndim", 0) == 1
+
+
+def default_of(name: str, value: Any) -> Any:
+    """The default that a hyperparameter given to the constructor is for groups: its last value, or the only one."""
+    if is_listed(name, value) or (_is_row(name, value) and not isinstance(value, torch.Tensor)):
+        value = last(value)
+    return names.plain(value)
+
+
 def as_param_groups(params: Any) -> Any:
-    """Params as torch takes them: a list of lists (fastai's splitters) becomes one group per list."""
-    if isinstance(params, (torch.Tensor, Mapping)):
+    """Params as torch takes them: a list of lists (fastai's splitters) becomes one group per list.
+
+    A lone tensor is a list of one, as in fastai.
+    """
+    if isinstance(params, torch.Tensor):
+        return [params]
+    if isinstance(params, Mapping):
         return params  # torch says what is wrong
     found = list(params)
     is_group = [not isinstance(p, (torch.Tensor, dict)) and _is_list(p) for p in found]

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .callback import arguments_of
@@ -231,7 +232,7 @@ def _copied(key: str, value: Any, p: torch.Tensor) -> Any:
         return count(value) if counter else value.detach().to(p.device, copy=True)
     if isinstance(value, dict):
         return {k: _copied(k, v, p) for k, v in value.items()}
-    return copy.deepcopy(plain(value))
+    return copy.deepcopy(plain(value) if np.ndim(value) == 0 else value)
 
 
 def _group(live: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

@@ -95,8 +95,8 @@ class HyperNames:
 
 
 def plain(value: Any) -> Any:
-    """numpy numbers as Python's: a checkpoint of the others cannot be loaded safely."""
-    return value.item() if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0 else value
+    """numpy numbers, and arrays of one, as Python's: a checkpoint of the others cannot be loaded safely."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.size == 1 else value
 
 
 def check(name: str, value: Any) -> None:

@@ -118,6 +118,11 @@ class _TorchFace(_Optimizer):
             if name in hypers:
                 hypers[name] = _plain(name, hypers[name])
         _refuse_modes(type(self).__name__, flags)
+        if isinstance(params, Tensor):
+            raise TypeError(
+                "params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
+                f"{params.type()}; put it into a list"
+            )
         super().__init__(params, cbs, lr=lr, **hypers, **flags)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -11,8 +11,20 @@ from typing import Any, ClassVar, TypedDict
 import torch
 import torch.optim.optimizer as _torch_optimizer
 
-from . import checkpoint, names
-from .accepted import as_callbacks, as_param_groups, check_gradient, check_known, check_state, hyper_of, last
+from . import checkpoint, env, names
+from .accepted import (
+    Roles,
+    as_callbacks,
+    as_param_groups,
+    check_gradient,
+    check_known,
+    check_state,
+    default_of,
+    hyper_of,
+    is_listed,
+    roles_of,
+    warn_of_misspelt,
+)
 from .callback import arguments_of, defaults_of, name_of
 from .checkpoint import FLAGS
 from .explain import Explanation, explain
@@ -72,6 +84,7 @@ class Optimizer(torch.optim.Optimizer):
     state_names: ClassVar[Mapping[str, str]] = {}
     hyper_names: ClassVar[Mapping[str, names.Place]] = {}
 
+    @torch._disable_dynamo  # which would build half of it in compiled code
     def __init__(
         self,
         params: Any,
@@ -88,7 +101,9 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         if hypers.pop("train_bn", None) is not None:
             warnings.warn(
-                "train_bn has no effect on an optimizer; set it on the Learner", UserWarning, stacklevel=2
+                "train_bn has no effect on an optimizer; set it on the Learner",
+                UserWarning,
+                stacklevel=env.caller_level(),
             )
         self.cbs = as_callbacks(cbs)
         self.backend = backends.check_name(backend)
@@ -112,13 +127,9 @@ class Optimizer(torch.optim.Optimizer):
         values = self.hyper_map.to_fastai(hypers)
         check_known(values, self.cbs)
         values = {k: v for cb in self.cbs for k, v in defaults_of(cb).items()} | values
-        listed = {
-            k: v
-            for k, v in values.items()
-            if isinstance(v, (slice, list, *((tuple,) if k == "lr" else ()))) or getattr(v, "ndim", 0) == 1
-        }
+        listed = {k: v for k, v in values.items() if is_listed(k, v)}
         for name, value in values.items():
-            value = names.plain(last(value) if name in listed else value)
+            value = default_of(name, value)
             names.check(name, value)
             self.hyper_map.write(defaults, name, value)
         defaults.setdefault("differentiable", False)
@@ -137,6 +148,9 @@ class Optimizer(torch.optim.Optimizer):
         self._engine: Engine | None = None
         self._warm: Warm | None = None
         self._captured: list[Resident] = []
+        self._roles: tuple[list[Any], Roles] | None = None
+        self._strange: set[str] = set()
+        """Keys of groups that nobody takes, and that were looked at."""
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -188,21 +202,14 @@ class Optimizer(torch.optim.Optimizer):
             value = names.plain(value)
             names.check(name, value)
             self.hyper_map.write(group, name, value)
-        with warnings.catch_warnings():  # of duplicates, which are refused below
-            warnings.filterwarnings(
-                "ignore", "optimizer contains a parameter group with duplicate parameters"
-            )
-            super().add_param_group(group)
+        super().add_param_group(group)
         index = len(self.param_groups) - 1
-        params = self.param_groups[index]["params"]
-        seen: set[torch.Tensor] = set()
-        for i, p in enumerate(params):
-            if p in seen or p.is_complex():
+        for i, p in enumerate(self.param_groups[index]["params"]):
+            if p.is_complex():
                 self.param_groups.pop()
                 wrong = "complex; use torch.view_as_real(p) as the parameter instead"
-                wrong = "in the group twice; list every parameter once" if p in seen else wrong
                 raise ValueError(f"parameter {i} of group {index} is {wrong}")
-            seen.add(p)
+        self._handed(self.param_groups[index])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient; returns what the closure returns, if there is one.
@@ -249,8 +256,30 @@ class Optimizer(torch.optim.Optimizer):
         if resident is not None and resident not in self._captured:
             self._captured.append(resident)
 
+    @property
+    def roles(self) -> Roles:
+        """What names mean to the callbacks."""
+        if self._roles is None or self._roles[0] != self.cbs:
+            self._roles = list(self.cbs), roles_of(self.cbs, (*self._stored, *self._called))
+        return self._roles[1]
+
+    def _handed(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The hyperparameters of a group that callbacks get, by their names for them.
+
+        These are the ones the optimizer was given (``defaults``, and what callbacks bring along), and others that a
+        callback takes and that are neither state, nor the parameter, nor bound by a partial. Whatever else the group
+        holds is carried and saved, and nobody is handed it: as in torch.
+        """
+        found, roles = self.hyper_map.of_group(group), self.roles
+        own = {*self.hyper_map.of_group(self.defaults), *(k for cb in self.cbs for k in defaults_of(cb))}
+        strange = [k for k in found if not roles.hands(k, own)]
+        if unseen := [k for k in strange if isinstance(k, str) and k not in self._strange]:
+            self._strange.update(unseen)
+            warn_of_misspelt(unseen, {*self.defaults, *own, *(roles.taken or ())})
+        return {k: v for k, v in found.items() if k not in strange}
+
     def _hypers_of(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {k: hyper_of(group, k, v) for k, v in self.hyper_map.of_group(group).items()}
+        return {k: hyper_of(group, k, v) for k, v in self._handed(group).items()}
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
