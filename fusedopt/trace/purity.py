@@ -39,6 +39,7 @@ from .sources import (
     Sources,
     codes,
     content_of,
+    is_pair,
     line_of,
     method_of,
     name_of,
@@ -286,6 +287,8 @@ class _Examination:
             line = line_of(step, line)
             where = f"{place_of(code, line)}: {code.co_name}"
             name = name_of(step)
+            if is_pair(step) and step.argval[0] in around.own:
+                self._value(around.own[step.argval[0]], f"{where} uses")
             if owner is not NOTHING and step.opname not in (
                 "LOAD_ATTR",
                 "LOAD_METHOD",
@@ -390,7 +393,7 @@ class _Around:
             return self.globals.get(name, self.builtins.get(name, ...))
         if op == "LOAD_DEREF":
             return self.cells.get(name, self.own.get(name, NOTHING))
-        return self.own.get(name, NOTHING) if op.startswith("LOAD_FAST") else NOTHING
+        return self.own.get(name, NOTHING) if "LOAD_FAST" in op else NOTHING
 
 
 def _called(value: Any) -> str:

@@ -187,9 +187,13 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def name_of(step: dis.Instruction) -> Any:
-    """What a step is about. Steps that load two variables (Python 3.13) leave the second on top."""
-    pair = step.opname.startswith("LOAD_FAST") and isinstance(step.argval, tuple)
-    return step.argval[-1] if pair else step.argval
+    """What a step is about. Of two variables in one step (Python 3.13 and later) the second is on top."""
+    return step.argval[-1] if is_pair(step) else step.argval
+
+
+def is_pair(step: dis.Instruction) -> bool:
+    """Whether it loads or stores two variables."""
+    return "LOAD_FAST" in step.opname and isinstance(step.argval, tuple)
 
 
 def line_of(step: dis.Instruction, before: int) -> int:
