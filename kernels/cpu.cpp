@@ -15,8 +15,8 @@
 #endif
 
 // What generated code calls, under the names that CUDA has too.
-using std::atan, std::atan2, std::ceil, std::cos, std::erf, std::exp, std::expm1, std::fabs, std::floor, std::log;
-using std::log1p, std::log2, std::nearbyint, std::pow, std::sin, std::sqrt, std::tanh, std::trunc;
+using std::atan, std::atan2, std::ceil, std::cos, std::erf, std::exp, std::expm1, std::fabs, std::floor, std::fmod;
+using std::log, std::log1p, std::log2, std::nearbyint, std::pow, std::sin, std::sqrt, std::tanh, std::trunc;
 
 struct Launch {
   const int64_t* rows;

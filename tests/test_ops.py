@@ -175,7 +175,10 @@ def test_the_interpreters_own_spellings_are_torchs_functions(op, dtype):
     theirs = getattr(torch, op.name, op.torch)
     if op.torch is not theirs:
         arguments = list(inputs(dtype).values())[: op.arity]
-        assert ulp_distance(op.torch(*arguments), theirs(*arguments)).max() <= (op.name == "sqrt")
+        ours, eager = op.torch(*arguments), theirs(*arguments)
+        if op.name == "fmod":  # theirs is NaN where the quotient overflows
+            ours, eager = (x[(arguments[0] / arguments[1]).isfinite()] for x in (ours, eager))
+        assert ulp_distance(ours, eager).max() <= (op.name == "sqrt")
 
 
 def test_doubles_of_kind_s_are_computed_in_double():

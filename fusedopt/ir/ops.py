@@ -79,6 +79,14 @@ def _minimum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where((a < b) | (a != a), a, b)
 
 
+def _fmod(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Exact. On CPU ``torch.fmod`` of a long tensor is NaN where the quotient is beyond the largest number."""
+    if a.device.type != "cpu":
+        return torch.fmod(a, b)
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.asarray(np.fmod(a.detach().numpy(), b.detach().numpy())))
+
+
 def _unary(name: str, cpp: str, triton: str | None = None) -> Op:
     return Op(name, "f>f", getattr(torch, name), cpp, triton)
 
@@ -99,6 +107,7 @@ OPS: dict[str, Op | Reduction] = {
         _infix("mul", "ff>f", "*"),
         Op("div", "ff>f", torch.div, "{0} / {1}", "div({0}, {1})"),
         Op("pow", "ff>f", torch.pow, "::pow({0}, {1})", "pow({0}, {1})"),
+        Op("fmod", "ff>f", _fmod, "::fmod({0}, {1})", "fmod({0}, {1})"),
         Op("atan2", "ff>f", torch.atan2, "::atan2({0}, {1})"),
         Op("maximum", "ff>f", _maximum, "maximum({0}, {1})", "maximum({0}, {1})"),
         Op("minimum", "ff>f", _minimum, "minimum({0}, {1})", "minimum({0}, {1})"),

@@ -10,6 +10,7 @@ then writes past the end, no interpreter notices.
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
@@ -33,7 +34,8 @@ POINTERS = {
     torch.bfloat16: "BFLOAT16",
     torch.float16: "HALF",
 }
-_TAKEN = frozenset("triton tl at end load store rounded div sqrt exp pow trunc nearbyint infinity".split())  # noqa: SIM905
+_SPELLED = {word for op in OPS.values() for word in re.findall(r"[a-z_]\w*", op.triton or "")}
+_TAKEN = frozenset({"triton", "at", "end", "load", "store", "rounded", "infinity"} | _SPELLED)
 """Names that a generated element function uses itself."""
 
 
