@@ -7,6 +7,7 @@ different machines therefore never hands one machine the other's instructions.
 
 from __future__ import annotations
 
+import _ctypes
 import contextlib
 import ctypes
 import functools
@@ -275,11 +276,15 @@ def _unloadable(path: Path, symbols: Sequence[str]) -> str:
     """What is wrong with a library, "" where nothing is."""
     try:
         cut_off = elf.missing(path)
-        loaded = None if cut_off else ctypes.CDLL(str(path))
+        if cut_off:
+            return cut_off
+        loaded = ctypes.CDLL(str(path))
     except OSError as error:
         return str(error)
     lacking = [s for s in symbols if not hasattr(loaded, s)]
-    return cut_off or (f"it has no {', '.join(lacking)}" if lacking else "")
+    if lacking and hasattr(_ctypes, "dlclose"):
+        _ctypes.dlclose(loaded._handle)  # or whoever loads another one from this path is given this one
+    return f"it has no {', '.join(lacking)}" if lacking else ""
 
 
 def _compile(name: str, tool: Compiler, source_path: Path, out: Path, include: Path | None) -> str:
