@@ -45,7 +45,7 @@ def probe_cpp() -> Status:
     """The system compiler makes a library that loads and runs here."""
     source = 'extern "C" int fusedopt_answer() { return 42; }\n'
     try:
-        library = toolchain.compile_library("doctor", source)
+        library = toolchain.compile_library("doctor", source, symbols=["fusedopt_answer"])
     except toolchain.CompilerNotFound as error:
         return Status(
             False,

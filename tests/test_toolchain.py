@@ -1,6 +1,7 @@
 """The system compiler: found, run, and its failures explained."""
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -10,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import fusedopt
 from fusedopt.compile import BuildError, CacheWarning, CompileError, CompilerNotFound, cache, toolchain
+from fusedopt.runtime import backends
 
 REAL = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(REAL is None or os.name != "posix", reason="needs a C++ compiler and a shell")
@@ -326,6 +330,97 @@ def test_a_corrupt_library_is_built_again():
     assert library.built
     assert "corrupt" in library.entry.reason
     assert call(library, 20, 22) == 42
+
+
+# ---------------------------------------------------------------- libraries that are not all there
+
+
+def cut(tmp_path, commands):
+    """The body of a compiler that exits with 0 after doing this to the library ``$out``."""
+    find = 'while [ "$1" != -o ]; do shift; done; out=$2'
+    return f'{REAL} "$@" || exit 1\n{find}\n{commands}\nexit 0'
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        ': > "$out"',
+        'echo "all is well" > "$out"',
+        'rm "$out"',
+        "kill -9 $$",
+        'printf "\\177ELF" > "$out"',
+        *(f'truncate -s {n} "$out"' for n in (1, 16, 40, 63, 64, 200, 1000, 4096, 5000, 8192, 12288)),
+        'truncate -s -1 "$out"',
+        """printf '\\363' | dd of="$out" bs=1 seek=18 conv=notrunc""",
+        """echo 'extern "C" int other() { return 1; }' > other.cpp; c++ -shared -fPIC other.cpp -o "$out" """,
+    ],
+)
+def test_a_library_that_is_not_what_it_should_be_is_refused_and_forgotten(
+    script, tmp_path, commands, monkeypatch
+):
+    """Of any length, of another machine, of other functions: an error, no signal, and a good compiler mends it."""
+    monkeypatch.chdir(tmp_path)
+    script(cut(tmp_path, commands))
+    for _ in range(2):
+        with pytest.raises(CompileError, match="remedy: point CXX"):
+            toolchain.compile_library("add", ADD, symbols=["add"])
+    script(f'exec {REAL} "$@"')  # of the same name and version: its key is the same
+    forget(monkeypatch)
+    library = toolchain.compile_library("add", ADD, symbols=["add"])
+    assert library.built and call(library, 2, 3) == 5
+
+
+def test_a_library_is_refused_however_much_of_its_end_is_missing(tmp_path):
+    whole = toolchain.compile_library("add", ADD).path.read_bytes()
+    path = tmp_path / "cut.so"
+    for size in (*range(0, len(whole), 97), len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert toolchain._unloadable(path, ["add"])
+    path.write_bytes(whole)
+    assert not toolchain._unloadable(path, ["add"])
+    assert toolchain._unloadable(path, ["add", "subtract"]) == "it has no subtract"
+
+
+@pytest.mark.parametrize("left", [0, 5000])
+def test_an_entry_cut_off_in_the_cache_is_built_again(left, monkeypatch):
+    """Also where its checksum says that it was stored so, by an earlier version."""
+    first = toolchain.compile_library("add", ADD, symbols=["add"])
+    for stored_so in (False, True):
+        path = first.path
+        data = path.read_bytes()[:left]
+        path.unlink()
+        path.write_bytes(data)
+        path.chmod(0o700)
+        if stored_so:
+            sidecar = path.with_suffix(".json")
+            meta = json.loads(sidecar.read_text()) | {"sha256": hashlib.sha256(data).hexdigest()}
+            sidecar.write_text(json.dumps(meta))
+        forget(monkeypatch)
+        again = toolchain.compile_library("add", ADD, symbols=["add"])
+        assert again.built and call(again, 2, 3) == 5
+
+
+@pytest.mark.parametrize(
+    "commands", ['truncate -s 5000 "$out"', ': > "$out"', 'strip -x -N add "$out"; exit 3']
+)
+def test_auto_goes_on_without_it(script, tmp_path, commands, monkeypatch):
+    script(cut(tmp_path, commands))
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(backends, "_made", {})
+
+    def descend(p, lr, **kwargs):
+        p.data.sub_(p.grad, alpha=lr)
+
+    def stepped(backend):
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        fusedopt.Optimizer([p], descend, lr=0.1, backend=backend, title="cut off").step()
+        return p.detach()
+
+    with pytest.warns(RuntimeWarning, match="cpp backend cannot be used"):
+        torch.testing.assert_close(stepped("auto"), torch.full((3,), 0.9))
+    with pytest.raises(BuildError):
+        stepped("cpp")
 
 
 def test_an_unsafe_folder_still_gives_a_kernel(tmp_path):

@@ -299,7 +299,12 @@ def stem(name: str, key: str) -> str:
     """File name of an entry without its suffix."""
     if not re.fullmatch(rf"[0-9a-f]{{{KEY_DIGITS},}}", key):
         raise ValueError(f"cache key {key!r} is no hex digest of at least {KEY_DIGITS} digits")
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:80]}_{key[:KEY_DIGITS]}"
+    return f"{plain(name)}_{key[:KEY_DIGITS]}"
+
+
+def plain(name: str) -> str:
+    """A kernel's name as part of a file's: names are made of titles, which are any text."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name[:80])
 
 
 def discard(entry: Entry) -> None:

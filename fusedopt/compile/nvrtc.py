@@ -83,7 +83,7 @@ def _find() -> Nvrtc | str:
         return f"cuda-core with NVRTC does not work here ({reason}). Remedy: {INSTALL}, {FALLBACK}."
 
     def compile(name: str, source: str, arch: str) -> tuple[bytes, str]:
-        options = ProgramOptions(name=f"{name}.cu", arch=arch, **OPTIONS)
+        options = ProgramOptions(name=f"{cache.plain(name)}.cu", arch=arch, **OPTIONS)
         log = io.StringIO()
         program = Program(source, "c++", options)
         try:
@@ -123,7 +123,7 @@ def compile_cubin(name: str, source: str, arch: str, *, key_parts: Sequence[str]
     key = cubin_key(source, arch, tool, key_parts)
     if key in _failed:
         raise _failed[key].with_traceback(None)
-    env.debug(2, f"// kernel {name}\n{source}")
+    env.debug(2, f"// kernel {cache.plain(name)}\n{source}")
 
     def build(source_path: Path, out: Path) -> str:
         try:

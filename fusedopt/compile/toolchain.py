@@ -7,6 +7,7 @@ different machines therefore never hands one machine the other's instructions.
 
 from __future__ import annotations
 
+import _ctypes
 import contextlib
 import ctypes
 import functools
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import env
-from . import cache
+from . import cache, elf
 
 # No contraction, so that every backend rounds alike; no errno and no traps, so that gcc vectorises.
 # Never fast-math: it changes results.
@@ -197,11 +198,17 @@ _native_refused: set[str] = set()  # paths of compilers that know no -march=nati
 
 
 def compile_library(
-    name: str, source: str, *, key_parts: Sequence[str] = (), include: Path | None = None
+    name: str,
+    source: str,
+    *,
+    symbols: Sequence[str] = (),
+    key_parts: Sequence[str] = (),
+    include: Path | None = None,
 ) -> Library:
     """Compile C++ source into a loaded library, or find it in this process or in the cache.
 
     name : of the kernel, for files and messages
+    symbols : the functions that it must have
     key_parts : more that the binary depends on, such as the renderer's version
     include : folder for `#include`; the headers found there are part of the key
 
@@ -214,10 +221,10 @@ def compile_library(
         raise _failed[key].with_traceback(None)
     library = _libraries.get(key)
     if library is None:
-        env.debug(2, f"// kernel {name}\n{source}")
+        env.debug(2, f"// kernel {cache.plain(name)}\n{source}")
         try:
             # Two threads may both get here; the cache makes one of them wait, and the first library stays.
-            library = _libraries.setdefault(key, _load(name, key, source, tool, include))
+            library = _libraries.setdefault(key, _load(name, key, source, symbols, tool, include))
         except CompileError as error:
             _failed[key] = error
             raise
@@ -249,7 +256,9 @@ def _headers(source: str, include: Path) -> dict[str, str]:
     return found
 
 
-def _load(name: str, key: str, source: str, tool: Compiler, include: Path | None) -> Library:
+def _load(
+    name: str, key: str, source: str, symbols: Sequence[str], tool: Compiler, include: Path | None
+) -> Library:
     def build(source_path: Path, out: Path) -> str:
         return _compile(name, tool, source_path, out, include)
 
@@ -257,23 +266,32 @@ def _load(name: str, key: str, source: str, tool: Compiler, include: Path | None
         meta = {"compiler": str(tool), "flags": " ".join(FLAGS), "cpu": cpu_features().model}
         return cache.load_or_build(name, key, source, "so", build, meta=meta)
 
-    found = entry()
+    for again in (True, False):
+        found = entry()
+        wrong = _unloadable(found.path, symbols)
+        if not wrong:
+            return Library(name, key, found, ctypes.CDLL(str(found.path)))
+        # Nobody is to find it: not a compiler that has been mended, nor the next process. And one that is as it was
+        # stored may be of no use here, as where another machine with an older C library shares the home folder.
+        cache.discard(found)
+        if found.built or not again:
+            break
+    raise CompileError(name, found.source_path, str(tool), f"cannot be loaded: {wrong}", found.log)
+
+
+def _unloadable(path: Path, symbols: Sequence[str]) -> str:
+    """What is wrong with a library, "" where nothing is."""
     try:
-        return Library(name, key, found, ctypes.CDLL(str(found.path)))
+        cut_off = elf.missing(path)
+        if cut_off:
+            return cut_off
+        loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        if found.built:
-            raise CompileError(
-                name, found.source_path, str(tool), f"cannot be loaded: {error}", found.log
-            ) from error
-    # It was intact but did not load, as when another machine with an older C library shares the home folder.
-    cache.discard(found)
-    found = entry()
-    try:
-        return Library(name, key, found, ctypes.CDLL(str(found.path)))
-    except OSError as error:
-        raise CompileError(
-            name, found.source_path, str(tool), f"cannot be loaded: {error}", found.log
-        ) from error
+        return str(error)
+    lacking = [s for s in symbols if not hasattr(loaded, s)]
+    if lacking and hasattr(_ctypes, "dlclose"):
+        _ctypes.dlclose(loaded._handle)  # or whoever loads another one from this path is given this one
+    return f"it has no {', '.join(lacking)}" if lacking else ""
 
 
 def _compile(name: str, tool: Compiler, source_path: Path, out: Path, include: Path | None) -> str:

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from .comments import one_line
 from .ops import LEAVES, OPS, is_reduction, result_kind
 
 
@@ -278,7 +279,9 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     """.split()  # noqa: SIM905
 )
 """Words that generated code uses itself."""
-_NUMBERED = re.compile(r"hyper_.*|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*", re.ASCII)
+LONGEST_NAME = 100
+"""Characters of a name that generated code has in full."""
+_NUMBERED = re.compile(r"(hyper|at|of)_.*|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*", re.ASCII)
 
 
 def identifier(buffer: str) -> str:
@@ -287,12 +290,14 @@ def identifier(buffer: str) -> str:
     A key that is no identifier, or that means something in generated code already, is told apart by a number.
     """
     key = buffer.removeprefix("state.")
-    plain = key.isidentifier() and key.isascii() and key not in _TAKEN and not _NUMBERED.fullmatch(key)
-    if plain or key == buffer:
-        return key.replace(".", "_")
-    return "".join(
-        c if c.isalnum() and c.isascii() else "_" for c in f"at_{key}_{zlib.crc32(key.encode()):08x}"
-    )
+    ours = key == buffer
+    text = key.replace(".", "_") if ours else key
+    plain = text.isidentifier() and text.isascii() and len(text) <= LONGEST_NAME
+    if plain and (ours or (text not in _TAKEN and not _NUMBERED.fullmatch(text))):
+        return text
+    number = f"{zlib.crc32(key.encode(errors='surrogatepass')):08x}"
+    name = f"{'of' if ours else 'at'}_{key[:LONGEST_NAME]}_{number}"
+    return "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
 
 
 def names(program: Program) -> list[str]:
@@ -325,7 +330,7 @@ def render_python(program: Program, name: str = "program") -> str:
         if v.op in LEAVES:
             continue
         text = f"    {label[i]} = {_spell(program, v, label)}"
-        lines.append(f"{text:<56}# {v.where}" if v.where else text)
+        lines.append(f"{text:<56}# {one_line(v.where)}" if v.where else text)
     if program.skip is not None:
         lines.append(f"    if {label[program.skip]}: return {{}}")
     lines.append("    return {" + ", ".join(f"{n!r}: {label[i]}" for n, i in program.stores) + "}")

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+from ..ir.comments import one_line
 from ..ir.ops import LEAVES, OPS, Op, Reduction, is_reduction
 from ..ir.passes import Stage, scalar_stores, stages
 from ..ir.program import Program, Value, argument_type, identifier
@@ -80,7 +81,7 @@ class Body(ABC):
     def comment(self, v: Value) -> str:
         """Where a value comes from: the callback, the scalar's expression, the state's key."""
         if v.op == "slot" and v.attr < len(self.slot_names):
-            return self.slot_names[v.attr]
+            return one_line(self.slot_names[v.attr])
         if v.op == "load" and v.kind == "S":
             return identifier(v.attr)
-        return "" if v.op in LEAVES else v.where.split(",")[0]
+        return "" if v.op in LEAVES else one_line(v.where.rsplit(", ", 1)[0])

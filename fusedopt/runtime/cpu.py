@@ -29,11 +29,14 @@ class Cpp(Compiler):
         self, program: Program, name: str, slot_names: Sequence[str], device: torch.device
     ) -> Kernel:
         body = cpp.render(program, slot_names, name)
+        symbols, scalars = cpp.entries(program)
         library = toolchain.compile_library(
-            name, cpp.source(skeleton("cpu.cpp"), body), key_parts=[cpp.VERSION]
+            name,
+            cpp.source(skeleton("cpu.cpp"), body),
+            symbols=[*symbols, *([scalars] if scalars else [])],
+            key_parts=[cpp.VERSION],
         )
         leaf.seek()
-        symbols, scalars = cpp.entries(program)
         handle = [library.address(s) for s in symbols], scalars and library.address(scalars)
         return Kernel(
             self.name,

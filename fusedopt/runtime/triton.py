@@ -154,7 +154,7 @@ def _store(name: str, text: str, version: str) -> cache.Entry:
         shutil.copyfile(source, out)
         return ""
 
-    env.debug(2, f"# kernel {name}\n{text}")
+    env.debug(2, f"# kernel {cache.plain(name)}\n{text}")
     key = hashlib.sha256(repr([text, renderer.VERSION, version]).encode()).hexdigest()
     meta = {"compiler": f"triton {version}"}
     return cache.load_or_build(name, key, text, "py", build, source_suffix="py", meta=meta)
