@@ -66,7 +66,7 @@ setup(
         Extension(
             "fusedopt._C",
             ["csrc/leaf.cpp"],
-            depends=["csrc/cuda.h", "csrc/recording.h", "csrc/scalars.h"],
+            depends=["csrc/cuda.h", "csrc/recording.h", "csrc/scalars.h", "csrc/stages.h"],
             language="c++",
             # -fopenmp: without it at::parallel_for is serial. -g0: debug data would cost 9 s.
             extra_compile_args=["-std=c++20", "-O2", "-g0", "-fopenmp", "-fvisibility=hidden"],
