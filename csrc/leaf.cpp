@@ -6,8 +6,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "cuda.h"
-#include "parallel.h"
 #include "recording.h"
+#include "stages.h"
 
 #include <cstdint>
 #include <optional>
@@ -19,9 +19,6 @@ extern "C" [[gnu::used]] const char fusedopt_built_for_torch[] = "fusedopt built
 
 namespace {
 
-// A compiled stage: rows [begin, end) of what `launch` describes. It cannot throw.
-using Stage = void (*)(const void* launch, int64_t begin, int64_t end);
-
 const at::Tensor& tensor_at(const py::list& tensors, int64_t index) {
   PyObject* item = PyList_GET_ITEM(tensors.ptr(), index);
   if (!THPVariable_Check(item))
@@ -29,7 +26,12 @@ const at::Tensor& tensor_at(const py::list& tensors, int64_t index) {
   return THPVariable_Unpack(item);
 }
 
-void write_pointers(
+// The memory that pointers were read from. As long as this is there, so is that, whatever becomes of the tensors.
+struct Kept {
+  std::vector<c10::Storage> storages;
+};
+
+Kept write_pointers(
     const py::list& tensors, uintptr_t table_ptr, std::optional<int64_t> rows, int64_t columns, int64_t column) {
   const auto count = static_cast<int64_t>(tensors.size());
   if (count > rows.value_or(count))
@@ -41,13 +43,19 @@ void write_pointers(
   if (table_ptr == 0)
     throw py::value_error("table_ptr is null");
   auto* cell = reinterpret_cast<int64_t*>(table_ptr) + column;
-  for (int64_t row = 0; row < count; ++row, cell += columns)
+  Kept kept;
+  kept.storages.reserve(count);
+  for (int64_t row = 0; row < count; ++row, cell += columns) {
+    const at::Tensor& tensor = tensor_at(tensors, row);
     // Not const_data_ptr: a kernel may write there, so a lazy clone must get its own memory now.
-    *cell = reinterpret_cast<int64_t>(tensor_at(tensors, row).mutable_data_ptr());
+    *cell = reinterpret_cast<int64_t>(tensor.mutable_data_ptr());
+    if (tensor.has_storage())
+      kept.storages.push_back(tensor.storage());
+  }
+  return kept;
 }
 
-void run_cpu(
-    const std::vector<uintptr_t>& entries, uintptr_t launch_ptr, const std::vector<std::vector<int64_t>>& splits) {
+void run_cpu(std::vector<uintptr_t> entries, uintptr_t launch_ptr, std::vector<std::vector<int64_t>> splits) {
   if (entries.size() != splits.size())
     throw py::value_error(
         std::to_string(entries.size()) + " entries need as many splits, not " + std::to_string(splits.size()));
@@ -55,20 +63,15 @@ void run_cpu(
     if (entry == 0)
       throw py::value_error("an entry is null");
 
+  const fusedopt::Stages stages{std::move(entries), launch_ptr, std::move(splits)};
   py::gil_scoped_release no_gil;
-  const auto* launch = reinterpret_cast<const void*>(launch_ptr);
-  // A later stage reads what an earlier one reduced. The end of parallel_for is the barrier between them.
-  for (size_t k = 0; k < entries.size(); ++k) {
-    const auto stage = reinterpret_cast<Stage>(entries[k]);
-    const auto& split = splits[k];
-    const auto ranges = static_cast<int64_t>(split.size()) - 1;
-    // The planner has already made each range worth a thread. One range, or a call from inside another
-    // parallel region, runs right here.
-    fusedopt::parallel_for(ranges, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t)
-        stage(launch, split[t], split[t + 1]);
-    });
-  }
+  stages.run();
+}
+
+// A number among the hyperparameters as Python's, or None.
+py::object number(const py::object& x) {
+  fusedopt::Scalar out;
+  return fusedopt::Scalar::number(x.ptr(), out) ? out.python() : py::none();
 }
 
 void bump_versions(const py::list& tensors) {
@@ -89,12 +92,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("table_ptr"), py::arg("rows").none(true), py::arg("columns"), py::arg("column"));
   m.def("run_cpu", torch::wrap_pybind_function(run_cpu),
         py::arg("entries"), py::arg("launch_ptr"), py::arg("splits"));
+  m.def("number", torch::wrap_pybind_function(number), py::arg("x"));
+  py::class_<Kept>(m, "Kept");
   py::class_<fusedopt::Recording>(m, "Recording")
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
                     const py::list&>(),
            py::arg("groups"), py::arg("absent"), py::arg("rows"), py::arg("hypers"), py::arg("batches"),
            py::arg("numbers"))
-      .def("step", &fusedopt::Recording::step, py::arg("groups"));
+      .def("plan", &fusedopt::Recording::plan, py::arg("launches"))
+      .def("step", &fusedopt::Recording::step, py::arg("groups"), py::arg("measure").none(true));
   py::class_<fusedopt::ScalarProgram>(m, "ScalarProgram")
       .def(py::init<const py::list&, std::vector<size_t>, std::vector<size_t>, const py::list&>(),
            py::arg("instructions"), py::arg("slots"), py::arg("numbers"), py::arg("guards"))

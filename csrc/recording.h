@@ -4,22 +4,25 @@
 // same hyperparameter flags, gradients where there were gradients, state dicts with the same entries, tensors with the
 // same memory, dtype and strides. On the way it reads what may change on every step: the numbers among the
 // hyperparameters, and where the gradients lie. `evaluate` runs the scalar programs on them. Any doubt in either is a
-// no; the caller then does the step the long way.
+// no; the caller then does the step the long way. What was evaluated is committed, and the CPU's kernels run, within the
+// same call: no signal handler comes between, so that counters and parameters move together.
 //
 // Tensors and dicts are not owned: the garbage collector could not see through to them, and a parameter that refers to
 // its optimizer would live forever. What `check` has found in the groups is alive; the caller vouches for the state
-// dicts (opt.state counts its changes); a state tensor is looked at after its dict was found to hold it.
+// dicts (opt.state counts its changes); a state tensor is looked at after its dict was found to hold it. From there to the
+// end of the step their memory is owned: while kernels run, other threads may do with the tensors what they like.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <c10/core/impl/COW.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "scalars.h"
+#include "stages.h"
 
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace fusedopt {
@@ -28,9 +31,10 @@ class Recording {
  public:
   // groups: the param groups. absent: their parameters without gradient. rows: (param, state dict, row address, grad
   // column, param is written, scalar set, entries), an entry being (key, value, kind, column, is written). hypers: per
-  // group, in its dict's order, (key, value, parts), a part being (index in a tuple or list, else -1; cell or -1; may be
-  // negative; value); None in place of the parts for "params". batches: scalar sets that share a program: (program,
-  // first set, how many, address of their slots, leaves, columns of its numbers); a leaf is (column, []) or (-1, a cell per set).
+  // group, in its dict's order, (key, value, parts), a part being (index in a tuple or list, else -1; cell or -1; the
+  // lowest number allowed; value; None or, for a tensor that kernels read, addresses of where its own belongs); None in
+  // place of the parts for "params". batches: scalar sets that share a program: (program, first set, how many, address of
+  // their slots, leaves, columns of its numbers, whether slots become floats); a leaf is (column, []) or (-1, a cell per set).
   // numbers: scalar state, column by column, a value per set or None.
   Recording(const py::list& groups, const py::list& absent, const py::list& rows, const py::list& hypers,
             const py::list& batches, const py::list& numbers) {
@@ -48,23 +52,67 @@ class Recording {
         numbers_.back().push_back(value.is_none() ? Scalar() : Scalar::from(value));
     }
     next_ = numbers_;
+    size_t tensors = tensors_in_groups_;
+    for (Row& row : rows_) {
+      row.first_owned = tensors;
+      tensors += 2 + row.entries.size();
+    }
+    owned_.resize(tensors);
   }
 
-  // Makes the tables and the state ready for the launch, or returns false and has changed nothing that counts.
-  bool step(const py::list& groups) {
+  // What `step` runs: (entries, launch, splits) for each launch on the CPU, see `run_cpu`.
+  void plan(const py::list& launches) {
+    if (running_)
+      return;
+    launches_.clear();
+    for (const auto& item : launches) {
+      const auto t = item.cast<py::tuple>();
+      launches_.push_back({t[0].cast<std::vector<uintptr_t>>(), t[1].cast<uintptr_t>(),
+                           t[2].cast<std::vector<std::vector<int64_t>>>()});
+    }
+  }
+
+  // Does the step, as far as it was planned, or returns false and has changed nothing that counts. `measure` is called
+  // when gradients are in the tables and the step is known to be the same.
+  bool step(const py::list& groups, const py::object& measure) {
+    if (running_) // in another thread, which uses the tables
+      return false;
+    const Running running(*this);
     if (!check(groups) || !evaluate())
       return false;
+    const auto alive = measure.is_none() ? std::vector<py::object>() : objects();
+    if (!measure.is_none())
+      measure();
     commit(); // before the launch, while what it touches is in cache
+    py::gil_scoped_release no_gil;
+    for (const Stages& launch : launches_)
+      launch.run();
     return true;
   }
 
  private:
   enum class Kind { same = 0, tensor = 1, number = 2 };
 
+  // The time of a step, at the end of which the memory it has used is let go of.
+  struct Running {
+    Recording& recording;
+    explicit Running(Recording& r) : recording(r) { recording.running_ = true; }
+    Running(const Running&) = delete;
+    ~Running() {
+      for (c10::Storage& storage : recording.owned_)
+        storage = {};
+      recording.running_ = false;
+    }
+  };
+
   struct Part {
     int64_t index, cell;
-    bool is_signed;
+    double lowest;
     py::object value;
+    Scalar::Type type;                 // of a number
+    std::optional<at::ScalarType> dtype; // of a tensor that kernels read
+    std::vector<int64_t*> words;       // where its address belongs
+    size_t first_owned;
   };
   struct Hyper {
     py::object key, value;
@@ -85,9 +133,13 @@ class Recording {
 
     bool holds(const at::Tensor& t) const {
       return t.layout() == at::kStrided && t.scalar_type() == dtype && !t.is_neg() && t.const_data_ptr() == data &&
-             !(written && c10::impl::cow::is_cow_data_ptr(t.storage().data_ptr()));
+             is_there(t) && !(written && c10::impl::cow::is_cow_data_ptr(t.storage().data_ptr()));
     }
   };
+  // Whether the storage of a dense tensor is as large as that needs: it may have been freed or cut.
+  static bool is_there(const at::Tensor& t) {
+    return t.storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize() || !t.numel();
+  }
   struct Entry {
     py::object key;
     PyObject* value;
@@ -107,6 +159,7 @@ class Recording {
     PyObject* state;
     int64_t* words;
     int64_t grad_column, set;
+    size_t first_owned;
     Memory memory;
     at::ScalarType grad_dtype;
     at::DimVector sizes;
@@ -125,6 +178,7 @@ class Recording {
     double* slots;
     std::vector<Leaf> leaves;
     std::vector<size_t> columns;
+    bool narrow;
   };
 
   // Whether the step is as recorded. Reads the numbers of the groups, and writes gradient pointers to the row tables.
@@ -137,9 +191,9 @@ class Recording {
     for (PyObject* param : absent_)
       if (tensor(param).grad().defined())
         return false;
-    // This thread holds the GIL and waits, so nobody changes what the others read. They count no references.
+    // This thread holds the GIL and waits, so nobody changes what the others read. They count no Python references.
     std::atomic<bool> same = true;
-    at::parallel_for(0, static_cast<int64_t>(rows_.size()), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(static_cast<int64_t>(rows_.size()), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end && same.load(std::memory_order_relaxed); ++i) {
         if (i + 3 * ahead < end) {
           prefetch(rows_[i + 3 * ahead].tensor_lines);
@@ -168,6 +222,8 @@ class Recording {
               return leaf.column < 0 ? cells_[leaf.cells[k]] : numbers_[leaf.column][set];
             }))
           return false;
+        if (batch.narrow && !batch.program->fits_float())
+          return false;
         for (size_t i = 0; i < batch.program->slots(); ++i)
           *slot++ = batch.program->slot(i);
         for (size_t i = 0; i < batch.columns.size(); ++i)
@@ -177,9 +233,22 @@ class Recording {
     return true;
   }
 
+  // References to everything that `commit` touches.
+  std::vector<py::object> objects() const {
+    std::vector<py::object> out;
+    const auto own = [&](PyObject* x) { out.push_back(py::reinterpret_borrow<py::object>(x)); };
+    for (const Row& row : rows_) {
+      own(row.param);
+      own(row.state);
+      for (const Entry& entry : row.entries)
+        own(entry.value);
+    }
+    return out;
+  }
+
   // New numbers into the state dicts, version counters up.
   void commit() {
-    at::parallel_for(0, static_cast<int64_t>(rows_.size()), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(static_cast<int64_t>(rows_.size()), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         bump(tensor(rows_[i].param), rows_[i].memory.written);
         for (const Entry& entry : rows_[i].entries)
@@ -261,9 +330,7 @@ class Recording {
         hyper.value = value;
         for (const auto& part : triple[2].cast<py::list>()) {
           const auto t = part.cast<py::tuple>();
-          hyper.parts.push_back({t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<bool>(), t[3]});
-          if (hyper.parts.back().cell >= 0)
-            cells_.emplace_back();
+          hyper.parts.push_back(read_part(t));
         }
       }
       group.hypers.push_back(std::move(hyper));
@@ -271,12 +338,29 @@ class Recording {
     return group;
   }
 
+  Part read_part(const py::tuple& t) {
+    Part part{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<double>(), t[3], {}, {}, {}, 0};
+    if (part.cell >= 0) {
+      cells_.emplace_back();
+      if (!Scalar::number(part.value.ptr(), cells_.back()))
+        throw py::value_error("not a number that fits");
+      part.type = cells_.back().type;
+    }
+    if (!t[4].is_none()) {
+      part.dtype = tensor(checked(t[3])).scalar_type();
+      part.first_owned = tensors_in_groups_++;
+      for (const auto& address : t[4].cast<py::list>())
+        part.words.push_back(reinterpret_cast<int64_t*>(address.cast<uintptr_t>()));
+    }
+    return part;
+  }
+
   static Row read_row(const py::tuple& t) {
     PyObject* p = checked(t[0]);
     const at::Tensor& param = tensor(p);
     const bool written = t[4].cast<bool>();
     Row row{p, t[1].cast<py::dict>().ptr(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
-            t[5].cast<int64_t>(), memory(param, written), param.grad().scalar_type(), at::DimVector(param.sizes()), {}, {}, {}};
+            t[5].cast<int64_t>(), 0, memory(param, written), param.grad().scalar_type(), at::DimVector(param.sizes()), {}, {}, {}};
     remember(row.tensor_lines, p, 64);
     remember(row.dict_lines, row.state, 64);
     remember(row.dict_lines, reinterpret_cast<PyDictObject*>(row.state)->ma_keys, 128);
@@ -302,7 +386,7 @@ class Recording {
 
   static Batch read_batch(const py::tuple& t) {
     Batch batch{t[0], t[0].cast<ScalarProgram*>(), t[1].cast<size_t>(), t[2].cast<size_t>(),
-                reinterpret_cast<double*>(t[3].cast<uintptr_t>()), {}, t[5].cast<std::vector<size_t>>()};
+                reinterpret_cast<double*>(t[3].cast<uintptr_t>()), {}, t[5].cast<std::vector<size_t>>(), t[6].cast<bool>()};
     for (const auto& item : t[4].cast<py::list>()) {
       const auto leaf = item.cast<py::tuple>();
       batch.leaves.push_back({leaf[0].cast<int64_t>(), leaf[1].cast<std::vector<size_t>>()});
@@ -358,20 +442,43 @@ class Recording {
   }
 
   bool check_part(const Part& part, PyObject* value) {
+    if (part.dtype)
+      return check_tensor(part, value);
     if (part.cell < 0)
-      return value == part.value.ptr();
+      return value == part.value.ptr() || same_text(value, part.value.ptr());
     Scalar& x = cells_[part.cell];
-    return Py_TYPE(value) == Py_TYPE(part.value.ptr()) && Scalar::read(value, x) && !std::isnan(x.real) &&
-           (x.real >= 0 || part.is_signed);
+    return Scalar::number(value, x) && x.type == part.type && !std::isnan(x.real) && x.real >= part.lowest;
   }
 
-  bool check_row(const Row& row) const {
+  // A number that kernels read where it is, which may be elsewhere now.
+  bool check_tensor(const Part& part, PyObject* value) {
+    if (!THPVariable_Check(value) || !THPVariable_CheckTypeExact(Py_TYPE(value)))
+      return false;
+    const at::Tensor &now = tensor(value), &then = tensor(part.value.ptr());
+    if (now.layout() != at::kStrided || now.scalar_type() != *part.dtype || now.device() != then.device() ||
+        now.numel() != 1 || now.is_neg() || !is_there(now) || !now.const_data_ptr())
+      return false;
+    owned_[part.first_owned] = now.storage();
+    for (int64_t* word : part.words)
+      *word = reinterpret_cast<int64_t>(now.const_data_ptr());
+    return true;
+  }
+
+  static bool same_text(PyObject* a, PyObject* b) {
+    return PyUnicode_CheckExact(a) && PyUnicode_CheckExact(b) && PyUnicode_Compare(a, b) == 0;
+  }
+
+  bool check_row(const Row& row) {
     const at::Tensor& param = tensor(row.param);
     const at::Tensor& grad = param.grad();
     if (!row.memory.holds(param) || param.sizes() != at::IntArrayRef(row.sizes) ||
         !param.is_non_overlapping_and_dense() || !grad.defined() || grad.scalar_type() != row.grad_dtype ||
-        grad.layout() != at::kStrided || grad.device() != param.device() || !same_layout(grad, param))
+        grad.layout() != at::kStrided || grad.device() != param.device() || !same_layout(grad, param) ||
+        !grad.has_storage() || !is_there(grad))
       return false;
+    c10::Storage* owned = &owned_[row.first_owned];
+    *owned++ = param.storage();
+    *owned++ = grad.storage();
     Py_ssize_t position = 0;
     PyObject *key, *value;
     for (const Entry& entry : row.entries) {
@@ -381,6 +488,8 @@ class Recording {
           !(entry.memory.holds(tensor(value)) &&
             (entry.whole ? tensor(value).dim() == 0 : same_layout(tensor(value), param))))
         return false;
+      if (entry.kind == Kind::tensor)
+        *owned++ = tensor(value).storage();
     }
     if (PyDict_Next(row.state, &position, &key, &value))
       return false;
@@ -403,6 +512,10 @@ class Recording {
   std::vector<Batch> batches_;
   std::vector<Scalar> cells_;
   std::vector<std::vector<Scalar>> numbers_, next_; // by column and set
+  std::vector<Stages> launches_;
+  std::vector<c10::Storage> owned_; // while a step runs: of tensors in groups, then row by row
+  size_t tensors_in_groups_ = 0;
+  bool running_ = false;
 };
 
 } // namespace fusedopt

@@ -4,6 +4,7 @@
 // than an exact double for, is refused; the caller then asks Python itself.
 #pragma once
 
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
@@ -44,6 +45,49 @@ struct Scalar {
     }
     int overflow = 0;
     return PyLong_CheckExact(x) && of_whole(PyLong_AsLongLongAndOverflow(x, &overflow), out) && overflow == 0;
+  }
+
+  // As `names.number` has it: also what numpy's scalars and torch's one-element tensors hold. A tensor elsewhere than on
+  // the CPU would have to be waited for, and is refused.
+  static bool number(PyObject* x, Scalar& out) {
+    if (PyFloat_CheckExact(x) || PyLong_CheckExact(x))
+      return read(x, out);
+    if (THPVariable_Check(x))
+      return THPVariable_CheckTypeExact(Py_TYPE(x)) && element(THPVariable_Unpack(x), out);
+    static const py::handle scalar = numpy("generic"), array = numpy("ndarray");
+    const bool is_array = Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(array.ptr());
+    if (!is_array && !PyObject_TypeCheck(x, reinterpret_cast<PyTypeObject*>(scalar.ptr())))
+      return PyBool_Check(x) && read(x, out);
+    if (PyFloat_Check(x)) { // float64, which is one
+      out = of(PyFloat_AS_DOUBLE(x));
+      return true;
+    }
+    if (is_array && py::handle(x).attr("ndim").cast<int>() != 0)
+      return false;
+    const auto item = py::reinterpret_steal<py::object>(PyObject_CallMethod(x, "item", nullptr));
+    if (!item)
+      throw py::error_already_set();
+    return read(item.ptr(), out);
+  }
+
+  static py::handle numpy(const char* name) {
+    return py::object(py::module_::import("numpy").attr(name)).release(); // never given back
+  }
+
+  static bool element(const at::Tensor& t, Scalar& out) {
+    if (t.layout() != at::kStrided || !t.device().is_cpu() || t.numel() != 1 || !t.has_storage() ||
+        !t.const_data_ptr() || t.storage().nbytes() < (t.storage_offset() + 1) * t.itemsize())
+      return false;
+    const at::Scalar x = t.item();
+    if (x.isComplex())
+      return false;
+    if (x.isFloatingPoint())
+      out = of(x.toDouble());
+    else if (x.isBoolean())
+      out = of_truth(x.toBool());
+    else
+      return of_whole(x.toLong(), out);
+    return true;
   }
 
   static Scalar from(py::handle x) {
@@ -211,6 +255,14 @@ class ScalarProgram {
   size_t slots() const { return slots_.size(); }
   size_t numbers() const { return numbers_.size(); }
   double slot(size_t k) const { return results_[slots_[k]].real; }
+
+  // Whether a float can hold every slot. Where torch would raise, the caller has to ask Python.
+  bool fits_float() const {
+    for (size_t i : slots_)
+      if (std::isfinite(results_[i].real) && !std::isfinite(static_cast<float>(results_[i].real)))
+        return false;
+    return true;
+  }
   const Scalar& number(size_t k) const { return results_[numbers_[k]]; }
 
   // For one set: (slots, numbers), or None.

@@ -107,9 +107,13 @@ def check(name: str, value: Any) -> None:
         value = value.item()
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"invalid {name}: NaN")
-    lowest = 0.0 if name == "eps" else -ROUNDING
-    if name in NOT_NEGATIVE and isinstance(value, (int, float)) and value < lowest:
+    if isinstance(value, (int, float)) and value < lowest(name):
         raise ValueError(f"invalid {name}: {value} is negative")
+
+
+def lowest(name: str) -> float:
+    """The lowest number that a hyperparameter may be."""
+    return -math.inf if name not in NOT_NEGATIVE else 0.0 if name == "eps" else -ROUNDING
 
 
 def per_group(name: str, value: Any, n: int) -> list[Any]:

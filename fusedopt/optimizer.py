@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from .accepted import (
 from .callback import arguments_of, defaults_of, name_of
 from .checkpoint import FLAGS
 from .explain import Explanation, explain
+from .memory import check_memory
 from .names import HyperNames, HypersView
 from .runtime import backends
 from .runtime.engine import Engine, Resident
@@ -299,12 +301,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_from_scratch(self) -> None:
         todo = self._items()
-        launched = self.engine.step(todo, self._scaling)
+        launched = self.engine.step(todo, self._scaling, self._hand_over)
         for item in todo:
-            live = self.state[item.home]
-            if item.state is not live:
-                live.update((self.stored_name_of(k), v) for k, v in item.state.items())
+            if item.state is not self.state[item.home]:
+                self._hand_over(item)()
         self._warm = record(self, launched)
+
+    def _hand_over(self, item: Item) -> Callable[[], None]:
+        """What puts an item's state into ``opt.state``."""
+        new = {self.stored_name_of(k): v for k, v in item.state.items()}
+        return functools.partial(self.state[item.home].update, new)
 
     def callback_name_of(self, stored: str) -> str:
         """The callback argument that a key of ``opt.state[p]`` is handed to."""
@@ -326,6 +332,8 @@ class Optimizer(torch.optim.Optimizer):
                     check_gradient(p, grad, g, i)
                     state = self._state_of(p, modes.on_device)
                     check_state(p, self.state.get(p, {}), g, i)
+                    if not pretend:
+                        check_memory(p, grad, state, hyper, g, i)
                     todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
         return todo
 

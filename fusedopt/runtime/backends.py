@@ -43,6 +43,12 @@ class Launch(Protocol):
     def run(self, slots: np.ndarray) -> None:
         """Run all stages with these scalars: float64, scalar sets × slots."""
 
+    def planned(self, slots: np.ndarray) -> tuple[list[int], int, list[list[int]]] | None:
+        """What `leaf.run_cpu` needs to do the same as ``run``; None if it takes more than that."""
+
+    def let_go(self) -> None:
+        """The launch keeps its tensors' memory alive until this is called."""
+
     def upload(self, slots: np.ndarray) -> None:
         """Put these scalars where the launch reads them, also one that a CUDA graph replays, and run nothing."""
 

@@ -14,7 +14,7 @@ from ..kernels import source as skeleton
 from ..render import cpp
 from . import leaf, plan
 from .backends import Kernel
-from .tables import Compiler, Rows
+from .tables import Compiler, Planned, Rows
 
 Handle = tuple[list[int], int | None]
 """Addresses of the stages, and of the function that stores scalar state."""
@@ -64,7 +64,6 @@ class Launch(Rows):
         self.head = np.array([*tables, 0, *widths], np.int64)
         self.address = self.head.ctypes.data
         self.slots: np.ndarray | None = None
-        self.threads = 0
 
     def upload(self, slots: np.ndarray) -> None:
         """Put these scalars where the launch reads them."""
@@ -76,16 +75,19 @@ class Launch(Rows):
 
     def run(self, slots: np.ndarray) -> None:
         """Run all stages with these scalars: float64, scalar sets × slots."""
-        if not len(self.layout):
-            return
-        if self.threads != leaf.thread_count():
-            self.threads = leaf.thread_count()
-            self.splits = [list(plan.splits(self.sizes, self.threads))] * len(self.stages)
+        leaf.run_cpu(*self.planned(slots))
+
+    def planned(self, slots: np.ndarray) -> Planned:
+        """What ``run`` gives to `leaf.run_cpu`, which reads the scalars where they are now."""
         if self.slots is not slots:
             self.slots, self.head[3] = slots, slots.ctypes.data
-        leaf.run_cpu(self.stages, self.address, self.splits)
+        if not len(self.layout):
+            return [], self.address, []
+        split = list(plan.splits(self.sizes, leaf.thread_count()))
+        entries, splits = [*self.stages], [split] * len(self.stages)
         if self.scalars:
-            leaf.run_cpu([self.scalars], self.address, [[0, len(self.sizes)]])
+            entries, splits = [*entries, self.scalars], [*splits, [0, len(self.sizes)]]
+        return entries, self.address, splits
 
     def run_parts(
         self,

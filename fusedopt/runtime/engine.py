@@ -29,6 +29,7 @@ from ..trace.snapshot import Snapshot
 from ..trace.tracer import Trace, trace
 from . import backends, items, leaf, sharded
 from .backends import Backend, Kernel, Launch
+from .commit import Change, commit
 from .history import History
 from .items import Item
 from .scaling import Norm, Scaling
@@ -158,10 +159,13 @@ class Engine:
             pass
         return {}
 
-    def step(self, todo: list[Item], scaling: Scaling) -> list[Launched]:
+    def step(
+        self, todo: list[Item], scaling: Scaling, hand_over: Callable[[Item], Change] | None = None
+    ) -> list[Launched]:
         """Step every item: its ``home`` is updated in place, its ``state`` holds the new state.
 
-        If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all of the step:
+        ``hand_over(item)`` is the change that gives the user what ``item.state`` holds, made together with those of
+        parameters. If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all of the step:
         nothing if a callback ran eagerly.
         """
         saved = self.verdicts.saved()
@@ -176,7 +180,7 @@ class Engine:
         except BaseException:
             self.verdicts.restore(saved)
             raise
-        launched = self._launch(plans, scaling)
+        launched = self._launch(plans, scaling, hand_over)
         self.resident = Resident(launched, self.norm)
         for item, work in copies:
             items.store(item, work, self.state_dtype)
@@ -343,24 +347,33 @@ class Engine:
             item.grad.mul_(scaling.buffer(FACTOR, item.param.device))
         return norm
 
-    def _launch(self, plans: list[Plan], scaling: Scaling) -> list[Launched]:
+    def _launch(
+        self, plans: list[Plan], scaling: Scaling, hand_over: Callable[[Item], Change] | None = None
+    ) -> list[Launched]:
         together = _together(plans)
         # Before anything changes: a number may be too large for a float.
         tables = [np.array([plan.slots for plan in group], dtype=np.float64) for group in together]
         for plan in plans:
             for item in plan.items:
                 item.lay_out()
-        for item, made in [(item, _allocated(plan, item)) for plan in plans for item in plan.items]:
-            item.state.update(made)
-        launched = [
-            Launched(group, launch(group, slots, scaling))
-            for group, slots in zip(together, tables, strict=True)
-        ]
+        stepped = [(plan, item) for plan in plans for item in plan.items]
+        changed = [_allocated(plan, item) | plan.numbers for plan, item in stepped]
+        handed: list[Change] = []
+        for (_, item), new in zip(stepped, changed, strict=True):
+            seen, item.state = item.state, item.state | new
+            plain = hand_over is not None and type(item) is Item
+            handed.append(hand_over(item) if plain else functools.partial(seen.update, new))  # type: ignore[misc]
+        launched, changes = [], []
+        for group, slots in zip(together, tables, strict=True):
+            prepared, runs = launch(group, slots, scaling)
+            launched.append(Launched(group, prepared))
+            changes += runs
+        for plan, item in stepped:
+            changes += _finishing(plan, item)
+        commit([*changes, *handed])
+        for entry in launched:
+            entry.launch.let_go()
         self.launched += [(entry.kernel, entry.tensors) for entry in launched]
-        for plan in plans:
-            for item in plan.items:
-                item.state.update(plan.numbers)
-                item.finish(plan.trace.created)
         return launched
 
     # -- work copies --
@@ -465,18 +478,27 @@ def _column(name: str, rows: list[Item], scaling: Scaling) -> list[torch.Tensor]
     return [(item.hyper if where == "hyper" else item.state)[key] for item in rows]
 
 
-def launch(plans: list[Plan], slots: np.ndarray, scaling: Scaling) -> Launch:
-    """Launch plans that share a program, each with its own row of scalars."""
+def _finishing(plan: Plan, item: Item) -> list[Change]:
+    """What is left to do after the launch: see `Item.finish`."""
+    if type(item) is not Item:
+        return [functools.partial(item.finish, plan.trace.created)]
+    return [functools.partial(item.home.copy_, item.param)] if item.param is not item.home else []
+
+
+def launch(plans: list[Plan], slots: np.ndarray, scaling: Scaling) -> tuple[Launch, list[Change]]:
+    """The launch of plans that share a program, each with its own row of scalars, and what runs it."""
     kernel, rows = plans[0].kernel, [item for plan in plans for item in plan.items]
     columns = {name: _column(name, rows, scaling) for name, _ in kernel.program.buffers}
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
     sizes = [item.param.numel() for item in rows]
     resident = any(item.hyper.get("capturable") for item in rows)
     prepared = plans[0].known.backend.prepare(kernel, columns, sizes, sets, resident)
-    sharded.run(prepared, slots, rows)
     for name, _ in kernel.program.stores:
         leaf.bump_versions(columns[name])
-    return prepared
+    planned = None if any(isinstance(item, sharded.Shard) for item in rows) else prepared.planned(slots)
+    if planned is not None:
+        return prepared, list(leaf.calls(*planned))
+    return prepared, [functools.partial(sharded.run, prepared, slots, rows)]
 
 
 @functools.lru_cache(maxsize=64)

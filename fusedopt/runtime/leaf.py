@@ -13,7 +13,7 @@ Where it is missing it is built (extension.py), and what is asked of this module
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from operator import index
@@ -31,14 +31,17 @@ _Stage = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
 def thread_count() -> int:
-    """How many threads a CPU launch runs on: torch's, so `torch.set_num_threads` rules here too."""
-    return torch.get_num_threads()
+    """How many threads a CPU launch runs on: torch's, so `torch.set_num_threads` rules here too.
+
+    A forked child, which has inherited OpenMP's pool and none of its threads, runs on the calling thread.
+    """
+    return 1 if _forked else torch.get_num_threads()
 
 
 def _write_pointers(
     tensors: list[Tensor], table_ptr: int, rows: int | None, columns: int, column: int
-) -> None:
-    """Write each tensor's data pointer into one column of a table of int64.
+) -> list[torch.UntypedStorage]:
+    """Write each tensor's data pointer into one column of a table of int64; returns what keeps their memory alive.
 
     `table[row * columns + column] = tensors[row].data_ptr()`, the table being `rows` × `columns` at the
     address `table_ptr`. `rows` guards against writing past the end; None says the caller has checked.
@@ -51,9 +54,11 @@ def _write_pointers(
         raise ValueError(f"column {column} is outside a table of {columns} columns")
     if table_ptr == 0:
         raise ValueError("table_ptr is null")
+    kept = [t.untyped_storage() for t in tensors]
     if tensors:
         cells = (ctypes.c_int64 * (len(tensors) * columns)).from_address(index(table_ptr))
         np.ctypeslib.as_array(cells)[column::columns] = [t.data_ptr() for t in tensors]
+    return kept
 
 
 def _run_cpu(entries: Sequence[int], launch_ptr: int, splits: Sequence[Sequence[int]]) -> None:
@@ -96,8 +101,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="fusedopt")
 
 
-if hasattr(os, "register_at_fork"):  # a forked child inherits the pool but none of its threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+_forked = False
+
+
+def _after_fork() -> None:
+    """A forked child inherits pools but none of their threads."""
+    global _forked
+    _forked = True
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _check_tensors(tensors: list[Tensor]) -> None:
@@ -106,6 +121,22 @@ def _check_tensors(tensors: list[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"tensors[{i}] must be a Tensor, not {type(tensor).__name__}")
+
+
+def calls(
+    entries: Sequence[int], launch_ptr: int, splits: Sequence[Sequence[int]]
+) -> list[Callable[[], None]]:
+    """``run_cpu`` as calls of functions that are not written in Python, so that no signal handler comes between.
+
+    Without the extension that is only so on a single thread.
+    """
+    if run_cpu is not _run_cpu or (thread_count() > 1 and any(len(split) > 2 for split in splits)):
+        return [functools.partial(run_cpu, entries, launch_ptr, splits)]
+    return [
+        functools.partial(_Stage(index(entry)), index(launch_ptr), first, last)
+        for entry, split in zip(entries, splits, strict=True)
+        for first, last in pairwise(map(index, split))
+    ]
 
 
 python = SimpleNamespace(

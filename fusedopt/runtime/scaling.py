@@ -110,6 +110,7 @@ class Norm:
                 columns = {"grad": [item.grad for item in items], NORM: list(out.unbind())}
                 launch = self._prepared(backend, NORM_KERNEL, _squares(items[0].grad.dtype), columns)
                 sharded.run(launch, _NONE, items)
+                launch.let_go()
                 self.launches.append(launch)
         self.join = self._joining(launches[0][0]) if launches else None
         self._finish()

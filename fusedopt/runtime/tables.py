@@ -16,6 +16,10 @@ HEAD = 4
 """Words of a row before its pointers: element count, scalar set, first chunk, number of chunks."""
 
 
+Planned = tuple[list[int], int, list[list[int]]]
+"""A launch on the CPU as `leaf.run_cpu` takes it: addresses of stages, of what they read, and their ranges."""
+
+
 class Compiler(ABC):
     """Compiles programs, and remembers the kernels: one per program, name and device."""
 
@@ -60,11 +64,22 @@ class Rows(ABC):
         buffers = kernel.program.buffers
         self.rows = rows = np.empty((len(sizes), HEAD + len(buffers)), np.int64)
         rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, self.layout.first, self.layout.count
-        for k, (name, _) in enumerate(buffers):
+        # Of the tensors' memory. Other threads may give tensors other memory, or drop them, while kernels run.
+        self.kept: list[object] = [
             leaf.write_pointers(columns[name], rows.ctypes.data, *rows.shape, HEAD + k)
+            for k, (name, _) in enumerate(buffers)
+        ]
         # A program that touches nothing runs nowhere.
         self.device = columns[buffers[0][0]][0].device if buffers else torch.device("cpu")
         self._get_ready()
+
+    def planned(self, slots: np.ndarray) -> Planned | None:
+        """What there is to run on the CPU with these scalars, if that is all of it."""
+        return None
+
+    def let_go(self) -> None:
+        """Keep no memory alive from here on."""
+        self.kept = []
 
     @abstractmethod
     def _get_ready(self) -> None:

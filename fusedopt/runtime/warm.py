@@ -2,8 +2,8 @@
 
 After a step that was one fused program per bucket, everything that decided it is recorded. If the next step finds all
 of it unchanged (checked in C++), only what may change on every step is done: the scalar programs are replayed on this
-step's hyperparameters and counters, for all scalar sets at once, and the same tables are launched again. In any doubt
-the step is done the long way, which is always right.
+step's hyperparameters and counters, for all scalar sets at once, and the same tables are launched again: on the CPU all
+in one call, which no signal comes between. In any doubt the step is done the long way, which is always right.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..names import NOT_NEGATIVE
+from .. import names
+from ..accepted import hyper_of
 from . import leaf
+from .backends import Launch
 from .engine import Launched, Plan
 from .tables import HEAD
 
@@ -33,7 +35,7 @@ class Warm:
         opt: Optimizer,
         launched: list[Launched],
         hypers: list[list[tuple]],
-        place: list[dict[Any, int]],
+        place: list[dict[Any, Any]],
     ) -> None:
         self.state, self.version, self.engine = opt.state, opt.state.version, opt.engine
         self.launches = [
@@ -44,6 +46,7 @@ class Warm:
         rows, batches, first = [], [], 0
         for entry, (_, slots) in zip(launched, self.launches, strict=True):
             rows += _rows(opt, entry, first, keys)
+            _place_tensors(entry, place)
             batches += _batches(entry, first, slots, place, keys)
             first += len(entry.plans)
         stepped = {id(item.home) for plan in plans for item in plan.items}
@@ -56,18 +59,31 @@ class Warm:
         self.recording = leaf.native.Recording(  # type: ignore[union-attr]
             list(opt.param_groups), absent, rows, hypers, batches, numbers
         )
+        self.threads = 0
+        self.others: list[tuple[Launch, np.ndarray]] = []
 
     def step(self, opt: Optimizer) -> bool:
         """Repeat the recorded step if it is still the right one."""
         if opt.state is not self.state or self.state.version != self.version or opt.engine is not self.engine:
             return False
-        if not self.recording.step(opt.param_groups):
+        if self.threads != leaf.thread_count():
+            self._plan()
+        if not self.recording.step(opt.param_groups, self._measure if self.norm is not None else None):
             return False
-        if self.norm is not None:
-            self.norm.repeat(self.gradients)
-        for launch, slots in self.launches:
+        for launch, slots in self.others:
             launch.run(slots)
         return True
+
+    def _measure(self) -> None:
+        assert self.norm is not None
+        self.norm.repeat(self.gradients)
+
+    def _plan(self) -> None:
+        """Hand over the launches that the recording itself can run."""
+        self.threads = leaf.thread_count()
+        planned = [(launch, slots, launch.planned(slots)) for launch, slots in self.launches]
+        self.recording.plan([each for _, _, each in planned if each is not None])
+        self.others = [(launch, slots) for launch, slots, each in planned if each is None]
 
 
 def record(opt: Optimizer, launched: list[Launched]) -> Warm | None:
@@ -77,10 +93,10 @@ def record(opt: Optimizer, launched: list[Launched]) -> Warm | None:
         return None
     if opt.engine.norm is not None and not all("grad" in entry.kernel.program.buffer for entry in launched):
         return None
-    hypers, place = _hyper_cells(opt)
-    if not all(key in place[plan.items[0].where[0]] for plan in plans for key in _hyper_leaves(plan)):
-        return None
     try:
+        hypers, place = _hyper_cells(opt)
+        if not all(key in place[plan.items[0].where[0]] for plan in plans for key in _hyper_leaves(plan)):
+            return None
         return Warm(opt, launched, hypers, place)
     except ValueError:  # a number that only Python can hold
         return None
@@ -124,13 +140,14 @@ def _hyper_leaves(plan: Plan) -> list[Any]:
     return [(name, *path) if path else name for kind, name, *path in replay.leaves if kind == "hyper"]
 
 
-def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]]]:
-    """For each group what to check and read; for each group the cell of each number, by callback name."""
+def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, Any]]]:
+    """For each group what to check and read; for each group, by callback name, the cell of each number, and for a tensor
+    that kernels read a list for the addresses where its own belongs."""
     checks, places = [], []
     cells = count()
     for group in opt.param_groups:
         found: list[tuple[str, Any, list[tuple] | None]] = []
-        place: dict[Any, int] = {}
+        place: dict[Any, Any] = {}
         for key, value in group.items():
             if key == "params":
                 found.append((key, value, None))
@@ -138,18 +155,31 @@ def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, int]
             parts = []
             for i, part in enumerate(value) if type(value) in (tuple, list) else [(-1, value)]:
                 name = opt.hyper_map.name.get((key, i) if i >= 0 else key, (key, i) if i >= 0 else key)
-                cell = -1
-                if type(part) in (int, float) and not opt.hyper_map.shadowed(key, group):
+                cell, words = -1, None
+                seen = None if opt.hyper_map.shadowed(key, group) else hyper_of(group, name, part)
+                if isinstance(seen, torch.Tensor):
+                    place[name] = words = []
+                elif type(seen) in (int, float):
                     place[name] = cell = next(cells)
-                parts.append((i, cell, name not in NOT_NEGATIVE, part))
+                parts.append((i, cell, names.lowest(name), part, words))
             found.append((key, value, parts))
         checks.append(found)
         places.append(place)
     return checks, places
 
 
+def _place_tensors(entry: Launched, place: list[dict[Any, Any]]) -> None:
+    """Where in the tables of a launch the addresses of hyperparameters belong that its kernel reads."""
+    table = entry.launch.rows
+    rows = [item for plan in entry.plans for item in plan.items]
+    for k, (name, _) in enumerate(entry.kernel.program.buffers):
+        kind, _, key = name.partition(".")
+        for i, item in enumerate(rows) if kind == "hyper" else ():
+            place[item.where[0]][key].append(table.ctypes.data + 8 * (table.shape[1] * i + HEAD + k))
+
+
 def _batches(
-    entry: Launched, first: int, slots: np.ndarray, place: list[dict[Any, int]], keys: list[str]
+    entry: Launched, first: int, slots: np.ndarray, place: list[dict[Any, Any]], keys: list[str]
 ) -> list[tuple]:
     """The scalar sets of a launch, those with the same program together: see csrc/recording.h."""
     out = []
@@ -166,7 +196,8 @@ def _batches(
             replay.instructions, replay.slots, replay.numbers, replay.guards
         )
         columns = [keys.index(key) for key in replay.number_keys]
-        out.append((program, first, len(groups), slots.ctypes.data, leaves, columns))
+        narrow = entry.kernel.program.compute == torch.float32
+        out.append((program, first, len(groups), slots.ctypes.data, leaves, columns, narrow))
         first += len(groups)
         slots = slots[len(groups) :]
     return out
