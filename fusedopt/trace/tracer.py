@@ -19,7 +19,7 @@ from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, depth_first, reachable
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Pass, either, is_number, load
-from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature
+from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
 from .tensor import Untraceable
 
 
@@ -154,7 +154,8 @@ def _asked_dtype(
     value = graph.values[cell.node]
     if value.kind == "S":
         return torch.float64 if value.type == "d" else signature.compute
-    return state_dtype or cell.asked or (signature.asked or (signature.param,))[0]
+    dtype = state_dtype or cell.asked or (signature.asked or (signature.param,))[0]
+    return stored_dtype(dtype, signature.param, signature.zero_dim, signature.modes)
 
 
 def _until_started(
