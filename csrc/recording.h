@@ -19,9 +19,11 @@
 #include "scalars.h"
 #include "stages.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
 #include <vector>
 
@@ -495,6 +497,10 @@ class Recording {
       return false;
     const void* data = grad.const_data_ptr();
     if (!data && grad.numel()) // a DTensor, say, whose elements are in another tensor
+      return false;
+    // A gradient in the parameter's own memory would change while kernels read it: the long way copies it first.
+    const int64_t apart = reinterpret_cast<intptr_t>(data) - reinterpret_cast<intptr_t>(row.memory.data);
+    if (std::abs(apart) < static_cast<int64_t>(std::max(param.nbytes(), grad.nbytes())))
       return false;
     if (row.grad_column >= 0)
       row.words[row.grad_column] = reinterpret_cast<int64_t>(data);

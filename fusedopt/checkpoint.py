@@ -19,6 +19,7 @@ import torch
 from .callback import arguments_of
 from .names import check as check_hyper
 from .names import number, plain
+from .trace.signature import STARTED
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -52,15 +53,24 @@ def counts_to(device: torch.device, state: dict[str, Any]) -> None:
 # Saving
 
 
-def to_torch(opt: Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
-    """The state to save: counters as tensors, no flags, and only parameters that are in a group."""
+def to_torch(opt: Optimizer) -> dict[Any, Any]:
+    """The state to save: counters as tensors, no flags, only parameters that are in a group; and what is no parameter's."""
     known = {p for group in opt.param_groups for p in group["params"]}
-    out = {}
-    for p, state in opt.state.items():
-        kept = {k: _as_tensor(k, v) for k, v in state.items() if k not in FLAGS}
+    out = {key: value for key, value in opt.state.items() if not isinstance(key, torch.Tensor)}
+    for p, state in opt.state.of_parameters():
+        kept = {k: _as_tensor(k, v) for k, v in begun(state).items() if k not in FLAGS}
         if p in known and kept:
             out[p] = kept
     return out
+
+
+def begun(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without what holds nothing yet because every step was skipped so far, and without the flag for that."""
+    flag = next((k for k in state if isinstance(k, str) and k.startswith(STARTED)), None)
+    if flag is None:
+        return state
+    late = () if state[flag].item() else flag.removeprefix(STARTED).split(",")
+    return {k: v for k, v in state.items() if k not in late and k != flag}
 
 
 def _as_tensor(key: str, value: Any) -> Any:
@@ -147,7 +157,7 @@ class Load:
             state_dict = _from_fastai(opt, state_dict)
         check(opt, state_dict)
         saved, pairs = state_dict["param_groups"], _pairs(opt, state_dict)
-        flags = {p: _flags(s) for p, s in opt.state.items()}
+        flags = {p: _flags(s) for p, s in opt.state.of_parameters()}
         own = state_dict.get(EXTRA, {})
         if own:
             flags |= {p: own["flags"].get(i, {}) for i, (p, *_) in enumerate(pairs)}
@@ -175,7 +185,7 @@ class Load:
             )
         groups = [_group(live, theirs) for live, theirs in zip(opt.param_groups, saved, strict=True)]
         ids = {i for group in saved for i in group["params"]}
-        strange = {k: v for k, v in state_dict["state"].items() if k not in ids}
+        strange = {k: copy.deepcopy(v) for k, v in state_dict["state"].items() if k not in ids}
         return {**state_dict, "param_groups": groups, "state": strange}
 
     def finish(self, _: Any) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict
 
@@ -31,8 +32,8 @@ from .checkpoint import FLAGS
 from .explain import Explanation, explain
 from .memory import check_memory
 from .names import HyperNames, HypersView
-from .runtime import backends
-from .runtime.engine import Engine, Resident
+from .runtime import backends, transforms
+from .runtime.engine import Engine, Launched, Resident
 from .runtime.items import Item
 from .runtime.scaling import NORM, Scaling
 from .runtime.warm import Warm, record
@@ -150,6 +151,8 @@ class Optimizer(torch.optim.Optimizer):
         self._engine: Engine | None = None
         self._warm: Warm | None = None
         self._captured: list[Resident] = []
+        tracer = transforms.tracer()
+        self._made_in = None if tracer is None else weakref.ref(tracer)
         self._roles: tuple[list[Any], Roles] | None = None
         self._strange: set[str] = set()
         """Keys of groups that nobody takes, and that were looked at."""
@@ -290,7 +293,10 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._scaling.amp:  # GradScaler sets these attributes for the time of its call
             self._scaling.receive(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if self._warm is None or not self._warm.step(self):
+        if transforms.active():
+            with torch.no_grad():
+                self._step_transformed()
+        elif self._warm is None or not self._warm.step(self):
             self._warm = None
             with torch.no_grad():
                 self._step_from_scratch()
@@ -300,12 +306,39 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def _step_from_scratch(self) -> None:
-        todo = self._items()
+        todo, again = _apart(self._items())
+        if again and self.max_grad_norm is not None:
+            raise RuntimeError(
+                "a parameter is listed twice, and max_grad_norm takes the norm of each gradient once. Remedy: list every "
+                "parameter once, or clip with torch.nn.utils.clip_grad_norm_"
+            )
+        launched = self._step_items(todo)
+        self._warm = None if again else record(self, launched)
+        while again:  # one launch must not step a tensor twice
+            todo, again = _apart(again)
+            for item in todo:
+                item.state = self._state_of(item.home, item.modes.on_device)
+            self._step_items(todo)
+
+    def _step_items(self, todo: list[Item]) -> list[Launched]:
         launched = self.engine.step(todo, self._scaling, self._hand_over)
+        self._keep_state(todo)
+        return launched
+
+    def _keep_state(self, todo: list[Item]) -> None:
         for item in todo:
             if item.state is not self.state[item.home]:
                 self._hand_over(item)()
-        self._warm = record(self, launched)
+
+    def _step_transformed(self) -> None:
+        """A step that a transform or a dispatch mode sees: see `transforms`."""
+        made_in = self._made_in and self._made_in()
+        todo, again = _apart(transforms.prepared(self._items(), made_in))
+        if again:
+            raise RuntimeError("a parameter is listed twice, and stepped within a transform; list it once")
+        engine = Engine(self.cbs, "reference", "transformed", self.state_dtype)
+        engine.step(todo, self._scaling.fresh())
+        self._keep_state(todo)
 
     def _hand_over(self, item: Item) -> Callable[[], None]:
         """What puts an item's state into ``opt.state``."""
@@ -474,9 +507,9 @@ class Optimizer(torch.optim.Optimizer):
         self.freeze_to(0)
 
     def clear_state(self) -> None:
-        """Forget all state but the flags ``do_wd`` and ``force_train``."""
+        """Forget all state of parameters but the flags ``do_wd`` and ``force_train``."""
         self._warm = None  # it holds on to the tensors
-        for state in self.state.values():
+        for _, state in self.state.of_parameters():
             for key in [k for k in state if k not in FLAGS]:
                 del state[key]
 
@@ -488,6 +521,16 @@ class Optimizer(torch.optim.Optimizer):
     def kernel_source(self) -> str:
         """The generated kernels' source, one after another (without the fixed skeleton around them)."""
         return explain(self).source
+
+
+def _apart(todo: list[Item]) -> tuple[list[Item], list[Item]]:
+    """The first item of each parameter, and the others: a parameter is stepped as often as it is listed."""
+    first: dict[int, Item] = {}
+    for item in todo:
+        first.setdefault(id(item.home), item)
+    if len(first) == len(todo):
+        return todo, []
+    return list(first.values()), [item for item in todo if first[id(item.home)] is not item]
 
 
 def _observed(opt: Optimizer) -> bool:

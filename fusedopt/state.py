@@ -7,13 +7,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .checkpoint import FLAGS
 
 
 class State(defaultdict):
-    """``opt.state``: one dict per parameter, made on first access.
+    """``opt.state``: one dict per parameter, made on first access; and what users keep under keys of their own.
 
-    It counts as empty while it holds nothing but fastai's flags: checkpoint code asks ``if optimizer.state``.
+    It counts as empty while it holds nothing of a parameter's but fastai's flags: checkpoint code asks ``if
+    optimizer.state`` in order to know whether there has been a step.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -26,7 +29,11 @@ class State(defaultdict):
         return State, (dict(self),)
 
     def __bool__(self) -> bool:
-        return any(key not in FLAGS for state in self.values() for key in state)
+        return any(key not in FLAGS for _, state in self.of_parameters() for key in state)
+
+    def of_parameters(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """The parameters that have a dict, with it."""
+        return [(p, s) for p, s in self.items() if isinstance(p, torch.Tensor) and isinstance(s, dict)]
 
 
 def _counted(name: str) -> Callable:

@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import reference
+from ..checkpoint import begun
 from ..ir.program import Buffer
-from ..trace.signature import HOST, PLAIN, STARTED, Foreign, Modes, Opaque, Signature, compute_dtype
+from ..trace.signature import (
+    HOST,
+    PLAIN,
+    STARTED,
+    Foreign,
+    Modes,
+    Opaque,
+    Signature,
+    compute_dtype,
+    stored_dtype,
+)
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -44,14 +55,14 @@ class Item:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """State tensors with the parameter's shape."""
         for key, value in self.state.items():
-            if isinstance(value, torch.Tensor) and per_element(value, self.param):
+            if isinstance(value, torch.Tensor) and per_element(value, self.param, self.modes):
                 yield key, value
 
     def lay_out(self) -> None:
         """Give gradient and state the parameter's memory order, so that kernels can walk all of them flat."""
         if not dense(self.param):
-            self.param = self.param.detach().contiguous()
-        if not same_layout(self.grad, self.param):
+            self.param = self.param.detach().contiguous().resolve_neg()
+        if not same_layout(self.grad, self.param) or overlap(self.grad, self.param):
             self.grad = with_layout(self.grad, self.param)
         for key, value in list(self.tensors()):
             if not same_layout(value, self.param):
@@ -84,7 +95,7 @@ class Item:
     def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:
         """What callbacks can see of it. ``work``: it is a work copy, whose dtypes are not the user's."""
         p = self.param
-        state = sorted((k, _visible(v, p)) for k, v in self.state.items()) if self.state else ()
+        state = sorted((k, _visible(v, p, self.modes)) for k, v in self.state.items()) if self.state else ()
         read = tuple((name, self.attribute(name)) for name in attributes)
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None
         return Signature(
@@ -92,17 +103,17 @@ class Item:
         )
 
 
-def _visible(value: Any, p: torch.Tensor) -> Any:
+def _visible(value: Any, p: torch.Tensor, modes: Modes) -> Any:
     if not isinstance(value, torch.Tensor):
         return value if type(value) in PLAIN else Opaque(value)
     if value.dtype not in reference.FLOATS or (value.shape != p.shape and value.dim()):
         return Foreign(value.dtype, value.shape)
-    return Buffer(value.dtype, "F" if per_element(value, p) else "S")
+    return Buffer(value.dtype, "F" if per_element(value, p, modes) else "S")
 
 
-def per_element(value: torch.Tensor, p: torch.Tensor) -> bool:
-    """Whether state has one number per element. That of a 0-d parameter has, but for float64 counts."""
-    count = value.dim() == 0 and value.dtype == torch.float64 != p.dtype
+def per_element(value: torch.Tensor, p: torch.Tensor, modes: Modes) -> bool:
+    """Whether state has one number per element. That of a 0-d parameter has, but for counts on the device (float64)."""
+    count = modes.on_device and value.dim() == 0 and value.dtype == torch.float64 != p.dtype
     return value.shape == p.shape and not count
 
 
@@ -123,6 +134,11 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     x, y = a.stride(), b.stride()
     same = x == y or all(s == 1 or i == j for s, i, j in zip(b.shape, x, y, strict=True))
     return same and not a.is_neg()  # torch has real tensors whose memory holds their negative
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one layout share memory, so that writing the one might change the other in mid-kernel."""
+    return abs(a.data_ptr() - b.data_ptr()) < b.numel() * max(a.itemsize, b.itemsize)
 
 
 def with_layout(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -156,21 +172,12 @@ def work_copy(item: Item) -> Item:
             t = reference.mark(torch.zeros([1] * t.dim(), dtype=t.dtype, device=t.device), t.dtype)
         return reference.upcast(t, compute)
 
-    state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in _begun(item.state).items()}
+    state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in begun(item.state).items()}
     modes = Modes(item.modes.on_device)
     work = type(item)(copy(item.param), copy(item.grad), state, item.where, item.hyper, modes)
     work.owner = item.owner
     attach_gradient(work)
     return work
-
-
-def _begun(state: State) -> State:
-    """The state without what holds nothing yet because every step was skipped so far."""
-    flag = next((k for k in state if k.startswith(STARTED)), None)
-    if flag is None:
-        return state
-    late = () if state[flag].item() else flag.removeprefix(STARTED).split(",")
-    return {k: v for k, v in state.items() if k not in late and k != flag}
 
 
 def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:
@@ -201,9 +208,10 @@ def store(item: Item, work: Item, state_dtype: torch.dtype | None) -> None:
 
 def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None) -> torch.Tensor:
     """A copy of it, laid out like the parameter if it has its shape; zeros where the parameter was a stand-in."""
-    if not per_element(value, work.param):
+    if not per_element(value, work.param, work.modes):
         out = torch.zeros_like(value)
     else:
         dtype = state_dtype or reference.asked(value) if value.is_floating_point() else value.dtype
+        dtype = stored_dtype(dtype, item.param.dtype, item.param.dim() == 0, item.modes)
         out = torch.zeros_like(item.param, dtype=dtype, requires_grad=False)
     return out if item.param.numel() == 0 else out.copy_(value)

@@ -56,6 +56,12 @@ class Scaling:
             _set(self._there[name, device], self._received.get(name, 0.0))
         return self._there[name, device]
 
+    def fresh(self) -> Scaling:
+        """The same scaling with buffers of its own."""
+        other = Scaling(self.amp, self.max_norm)
+        other._received = self._received
+        return other
+
     def receive(self, scale: torch.Tensor | None, found_inf: torch.Tensor | float | None) -> None:
         """Take over what GradScaler says of this step, without waiting for it; None: it has no part in it."""
         values = {

@@ -56,6 +56,17 @@ class Modes(NamedTuple):
 
 
 HOST = Modes()
+
+
+def stored_dtype(dtype: torch.dtype, param: torch.dtype, zero_dim: bool, modes: Modes) -> torch.dtype:
+    """The dtype of new state that was asked for in this one.
+
+    Where counts are 0-d float64 tensors, a 0-d parameter's other state must not look like them, and is float32.
+    """
+    ambiguous = zero_dim and modes.on_device and dtype == torch.float64 != param
+    return torch.float32 if ambiguous else dtype
+
+
 FACTOR, FOUND_INF = "scaling.factor", "scaling.found_inf"
 """Buffers of all parameters together, one number each."""
 STARTED = "started:"

@@ -20,7 +20,7 @@ from ..ir.program import Buffer, Graph, Program, depth_first, reachable
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Pass, alike, either, is_number, load
 from .signals import Untraceable
-from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature
+from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
 
 
 @dataclass
@@ -160,7 +160,8 @@ def _asked_dtype(
         return torch.float64 if value.type == "d" else signature.compute
     # Made of a mask and numbers, it has torch's default.
     mixed = (signature.asked or (signature.param,))[0] if signature.zero_dim else torch.get_default_dtype()
-    return state_dtype or cell.asked or mixed
+    dtype = state_dtype or cell.asked or mixed
+    return stored_dtype(dtype, signature.param, signature.zero_dim, signature.modes)
 
 
 def _until_started(
