@@ -77,7 +77,7 @@ def test_a_learner_on_the_cpu_never_asks_for_cuda(no_driver):
     learn = Learner(loaders, torch.nn.Linear(3, 1), torch.nn.MSELoss(), opt_func=fusedopt.Adam)
     with learn.no_logging():
         learn.fit(1, lr=1e-3)
-        learn.lr_find(num_it=2, show_plot=False)
+        learn.lr_find(num_it=2, show_plot=False, suggest_funcs=())
 
 
 def test_a_capture_is_noticed_once_cuda_is_in_use(monkeypatch):
