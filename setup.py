@@ -9,13 +9,14 @@ import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-if int(setuptools.__version__.split(".")[0]) < 77:  # it would refuse pyproject.toml in forty lines
+RECIPE = runpy.run_path(str(Path(__file__).with_name("fusedopt") / "compile" / "recipe.py"))
+if (
+    int(setuptools.__version__.split(".")[0]) < RECIPE["SETUPTOOLS"]
+):  # it would refuse pyproject.toml in forty lines
     sys.exit(
-        f"fusedopt is built by setuptools 77 or later, and here is {setuptools.__version__}. Type "
+        f"fusedopt is built by setuptools {RECIPE['SETUPTOOLS']} or later, and here is {setuptools.__version__}. Type "
         "`pip install --upgrade setuptools`, or leave --no-build-isolation out."
     )
-
-RECIPE = runpy.run_path(str(Path(__file__).with_name("fusedopt") / "compile" / "recipe.py"))
 
 
 class OptionalBuildExt(build_ext):

@@ -5,6 +5,12 @@ The names here mirror ``fastai.optimizer``; ``fusedopt.optim`` mirrors ``torch.o
 
 from pathlib import Path as _Path
 
+# A source tree has kernels/ beside this folder, an install inside: so a tree runs without being installed.
+__path__ = [
+    *__path__,
+    *([] if _Path(__file__).with_name("kernels").is_dir() else [str(_Path(__file__).parents[1])]),
+]
+
 from . import callbacks, optim
 from .callbacks import (
     adam_step,
@@ -29,9 +35,6 @@ from .named import SGD, Adam, Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, ran
 from .optimizer import Optimizer
 
 __version__ = "0.1.0"
-
-if not _Path(__file__).with_name("kernels").is_dir():  # a source tree, which has kernels/ beside this folder
-    __path__.append(str(_Path(__file__).parents[1]))
 
 __all__ = [
     "SGD",

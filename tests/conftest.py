@@ -1,13 +1,30 @@
 """What every test has: a compile cache that is not the user's, a fixed seed, and torch's threads as it found them."""
 
 import os
+import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from fusedopt.runtime import backends, engine
+from fusedopt.runtime import backends, engine, leaf
 
 OURS = ("FUSEDOPT_BACKEND", "FUSEDOPT_DEBUG", "FUSEDOPT_CACHE_DIR")
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config):
+    """Tests run from a tree that nobody has installed, too: what they start finds it, and it gets its extension."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the header says it
+        leaf.seek(wait=True)
+
+
+def pytest_report_header(config):
+    works, reason = leaf.extension_status()
+    return f"extension: {'' if works else 'not in use, so the tests that need it are skipped: '}{reason}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,6 +33,9 @@ def compile_cache(tmp_path_factory):
     before = {name: os.environ.pop(name, None) for name in OURS}
     folder = tmp_path_factory.mktemp("compile_cache")
     os.environ["FUSEDOPT_CACHE_DIR"] = str(folder)
+    if leaf.native is not None:  # an extension that was built for these tests serves what they start
+        for file in Path(leaf.native.__file__).parent.glob("extension_*"):
+            shutil.copy(file, folder)
     yield folder
     for name, value in before.items():
         os.environ.pop(name, None)

@@ -57,7 +57,7 @@ def test_wheel_without_compiler_has_no_extension(built_without_compiler):
 
 def test_wheel_has_every_module_and_kernel(built_without_compiler):
     site, _ = built_without_compiler
-    for top, installed in (("fusedopt", "fusedopt"), ("kernels", "fusedopt/kernels")):
+    for top, installed in (("fusedopt",) * 2, ("kernels", "fusedopt/kernels"), ("csrc", "fusedopt/csrc")):
         for path in (ROOT / top).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("_C."):
                 assert (site / installed / path.relative_to(ROOT / top)).is_file(), path
@@ -74,3 +74,76 @@ def test_this_install_imports(tmp_path):
     """From outside the repository: the install itself, editable under `make setup`, finds the kernels."""
     printed = run_python("-c", IMPORT, cwd=tmp_path)
     assert Path(printed.strip()).is_file()
+
+
+def test_a_tree_runs_without_being_installed(tmp_path):
+    printed = run_python("-S", "-c", TREE, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert Path(printed.strip()) == ROOT / "kernels" / "__init__.py"
+
+
+TREE = f"""
+import site, sys
+site.addsitedir = lambda *_: None  # no editable install's finder
+sys.path += {[p for p in sys.path if p.endswith("-packages")]!r}
+import fusedopt.kernels
+print(fusedopt.kernels.__file__)
+"""
+
+
+@pytest.fixture
+def old_setuptools(tmp_path):
+    (tmp_path / "setuptools" / "command").mkdir(parents=True)
+    for name, text in {
+        "__init__": "__version__ = '65.5.0'\nExtension = find_packages = setup = None",
+        "command/__init__": "",
+        "command/build_ext": "build_ext = object",
+    }.items():
+        (tmp_path / "setuptools" / f"{name}.py").write_text(text)
+    return tmp_path
+
+
+def test_an_old_setuptools_is_one_line(old_setuptools):
+    command = [sys.executable, "setup.py", "egg_info"]
+    environment = os.environ | {"PYTHONPATH": str(old_setuptools)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and done.stdout == ""
+    for part in ("setuptools 77 or later", "65.5.0", "pip install --upgrade setuptools"):
+        assert part in line
+
+
+def made(*arguments: str) -> list[str]:
+    """The commands that make would run for a target, in a tree without environments."""
+    command = ["make", "-n", "-B", *arguments]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [line for line in printed.splitlines() if " -m pip " in line and "--without-pip" not in line]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("arguments", [["setup", "VENV=.venv-none"], ["test-torch", "TORCH=2.14.1"]])
+def test_fastai_is_installed_last_so_that_pip_has_nothing_to_complain_about(arguments):
+    """pip names the requirements of an installed package that are missing whenever it installs one of the others."""
+    commands = made(*arguments)
+    about = [k for k, line in enumerate(commands) if "fastai" in line]
+    assert "uninstall" in commands[about[0]] and "--no-deps" in commands[about[-1]]
+    assert len(about) == 2 and about[-1] == len(commands) - 1
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_another_torch_has_an_environment_of_its_own():
+    commands = "\n".join(made("test-torch", "TORCH=2.14.1"))
+    assert "torch==2.14.1" in commands
+    assert ".venv-torch-2.14.1/bin/python" in commands and " .venv/bin" not in commands
+
+
+def test_constraints_are_for_every_python_that_is_claimed():
+    """Exactly one line for a package and a Python; torch's lines are left out for another torch by their names."""
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    names = {pin.name for pin in pins}
+    for python in ("3.10", "3.11", "3.13"):
+        environment = {"python_version": python}
+        found = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(environment)]
+        assert len(found) == len(set(found)) and set(found) == names

@@ -7,6 +7,7 @@ torch need not have. torch is imported where a failure is caught.
 import sysconfig
 from pathlib import Path
 
+SETUPTOOLS = 77  # the oldest that understands pyproject.toml
 SOURCE = "leaf.cpp"
 # -g0: debug data would cost 9 s. No -fopenmp: see csrc/parallel.h.
 FLAGS = ("-std=c++20", "-O2", "-g0", "-fvisibility=hidden")

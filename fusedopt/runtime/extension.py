@@ -68,7 +68,16 @@ def load_installed() -> tuple[ModuleType | None, str]:
 
 def remedy() -> str:
     """What to type to have the extension from the start, by the way in which fusedopt was installed."""
-    return f"pip install --no-build-isolation {_what_to_install()}"
+    tools = "" if _has_build_tools() else "pip install --upgrade setuptools && "
+    return f"{tools}pip install --no-build-isolation {_what_to_install()}"
+
+
+def _has_build_tools() -> bool:
+    """Whether there is a setuptools that setup.py accepts: a new environment has an old one, or none."""
+    try:
+        return int(importlib.metadata.version("setuptools").split(".")[0]) >= recipe.SETUPTOOLS
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
 
 
 def _what_to_install() -> str:
@@ -221,6 +230,7 @@ class Missing:
     def __init__(self, why: str) -> None:
         self.why = why
         self._build: Build | None = None
+        self._module: ModuleType | None = None
         self._over = False
         self._said: set[str] = set()
         self._reset()
@@ -255,8 +265,9 @@ class Missing:
         if not build.done.is_set():
             until = "this step waits for it" if wait else "until then steps are slower"
             self._say(
+                "built",
                 f"{self.why}, so it is being built in the background, once, which takes about half a minute; {until}. "
-                f"If this process ends before that: python -m fusedopt doctor. To have it from the start: {remedy()}"
+                f"If this process ends before that: python -m fusedopt doctor. To have it from the start: {remedy()}",
             )
             build.done.wait(None if wait else 0)
         return self.take()
@@ -272,7 +283,8 @@ class Missing:
                 self._give_up(f"could not be built: {self._build.error}")
                 return None
             try:
-                return load(self._build.path)
+                self._module = self._module or load(self._build.path)  # two threads may get here
+                return self._module
             except ImportError as error:
                 with contextlib.suppress(OSError):
                     self._build.path.unlink()  # so that the next process builds it anew
@@ -282,10 +294,10 @@ class Missing:
     def _give_up(self, problem: str) -> None:
         self._over = True
         self.why = f"{self.why}, and {problem}; steps are slower without it. To install it: {remedy()}"
-        self._say(self.why)
+        self._say("over", self.why)
 
-    def _say(self, text: str) -> None:
-        """Warn once per text, after all is settled: a warning may be an error."""
-        if text not in self._said:
-            self._said.add(text)
+    def _say(self, topic: str, text: str) -> None:
+        """Warn once per topic, after all is settled: a warning may be an error."""
+        if topic not in self._said:
+            self._said.add(topic)
             warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=env.caller_level())
