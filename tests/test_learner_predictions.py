@@ -1,4 +1,4 @@
-"""Predictions and interpretations of any loader: torch's and fastai's, shuffled or not, with tensors, dicts and text."""
+"""Predictions and interpretations of any loader: of torch or fastai, shuffled or not, with tensors, dicts and text."""
 
 import warnings
 from collections import UserDict

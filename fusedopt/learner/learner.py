@@ -192,9 +192,8 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
 
     def _tell_not_finite(self) -> None:
         """Once a fit."""
-        own = vars(self)
-        recorder, looking = own.get("recorder"), "lr_finder" in own or "terminate_on_nan" in own
-        if self._told or looking or not isinstance(recorder, Recorder):
+        recorder = vars(self).get("recorder")
+        if self._told or "lr_finder" in vars(self) or not isinstance(recorder, Recorder):
             return
         if where := not_finite(recorder, self.epoch):
             self._told = True
