@@ -22,10 +22,14 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import fastai.callback.schedule  # noqa: F401  (adds fit_one_cycle and its kin to fastai's Learner)
     import fastai.learner as theirs
+    from fastai import metrics as fastai_metrics
     from fastai.data.core import DataLoaders, Datasets
     from fastai.data.load import DataLoader as FastaiLoader
     from fastai.losses import CrossEntropyLossFlat
     from fastai.optimizer import OptimWrapper
+
+# fastai gives a progress bar to every Learner that will be made, those of other test files as well.
+theirs.defaults.callbacks = [cb for cb in theirs.defaults.callbacks if cb.__name__ != "ProgressCallback"]
 
 
 @pytest.fixture(autouse=True)
@@ -169,8 +173,6 @@ def with_method(name, base=Callback):
         ("begin_bacth", "before_batch"),
         ("after_validation", "after_validate"),
         ("after_predictions", "after_pred"),
-        ("on_batch_end", "after_batch"),
-        ("on_epoch_begin", "before_epoch"),
         ("after_cancel_valid", "after_cancel_validate"),
     ],
 )
@@ -600,3 +602,21 @@ def test_a_learner_says_what_it_is():
     )
     assert repr(other) == "Learner(function, cross_entropy, SGD, lr=0.1, cbs: none)"
     assert "FlattenedLoss of CrossEntropyLoss()" in repr(make(loss_func=CrossEntropyLossFlat()))
+
+
+def test_metrics_of_fastais_can_be_handed_over():
+    given = [fastai_metrics.error_rate, fastai_metrics.F1Score(), fastai_metrics.Perplexity()]
+    learn = make(metrics=[*given, theirs.AvgMetric(fastai_metrics.accuracy)])
+    learn.fit(1)
+    preds, y = (x.detach() for x in learn.get_preds())
+    wrong, (both, found, true) = (
+        (preds.argmax(1) != y),
+        (
+            (preds.argmax(1) * y).sum(),
+            preds.argmax(1).sum(),
+            y.sum(),
+        ),
+    )
+    loss = nn.functional.cross_entropy(preds, y)
+    expected = [loss, wrong.float().mean(), 2 * both / (found + true), loss.exp(), (~wrong).float().mean()]
+    assert learn.final_record[1:] == pytest.approx([float(x) for x in expected], rel=1e-5)
