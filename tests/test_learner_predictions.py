@@ -1,4 +1,4 @@
-"""Predictions and interpretations of any loader: torch's and fastai's, shuffled or not, with tensors, dicts and text."""
+"""Predictions and interpretations of any loader: of torch or fastai, shuffled or not, with tensors, dicts and text."""
 
 import warnings
 from collections import UserDict
@@ -31,6 +31,9 @@ with warnings.catch_warnings():
     from fastai.interpret import ClassificationInterpretation
     from fastai.losses import CrossEntropyLossFlat
     from fastai.torch_core import TensorCategory, TensorImage
+
+# fastai gives a progress bar to every Learner that will be made, those of other test files as well.
+theirs.defaults.callbacks = [cb for cb in theirs.defaults.callbacks if cb.__name__ != "ProgressCallback"]
 
 N = 22
 

@@ -60,11 +60,10 @@ def _hint(name: str) -> str:
     """What a name may have been meant for; empty if it is an event's, or like none."""
     if name in EVENTS or name in FIRST_EDITION.values() or name.startswith("_"):
         return ""
-    word = re.sub(r"^on_(.*)_(?:begin|start)$", r"before_\1", name.lower())
-    word = re.sub(r"^on_(.*)_end$", r"after_\1", word)
-    prefixed = re.match(r"(before|after|begin)(_|[A-Z])", name) or word != name.lower()
+    word = re.sub("^begin", "before", name.lower())
+    prefixed = re.match("(before|after|begin)(_|[A-Z])", name)
     by_letters = {event.replace("_", ""): event for event in EVENTS}
-    close = difflib.get_close_matches(word.replace("_", ""), by_letters, 1, 0.75 if prefixed else 0.85)
+    close = difflib.get_close_matches(word.replace("_", ""), by_letters, 1, 0.7 if prefixed else 0.85)
     return f"is it {by_letters[close[0]]}?" if close else ALL_EVENTS if prefixed else ""
 
 
@@ -192,7 +191,7 @@ def as_opt_func(given: Any) -> Any:
     if not isinstance(given, type) and hasattr(given, "step") and hasattr(given, "zero_grad"):
         name = type(given).__name__
         raise TypeError(
-            f"opt_func is an optimizer, a {name}, and has to be what makes one, such as fusedopt.Adam; to train with "
+            f"opt_func is an optimizer ({name}), and has to be what makes one, such as fusedopt.Adam; to train with "
             f"this one, take opt_func=lambda params, lr: opt, or set learn.opt = opt"
         )
     if not callable(given):

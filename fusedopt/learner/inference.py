@@ -36,7 +36,7 @@ class GatherPreds(Callback):
     def after_loss(self) -> None:
         loss = of_items(self.loss, self.yb) if self.with_loss and self.yb else ()
         batch = self.xb if self.with_input else (), self.pred, self.yb, loss
-        self.seen.append(mapped(batch, lambda x: x.detach().cpu()))
+        self.seen.append(self.to_detach(batch))
         self.iters.append(self.iter)
 
 
@@ -123,6 +123,10 @@ class Inference:
         decoded = self._decodes(preds)[0]
         vocab = class_names(self.dls)
         return decoded if vocab is None else vocab[int(decoded)], decoded, preds[0]
+
+    def to_detach(self, b: Any, cpu: bool = True) -> Any:
+        """Tensors of a batch or predictions without their history, on the CPU: for metrics that keep them."""
+        return mapped(b, lambda x: x.detach().cpu() if cpu else x.detach())
 
     def _infer(self, dl: Iterable[Any], cbs: Any) -> None:
         """One validation, with the events of a fit around it."""

@@ -162,15 +162,15 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
         """Train all groups."""
         self.freeze_to(0)
 
-    def one_batch(self, i: int, batch: Any) -> None:
+    def one_batch(self, i: int, b: Any) -> None:
         """Train on this batch, the ``i``-th of its loader, or evaluate it, as ``learn.training`` says.
 
         Outside of a fit it is a fit of its own, but for the results, which stay: ``learn.pred``, ``learn.loss``.
         """
         if self.dl is not None or self._entered:
-            return super().one_batch(i, batch)
+            return super().one_batch(i, b)
         with self.no_logging(), self:
-            super().one_batch(i, batch)
+            super().one_batch(i, b)
 
     def __enter__(self) -> Learner:
         """The events that begin a fit and an epoch, for batches that you go through yourself, with `one_batch`."""
@@ -193,9 +193,8 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
 
     def _tell_not_finite(self) -> None:
         """Once a fit."""
-        own = vars(self)
-        recorder, looking = own.get("recorder"), "lr_finder" in own or "terminate_on_nan" in own
-        if self._told or looking or not isinstance(recorder, Recorder):
+        recorder = vars(self).get("recorder")
+        if self._told or "lr_finder" in vars(self) or not isinstance(recorder, Recorder):
             return
         if where := not_finite(recorder, self.epoch):
             self._told = True

@@ -102,10 +102,10 @@ class Loop(Having, Minimized, Views):
         for i, batch in enumerate(self.dl):
             self.one_batch(i, batch)
 
-    def one_batch(self, i: int, batch: Any) -> None:
+    def one_batch(self, i: int, b: Any) -> None:
         """Train or evaluate on this batch, the ``i``-th of its loader."""
         self.iter, self._loss_before = i, self.loss
-        self.xb, self.yb = parts(batch, getattr(self.dls, "n_inp", None), self.model)
+        self.xb, self.yb = parts(b, getattr(self.dls, "n_inp", None), self.model)
         self._with_events("batch", self._batch)
 
     def _batch(self) -> None:

@@ -30,7 +30,7 @@ class Progress(Callback):
         from tqdm.auto import tqdm
 
         self._tqdm, self.in_steps, self.in_batches = tqdm, 0.0, 0.0
-        self.epochs = tqdm(total=self.n_epoch, desc="epochs", leave=False)
+        self.epochs = tqdm(total=self.n_epoch, initial=self.start_epoch, desc="epochs", leave=False)
         if self.logger is print_line:
             self.learn.logger = self._write
         if self.opt is not None:

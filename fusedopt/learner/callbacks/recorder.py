@@ -54,7 +54,7 @@ class Recorder(Callback):
         self.smooth_loss.reset()
 
     def before_fit(self) -> None:
-        self._fresh = True
+        self._fresh, self._seen = True, 0
         self._train_mets = [self.smooth_loss, *(self.metrics if self.train_metrics else ())]
         self._valid_mets = [self.loss, *self.metrics] if self.valid_metrics else []
         names = [m.name for m in self.metrics]
