@@ -65,18 +65,24 @@ OLDER = {
 """What fastai 1 and the course of 2019 have, and what to say in its place: nothing here would ask for it."""
 
 
+def name_for(cb: Any, event_name: str) -> str | None:
+    """The name that a callback has an event's function under: the event's, or the first edition's."""
+    for name in (event_name, FIRST_EDITION.get(event_name)):
+        if name is not None and (name in cb.__dict__ or hasattr(type(cb), name)):
+            return name
+    return None
+
+
 def method_for(cb: Any, event_name: str) -> Callable[[], Any] | None:
-    """A callback's function for an event: its own or its class's, under the event's name or the first edition's.
+    """A callback's function for an event, its own or its class's, to be called without arguments.
 
     A function that was assigned, or handed to the constructor, gets the callback if it asks for an argument.
     """
-    for name in (event_name, FIRST_EDITION.get(event_name)):
-        if name is not None and (name in cb.__dict__ or hasattr(type(cb), name)):
-            found = getattr(cb, name)
-            if found is None or getattr(found, "__self__", None) is cb:
-                return found
-            return functools.partial(found, cb) if _asks_for_one(found) else found
-    return None
+    name = name_for(cb, event_name)
+    found = None if name is None else getattr(cb, name)
+    if found is None or getattr(found, "__self__", None) is cb:
+        return found
+    return functools.partial(found, cb) if _asks_for_one(found) else found
 
 
 def _asks_for_one(function: Callable[..., Any]) -> bool:

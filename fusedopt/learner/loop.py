@@ -43,6 +43,8 @@ class Loop(Having, Minimized, Views):
         """Tell every callback of an event, in their order. What one raises names it and the event."""
         if event_name not in self._listening:
             self._listening[event_name] = listening(self.cbs, event_name)
+        if event_name == "after_loss":
+            self._begin_to_follow()
         for cb in self._listening[event_name]:
             try:
                 cb(event_name)
@@ -115,7 +117,6 @@ class Loop(Having, Minimized, Views):
         if self.yb:
             self.loss_grad = as_tensor(self.loss_func(self.pred, *self.yb))
             self.loss = self.loss_grad.clone()
-            self._begin_to_follow()
         self("after_loss")
         if self.training and self.yb:
             self._with_events("backward", self._backward)

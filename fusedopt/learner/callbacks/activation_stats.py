@@ -150,7 +150,12 @@ class ActivationStats(Callback):
 
 def _first_tensor(output: Any) -> torch.Tensor | None:
     found: list[torch.Tensor] = []
-    mapped(output, found.append)
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        found.append(x)
+        return x
+
+    mapped(output, note)
     return found[0] if found else None
 
 
