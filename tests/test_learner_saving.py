@@ -449,6 +449,30 @@ def test_learners_with_every_shipped_callback_are_copied(name, fitted, how, tmp_
     pickle.loads(pickle.dumps(learn.cbs))
 
 
+class Exports(learner.Callback):
+    order = 200
+
+    def after_batch(self):
+        if self.training and self.iter == 1:
+            self.learn.export(f"{self.epoch}.pkl")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_an_export_in_a_fit_changes_nothing_of_it_or_is_refused(name, tmp_path):
+    plain, learn = fit(with_shipped(name, tmp_path), 2), with_shipped(name, tmp_path)
+    learn.add_cb(Exports)
+    if cleaning := [cb for cb in learn.cbs if type(cb).clean_up is not learner.Callback.clean_up]:
+        with pytest.raises(ValueError, match=f"export in a fit would end what .* do in it: {cleaning[0]!r}"):
+            fit(learn, 2)
+        assert not list(tmp_path.glob("*.pkl"))
+        learn.remove_cb(Exports)
+        fit(learn, 1).export()
+        return
+    fit(learn, 2)
+    assert torch.equal(weights(learn), weights(plain)) and learn.recorder.values == plain.recorder.values
+    assert learner.load_learner(tmp_path / "1.pkl").predict(torch.ones(3))
+
+
 @pytest.mark.parametrize("name", ["ParamScheduler", "LRFinder"])
 def test_predicting_is_no_training_to_schedules(name, tmp_path):
     learn = fit(with_shipped(name, tmp_path), 1)
@@ -461,6 +485,12 @@ def test_predicting_is_no_training_to_schedules(name, tmp_path):
 def test_most_of_the_names_are_callbacks():
     """Or the test above would look at none."""
     assert len(SHIPPED) > 20 and {"EMA", "Progress", "LRFinder", "ActivationStats"} < set(SHIPPED)
+
+
+def test_a_silent_learner_is_copied(tmp_path):
+    learn = with_shipped("Recorder", tmp_path)
+    with learn.no_logging():
+        assert type(pickle.loads(pickle.dumps(learn))) is learner.Learner
 
 
 HELPERS = {

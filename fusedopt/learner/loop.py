@@ -31,7 +31,7 @@ class Loop(Having, Minimized, Views):
     dl: Any
     loss: Any
     loss_grad: Any
-    training, n_epoch = False, 1
+    training, n_epoch, _running = False, 1, False
     epoch = iter = n_iter = 0
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Loop(Having, Minimized, Views):
 
     # -- the loop --
     def _run(self, n_epoch: int) -> None:
-        self.n_epoch = n_epoch
+        self.n_epoch, self._running = n_epoch, True
         self._listening.clear()  # classes may have new methods, as in a notebook
         try:
             self._with_events("fit", self._fit)
@@ -66,6 +66,7 @@ class Loop(Having, Minimized, Views):
             self.opt.zero_grad()  # the next fit must not add to an unfinished batch's
             raise
         finally:
+            self._running = False
             with ExitStack() as last:  # so that each has its turn, whatever another raises
                 last.callback(self._forget_batch)
                 for cb in self.cbs:
