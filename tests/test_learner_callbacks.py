@@ -330,8 +330,60 @@ def test_precision_is_chosen_by_method():
     assert learn.to_bf16().mixed_precision.amp_mode == "bf16"
     assert sum(isinstance(cb, learner.MixedPrecision) for cb in learn.cbs) == 1
     assert not hasattr(learn.to_fp32(), "mixed_precision")
-    with pytest.raises(ValueError, match="fp16, bf16"):
-        learner.MixedPrecision("fp8")
+    for wrong in ("fp8", torch.float16, None):
+        with pytest.raises(ValueError, match="fp16, bf16"):
+            learner.MixedPrecision(wrong)
+
+
+@pytest.mark.parametrize("mode", ["FP16", "BF16"])
+def test_modes_are_words_and_members_of_ours_and_fastais(mode):
+    ours, theirs = learner.AMPMode[mode], fp16.AMPMode[mode]
+    for given in (ours, theirs, mode.lower()):
+        assert learner.MixedPrecision(given).amp_mode is ours
+    assert ours == theirs.value and fp16.AMPMode(ours) is theirs
+    assert {x.name: x.value for x in learner.AMPMode} == {x.name: x.value for x in fp16.AMPMode}
+
+
+WAYS_TO_FP16 = {
+    "to_fp16": lambda learn: learn.to_fp16(),
+    "to_fp16 with a scale": lambda learn: learn.to_fp16(init_scale=8.0),
+    "a callback": lambda learn: learn.add_cb(learner.MixedPrecision),
+    "fused": lambda learn: learn.to_fp16(),
+    "with clip": lambda learn: learn.add_cb(learner.GradientClip(0.1)).to_fp16(),
+    "with accumulation": lambda learn: learn.add_cb(learner.GradientAccumulation(8)).to_fp16(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_FP16)
+def test_float16_on_a_cpu_changes_nothing_and_says_so_once(way):
+    """As in fastai, whose autocast is CUDA's."""
+    found, seen = [], DtypeSeen()
+    for make_half in (lambda learn: learn, WAYS_TO_FP16[way]):
+        others = {
+            "with clip": [learner.GradientClip(0.1)],
+            "with accumulation": [learner.GradientAccumulation(8)],
+        }
+        opt_func = partial(fusedopt.Adam, amp_fused=way == "fused")
+        learn = learner.Learner(loaders(), net(), nn.CrossEntropyLoss(), opt_func, cbs=seen)
+        if not found:
+            learn.add_cbs(others.get(way, []))
+        make_half(learn)
+        with learn.no_logging(), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            learn.fit(2, 0.02)
+            learn.get_preds()
+            learn.fit(1, 0.02)
+        found.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
+    assert torch.equal(*found)
+    assert seen.dtype is torch.float32 and not hasattr(learn, "scaler")
+    assert len(said) == 1 and "does nothing in float16 on a CPU" in str(said[0].message)
+    assert "to_bf16" in str(said[0].message)
+
+
+def test_bfloat16_on_a_cpu_is_what_it_says():
+    seen = DtypeSeen()
+    ours([learner.MixedPrecision("bf16"), seen], epochs=1)
+    assert seen.dtype is torch.bfloat16
 
 
 # --

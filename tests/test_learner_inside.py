@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
+from collections import OrderedDict, namedtuple
 from functools import partial
 
 import pytest
@@ -29,6 +31,16 @@ from fusedopt.learner import (  # noqa: E402
     hook_output,
     hook_outputs,
 )
+from fusedopt.learner.batches import mapped  # noqa: E402
+
+with warnings.catch_warnings():
+    # At import, fastai scripts a function (deprecated by torch) and sets an option that pandas has deprecated.
+    warnings.simplefilter("ignore")
+    from fastai.callback.hook import ActivationStats as FastaiStats
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner as FastaiLearner
+
+pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +124,68 @@ def test_structures_of_tensors_are_detached():
     assert not out.requires_grad and not h.requires_grad and attached.stored[1][0].requires_grad
 
 
+Named = namedtuple("Named", "out state")
+
+
+class Gives(nn.Module):
+    """Gives its input in some structure."""
+
+    def __init__(self, structure):
+        super().__init__()
+        self.structure = structure
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, *rest):
+        return self.structure(x * self.weight)
+
+
+STRUCTURES = {
+    "a tensor": lambda x: x,
+    "a tuple": lambda x: (x, x + 1),
+    "a list": lambda x: [x, (x, [x])],
+    "a dict": lambda x: {"a": x, "b": (x, None, 3)},
+    "an ordered dict": lambda x: OrderedDict(a=x),
+    "a named tuple": lambda x: Named(x, (x, x)),
+    "what torch.max gives": lambda x: x.max(1),
+    "a packed sequence": lambda x: nn.utils.rnn.pack_sequence([x[0], x[1]]),
+    "None": lambda x: None,
+}
+
+
+def tensors_of(x):
+    found = []
+    mapped(x, lambda t: (found.append(t), t)[1])
+    return found
+
+
+def kinds(x):
+    """The types of a structure's parts."""
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, (tuple, list)) else ()
+    return type(x), [kinds(part) for part in parts]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("options", [{}, {"cpu": True}, {"detach": False}])
+def test_hooks_get_what_torchs_give(structure, options):
+    model, x, seen = Gives(STRUCTURES[structure]), torch.randn(2, 3), []
+    handle = model.register_forward_hook(lambda module, given, out: seen.append(kinds((given, out))))
+    with Hook(model, lambda module, given, out: (kinds((given, out)), out), **options) as hook:
+        model(x, (x, [x]))
+    handle.remove()
+    found, out = hook.stored
+    assert [found] == seen
+    assert all(t.requires_grad == ("detach" in options) for t in tensors_of(out) if t.is_floating_point())
+
+
+def test_hooks_get_gradients_as_torchs_give_them():
+    layer, seen = nn.Linear(3, 2), []
+    handle = layer.register_full_backward_hook(lambda module, given, out: seen.append(kinds((given, out))))
+    with Hook(layer, lambda module, given, out: kinds((given, out)), is_forward=False) as hook:
+        layer(torch.randn(5, 3, requires_grad=True)).sum().backward()
+    handle.remove()
+    assert [hook.stored] == seen
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Activation statistics
 
@@ -146,6 +220,69 @@ def test_statistics_of_known_activations():
     assert hist.shape == (40, 3)  # neither validation nor other batches
     assert {i: int(n) for i, n in enumerate(hist[:, 0]) if n} == {0: 2, 8: 1, 39: 1}
     assert hist.sum(0).tolist() == [4, 4, 3]  # 20 is outside
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(?s).*You are shadowing an attribute"
+)  # which is fastai's callback itself
+@pytest.mark.parametrize("every", [1, 2])
+def test_statistics_are_fastais(every):
+    """Of the same model on the same batches: means, unbiased deviations, shares up to 0.05 with all negatives."""
+    x = torch.randn(14, 2, generator=torch.Generator().manual_seed(0))
+    dl = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 4)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    stats, theirs = ActivationStats(every=every), FastaiStats(every=every)
+    learn = Learner((dl, dl), copy.deepcopy(model), nn.CrossEntropyLoss(), cbs=stats, lr=0.1)
+    fastais = FastaiLearner(
+        DataLoaders(dl, dl, device="cpu"), model, F.cross_entropy, fusedopt.Adam, cbs=theirs, lr=0.1
+    )
+    for each in (learn, fastais):
+        with each.no_logging():
+            each.fit(2)
+    assert len(stats.stats) == len(theirs.stats[0]) == 3
+    for i in range(3):
+        ours = stats.layer_stats(i)
+        assert len(ours[0]) == 8 // every
+        assert ours == [pytest.approx(list(each), rel=1e-5, abs=1e-6) for each in theirs.layer_stats(i)]
+
+
+def test_a_layer_that_runs_twice_has_one_entry_per_batch():
+    class Twice(Fixed):
+        def __init__(self):
+            super().__init__()
+            self.layer = Fixed()
+
+        def forward(self, x):
+            return self.layer(2 * self.layer(x)) + 0 * self.weight
+
+    dl = DataLoader(TensorDataset(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3)), 1)
+    stats = ActivationStats(every=2)
+    learn = Learner((dl, dl), Twice(), lambda pred, _: pred.sum(), cbs=stats)
+    with learn.no_logging():
+        learn.fit(2)
+    assert stats.names == ["layer Fixed"]
+    assert stats.layer_stats(0)[0] == [2.0, 6.0, 4.0]
+
+
+def test_the_deviation_of_one_value_is_none():
+    learn, stats = fixed_learner([[1.0], [2.0]])
+    learn.fit(1)
+    assert all(map(math.isnan, stats.layer_stats(0)[1])) and stats.layer_stats(0)[0] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "structure", ["a tuple", "a list", "a dict", "a named tuple", "what torch.max gives"]
+)
+def test_statistics_of_a_layer_that_gives_several(structure):
+    dl = DataLoader(TensorDataset(torch.tensor([[3.0, 5.0]]), torch.zeros(1)), 1)
+    stats = ActivationStats()
+    learn = Learner(
+        (dl, dl), Gives(STRUCTURES[structure]), lambda pred, _: tensors_of(pred)[0].sum(), cbs=stats
+    )
+    learn.logger = lambda *_: None
+    learn.fit(1)
+    assert stats.layer_stats(0)[0] == [5.0 if "max" in structure else 4.0]
 
 
 def test_each_second_batch_of_the_last_fit():

@@ -1,9 +1,13 @@
 """Validation, predictions, and Learners on disk."""
 
+import copy
+import inspect
+import pickle
 import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -368,6 +372,160 @@ def test_what_cannot_be_pickled_is_said_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"export\.pkl cannot be written: .*lambda.*no lambdas"):
         learn.export()
     assert learn.dls is dls and not list(tmp_path.iterdir())
+
+
+class Recurrent(nn.Module):
+    """Gives what recurrent models give."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        out = self.layer(x)
+        return out, [out[:, None].expand(-1, 2, -1)], [out[:, None]]
+
+    def reset(self):
+        pass
+
+
+def seen(cb):
+    """A function of a callback's."""
+
+
+MADE = {
+    "BatchTransform": lambda: learner.BatchTransform(torch.neg),
+    "Callback": lambda: learner.Callback(after_batch=seen),
+    "DeviceCallback": lambda: learner.DeviceCallback("cpu"),
+    "MixedPrecision": lambda: learner.MixedPrecision("bf16"),
+    "ParamScheduler": lambda: learner.ParamScheduler(
+        {"lr": learner.combine_scheds([0.3, 0.7], [learner.sched_lin(0, 1e-2), learner.sched_cos(1e-2, 0)])}
+    ),
+    "RNNRegularizer": lambda: learner.rnn_cbs(1.0, 1.0),
+    "RNNCallback": lambda: learner.rnn_cbs(),
+}
+"""Those that need an argument, or company; the others are made without."""
+SHIPPED = [
+    name
+    for name, x in vars(learner).items()
+    if isinstance(x, type) and issubclass(x, learner.Callback) and not inspect.isabstract(x)
+]
+COPIED = {
+    "export": lambda learn: learner.load_learner(learn.export()),
+    "pickle": lambda learn: pickle.loads(pickle.dumps(learn)),
+    "deepcopy": copy.deepcopy,
+}
+
+
+def with_shipped(name, path):
+    cbs = MADE.get(name, getattr(learner, name))()
+    model = Recurrent() if name.startswith(("RNN", "ModelResetter")) else net()
+    if name == "ModelResetter":
+        cbs = [cbs, learner.RNNCallback()]
+    default = {"default_cbs": False} if name in ("Recorder", "TrainEval") else {}
+    cbs = [learner.TrainEval(), learner.Recorder()] if default else cbs
+    return learner.Learner(
+        loaders(), model, nn.CrossEntropyLoss(), cbs=cbs, metrics=accuracy, path=path, lr=0.01, **default
+    )
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("fitted", [0, 1])
+@pytest.mark.parametrize("how", COPIED)
+def test_learners_with_every_shipped_callback_are_copied(name, fitted, how, tmp_path, capsys):
+    learn = with_shipped(name, tmp_path)
+    if fitted:
+        fit(learn, 1)
+    again = COPIED[how](learn)
+    assert [type(cb) for cb in again.cbs] == [type(cb) for cb in learn.cbs] and len(learn.cbs) >= 2
+    assert all(cb.learn is again for cb in again.cbs) and all(cb.learn is learn for cb in learn.cbs)
+    torch.testing.assert_close(again.get_preds(dl=learn.dls[1])[0], learn.get_preds()[0])
+    again.dls = learn.dls
+    for each in (learn, again):
+        if how == "export":
+            each.opt = None  # which is not in the file
+        fit(each, 1)
+    assert torch.equal(weights(again), weights(learn))
+    pickle.loads(pickle.dumps(learn.cbs))
+
+
+class Exports(learner.Callback):
+    order = 200
+
+    def after_batch(self):
+        if self.training and self.iter == 1:
+            self.learn.export(f"{self.epoch}.pkl")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_an_export_in_a_fit_changes_nothing_of_it_or_is_refused(name, tmp_path):
+    plain, learn = fit(with_shipped(name, tmp_path), 2), with_shipped(name, tmp_path)
+    learn.add_cb(Exports)
+    if cleaning := [cb for cb in learn.cbs if type(cb).clean_up is not learner.Callback.clean_up]:
+        with pytest.raises(ValueError, match=f"export in a fit would end what .* do in it: {cleaning[0]!r}"):
+            fit(learn, 2)
+        assert not list(tmp_path.glob("*.pkl"))
+        learn.remove_cb(Exports)
+        fit(learn, 1).export()
+        return
+    fit(learn, 2)
+    assert torch.equal(weights(learn), weights(plain)) and learn.recorder.values == plain.recorder.values
+    assert learner.load_learner(tmp_path / "1.pkl").predict(torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["ParamScheduler", "LRFinder"])
+def test_predicting_is_no_training_to_schedules(name, tmp_path):
+    learn = fit(with_shipped(name, tmp_path), 1)
+    before = {key: list(values) for key, values in learn.recorder.hps.items()}
+    learn.get_preds()
+    learn.validate()
+    assert learn.recorder.hps == before and len(before["lr"]) == 6
+
+
+def test_most_of_the_names_are_callbacks():
+    """Or the test above would look at none."""
+    assert len(SHIPPED) > 20 and {"EMA", "Progress", "LRFinder", "ActivationStats"} < set(SHIPPED)
+
+
+def test_a_silent_learner_is_copied(tmp_path):
+    learn = with_shipped("Recorder", tmp_path)
+    with learn.no_logging():
+        assert type(pickle.loads(pickle.dumps(learn))) is learner.Learner
+
+
+HELPERS = {
+    "lin": learner.sched_lin(0.1, 0.2),
+    "cos": learner.SchedCos(0.1, 0.2),
+    "no": learner.sched_no(0.1, 0.2),
+    "exp": learner.SchedExp(0.1, 0.2),
+    "poly": learner.sched_poly(0.1, 0.2, 3),
+    "combined": learner.combine_scheds([0.25, 0.75], [learner.sched_no(1, 2), learner.sched_lin(2, 3)]),
+    "combined of combined": learner.combine_scheds([0.5, 0.5], [learner.combined_cos(0.3, 1, 2, 0)] * 2),
+    "per group": learner.combined_cos(0.25, *(np.array([i, 2.0 * i]) for i in (1, 5, 0))),
+}
+
+
+@pytest.mark.parametrize("name", HELPERS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_schedules_are_copied(name, copied):
+    schedule = HELPERS[name]
+    for pos in (0.0, 0.1, 0.25, 0.5, 0.99, 1.0):
+        assert np.array_equal(copied(schedule)(pos), schedule(pos))
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        learner.AvgMetric(accuracy),
+        learner.AvgLoss(),
+        learner.AvgSmoothLoss(),
+        learner.ValueMetric(sum, "total"),
+    ],
+    ids=lambda m: m.name,
+)
+def test_metrics_are_copied(metric):
+    for again in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        assert type(again) is type(metric) and again.name == metric.name
 
 
 def test_only_a_learner_is_loaded_as_one(tmp_path):

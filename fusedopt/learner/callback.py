@@ -23,6 +23,7 @@ class Callback:
     run_after: ClassVar[Iterable[type | str]] = ()
 
     def __init__(self, **functions: Callable[..., Any]) -> None:
+        super().__init__()
         for event_name, function in functions.items():
             setattr(self, as_event(self, event_name), function)
 

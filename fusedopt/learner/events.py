@@ -46,37 +46,32 @@ FIRST_EDITION = {name: name.replace("before_", "begin_") for name in EVENTS if n
 """What the first edition of the course calls them. Callbacks that speak it run too."""
 OF_BATCH = {"x", "y", "xb", "yb", "pred", "loss", "loss_grad"}
 """What a Learner has of a batch."""
+SAME = {**FIRST_EDITION, **{old: name for name, old in FIRST_EDITION.items()}}
+"""The other name of an event, by either."""
 HEARD = {*EVENTS, *FIRST_EDITION.values()}
 """All names that a callback's function for an event can have."""
-OLDER = {
-    "_order": "order",
-    "set_runner": "learn, which is set for you",
-    "on_train_begin": "before_fit",
-    "on_epoch_begin": "before_epoch",
-    "on_batch_begin": "before_batch",
-    "on_loss_begin": "after_pred",
-    "on_backward_begin": "after_loss",
-    "on_backward_end": "after_backward",
-    "on_step_end": "after_step",
-    "on_batch_end": "after_batch",
-    "on_epoch_end": "after_epoch",
-    "on_train_end": "after_fit",
-}
-"""What fastai 1 and the course of 2019 have, and what to say in its place: nothing here would ask for it."""
+OF_2019 = {"_order": "order", "set_runner": "learn, which is set for you"}
+"""What callbacks of the course of 2019 have besides events, and what to say in its place."""
+
+
+def name_for(cb: Any, event_name: str) -> str | None:
+    """The name that a callback has an event's function under: the event's, or the first edition's."""
+    for name in (event_name, FIRST_EDITION.get(event_name)):
+        if name is not None and (name in cb.__dict__ or hasattr(type(cb), name)):
+            return name
+    return None
 
 
 def method_for(cb: Any, event_name: str) -> Callable[[], Any] | None:
-    """A callback's function for an event: its own or its class's, under the event's name or the first edition's.
+    """A callback's function for an event, its own or its class's, to be called without arguments.
 
     A function that was assigned, or handed to the constructor, gets the callback if it asks for an argument.
     """
-    for name in (event_name, FIRST_EDITION.get(event_name)):
-        if name is not None and (name in cb.__dict__ or hasattr(type(cb), name)):
-            found = getattr(cb, name)
-            if found is None or getattr(found, "__self__", None) is cb:
-                return found
-            return functools.partial(found, cb) if _asks_for_one(found) else found
-    return None
+    name = name_for(cb, event_name)
+    found = None if name is None else getattr(cb, name)
+    if found is None or getattr(found, "__self__", None) is cb:
+        return found
+    return functools.partial(found, cb) if _asks_for_one(found) else found
 
 
 def _asks_for_one(function: Callable[..., Any]) -> bool:
@@ -98,17 +93,19 @@ def as_event(cb: Any, name: str) -> str:
 def refuse_half(cb: Any) -> None:
     """Raises TypeError for a callback of which a part would never be called."""
     has = {*dir(type(cb)), *vars(cb)}
-    for old in sorted(OLDER.keys() & has):
+    for old in sorted(OF_2019.keys() & has):
         raise TypeError(
-            f"{cb!r} has {old!r}, which is of fastai 1 or the course of 2019, and would do nothing here: "
-            f"say {OLDER[old]}"
+            f"{cb!r} has {old!r}, which is of the course of 2019, and would do nothing here: say {OF_2019[old]}"
         )
     for name, old in FIRST_EDITION.items():
         if {name, old} <= has:
-            raise TypeError(
-                f"{cb!r} has both {name!r} and {old!r}, which are one event, and only the first would be called: "
-                f"make them one"
-            )
+            raise _twice(cb, name, old)
+
+
+def _twice(cb: Any, name: str, old: str) -> TypeError:
+    return TypeError(
+        f"{cb!r} has both {name!r} and {old!r}, which are one event, and only the first would be called: make them one"
+    )
 
 
 def assigned(cb: Any, name: str, value: Any) -> None:
@@ -118,10 +115,13 @@ def assigned(cb: Any, name: str, value: Any) -> None:
             raise TypeError(
                 f"{name!r} of {cb!r} must be a function, not {value!r}: it is called at that event"
             )
+        other = SAME.get(name)
+        if value is not None and other is not None and (other in vars(cb) or hasattr(type(cb), other)):
+            raise _twice(cb, *sorted([name, other]))
         getattr(cb.learn, "_listening", {}).clear()  # whom to tell of events is found out once
     elif name in OF_BATCH and cb.learn is not None:
         warnings.warn(
-            f"{cb!r} writes self.{name}, which stays its own and hides the Learner's: "
+            f"fusedopt: {cb!r} writes self.{name}, which stays its own and hides the Learner's: "
             f"write self.learn.{name}, or choose another name",
             stacklevel=3,
         )

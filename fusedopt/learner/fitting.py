@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import env
 from .callbacks.lr_finder import LRFinder, valley
 from .callbacks.recorder import Recorder
 from .callbacks.schedule import ParamScheduler, combine_scheds, combined_cos, sched_cos
@@ -193,4 +194,4 @@ def say_if_nothing_froze(opt: Any, n: int) -> None:
         if frozen
         else f"there are {len(groups)} groups, and none before the one that training starts at"
     )
-    warnings.warn(f"freeze_to({n}) freezes nothing: {why}", stacklevel=3)
+    warnings.warn(f"fusedopt: freeze_to({n}) freezes nothing: {why}", stacklevel=env.caller_level())

@@ -14,7 +14,7 @@ import torch
 from .. import env, named
 from .callbacks.mixed_precision import Precision
 from .callbacks.progress import Progress
-from .callbacks.recorder import Recorder, print_line
+from .callbacks.recorder import Recorder, print_line, print_nothing
 from .callbacks.train_eval import TrainEval
 from .checks import (
     as_callback,
@@ -267,7 +267,7 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
     @contextlib.contextmanager
     def no_logging(self) -> Iterator[Learner]:
         """Without a line per epoch in a ``with`` block."""
-        logger, self.logger = self.logger, lambda *_: None
+        logger, self.logger = self.logger, print_nothing
         try:
             yield self
         finally:

@@ -32,7 +32,7 @@ class Loop(Having, Minimized, Views):
     dl: Any
     loss: Any
     loss_grad: Any
-    training, n_epoch = False, 1
+    training, n_epoch, _running = False, 1, False
     epoch = iter = n_iter = start_epoch = 0
 
     def __init__(self) -> None:
@@ -44,6 +44,8 @@ class Loop(Having, Minimized, Views):
         """Tell every callback of an event, in their order. What one raises names it and the event."""
         if event_name not in self._listening:
             self._listening[event_name] = listening(self.cbs, event_name)
+        if event_name == "after_loss":
+            self._begin_to_follow()
         for cb in self._listening[event_name]:
             try:
                 cb(event_name)
@@ -57,7 +59,7 @@ class Loop(Having, Minimized, Views):
 
     # -- the loop --
     def _run(self, n_epoch: int) -> None:
-        self.n_epoch = n_epoch
+        self.n_epoch, self._running = n_epoch, True
         self._listening.clear()  # classes may have new methods, as in a notebook
         try:
             self._with_events("fit", self._fit)
@@ -65,6 +67,7 @@ class Loop(Having, Minimized, Views):
             self.opt.zero_grad()  # the next fit must not add to an unfinished batch's
             raise
         finally:
+            self._running = False
             with ExitStack() as last:  # so that each has its turn, whatever another raises
                 last.callback(self._forget_batch)
                 for cb in self.cbs:
@@ -114,7 +117,6 @@ class Loop(Having, Minimized, Views):
         if self.yb:
             self.loss_grad = as_tensor(self.loss_func(self.pred, *self.yb))
             self.loss = self.loss_grad.clone()
-            self._begin_to_follow()
         self("after_loss")
         if self.training and self.yb:
             self._with_events("backward", self._backward)

@@ -22,27 +22,27 @@ class Minimized:
     training: bool
     loss: Any
     loss_grad: Any
-    _seen: Any = None
+    _loss_marks: Any = None
 
     def _begin_to_follow(self) -> None:
         """The loss is as the loss function gave it."""
-        self._told = self.loss_grad
+        self._loss_told = self.loss_grad
         """As much of the loss as ``loss_grad`` has been told of. A tensor apart, for ``loss`` is changed in place."""
-        self._seen = self._marks() if self.training else None
+        self._loss_marks = self._marks() if self.training else None
 
     def _follow_loss(self) -> None:
         """Called after each callback at these events."""
-        if self._seen is None:
+        if self._loss_marks is None:
             return
         (loss, version), (grad, grad_version) = seen = self._marks()
-        (old, old_version), (old_grad, old_grad_version) = self._seen
-        self._seen = seen
+        (old, old_version), (old_grad, old_grad_version) = self._loss_marks
+        self._loss_marks = seen
         if (loss is old and version == old_version) or not isinstance(loss, torch.Tensor):
             return
-        told, self._told = self._told, loss.clone()
+        told, self._loss_told = self._loss_told, loss.clone()
         if grad is old_grad and grad_version == old_grad_version and loss.requires_grad:
-            self.loss_grad = self._told if grad is told else grad + (self._told - told)
-            self._seen = self._marks()
+            self.loss_grad = self._loss_told if grad is told else grad + (self._loss_told - told)
+            self._loss_marks = self._marks()
 
     def _marks(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         """Which tensors they are, and how often these were changed in place."""
@@ -50,4 +50,4 @@ class Minimized:
         return (loss, getattr(loss, "_version", 0)), (grad, getattr(grad, "_version", 0))
 
     def _follow_no_longer(self) -> None:
-        self._seen = self._told = None
+        self._loss_marks = self._loss_told = None

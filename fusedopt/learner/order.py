@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .callback import Callback
-from .events import method_for
+from .events import name_for
 
 
 def listed(x: Any) -> list[Any]:
@@ -57,7 +57,7 @@ def listening(callbacks: Iterable[Callback], event_name: str) -> list[Callback]:
         for cb in in_order(callbacks)
         if event_name == "after_fit"
         or type(cb).__call__ is not Callback.__call__
-        or method_for(cb, event_name) is not None
+        or name_for(cb, event_name) is not None
     ]
 
 

@@ -27,6 +27,7 @@ class Saving:
     cbs: list[Callback]
     create_opt: Any
     _forget_batch: Any
+    _running: bool
 
     def save(self, file: str | Path, with_opt: bool = True) -> Path:
         """Write the model's state, and the optimizer's; returns the file. fastai and ``torch.load`` can read it.
@@ -78,14 +79,13 @@ class Saving:
         It is a pickle: whoever loads it must have the code of your model, and trust you. To hand on weights, `save`.
 
         Raises:
-            ValueError: something of the Learner cannot be pickled.
+            ValueError: something of the Learner cannot be pickled, or a fit runs that it would cut short.
         """
-        for cb in self.cbs:
-            cb.clean_up()
-        self._forget_batch()
+        self._clean_up_for_export()
         path = Path(self.path) / fname
-        kept = {name: getattr(self, name) for name in ("dls", "opt", "logger")}
-        self.dls, self.opt, self.logger = NoData(self.dls), None, print_line
+        kept = dict(self.__dict__)
+        self._forget_batch()
+        self.dls, self.opt, self.logger, self._running = NoData(self.dls), None, print_line, False
         try:
             return _write(self, path)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -95,6 +95,18 @@ class Saving:
             raise ValueError(f"{path} cannot be written: {error}; {remedy}") from error
         finally:
             self.__dict__.update(kept)
+
+    def _clean_up_for_export(self) -> None:
+        """Callbacks give back what no file can have; those that need it in a fit that runs are in the way."""
+        cleaning = [cb for cb in self.cbs if type(cb).clean_up is not Callback.clean_up]
+        if self._running and cleaning:
+            names = ", ".join(map(repr, cleaning))
+            raise ValueError(
+                f"export in a fit would end what these callbacks do in it: {names}; export when it has ended, or save "
+                f"the weights with learn.save"
+            )
+        for cb in cleaning:
+            cb.clean_up()
 
     def _file(self, file: str | Path) -> Path:
         path = Path(self.path) / file

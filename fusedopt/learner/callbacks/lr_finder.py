@@ -39,6 +39,8 @@ class LRFinder(ParamScheduler):
 
     def before_fit(self) -> None:
         super().before_fit()
+        if not self.run:
+            return
         self._undo.enter_context(as_before(self.learn))
         self.best_loss = float("inf")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ... import env
 from ..batches import mapped
 from ..callback import Callback
 from ..events import CancelStepException
@@ -69,9 +70,9 @@ class MixedPrecision(Callback):
     def _warn(self) -> None:
         if not self._warned:
             warnings.warn(
-                "MixedPrecision does nothing in float16 on a CPU, where that is many times slower than float32: "
-                "train on a GPU, or in bfloat16, or without it (to_bf16, to_fp32)",
-                stacklevel=2,
+                "fusedopt: MixedPrecision does nothing in float16 on a CPU, where that is many times slower than "
+                "float32: train on a GPU, or in bfloat16, or without it (to_bf16, to_fp32)",
+                stacklevel=env.caller_level(),
             )
         self._warned = True
 

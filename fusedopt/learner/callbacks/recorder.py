@@ -208,3 +208,7 @@ def as_line(cells: Sequence[Any]) -> str:
 def print_line(cells: Sequence[Any]) -> None:
     """The Learner's ``logger``, where nothing else is set."""
     print(as_line(cells), flush=True)
+
+
+def print_nothing(cells: Sequence[Any]) -> None:
+    """The logger of a silent Learner: at the top of a module, for it goes into pickles."""

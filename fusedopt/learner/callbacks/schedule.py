@@ -99,7 +99,9 @@ class ParamScheduler(Callback):
         self.hps: dict[str, list[float]] = {}
 
     def before_fit(self) -> None:
-        self.hps = {name: [] for name in self.scheds}
+        self.run = not self.inferring  # or predicting would forget what was set
+        if self.run:
+            self.hps = {name: [] for name in self.scheds}
 
     def before_batch(self) -> None:
         self.set_at(self.pct_train)
