@@ -10,7 +10,7 @@
 // Tensors and dicts are not owned: the garbage collector could not see through to them, and a parameter that refers to
 // its optimizer would live forever. What `check` has found in the groups is alive; the caller vouches for the state
 // dicts (opt.state counts its changes); a state tensor is looked at after its dict was found to hold it. From there to the
-// end of the step their memory is owned: while kernels run, other threads may do with the tensors what they like.
+// end of the step their memory is owned, or the GIL kept: other threads may do with the tensors what they like.
 #pragma once
 
 #include <c10/core/impl/COW.h>
@@ -56,6 +56,7 @@ class Recording {
     for (Row& row : rows_) {
       row.first_owned = tensors;
       tensors += 2 + row.entries.size();
+      elements_ += tensor(row.param).numel();
     }
     owned_.resize(tensors);
   }
@@ -77,16 +78,19 @@ class Recording {
   bool step(const py::list& groups, const py::object& measure) {
     if (running_) // in another thread, which uses the tables
       return false;
-    const Running running(*this);
+    const Running running(*this, !measure.is_none() || elements_ > brief);
     if (!check(groups) || !evaluate())
       return false;
     const auto alive = measure.is_none() ? std::vector<py::object>() : objects();
     if (!measure.is_none())
       measure();
     commit(); // before the launch, while what it touches is in cache
-    py::gil_scoped_release no_gil;
-    for (const Stages& launch : launches_)
-      launch.run();
+    if (owning_) {
+      py::gil_scoped_release no_gil;
+      launch();
+    } else {
+      launch();
+    }
     return true;
   }
 
@@ -96,11 +100,15 @@ class Recording {
   // The time of a step, at the end of which the memory it has used is let go of.
   struct Running {
     Recording& recording;
-    explicit Running(Recording& r) : recording(r) { recording.running_ = true; }
+    Running(Recording& r, bool owning) : recording(r) {
+      recording.running_ = true;
+      recording.owning_ = owning;
+    }
     Running(const Running&) = delete;
     ~Running() {
-      for (c10::Storage& storage : recording.owned_)
-        storage = {};
+      if (recording.owning_)
+        for (c10::Storage& storage : recording.owned_)
+          storage = {};
       recording.running_ = false;
     }
   };
@@ -277,7 +285,15 @@ class Recording {
     }
   }
 
+  void launch() const {
+    for (const Stages& stages : launches_)
+      stages.run();
+  }
+
   static constexpr int64_t grain = 128; // rows that are worth a thread
+  // Elements that are stepped in some ten microseconds. Counting references to what they lie in would take as long;
+  // keeping the GIL for that time serves as well.
+  static constexpr int64_t brief = 1 << 17;
   static constexpr int64_t ahead = 2;   // rows
 
   // After a training step nothing of this is in cache, and following pointers one by one would take most of the time.
@@ -458,7 +474,8 @@ class Recording {
     if (now.layout() != at::kStrided || now.scalar_type() != *part.dtype || now.device() != then.device() ||
         now.numel() != 1 || now.is_neg() || !is_there(now) || !now.const_data_ptr())
       return false;
-    owned_[part.first_owned] = now.storage();
+    if (owning_)
+      owned_[part.first_owned] = now.storage();
     for (int64_t* word : part.words)
       *word = reinterpret_cast<int64_t>(now.const_data_ptr());
     return true;
@@ -476,9 +493,11 @@ class Recording {
         grad.layout() != at::kStrided || grad.device() != param.device() || !same_layout(grad, param) ||
         !grad.has_storage() || !is_there(grad))
       return false;
-    c10::Storage* owned = &owned_[row.first_owned];
-    *owned++ = param.storage();
-    *owned++ = grad.storage();
+    c10::Storage* owned = owning_ ? &owned_[row.first_owned] : nullptr;
+    if (owned) {
+      *owned++ = param.storage();
+      *owned++ = grad.storage();
+    }
     Py_ssize_t position = 0;
     PyObject *key, *value;
     for (const Entry& entry : row.entries) {
@@ -488,7 +507,7 @@ class Recording {
           !(entry.memory.holds(tensor(value)) &&
             (entry.whole ? tensor(value).dim() == 0 : same_layout(tensor(value), param))))
         return false;
-      if (entry.kind == Kind::tensor)
+      if (owned && entry.kind == Kind::tensor)
         *owned++ = tensor(value).storage();
     }
     if (PyDict_Next(row.state, &position, &key, &value))
@@ -515,7 +534,8 @@ class Recording {
   std::vector<Stages> launches_;
   std::vector<c10::Storage> owned_; // while a step runs: of tensors in groups, then row by row
   size_t tensors_in_groups_ = 0;
-  bool running_ = false;
+  int64_t elements_ = 0;
+  bool running_ = false, owning_ = false;
 };
 
 } // namespace fusedopt
