@@ -30,7 +30,7 @@ namespace fusedopt {
 class Recording {
  public:
   // groups: the param groups. absent: their parameters without gradient. rows: (param, state dict, row address, grad
-  // column, param is written, scalar set, entries), an entry being (key, value, kind, column, is written). hypers: per
+  // column, param is written, scalar set, entries, param column), an entry being (key, value, kind, column, is written). hypers: per
   // group, in its dict's order, (key, value, parts), a part being (index in a tuple or list, else -1; cell or -1; the
   // lowest number allowed; value; None or, for a tensor that kernels read, addresses of where its own belongs); None in
   // place of the parts for "params". batches: scalar sets that share a program: (program, first set, how many, address of
@@ -377,6 +377,7 @@ class Recording {
     const bool written = t[4].cast<bool>();
     Row row{p, t[1].cast<py::dict>().ptr(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
             t[5].cast<int64_t>(), 0, memory(param, written), param.grad().scalar_type(), at::DimVector(param.sizes()), {}, {}, {}};
+    check_address(row, t[7].cast<int64_t>(), row.memory);
     remember(row.tensor_lines, p, 64);
     remember(row.dict_lines, row.state, 64);
     remember(row.dict_lines, reinterpret_cast<PyDictObject*>(row.state)->ma_keys, 128);
@@ -392,12 +393,19 @@ class Recording {
         remember(row.tensor_lines, entry.value, 64);
         remember_tensor(row.tensor_lines, state);
         entry.memory = memory(state, e[4].cast<bool>());
+        check_address(row, entry.column, entry.memory);
       } else {
         entry.own(entry.value);
       }
       row.entries.push_back(std::move(entry));
     }
     return row;
+  }
+
+  // Another thread may have given a tensor other memory since it was stepped.
+  static void check_address(const Row& row, int64_t column, const Memory& memory) {
+    if (column >= 0 && row.words[column] != reinterpret_cast<int64_t>(memory.data))
+      throw py::value_error("the table has another address");
   }
 
   static Batch read_batch(const py::tuple& t) {
