@@ -3,6 +3,7 @@
 // fusedopt/runtime/leaf.py has each of them in Python as well; that is the place to read what they mean.
 // Light headers only: torch/extension.h alone takes longer to compile than all of this.
 
+#include <ATen/EmptyTensor.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "cuda.h"
@@ -74,6 +75,19 @@ py::object number(const py::object& x) {
   return fusedopt::Scalar::number(x.ptr(), out) ? out.python() : py::none();
 }
 
+// Whether all are ordinary tensors whose storage is as large as they need.
+bool have_memory(const py::list& tensors) {
+  for (int64_t i = 0; i < static_cast<int64_t>(tensors.size()); ++i) {
+    const at::Tensor& t = tensor_at(tensors, i);
+    if (!THPVariable_CheckTypeExact(Py_TYPE(PyList_GET_ITEM(tensors.ptr(), i))) || t.layout() != at::kStrided ||
+        !t.has_storage())
+      return false;
+    if (t.storage().nbytes() < at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), t.storage_offset()))
+      return false;
+  }
+  return true;
+}
+
 void bump_versions(const py::list& tensors) {
   const auto count = static_cast<int64_t>(tensors.size());
   for (int64_t i = 0; i < count; ++i) {
@@ -92,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("table_ptr"), py::arg("rows").none(true), py::arg("columns"), py::arg("column"));
   m.def("run_cpu", torch::wrap_pybind_function(run_cpu),
         py::arg("entries"), py::arg("launch_ptr"), py::arg("splits"));
+  m.def("have_memory", torch::wrap_pybind_function(have_memory), py::arg("tensors"));
   m.def("number", torch::wrap_pybind_function(number), py::arg("x"));
   py::class_<Kept>(m, "Kept");
   py::class_<fusedopt::Recording>(m, "Recording")

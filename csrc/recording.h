@@ -10,7 +10,7 @@
 // Tensors and dicts are not owned: the garbage collector could not see through to them, and a parameter that refers to
 // its optimizer would live forever. What `check` has found in the groups is alive; the caller vouches for the state
 // dicts (opt.state counts its changes); a state tensor is looked at after its dict was found to hold it. From there to the
-// end of the step their memory is owned: while kernels run, other threads may do with the tensors what they like.
+// end of the step their memory is owned, or the GIL kept: other threads may do with the tensors what they like.
 #pragma once
 
 #include <c10/core/impl/COW.h>
@@ -32,7 +32,7 @@ namespace fusedopt {
 class Recording {
  public:
   // groups: the param groups. absent: their parameters without gradient. rows: (param, state dict, row address, grad
-  // column, param is written, scalar set, entries), an entry being (key, value, kind, column, is written). hypers: per
+  // column, param is written, scalar set, entries, param column), an entry being (key, value, kind, column, is written). hypers: per
   // group, in its dict's order, (key, value, parts), a part being (index in a tuple or list, else -1; cell or -1; the
   // lowest number allowed; value; None or, for a tensor that kernels read, addresses of where its own belongs); None in
   // place of the parts for "params". batches: scalar sets that share a program: (program, first set, how many, address of
@@ -58,6 +58,7 @@ class Recording {
     for (Row& row : rows_) {
       row.first_owned = tensors;
       tensors += 2 + row.entries.size();
+      elements_ += tensor(row.param).numel();
     }
     owned_.resize(tensors);
   }
@@ -79,16 +80,19 @@ class Recording {
   bool step(const py::list& groups, const py::object& measure) {
     if (running_) // in another thread, which uses the tables
       return false;
-    const Running running(*this);
+    const Running running(*this, !measure.is_none() || elements_ > brief);
     if (!check(groups) || !evaluate())
       return false;
     const auto alive = measure.is_none() ? std::vector<py::object>() : objects();
     if (!measure.is_none())
       measure();
     commit(); // before the launch, while what it touches is in cache
-    py::gil_scoped_release no_gil;
-    for (const Stages& launch : launches_)
-      launch.run();
+    if (owning_) {
+      py::gil_scoped_release no_gil;
+      launch();
+    } else {
+      launch();
+    }
     return true;
   }
 
@@ -98,11 +102,15 @@ class Recording {
   // The time of a step, at the end of which the memory it has used is let go of.
   struct Running {
     Recording& recording;
-    explicit Running(Recording& r) : recording(r) { recording.running_ = true; }
+    Running(Recording& r, bool owning) : recording(r) {
+      recording.running_ = true;
+      recording.owning_ = owning;
+    }
     Running(const Running&) = delete;
     ~Running() {
-      for (c10::Storage& storage : recording.owned_)
-        storage = {};
+      if (recording.owning_)
+        for (c10::Storage& storage : recording.owned_)
+          storage = {};
       recording.running_ = false;
     }
   };
@@ -279,7 +287,15 @@ class Recording {
     }
   }
 
+  void launch() const {
+    for (const Stages& stages : launches_)
+      stages.run();
+  }
+
   static constexpr int64_t grain = 128; // rows that are worth a thread
+  // Elements that are stepped in some ten microseconds. Counting references to what they lie in would take as long;
+  // keeping the GIL for that time serves as well.
+  static constexpr int64_t brief = 1 << 17;
   static constexpr int64_t ahead = 2;   // rows
 
   // After a training step nothing of this is in cache, and following pointers one by one would take most of the time.
@@ -363,6 +379,7 @@ class Recording {
     const bool written = t[4].cast<bool>();
     Row row{p, t[1].cast<py::dict>().ptr(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
             t[5].cast<int64_t>(), 0, memory(param, written), param.grad().scalar_type(), at::DimVector(param.sizes()), {}, {}, {}};
+    check_address(row, t[7].cast<int64_t>(), row.memory);
     remember(row.tensor_lines, p, 64);
     remember(row.dict_lines, row.state, 64);
     remember(row.dict_lines, reinterpret_cast<PyDictObject*>(row.state)->ma_keys, 128);
@@ -378,12 +395,19 @@ class Recording {
         remember(row.tensor_lines, entry.value, 64);
         remember_tensor(row.tensor_lines, state);
         entry.memory = memory(state, e[4].cast<bool>());
+        check_address(row, entry.column, entry.memory);
       } else {
         entry.own(entry.value);
       }
       row.entries.push_back(std::move(entry));
     }
     return row;
+  }
+
+  // Another thread may have given a tensor other memory since it was stepped.
+  static void check_address(const Row& row, int64_t column, const Memory& memory) {
+    if (column >= 0 && row.words[column] != reinterpret_cast<int64_t>(memory.data))
+      throw py::value_error("the table has another address");
   }
 
   static Batch read_batch(const py::tuple& t) {
@@ -460,7 +484,8 @@ class Recording {
     if (now.layout() != at::kStrided || now.scalar_type() != *part.dtype || now.device() != then.device() ||
         now.numel() != 1 || now.is_neg() || !is_there(now) || !now.const_data_ptr())
       return false;
-    owned_[part.first_owned] = now.storage();
+    if (owning_)
+      owned_[part.first_owned] = now.storage();
     for (int64_t* word : part.words)
       *word = reinterpret_cast<int64_t>(now.const_data_ptr());
     return true;
@@ -478,9 +503,11 @@ class Recording {
         grad.layout() != at::kStrided || grad.device() != param.device() || !same_layout(grad, param) ||
         !grad.has_storage() || !is_there(grad))
       return false;
-    c10::Storage* owned = &owned_[row.first_owned];
-    *owned++ = param.storage();
-    *owned++ = grad.storage();
+    c10::Storage* owned = owning_ ? &owned_[row.first_owned] : nullptr;
+    if (owned) {
+      *owned++ = param.storage();
+      *owned++ = grad.storage();
+    }
     Py_ssize_t position = 0;
     PyObject *key, *value;
     for (const Entry& entry : row.entries) {
@@ -490,7 +517,7 @@ class Recording {
           !(entry.memory.holds(tensor(value)) &&
             (entry.whole ? tensor(value).dim() == 0 : same_layout(tensor(value), param))))
         return false;
-      if (entry.kind == Kind::tensor)
+      if (owned && entry.kind == Kind::tensor)
         *owned++ = tensor(value).storage();
     }
     if (PyDict_Next(row.state, &position, &key, &value))
@@ -521,7 +548,8 @@ class Recording {
   std::vector<Stages> launches_;
   std::vector<c10::Storage> owned_; // while a step runs: of tensors in groups, then row by row
   size_t tensors_in_groups_ = 0;
-  bool running_ = false;
+  int64_t elements_ = 0;
+  bool running_ = false, owning_ = false;
 };
 
 } // namespace fusedopt

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from .runtime.items import walkable
+from .runtime import leaf
+from .runtime.items import Item, walkable
 
-_REMEDY = "give it its memory back before the step (FSDP: step its own flat parameters), or leave it out of the step"
 
-
-def check_memory(
-    p: torch.Tensor,
-    grad: torch.Tensor,
-    state: Mapping[str, Any],
-    hyper: Mapping[str, Any],
-    group: int,
-    i: int,
-) -> None:
+def check_memory(todo: Sequence[Item]) -> None:
     """Raise RuntimeError for a parameter, gradient, state or hyperparameter whose storage is too small for it."""
+    tensors = []
+    for item in todo:
+        tensors += [item.home, item.grad]
+        tensors += [t for t in item.state.values() if isinstance(t, torch.Tensor)]
+        tensors += [t for t in item.hyper.values() if isinstance(t, torch.Tensor)]
+    if leaf.native is not None and leaf.native.have_memory(tensors):
+        return
+    for item in todo:
+        for name, t in _named(item):
+            if isinstance(t, torch.Tensor) and needed(t) > t.untyped_storage().nbytes():
+                raise RuntimeError(
+                    f"{name} has shape {tuple(t.shape)}, and its storage has {t.untyped_storage().nbytes()} of "
+                    f"{needed(t)} bytes: it was freed or cut. Nothing was stepped. Remedy: give it its memory back "
+                    "before the step (FSDP: step what it has made of the parameters), or take it out of the step"
+                )
+
+
+def _named(item: Item) -> Iterator[tuple[str, object]]:
+    group, i = item.where
     what = f"parameter {i} of group {group}"
-    tensors = [
-        (what, p),
-        (f"the gradient of {what}", grad),
-        *((f"the state {key!r} of {what}", value) for key, value in state.items()),
-        *((f"the hyperparameter {key!r} of group {group}", value) for key, value in hyper.items()),
-    ]
-    for name, t in tensors:
-        if isinstance(t, torch.Tensor) and _needs(t) > _has(t):
-            raise RuntimeError(
-                f"{name} has shape {tuple(t.shape)}, and its storage was freed or cut to {_has(t)} bytes; nothing was "
-                f"stepped. Remedy: {_REMEDY}"
-            )
+    yield what, item.home
+    yield f"the gradient of {what}", item.grad
+    yield from ((f"the state {key!r} of {what}", value) for key, value in item.state.items())
+    yield from ((f"the hyperparameter {key!r} of group {group}", value) for key, value in item.hyper.items())
 
 
-def _needs(t: torch.Tensor) -> int:
-    """Bytes from the start of its storage to the end of its last element; none where that is not its own."""
+def needed(t: torch.Tensor) -> int:
+    """Bytes from the start of a tensor's storage to its last element's end; none where these are not its own."""
     if not t.numel() or t.layout is not torch.strided or not walkable(t):
         return 0
     last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
     return (t.storage_offset() + last + 1) * t.itemsize
-
-
-def _has(t: torch.Tensor) -> int:
-    return t.untyped_storage().nbytes()

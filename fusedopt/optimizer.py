@@ -365,9 +365,9 @@ class Optimizer(torch.optim.Optimizer):
                     check_gradient(p, grad, g, i)
                     state = self._state_of(p, modes.on_device)
                     check_state(p, self.state.get(p, {}), g, i)
-                    if not pretend:
-                        check_memory(p, grad, state, hyper, g, i)
                     todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
+        if not pretend:
+            check_memory(todo)
         return todo
 
     def _state_of(self, p: torch.Tensor, on_device: bool) -> dict[str, Any]:

@@ -447,12 +447,12 @@ def learning_rate_as_an_int(opt, params):
     opt.param_groups[0]["lr"] = 1
 
 
-@change(LONG)
+@change(WARM)
 def learning_rate_as_a_tensor(opt, params):
     opt.param_groups[0]["lr"] = torch.tensor(0.25)
 
 
-@change(LONG)
+@change(WARM)
 def learning_rate_of_numpy(opt, params):
     opt.param_groups[0]["lr"] = np.float64(0.25)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -35,6 +36,11 @@ from .items import Item
 from .scaling import Norm, Scaling
 from .verdicts import ActsAfterAll, Verdicts
 
+MAX_STRUCTURES = 32
+"""Structures whose traces or verdicts are kept while an optimizer lives, so that what changes with every step cannot pile
+up: flags that are other strings, shapes that callbacks read."""
+KEPT_STRUCTURES = 4
+"""Those whose traces are kept for the next optimizer with the same callbacks."""
 MAX_KNOWN = 7
 """Traces of one structure that are kept for replay: the sides of branches on numbers that a schedule visits."""
 
@@ -154,7 +160,9 @@ class Engine:
         key = (*map(identity, self.callbacks), *self._sources.found)
         try:
             if all(self.verdicts.pure) and not self._sources.closed:
-                return _known_traces(key, self.backend, self.title, self.state_dtype)
+                known = _known_traces(key, self.backend, self.title, self.state_dtype)
+                weakref.finalize(self, _forget, known, KEPT_STRUCTURES).atexit = False
+                return known
         except TypeError:  # a default that cannot be hashed
             pass
         return {}
@@ -165,8 +173,8 @@ class Engine:
         """Step every item: its ``home`` is updated in place, its ``state`` holds the new state.
 
         ``hand_over(item)`` is the change that gives the user what ``item.state`` holds, made together with those of
-        parameters. If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all of the step:
-        nothing if a callback ran eagerly.
+        parameters. If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all
+        of the step: nothing if a callback ran eagerly.
         """
         saved = self.verdicts.saved()
         try:
@@ -180,6 +188,8 @@ class Engine:
         except BaseException:
             self.verdicts.restore(saved)
             raise
+        _forget(self._known, MAX_STRUCTURES)
+        _forget(self.verdicts.unfused, MAX_STRUCTURES)
         launched = self._launch(plans, scaling, hand_over)
         self.resident = Resident(launched, self.norm)
         for item, work in copies:
@@ -501,7 +511,13 @@ def launch(plans: list[Plan], slots: np.ndarray, scaling: Scaling) -> tuple[Laun
     return prepared, [functools.partial(sharded.run, prepared, slots, rows)]
 
 
-@functools.lru_cache(maxsize=64)
+def _forget(found: dict[Any, Any], most: int) -> None:
+    """Drop what was found first, until this many are left."""
+    for key in list(found)[: max(0, len(found) - most)]:
+        del found[key]
+
+
+@functools.lru_cache(maxsize=16)
 def _known_traces(
     callbacks: tuple[Hashable, ...], backend: str, title: str, state_dtype: torch.dtype | None
 ) -> dict[tuple, list[Known]]:

@@ -57,7 +57,10 @@ def _write_pointers(
     kept = [t.untyped_storage() for t in tensors]
     if tensors:
         cells = (ctypes.c_int64 * (len(tensors) * columns)).from_address(index(table_ptr))
-        np.ctypeslib.as_array(cells)[column::columns] = [t.data_ptr() for t in tensors]
+        np.ctypeslib.as_array(cells)[column::columns] = [
+            storage.data_ptr() + t.storage_offset() * t.itemsize
+            for storage, t in zip(kept, tensors, strict=True)
+        ]
     return kept
 
 

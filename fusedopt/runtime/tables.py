@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -21,22 +22,23 @@ Planned = tuple[list[int], int, list[list[int]]]
 
 
 class Compiler(ABC):
-    """Compiles programs, and remembers the kernels: one per program, name and device."""
+    """Compiles programs, and knows the kernels that are in use: one per program, name and device."""
 
     name: str
     device: str
 
     def __init__(self) -> None:
-        self._kernels: dict[tuple[Program, str, torch.device], Kernel] = {}
+        self._kernels: WeakValueDictionary[tuple[Program, str, torch.device], Kernel] = WeakValueDictionary()
 
     def compile(
         self, program: Program, name: str, slot_names: Sequence[str], device: torch.device | None = None
     ) -> Kernel:
         device = device or torch.device(self.device)
         key = program, name, device
-        if key not in self._kernels:
-            self._kernels[key] = self._compile(program, name, slot_names, device)
-        return self._kernels[key]
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            self._kernels[key] = kernel = self._compile(program, name, slot_names, device)
+        return kernel
 
     @abstractmethod
     def _compile(

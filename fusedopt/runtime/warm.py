@@ -98,7 +98,7 @@ def record(opt: Optimizer, launched: list[Launched]) -> Warm | None:
         if not all(key in place[plan.items[0].where[0]] for plan in plans for key in _hyper_leaves(plan)):
             return None
         return Warm(opt, launched, hypers, place)
-    except ValueError:  # a number that only Python can hold
+    except ValueError:  # a number that only Python can hold; or another thread has replaced a tensor since
         return None
 
 
@@ -225,5 +225,6 @@ def _rows(opt: Optimizer, entry: Launched, first: int, keys: list[str]) -> list[
                 else:
                     entries.append((stored, value, SAME, -1, False))
             row = address + 8 * entry.launch.rows.shape[1] * len(out)
-            out.append((item.home, live, row, _column(entry, "grad"), "param" in written, s, entries))
+            grad, param = _column(entry, "grad"), _column(entry, "param")
+            out.append((item.home, live, row, grad, "param" in written, s, entries, param))
     return out
