@@ -40,7 +40,6 @@ test-torch:
 	tar -cf - --exclude='./.*' --exclude=./build --exclude='*.so' . | tar -xf - -C $(OTHER)/tree
 	$(OTHER_PIP) --no-build-isolation --editable '$(OTHER)/tree[demo,test,dev]'
 	$(OTHER_PIP) --no-deps fastai
-	@$(OTHER)/bin/python -c "$(TELL)"
 	cd $(OTHER)/tree && ../bin/python -m pytest $(TESTS)
 
 bench: setup

@@ -12,6 +12,7 @@ import torch
 
 from fusedopt import __main__, doctor
 from fusedopt.compile import cache, toolchain
+from fusedopt.runtime import leaf
 
 HAS_COMPILER = any(shutil.which(name) for name in toolchain.CANDIDATES)
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
@@ -96,6 +97,16 @@ def test_doctor_with_an_unsafe_cache(capsys, root):
     assert not found["cache"]["usable"]
     assert f"cache: run `chmod 700 {root}`" in "\n".join(found["next"])
     assert "a temporary folder is used" in doctor.render(found)
+
+
+def test_doctor_has_a_missing_extension_built_and_waits(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(leaf, "native", None)
+    monkeypatch.setattr(leaf, "seek", lambda wait: asked.append(wait))
+    monkeypatch.setattr(leaf, "extension_status", lambda: (not asked, "for a reason"))
+    assert doctor._extension() == doctor.Status(False, "for a reason")
+    assert asked == [True]
+    assert "building it" in capsys.readouterr().err
 
 
 def test_doctor_with_wrong_variables(capsys, monkeypatch):

@@ -18,7 +18,7 @@ from helpers import needs_extension
 
 import fusedopt.optim
 from fusedopt.compile import cache, recipe, toolchain
-from fusedopt.runtime import extension, leaf
+from fusedopt.runtime import backends, extension, leaf
 
 ROOT = Path(__file__).parents[1]
 REAL = next(filter(shutil.which, toolchain.CANDIDATES), "false")
@@ -253,6 +253,20 @@ def test_what_is_missing_is_said_once_with_what_to_type(change, reason, missing,
     assert leaf.extension_status() == (False, text.removeprefix("fusedopt: "))
 
 
+def test_without_a_compiler_nothing_is_compiled_and_explain_says_what_is_missing(
+    missing, nothing_compiled, folder, monkeypatch
+):
+    """Not even kernels are, so the warning is about them; the remedy is the same."""
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    opt = optimizer()
+    (text,) = said(lambda: [opt.step() for _ in range(2)])
+    explained = str(opt.explain())
+    assert "apt install g++" in text and "apt install g++" in explained
+    assert "fusedopt._C is not installed, and cannot be built: no C++ compiler works here" in explained
+
+
 # -- What to type
 
 
@@ -334,7 +348,7 @@ import sys, time, pathlib, warnings
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *rest: None if name == "fusedopt._C" else find(name, *rest)
-from fusedopt.runtime import extension, leaf
+from fusedopt.runtime import backends, extension, leaf
 extension.PATIENCE = 0.0
 warnings.simplefilter("ignore")
 assert not leaf.seek()

@@ -247,6 +247,8 @@ class Missing:
         """Why it is not in use, or what is being done about that, and what to type."""
         if self._over:
             return self.why
+        if self._build is None and (problem := why_not()):
+            return f"{self.why}, and cannot be built: {problem}"
         doing = "it is being built in the background" if self._build else "it is built in the first step"
         return f"{self.why}; {doing}. To have it from the start: {remedy()}"
 
