@@ -5,8 +5,8 @@ The interpreter, the verifier and the renderers walk this table. A new op is a r
 ``types`` reads like a signature: ``"ff>b"`` takes two floats and gives a bool. Floats have the program's compute
 type (float32, or float64 when a buffer is float64); there are no integers among element values.
 
-The C++ column serves CUDA too. A row without a Triton spelling is one that Triton has in no form that is accurate and
-that its interpreter knows: its backend then leaves the program to another.
+The C++ column serves CUDA too. What Triton has in no form that is accurate and that its interpreter knows is written
+out in its skeleton; a power in float64 is not, and its backend then leaves the program to another.
 
 NaN rules are torch's: ``maximum``, ``minimum`` and the clamps built from them return NaN when either side is NaN,
 ``sign`` of NaN is zero, comparisons with NaN are false except ``ne``. ``expand`` makes one number per element of one
@@ -108,7 +108,7 @@ OPS: dict[str, Op | Reduction] = {
         Op("div", "ff>f", torch.div, "{0} / {1}", "div({0}, {1})"),
         Op("pow", "ff>f", torch.pow, "::pow({0}, {1})", "pow({0}, {1})"),
         Op("fmod", "ff>f", _fmod, "::fmod({0}, {1})", "fmod({0}, {1})"),
-        Op("atan2", "ff>f", torch.atan2, "::atan2({0}, {1})"),
+        Op("atan2", "ff>f", torch.atan2, "::atan2({0}, {1})", "atan2({0}, {1})"),
         Op("maximum", "ff>f", _maximum, "maximum({0}, {1})", "maximum({0}, {1})"),
         Op("minimum", "ff>f", _minimum, "minimum({0}, {1})", "minimum({0}, {1})"),
         _unary("neg", "-{0}", "{0} * -1.0"),
@@ -116,14 +116,14 @@ OPS: dict[str, Op | Reduction] = {
         _unary("sign", "sign({0})", "sign({0})"),
         Op("sqrt", "f>f", _sqrt, "::sqrt({0})", "sqrt({0})"),
         _unary("exp", "::exp({0})", "exp({0})"),
-        _unary("expm1", "::expm1({0})"),
+        _unary("expm1", "::expm1({0})", "expm1({0})"),
         _unary("log", "::log({0})", "tl.log({0})"),
-        _unary("log1p", "::log1p({0})"),
+        _unary("log1p", "::log1p({0})", "log1p({0})"),
         _unary("log2", "::log2({0})", "tl.log2({0})"),
         _unary("sin", "::sin({0})", "tl.sin({0})"),
         _unary("cos", "::cos({0})", "tl.cos({0})"),
-        _unary("tanh", "::tanh({0})"),
-        _unary("atan", "::atan({0})"),
+        _unary("tanh", "::tanh({0})", "tanh({0})"),
+        _unary("atan", "::atan({0})", "atan({0})"),
         _unary("erf", "::erf({0})", "tl.erf({0})"),
         _unary("floor", "::floor({0})", "tl.floor({0})"),
         _unary("ceil", "::ceil({0})", "tl.ceil({0})"),

@@ -36,7 +36,7 @@ POINTERS = {
     torch.float16: "HALF",
 }
 _SPELLED = {word for op in OPS.values() for word in re.findall(r"[a-z_]\w*", op.triton or "")}
-_TAKEN = frozenset({"triton", "at", "end", "load", "store", "rounded", "infinity"} | _SPELLED)
+_TAKEN = frozenset({"triton", "at", "end", "load", "store", "rounded", "spread", "infinity"} | _SPELLED)
 """Names that a generated element function uses itself."""
 
 
@@ -230,6 +230,16 @@ class _Body(Body):
         spelling = element_op(v).triton
         assert spelling is not None
         return spelling.format(*self.arguments(v))
+
+    def arguments(self, v: Value) -> list[str]:
+        """Masks that meet in a block are blocks."""
+        texts = super().arguments(v)
+        if v.op not in ("logical_and", "logical_or", "logical_xor") or v.kind == "S":
+            return texts
+        return [
+            t if self.program.values[i].kind == "F" else f"spread({t}, at)"
+            for i, t in zip(v.args, texts, strict=True)
+        ]
 
     def constant(self, x: float, type_: str) -> str:
         if not math.isfinite(x):
