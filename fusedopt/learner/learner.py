@@ -15,7 +15,8 @@ from .callbacks.mixed_precision import Precision
 from .callbacks.recorder import Recorder, print_line, print_nothing
 from .callbacks.train_eval import TrainEval
 from .checks import as_callback, as_loaders, as_optimizer, trained
-from .fitting import Fitting, say_if_nothing_froze
+from .fitting import Fitting
+from .freezing import say_if_nothing_froze
 from .inference import Inference
 from .loop import Loop
 from .metrics import as_metric

@@ -29,7 +29,8 @@ class ActivationStats(Callback):
     ``names`` has the layers' names; ``stats[i]`` of layer i is a dict of ``mean``, ``std`` (unbiased: of n values by
     n - 1, so NaN for one), ``near_zero`` (the share of values up to 0.05, and so of all that are negative) and ``hist``
     (40 counts of sizes, without sign, from 0 to 10), each a list with a tensor per batch. All but ``hist`` is as in
-    fastai. Of a layer that gives several tensors it is the first (fastai: each).
+    fastai. Of a layer that gives several tensors it is the first (fastai: each), and of one that runs twice in a batch
+    there are two (fastai: the last).
     """
 
     order = -20
