@@ -247,24 +247,6 @@ def test_statistics_are_fastais(every):
         assert ours == [pytest.approx(list(each), rel=1e-5, abs=1e-6) for each in theirs.layer_stats(i)]
 
 
-def test_a_layer_that_runs_twice_has_one_entry_per_batch():
-    class Twice(Fixed):
-        def __init__(self):
-            super().__init__()
-            self.layer = Fixed()
-
-        def forward(self, x):
-            return self.layer(2 * self.layer(x)) + 0 * self.weight
-
-    dl = DataLoader(TensorDataset(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3)), 1)
-    stats = ActivationStats(every=2)
-    learn = Learner((dl, dl), Twice(), lambda pred, _: pred.sum(), cbs=stats)
-    with learn.no_logging():
-        learn.fit(2)
-    assert stats.names == ["layer Fixed"]
-    assert stats.layer_stats(0)[0] == [2.0, 6.0, 4.0]
-
-
 def test_the_deviation_of_one_value_is_none():
     learn, stats = fixed_learner([[1.0], [2.0]])
     learn.fit(1)

@@ -29,7 +29,8 @@ from .checks import (
     tell_misspelt,
     trained,
 )
-from .fitting import Fitting, say_if_nothing_froze
+from .fitting import Fitting
+from .freezing import say_if_nothing_froze
 from .inference import Inference
 from .loop import Loop
 from .metrics import as_metric

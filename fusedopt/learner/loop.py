@@ -32,7 +32,7 @@ class Loop(Having, Minimized, Views):
     dl: Any
     loss: Any
     loss_grad: Any
-    training, n_epoch, _running = False, 1, False
+    training, n_epoch = False, 1
     epoch = iter = n_iter = start_epoch = 0
 
     def __init__(self) -> None:

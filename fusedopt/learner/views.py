@@ -13,6 +13,8 @@ class Views:
     yb: tuple
     loss: Any
     _loss_before: Any = None
+    _running = False
+    """Whether this is in a fit."""
 
     @property
     def x(self) -> Any:

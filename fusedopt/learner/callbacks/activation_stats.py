@@ -29,8 +29,8 @@ class ActivationStats(Callback):
     ``names`` has the layers' names; ``stats[i]`` of layer i is a dict of ``mean``, ``std`` (unbiased: of n values by
     n - 1, so NaN for one), ``near_zero`` (the share of values up to 0.05, and so of all that are negative) and ``hist``
     (40 counts of sizes, without sign, from 0 to 10), each a list with a tensor per batch. All but ``hist`` is as in
-    fastai. Of a layer that gives several tensors it is the first (fastai: each); of one that runs more than once in a
-    batch, the last time.
+    fastai. Of a layer that gives several tensors it is the first (fastai: each), and of one that runs twice in a batch
+    there are two (fastai: the last).
     """
 
     order = -20
@@ -50,7 +50,6 @@ class ActivationStats(Callback):
         self.names: list[str] = []
         self.stats: list[dict[str, list[torch.Tensor]]] = []
         self.hooks: Hooks | None = None
-        self._last: dict[nn.Module, int] = {}
 
     def before_train(self) -> None:
         # Not before_fit, which validating and predicting between fits have too: statistics stay until the next fit.
@@ -65,26 +64,19 @@ class ActivationStats(Callback):
         self.names = [f"{names.get(m, '')} {type(m).__name__}".strip() for m in chosen]
         self.stats = [{"mean": [], "std": [], "near_zero": [], "hist": []} for _ in chosen]
         of = dict(zip(chosen, self.stats, strict=True))
-        self._last = {}
-        self.hooks = Hooks(chosen, lambda module, _, output: self._look(module, of[module], output))
+        self.hooks = Hooks(chosen, lambda module, _, output: self._look(of[module], output))
 
     def clean_up(self) -> None:
         if self.hooks is not None:
             self.hooks.remove()
-            self.hooks, self._last = None, {}
+            self.hooks = None
 
-    def _look(self, module: nn.Module, stats: dict[str, list[torch.Tensor]], output: Any) -> None:
+    def _look(self, stats: dict[str, list[torch.Tensor]], output: Any) -> None:
         if not self.training or self.train_iter % self.every:
             return
         x = _first_tensor(output)
         if x is None:
             return
-        if (
-            self._last.get(module) == self.train_iter
-        ):  # it runs again in this batch: what it gives last counts
-            for values in stats.values():
-                values.pop()
-        self._last[module] = self.train_iter
         x = x.float()
         several = x.numel() > 1  # torch warns of the deviation of one value
         std, mean = torch.std_mean(x) if several else (x.new_full((), math.nan), x.mean())
