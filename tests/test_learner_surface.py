@@ -140,6 +140,18 @@ def test_what_cannot_be_meant_is_refused_at_once_with_a_remedy(case):
         make(**kwargs)
 
 
+def test_a_dataset_is_refused_wherever_a_loader_is_asked_for():
+    learn = make()
+    calls = [learn.get_preds, learn.validate, functools.partial(fl.Interpretation.from_learner, learn)]
+    for call in calls:
+        with pytest.raises(TypeError, match="given " + TO_WRAP.format("TensorDataset")):
+            call(dl=points())
+        with pytest.raises(TypeError, match="given loader has no length"):
+            call(dl=(batch for batch in loaders()[0]))
+        with pytest.raises(ValueError, match="given loader has no batches"):
+            call(dl=[])
+
+
 def test_what_is_assigned_later_is_refused_by_the_fit():
     learn = make()
     learn.loss_func = nn.CrossEntropyLoss
