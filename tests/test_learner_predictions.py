@@ -1,7 +1,8 @@
 """Predictions and interpretations of any loader: of torch or fastai, shuffled or not, with tensors, dicts and text."""
 
+import functools
 import warnings
-from collections import UserDict
+from collections import UserDict, defaultdict
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ with warnings.catch_warnings():
     from fastai.data.transforms import Categorize
     from fastai.interpret import ClassificationInterpretation
     from fastai.losses import CrossEntropyLossFlat
+    from fastai.text.data import SortedDL, TensorText, pad_input
     from fastai.torch_core import TensorCategory, TensorImage
 
 # fastai gives a progress bar to every Learner that will be made, those of other test files as well.
@@ -75,6 +77,11 @@ TORCHS = {
         lambda ds: DataLoader(ds, 4, sampler=SubsetRandomSampler([9, 3, 17, 4, 8])),
         [3, 4, 8, 9, 17],
     ),
+    "numbers of torch's": (
+        lambda ds: DataLoader(ds, 4, sampler=torch.tensor([5, 2, 7, 0, 1])),
+        [0, 1, 2, 5, 7],
+    ),
+    "numbers of numpy's": (lambda ds: DataLoader(ds, 4, sampler=np.array([5, 2, 7, 0, 1])), [0, 1, 2, 5, 7]),
     "a list as sampler": (lambda ds: DataLoader(ds, 4, sampler=[5, 2, 2, 7, 0, 1]), [0, 1, 2, 2, 5, 7]),
     "batches of its own": (
         lambda ds: DataLoader(ds, batch_sampler=[[4, 1], [0], [3, 2, 5]]),
@@ -200,6 +207,42 @@ def test_fastais_loaders_that_draw(kind):
     seen = numbers_of(make().get_preds(dl=dl)[1])
     assert seen == sorted(seen) and len(seen) == (N if kind is WeightedDL else 10)
     assert numbers_of(make((dl, dl)).get_preds(0)[1]) == WHOLE
+
+
+def test_texts_sorted_by_length_are_predicted_as_by_fastai():
+    """Their batches are padded each to a length of its own."""
+    g = torch.Generator().manual_seed(0)
+    texts = [
+        TensorText(torch.randint(2, 9, (int(n),), generator=g))
+        for n in torch.randint(3, 20, (N,), generator=g)
+    ]
+    items = [(text, torch.tensor(float(i))) for i, text in enumerate(texts)]
+    dl = SortedDL(
+        items,
+        bs=4,
+        shuffle=True,
+        sort_func=lambda item: len(item[0]),
+        before_batch=functools.partial(pad_input, pad_idx=1),
+        num_workers=0,
+    )
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.scale * (x.float() * (x != 1)).sum(1)
+
+    learn = make((dl, dl), Mean())
+    their = theirs.Learner(
+        DataLoaders(dl, dl, device="cpu"), learn.model, nn.MSELoss(), opt_func=fusedopt.Adam
+    )
+    for learner, given in ((learn, dict(ds_idx=0)), (learn, dict(dl=dl)), (their, dict(ds_idx=0))):
+        x, preds, y = learner.get_preds(with_input=True, **given)
+        assert numbers_of(torch.tensor([float(value) for value in y])) == WHOLE
+        assert [float(p) for p in preds] == [float(text.sum()) for text in texts]
+        assert [a[a != 1].tolist() for a in x] == [text.tolist() for text in texts]
 
 
 # --
@@ -372,15 +415,16 @@ def test_batches_that_are_dicts(kind):
     assert "Linear" in learn.summary()
 
 
-def test_dicts_within_batches_are_inputs_and_come_in_order():
+@pytest.mark.parametrize("kind", [dict, UserDict, functools.partial(defaultdict, list)])
+def test_dicts_within_batches_are_inputs_and_come_in_order(kind):
     def collate(items):
         x, y = torch.utils.data.default_collate(items)
-        return UserDict(a=x[:, :1], b=10 * x[:, 1:], text=[str(int(i)) for i in y]), y
+        return kind(a=x[:, :1], b=10 * x[:, 1:], text=[str(int(i)) for i in y]), y
 
     dl = DataLoader(numbers(), 4, shuffle=True, collate_fn=collate)
     learn = make((dl, dl), OneDict())
     learn.fit(1)
-    x, preds, y = learn.get_preds(dl=dl, with_input=True)
+    x, preds, y = learn.get_preds(dl=dl, with_input=True, cbs=fl.DeviceCallback("cpu"))
     assert numbers_of(y) == WHOLE == [int(text) for text in x["text"]]
     assert torch.equal(x["a"], numbers().tensors[0][:, :1])
     assert torch.allclose(preds, learn.model(x), atol=1e-6)

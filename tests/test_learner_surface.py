@@ -140,6 +140,18 @@ def test_what_cannot_be_meant_is_refused_at_once_with_a_remedy(case):
         make(**kwargs)
 
 
+def test_a_dataset_is_refused_wherever_a_loader_is_asked_for():
+    learn = make()
+    calls = [learn.get_preds, learn.validate, functools.partial(fl.Interpretation.from_learner, learn)]
+    for call in calls:
+        with pytest.raises(TypeError, match="given " + TO_WRAP.format("TensorDataset")):
+            call(dl=points())
+        with pytest.raises(TypeError, match="given loader has no length"):
+            call(dl=(batch for batch in loaders()[0]))
+        with pytest.raises(ValueError, match="given loader has no batches"):
+            call(dl=[])
+
+
 def test_what_is_assigned_later_is_refused_by_the_fit():
     learn = make()
     learn.loss_func = nn.CrossEntropyLoss
@@ -470,6 +482,36 @@ def test_batches_within_the_events_of_a_fit():
                 learn.one_batch(i, batch)
 
     assert events_of(run, learn) == f"before_fit before_epoch {TRAINED} {TRAINED} after_epoch after_fit"
+
+
+SHIPPED = [
+    *(
+        fl.Progress,
+        fl.CSVLogger,
+        fl.EMA,
+        fl.SaveModel,
+        fl.EarlyStopping,
+        fl.ReduceLROnPlateau,
+        fl.TerminateOnNaN,
+    ),
+    *(fl.GradientClip, fl.Mixup, fl.DeviceCallback, fl.ActivationStats, lambda: fl.MixedPrecision("bf16")),
+    *(lambda: fl.GradientAccumulation(8), lambda: fl.ParamScheduler({"lr": fl.sched_lin(0.1, 0)})),
+]
+
+
+@pytest.mark.parametrize("callback", SHIPPED)
+def test_shipped_callbacks_bear_a_batch_alone(callback, tmp_path):
+    learn, batch = make(cbs=callback(), path=tmp_path), next(iter(loaders()[0]))
+    for fitted in (False, True):
+        for learn.training in (True, False):
+            learn.one_batch(0, batch)
+            with learn:
+                learn.one_batch(1, batch)
+        assert not learn.inferring and all(cb.run for cb in learn.cbs)
+        if not fitted:
+            learn.fit(2)
+            rows = list(learn.recorder.values)
+    assert learn.recorder.values == rows and len(rows) == 2
 
 
 def test_the_loop_goes_by_batches_that_can_be_taken_over():

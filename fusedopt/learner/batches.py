@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +18,11 @@ def mapped(batch: Any, func: Callable[[torch.Tensor], Any]) -> Any:
     """The batch with ``func`` applied to each of its tensors; what is no tensor stays."""
     if isinstance(batch, torch.Tensor):
         return func(batch)
-    if isinstance(batch, Mapping):
-        return type(batch)({k: mapped(v, func) for k, v in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, (dict, UserDict)):
+        other = copy.copy(batch)  # which may have a default or settings, and no constructor that takes values
+        for k, v in batch.items():
+            other[k] = mapped(v, func)
+        return other
     if isinstance(batch, (tuple, list)):
         each = [mapped(x, func) for x in batch]
         return type(batch)(*each) if hasattr(batch, "_fields") else type(batch)(each)

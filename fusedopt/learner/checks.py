@@ -117,11 +117,12 @@ def as_loaders(dls: Any) -> Any:
     except (TypeError, IndexError, KeyError):
         raise TypeError(f"dls must be two loaders, for training and validation, not {dls!r}") from None
     for part, dl in loaders.items():
-        _check_loader(part, dl)
+        as_loader(dl, part)
     return dls
 
 
-def _check_loader(part: str, dl: Any) -> None:
+def as_loader(dl: Any, part: str = "given") -> Any:
+    """The loader. TypeError if it is none, or has no length, ValueError if it is empty; ``part`` is its name."""
     if dl is None:
         other = "training" if part == "validation" else "validation"
         raise TypeError(
@@ -145,6 +146,7 @@ def _check_loader(part: str, dl: Any) -> None:
         raise ValueError(
             f"the {part} loader has no batches: is its dataset empty, or smaller than a batch to drop?"
         )
+    return dl
 
 
 def _is_data(given: Any) -> bool:

@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 
 from .batches import batch_size, concat, mapped
 from .callback import Callback
+from .checks import as_loader
 from .losses import of_items, unreduced
 from .order import listed
 from .ordered import numbered, order_of, whole
@@ -60,7 +61,7 @@ class Inference:
         self, ds_idx: int = 1, dl: Iterable[Any] | None = None, cbs: Any = None
     ) -> list[float] | None:
         """The loss and the metrics over a loader, by default that for validation; None without a Recorder."""
-        self._infer(self.dls[ds_idx] if dl is None else dl, cbs)
+        self._infer(self.dls[ds_idx] if dl is None else as_loader(dl), cbs)
         return getattr(self, "final_record", None)
 
     def get_preds(
@@ -90,10 +91,11 @@ class Inference:
             cbs: callbacks for this time.
 
         Raises:
+            TypeError: dl is a dataset, or has no length.
             ValueError: no batches; losses without targets; an order that is not known, as when items are skipped.
         """
         gather = GatherPreds(with_input, with_loss)
-        if dl is None or getattr(dl, "drop_last", False):
+        if dl is None or getattr(as_loader(dl), "drop_last", False):
             dl = whole(self.dls[ds_idx] if dl is None else dl)
         dl, numbers = numbered(dl) if reorder else (dl, None)
         with self._losses_of_items() if with_loss else contextlib.nullcontext():

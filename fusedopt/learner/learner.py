@@ -174,17 +174,22 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
             super().one_batch(i, b)
 
     def __enter__(self) -> Learner:
-        """The events that begin a fit and an epoch, for batches that you go through yourself, with `one_batch`."""
+        """The events that begin a fit and an epoch, for batches that you go through yourself, with `one_batch`.
+
+        Callbacks that watch over a whole fit sit it out, as they do predictions.
+        """
         if self.training and self.opt is None:
             self.create_opt()
-        self._entered, self.n_iter = True, max(self.n_iter, 1)
+        self._entered, self.inferring, self.n_iter = True, True, max(self.n_iter, 1)
         self(["before_fit", "before_epoch"])
         return self
 
     def __exit__(self, *_: Any) -> None:
         with contextlib.ExitStack() as last:
             for cb in self.cbs:
+                last.callback(setattr, cb, "run", True)
                 last.callback(cb.clean_up)
+            last.callback(setattr, self, "inferring", False)
             self._entered = False
             self(["after_epoch", "after_fit"])
 

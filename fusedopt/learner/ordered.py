@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -41,12 +42,12 @@ def numbered(dl: Any) -> tuple[Any, list[list[int]] | None]:
         return _numbered_fastais(dl)
     if not _has_numbers(dl) or (isinstance(dl.sampler, SequentialSampler) and dl.batch_size):
         return dl, None
-    batches: Any = list(islice(dl._index_sampler, len(dl)))
+    keys: Any = list(islice(dl._index_sampler, len(dl)))
     if dl.batch_sampler is None:  # each item is a batch
-        return (_with(dl, sorted(batches), None) if _are_numbers(batches) else dl), None
-    batches = [list(batch) for batch in batches]
-    known = all(map(_are_numbers, batches))
-    return (_with(dl, dl.sampler, batches), batches) if known else (dl, None)
+        numbers = _as_numbers(keys)
+        return (dl if numbers is None else _with(dl, sorted(numbers), None)), None
+    batches: Any = [_as_numbers(batch) for batch in keys]
+    return (dl, None) if None in batches else (_with(dl, dl.sampler, batches), batches)
 
 
 def order_of(batches: Sequence[Sequence[int]], seen: Sequence[int], n: int) -> list[int]:
@@ -68,8 +69,8 @@ def is_fastais(dl: Any) -> bool:
 def _numbered_fastais(dl: Any) -> tuple[Any, list[list[int]] | None]:
     if not dl.indexed or dl.n is None:
         return dl, None
-    numbers = list(dl.get_idxs())
-    if not _are_numbers(numbers) or numbers == sorted(numbers):
+    numbers = _as_numbers(dl.get_idxs())
+    if numbers is None or numbers == sorted(numbers):
         return dl, None
     if dl.bs is None:  # each item is a batch
         return dl.new(get_idxs=functools.partial(sorted, numbers)), None
@@ -81,8 +82,10 @@ def _has_numbers(dl: Any) -> bool:
     return isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
 
 
-def _are_numbers(keys: Sequence[Any]) -> bool:
-    return all(isinstance(key, Integral) for key in keys)
+def _as_numbers(keys: Iterable[Any]) -> list[int] | None:
+    """The keys, if all are whole numbers of any make: Python's, numpy's or torch's."""
+    numbers = [key.item() if isinstance(key, torch.Tensor) and not key.ndim else key for key in keys]
+    return [int(n) for n in numbers] if all(isinstance(n, Integral) for n in numbers) else None
 
 
 def _with(dl: DataLoader, sampler: Any, batch_sampler: Any) -> DataLoader:
