@@ -154,8 +154,9 @@ def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, Any]
                 continue
             parts = []
             for i, part in enumerate(value) if type(value) in (tuple, list) else [(-1, value)]:
-                name = opt.hyper_map.name.get((key, i) if i >= 0 else key, (key, i) if i >= 0 else key)
-                cell, words = -1, None
+                name: Any = opt.hyper_map.name.get((key, i) if i >= 0 else key, (key, i) if i >= 0 else key)
+                cell = -1
+                words: list[int] | None = None
                 seen = None if opt.hyper_map.shadowed(key, group) else hyper_of(group, name, part)
                 if isinstance(seen, torch.Tensor):
                     place[name] = words = []
