@@ -543,7 +543,8 @@ NUMBERS = [
     0.5, 3, -1e-18, math.inf, True, np.float64(0.5), np.float32(0.1), np.float16(0.1), np.int32(7), np.bool_(True),
     np.array(0.25), np.array(4), np.array([0.5]), np.array([1, 2]), torch.tensor(0.5), torch.tensor(3),
     torch.tensor([0.5]),     torch.tensor([1.0, 2.0]), torch.tensor(True), torch.tensor(0.1, requires_grad=True), 
-    nn.Parameter(torch.tensor(2.0)),     torch.tensor(0.1, dtype=torch.bfloat16), "0.5", None, (0.5,), 2**80, 1j, torch.tensor(1j),
+    nn.Parameter(torch.tensor(2.0)),     torch.tensor(0.1, dtype=torch.bfloat16), "0.5", None, (0.5,), 2**80,
+    1j, torch.tensor(1j),
 ]  # fmt: skip
 
 
@@ -688,9 +689,9 @@ def closure(x):
 
 
 def test_closures_go_with_their_optimizers():
-    """Traces and kernels too, but for a few."""
+    """The last kernel at most is kept."""
     gone = []
-    for t in range(40):
+    for _ in range(40):
         params, cb = parameters(3), closure(0.5)
         opt = fusedopt.Optimizer(params, cb, lr=0.1)
         steps(opt, params, 2)
@@ -698,5 +699,5 @@ def test_closures_go_with_their_optimizers():
         gone += map(weakref.ref, opt.engine.history.used)
     del opt, params, cb
     gc.collect()
-    alive = [ref() for ref in gone if ref() is not None]
-    assert len(alive) == 0, [type(x).__name__ for x in alive]
+    alive = {id(ref()): type(ref()).__name__ for ref in gone if ref() is not None}
+    assert len(alive) <= 1 and set(alive.values()) <= {"Kernel"}, alive

@@ -141,8 +141,10 @@ def _hyper_leaves(plan: Plan) -> list[Any]:
 
 
 def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, Any]]]:
-    """For each group what to check and read; for each group, by callback name, the cell of each number, and for a tensor
-    that kernels read a list for the addresses where its own belongs."""
+    """For each group what to check and read; for each group, by callback name, the cell of each number.
+
+    For a tensor that kernels read it has, in place of the cell, a list for the addresses where its own belongs.
+    """
     checks, places = [], []
     cells = count()
     for group in opt.param_groups:
