@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -10,8 +10,11 @@ from .runtime import leaf
 from .runtime.items import Item, walkable
 
 
-def check_memory(todo: Sequence[Item]) -> None:
-    """Raise RuntimeError for a parameter, gradient, state or hyperparameter whose storage is too small for it."""
+def check_memory(todo: Sequence[Item], stored: Callable[[str], str]) -> None:
+    """Raise RuntimeError for a parameter, gradient, state or hyperparameter whose storage is too small for it.
+
+    ``stored``: what the user calls the state that callbacks call this.
+    """
     tensors = []
     for item in todo:
         tensors += [item.home, item.grad]
@@ -20,7 +23,7 @@ def check_memory(todo: Sequence[Item]) -> None:
     if leaf.native is not None and leaf.native.have_memory(tensors):
         return
     for item in todo:
-        for name, t in _named(item):
+        for name, t in _named(item, stored):
             if isinstance(t, torch.Tensor) and needed(t) > t.untyped_storage().nbytes():
                 raise RuntimeError(
                     f"{name} has shape {tuple(t.shape)}, and its storage has {t.untyped_storage().nbytes()} of "
@@ -29,12 +32,12 @@ def check_memory(todo: Sequence[Item]) -> None:
                 )
 
 
-def _named(item: Item) -> Iterator[tuple[str, object]]:
+def _named(item: Item, stored: Callable[[str], str]) -> Iterator[tuple[str, object]]:
     group, i = item.where
     what = f"parameter {i} of group {group}"
     yield what, item.home
     yield f"the gradient of {what}", item.grad
-    yield from ((f"the state {key!r} of {what}", value) for key, value in item.state.items())
+    yield from ((f"the state {stored(key)!r} of {what}", value) for key, value in item.state.items())
     yield from ((f"the hyperparameter {key!r} of group {group}", value) for key, value in item.hyper.items())
 
 
@@ -43,4 +46,4 @@ def needed(t: torch.Tensor) -> int:
     if not t.numel() or t.layout is not torch.strided or not walkable(t):
         return 0
     last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    return (t.storage_offset() + last + 1) * t.itemsize
+    return int(t.storage_offset() + last + 1) * t.itemsize

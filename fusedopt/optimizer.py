@@ -367,7 +367,7 @@ class Optimizer(torch.optim.Optimizer):
                     check_state(p, self.state.get(p, {}), g, i)
                     todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
         if not pretend:
-            check_memory(todo)
+            check_memory(todo, self.stored_name_of)
         return todo
 
     def _state_of(self, p: torch.Tensor, on_device: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The step under stress: other threads, forks, signals, freed memory, hyperparameters that never stay the same."""
 
+import functools
 import gc
 import itertools
 import math
@@ -118,10 +119,10 @@ def test_a_warm_step_lets_go_of_what_it_owned(measured):
     opt = RULES["clipped" if measured else "AdamW"](params)
     steps(opt, params, 4)
     storage = params[0].grad.untyped_storage()
-    count = storage._use_count()
+    count = torch._C._storage_Use_Count(storage._cdata)
     opt.step()
     assert opt._warm is not None
-    assert storage._use_count() == count
+    assert torch._C._storage_Use_Count(storage._cdata) == count
 
 
 @pytest.mark.parametrize("one", [False, True], ids=["two optimizers", "the same optimizer"])
@@ -309,7 +310,7 @@ def whole(opt, params, before):
     for old, new in zip(before[1], after[1], strict=True):
         for key, value in old.items():
             moved = bool(torch.as_tensor(value != new[key]).any())
-            assert moved or key in ("k",), f"{key} has not moved"
+            assert moved, f"{key} has not moved"
         assert new
     return True
 
@@ -321,15 +322,17 @@ def test_a_step_broken_off_anywhere_is_whole_or_nothing(name, warm, extension):
     opt = RULES[name](params)
     steps(opt, params, 8)
     results = set()
-    for n in itertools.count(1) if warm else itertools.count(1, 3):
+    for n in itertools.count(1, 1 if warm and extension else 11):
         steps(opt, params)
+        for p in params:
+            p.grad.mul_(1 + n % 5)  # averages never settle
         if not warm:
             opt._warm = None
         before = seen(opt, params)
         if not broken_off(opt.step, n):
             break
         results.add(whole(opt, params, before))
-    assert results == {True, False} if n > 30 else False in results
+    assert False in results, "the mutation: a step is broken off before it has done anything"
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -366,7 +369,7 @@ def test_signals_at_any_time_leave_steps_whole(name):
     steps(opt, params, 4)
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for t in range(150):
+        for t in range(60):
             give_gradients(params)
             before = seen(opt, params)
             if t % 3 == 0:
@@ -384,25 +387,24 @@ def test_signals_at_any_time_leave_steps_whole(name):
         signal.signal(signal.SIGALRM, old)
 
 
-def test_changes_are_committed_without_python_in_between():
-    """The mutation of the tests above: between two lines of Python a signal does come."""
-    done = []
-    traced = [lambda: done.append(1), lambda: done.append(2)]
-    hits = []
+def test_changes_are_committed_by_one_call():
+    """In order, and nothing of Python's runs but what is asked for; which is what the mutation asks for."""
+    lines, counts = [], {}
 
     def tick(frame, event, arg):
-        hits.append(frame.f_code.co_filename)
-        return None
+        if frame.f_code.co_filename != commit.__file__:
+            lines.append(frame.f_code.co_filename)
 
-    found = {}
-    sys.settrace(tick)
-    try:
-        commit.commit([*map(lambda x: x, [])])
-        commit.commit(traced)
-    finally:
-        sys.settrace(None)
-    assert done == [1, 2] and any(__file__ in hit for hit in hits)
-    assert not found
+    changes = [functools.partial(counts.update, {k: 1}) for k in "abc"]
+    mutation = [lambda: None]
+    for each in (changes, mutation):
+        lines.clear()
+        before = sys.gettrace()
+        sys.settrace(tick)
+        commit.commit(each)
+        sys.settrace(before)
+        assert (__file__ in lines) == (each is mutation)
+    assert list(counts) == ["a", "b", "c"]
 
 
 # ---------------------------------------------------------------- memory that is gone
@@ -539,9 +541,10 @@ def test_other_hyperparameters_that_are_tensors_are_followed(key):
 
 NUMBERS = [
     0.5, 3, -1e-18, math.inf, True, np.float64(0.5), np.float32(0.1), np.float16(0.1), np.int32(7), np.bool_(True),
-    np.array(0.25), np.array(4), np.array([0.5]), np.array([1, 2]), torch.tensor(0.5), torch.tensor(3), torch.tensor([0.5]),
-    torch.tensor([1.0, 2.0]), torch.tensor(True), torch.tensor(0.1, requires_grad=True), nn.Parameter(torch.tensor(2.0)),
-    torch.tensor(0.1, dtype=torch.bfloat16), "0.5", None, (0.5,), 2**80, 1j, torch.tensor(1j),
+    np.array(0.25), np.array(4), np.array([0.5]), np.array([1, 2]), torch.tensor(0.5), torch.tensor(3),
+    torch.tensor([0.5]),     torch.tensor([1.0, 2.0]), torch.tensor(True), torch.tensor(0.1, requires_grad=True), 
+    nn.Parameter(torch.tensor(2.0)),     torch.tensor(0.1, dtype=torch.bfloat16), "0.5", None, (0.5,), 2**80,
+    1j, torch.tensor(1j),
 ]  # fmt: skip
 
 
@@ -562,9 +565,10 @@ def test_both_know_the_same_lowest_numbers(key, x):
     """Where names raises, a warm step does not run; and the other way round."""
     place = {"weight_decay": "wd", "betas": "mom"}.get(key, key)
     params = parameters(3)
-    cb = lambda p, lr, eps, wd, mom, sqr_mom, other, **kwargs: p.data.sub_(
-        p.grad, alpha=lr + eps + wd + mom + other
-    )
+
+    def cb(p, lr, eps, wd, mom, sqr_mom, other, **kwargs):
+        p.data.sub_(p.grad, alpha=lr + eps + wd + mom + other)
+
     opt = fusedopt.Optimizer(params, cb, lr=0.1, eps=0.1, wd=0.1, mom=0.1, sqr_mom=0.1, other=0.1)
     steps(opt, params, 4)
     warm = opt._warm
@@ -685,17 +689,15 @@ def closure(x):
 
 
 def test_closures_go_with_their_optimizers():
-    """Traces and kernels too, but for a few."""
+    """The last kernel at most is kept."""
     gone = []
-    for t in range(40):
+    for _ in range(40):
         params, cb = parameters(3), closure(0.5)
         opt = fusedopt.Optimizer(params, cb, lr=0.1)
         steps(opt, params, 2)
         gone += [weakref.ref(cb), weakref.ref(opt), weakref.ref(opt.engine)]
-        traces = [weakref.ref(known.trace) for each in opt.engine._known.values() for known in each]
-        gone += traces
-        assert t or traces
+        gone += map(weakref.ref, opt.engine.history.used)
     del opt, params, cb
     gc.collect()
-    alive = [ref() for ref in gone if ref() is not None]
-    assert len(alive) == 0, [type(x).__name__ for x in alive]
+    alive = {id(ref()): type(ref()).__name__ for ref in gone if ref() is not None}
+    assert len(alive) <= 1 and set(alive.values()) <= {"Kernel"}, alive

@@ -37,8 +37,8 @@ from .scaling import Norm, Scaling
 from .verdicts import ActsAfterAll, Verdicts
 
 MAX_STRUCTURES = 32
-"""Structures whose traces or verdicts are kept while an optimizer lives, so that what changes with every step cannot pile
-up: flags that are other strings, shapes that callbacks read."""
+"""Structures whose traces or verdicts are kept while an optimizer lives, so that what changes with every step cannot
+pile up: flags that are other strings, shapes that callbacks read."""
 KEPT_STRUCTURES = 4
 """Those whose traces are kept for the next optimizer with the same callbacks."""
 MAX_KNOWN = 7
@@ -173,8 +173,10 @@ class Engine:
         """Step every item: its ``home`` is updated in place, its ``state`` holds the new state.
 
         ``hand_over(item)`` is the change that gives the user what ``item.state`` holds, made together with those of
-        parameters. If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all
-        of the step: nothing if a callback ran eagerly.
+        parameters.
+
+        If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all of the step:
+        nothing if a callback ran eagerly.
         """
         saved = self.verdicts.saved()
         try:

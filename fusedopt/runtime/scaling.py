@@ -52,8 +52,9 @@ class Scaling:
         if name == FACTOR and self.max_norm is None:
             name = INVERSE
         if (name, device) not in self._there:
-            self._there[name, device] = torch.zeros((), dtype=torch.float32, device=device)
-            _set(self._there[name, device], self._received.get(name, 0.0))
+            there = torch.zeros((), dtype=torch.float32, device=device)
+            _set(there, self._received.get(name, 0.0))
+            self._there[name, device] = there  # once it holds its number: a signal may come before
         return self._there[name, device]
 
     def fresh(self) -> Scaling:
@@ -71,10 +72,10 @@ class Scaling:
         old = self._received
         if all(type(v) is type(old[k]) is float and v == old[k] for k, v in values.items()):
             return  # numbers, as before: a tensor is not looked at, it may be on its way
-        self._received = values
         for (name, _), there in self._there.items():
             if name in values:
                 _set(there, values[name])
+        self._received = values
 
     def skipped(self, devices: set[torch.device]) -> bool:
         """Whether nothing is to be stored. Waits for the device: for callbacks that run eagerly."""

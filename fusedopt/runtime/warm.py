@@ -141,8 +141,10 @@ def _hyper_leaves(plan: Plan) -> list[Any]:
 
 
 def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, Any]]]:
-    """For each group what to check and read; for each group, by callback name, the cell of each number, and for a tensor
-    that kernels read a list for the addresses where its own belongs."""
+    """For each group what to check and read; for each group, by callback name, the cell of each number.
+
+    For a tensor that kernels read it has, in place of the cell, a list for the addresses where its own belongs.
+    """
     checks, places = [], []
     cells = count()
     for group in opt.param_groups:
@@ -154,8 +156,9 @@ def _hyper_cells(opt: Optimizer) -> tuple[list[list[tuple]], list[dict[Any, Any]
                 continue
             parts = []
             for i, part in enumerate(value) if type(value) in (tuple, list) else [(-1, value)]:
-                name = opt.hyper_map.name.get((key, i) if i >= 0 else key, (key, i) if i >= 0 else key)
-                cell, words = -1, None
+                name: Any = opt.hyper_map.name.get((key, i) if i >= 0 else key, (key, i) if i >= 0 else key)
+                cell = -1
+                words: list[int] | None = None
                 seen = None if opt.hyper_map.shadowed(key, group) else hyper_of(group, name, part)
                 if isinstance(seen, torch.Tensor):
                     place[name] = words = []
