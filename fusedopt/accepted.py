@@ -114,7 +114,11 @@ def warn_of_misspelt(strange: Iterable[str], known: Iterable[str]) -> None:
     for key in strange:
         pieces = key.lower().split("_")
         near = difflib.get_close_matches(key.lower(), known, 1, 0.8)
-        if near and key not in known and not any(set(name.split("_")) <= {*pieces} for name in near if name != key.lower()):
+        if (
+            near
+            and key not in known
+            and not any(set(name.split("_")) <= {*pieces} for name in near if name != key.lower())
+        ):
             warnings.warn(
                 f"the param group's key {key!r} is no hyperparameter of this optimizer and has no effect; did you "
                 f"mean {near[0]!r}? A key that is another library's may stay under a name less alike",

@@ -149,6 +149,7 @@ class Load:
         loadable.check_form(state_dict)
         loadable.check_extra(state_dict.get(EXTRA, {}))
         saved, pairs = state_dict["param_groups"], _pairs(opt, state_dict)
+        loadable.check_ids(state_dict)
         loadable.check_state(opt, pairs)
         flags = {p: _flags(s) for p, s in opt.state.of_parameters()}
         own = state_dict.get(EXTRA, {})

@@ -46,7 +46,12 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
         isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple)) for g in groups
     ):
         raise refuse("'param_groups' must be a list of dicts, each with a list 'params'")
-    ids = {i for group in groups for i in group["params"]}
+
+
+def check_ids(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError for state of a parameter that no group lists."""
+    states = state_dict["state"]
+    ids = {i for group in state_dict["param_groups"] for i in group["params"]}
     for key in states.keys() - ids:
         numbered = isinstance(key, int) or (isinstance(key, str) and key.isdigit())
         if isinstance(key, torch.Tensor) or (numbered and _is_learnt(states[key])):
@@ -103,7 +108,9 @@ def _counts_steps(opt: Optimizer) -> bool:
 def _check_step(value: Any, what: str) -> None:
     value = number(value)
     counts = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not counts or not (value >= 0 and value % 1 == 0):  # neither holds for NaN, nor the second for infinity
+    if not counts or not (
+        value >= 0 and value % 1 == 0
+    ):  # neither holds for NaN, nor the second for infinity
         raise refuse(f"'step' of {what} must be a whole number of at least 0; it is {value!r}")
 
 

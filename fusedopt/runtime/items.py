@@ -9,7 +9,17 @@ import torch
 
 from .. import reference
 from ..ir.program import Buffer
-from ..trace.signature import HOST, PLAIN, STARTED, Foreign, Modes, Opaque, Signature, compute_dtype, stored_dtype
+from ..trace.signature import (
+    HOST,
+    PLAIN,
+    STARTED,
+    Foreign,
+    Modes,
+    Opaque,
+    Signature,
+    compute_dtype,
+    stored_dtype,
+)
 
 if TYPE_CHECKING:
     from .backends import Backend

@@ -64,7 +64,10 @@ def prepared(todo: Sequence[Item], made_in: Any) -> list[Item]:
 def _refuse_stranger(item: Item, functional: bool) -> None:
     """Raise for a parameter that is real while its gradient is not, or the other way round."""
     fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", ())
-    for what, is_one in (("fake", lambda t: isinstance(t, fake)), ("functional", torch._is_functional_tensor)):
+    for what, is_one in (
+        ("fake", lambda t: isinstance(t, fake)),
+        ("functional", torch._is_functional_tensor),
+    ):
         wanted = is_one(item.grad) or (functional and what == "functional")
         if is_one(item.home) != wanted:
             group, i = item.where
