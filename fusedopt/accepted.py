@@ -60,7 +60,7 @@ class Roles(NamedTuple):
     never: frozenset[str]
 
     def hands(self, name: str, own: Iterable[str]) -> bool:
-        """Whether a key of a param group is handed to callbacks; ``own``: the hyperparameters the optimizer was given."""
+        """Whether a key of a param group goes to callbacks; ``own``: the hyperparameters the optimizer was given."""
         if name in own:
             return True
         return name not in self.state | self.never and (self.taken is None or name in self.taken)

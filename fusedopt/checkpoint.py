@@ -18,9 +18,9 @@ import torch
 
 from . import loadable
 from .callback import arguments_of
+from .loadable import COUNTERS, LOOKAHEAD, Pair
 from .names import check as check_hyper
 from .names import number, plain
-from .loadable import COUNTERS, LOOKAHEAD, Pair
 from .runtime.items import begun
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def counts_to(device: torch.device, state: dict[str, Any]) -> None:
 
 
 def to_torch(opt: Optimizer) -> dict[Any, Any]:
-    """The state to save: counters as tensors, no flags, only parameters that are in a group; and what is no parameter's."""
+    """The state to save: counters as tensors, no flags, only parameters in a group, and what is no parameter's."""
     known = {p for group in opt.param_groups for p in group["params"]}
     out = {key: value for key, value in opt.state.items() if not isinstance(key, torch.Tensor)}
     for p, state in opt.state.of_parameters():
@@ -206,7 +206,7 @@ def _pairs(opt: Optimizer, state_dict: dict[str, Any]) -> list[Pair]:
 
 
 def _is_blank(state: Any) -> bool:
-    """Whether every entry is an empty dict: torch.distributed.checkpoint's flattened form of a parameter without state."""
+    """Whether every entry is an empty dict: how torch.distributed.checkpoint flattens a parameter without state."""
     return isinstance(state, Mapping) and all(isinstance(v, Mapping) and not v for v in state.values())
 
 

@@ -57,7 +57,7 @@ def check_ids(state_dict: Mapping[str, Any]) -> None:
         if isinstance(key, torch.Tensor) or (numbered and _is_learnt(states[key])):
             shown = "a tensor" if isinstance(key, torch.Tensor) else repr(key)
             raise refuse(
-                f"there is state under {shown}, and no group lists a parameter of that id; keys of 'state' are those in "
+                f"there is state under {shown}, and no group lists a parameter of that id; keys of 'state' are in "
                 "the groups' 'params' (JSON, for one, makes strings of numbers)"
             )
 
@@ -123,7 +123,7 @@ def check_complete(
     """Raise ValueError if a parameter has some of the state that its first step makes, but not all of it.
 
     The rest would start from nothing while counts go on. What Lookahead keeps may be missing, it then looks ahead from
-    here, and so may ``optional``. A user's own entries say nothing about it, nor can it be known of callbacks that do not
+    here, and so may ``optional``. A user's own entries say nothing of it, nor is it known of callbacks that do not
     fuse.
     """
     known: dict[Any, dict[str, Any]] = {}
@@ -144,14 +144,15 @@ def check_complete(
 def _check_entry(key: str, first: Any, state: Mapping[str, Any], p: torch.Tensor, what: str) -> None:
     value = state.get(key)
     fits = isinstance(value, torch.Tensor) and value.is_floating_point()
-    fits = fits and (value.shape == p.shape or first.kind == "S")
+    if isinstance(value, torch.Tensor) and isinstance(first, Buffer):
+        fits = fits and (value.shape == p.shape or first.kind == "S")
     if fits if isinstance(first, Buffer) else isinstance(value, (int, float)):
         return
     found = "missing" if value is None else f"a {type(value).__name__}"
     if isinstance(value, torch.Tensor):
         found = f"a tensor of {value.dtype}, of shape {tuple(value.shape)}"
     raise refuse(
-        f"{key!r} of {what} is {found}; there is {', '.join(map(repr, state))}. Was it saved by an optimizer of another "
+        f"{key!r} of {what} is {found}; there is {', '.join(map(repr, state))}. Was it saved by one of another "
         "kind, or with other options?"
     )
 

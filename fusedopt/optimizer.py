@@ -163,7 +163,7 @@ class Optimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks before it hands over its scale and what it found; there with ``amp_fused`` only.
 
-        accelerate knows a skipped step by its not being called, so in its calls GradScaler decides, as it would without.
+        accelerate knows a skipped step by its not being called, so in its calls GradScaler decides.
         """
         if not self._scaling.amp:
             raise AttributeError("_step_supports_amp_scaling")
@@ -323,7 +323,7 @@ class Optimizer(torch.optim.Optimizer):
         todo, again = _apart(self._items())
         if again and self.max_grad_norm is not None:
             raise RuntimeError(
-                "a parameter is listed twice, and max_grad_norm takes the norm of each gradient once. Remedy: list every "
+                "a parameter is listed twice, and max_grad_norm takes each gradient's norm once. Remedy: list every "
                 "parameter once, or clip with torch.nn.utils.clip_grad_norm_"
             )
         launched = self._step_items(todo)

@@ -542,8 +542,16 @@ def test_loading_leaves_requires_grad_alone_if_nothing_is_frozen_or_thawed():
 @pytest.mark.parametrize(
     "options", [dict(capturable=True), dict(amp_fused=True), dict(capturable=True, amp_fused=True)]
 )
-@pytest.mark.parametrize("name, kwargs", {"SGD": dict(momentum=0.9), "Adam": dict(amsgrad=True), "NAdam": {}, "RMSprop": {},
-                                          "Adagrad": {}, "Adamax": {}}.items())  # fmt: skip
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("SGD", dict(momentum=0.9)),
+        ("Adam", dict(amsgrad=True)),
+        ("NAdam", {}),
+        ("RMSprop", {}),
+        ("Adamax", {}),
+    ],
+)
 def test_numbers_on_the_device_go_on_in_torchs_optimizer(name, kwargs, options):
     p, ours = stepped_adam(partial(getattr(fusedopt.optim, name), **kwargs, **options))
     q, theirs = stepped_adam(partial(getattr(torch.optim, name), **kwargs))

@@ -183,7 +183,7 @@ def test_a_misspelt_key_is_said_once(make, key, meant):
 
 
 def test_other_libraries_keys_are_no_misspellings():
-    keys = ("lr_mult", "lr_scale", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "layer_id", "name",
+    keys = ("lr_mult", "lr_scale", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "name",
             "weight_decay_mult", "wd_mult", "group_name", "fix_lr", "step", "param_group_name")  # fmt: skip
     group = {"params": [nn.Parameter(torch.ones(2))], **dict.fromkeys(keys, 1)}
     assert messages(lambda: train(optim.SGD([group], lr=0.1))) == []
