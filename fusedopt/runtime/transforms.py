@@ -47,7 +47,7 @@ def prepared(todo: Sequence[Item], made_in: Any) -> list[Item]:
         )
     if _includes(_PRE_DISPATCH):
         raise RuntimeError(
-            "step() is traced before dispatch (make_fx(pre_dispatch=True), torch.export), where writing p.data leaves no "
+            "step() is traced before dispatch (make_fx(pre_dispatch=True), torch.export), where p.data leaves no "
             "trace. Remedy: make_fx without pre_dispatch, or step outside of the traced function"
         )
     if tracer() is not made_in:
@@ -73,6 +73,6 @@ def _refuse_stranger(item: Item, functional: bool) -> None:
             group, i = item.where
             which = ("parameter", "gradient") if wanted else ("gradient", "parameter")
             raise RuntimeError(
-                f"the {which[0]} {i} of group {group} is a real tensor, and its {which[1]} is a {what} one, of a mode or "
+                f"the {which[0]} {i} of group {group} is real, and its {which[1]} is a {what} one, of a mode or "
                 "transform that cannot write to it. Remedy: make parameters and optimizer inside too, or step outside"
             )
