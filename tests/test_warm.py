@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
 from fusedopt import average_grad, l2_reg, momentum_step, weight_decay
-from fusedopt.runtime import engine, items, leaf
+from fusedopt.runtime import engine, items, leaf, transforms
 from fusedopt.table import TABLE
 
 SHAPES = [(4,), (3, 5), (2, 3, 2, 2), ()]
@@ -198,6 +198,7 @@ def test_a_warm_step_sees_nothing_but_tables(monkeypatch):
     for name in ("_items", "_step_from_scratch"):
         monkeypatch.setattr(fusedopt.Optimizer, name, refuse)
     monkeypatch.setattr(engine, "trace", refuse)
+    monkeypatch.setattr(transforms, "active", lambda: False)  # the mode is here to watch
     with NoOps():
         twins.a.step()
     twins.check()
