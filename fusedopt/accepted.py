@@ -14,7 +14,7 @@ import torch
 
 from . import callback, env, names
 from .callback import arguments_of, defaults_of
-from .checkpoint import COUNTERS, FLAGS
+from .checkpoint import COUNTERS, FASTAI, FLAGS, LOOKAHEAD
 from .reference import FLOATS
 
 
@@ -60,30 +60,34 @@ class Roles(NamedTuple):
     never: frozenset[str]
 
     def hands(self, name: str, own: Iterable[str]) -> bool:
-        """Whether a key of a param group is handed to callbacks; ``own``: the hyperparameters the optimizer was given."""
+        """Whether a key of a param group goes to callbacks; ``own``: the hyperparameters the optimizer was given."""
         if name in own:
             return True
         return name not in self.state | self.never and (self.taken is None or name in self.taken)
 
 
-def roles_of(cbs: Iterable[Callable], stored: Iterable[str]) -> Roles:
-    """The roles of names in callbacks that keep state under the names ``stored`` too."""
+def roles_of(cbs: Iterable[Callable], stored: Iterable[str], closed: bool) -> Roles:
+    """The roles of names in callbacks that keep state under the names ``stored`` too.
+
+    ``closed``: what our own callbacks can be told beyond the hyperparameters that the optimizer was given is not taken.
+    """
     arguments, bound, first = set[str](), set[str](), set[str]()
-    mentioned, returned, anything = set[str](), {*COUNTERS, *FLAGS, *stored}, False
+    mentioned, returned, anything = set[str](), {*COUNTERS, *FASTAI, *FLAGS, *LOOKAHEAD, *stored}, False
     for cb in cbs:
         own = list(arguments_of(cb))
         given = set(cb.keywords) if isinstance(cb, functools.partial) else set()
-        arguments |= {*own} - given
+        found = callback.looked_up(cb)
+        if not (closed and callback.is_ours(cb)):
+            arguments |= {*own} - given
+            mentioned |= found or set()
         bound |= given
         first |= set(own[:1])
-        found = callback.looked_up(cb)
         anything |= found is None
-        mentioned |= found or set()
+        returned |= (found or set()) & {*own}
         function = callback.function_of(cb)
         returned |= _keys_made(function.__code__) if isinstance(function, types.FunctionType) else set()
-    state = frozenset(returned | (mentioned & arguments))
-    taken = None if anything else frozenset((arguments | mentioned) - state)
-    return Roles(state, taken, frozenset(first | (bound - arguments)))
+    taken = None if anything else frozenset((arguments | mentioned) - returned)
+    return Roles(frozenset(returned), taken, frozenset(first | bound))
 
 
 @functools.lru_cache(maxsize=256)

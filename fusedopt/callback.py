@@ -26,6 +26,11 @@ def name_of(callback: Callback) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+def is_ours(callback: Callback) -> bool:
+    """Whether it is one of ``fusedopt.callbacks``."""
+    return getattr(function_of(callback), "__module__", "") == f"{__package__}.callbacks"
+
+
 def arguments_of(callback: Callback) -> Mapping[str, Any]:
     """Its named arguments with their defaults (``inspect.Parameter.empty`` without one)."""
     if isinstance(callback, functools.partial):

@@ -10,22 +10,22 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from . import loadable
 from .callback import arguments_of
+from .loadable import COUNTERS, LOOKAHEAD, Pair
 from .names import check as check_hyper
 from .names import number, plain
-from .trace.signature import STARTED
+from .runtime.items import begun
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
 
-COUNTERS = ("step", "mu_product")
-"""Numbers that torch's schema keeps as 0-d float32 tensors."""
 FLAGS = ("do_wd", "force_train")
 """State that describes a parameter (fastai sets it) rather than what the optimizer has learnt about it."""
 OWN = ("foreach", "fused", "capturable", "differentiable")
@@ -54,7 +54,7 @@ def counts_to(device: torch.device, state: dict[str, Any]) -> None:
 
 
 def to_torch(opt: Optimizer) -> dict[Any, Any]:
-    """The state to save: counters as tensors, no flags, only parameters that are in a group; and what is no parameter's."""
+    """The state to save: counters as tensors, no flags, only parameters in a group, and what is no parameter's."""
     known = {p for group in opt.param_groups for p in group["params"]}
     out = {key: value for key, value in opt.state.items() if not isinstance(key, torch.Tensor)}
     for p, state in opt.state.of_parameters():
@@ -62,15 +62,6 @@ def to_torch(opt: Optimizer) -> dict[Any, Any]:
         if p in known and kept:
             out[p] = kept
     return out
-
-
-def begun(state: dict[str, Any]) -> dict[str, Any]:
-    """The state without what holds nothing yet because every step was skipped so far, and without the flag for that."""
-    flag = next((k for k in state if isinstance(k, str) and k.startswith(STARTED)), None)
-    if flag is None:
-        return state
-    late = () if state[flag].item() else flag.removeprefix(STARTED).split(",")
-    return {k: v for k, v in state.items() if k not in late and k != flag}
 
 
 def _as_tensor(key: str, value: Any) -> Any:
@@ -130,10 +121,10 @@ def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
+MOMENTA = {"momentum_buffer", "grad_avg"}
+"""The two meanings of an RMSProp's momentum."""
 FASTAI = ("grad_avg", "sqr_avg", "step", "local_lr")
 """State of fastai's optimizers, and of ours under the names callbacks use."""
-LOOKAHEAD = ("slow", "lookahead_count")
-"""State that fastai keeps with its Lookahead rather than with parameters."""
 
 
 # --
@@ -155,21 +146,22 @@ class Load:
         opt = self.opt
         if "hypers" in state_dict:
             state_dict = _from_fastai(opt, state_dict)
-        check(opt, state_dict)
+        loadable.check_form(state_dict)
+        loadable.check_extra(state_dict.get(EXTRA, {}))
         saved, pairs = state_dict["param_groups"], _pairs(opt, state_dict)
+        loadable.check_ids(state_dict)
+        loadable.check_state(opt, pairs)
         flags = {p: _flags(s) for p, s in opt.state.of_parameters()}
         own = state_dict.get(EXTRA, {})
         if own:
-            flags |= {p: own["flags"].get(i, {}) for i, (p, *_) in enumerate(pairs)}
+            flags |= {p: own.get("flags", {}).get(i, {}) for i, (p, *_) in enumerate(pairs)}
         self.frozen_idx = own.get("frozen_idx", opt.frozen_idx)
         self.state: dict[torch.Tensor, dict[str, Any]] = {}
         lost: set[str] = set()
         for p, where, state in pairs:
             foreign = _foreign_momentum(saved[where[0]], state, torchs=_takes(opt, "momentum_buffer"))
             lost |= foreign
-            counted = {
-                k: v for k, v in saved[where[0]].items() if k in COUNTERS and state
-            }  # apex counts in the group
+            counted = {k: v for k, v in saved[where[0]].items() if k in COUNTERS and state}
             kept = {
                 k: _copied(k, v, p) for k, v in {**counted, **state}.items() if k not in {*FLAGS, *foreign}
             }
@@ -183,7 +175,11 @@ class Load:
                 "fastai and steps in torch.optim; it starts again from zero",
                 stacklevel=5,
             )
-        groups = [_group(live, theirs) for live, theirs in zip(opt.param_groups, saved, strict=True)]
+        groups = [
+            _group(live, theirs, [state for _, (k, _), state in pairs if k == g])
+            for g, (live, theirs) in enumerate(zip(opt.param_groups, saved, strict=True))
+        ]
+        loadable.check_complete(opt, groups, self.state, MOMENTA if lost else set())
         ids = {i for group in saved for i in group["params"]}
         strange = {k: copy.deepcopy(v) for k, v in state_dict["state"].items() if k not in ids}
         return {**state_dict, "param_groups": groups, "state": strange}
@@ -191,31 +187,9 @@ class Load:
     def finish(self, _: Any) -> None:
         """Put in place what ``prepare`` has made."""
         self.opt.state.update(self.state)
-        self.opt.frozen_idx = self.frozen_idx
-
-
-def check(opt: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError, naming the parameter, if state tensors do not fit the parameters they are for."""
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("a state dict has the keys 'state' and 'param_groups' (or, of fastai, 'hypers')")
-    for p, (g, i), state in _pairs(opt, state_dict):
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor) and not _fits(value.shape, p.shape):
-                shapes = f"{tuple(value.shape)}, and the parameter is {tuple(p.shape)}"
-                raise ValueError(
-                    f"loaded state dict: {key!r} of parameter {i} of group {g} has shape {shapes}"
-                )
-
-
-def _fits(shape: torch.Size, param: torch.Size) -> bool:
-    """Whether it can be state of the parameter: its shape, or a statistic with fewer dimensions or some of size one."""
-    same_rank = len(shape) == len(param)
-    return (
-        all(a in (1, b) for a, b in zip(shape, param, strict=True)) if same_rank else len(shape) < len(param)
-    )
-
-
-Pair = tuple[torch.Tensor, tuple[int, int], dict[str, Any]]
+        if self.opt.frozen_idx != self.frozen_idx:
+            self.opt.frozen_idx = self.frozen_idx
+            self.opt.apply_freezing()
 
 
 def _pairs(opt: Optimizer, state_dict: dict[str, Any]) -> list[Pair]:
@@ -226,8 +200,14 @@ def _pairs(opt: Optimizer, state_dict: dict[str, Any]) -> list[Pair]:
     for g, (ours, theirs) in enumerate(zip(live, saved, strict=True)):
         _check_count(len(theirs["params"]), len(ours["params"]), f"parameters in group {g}")
         for i, (p, key) in enumerate(zip(ours["params"], theirs["params"], strict=True)):
-            out.append((p, (g, i), state_dict["state"].get(key, {})))
+            state = state_dict["state"].get(key, {})
+            out.append((p, (g, i), {} if _is_blank(state) else state))
     return out
+
+
+def _is_blank(state: Any) -> bool:
+    """Whether every entry is an empty dict: how torch.distributed.checkpoint flattens a parameter without state."""
+    return isinstance(state, Mapping) and all(isinstance(v, Mapping) and not v for v in state.values())
 
 
 def _check_count(saved: int, live: int, what: str) -> None:
@@ -245,9 +225,15 @@ def _copied(key: str, value: Any, p: torch.Tensor) -> Any:
     return copy.deepcopy(plain(value) if np.ndim(value) == 0 else value)
 
 
-def _group(live: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """The saved group, but for how to run, which stays as it is here. (torch fills in defaults.)"""
-    kept = {k: v for k, v in saved.items() if k not in COUNTERS}
+def _group(
+    live: dict[str, Any], saved: Mapping[str, Any], states: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The saved group, but for how to run, which stays as it is here. (torch fills in defaults.)
+
+    Counts that the states lack were kept in the group, as apex does, and are the states' own now.
+    """
+    moved = {k for k in COUNTERS if any(state and k not in state for state in states)}
+    kept = {k: v for k, v in saved.items() if k not in moved}
     return {**kept, **{k: v for k, v in live.items() if k in OWN}}
 
 

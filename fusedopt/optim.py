@@ -112,6 +112,8 @@ def _refuse_modes(name: str, group: dict[str, Any]) -> None:
 class _TorchFace(_Optimizer):
     """An Optimizer whose constructor speaks torch.optim's names."""
 
+    _closed = True
+
     def _start(self, params: Any, cbs: list[Any], lr: Any, flags: dict[str, Any], **hypers: Any) -> None:
         _check_numbers(lr=lr)
         for name in ("eps", "wd"):
@@ -143,6 +145,7 @@ class SGD(_TorchFace):
     """
 
     state_names: ClassVar[dict[str, str]] = {"grad_avg": "momentum_buffer"}
+    _looks_first = True
 
     def __init__(
         self,

@@ -86,6 +86,10 @@ class Optimizer(torch.optim.Optimizer):
     state: State
     state_names: ClassVar[Mapping[str, str]] = {}
     hyper_names: ClassVar[Mapping[str, names.Place]] = {}
+    _closed: ClassVar[bool] = False
+    """Whether the hyperparameters given to the constructor are all there are to our own callbacks."""
+    _looks_first: ClassVar[bool] = False
+    """Whether a parameter listed twice has its state looked up for both before either steps."""
 
     @torch._disable_dynamo  # which would build half of it in compiled code
     def __init__(
@@ -123,8 +127,6 @@ class Optimizer(torch.optim.Optimizer):
         self.frozen_idx = 0
         self._scaling = Scaling(bool(amp_fused))
         self.max_grad_norm = max_grad_norm
-        if amp_fused:
-            self._step_supports_amp_scaling = True
         self._set_up(hypers)
         defaults: dict[str, Any] = {}
         values = self.hyper_map.to_fastai(hypers)
@@ -156,6 +158,16 @@ class Optimizer(torch.optim.Optimizer):
         self._roles: tuple[list[Any], Roles] | None = None
         self._strange: set[str] = set()
         """Keys of groups that nobody takes, and that were looked at."""
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks before it hands over its scale and what it found; there with ``amp_fused`` only.
+
+        accelerate knows a skipped step by its not being called, so in its calls GradScaler decides.
+        """
+        if not self._scaling.amp:
+            raise AttributeError("_step_supports_amp_scaling")
+        return getattr(self.step, "__module__", "") != "accelerate.optimizer"
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -205,7 +217,8 @@ class Optimizer(torch.optim.Optimizer):
         filled = self.hyper_map.of_group(self.defaults) | values if values else {}
         for name, value in filled.items():
             value = names.plain(value)
-            names.check(name, value)
+            if self.roles.hands(name, self._own()):  # other libraries' keys are not ours to check
+                names.check(name, value)
             self.hyper_map.write(group, name, value)
         super().add_param_group(group)
         index = len(self.param_groups) - 1
@@ -265,7 +278,7 @@ class Optimizer(torch.optim.Optimizer):
     def roles(self) -> Roles:
         """What names mean to the callbacks."""
         if self._roles is None or self._roles[0] != self.cbs:
-            self._roles = list(self.cbs), roles_of(self.cbs, (*self._stored, *self._called))
+            self._roles = list(self.cbs), roles_of(self.cbs, (*self._stored, *self._called), self._closed)
         return self._roles[1]
 
     def _handed(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -276,12 +289,15 @@ class Optimizer(torch.optim.Optimizer):
         holds is carried and saved, and nobody is handed it: as in torch.
         """
         found, roles = self.hyper_map.of_group(group), self.roles
-        own = {*self.hyper_map.of_group(self.defaults), *(k for cb in self.cbs for k in defaults_of(cb))}
+        own = self._own()
         strange = [k for k in found if not roles.hands(k, own)]
         if unseen := [k for k in strange if isinstance(k, str) and k not in self._strange]:
             self._strange.update(unseen)
             warn_of_misspelt(unseen, {*self.defaults, *own, *(roles.taken or ())})
         return {k: v for k, v in found.items() if k not in strange}
+
+    def _own(self) -> set[str]:
+        return {*self.hyper_map.of_group(self.defaults), *(k for cb in self.cbs for k in defaults_of(cb))}
 
     def _hypers_of(self, group: dict[str, Any]) -> dict[str, Any]:
         return {k: hyper_of(group, k, v) for k, v in self._handed(group).items()}
@@ -309,14 +325,14 @@ class Optimizer(torch.optim.Optimizer):
         todo, again = _apart(self._items())
         if again and self.max_grad_norm is not None:
             raise RuntimeError(
-                "a parameter is listed twice, and max_grad_norm takes the norm of each gradient once. Remedy: list every "
+                "a parameter is listed twice, and max_grad_norm takes each gradient's norm once. Remedy: list every "
                 "parameter once, or clip with torch.nn.utils.clip_grad_norm_"
             )
         launched = self._step_items(todo)
         self._warm = None if again else record(self, launched)
         while again:  # one launch must not step a tensor twice
             todo, again = _apart(again)
-            for item in todo:
+            for item in () if self._looks_first else todo:
                 item.state = self._state_of(item.home, item.modes.on_device)
             self._step_items(todo)
 
@@ -379,7 +395,10 @@ class Optimizer(torch.optim.Optimizer):
             # written by hand or, in torch's schema, by ZeroRedundancyOptimizer
             if isinstance(value := live.get(key), torch.Tensor) and value.numel() == 1:
                 live[key] = checkpoint.count(value)
-        return {self._called.get(k, k): v for k, v in live.items()} if self._called or not live else live
+        never = self.roles.never  # an entry of that name is somebody's note, and no argument
+        if live and not self._called and never.isdisjoint(live):
+            return live
+        return {self._called.get(k, k): v for k, v in live.items() if k not in never}
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch.optim's schema, plus ``"fusedopt"`` if fastai's flags are set. Tensors are live."""
@@ -390,6 +409,9 @@ class Optimizer(torch.optim.Optimizer):
 
         def complete(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             state_dict.update({checkpoint.EXTRA: found} if (found := checkpoint.extra(self, live)) else {})
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+                if saved.get("capturable") and all(p.device.type == "cpu" for p in group["params"]):
+                    saved["capturable"] = False  # torch's own optimizers have it on accelerators only
 
         # Innermost, so that the hooks of others see what they expect.
         with contextlib.ExitStack() as hooks:
@@ -492,6 +514,10 @@ class Optimizer(torch.optim.Optimizer):
                 UserWarning,
                 stacklevel=2,
             )
+        self.apply_freezing()
+
+    def apply_freezing(self) -> None:
+        """Give every parameter the ``requires_grad`` that follows from ``frozen_idx`` and its ``force_train``."""
         for i, params in enumerate(self.param_lists):
             for p in params:
                 p.requires_grad_(i >= self.frozen_idx or bool(self.state.get(p, {}).get("force_train")))

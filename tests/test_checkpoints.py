@@ -384,3 +384,215 @@ def test_checkpoints_for_fastai_share_nothing():
     train_any(a, params, 2), train_any(b, twins, 2)
     assert_equal(params, twins)
     assert opt.state[first(opt)]["step"] == 2
+
+
+# --
+# Checkpoints that cannot be continued
+
+
+def tampered(key, value):
+    def change(state):
+        if value is GONE:
+            del state[key]
+        else:
+            state[key] = value
+
+    return change
+
+
+GONE = object()
+UNFIT = {
+    "a negative step": tampered("step", torch.tensor(-5.0)),
+    "a step that is NaN": tampered("step", torch.tensor(float("nan"))),
+    "an infinite step": tampered("step", float("inf")),
+    "half a step": tampered("step", 2.5),
+    "a step in words": tampered("step", "3"),
+    "a list of steps": tampered("step", [3]),
+    "no step": tampered("step", GONE),
+    "None for the step": tampered("step", None),
+    "no average": tampered("exp_avg", GONE),
+    "no second average": tampered("exp_avg_sq", GONE),
+    "None for an average": tampered("exp_avg", None),
+    "a list for an average": tampered("exp_avg", [0.0, 0.0, 0.0]),
+    "a number for an average": tampered("exp_avg", 0.0),
+    "one number for an average": tampered("exp_avg", torch.tensor(0.0)),
+    "an average of integers": tampered("exp_avg", torch.zeros(3, dtype=torch.int64)),
+    "a key that is no name": tampered(7, 1.0),
+}
+
+
+def stepped_adam(make, steps=3):
+    p = nn.Parameter(torch.ones(3))
+    opt = make([p])
+    for t in range(steps):
+        p.grad = torch.full((3,), t + 1.0)
+        opt.step()
+    return p, opt
+
+
+def refuses(opt, p, saved, match="loaded state dict"):
+    before = (
+        p.detach().clone(),
+        copy.deepcopy(dict(opt.state[p])),
+        copy.deepcopy(opt.param_groups[0]["betas"]),
+    )
+    with pytest.raises(ValueError, match=match):
+        opt.load_state_dict(saved)
+    after = p.detach().clone(), dict(opt.state[p]), opt.param_groups[0]["betas"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [fusedopt.optim.AdamW, fusedopt.optim.NAdam, partial(fusedopt.Adam, lr=0.1)])
+@pytest.mark.parametrize("damage", UNFIT)
+def test_state_that_cannot_be_continued_is_refused_and_changes_nothing(damage, make):
+    p, opt = stepped_adam(make)
+    saved = copy.deepcopy(opt.state_dict())
+    UNFIT[damage](saved["state"][0])
+    refuses(opt, p, saved)
+
+
+@pytest.mark.parametrize("key", ["0", 9, torch.ones(1)], ids=["a string", "no parameter's", "a tensor"])
+def test_state_under_an_id_that_no_group_has_is_refused(key):
+    p, opt = stepped_adam(fusedopt.optim.AdamW)
+    saved = opt.state_dict()
+    refuses(opt, p, saved | {"state": {key: saved["state"][0]}}, "no group lists a parameter of that id")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"state": [1]}, {"state": {0: None}}, {"param_groups": None}, {"param_groups": [{}]}, {"fusedopt": 3},
+     {"fusedopt": {"flags": {}, "frozen_idx": -1}}],
+)  # fmt: skip
+def test_what_has_not_the_form_of_a_state_dict_is_refused(change):
+    p, opt = stepped_adam(fusedopt.optim.AdamW)
+    refuses(opt, p, opt.state_dict() | change)
+
+
+def test_another_optimizers_state_is_refused():
+    source = stepped_adam(partial(fusedopt.optim.SGD, momentum=0.9))[1]
+    p, opt = stepped_adam(fusedopt.optim.AdamW)
+    saved = source.state_dict() | {"param_groups": opt.state_dict()["param_groups"]}
+    refuses(opt, p, saved, "missing.*'momentum_buffer'")
+
+
+def test_what_a_rule_makes_later_may_be_missing():
+    p, opt = stepped_adam(partial(fusedopt.optim.SGD, momentum=0.9))
+    for state in ({}, {"momentum_buffer": None}, {"note": "x"}):
+        opt.load_state_dict(opt.state_dict() | {"state": {0: state}})
+        p.grad = torch.ones(3)
+        opt.step()
+        assert isinstance(opt.state[p]["momentum_buffer"], torch.Tensor)
+
+
+@pytest.mark.parametrize("extra", [[1], "x", None, {"a": 1}, torch.ones(3), 2.0], ids=str)
+@pytest.mark.parametrize("key", ["note", "p", "dampening", "lr"])
+def test_entries_more_are_carried_and_change_nothing(key, extra):
+    p, opt = stepped_adam(fusedopt.optim.AdamW)
+    q, twin = stepped_adam(fusedopt.optim.AdamW)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0][key] = extra
+    opt.load_state_dict(saved)
+    for each, x in ((opt, p), (twin, q)):
+        x.grad = torch.ones(3)
+        each.step()
+    assert torch.equal(p, q)
+    assert str(opt.state_dict()["state"][0][key]) == str(extra)
+
+
+def test_a_users_own_step_may_be_anything():
+    def halved(p, lr, step=1.0, **kwargs):
+        p.data.sub_(p.grad, alpha=lr * step)
+        return {"step": -step / 2}
+
+    make = partial(fusedopt.Optimizer, cbs=halved, lr=0.1)
+    (p, opt), (q, other) = stepped_adam(make), stepped_adam(make, 1)
+    other.load_state_dict(opt.state_dict())
+    assert other.state[q]["step"] == opt.state[p]["step"] == -0.125
+
+
+def test_a_wrappers_count_in_the_group_stays_there():
+    p, opt = stepped_adam(fusedopt.optim.AdamW)
+    opt.param_groups[0]["step"] = 17
+    opt.load_state_dict(opt.state_dict())
+    assert opt.state[p]["step"] == 3 and opt.param_groups[0]["step"] == 17
+
+
+def test_freezing_is_restored_with_its_effect():
+    lists = [[nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2)]
+    twins = copy.deepcopy(lists)
+    opt, other = fusedopt.Adam(lists, lr=0.1), fusedopt.Adam(twins, lr=0.1)
+    opt.state[lists[0][0]]["force_train"] = True
+    opt.freeze_to(1)
+    other.load_state_dict(opt.state_dict())
+    assert [p.requires_grad for p in itertools.chain(*twins)] == [True, False, True, True]
+    opt.unfreeze()
+    other.load_state_dict(opt.state_dict())
+    assert other.frozen_idx == 0 and all(p.requires_grad for p in itertools.chain(*twins))
+
+
+def test_loading_leaves_requires_grad_alone_if_nothing_is_frozen_or_thawed():
+    first, second = ([nn.Parameter(torch.ones(3))] for _ in range(2))
+    opt = fusedopt.Adam([first, second], lr=0.1)
+    opt.state[second[0]]["do_wd"] = False
+    first[0].requires_grad_(False)
+    opt.load_state_dict(opt.state_dict())
+    assert [first[0].requires_grad, second[0].requires_grad] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "options", [dict(capturable=True), dict(amp_fused=True), dict(capturable=True, amp_fused=True)]
+)
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("SGD", dict(momentum=0.9)),
+        ("Adam", dict(amsgrad=True)),
+        ("NAdam", {}),
+        ("RMSprop", {}),
+        ("Adamax", {}),
+    ],
+)
+def test_numbers_on_the_device_go_on_in_torchs_optimizer(name, kwargs, options):
+    p, ours = stepped_adam(partial(getattr(fusedopt.optim, name), **kwargs, **options))
+    q, theirs = stepped_adam(partial(getattr(torch.optim, name), **kwargs))
+    r, fresh = stepped_adam(partial(getattr(torch.optim, name), **kwargs), 0)
+    r.data.copy_(p.data)
+    fresh.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for x, opt in ((p, ours), (q, theirs), (r, fresh)):
+        for _ in range(2):
+            x.grad = torch.ones(3)
+            opt.step()
+    torch.testing.assert_close([p, r], [q, q])
+    assert not any(key.startswith("started") for key in ours.state_dict()["state"][0])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(flatten_optimizer_state_dict=True), dict(full_state_dict=True)], ids=str
+)
+@pytest.mark.parametrize("make", [fusedopt.optim.AdamW, partial(fusedopt.Adam, lr=0.1)])
+def test_distributed_checkpoints_of_a_parameter_that_never_trained(make, options):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(strict=False, **options)
+    models = [nn.ModuleDict({"used": nn.Linear(2, 2), "idle": nn.Linear(2, 1)}) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    opts = [make(model.parameters()) for model in models]
+
+    def train(i, steps):
+        for _ in range(steps):
+            models[i]["used"](torch.ones(1, 2)).sum().backward()
+            opts[i].step()
+            opts[i].zero_grad()
+
+    train(0, 3)
+    models[1].load_state_dict(models[0].state_dict())
+    set_optimizer_state_dict(
+        models[1], opts[1], get_optimizer_state_dict(models[0], opts[0], options=options), options=options
+    )
+    train(0, 2), train(1, 2)
+    assert_equal(list(models[1].parameters()), list(models[0].parameters()))
+    assert opts[1].state[models[1]["used"].weight]["step"] == 5

@@ -563,3 +563,66 @@ def test_a_gradient_whose_memory_holds_its_negative_is_read_as_what_it_is():
             assert p.grad.is_neg()
             opt.step()
         assert (p > 0).all()
+
+
+# --
+# Views of other memory, and memory in common
+
+
+def imaginary(values):
+    """What stands in memory as its negative."""
+    return torch.complex(torch.zeros_like(values), -values).conj().imag
+
+
+VIEWS = {
+    "negative": imaginary,
+    "negative and dense": lambda x: torch._neg_view(-x),
+    "every second column": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("grad", VIEWS)
+@pytest.mark.parametrize("param", [v for v in VIEWS if v != "expanded"])
+def test_views_are_stepped_as_by_torch(param, grad, backend):
+    values = torch.randn(4)
+    p, q = nn.Parameter(VIEWS[param](values)), nn.Parameter(values.clone())
+    ours = fusedopt.optim.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.1, backend=backend)
+    theirs = torch.optim.SGD([q], lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(4):
+        p.grad = VIEWS[grad](torch.randn(4))
+        q.grad = p.grad.resolve_neg().clone()
+        ours.step(), theirs.step()
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("offset", [0, 1, -1, 3])
+@pytest.mark.parametrize("size", [5, 100_000])
+def test_a_gradient_in_the_parameters_own_memory_is_read_before_it_is_written(size, offset):
+    memory = torch.randn(size + 16)
+    p = nn.Parameter(memory[8 : 8 + size])
+    q = nn.Parameter(p.detach().clone())
+    ours, theirs = fusedopt.optim.AdamW([p], lr=0.1), torch.optim.AdamW([q], lr=0.1)
+    for t in range(6):  # warm when the gradient moves in
+        p.grad = torch.randn(size) if t < 3 else memory[8 + offset : 8 + offset + size]
+        q.grad = p.grad.detach().clone()
+        ours.step(), theirs.step()
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("state_dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_scalar_parameter_steps_as_a_vector_of_one(state_dtype, capturable, backend):
+    found = []
+    for shape in ((), (1,)):
+        p = nn.Parameter(torch.ones(shape))
+        opt = fusedopt.optim.AdamW(
+            [p], lr=0.1, state_dtype=state_dtype, capturable=capturable, backend=backend
+        )
+        for _ in range(4):
+            p.grad = torch.full_like(p, 0.7)
+            opt.step()
+        found.append(p.item())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

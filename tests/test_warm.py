@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
 from fusedopt import average_grad, l2_reg, momentum_step, weight_decay
-from fusedopt.runtime import engine, items, leaf, verdicts
+from fusedopt.runtime import engine, items, leaf, transforms, verdicts
 from fusedopt.table import TABLE
 from fusedopt.trace.purity import READS, Verdict
 
@@ -199,6 +199,7 @@ def test_a_warm_step_sees_nothing_but_tables(monkeypatch):
     for name in ("_items", "_step_from_scratch"):
         monkeypatch.setattr(fusedopt.Optimizer, name, refuse)
     monkeypatch.setattr(engine, "trace", refuse)
+    monkeypatch.setattr(transforms, "active", lambda: False)  # the mode is here to watch
     with NoOps():
         twins.a.step()
     twins.check()

@@ -464,3 +464,27 @@ def test_processes_that_share_the_state_train_as_one(name, two_processes):
         for s, o in zip(state.values(), other.values(), strict=True):
             for key in s:
                 torch.testing.assert_close(s[key], o[key], rtol=rtol, atol=1e-12, check_dtype=False)
+
+
+# --
+# accelerate and steps that GradScaler skips
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("amp_fused", [False, True])
+def test_accelerate_sees_skipped_steps(accelerators, amp_fused, scheduled):
+    accelerators()
+    p = nn.Parameter(torch.ones(3))
+    opt = fusedopt.optim.SGD([p], lr=0.5, amp_fused=amp_fused)
+    if scheduled:  # torch's schedulers put a step of their own in the place of the optimizer's
+        torch.optim.lr_scheduler.ConstantLR(opt, 1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(opt, scaler=scaler)
+    found = []
+    for grad in (1.0, float("inf"), 1.0):
+        scaler.scale(torch.zeros(()))
+        p.grad = torch.full((3,), grad * scaler.get_scale())
+        wrapped.step()
+        found.append((wrapped.step_was_skipped, p[0].item()))
+    assert found == [(False, 0.5), (True, 0.5), (False, 0.0)]
+    assert getattr(opt, "_step_supports_amp_scaling", False) == amp_fused  # outside of accelerate's calls

@@ -151,6 +151,11 @@ class Engine:
         self._known = self._shared_traces()
         self._acted = False
 
+    @property
+    def pure(self) -> bool:
+        """Whether calling its callbacks has no effect but the one on their arguments."""
+        return all(self._pure)
+
     def follows(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
         """Whether it still does what these callbacks do."""
         return self.callbacks == callbacks and self._sources.unchanged()

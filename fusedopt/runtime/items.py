@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import reference
-from ..checkpoint import begun
 from ..ir.program import Buffer
 from ..trace.signature import (
     HOST,
@@ -178,6 +177,15 @@ def work_copy(item: Item) -> Item:
     work.owner = item.owner
     attach_gradient(work)
     return work
+
+
+def begun(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without what holds nothing yet because every step was skipped so far, and without the flag for that."""
+    flag = next((k for k in state if isinstance(k, str) and k.startswith(STARTED)), None)
+    if flag is None:
+        return state
+    late = () if state[flag].item() else flag.removeprefix(STARTED).split(",")
+    return {k: v for k, v in state.items() if k not in late and k != flag}
 
 
 def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:

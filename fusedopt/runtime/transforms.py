@@ -47,12 +47,12 @@ def prepared(todo: Sequence[Item], made_in: Any) -> list[Item]:
         )
     if _includes(_PRE_DISPATCH):
         raise RuntimeError(
-            "step() is traced before dispatch (make_fx(pre_dispatch=True), torch.export), where writing to p.data leaves no "
+            "step() is traced before dispatch (make_fx(pre_dispatch=True), torch.export), where p.data leaves no "
             "trace. Remedy: make_fx without pre_dispatch, or step outside of the traced function"
         )
     if tracer() is not made_in:
         raise RuntimeError(
-            "step() is traced into a graph, and the optimizer was made outside of the traced function: its state and its "
+            "step() is traced into a graph, and the optimizer was made outside of the traced function: its state and "
             "step counts would be constants there. Remedy: make the optimizer within the traced function, or trace "
             "forward and backward only, and step outside"
         )
@@ -73,6 +73,6 @@ def _refuse_stranger(item: Item, functional: bool) -> None:
             group, i = item.where
             which = ("parameter", "gradient") if wanted else ("gradient", "parameter")
             raise RuntimeError(
-                f"the {which[0]} {i} of group {group} is a real tensor, and its {which[1]} is a {what} one, of a transform or "
-                "mode that cannot write to it. Remedy: make parameters and optimizer inside too, or step outside"
+                f"the {which[0]} {i} of group {group} is real, and its {which[1]} is a {what} one, of a mode or "
+                "transform that cannot write to it. Remedy: make parameters and optimizer inside too, or step outside"
             )
