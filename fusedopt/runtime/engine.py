@@ -154,7 +154,7 @@ class Engine:
     @property
     def pure(self) -> bool:
         """Whether calling its callbacks has no effect but the one on their arguments."""
-        return all(self._pure)
+        return all(self.verdicts.pure)
 
     def follows(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
         """Whether it still does what these callbacks do."""
