@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 // leaf.py finds this text in the file before it loads it: against another torch, loading may crash.
@@ -69,6 +70,20 @@ void run_cpu(std::vector<uintptr_t> entries, uintptr_t launch_ptr, std::vector<s
   stages.run();
 }
 
+// Wait until gradients are there or gone. A thread that drops one lets go of the GIL while the memory is freed, and till
+// then the parameter refers to what is no more: torch's own `p.grad` would crash.
+void settle(const py::list& params) {
+  for (const auto& item : params) {
+    if (!THPVariable_Check(item.ptr()))
+      continue;
+    const at::Tensor& grad = THPVariable_Unpack(item.ptr()).grad();
+    while (grad.defined() && grad.use_count() == 0) {
+      py::gil_scoped_release no_gil;
+      std::this_thread::yield();
+    }
+  }
+}
+
 // A number among the hyperparameters as Python's, or None.
 py::object number(const py::object& x) {
   fusedopt::Scalar out;
@@ -107,6 +122,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("run_cpu", torch::wrap_pybind_function(run_cpu),
         py::arg("entries"), py::arg("launch_ptr"), py::arg("splits"));
   m.def("have_memory", torch::wrap_pybind_function(have_memory), py::arg("tensors"));
+  m.def("settle", torch::wrap_pybind_function(settle), py::arg("params"));
   m.def("number", torch::wrap_pybind_function(number), py::arg("x"));
   py::class_<Kept>(m, "Kept");
   py::class_<fusedopt::Recording>(m, "Recording")

@@ -498,8 +498,9 @@ class Recording {
   bool check_row(const Row& row) {
     const at::Tensor& param = tensor(row.param);
     const at::Tensor& grad = param.grad();
+    // A count of zero: another thread is freeing it, see `settle`.
     if (!row.memory.holds(param) || param.sizes() != at::IntArrayRef(row.sizes) ||
-        !param.is_non_overlapping_and_dense() || !grad.defined() || grad.scalar_type() != row.grad_dtype ||
+        !param.is_non_overlapping_and_dense() || !grad.defined() || !grad.use_count() || grad.scalar_type() != row.grad_dtype ||
         grad.layout() != at::kStrided || grad.device() != param.device() || !same_layout(grad, param) ||
         !grad.has_storage() || !is_there(grad))
       return false;

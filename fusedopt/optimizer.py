@@ -32,7 +32,7 @@ from .checkpoint import FLAGS
 from .explain import Explanation, explain
 from .memory import check_memory
 from .names import HyperNames, HypersView
-from .runtime import backends, transforms
+from .runtime import backends, leaf, transforms
 from .runtime.engine import Engine, Launched, Resident
 from .runtime.items import Item
 from .runtime.scaling import NORM, Scaling
@@ -375,6 +375,7 @@ class Optimizer(torch.optim.Optimizer):
         for g, group in enumerate(self.param_groups):
             modes = self._scaling.modes(bool(group.get("capturable")))
             hyper = self._hypers_of(group)
+            leaf.settle(list(group["params"]))
             for i, p in enumerate(group["params"]):
                 grad = p if pretend else p.grad
                 if grad is not None:

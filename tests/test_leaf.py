@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import threading
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import needs_extension
+from torch import nn
 
 from fusedopt.runtime import leaf
 
@@ -258,3 +261,47 @@ def test_inference_tensors_are_passed_over(implementation):
 def test_bump_versions_refuses(implementation):
     with pytest.raises(TypeError, match=r"tensors\[0\] must be a Tensor, not NoneType"):
         implementation.bump_versions([None])
+
+
+# ------------------------------------------------------------------------------------------ settle
+
+DROPPED = """
+import sys, threading, time
+import torch
+from fusedopt.runtime import leaf
+
+sys.setswitchinterval(10)  # nobody is interrupted: the GIL changes hands where it is let go
+p = torch.nn.Parameter(torch.zeros(60_000_000))
+for _ in range(5):
+    p.grad = torch.ones_like(p)
+    begin, done = threading.Event(), threading.Event()
+
+    def drop():
+        begin.wait()
+        p.grad = None
+        done.set()
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    begin.set()
+    while not done.is_set():
+        leaf.settle([p])
+        p.grad  # crashes while it is being freed
+        time.sleep(0)
+    thread.join()
+print("whole")
+"""
+
+
+@needs_extension
+def test_a_gradient_that_another_thread_is_freeing_is_waited_for():
+    """torch lets go of the GIL while it frees one, and its own ``p.grad`` reads freed memory then."""
+    done = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True)
+    assert done.stdout == "whole\n", done.stderr
+
+
+def test_settle(implementation):
+    free, held = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    held.grad = torch.ones(2)
+    implementation.settle([free, held])
+    assert free.grad is None and held.grad is not None

@@ -3,6 +3,7 @@
     write_pointers(tensors, table_ptr, rows, columns, column)
     run_cpu(entries, launch_ptr, splits)
     bump_versions(tensors)
+    settle(params)
 
 The namespaces `python` and `native` (None without the extension) hold both implementations.
 The extension is used only when it was built against the torch that is running: another torch lays out
@@ -95,6 +96,10 @@ def _bump_versions(tensors: list[Tensor]) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
+def _settle(params: list[Tensor]) -> None:
+    """Wait until no other thread is freeing one of these parameters' gradients. (Python cannot tell.)"""
+
+
 def _run_range(stage, launch_ptr: int, bounds: tuple[int, int]) -> None:
     stage(launch_ptr, *bounds)
 
@@ -146,6 +151,7 @@ python = SimpleNamespace(
     write_pointers=_write_pointers,
     run_cpu=_run_cpu,
     bump_versions=_bump_versions,
+    settle=_settle,
     torch_version=str(torch.__version__),
 )
 native, _reason = extension.load_installed()
@@ -155,6 +161,7 @@ _active = native or python
 write_pointers = _active.write_pointers
 run_cpu = _active.run_cpu
 bump_versions = _active.bump_versions
+settle = _active.settle
 torch_version = _active.torch_version
 
 
@@ -173,9 +180,10 @@ def available() -> bool:
 
 def _use(module: ModuleType | None) -> bool:
     """Whoever runs these functions right now may go on with Python's: they do the same."""
-    global native, write_pointers, run_cpu, bump_versions, _missing, _reason
+    global native, write_pointers, run_cpu, bump_versions, settle, _missing, _reason
     if module is not None and native is None:
         write_pointers, run_cpu, bump_versions = module.write_pointers, module.run_cpu, module.bump_versions
+        settle = module.settle
         native, _missing, _reason = module, None, f"built for torch {module.torch_version} where it runs"
     return native is not None
 
