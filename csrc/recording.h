@@ -141,9 +141,10 @@ class Recording {
     at::ScalarType dtype;
     bool written;
 
+    // Memory that is freed or cut is other memory from then on.
     bool holds(const at::Tensor& t) const {
       return t.layout() == at::kStrided && t.scalar_type() == dtype && !t.is_neg() && t.const_data_ptr() == data &&
-             is_there(t) && !(written && c10::impl::cow::is_cow_data_ptr(t.storage().data_ptr()));
+             !(written && c10::impl::cow::is_cow_data_ptr(t.storage().data_ptr()));
     }
   };
   // Whether the storage of a dense tensor is as large as that needs: it may have been freed or cut.
@@ -172,6 +173,7 @@ class Recording {
     size_t first_owned;
     Memory memory;
     at::ScalarType grad_dtype;
+    int64_t bytes; // of the parameter or its gradient, whichever has more
     at::DimVector sizes;
     std::vector<Entry> entries;
     std::vector<const void*> dict_lines, tensor_lines; // of cache, to fetch early
@@ -246,12 +248,14 @@ class Recording {
   // References to everything that `commit` touches.
   std::vector<py::object> objects() const {
     std::vector<py::object> out;
+    out.reserve(owned_.size());
     const auto own = [&](PyObject* x) { out.push_back(py::reinterpret_borrow<py::object>(x)); };
     for (const Row& row : rows_) {
       own(row.param);
       own(row.state);
       for (const Entry& entry : row.entries)
-        own(entry.value);
+        if (entry.kind == Kind::tensor) // others are owned for good
+          own(entry.value);
     }
     return out;
   }
@@ -378,7 +382,8 @@ class Recording {
     const at::Tensor& param = tensor(p);
     const bool written = t[4].cast<bool>();
     Row row{p, t[1].cast<py::dict>().ptr(), reinterpret_cast<int64_t*>(t[2].cast<uintptr_t>()), t[3].cast<int64_t>(),
-            t[5].cast<int64_t>(), 0, memory(param, written), param.grad().scalar_type(), at::DimVector(param.sizes()), {}, {}, {}};
+            t[5].cast<int64_t>(), 0, memory(param, written), param.grad().scalar_type(), 0, at::DimVector(param.sizes()), {}, {}, {}};
+    row.bytes = std::max<int64_t>(param.nbytes(), param.grad().defined() ? param.grad().nbytes() : 0);
     check_address(row, t[7].cast<int64_t>(), row.memory);
     remember(row.tensor_lines, p, 64);
     remember(row.dict_lines, row.state, 64);
@@ -528,7 +533,7 @@ class Recording {
       return false;
     // A gradient in the parameter's own memory would change while kernels read it: the long way copies it first.
     const int64_t apart = reinterpret_cast<intptr_t>(data) - reinterpret_cast<intptr_t>(row.memory.data);
-    if (std::abs(apart) < static_cast<int64_t>(std::max(param.nbytes(), grad.nbytes())))
+    if (std::abs(apart) < row.bytes)
       return false;
     if (row.grad_column >= 0)
       row.words[row.grad_column] = reinterpret_cast<int64_t>(data);
