@@ -18,6 +18,7 @@ from .checks import as_loader
 from .losses import of_items, unreduced
 from .order import listed
 from .ordered import numbered, order_of, whole
+from .views import single
 
 CLASSIFY = (nn.CrossEntropyLoss, nn.NLLLoss, functional.cross_entropy, functional.nll_loss)
 
@@ -109,7 +110,7 @@ class Inference:
         inputs, preds, targets, losses = _in_one(gather, numbers)
         act = act or getattr(self.loss_func, "activation", None)
         preds = preds if act is None else act(preds)
-        found = [*([_single(inputs)] if with_input else []), preds, _single(targets)]
+        found = [*([single(inputs)] if with_input else []), preds, single(targets)]
         return (*found, *([self._decodes(preds)] if with_decoded else []), *([losses] if with_loss else []))
 
     def predict(self, item: Any) -> tuple[Any, Any, Any]:
@@ -180,8 +181,3 @@ def _in_one(gather: GatherPreds, numbers: list[list[int]] | None) -> Any:
         return concat(gather.seen)
     n = sum(batch_size(pred) for _, pred, *_ in gather.seen)
     return concat(gather.seen, order_of(numbers, gather.iters, n))
-
-
-def _single(batch: tuple) -> Any:
-    """What is alone in a tuple; None if nothing is."""
-    return None if not batch else batch[0] if len(batch) == 1 else batch
