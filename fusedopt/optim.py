@@ -63,7 +63,7 @@ def _each(value: Any) -> Iterator[Any]:
     """The numbers in a hyperparameter: itself, or those of a slice, list or array (one per param group)."""
     if isinstance(value, slice):
         yield from (v for v in (value.start, value.stop) if v is not None)
-    elif not isinstance(value, Tensor) and hasattr(value, "__iter__") and getattr(value, "ndim", 1):
+    elif not isinstance(value, Tensor) and hasattr(value, "__iter__") and getattr(value, "ndim", None) != 0:
         yield from value
     else:
         yield value

@@ -310,17 +310,16 @@ class Optimizer(torch.optim.Optimizer):
         if self._scaling.amp:  # GradScaler sets these attributes for the time of its call
             self._scaling.receive(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if transforms.active():
-            with torch.no_grad():
-                self._step_transformed()
+            self._step_transformed()
         elif self._warm is None or not self._warm.step(self):
             self._warm = None
-            with torch.no_grad():
-                self._step_from_scratch()
+            self._step_from_scratch()
         # Nothing is captured before CUDA is initialised, and asking would need a driver.
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._keep_captured()
         return loss
 
+    @torch.no_grad()
     def _step_from_scratch(self) -> None:
         todo, again = _apart(self._items())
         if again and self.max_grad_norm is not None:
@@ -346,6 +345,7 @@ class Optimizer(torch.optim.Optimizer):
             if item.state is not self.state[item.home]:
                 self._hand_over(item)()
 
+    @torch.no_grad()
     def _step_transformed(self) -> None:
         """A step that a transform or a dispatch mode sees: see `transforms`."""
         made_in = self._made_in and self._made_in()
@@ -383,7 +383,7 @@ class Optimizer(torch.optim.Optimizer):
                     state = self._state_of(p, modes.on_device)
                     check_state(p, self.state.get(p, {}), g, i)
                     todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
-        if not pretend:
+        if not pretend and not transforms.active():  # whose tensors have none
             check_memory(todo, self.stored_name_of)
         return todo
 

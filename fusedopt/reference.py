@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 from .callback import Callback, call
 
@@ -110,33 +110,48 @@ class Lent:
     """The user's own parameter, for the time of a callback's call made of a work copy and its gradient.
 
     So a callback finds what it would in a plain loop: the parameter's identity and attributes. A tensor that cannot
-    be lent (of a wrapper that refuses other memory, or made under inference mode) is replaced by the work copy.
+    be lent (of a wrapper that refuses other memory, or made under inference mode) is replaced by the work copy, which
+    has its attributes.
     """
 
     def __init__(self, owner: torch.Tensor, work: torch.Tensor) -> None:
         self.owner, self.work = owner, work
+        self.kept: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def __enter__(self) -> torch.Tensor:
         owner, work = self.owner, self.work
-        self.kept = None if owner is work else (owner.data, owner.grad)
-        if self.kept is not None:
-            try:
-                _become(owner, work.data, work.grad)
-                mark(owner, asked(work))
-            except (RuntimeError, TypeError, AttributeError):
-                self._give_back()
-        return owner if self.kept is not None else work
+        if owner is work:
+            return work
+        self.kept = owner.data, owner.grad
+        try:
+            _become(owner, work.data, work.grad)
+            mark(owner, asked(work))
+        except (RuntimeError, TypeError, AttributeError):
+            self.give_back()
+            vars(work).update(vars(owner))
+            return work
+        return owner
 
     def __exit__(self, *_: Any) -> None:
         if self.kept is not None:
             self.work = mark(self.owner.data, asked(self.work))
             self.work.grad = self.owner.grad
-            self._give_back()
+            self.give_back()
 
-    def _give_back(self) -> None:
-        _become(self.owner, *self.kept)  # type: ignore[misc]
-        vars(self.owner).pop("_fusedopt_asked", None)
-        self.kept = None
+    def give_back(self) -> None:
+        """Make the owner what it was, if it is not."""
+        if self.kept is not None:
+            _become(self.owner, *self.kept)
+            vars(self.owner).pop("_fusedopt_asked", None)
+            self.kept = None
+
+
+def tidy(lent: Lent | None) -> None:
+    """After a step that a signal may have ended anywhere: no parameter is lent, and no mode of ours is active."""
+    while isinstance(_get_current_function_mode(), AskedDtypes):
+        _pop_mode()
+    if lent is not None:
+        lent.give_back()
 
 
 def _become(p: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> None:
@@ -151,23 +166,17 @@ def _become(p: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> N
         p.grad_dtype = dtype
 
 
-def run_callback(
-    callback: Callback,
-    owner: torch.Tensor,
-    work: torch.Tensor,
-    state: dict[str, Any],
-    hyper: Mapping[str, Any],
-) -> tuple[torch.Tensor, bool]:
-    """Call one callback with the owner, made of the work copy, and take the state that it returns, by value.
+def run_callback(callback: Callback, lent: Lent, state: dict[str, Any], hyper: Mapping[str, Any]) -> bool:
+    """Call one callback with the lent parameter, and take the state that it returns, by value.
 
-    Returns the work copy as the callback leaves it, and whether the callback did anything.
+    ``lent.work`` is the work copy as the callback leaves it. Returns whether the callback did anything.
     """
+    work = lent.work
     mode = AskedDtypes(work.dtype) if work.device.type == "cpu" or work.is_cuda else contextlib.nullcontext()
-    lent = Lent(owner, work)
     with lent as p, mode:
         returned = call(callback, p, {**state, **hyper})
         new = returned if isinstance(returned, dict) else {}
         for key, value in new.items():
             alias = isinstance(value, torch.Tensor) and value is not state.get(key)
             state[key] = value.detach().clone() if alias else value
-    return lent.work, bool(new) or getattr(mode, "touched", True)
+    return bool(new) or getattr(mode, "touched", True)

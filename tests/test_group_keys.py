@@ -192,7 +192,15 @@ def test_other_libraries_keys_are_no_misspellings():
 
 @pytest.mark.parametrize(
     "one",
-    [torch.tensor([0.02]), np.array([0.02]), np.array([[0.02]]), [0.02], (0.02,), torch.tensor(0.02), np.array(0.02)],
+    [
+        torch.tensor([0.02]),
+        np.array([0.02]),
+        np.array([[0.02]]),
+        [0.02],
+        (0.02,),
+        torch.tensor(0.02),
+        np.array(0.02),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("make", [optim.SGD, fusedopt.SGD])

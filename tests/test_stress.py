@@ -6,10 +6,12 @@ import itertools
 import math
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import threading
 import time
+import warnings
 import weakref
 
 import numpy as np
@@ -701,3 +703,31 @@ def test_closures_go_with_their_optimizers():
     gc.collect()
     alive = {id(ref()): type(ref()).__name__ for ref in gone if ref() is not None}
     assert len(alive) <= 1 and set(alive.values()) <= {"Kernel"}, alive
+
+
+def test_an_eager_step_broken_off_anywhere_is_whole_or_nothing():
+    """Parameters that were lent to callbacks are the user's again, wherever the step ends."""
+
+    def draws(p, lr, step=0, avg=None, **kwargs):
+        avg = torch.zeros_like(p) if avg is None else avg
+        p.data.sub_(avg.add_(p.grad), alpha=lr * (1 + random.random()))
+        return {"step": step + 1, "avg": avg}
+
+    params = parameters(3, 5)
+    params[1].tag = "mine"
+    memory, results = [p.data_ptr() for p in params], set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        opt = fusedopt.Optimizer(params, [fusedopt.weight_decay, draws], lr=0.1, wd=0.1)
+        steps(opt, params, 3)
+        for n in itertools.count(1, 3):
+            steps(opt, params)
+            before, grads = seen(opt, params), [p.grad for p in params]
+            if not broken_off(opt.step, n):
+                break
+            results.add(whole(opt, params, before))
+            assert [p.data_ptr() for p in params] == memory and all(
+                p.grad is g for p, g in zip(params, grads, strict=True)
+            )
+            assert [vars(p) for p in params] == [{}, {"tag": "mine"}]
+    assert results == {True, False}

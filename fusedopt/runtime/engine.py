@@ -150,6 +150,7 @@ class Engine:
         self._sources = sources_of(callbacks)
         self._known = self._shared_traces()
         self._acted = False
+        self._lent: reference.Lent | None = None
 
     @property
     def pure(self) -> bool:
@@ -194,13 +195,16 @@ class Engine:
             self._say(plans, copies)
         except BaseException:
             self.verdicts.restore(saved)
+            reference.tidy(self._lent)
             raise
         _forget(self._known, MAX_STRUCTURES)
         _forget(self.verdicts.unfused, MAX_STRUCTURES)
-        launched = self._launch(plans, scaling, hand_over)
-        self.resident = Resident(launched, self.norm)
+        stores: list[Change] = []
         for item, work in copies:
-            items.store(item, work, self.state_dtype)
+            changes, new = items.stored(item, work, self.state_dtype)
+            stores += [*changes, _handed(item, new, hand_over)]
+        launched = self._launch(plans, scaling, hand_over, stores)
+        self.resident = Resident(launched, self.norm)
         return [] if unfused else launched
 
     def _computed(
@@ -365,8 +369,13 @@ class Engine:
         return norm
 
     def _launch(
-        self, plans: list[Plan], scaling: Scaling, hand_over: Callable[[Item], Change] | None = None
+        self,
+        plans: list[Plan],
+        scaling: Scaling,
+        hand_over: Callable[[Item], Change] | None = None,
+        stores: Sequence[Change] = (),
     ) -> list[Launched]:
+        """Launch the plans; with that ``stores`` are made, what eager callbacks leave."""
         together = _together(plans)
         # Before anything changes: a number may be too large for a float.
         tables = [np.array([plan.slots for plan in group], dtype=np.float64) for group in together]
@@ -375,11 +384,7 @@ class Engine:
                 item.lay_out()
         stepped = [(plan, item) for plan in plans for item in plan.items]
         changed = [_allocated(plan, item) | plan.numbers for plan, item in stepped]
-        handed: list[Change] = []
-        for (_, item), new in zip(stepped, changed, strict=True):
-            seen, item.state = item.state, item.state | new
-            plain = hand_over is not None and type(item) is Item
-            handed.append(hand_over(item) if plain else functools.partial(seen.update, new))  # type: ignore[misc]
+        handed = [_handed(item, new, hand_over) for (_, item), new in zip(stepped, changed, strict=True)]
         launched, changes = [], []
         for group, slots in zip(together, tables, strict=True):
             prepared, runs = launch(group, slots, scaling)
@@ -387,7 +392,7 @@ class Engine:
             changes += runs
         for plan, item in stepped:
             changes += _finishing(plan, item)
-        commit([*changes, *handed])
+        commit([*changes, *handed, *stores])
         for entry in launched:
             entry.launch.let_go()
         self.launched += [(entry.kernel, entry.tensors) for entry in launched]
@@ -428,9 +433,9 @@ class Engine:
     def _run_eagerly(self, span: range, work: list[Item]) -> None:
         for item in work:
             for i in span:
-                item.param, moved = reference.run_callback(
-                    self.callbacks[i], item.owner, item.param, item.state, item.hyper
-                )
+                lent = self._lent = reference.Lent(item.owner, item.param)
+                moved = reference.run_callback(self.callbacks[i], lent, item.state, item.hyper)
+                item.param = lent.work
                 items.attach_gradient(item, item.param.grad)  # the callback may have set another
                 self.verdicts.moved([i] if moved else [])
 
@@ -493,6 +498,12 @@ def _column(name: str, rows: list[Item], scaling: Scaling) -> list[torch.Tensor]
     if where == "scaling":
         return [scaling.buffer(name, rows[0].param.device)] * len(rows)
     return [(item.hyper if where == "hyper" else item.state)[key] for item in rows]
+
+
+def _handed(item: Item, new: dict[str, Any], hand_over: Callable[[Item], Change] | None) -> Change:
+    """What gives the user new state, which the item has at once."""
+    seen, item.state = item.state, item.state | new
+    return hand_over(item) if hand_over and type(item) is Item else functools.partial(seen.update, new)
 
 
 def _finishing(plan: Plan, item: Item) -> list[Change]:

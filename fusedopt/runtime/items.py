@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from ..trace.signature import (
     compute_dtype,
     stored_dtype,
 )
+from .commit import Change
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -196,22 +198,26 @@ def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:
     work.param.grad = work.grad
 
 
-def store(item: Item, work: Item, state_dtype: torch.dtype | None) -> None:
-    """Write a work copy's results to the user's tensors: rounded once, existing state in its own dtype."""
-    empty = item.param.numel() == 0
-    for key, value in item.state.items():
-        if key.startswith(STARTED):
-            value.fill_(1.0)
+def stored(item: Item, work: Item, state_dtype: torch.dtype | None) -> tuple[list[Change], State]:
+    """What writes a work copy's results to the user's tensors: rounded once, existing state in its own dtype.
+
+    Returns the changes to make, and state that is new or no tensor.
+    """
+    empty, new = item.param.numel() == 0, {}
+    changes: list[Change] = [
+        functools.partial(value.fill_, 1.0) for key, value in item.state.items() if key.startswith(STARTED)
+    ]
     if not empty:
-        item.home.copy_(work.param)
+        changes.append(functools.partial(item.home.copy_, work.param))
     for key, value in work.state.items():
         old = item.state.get(key)
         if not isinstance(value, torch.Tensor):
-            item.state[key] = value
+            new[key] = value
         elif not isinstance(old, torch.Tensor) or (old.shape != value.shape and not empty):
-            item.state[key] = _new_state(item, work, value, state_dtype)
+            new[key] = _new_state(item, work, value, state_dtype)
         elif not empty:
-            old.copy_(value)
+            changes.append(functools.partial(old.copy_, value))
+    return changes, new
 
 
 def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None) -> torch.Tensor:
