@@ -352,6 +352,9 @@ class Optimizer(torch.optim.Optimizer):
         todo, again = _apart(transforms.prepared(self._items(), made_in))
         if again:
             raise RuntimeError("a parameter is listed twice, and stepped within a transform; list it once")
+        if made_in is None and (names := transforms.names()):
+            what = f"operations go through {names}, so parameters are stepped unfused, by operations that it sees"
+            self.engine.verdicts.warn("transformed", what)
         engine = Engine(self.cbs, "reference", "transformed", self.state_dtype)
         engine.step(todo, self._scaling.fresh())
         self._keep_state(todo)

@@ -10,6 +10,7 @@ import tracemalloc
 import warnings
 import weakref
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
 from fusedopt import average_grad, momentum_step, sgd_step, step_stat, weight_decay
-from fusedopt.runtime import leaf
+from fusedopt.runtime import leaf, transforms, warm
 
 
 def parameters(n=3, size=20):
@@ -179,7 +180,7 @@ def test_a_helper_or_a_callback_defined_anew_counts_from_the_next_step_on(monkey
     monkeypatch.setattr(shrinking, "__defaults__", doubled.__defaults__)
     opt.step()
     torch.testing.assert_close(p.detach(), start - 8 * g)
-    monkeypatch.setattr(shrinking, "__code__", (lambda p, lr, times, **kwargs: None).__code__)
+    monkeypatch.setattr(shrinking, "__code__", (lambda p, lr, times, **kwargs: p * times).__code__)
     with pytest.warns(RuntimeWarning, match="shrinking .* changed nothing"):
         opt.step()
     torch.testing.assert_close(p.detach(), start - 8 * g)
@@ -257,6 +258,12 @@ def launches(monkeypatch):
     """The stages that were really launched, as a list that grows."""
     seen, run = [], leaf.run_cpu
     monkeypatch.setattr(leaf, "run_cpu", lambda stages, *rest: seen.extend(stages) or run(stages, *rest))
+
+    def plan(self):  # warm steps run nothing in C++
+        self.threads, self.others = leaf.thread_count(), self.launches
+        self.recording.plan([])
+
+    monkeypatch.setattr(warm.Warm, "_plan", plan)
     return seen
 
 
@@ -295,6 +302,17 @@ class Made(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.bytes = 0
+
+    def __enter__(self):
+        self.patch = mock.patch.object(
+            transforms, "active", lambda: False
+        )  # or the step would be by torch's operations
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

@@ -286,7 +286,8 @@ def test_ids_are_opaque():
     state_dict["param_groups"][0]["params"] = [names[i] for i in range(4)]
     state_dict["state"] = {names[i]: s for i, s in state_dict["state"].items()}
     b.load_state_dict(state_dict=state_dict)
-    for p, q in zip(a.state, b.state, strict=True):
+    params = [[p for group in opt.param_groups for p in group["params"]] for opt in (a, b)]
+    for p, q in zip(*params, strict=True):
         assert torch.equal(a.state[p]["sqr_avg"], b.state[q]["sqr_avg"]) and b.state[q]["step"] == 2
 
 

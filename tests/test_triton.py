@@ -358,10 +358,11 @@ def test_without_a_gpu_it_says_that_nothing_can_be_compiled():
 
 def test_an_op_without_a_spelling_is_named():
     graph = Graph()
-    y = graph.op("tanh", graph.leaf("load", "param", kind="F"))
-    buffers = (("param", Buffer(torch.float32, "F")),)
-    program = Program(torch.float32, buffers, tuple(graph.values), (("param", y),), 0)
-    with pytest.raises(compile_cache.BuildError, match=r"kernel 'curious': Triton has no tanh .*Remedy"):
+    x = graph.leaf("load", "param", kind="F")
+    buffers = (("param", Buffer(torch.float64, "F")),)
+    y = graph.op("pow", x, x)
+    program = Program(torch.float64, buffers, tuple(graph.values), (("param", y),), 0)
+    with pytest.raises(compile_cache.BuildError, match=r"kernel 'curious': Triton has no pow .*Remedy"):
         backend.Triton().compile(program, "curious", [])
 
 

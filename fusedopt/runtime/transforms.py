@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .items import Item
 from .sharded import Whole
@@ -24,6 +25,11 @@ _includes, _PRE_DISPATCH = torch._C._dispatch_tls_is_dispatch_key_included, torc
 def active() -> bool:
     """Whether this thread's operations go through a transform or a dispatch mode. Asked on every step."""
     return bool(_dispatched()) or _transformed() is not None or _includes(_PRE_DISPATCH)
+
+
+def names() -> str:
+    """The dispatch modes that are active, by their types' names."""
+    return " and ".join(type(mode).__name__ for mode in _get_current_dispatch_mode_stack())
 
 
 def tracer() -> Any:
