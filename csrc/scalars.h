@@ -62,7 +62,7 @@ struct Scalar {
       out = of(PyFloat_AS_DOUBLE(x));
       return true;
     }
-    if (is_array && py::handle(x).attr("ndim").cast<int>() != 0)
+    if (is_array && py::handle(x).attr("size").cast<int64_t>() != 1)
       return false;
     const auto item = py::reinterpret_steal<py::object>(PyObject_CallMethod(x, "item", nullptr));
     if (!item)
