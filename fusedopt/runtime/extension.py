@@ -34,6 +34,8 @@ from ..compile import cache, recipe, toolchain
 NAME = "fusedopt._C"
 PACKAGE = Path(__file__).parents[1]
 PATIENCE = 1.0  # seconds that the first step waits: finding an earlier build in the cache takes less
+LAST = 3
+"""The step that waits for the extension to be built; those before it go on in Python."""
 TIMEOUT = 600.0  # seconds for the compiler, which shares the machine with a training
 
 
@@ -232,6 +234,7 @@ class Missing:
         self._build: Build | None = None
         self._module: ModuleType | None = None
         self._over = False
+        self._steps = 0
         self._said: set[str] = set()
         self._reset()
         if hasattr(os, "register_at_fork"):  # a forked child has none of the threads
@@ -265,7 +268,7 @@ class Missing:
             build = self._build
         build.done.wait(0 if self._said else PATIENCE)
         if not build.done.is_set():
-            until = "this step waits for it" if wait else "until then steps are slower"
+            until = "this step waits for it" if wait else f"step {LAST} waits for what is left of that"
             self._say(
                 "built",
                 f"{self.why}, so it is being built in the background, once, which takes about half a minute; {until}. "
@@ -275,9 +278,15 @@ class Missing:
         return self.take()
 
     def take(self) -> ModuleType | None:
-        """The module, once it is there. Asked in every step without it, so this costs next to nothing."""
+        """The module, once it is there. Asked in every step without it, so this costs next to nothing.
+
+        The third step waits: short runs would never have it, and pay for it every time.
+        """
         if self._build is None:  # as in a forked child
             return self.seek()
+        self._steps += 1
+        if self._steps == LAST:
+            self._build.done.wait()
         if self._over or not self._build.done.is_set():
             return None
         with self._lock:
