@@ -275,7 +275,7 @@ class Missing:
                 f"If this process ends before that: python -m fusedopt doctor. To have it from the start: {remedy()}",
             )
             build.done.wait(None if wait else 0)
-        return self.take()
+        return self._taken()
 
     def take(self) -> ModuleType | None:
         """The module, once it is there. Asked in every step without it, so this costs next to nothing.
@@ -287,7 +287,10 @@ class Missing:
         self._steps += 1
         if self._steps == LAST:
             self._build.done.wait()
-        if self._over or not self._build.done.is_set():
+        return self._taken()
+
+    def _taken(self) -> ModuleType | None:
+        if self._over or self._build is None or not self._build.done.is_set():
             return None
         with self._lock:
             if self._build.path is None:
