@@ -282,9 +282,9 @@ class Missing:
 
         The third step waits: short runs would never have it, and pay for it every time.
         """
+        self._steps += 1
         if self._build is None:  # as in a forked child
             return self.seek()
-        self._steps += 1
         if self._steps == LAST:
             self._build.done.wait()
         return self._taken()
