@@ -54,6 +54,13 @@ def steps(opt, params, n=1):
         opt.step()
 
 
+@pytest.fixture(autouse=True)
+def gradients_are_on():
+    """A signal may come within torch's own ``no_grad``, which then stays."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 @pytest.fixture(params=[pytest.param(True, marks=needs_extension), False], ids=["native", "python"])
 def extension(request, monkeypatch):
     """With the extension, and without it."""
