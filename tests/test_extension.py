@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -332,9 +333,11 @@ def test_threads_that_step_together_build_it_once(missing, compiler):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_does_not_wait_for_a_thread_it_has_not(missing, compiler, folder, monkeypatch):
     gate = folder / "gate"
-    compiler(f"while [ ! -e {gate} ]; do sleep 0.05; done")
+    calls = compiler(f"while [ ! -e {gate} ]; do sleep 0.05; done")
     monkeypatch.setattr(extension, "PATIENCE", 0.0)
     assert len(said(leaf.seek)) == 1
+    while not any("leaf.cpp" in call for call in calls()):  # the thread holds the entry's lock, and waits
+        time.sleep(0.01)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that this process has threads is the point
         pid = os.fork()
