@@ -190,11 +190,16 @@ class LaunchClock:
     @contextlib.contextmanager
     def running(self) -> Iterator[LaunchClock]:
         """Clock every launch of compiled stages."""
-        launch, plan = leaf.run_cpu, warm.Warm._plan
+        launch, step = leaf.run_cpu, warm.Warm.step
 
-        def through_python(self: warm.Warm) -> None:  # the extension would run them where no clock sees it
-            self.threads, self.others = leaf.thread_count(), self.launches
+        def through_python(self: warm.Warm, opt: Any) -> bool:
+            """Not by the extension, where no clock sees it."""
             self.recording.plan([])
+            self.threads, self.others = leaf.thread_count(), self.launches
+            try:
+                return step(self, opt)
+            finally:
+                self.threads = 0  # plan anew
 
         def clocked(*args: Any) -> None:
             start = time.perf_counter()
@@ -202,11 +207,11 @@ class LaunchClock:
             self.seconds += time.perf_counter() - start
             self.calls += 1
 
-        leaf.run_cpu, warm.Warm._plan = clocked, through_python  # type: ignore[method-assign]
+        leaf.run_cpu, warm.Warm.step = clocked, through_python  # type: ignore[method-assign]
         try:
             yield self
         finally:
-            leaf.run_cpu, warm.Warm._plan = launch, plan  # type: ignore[method-assign]
+            leaf.run_cpu, warm.Warm.step = launch, step  # type: ignore[method-assign]
 
     def take(self) -> float | None:
         """The seconds since the last time; None if nothing was launched."""
