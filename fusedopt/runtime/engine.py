@@ -152,11 +152,6 @@ class Engine:
         self._acted = False
         self._lent: reference.Lent | None = None
 
-    @property
-    def pure(self) -> bool:
-        """Whether calling its callbacks has no effect but the one on their arguments."""
-        return all(self.verdicts.pure)
-
     def follows(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
         """Whether it still does what these callbacks do."""
         return self.callbacks == callbacks and self._sources.unchanged()
