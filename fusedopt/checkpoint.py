@@ -42,7 +42,7 @@ def count(step: torch.Tensor) -> int | float:
 
 def counts_to(device: torch.device, state: dict[str, Any]) -> None:
     """Make a parameter's numbers float64 tensors on the device, for kernels to read and advance."""
-    for key, value in state.items():
+    for key, value in list(state.items()):
         if type(value) in (int, float):
             state[key] = torch.tensor(float(value), dtype=torch.float64, device=device)
         elif key in COUNTERS and isinstance(value, torch.Tensor) and value.numel() == 1:
@@ -56,7 +56,7 @@ def counts_to(device: torch.device, state: dict[str, Any]) -> None:
 def to_torch(opt: Optimizer) -> dict[Any, Any]:
     """The state to save: counters as tensors, no flags, only parameters in a group, and what is no parameter's."""
     known = {p for group in opt.param_groups for p in group["params"]}
-    out = {key: value for key, value in opt.state.items() if not isinstance(key, torch.Tensor)}
+    out = {key: value for key, value in list(opt.state.items()) if not isinstance(key, torch.Tensor)}
     for p, state in opt.state.of_parameters():
         kept = {k: _as_tensor(k, v) for k, v in begun(state).items() if k not in FLAGS}
         if p in known and kept:
@@ -84,7 +84,7 @@ def extra(opt: Optimizer, states: Mapping[Any, dict[str, Any]]) -> dict[str, Any
 
 
 def _flags(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in state.items() if k in FLAGS}
+    return {k: state[k] for k in FLAGS if k in state}
 
 
 def to_fastai(opt: Optimizer) -> dict[str, Any]:

@@ -384,14 +384,14 @@ class Optimizer(torch.optim.Optimizer):
                 if grad is not None:
                     check_gradient(p, grad, g, i)
                     state = self._state_of(p, modes.on_device)
-                    check_state(p, self.state.get(p, {}), g, i)
+                    check_state(p, state, g, i)
                     todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
         if not pretend and not transforms.active():  # whose tensors have none
             check_memory(todo, self.stored_name_of)
         return todo
 
     def _state_of(self, p: torch.Tensor, on_device: bool) -> dict[str, Any]:
-        """The parameter's state by the names callbacks use; the live dict where these are the same."""
+        """The parameter's state by the names callbacks use: a copy, as other threads may change the dict meanwhile."""
         live = self.state.get(p, {})
         if on_device:
             checkpoint.counts_to(p.device, live)
@@ -400,9 +400,9 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(value := live.get(key), torch.Tensor) and value.numel() == 1:
                 live[key] = checkpoint.count(value)
         never = self.roles.never  # an entry of that name is somebody's note, and no argument
-        if live and not self._called and never.isdisjoint(live):
-            return live
-        return {self._called.get(k, k): v for k, v in live.items() if k not in never}
+        if not self._called and never.isdisjoint(live):
+            return dict(live)
+        return {self._called.get(k, k): v for k, v in dict(live).items() if k not in never}
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch.optim's schema, plus ``"fusedopt"`` if fastai's flags are set. Tensors are live."""
@@ -540,8 +540,8 @@ class Optimizer(torch.optim.Optimizer):
         """Forget all state of parameters but the flags ``do_wd`` and ``force_train``."""
         self._warm = None  # it holds on to the tensors
         for _, state in self.state.of_parameters():
-            for key in [k for k in state if k not in FLAGS]:
-                del state[key]
+            for key in state.keys() - {*FLAGS}:
+                state.pop(key, None)
 
     # -- what it does --
     def explain(self) -> Explanation:

@@ -29,11 +29,11 @@ class State(defaultdict):
         return State, (dict(self),)
 
     def __bool__(self) -> bool:
-        return any(key not in FLAGS for _, state in self.of_parameters() for key in state)
+        return any(key not in FLAGS for _, state in self.of_parameters() for key in list(state))
 
     def of_parameters(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """The parameters that have a dict, with it."""
-        return [(p, s) for p, s in self.items() if isinstance(p, torch.Tensor) and isinstance(s, dict)]
+        return [(p, s) for p, s in list(self.items()) if isinstance(p, torch.Tensor) and isinstance(s, dict)]
 
 
 def _counted(name: str) -> Callable:

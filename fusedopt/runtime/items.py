@@ -183,6 +183,7 @@ def work_copy(item: Item) -> Item:
 
 def begun(state: dict[str, Any]) -> dict[str, Any]:
     """The state without what holds nothing yet because every step was skipped so far, and without the flag for that."""
+    state = dict(state)
     flag = next((k for k in state if isinstance(k, str) and k.startswith(STARTED)), None)
     if flag is None:
         return state

@@ -218,7 +218,7 @@ def _rows(opt: Optimizer, entry: Launched, first: int, keys: list[str]) -> list[
         for item in plan.items:
             entries: list[tuple] = []
             live = opt.state[item.home]
-            for stored, value in live.items():
+            for stored, value in list(live.items()):
                 key = opt.callback_name_of(stored)
                 buffer = f"state.{key}"
                 if buffer in column:
