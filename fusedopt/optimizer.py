@@ -392,7 +392,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _state_of(self, p: torch.Tensor, on_device: bool) -> dict[str, Any]:
         """The parameter's state by the names callbacks use: a copy, as other threads may change the dict meanwhile."""
-        live = self.state.get(p, {})
+        live: dict[str, Any] = self.state.get(p, {})
         if on_device:
             checkpoint.counts_to(p.device, live)
         for key in () if on_device else checkpoint.COUNTERS:
