@@ -6,7 +6,6 @@ took and how much memory steps needed, as JSON.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import json
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from fusedopt.runtime import leaf, warm
+from fusedopt.runtime import leaf
 
 from . import cases, providers
 from .cases import CASES, Pair
@@ -185,39 +184,17 @@ class LaunchClock:
     """Seconds that fusedopt spent in kernels: the rest of its step is the host's."""
 
     def __init__(self) -> None:
-        self.seconds, self.calls = 0.0, 0
+        self.before = self._now()
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[LaunchClock]:
-        """Clock every launch of compiled stages."""
-        launch, step = leaf.run_cpu, warm.Warm.step
-
-        def through_python(self: warm.Warm, opt: Any) -> bool:
-            """Not by the extension, where no clock sees it."""
-            self.recording.plan([])
-            self.threads, self.others = leaf.thread_count(), self.launches
-            try:
-                return step(self, opt)
-            finally:
-                self.threads = 0  # plan anew
-
-        def clocked(*args: Any) -> None:
-            start = time.perf_counter()
-            launch(*args)
-            self.seconds += time.perf_counter() - start
-            self.calls += 1
-
-        leaf.run_cpu, warm.Warm.step = clocked, through_python  # type: ignore[method-assign]
-        try:
-            yield self
-        finally:
-            leaf.run_cpu, warm.Warm.step = launch, step  # type: ignore[method-assign]
+    @staticmethod
+    def _now() -> tuple[int, float]:
+        return leaf.native.launched() if leaf.native else (0, 0.0)
 
     def take(self) -> float | None:
         """The seconds since the last time; None if nothing was launched."""
-        seconds = self.seconds if self.calls else None
-        self.seconds, self.calls = 0.0, 0
-        return seconds
+        (stages, seconds), (last, until) = self._now(), self.before
+        self.before = stages, seconds
+        return seconds - until if stages > last else None
 
 
 @dataclass
@@ -257,14 +234,13 @@ class Race:
     def run(self) -> dict[str, Record]:
         """Rounds until the time is up, each in another order."""
         fewest, most = self.effort.rounds
-        with self.clock.running():
-            lengths = {r.name: self._length(r) for r in self.runners}
-            seconds = self.effort.seconds * (1 if self.between is None else 2)
-            stop = time.perf_counter() + seconds
-            for turn in range(most):
-                if turn >= fewest and time.perf_counter() > stop:
-                    break
-                self._round(lengths)
+        lengths = {r.name: self._length(r) for r in self.runners}
+        seconds = self.effort.seconds * (1 if self.between is None else 2)
+        stop = time.perf_counter() + seconds
+        for turn in range(most):
+            if turn >= fewest and time.perf_counter() > stop:
+                break
+            self._round(lengths)
         return self.records
 
     def _round(self, lengths: dict[str, int]) -> None:

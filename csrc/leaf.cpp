@@ -6,9 +6,8 @@
 #include <ATen/EmptyTensor.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "bound_step.h"
 #include "cuda.h"
-#include "recording.h"
-#include "stages.h"
 
 #include <cstdint>
 #include <optional>
@@ -65,9 +64,10 @@ void run_cpu(std::vector<uintptr_t> entries, uintptr_t launch_ptr, std::vector<s
     if (entry == 0)
       throw py::value_error("an entry is null");
 
-  const fusedopt::Stages stages{std::move(entries), launch_ptr, std::move(splits)};
   py::gil_scoped_release no_gil;
-  stages.run();
+  const fusedopt::Metered metered(entries.size());
+  for (size_t k = 0; k < entries.size(); ++k)
+    fusedopt::run_stage(entries[k], reinterpret_cast<const void*>(launch_ptr), splits[k]);
 }
 
 // Wait until gradients are there or gone. A thread that drops one lets go of the GIL while the memory is freed, and till
@@ -112,6 +112,76 @@ void bump_versions(const py::list& tensors) {
   }
 }
 
+// Bounds of the ranges of chunks, at this address, one per thread.
+std::vector<int64_t> splits(uintptr_t chunks, int64_t count, int64_t threads) {
+  return fusedopt::splits(reinterpret_cast<const int64_t*>(chunks), count, threads);
+}
+
+void bind_step(py::module_& m) {
+  using namespace fusedopt;
+  py::class_<Hyper>(m, "Hyper")
+      .def(py::init([](py::object key, int64_t index, py::object value, int64_t cell, double lowest,
+                       std::vector<uintptr_t> words, py::object container) {
+             return Hyper{std::move(key), index, std::move(value), cell, lowest, std::move(words), std::move(container)};
+           }),
+           py::kw_only(), py::arg("key"), py::arg("index"), py::arg("value"), py::arg("cell"), py::arg("lowest"),
+           py::arg("words"), py::arg("container"));
+  py::class_<Group>(m, "Group")
+      .def(py::init([](const py::list& params, std::vector<py::object> keys, std::vector<Hyper> hypers) {
+             Group group{{}, std::move(keys), std::move(hypers)};
+             for (const auto& p : params)
+               group.params.push_back(p.ptr());
+             return group;
+           }),
+           py::kw_only(), py::arg("params"), py::arg("keys"), py::arg("hypers"));
+  py::enum_<Entry::Kind>(m, "Kind")
+      .value("flag", Entry::Kind::flag)
+      .value("element", Entry::Kind::element)
+      .value("whole", Entry::Kind::whole)
+      .value("number", Entry::Kind::number)
+      .value("other", Entry::Kind::other)
+      .value("ignored", Entry::Kind::ignored);
+  py::class_<Entry>(m, "Entry")
+      .def(py::init([](py::object key, Entry::Kind kind, py::object value, int64_t column, bool written) {
+             return Entry{std::move(key), kind, std::move(value), column, written};
+           }),
+           py::kw_only(), py::arg("key"), py::arg("kind"), py::arg("value"), py::arg("column"), py::arg("written"));
+  py::class_<Bucket>(m, "Bucket")
+      .def(py::init([](size_t group, size_t launch, at::ScalarType param, at::ScalarType grad, int64_t param_column,
+                       int64_t grad_column, bool param_written, bool looked_at, std::vector<Entry> entries,
+                       py::object program, std::vector<std::pair<bool, size_t>> leaves, std::vector<size_t> outputs,
+                       bool narrow) {
+             return Bucket{group, launch, param, grad, param_column, grad_column, param_written, looked_at,
+                           std::move(entries), std::move(program), std::move(leaves), std::move(outputs), narrow};
+           }),
+           py::kw_only(), py::arg("group"), py::arg("launch"), py::arg("param"), py::arg("grad"),
+           py::arg("param_column"), py::arg("grad_column"), py::arg("param_written"), py::arg("looked_at"),
+           py::arg("entries"), py::arg("program"), py::arg("leaves"), py::arg("outputs"), py::arg("narrow"));
+  py::class_<Launch>(m, "Launch")
+      .def(py::init<std::vector<uintptr_t>, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t,
+                    int64_t>(),
+           py::kw_only(), py::arg("stages"), py::arg("scalars"), py::arg("rows"), py::arg("n_rows"),
+           py::arg("row_words"), py::arg("chunks"), py::arg("n_chunks"), py::arg("n_slots"), py::arg("n_reductions"));
+  py::class_<Run>(m, "Run")
+      .def(py::init([](py::object native, uintptr_t rows, int64_t row_words, uintptr_t slots, bool movable) {
+             auto* launch = native.is_none() ? nullptr : native.cast<Launch*>();
+             return Run{std::move(native), launch, reinterpret_cast<int64_t*>(rows), row_words,
+                        reinterpret_cast<double*>(slots), movable};
+           }),
+           py::kw_only(), py::arg("native"), py::arg("rows"), py::arg("row_words"), py::arg("slots"),
+           py::arg("movable"));
+  py::class_<BoundStep>(m, "BoundStep")
+      .def(py::init<std::vector<Group>, std::vector<Bucket>, std::vector<Run>, const py::list&, const py::list&,
+                    const std::vector<size_t>&, const std::vector<int64_t>&, const py::list&, const py::list&,
+                    py::object>(),
+           py::kw_only(), py::arg("groups"), py::arg("buckets"), py::arg("runs"), py::arg("params"),
+           py::arg("states"), py::arg("bucket_of"), py::arg("indices"), py::arg("absent"), py::arg("norm"),
+           py::arg("owned"))
+      .def("stepped", &BoundStep::stepped)
+      .def("step", &BoundStep::step, py::arg("groups"), py::arg("state"), py::arg("limit"),
+           py::arg("measure").none(true));
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -121,17 +191,14 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("table_ptr"), py::arg("rows").none(true), py::arg("columns"), py::arg("column"));
   m.def("run_cpu", torch::wrap_pybind_function(run_cpu),
         py::arg("entries"), py::arg("launch_ptr"), py::arg("splits"));
+  m.def("launched", [] { return std::pair(fusedopt::meter.stages.load(), fusedopt::meter.nanoseconds.load() * 1e-9); },
+        "How many stages have run in this process, and for how many seconds.");
+  m.def("splits", splits, py::arg("chunks"), py::arg("count"), py::arg("threads"));
   m.def("have_memory", torch::wrap_pybind_function(have_memory), py::arg("tensors"));
   m.def("settle", torch::wrap_pybind_function(settle), py::arg("params"));
   m.def("number", torch::wrap_pybind_function(number), py::arg("x"));
   py::class_<Kept>(m, "Kept");
-  py::class_<fusedopt::Recording>(m, "Recording")
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
-                    const py::list&>(),
-           py::arg("groups"), py::arg("absent"), py::arg("rows"), py::arg("hypers"), py::arg("batches"),
-           py::arg("numbers"))
-      .def("plan", &fusedopt::Recording::plan, py::arg("launches"))
-      .def("step", &fusedopt::Recording::step, py::arg("groups"), py::arg("measure").none(true));
+  bind_step(m);
   py::class_<fusedopt::ScalarProgram>(m, "ScalarProgram")
       .def(py::init<const py::list&, std::vector<size_t>, std::vector<size_t>, const py::list&>(),
            py::arg("instructions"), py::arg("slots"), py::arg("numbers"), py::arg("guards"))

@@ -14,8 +14,9 @@ import torch
 
 from . import callback, env, names
 from .callback import arguments_of, defaults_of
-from .checkpoint import COUNTERS, FASTAI, FLAGS, LOOKAHEAD
+from .checkpoint import FASTAI, LOOKAHEAD
 from .reference import FLOATS
+from .state import COUNTERS, FLAGS
 
 
 def as_callbacks(cbs: Any) -> list[Callable]:

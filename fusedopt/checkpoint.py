@@ -18,35 +18,19 @@ import torch
 
 from . import loadable
 from .callback import arguments_of
-from .loadable import COUNTERS, LOOKAHEAD, Pair
+from .loadable import LOOKAHEAD, Pair
 from .names import check as check_hyper
 from .names import number, plain
 from .runtime.items import begun
+from .state import COUNTERS, FLAGS, count
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
 
-FLAGS = ("do_wd", "force_train")
-"""State that describes a parameter (fastai sets it) rather than what the optimizer has learnt about it."""
 OWN = ("foreach", "fused", "capturable", "differentiable")
 """Group keys that say how to run and not what to compute: a checkpoint does not decide them."""
 EXTRA = "fusedopt"
 VERSION = 1
-
-
-def count(step: torch.Tensor) -> int | float:
-    """A counter tensor as the Python number it stands for."""
-    value = step.item()
-    return int(value) if float(value).is_integer() else value
-
-
-def counts_to(device: torch.device, state: dict[str, Any]) -> None:
-    """Make a parameter's numbers float64 tensors on the device, for kernels to read and advance."""
-    for key, value in list(state.items()):
-        if type(value) in (int, float):
-            state[key] = torch.tensor(float(value), dtype=torch.float64, device=device)
-        elif key in COUNTERS and isinstance(value, torch.Tensor) and value.numel() == 1:
-            state[key] = value.detach().reshape(()).to(device, torch.float64)
 
 
 # --
@@ -101,7 +85,7 @@ def to_fastai(opt: Optimizer) -> dict[str, Any]:
         slow.append([_own(s.get("slow")) for s in found])
         counts += [int(s.get("lookahead_count", 0)) for s in found]
         for stored in found:
-            named = {opt.callback_name_of(k): v for k, v in stored.items()}
+            named = {opt.groups.called(k): v for k, v in stored.items()}
             foreign = _foreign_momentum(group, stored, torchs=False)
             lost |= foreign | named.keys() - {*FASTAI, *FLAGS, *LOOKAHEAD}
             state.append(
@@ -253,7 +237,7 @@ def _from_fastai(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             opt.hyper_map.write(group, name, value)
         groups.append(group)
     state = {
-        i: {opt.stored_name_of(k): v for k, v in s.items() if k not in FLAGS} for i, s in enumerate(states)
+        i: {opt.groups.stored(k): v for k, v in s.items() if k not in FLAGS} for i, s in enumerate(states)
     }
     slow = list(itertools.chain.from_iterable(state_dict.get("slow_weights") or ()))
     if slow and _takes(opt, "slow"):

@@ -112,16 +112,15 @@ class Explanation:
 def explain(opt: Optimizer) -> Explanation:
     """Explain the last step, or, before the first, the step that would be if every parameter had a gradient."""
     engine = opt.engine
-    launched = engine.launched or engine.foresee(opt._items(pretend=True))
-    before = engine.norm.kernels if engine.norm else []
+    launched = engine.launched or engine.foresee(opt.groups.items(opt._scaling, pretend=True))
     names = sorted({k.backend for k, _ in launched}) or ["reference"]
     used = {k: (label, why) for k, label, why in engine.history.used.values()}
-    used |= {k: (k.name, "max_grad_norm") for k, _ in before}
+    used |= {k: (k.name, "max_grad_norm") for k, _ in (engine.norm.kernels if engine.norm else [])}
     return Explanation(
         optimizer=opt.title or type(opt).__name__,
         backend=" and ".join(names),
         callbacks=tuple(name_of(cb) for cb in opt.cbs),
-        stages=tuple(s for kernel, n in [*before, *launched] for s in _stages(kernel, used[kernel][0], n)),
+        stages=tuple(s for kernel, n in launched for s in _stages(kernel, used[kernel][0], n)),
         eager=engine.verdicts.all() if engine.backend != "reference" else (),
         compiled=tuple(
             Compiled(label, why, k.source_path, k.seconds, k.cached) for k, (label, why) in used.items()

@@ -12,6 +12,7 @@ from .callbacks import step_stat
 from .ir.program import Buffer
 from .names import number
 from .runtime.items import Item
+from .state import COUNTERS
 from .trace.run import NeedsAttribute
 from .trace.tensor import Untraceable
 from .trace.tracer import trace
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from .optimizer import Optimizer
 
 Pair = tuple[torch.Tensor, tuple[int, int], dict[str, Any]]
-COUNTERS = ("step", "mu_product")
-"""Numbers that torch's schema keeps as 0-d float32 tensors."""
 LEARNT = {
     *COUNTERS, "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "sqr_avg", "sum",
     "exp_inf", "acc_delta",
@@ -129,7 +128,7 @@ def check_complete(
     known: dict[Any, dict[str, Any]] = {}
     for g, (live, saved) in enumerate(zip(opt.param_groups, groups, strict=True)):
         group = {**opt.defaults, **saved, "params": live["params"]}
-        hyper = opt._hypers_of(group)
+        hyper = opt.groups.hypers(group)
         kind = tuple((k, type(v), not isinstance(v, torch.Tensor) and bool(v)) for k, v in hyper.items())
         for i, p in enumerate(live["params"]):
             state = loaded.get(p, {})
@@ -176,4 +175,4 @@ def _first_state(opt: Optimizer, p: torch.Tensor, hyper: dict[str, Any]) -> dict
             for k, v in traced.new_numbers().items()
             if type(v) in (int, float) and [f for f in takers if k in arguments_of(f)] != [step_stat]
         }  # steps may be counted for nobody
-        return {opt.stored_name_of(k): v for k, v in {**traced.created, **numbers}.items()}
+        return {opt.groups.stored(k): v for k, v in {**traced.created, **numbers}.items()}

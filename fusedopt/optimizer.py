@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import warnings
 import weakref
@@ -14,30 +13,16 @@ import torch
 import torch.optim.optimizer as _torch_optimizer
 
 from . import checkpoint, env, names
-from .accepted import (
-    Roles,
-    as_callbacks,
-    as_param_groups,
-    check_gradient,
-    check_known,
-    check_state,
-    default_of,
-    hyper_of,
-    is_listed,
-    roles_of,
-    warn_of_misspelt,
-)
-from .callback import arguments_of, defaults_of, name_of
-from .checkpoint import FLAGS
+from .accepted import as_callbacks, as_param_groups, check_known, default_of, is_listed
+from .callback import defaults_of, name_of
 from .explain import Explanation, explain
-from .memory import check_memory
+from .groups import ParamGroups
 from .names import HyperNames, HypersView
-from .runtime import backends, leaf, transforms
-from .runtime.engine import Engine, Launched, Resident
+from .runtime import backends, transforms
+from .runtime.engine import Engine, Resident
 from .runtime.items import Item
 from .runtime.scaling import NORM, Scaling
-from .runtime.warm import Warm, record
-from .state import State
+from .state import FLAGS, State
 
 
 class Options(TypedDict, total=False):
@@ -144,20 +129,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def _set_up(self, hypers: Mapping[str, Any]) -> None:
         """What is derived from callbacks and options, and so never saved."""
-        given = {*hypers, *(name for cb in self.cbs for name in defaults_of(cb))}
-        self.hyper_map = HyperNames(
-            given, self.hyper_names, {name for cb in self.cbs for name in arguments_of(cb)}
-        )
-        self._stored = dict(self.state_names)
-        self._called = {stored: name for name, stored in self._stored.items()}
+        self.groups = ParamGroups(self, list(hypers), self.hyper_names, self.state_names, self._closed)
         self._engine: Engine | None = None
-        self._warm: Warm | None = None
         self._captured: list[Resident] = []
         tracer = transforms.tracer()
         self._made_in = None if tracer is None else weakref.ref(tracer)
-        self._roles: tuple[list[Any], Roles] | None = None
-        self._strange: set[str] = set()
-        """Keys of groups that nobody takes, and that were looked at."""
+
+    @property
+    def hyper_map(self) -> HyperNames:
+        """Both names of each hyperparameter."""
+        return self.groups.names
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -179,7 +160,6 @@ class Optimizer(torch.optim.Optimizer):
         if value is not None and not float(value) > 0:
             raise ValueError(f"max_grad_norm must be above 0, or None to clip nothing; it is {value}")
         self._scaling.max_norm = None if value is None else float(value)
-        self._warm = None
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
@@ -217,7 +197,9 @@ class Optimizer(torch.optim.Optimizer):
         filled = self.hyper_map.of_group(self.defaults) | values if values else {}
         for name, value in filled.items():
             value = names.plain(value)
-            if self.roles.hands(name, self._own()):  # other libraries' keys are not ours to check
+            if self.groups.roles.hands(
+                name, self.groups.own()
+            ):  # other libraries' keys are not ours to check
                 names.check(name, value)
             self.hyper_map.write(group, name, value)
         super().add_param_group(group)
@@ -227,7 +209,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.param_groups.pop()
                 wrong = "complex; use torch.view_as_real(p) as the parameter instead"
                 raise ValueError(f"parameter {i} of group {index} is {wrong}")
-        self._handed(self.param_groups[index])
+        self.groups.handed(self.param_groups[index])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient; returns what the closure returns, if there is one.
@@ -259,7 +241,7 @@ class Optimizer(torch.optim.Optimizer):
         ]
         if not any(r.launches for r in resident):
             raise RuntimeError("upload_hypers() is for groups with capturable=True that have stepped")
-        hypers = [self._hypers_of(group) for group in self.param_groups]
+        hypers = [self.groups.hypers(group) for group in self.param_groups]
         for each in resident:
             each.upload(hypers)
 
@@ -274,34 +256,6 @@ class Optimizer(torch.optim.Optimizer):
         if resident is not None and resident not in self._captured:
             self._captured.append(resident)
 
-    @property
-    def roles(self) -> Roles:
-        """What names mean to the callbacks."""
-        if self._roles is None or self._roles[0] != self.cbs:
-            self._roles = list(self.cbs), roles_of(self.cbs, (*self._stored, *self._called), self._closed)
-        return self._roles[1]
-
-    def _handed(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The hyperparameters of a group that callbacks get, by their names for them.
-
-        These are the ones the optimizer was given (``defaults``, and what callbacks bring along), and others that a
-        callback takes and that are neither state, nor the parameter, nor bound by a partial. Whatever else the group
-        holds is carried and saved, and nobody is handed it: as in torch.
-        """
-        found, roles = self.hyper_map.of_group(group), self.roles
-        own = self._own()
-        strange = [k for k in found if not roles.hands(k, own)]
-        if unseen := [k for k in strange if isinstance(k, str) and k not in self._strange]:
-            self._strange.update(unseen)
-            warn_of_misspelt(unseen, {*self.defaults, *own, *(roles.taken or ())})
-        return {k: v for k, v in found.items() if k not in strange}
-
-    def _own(self) -> set[str]:
-        return {*self.hyper_map.of_group(self.defaults), *(k for cb in self.cbs for k in defaults_of(cb))}
-
-    def _hypers_of(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {k: hyper_of(group, k, v) for k, v in self._handed(group).items()}
-
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
@@ -311,45 +265,34 @@ class Optimizer(torch.optim.Optimizer):
             self._scaling.receive(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if transforms.active():
             self._step_transformed()
-        elif self._warm is None or not self._warm.step(self):
-            self._warm = None
-            self._step_from_scratch()
+        elif not self.engine.repeat(self._scaling):
+            self._step_anew()
         # Nothing is captured before CUDA is initialised, and asking would need a driver.
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._keep_captured()
         return loss
 
     @torch.no_grad()
-    def _step_from_scratch(self) -> None:
-        todo, again = _apart(self._items())
+    def _step_anew(self) -> None:
+        """A step of a structure that is not known: looks at every tensor."""
+        todo, again = _apart(self.groups.items(self._scaling))
         if again and self.max_grad_norm is not None:
             raise RuntimeError(
                 "a parameter is listed twice, and max_grad_norm takes each gradient's norm once. Remedy: list every "
                 "parameter once, or clip with torch.nn.utils.clip_grad_norm_"
             )
-        launched = self._step_items(todo)
-        self._warm = None if again else record(self, launched)
+        self.engine.step(todo, self._scaling, self.groups, bind=not again)
         while again:  # one launch must not step a tensor twice
             todo, again = _apart(again)
             for item in () if self._looks_first else todo:
-                item.state = self._state_of(item.home, item.modes.on_device)
-            self._step_items(todo)
-
-    def _step_items(self, todo: list[Item]) -> list[Launched]:
-        launched = self.engine.step(todo, self._scaling, self._hand_over)
-        self._keep_state(todo)
-        return launched
-
-    def _keep_state(self, todo: list[Item]) -> None:
-        for item in todo:
-            if item.state is not self.state[item.home]:
-                self._hand_over(item)()
+                item.state = self.groups.state_of(item.home, item.modes.on_device)
+            self.engine.step(todo, self._scaling, self.groups, bind=False)
 
     @torch.no_grad()
     def _step_transformed(self) -> None:
         """A step that a transform or a dispatch mode sees: see `transforms`."""
         made_in = self._made_in and self._made_in()
-        todo, again = _apart(transforms.prepared(self._items(), made_in))
+        todo, again = _apart(transforms.prepared(self.groups.items(self._scaling), made_in))
         if again:
             raise RuntimeError("a parameter is listed twice, and stepped within a transform; list it once")
         if made_in is None and (names := transforms.names()):
@@ -357,52 +300,7 @@ class Optimizer(torch.optim.Optimizer):
             self.engine.verdicts.warn("transformed", what)
         engine = Engine(self.cbs, "reference", "transformed", self.state_dtype)
         engine.step(todo, self._scaling.fresh())
-        self._keep_state(todo)
-
-    def _hand_over(self, item: Item) -> Callable[[], None]:
-        """What puts an item's state into ``opt.state``."""
-        new = {self.stored_name_of(k): v for k, v in item.state.items()}
-        return functools.partial(self.state[item.home].update, new)
-
-    def callback_name_of(self, stored: str) -> str:
-        """The callback argument that a key of ``opt.state[p]`` is handed to."""
-        return self._called.get(stored, stored)
-
-    def stored_name_of(self, name: str) -> str:
-        """The key of ``opt.state[p]`` where what callbacks call this is kept."""
-        return self._stored.get(name, name)
-
-    def _items(self, pretend: bool = False) -> list[Item]:
-        """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it)."""
-        todo = []
-        for g, group in enumerate(self.param_groups):
-            modes = self._scaling.modes(bool(group.get("capturable")))
-            hyper = self._hypers_of(group)
-            leaf.settle(list(group["params"]))
-            for i, p in enumerate(group["params"]):
-                grad = p if pretend else p.grad
-                if grad is not None:
-                    check_gradient(p, grad, g, i)
-                    state = self._state_of(p, modes.on_device)
-                    check_state(p, state, g, i)
-                    todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
-        if not pretend and not transforms.active():  # whose tensors have none
-            check_memory(todo, self.stored_name_of)
-        return todo
-
-    def _state_of(self, p: torch.Tensor, on_device: bool) -> dict[str, Any]:
-        """The parameter's state by the names callbacks use: a copy, as other threads may change the dict meanwhile."""
-        live: dict[str, Any] = self.state.get(p, {})
-        if on_device:
-            checkpoint.counts_to(p.device, live)
-        for key in () if on_device else checkpoint.COUNTERS:
-            # written by hand or, in torch's schema, by ZeroRedundancyOptimizer
-            if isinstance(value := live.get(key), torch.Tensor) and value.numel() == 1:
-                live[key] = checkpoint.count(value)
-        never = self.roles.never  # an entry of that name is somebody's note, and no argument
-        if not self._called and never.isdisjoint(live):
-            return dict(live)
-        return {self._called.get(k, k): v for k, v in dict(live).items() if k not in never}
+        self.groups.keep(todo)
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch.optim's schema, plus ``"fusedopt"`` if fastai's flags are set. Tensors are live."""
@@ -442,7 +340,7 @@ class Optimizer(torch.optim.Optimizer):
             hooks.callback(self.register_load_state_dict_pre_hook(load.prepare).remove)
             hooks.callback(self.register_load_state_dict_post_hook(load.finish, prepend=True).remove)
             super().load_state_dict(state_dict)
-            self._warm = None  # it holds on to the old tensors
+            self.engine.bound.clear()  # they are of the old tensors
 
     def to_fastai_state_dict(self) -> dict[str, Any]:
         """The state as fastai's own optimizers save and load it (fastai cannot read torch's schema)."""
@@ -538,7 +436,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def clear_state(self) -> None:
         """Forget all state of parameters but the flags ``do_wd`` and ``force_train``."""
-        self._warm = None  # it holds on to the tensors
+        self.engine.bound.clear()
         for _, state in self.state.of_parameters():
             for key in state.keys() - {*FLAGS}:
                 state.pop(key, None)

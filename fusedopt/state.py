@@ -1,4 +1,4 @@
-"""``opt.state``: a dict per parameter, whose changes are counted."""
+"""``opt.state``: a dict per parameter, whose changes are counted; and the counts of steps that are kept in there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,25 @@ from typing import Any
 
 import torch
 
-from .checkpoint import FLAGS
+COUNTERS = ("step", "mu_product")
+"""Numbers that torch's schema keeps as 0-d float32 tensors."""
+FLAGS = ("do_wd", "force_train")
+"""State that describes a parameter (fastai sets it) rather than what the optimizer has learnt about it."""
+
+
+def count(step: torch.Tensor) -> int | float:
+    """A counter tensor as the Python number it stands for."""
+    value = step.item()
+    return int(value) if float(value).is_integer() else value
+
+
+def counts_to(device: torch.device, state: dict[str, Any]) -> None:
+    """Make a parameter's numbers float64 tensors on the device, for kernels to read and advance."""
+    for key, value in list(state.items()):
+        if type(value) in (int, float):
+            state[key] = torch.tensor(float(value), dtype=torch.float64, device=device)
+        elif key in COUNTERS and isinstance(value, torch.Tensor) and value.numel() == 1:
+            state[key] = value.detach().reshape(()).to(device, torch.float64)
 
 
 class State(defaultdict):

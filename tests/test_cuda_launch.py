@@ -816,7 +816,7 @@ def test_graphs_outlive_steps_that_are_not_captured(graph):
     opt, twin, ours, plain = ready(optim.SGD)
     with graph.capture():
         opt.step()
-    opt._warm = None
+    opt.engine.bound.clear()
     for o in (opt, twin):
         o.step()
         o.param_groups[0]["lr"] = 0.3

@@ -131,7 +131,7 @@ def test_a_step_has_it_built_and_takes_it(missing, compiler):
     assert said(opt.step) == []  # this compiler is fast
     assert leaf.native is not None and leaf.run_cpu is leaf.native.run_cpu
     opt.step()
-    assert opt._warm is not None
+    assert opt.engine.bound
     assert leaf.extension_status() == (True, f"built for torch {torch.__version__} where it runs")
     assert opt.explain().extension == ""
     (build,) = calls()
@@ -168,7 +168,7 @@ def test_while_it_is_built_two_steps_go_on_and_the_third_waits_as_is_said(
     threading.Timer(0.3, gate.touch).start()
     assert said(opt.step) == [] and leaf.native is not None
     assert said(lambda: [opt.step() for _ in range(2)]) == []
-    assert leaf.native is not None and opt._warm is not None
+    assert leaf.native is not None and opt.engine.bound
     torch.testing.assert_close(opt.param_groups[0]["params"][0].data, torch.full((3,), 0.5))
 
 

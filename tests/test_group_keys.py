@@ -11,6 +11,7 @@ from torch import nn
 
 import fusedopt
 from fusedopt import optim
+from fusedopt.groups import ParamGroups
 
 TORCHS = {
     "SGD": dict(momentum=0.9),
@@ -298,6 +299,6 @@ def test_state_of_no_parameter_survives(make):
 
 
 def test_mutation_a_key_that_is_handed_on_is_noticed(monkeypatch):
-    monkeypatch.setattr(fusedopt.Optimizer, "_handed", lambda opt, group: opt.hyper_map.of_group(group))
+    monkeypatch.setattr(ParamGroups, "handed", lambda groups, group: groups.names.of_group(group))
     with pytest.raises(TypeError, match="multiple values"):
         stepped({"p": 1.0})

@@ -75,7 +75,7 @@ def test_a_scaled_step_is_a_step_and_a_skipped_one_is_none(row, variant):
             give(plain, grads)
             twin.step()
     assert_same(ours, plain)
-    assert opt._warm is not None
+    assert opt.engine.bound
     assert not opt.explain().eager
 
 
@@ -306,7 +306,7 @@ def test_the_norm_is_measured_again_on_warm_steps_and_its_limit_is_live():
         opt.step()
         twin.step()
         assert opt.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
-    assert opt._warm is not None
+    assert opt.engine.bound
     for p, q in zip(ours, plain, strict=True):
         assert torch.allclose(p, q, rtol=1e-6, atol=1e-7)
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
 from fusedopt import average_grad, momentum_step, sgd_step, step_stat, weight_decay
-from fusedopt.runtime import leaf, transforms, warm
+from fusedopt.runtime import leaf, transforms
 
 
 def parameters(n=3, size=20):
@@ -106,6 +106,7 @@ def test_lookahead_alone_has_three():
     assert counts == [1, 2] + [3] * 18
 
 
+@pytest.mark.filterwarnings("ignore:fusedopt. most of the last")
 def test_a_rule_that_reads_its_numbers_on_the_host_still_follows_its_schedule():
     """``math`` on a recorded number holds for that number only: such callbacks are run on every step."""
 
@@ -255,16 +256,13 @@ def test_first_step_takes_two_seconds_at_most_and_a_fifth_with_a_warm_cache(tmp_
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The stages that were really launched, as a list that grows."""
+    """The stages that were really launched: counted by the extension, else by what stands in for it."""
+    if leaf.native is not None:
+        before = leaf.native.launched()[0]
+        return lambda: leaf.native.launched()[0] - before
     seen, run = [], leaf.run_cpu
     monkeypatch.setattr(leaf, "run_cpu", lambda stages, *rest: seen.extend(stages) or run(stages, *rest))
-
-    def plan(self):  # warm steps run nothing in C++
-        self.threads, self.others = leaf.thread_count(), self.launches
-        self.recording.plan([])
-
-    monkeypatch.setattr(warm.Warm, "_plan", plan)
-    return seen
+    return lambda: len(seen)
 
 
 @pytest.mark.parametrize(("name", "per_step"), [("Adam", 1), ("Lamb", 2)])
@@ -273,7 +271,7 @@ def test_launches_do_not_depend_on_the_number_of_tensors(name, per_step, n, laun
     opt = FLAT[name](parameters(n))
     for step in range(1, 5):
         opt.step()
-        assert len(launches) == step * per_step
+        assert launches() == step * per_step
     assert opt.explain().launches == per_step
     assert {s.tensors for s in opt.explain().stages} == {n}
 
@@ -283,7 +281,7 @@ def test_launches_do_not_depend_on_the_number_of_groups(launches):
     opt = fusedopt.Adam([[p] for p in params], lr=[0.1 / (i + 1) for i in range(30)])
     for step in range(1, 5):
         opt.step()
-        assert len(launches) == step
+        assert launches() == step
         for p in params[:step]:  # counts of their own do not make launches of their own
             opt.state[p]["step"] += step
     expected = parameters(30)

@@ -130,7 +130,7 @@ def test_a_warm_step_lets_go_of_what_it_owned(measured):
     storage = params[0].grad.untyped_storage()
     count = torch._C._storage_Use_Count(storage._cdata)
     opt.step()
-    assert opt._warm is not None
+    assert opt.engine.bound
     assert torch._C._storage_Use_Count(storage._cdata) == count
 
 
@@ -336,7 +336,7 @@ def test_a_step_broken_off_anywhere_is_whole_or_nothing(name, warm, extension):
         for p in params:  # averages never settle, however gradients are clipped
             p.grad.copy_((torch.arange(p.numel()) * (1.0 + n % 7) + n).sin().view(p.shape) + 2)
         if not warm:
-            opt._warm = None
+            opt.engine.bound.clear()
         before = seen(opt, params)
         if not broken_off(opt.step, n):
             break
@@ -382,7 +382,7 @@ def test_signals_at_any_time_leave_steps_whole(name):
             give_gradients(params)
             before = seen(opt, params)
             if t % 3 == 0:
-                opt._warm = None
+                opt.engine.bound.clear()
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-6 + 1e-5 * (t % 40))
                 opt.step()
@@ -444,7 +444,7 @@ def test_memory_that_is_gone_is_named(take_away, which, warm, dtype, extension):
     steps(opt, params, 4)
     give_gradients(params)
     if not warm:
-        opt._warm = None
+        opt.engine.bound.clear()
     before, count = params[0].detach().clone(), opt.state[params[0]]["step"]
     take_away(WHICH[which](opt, params[1]))
     with pytest.raises(RuntimeError, match=f"{which} has shape .*freed or cut.*Remedy: "):
@@ -580,8 +580,7 @@ def test_both_know_the_same_lowest_numbers(key, x):
 
     opt = fusedopt.Optimizer(params, cb, lr=0.1, eps=0.1, wd=0.1, mom=0.1, sqr_mom=0.1, other=0.1)
     steps(opt, params, 4)
-    warm = opt._warm
-    assert warm is not None
+    anew = opt.engine.steps.anew
     opt.param_groups[0][key] = (x, 0.1) if key == "betas" else x
     try:
         names.check(place, x)
@@ -590,7 +589,7 @@ def test_both_know_the_same_lowest_numbers(key, x):
             opt.step()
     else:
         opt.step()
-        assert opt._warm is warm
+        assert opt.engine.steps.anew == anew
 
 
 @needs_extension
@@ -612,11 +611,11 @@ def test_schedules_in_other_numbers_stay_warm(make):
         params = parameters(5)
         opt = optim.AdamW(params, lr=0.1)
         steps(opt, params, 4)
-        warm = opt._warm
+        anew = opt.engine.steps.anew
         for t in range(5):
             opt.param_groups[0]["lr"] = convert(0.1 / (t + 1))
             steps(opt, params)
-        assert opt._warm is warm is not None
+        assert opt.engine.steps.anew == anew
         twins.append(params[0].detach())
     assert torch.equal(*twins)
 
@@ -631,13 +630,13 @@ def test_flags_are_compared_by_value():
         how="down",
     )
     steps(opt, params, 4)
-    warm = opt._warm
+    anew = opt.engine.steps.anew
     opt.param_groups[0]["how"] = "".join(["do", "wn"])
     steps(opt, params)
-    assert opt._warm is warm is not None
+    assert opt.engine.steps.anew == anew
     opt.param_groups[0]["how"] = "up"
     steps(opt, params)
-    assert opt._warm is not warm
+    assert opt.engine.steps.anew == anew + 1
 
 
 @needs_extension
@@ -646,14 +645,14 @@ def test_a_number_too_large_for_a_float_leaves_the_warm_path(dtype, stays):
     params = parameters(3, dtype=dtype)
     opt = RULES["SGD"](params)
     steps(opt, params, 4)
-    warm = opt._warm
+    (bound,) = opt.engine.bound
     opt.param_groups[0]["lr"] = 1e39
     give_gradients(params)
-    assert warm.step(opt) == stays
+    assert (bound.run(opt._scaling) is None) == stays
     opt.param_groups[0]["lr"] = 3e38
-    assert warm.step(opt)
+    assert bound.run(opt._scaling) is None
     opt.param_groups[0]["lr"] = math.inf
-    assert warm.step(opt)
+    assert bound.run(opt._scaling) is None
 
 
 # ---------------------------------------------------------------- caches
@@ -667,6 +666,7 @@ def shaped(p, lr, **kwargs):
     p.data.sub_(p.grad, alpha=lr / p.numel())
 
 
+@pytest.mark.filterwarnings("ignore:fusedopt. most of the last")
 def test_a_flag_that_never_stays_the_same_does_not_pile_up():
     params = parameters(3)
     opt = fusedopt.Optimizer(params, named, lr=0.1, flag="")
@@ -680,6 +680,7 @@ def test_a_flag_that_never_stays_the_same_does_not_pile_up():
     assert len(known) <= engine.KEPT_STRUCTURES
 
 
+@pytest.mark.filterwarnings("ignore:fusedopt. most of the last")
 def test_shapes_that_keep_changing_do_not_pile_up():
     params = parameters(3)
     opt = fusedopt.Optimizer(params, shaped, lr=0.1)

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,12 @@ class Launch(Protocol):
     """A kernel's tables, ready to run any number of times."""
 
     rows: np.ndarray
+    n_sets: int
+    movable: bool
+    """Whether any address in the table may change between runs, not only those of gradients."""
+
+    def native(self) -> Any:
+        """The launch for C++ to run (csrc/launch.h); None if it cannot."""
 
     def run(self, slots: np.ndarray) -> None:
         """Run all stages with these scalars: float64, scalar sets × slots."""
@@ -58,6 +64,8 @@ class Backend(Protocol):
 
     name: str
     device: str
+    native: bool
+    """Whether C++ runs its launches, and can switch rows off and on."""
 
     def compile(
         self, program: Program, name: str, slot_names: Sequence[str], device: torch.device | None = None

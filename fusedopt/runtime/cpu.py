@@ -24,6 +24,7 @@ class Cpp(Compiler):
     name = "cpp"
     device = "cpu"
     runs_parts = True
+    native = True
 
     def _compile(
         self, program: Program, name: str, slot_names: Sequence[str], device: torch.device
@@ -64,6 +65,22 @@ class Launch(Rows):
         self.head = np.array([*tables, 0, *widths], np.int64)
         self.address = self.head.ctypes.data
         self.slots: np.ndarray | None = None
+
+    movable = True
+
+    def native(self) -> Any:
+        rows, chunks = self.rows, self.layout.chunks
+        return leaf.native.Launch(  # type: ignore[union-attr]
+            stages=self.stages,
+            scalars=self.scalars or 0,
+            rows=rows.ctypes.data,
+            n_rows=len(rows),
+            row_words=rows.shape[1],
+            chunks=chunks.ctypes.data,
+            n_chunks=len(chunks),
+            n_slots=self.kernel.program.slots,
+            n_reductions=self.n_reductions,
+        )
 
     def upload(self, slots: np.ndarray) -> None:
         """Put these scalars where the launch reads them."""

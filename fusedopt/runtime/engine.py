@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from .. import reference
-from ..callback import identity
+from ..callback import identity, name_of, place_of
 from ..trace.number import Scalar
 from ..trace.purity import sources_of
 from ..trace.replay import Replay, can_replay
@@ -30,6 +30,7 @@ from ..trace.snapshot import Snapshot
 from ..trace.tracer import Trace, trace
 from . import backends, items, leaf, sharded
 from .backends import Backend, Kernel, Launch
+from .bound import MOST, RECENT, BoundStep, Groups, Steps, Unbound, unbindable
 from .commit import Change, commit
 from .history import History
 from .items import Item
@@ -47,12 +48,13 @@ MAX_KNOWN = 7
 
 @dataclass
 class Known:
-    """A compiled trace, kept for later steps; ``replay`` is None if its callbacks have to be run every time."""
+    """A compiled trace, kept for later steps; ``replay`` is None if its callbacks have to be run each time: ``why``."""
 
     trace: Trace
     backend: Backend
     kernel: Kernel
     replay: Replay | None
+    why: str = ""
 
 
 @dataclass
@@ -126,9 +128,10 @@ class Resident:
 class Engine:
     """Steps parameters by a callback list. It holds no tensors: state lives with the optimizer.
 
-    ``history`` has the kernels used so far, ``verdicts`` which callbacks run eagerly, ``launched`` the kernels of the
-    last step's launches, and how many tensors each stepped, ``norm`` how its gradients' norm was taken, ``resident``
-    its launches whose scalars live on the device. ``said``: what an engine before this one has warned of.
+    ``history`` has the kernels used so far, ``verdicts`` which callbacks run eagerly, ``norm`` how the last step's
+    norm was taken, ``resident`` its launches whose scalars live on the device. ``bound`` are the structures of steps
+    that were bound, the last one first; without ``binds`` every step looks at each tensor; ``steps``: how they went.
+    ``said``: what an engine before this one has warned of.
     """
 
     def __init__(
@@ -145,12 +148,22 @@ class Engine:
         self.history = History()
         self.norm: Norm | None = None
         self.resident: Resident | None = None
-        self.launched: list[tuple[Kernel, int]] = []
+        self._launched: list[tuple[Kernel, int]] = []
         self.verdicts = Verdicts(self.callbacks, said)
         self._sources = sources_of(callbacks)
         self._known = self._shared_traces()
+        self.binds = True
+        self.bound: list[BoundStep] = []
+        self.steps = Steps()
+        self._last: BoundStep | None = None
+        self._why = ""
         self._acted = False
         self._lent: reference.Lent | None = None
+
+    @property
+    def launched(self) -> list[tuple[Kernel, int]]:
+        """The kernels of the last step's launches, and how many tensors each went over."""
+        return self._launched if self._last is None else self._last.stepped()
 
     def follows(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
         """Whether it still does what these callbacks do."""
@@ -168,22 +181,40 @@ class Engine:
             pass
         return {}
 
+    def repeat(self, scaling: Scaling) -> bool:
+        """Do the step if it is of a structure that was bound; else nothing has changed."""
+        whys = []
+        for bound in self.bound:
+            why = bound.run(scaling)
+            if why is None:
+                if bound is not self._last:
+                    self._take(bound)
+                self.steps.note()
+                return True
+            whys.append(why)
+        self._why = whys[0] if whys else ""
+        return False
+
     def step(
-        self, todo: list[Item], scaling: Scaling, hand_over: Callable[[Item], Change] | None = None
-    ) -> list[Launched]:
+        self, todo: list[Item], scaling: Scaling, groups: Groups | None = None, bind: bool = False
+    ) -> None:
         """Step every item: its ``home`` is updated in place, its ``state`` holds the new state.
 
-        ``hand_over(item)`` is the change that gives the user what ``item.state`` holds, made together with those of
-        parameters.
+        ``groups``: theirs, which get what ``item.state`` holds together with parameters. ``bind``: a step of the same
+        structure may follow, so this one is bound, if it can be.
 
-        If a callback or the compiler raises, nothing has changed. Returns the launches, if these were all of the step:
-        nothing if a callback ran eagerly.
+        If a callback or the compiler raises, nothing has changed.
         """
         saved = self.verdicts.saved()
         try:
             while True:
                 try:
-                    plans, unfused, copies = self._computed(todo, scaling)
+                    plans, unfused = self.prepare(sharded.localized(todo))
+                    if not bind or groups is None:
+                        self._note("")
+                    elif self._bind(plans, unfused, scaling, groups):
+                        return
+                    copies = self._computed(plans, unfused, scaling)
                     break
                 except ActsAfterAll:  # from the beginning, in the order of a plain loop
                     continue
@@ -192,38 +223,108 @@ class Engine:
             self.verdicts.restore(saved)
             reference.tidy(self._lent)
             raise
-        _forget(self._known, MAX_STRUCTURES)
-        _forget(self.verdicts.unfused, MAX_STRUCTURES)
         stores: list[Change] = []
         for item, work in copies:
             changes, new = items.stored(item, work, self.state_dtype)
-            stores += [*changes, _handed(item, new, hand_over)]
-        launched = self._launch(plans, scaling, hand_over, stores)
+            stores += [*changes, _handed(item, new, groups)]
+        self._last = None
+        launched = self._launch(plans, scaling, groups, stores)
         self.resident = Resident(launched, self.norm)
-        return [] if unfused else launched
+        if self.norm is not None:
+            self.norm.let_go()
+        if groups is not None:  # those of other classes, whose state is a part of theirs
+            kept = {id(item) for item in (*unfused, *(i for plan in plans for i in plan.items))}
+            groups.keep([item for item in todo if id(item) not in kept])
 
-    def _computed(
-        self, todo: list[Item], scaling: Scaling
-    ) -> tuple[list[Plan], list[Item], list[tuple[Item, Item]]]:
-        """Plans to launch, the items that these leave, and these with work copies on which every callback has been run.
+    def _bind(self, plans: list[Plan], unfused: list[Item], scaling: Scaling, groups: Groups) -> bool:
+        """Bind a step of these plans and do it. If that cannot be, the reason is noted, and nothing has changed."""
+        try:
+            if not self.binds:
+                raise Unbound
+            if unfused:
+                raise Unbound(f"{len(unfused)} of its parameters are stepped by callbacks that run eagerly")
+            if why := unbindable(plans):
+                raise Unbound(why)
+            if not plans or not leaf.available():
+                raise Unbound("no parameter has a gradient" if not plans else leaf.extension_status()[1])
+            bound, launched = self._bound(plans, scaling, groups)
+            self._say(plans, [])
+            if why := bound.run(scaling):
+                raise Unbound(why)
+        except Unbound as why:
+            self._note(str(why))
+            return False
+        self._note(self._why)
+        bound.resident = Resident(launched, bound.norm)
+        self._take(bound)
+        return True
 
-        The last is empty where the step is skipped.
-        """
-        plans, unfused = self.prepare(sharded.localized(todo))
+    def _take(self, bound: BoundStep) -> None:
+        """Note which structure the last step had; those that were longest not seen are dropped."""
+        self.bound = [bound, *(b for b in self.bound if b is not bound)][:MOST]
+        self.norm, self.resident, self._last = bound.norm, bound.resident, bound
+
+    def _bound(self, plans: list[Plan], scaling: Scaling, groups: Groups) -> tuple[BoundStep, list[Launched]]:
+        todo = [item for plan in plans for item in plan.items]
+        if all(plan.known.backend.native for plan in plans) and not any(map(sharded.is_shard, todo)):
+            plans = [*plans, *self._resting(groups.resting(todo), plans)]
+        tables = []
+        for group in _together(plans):
+            for plan in group:
+                for item in plan.items:
+                    item.lay_out()
+            tables.append(Launched(group, table(group, scaling)))
+        norm = self._norm(plans, [], scaling)
+        try:
+            return BoundStep(groups, tables, norm), tables
+        except ValueError as error:  # a number that only Python can hold
+            raise Unbound(str(error)) from None
+        finally:
+            for entry in tables:
+                entry.launch.let_go()
+            if norm is not None:
+                norm.let_go()
+
+    def _resting(self, resting: list[Item], plans: list[Plan]) -> list[Plan]:
+        """Plans for parameters that have no gradient now, as far as kernels of these plans step them when they have."""
+        known = {id(plan.known) for plan in plans}
+        usable = [item for item in resting if items.dense(item.param) and item.walkable()]
+        found = [plan for _, plan in self._traced(usable, 0, len(self.callbacks))]
+        return [
+            plan
+            for plan in found
+            if isinstance(plan, Plan) and id(plan.known) in known and not unbindable([plan])
+        ]
+
+    def _note(self, why: str) -> None:
+        """Note why a step was bound anew, or not at all."""
+        _forget(self._known, MAX_STRUCTURES)
+        _forget(self.verdicts.unfused, MAX_STRUCTURES)
+        self.steps.note(why, anew=True)
+        told = leaf.native is None or self.backend == "reference" or self.verdicts.all()
+        if self.steps.keeps_failing and not told:
+            self.verdicts.warn(
+                "anew",
+                f"most of the last {RECENT} steps took Python work for every tensor, which is slow: {why}. Remedy: "
+                "leave between steps as it is what this names; opt.explain() says how each step went",
+            )
+
+    def _computed(self, plans: list[Plan], unfused: list[Item], scaling: Scaling) -> list[tuple[Item, Item]]:
+        """The items that plans leave with work copies on which every callback has been run; none if it is skipped."""
         unfused.sort(key=lambda item: item.where)
         copies = [(item, items.work_copy(item)) for item in unfused]
         work = [work for _, work in copies]
-        self.launched = []
         self.norm = self._scale(plans, work, scaling)
+        self._launched = list(self.norm.kernels) if self.norm else []
         if copies and scaling.amp and scaling.skipped({item.param.device for item in unfused}):
-            return plans, unfused, []
+            return []
         span = range(len(self.callbacks)) if self.backend == "reference" else self.verdicts.span()
         self._acted = False
         self._advance(work, 0, span.start)
         self._acted = bool(span)
         self._run_eagerly(span, work)
         self._advance(work, span.stop, len(self.callbacks))
-        return plans, unfused, copies
+        return copies
 
     def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
         """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
@@ -231,10 +332,7 @@ class Engine:
             plans, _ = self.prepare(sharded.localized(todo))
         except ActsAfterAll:
             return self.foresee(todo)
-        counts: dict[Kernel, int] = {}
-        for plan in plans:
-            counts[plan.kernel] = counts.get(plan.kernel, 0) + len(plan.items)
-        return list(counts.items())
+        return _counted([(plan.kernel, len(plan.items)) for plan in plans])
 
     def prepare(self, todo: list[Item]) -> tuple[list[Plan], list[Item]]:
         """Trace and compile: plans for the buckets that fuse whole, and the items that need work copies."""
@@ -300,10 +398,23 @@ class Engine:
         if compiled is None:
             return first
         sound = plain and can_replay(traced) and all(self.verdicts.pure[first:stop])
-        entry = Known(traced, *compiled, Replay(traced) if sound else None)
+        why = "" if sound else self._unsound(traced, first, stop)
+        entry = Known(traced, *compiled, Replay(traced) if sound else None, why)
         if sound:
             known[:] = [*known[-MAX_KNOWN:], entry]
         return self._planned(Plan(bucket, entry, traced.slot_values(), traced.new_numbers()))
+
+    def _unsound(self, traced: Trace, first: int, stop: int) -> str:
+        """Why the callbacks of a trace have to be run in every step."""
+        for i in range(first, stop):
+            if not self.verdicts.pure[i]:
+                where = place_of(self.callbacks[i])
+                return f"{name_of(self.callbacks[i])} ({where}) reads what may change without its arguments"
+        if not can_replay(traced):
+            return (
+                "a number that changes with each step leaves recorded arithmetic (float(), math, formatting)"
+            )
+        return "state or hyperparameters hold other objects than tensors, numbers and flags"
 
     def _trace(
         self, signature: Signature, hyper: dict[str, Any], first: int, stop: int, plain: bool
@@ -349,25 +460,31 @@ class Engine:
     # -- launching --
     def _scale(self, plans: list[Plan], work: list[Item], scaling: Scaling) -> Norm | None:
         """Take the norm of all gradients, and scale those of work copies."""
-        norm = None
-        if scaling.max_norm is not None and (plans or work):
-            for plan in plans:
-                for item in plan.items:
-                    item.lay_out()
-            launches = [
-                (group[0].known.backend, [item for plan in group for item in plan.items])
-                for group in _together(plans)
-            ]
-            norm = Norm(scaling, launches, work)
+        norm = self._norm(plans, work, scaling)
+        if norm is not None:
+            norm.measure()
         for item in work if scaling else ():
             item.grad.mul_(scaling.buffer(FACTOR, item.param.device))
         return norm
+
+    def _norm(self, plans: list[Plan], work: list[Item], scaling: Scaling) -> Norm | None:
+        """What takes the norm of all gradients."""
+        if scaling.max_norm is None or not (plans or work):
+            return None
+        for plan in plans:
+            for item in plan.items:
+                item.lay_out()
+        launches = [
+            (group[0].known.backend, [item for plan in group for item in plan.items])
+            for group in _together(plans)
+        ]
+        return Norm(scaling, launches, work)
 
     def _launch(
         self,
         plans: list[Plan],
         scaling: Scaling,
-        hand_over: Callable[[Item], Change] | None = None,
+        groups: Groups | None = None,
         stores: Sequence[Change] = (),
     ) -> list[Launched]:
         """Launch the plans; with that ``stores`` are made, what eager callbacks leave."""
@@ -379,7 +496,7 @@ class Engine:
                 item.lay_out()
         stepped = [(plan, item) for plan in plans for item in plan.items]
         changed = [_allocated(plan, item) | plan.numbers for plan, item in stepped]
-        handed = [_handed(item, new, hand_over) for (_, item), new in zip(stepped, changed, strict=True)]
+        handed = [_handed(item, new, groups) for (_, item), new in zip(stepped, changed, strict=True)]
         launched, changes = [], []
         for group, slots in zip(together, tables, strict=True):
             prepared, runs = launch(group, slots, scaling)
@@ -390,7 +507,7 @@ class Engine:
         commit([*changes, *handed, *stores])
         for entry in launched:
             entry.launch.let_go()
-        self.launched += [(entry.kernel, entry.tensors) for entry in launched]
+        self._launched += [(entry.kernel, entry.tensors) for entry in launched]
         return launched
 
     # -- work copies --
@@ -495,10 +612,10 @@ def _column(name: str, rows: list[Item], scaling: Scaling) -> list[torch.Tensor]
     return [(item.hyper if where == "hyper" else item.state)[key] for item in rows]
 
 
-def _handed(item: Item, new: dict[str, Any], hand_over: Callable[[Item], Change] | None) -> Change:
+def _handed(item: Item, new: dict[str, Any], groups: Groups | None) -> Change:
     """What gives the user new state, which the item has at once."""
     seen, item.state = item.state, item.state | new
-    return hand_over(item) if hand_over and type(item) is Item else functools.partial(seen.update, new)
+    return groups.hand_over(item) if groups and type(item) is Item else functools.partial(seen.update, new)
 
 
 def _finishing(plan: Plan, item: Item) -> list[Change]:
@@ -508,20 +625,33 @@ def _finishing(plan: Plan, item: Item) -> list[Change]:
     return [functools.partial(item.home.copy_, item.param)] if item.param is not item.home else []
 
 
-def launch(plans: list[Plan], slots: np.ndarray, scaling: Scaling) -> tuple[Launch, list[Change]]:
-    """The launch of plans that share a program, each with its own row of scalars, and what runs it."""
+def _counted(found: list[tuple[Kernel, int]]) -> list[tuple[Kernel, int]]:
+    """How many tensors each kernel steps."""
+    counts: dict[Kernel, int] = {}
+    for kernel, n in found:
+        counts[kernel] = counts.get(kernel, 0) + n
+    return list(counts.items())
+
+
+def table(plans: list[Plan], scaling: Scaling) -> Launch:
+    """The launch of plans that share a program, each a scalar set."""
     kernel, rows = plans[0].kernel, [item for plan in plans for item in plan.items]
     columns = {name: _column(name, rows, scaling) for name, _ in kernel.program.buffers}
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
     sizes = [item.param.numel() for item in rows]
     resident = any(item.hyper.get("capturable") for item in rows)
-    prepared = plans[0].known.backend.prepare(kernel, columns, sizes, sets, resident)
-    for name, _ in kernel.program.stores:
-        leaf.bump_versions(columns[name])
+    return plans[0].known.backend.prepare(kernel, columns, sizes, sets, resident)
+
+
+def launch(plans: list[Plan], slots: np.ndarray, scaling: Scaling) -> tuple[Launch, list[Change]]:
+    """The launch of these plans, each with its own row of scalars, and what runs it."""
+    prepared, rows = table(plans, scaling), [item for plan in plans for item in plan.items]
+    for name, _ in plans[0].kernel.program.stores:
+        leaf.bump_versions(_column(name, rows, scaling))
     planned = None if any(isinstance(item, sharded.Shard) for item in rows) else prepared.planned(slots)
     if planned is not None:
         return prepared, list(leaf.calls(*planned))
-    return prepared, [functools.partial(sharded.run, prepared, slots, rows)]
+    return prepared, [functools.partial(sharded.runner(prepared, rows), slots)]
 
 
 def _forget(found: dict[Any, Any], most: int) -> None:

@@ -10,7 +10,7 @@ coefficient. They are compiled, launched and, for DTensors, joined over processe
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ def _set(there: torch.Tensor, value: torch.Tensor | float) -> None:
 
 
 class Norm:
-    """The global norm of one step's gradients, and the factor that follows: measured when made and by ``repeat``.
+    """The global norm of one step's gradients, and the factor that follows.
 
     launches: for each launch of the step its backend and rows; eager: the items that are stepped without one.
     ``kernels`` are those that take it, and over how many tensors each.
@@ -106,28 +106,47 @@ class Norm:
         """Squares on other devices, and where they belong."""
         self.resident = any(item.hyper.get("capturable") for _, items in rows for item in items)
         self.launches: list[Launch] = []
+        self._measures: list[Callable[[], Any]] = []
+        self._eager: list[tuple[torch.Tensor, Item]] = []
         self.kernels: list[tuple[Kernel, int]] = []
         for (backend, items), piece in zip(rows, self.squares.split(sizes), strict=True):
             device = items[0].param.device
             out = piece if device == self.main else torch.empty_like(piece, device=device)
             self.pieces += [] if out is piece else [(out, piece)]
             if backend is None:
-                out.fill_(_square(items[0].grad))
+                self._eager.append((out, items[0]))
             else:
                 columns = {"grad": [item.grad for item in items], NORM: list(out.unbind())}
                 launch = self._prepared(backend, NORM_KERNEL, _squares(items[0].grad.dtype), columns)
-                sharded.run(launch, _NONE, items)
-                launch.let_go()
+                self._measures.append(functools.partial(sharded.runner(launch, items), _NONE))
                 self.launches.append(launch)
         self.join = self._joining(launches[0][0]) if launches else None
+
+    def measure(self) -> None:
+        """Take the norm."""
+        for out, item in self._eager:
+            out.fill_(_square(item.grad))
+        for measure in self._measures:
+            measure()
         self._finish()
 
     def repeat(self, gradients: Sequence[np.ndarray]) -> None:
-        """Measure again, the gradients of each launch being at these addresses now."""
+        """Take it of the gradients that are at these addresses now, those of each launch."""
         for launch, addresses in zip(self.launches, gradients, strict=True):
             launch.rows[:, HEAD] = addresses
-            launch.run(_NONE)
-        self._finish()
+        self.measure()
+
+    def native(self) -> list[Any]:
+        """The launches that take it, the one that joins their sums last, for C++ to run; none if it cannot."""
+        launches = [*self.launches, *([self.join] if self.join else [])]
+        found = [launch.native() for launch in launches]
+        return found if None not in found and not self._eager else []
+
+    def let_go(self) -> None:
+        """Keep no gradient's memory alive from here on."""
+        self._eager = []
+        for launch in self.launches:
+            launch.let_go()
 
     def upload(self) -> None:
         """Put the limit where captured launches read it."""

@@ -9,6 +9,7 @@ Callbacks that do not fuse run on the DTensors themselves, by torch's own rules 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -210,10 +211,13 @@ def _gathered(mine: np.ndarray, group: Any) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def run(launch: Any, slots: np.ndarray, rows: Sequence[Item]) -> None:
-    """Run a launch whose rows may be shards."""
-    if any(isinstance(item, Shard) for item in rows):
-        counts = [item.whole.home.numel() if isinstance(item, Shard) else item.param.numel() for item in rows]
-        launch.run_parts(slots, counts, exchange(rows))
-    else:
-        launch.run(slots)
+def is_shard(item: Item) -> bool:
+    return isinstance(item, Shard)
+
+
+def runner(launch: Any, rows: Sequence[Item]) -> Callable[[np.ndarray], None]:
+    """What runs a launch whose rows may be shards, with these scalars."""
+    if not any(map(is_shard, rows)):
+        return launch.run
+    counts = [item.whole.home.numel() if isinstance(item, Shard) else item.param.numel() for item in rows]
+    return functools.partial(launch.run_parts, counts=counts, exchange=exchange(rows))

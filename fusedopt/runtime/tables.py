@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -26,6 +27,7 @@ class Compiler(ABC):
 
     name: str
     device: str
+    native = False
 
     def __init__(self) -> None:
         self._kernels: WeakValueDictionary[tuple[Program, str, torch.device], Kernel] = WeakValueDictionary()
@@ -74,6 +76,11 @@ class Rows(ABC):
         # A program that touches nothing runs nowhere.
         self.device = columns[buffers[0][0]][0].device if buffers else torch.device("cpu")
         self._get_ready()
+
+    movable = False
+
+    def native(self) -> Any:
+        return None
 
     def planned(self, slots: np.ndarray) -> Planned | None:
         """What there is to run on the CPU with these scalars, if that is all of it."""
