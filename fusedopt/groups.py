@@ -5,6 +5,7 @@ Callbacks call hyperparameters and state what fastai calls them; param groups an
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -53,7 +54,7 @@ class ParamGroups:
         stored: Mapping[str, str],
         closed: bool,
     ) -> None:
-        self._held, self._closed = held, closed
+        self._ref, self._closed = weakref.ref(held), closed  # or it would wait for the garbage collector
         names = {*given, *(name for cb in held.cbs for name in defaults_of(cb))}
         self.names = HyperNames(names, declared, {name for cb in held.cbs for name in arguments_of(cb)})
         self._stored = dict(stored)
@@ -61,6 +62,12 @@ class ParamGroups:
         self._roles: tuple[list[Any], Roles] | None = None
         self._strange: set[str] = set()
         """Keys of groups that nobody takes, and that were looked at."""
+
+    @property
+    def _held(self) -> Held:
+        held = self._ref()
+        assert held is not None
+        return held
 
     @property
     def live(self) -> list[dict[str, Any]]:
