@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_kernels import CASES, rendered
-from helpers import assert_same_bits
+from helpers import assert_same_bits, new_rows
 
 from fusedopt.ir.ops import OPS, Op
 from fusedopt.ir.passes import stages
@@ -247,6 +247,13 @@ def test_every_op_keeps_torchs_rules_on_special_values(tmp_path, dtype):
             assert_same_bits(found[name][0], expected[name][0])
         else:
             torch.testing.assert_close(found[name][0], expected[name][0], equal_nan=True)
+
+
+def test_a_row_is_all_that_a_new_op_needs(tmp_path):
+    with new_rows() as (program, given, expected):
+        given = {name: [t] for name, t in given.items()}
+        found, _ = emulated(kernel(program, tmp_path), "k", program, given, [0], np.zeros((1, 0)), threads=4)
+        torch.testing.assert_close(found["param"][0], expected)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.float64], ids=str)

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from .comments import one_line
-from .ops import LEAVES, OPS, is_reduction, result_kind
+from .ops import LEAVES, OPS, Reduction, is_reduction, result_kind
 
 
 class ProgramError(AssertionError):
@@ -272,16 +272,22 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     noexcept nullptr operator private protected public register reinterpret_cast requires restrict return short signed
     sizeof static static_assert static_cast struct switch template this thread_local throw true try typedef typeid
     typename union unsigned using virtual void volatile wchar_t while and_eq bitand bitor not_eq or_eq xor xor_eq
-    param grad launch row begin end partial i lane element load store maximum minimum sign combine for_lanes std
-    half bfloat16 int64_t sum_ mean_ amax_ amin_ torch numel Lanes Launch Row infinity
+    param grad launch row begin end partial i lane element load store combine for_lanes std
+    half bfloat16 int64_t torch numel Lanes Launch Row infinity
     scaling_factor scaling_found_inf
-    triton tl rows chunk chunks piece slots lanes partials address at div sqrt exp trunc nearbyint rounded whole_blocks
+    triton tl rows chunk chunks piece slots lanes partials address at rounded whole_blocks
     """.split()  # noqa: SIM905
 )
-"""Words that generated code uses itself."""
+"""Words that generated code uses itself, besides those that the op table calls."""
+_CALLED = frozenset(
+    word
+    for op in OPS.values()
+    for text in ((op.join,) if isinstance(op, Reduction) else (op.cpp, op.triton or ""))
+    for word in re.findall(r"(?<![.:\w])[a-z_]\w*(?=\()", text)
+)
 LONGEST_NAME = 100
 """Characters of a name that generated code has in full."""
-_NUMBERED = re.compile(r"(hyper|at|of)_.*|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*", re.ASCII)
+_NUMBERED = re.compile(r"(hyper|at|of)_.*|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*|.*_", re.ASCII)
 
 
 def identifier(buffer: str) -> str:
@@ -293,7 +299,7 @@ def identifier(buffer: str) -> str:
     ours = key == buffer
     text = key.replace(".", "_") if ours else key
     plain = text.isidentifier() and text.isascii() and len(text) <= LONGEST_NAME
-    if plain and (ours or (text not in _TAKEN and not _NUMBERED.fullmatch(text))):
+    if plain and (ours or (text not in _TAKEN | _CALLED and not _NUMBERED.fullmatch(text))):
         return text
     number = f"{zlib.crc32(key.encode(errors='surrogatepass')):08x}"
     name = f"{'of' if ours else 'at'}_{key[:LONGEST_NAME]}_{number}"

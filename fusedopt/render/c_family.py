@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 
 from ..ir.comments import one_line
-from ..ir.ops import is_reduction
+from ..ir.ops import is_reduction, reduction
 from ..ir.passes import Stage, scalar_stores, stages
 from ..ir.program import Program, Value, identifier
 from . import body
-from .body import element_op, reduction, summary
+from .body import element_op, summary
 
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16", torch.float16: "half"}
 
@@ -67,9 +67,8 @@ class Body(body.Body):
 
     def declarations(self) -> list[str]:
         """What the op table says of the reductions that the program has."""
-        used = {v.op: reduction(v) for v in self.program.values if is_reduction(v.op)}
         return [
-            f"FUSEDOPT_REDUCTION({op.name}_, {op.init}, {op.join.format('a', 'b')})" for op in used.values()
+            f"FUSEDOPT_REDUCTION({op.name}_, {op.init}, {op.join.format('a', 'b')})" for op in self.reduces()
         ]
 
     def stage(self, k: int, stage: Stage) -> list[str]:
@@ -127,10 +126,7 @@ class Body(body.Body):
         return lines
 
     def accumulators(self, stage: Stage) -> list[str]:
-        return [
-            f"Lanes<{reduction(self.program.values[i]).name}_> acc{j};"
-            for j, i in enumerate(stage.reductions)
-        ]
+        return [f"Lanes<{self.program.values[i].op}_> acc{j};" for j, i in enumerate(stage.reductions)]
 
     def accumulate(self, stage: Stage) -> list[str]:
         """What is added up for element ``i``."""
@@ -159,8 +155,8 @@ class Body(body.Body):
             type_ = TYPES[self.program.buffer[v.attr].dtype]
             return f"load<{self.types[v.type]}>(row.buffer<const {type_}>({self.buffer_index[v.attr]}), 0)"
         if is_reduction(v.op):
-            scale = " / double(row.numel())" if v.op == "mean" else ""
-            return f"T(combine<{reduction(v).name}_>(launch, row, {self.reductions.index(i)}){scale})"
+            scale = " / double(row.numel())" if reduction(v.op).averaged else ""
+            return f"T(combine<{v.op}_>(launch, row, {self.reductions.index(i)}){scale})"
         return element_op(v).cpp.format(*self.arguments(v))
 
     def constant(self, x: float, type_: str) -> str:

@@ -32,8 +32,8 @@ class _Body(c_family.Body):
 
     def declarations(self) -> list[str]:
         """Besides reductions, the functions of the C library that are called: the skeleton includes no header."""
-        ops = (OPS[v.op] for v in self.program.values if v.op in OPS)
-        spelled = (op.cpp if isinstance(op, Op) else op.join for op in ops)
+        ops = [OPS[v.op] for v in self.program.values if v.op in OPS]
+        spelled = [op.cpp if isinstance(op, Op) else op.join for op in ops]
         called = [name for text in spelled for name in re.findall(r"::(\w+)\(", text)]
         return [*(f"FUSEDOPT_FUNCTION({name})" for name in dict.fromkeys(called)), *super().declarations()]
 
