@@ -68,13 +68,12 @@ def scalars(program, sets=3):
 
 
 def interpreted(program, given, sets, slots):
-    """What the program means, tensor by tensor; those without elements stay as they are."""
+    """What the program means, tensor by tensor."""
     out = {name: [t.clone() for t in tensors] for name, tensors in given.items()}
     for k, scalar_set in enumerate(sets):
         at = {name: tensors[k] for name, tensors in given.items()}
-        if at["param"].numel():
-            for name, value in interpret(program, at, slots[scalar_set]).items():
-                out[name][k] = value
+        for name, value in interpret(program, at, slots[scalar_set]).items():
+            out[name][k] = value
     return out
 
 

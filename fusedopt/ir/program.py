@@ -225,12 +225,18 @@ def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value)
 def interpret(
     program: Program, buffers: Mapping[str, torch.Tensor], slots: Iterable[float]
 ) -> dict[str, torch.Tensor]:
-    """Run the program on one parameter's tensors with plain torch ops; returns the buffers it stores, as new tensors.
+    """Run the program on one row's tensors with plain torch ops; returns the buffers it stores, as new tensors.
 
-    F buffers have the parameter's shape, S buffers are 0-d. Values have the compute dtype, or are double; each result
-    is rounded to its buffer's dtype once, at the end. Reductions are computed in double.
+    F buffers have one shape, S buffers are 0-d. Values have the compute dtype, or are double; each result is rounded to
+    its buffer's dtype once, at the end. Reductions are computed in double. Where there are no elements, what there is
+    one of per tensor stays as it is.
+
+    buffers: those of the program; if none of them is F, also "param", whose elements are counted
     """
-    dtype, like = program.compute, buffers["param"]
+    dtype = program.compute
+    like = buffers[next((n for n, b in program.buffers if b.kind == "F"), "param")]
+    if not like.numel():
+        return {name: buffers[name].clone() for name, _ in program.stores}
     types = {"f": dtype, "d": torch.float64}
     scalars = torch.tensor(list(slots), dtype=torch.float64)
     leaf = {
