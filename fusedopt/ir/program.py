@@ -329,7 +329,7 @@ def _literal(x: float) -> str:
     return repr(x) if abs(x) < float("inf") else f"float('{x}')"
 
 
-def render_python(program: Program, name: str = "program") -> str:
+def render_python(program: Program) -> str:
     """The program as Python that runs: ``program(param, grad, ..., s0, s1, ...)`` returns the stored buffers."""
     label = names(program)
     arguments = [identifier(b) for b, _ in program.buffers] + [f"s{i}" for i in range(program.slots)]
@@ -337,7 +337,7 @@ def render_python(program: Program, name: str = "program") -> str:
         arguments.insert(0, "param")  # for its shape and dtype
     if any(v.op == "numel" for v in program.values):
         arguments.append("numel")
-    lines = [f"def {name}({', '.join(arguments)}):"]
+    lines = [f"def program({', '.join(arguments)}):"]
     for i, v in enumerate(program.values):
         if v.op in LEAVES:
             continue
