@@ -82,7 +82,7 @@ inline T sign(T a) {
 }
 
 // -- reductions: partial results in double --
-constexpr double infinity = __builtin_inf();
+[[maybe_unused]] constexpr double infinity = __builtin_inf();
 
 #define FUSEDOPT_REDUCTION(name, first, joined)               \
   struct name {                                               \
