@@ -1,12 +1,12 @@
 // The CPU kernel: one function per stage, run over a range of chunks. fusedopt puts generated code where the example
-// is included; as it stands the file compiles alone.
+// is included; as it stands the file compiles alone. It includes no header: reading <cmath> alone would take longer than
+// all the rest of a compilation.
 //
 // A row is a tensor: element count, scalar set, first chunk, number of chunks, then a pointer per buffer.
 // A chunk is a piece of a row: row, first element, one past the last.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
+using int64_t = __INT64_TYPE__;
+using uint32_t = __UINT32_TYPE__;
+using uint16_t = __UINT16_TYPE__;
 
 #if defined(__clang__)
 #define FUSEDOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -14,9 +14,13 @@
 #define FUSEDOPT_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// What generated code calls, under the names that CUDA has too.
-using std::atan, std::atan2, std::ceil, std::cos, std::erf, std::exp, std::expm1, std::fabs, std::floor, std::fmod;
-using std::log, std::log1p, std::log2, std::nearbyint, std::pow, std::sin, std::sqrt, std::tanh, std::trunc;
+// A function of the C library that generated code calls, for float and for double, under the name that CUDA has too.
+#define FUSEDOPT_FUNCTION(name)                                                    \
+  template <class X, class... Y>                                                   \
+  static inline X name(X x, Y... y) {                                              \
+    if constexpr (sizeof(X) == sizeof(float)) return __builtin_##name##f(x, y...); \
+    else return __builtin_##name(x, y...);                                         \
+  }
 
 struct Launch {
   const int64_t* rows;
@@ -42,7 +46,7 @@ template <class T>
 inline T load(const bfloat16* p, int64_t i) {
   const uint32_t bits = uint32_t(p[i].bits) << 16;
   float x;
-  std::memcpy(&x, &bits, sizeof x);
+  __builtin_memcpy(&x, &bits, sizeof x);
   return T(x);
 }
 
@@ -58,7 +62,7 @@ template <class T>
 inline void store(bfloat16* p, int64_t i, T x) {
   const float f = float(x);
   uint32_t bits;
-  std::memcpy(&bits, &f, sizeof f);
+  __builtin_memcpy(&bits, &f, sizeof f);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   p[i].bits = uint16_t(f != f ? 0x7fc0 : rounded);
 }
@@ -78,20 +82,13 @@ inline T sign(T a) {
 }
 
 // -- reductions: partial results in double --
-constexpr double infinity = std::numeric_limits<double>::infinity();
-struct sum_ {
-  static constexpr double init = 0.0;
-  static double join(double a, double b) { return a + b; }
-};
-using mean_ = sum_;  // divided by the element count where it is used
-struct amax_ {
-  static constexpr double init = -infinity;
-  static double join(double a, double b) { return maximum(a, b); }
-};
-struct amin_ {
-  static constexpr double init = infinity;
-  static double join(double a, double b) { return minimum(a, b); }
-};
+[[maybe_unused]] constexpr double infinity = __builtin_inf();
+
+#define FUSEDOPT_REDUCTION(name, first, joined)               \
+  struct name {                                               \
+    static constexpr double init = first;                     \
+    static double join(double a, double b) { return joined; } \
+  };
 
 // A fixed number of accumulators, whatever the machine's vectors: the result is the same everywhere.
 template <class R>

@@ -136,20 +136,13 @@ __device__ inline T sign(T a) {
 }
 
 // -- reductions: partial results in double --
-constexpr double infinity = __builtin_bit_cast(double, uint64_t(0x7ff) << 52);
-struct sum_ {
-  static constexpr double init = 0.0;
-  __device__ static double join(double a, double b) { return a + b; }
-};
-using mean_ = sum_;  // divided by the element count where it is used
-struct amax_ {
-  static constexpr double init = -infinity;
-  __device__ static double join(double a, double b) { return maximum(a, b); }
-};
-struct amin_ {
-  static constexpr double init = infinity;
-  __device__ static double join(double a, double b) { return minimum(a, b); }
-};
+[[maybe_unused]] constexpr double infinity = __builtin_bit_cast(double, uint64_t(0x7ff) << 52);
+
+#define FUSEDOPT_REDUCTION(name, first, joined)                          \
+  struct name {                                                          \
+    static constexpr double init = first;                                \
+    __device__ static double join(double a, double b) { return joined; } \
+  };
 
 __device__ inline double* scratch() {
   __shared__ double numbers[max_threads];

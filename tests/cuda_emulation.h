@@ -5,7 +5,8 @@
 // What the skeleton says in PTX is said here in C++: these few lines are not covered by what is run on the CPU.
 #pragma once
 #include <barrier>
-#include <cmath>
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -17,9 +18,6 @@
 #define __shared__ static  // one block at a time
 #define __grid_constant__
 #define __launch_bounds__(...)
-
-using std::atan, std::atan2, std::ceil, std::cos, std::erf, std::exp, std::expm1, std::fabs, std::floor, std::log;
-using std::log1p, std::log2, std::nearbyint, std::pow, std::sin, std::sqrt, std::tanh, std::trunc;
 
 struct Index {
   unsigned x;

@@ -1,17 +1,20 @@
 """What several test files need: distances in ulp, the tolerance by competition, and one program's kernel at work."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from fusedopt import reference
-from fusedopt.ir.ops import Op
+from fusedopt.ir.ops import OPS, Op, Reduction
 from fusedopt.ir.program import Buffer, Graph, Program, interpret, verify
 from fusedopt.runtime import backends, leaf
+from fusedopt.trace.methods import METHODS, method
 from fusedopt.trace.signature import Signature
 from fusedopt.trace.tracer import Trace, trace
 
@@ -224,3 +227,31 @@ def doubles(ops: Iterable[Op]) -> tuple[Program, dict[str, torch.Tensor]]:
 
 SLOT = 0.1
 """A slot for ``doubles`` that float32 would round."""
+
+
+@contextmanager
+def new_rows() -> Iterator[tuple[Program, dict[str, torch.Tensor], torch.Tensor]]:
+    """A function and a reduction that the op table has for so long.
+
+    Gives a program that a callback calling them makes, tensors for it, and what the parameter becomes.
+    """
+    rows = {
+        "cosh": Op("cosh", "f>f", torch.cosh, "::cosh({0})", "(exp({0}) + exp({0} * -1.0)) * 0.5"),
+        "prod": Reduction("prod", torch.prod, np.multiply, "1.0", "{0} * {1}"),
+    }
+
+    def callback(p: Any, **kwargs: Any) -> None:
+        p.data.sub_(p.grad.cosh() * p.grad.prod())
+
+    with (
+        mock.patch.dict(OPS, rows),
+        mock.patch.dict(METHODS, {name: method(row) for name, row in rows.items()}),
+    ):
+        program = trace([callback], signature(), {}).program
+        generator = torch.Generator().manual_seed(0)
+        tensors = {name: torch.randn(3000, generator=generator) for name in ("param", "grad")}
+        tensors["grad"] = 1 + tensors["grad"] / 100
+        p = torch.nn.Parameter(tensors["param"].clone())
+        p.grad = tensors["grad"].clone()
+        callback(p)
+        yield program, tensors, p.detach()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_kernels import CASES, rendered
-from helpers import assert_same_bits
+from helpers import assert_same_bits, new_rows
 
 from fusedopt.ir.ops import OPS, Op
 from fusedopt.ir.passes import stages
@@ -68,13 +68,12 @@ def scalars(program, sets=3):
 
 
 def interpreted(program, given, sets, slots):
-    """What the program means, tensor by tensor; those without elements stay as they are."""
+    """What the program means, tensor by tensor."""
     out = {name: [t.clone() for t in tensors] for name, tensors in given.items()}
     for k, scalar_set in enumerate(sets):
         at = {name: tensors[k] for name, tensors in given.items()}
-        if at["param"].numel():
-            for name, value in interpret(program, at, slots[scalar_set]).items():
-                out[name][k] = value
+        for name, value in interpret(program, at, slots[scalar_set]).items():
+            out[name][k] = value
     return out
 
 
@@ -247,6 +246,13 @@ def test_every_op_keeps_torchs_rules_on_special_values(tmp_path, dtype):
             assert_same_bits(found[name][0], expected[name][0])
         else:
             torch.testing.assert_close(found[name][0], expected[name][0], equal_nan=True)
+
+
+def test_a_row_is_all_that_a_new_op_needs(tmp_path):
+    with new_rows() as (program, given, expected):
+        given = {name: [t] for name, t in given.items()}
+        found, _ = emulated(kernel(program, tmp_path), "k", program, given, [0], np.zeros((1, 0)), threads=4)
+        torch.testing.assert_close(found["param"][0], expected)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.float64], ids=str)

@@ -6,6 +6,7 @@ One kernel per compute type holds every op, so a new row is tested without a new
 import math
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -17,12 +18,14 @@ from helpers import (
     copies,
     doubles,
     error_in_ulp,
+    new_rows,
     run_kernel,
     ulp_distance,
 )
 
 from fusedopt.ir.ops import OPS, Op, Reduction, result_kind
 from fusedopt.ir.program import Buffer, Graph, Program, interpret, verify
+from fusedopt.runtime.cpu import joined
 
 # ---------------------------------------------------------------- the rulers
 
@@ -214,6 +217,30 @@ def test_no_column_of_the_table_is_empty(op):
     used = [f"{{{k}}}" in text for k in range(4)]
     arity = 2 if isinstance(op, Reduction) else op.arity
     assert used == [k < arity for k in range(4)]
+
+
+def test_a_row_is_all_that_a_new_op_needs():
+    """Here in C++, by the interpreter, in print and where part results are joined; CUDA and Triton have such a test."""
+    with new_rows() as (program, given, expected):
+        run_kernel(compile_kernel(program), ran := copies(given))
+        torch.testing.assert_close(ran["param"], expected)
+        torch.testing.assert_close(interpret(program, given, [])["param"], expected)
+        assert "torch.cosh(" in str(program) and "torch.prod(" in str(program)
+        assert joined(["prod"], np.array([[2.0], [3.0], [5.0]]), np.array([0, 1, 0]), 2).tolist() == [
+            [10.0],
+            [3.0],
+        ]
+
+
+@pytest.mark.parametrize("op", REDUCTIONS, ids=lambda op: op.name)
+def test_the_host_joins_part_results_as_kernels_do(op):
+    special = special_values(torch.float64).tolist()
+    a, b = (np.array(x) for x in zip(*((x, y) for x in special for y in special), strict=True))
+    join = op.join.format("a", "b")
+    with np.errstate(all="ignore"):
+        expected = eval(join, dict(a=a, b=b, maximum=np.maximum, minimum=np.minimum))
+        found = joined([op.name], np.concatenate([a, b])[:, None], np.tile(np.arange(len(a)), 2), len(a))
+    np.testing.assert_array_equal(found[:, 0], expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

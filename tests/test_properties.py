@@ -4,6 +4,7 @@ Callbacks are written out as source, so that a failing example shows the code th
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import fusedopt
 from fusedopt import callbacks
 from fusedopt.ir.program import Buffer, interpret
+from fusedopt.trace.signature import FACTOR, FOUND_INF, Modes
 from fusedopt.trace.tracer import trace
 
 # Every new structure is compiled (0.2 s), so there are few examples, the same on every run.
@@ -87,17 +89,28 @@ def special(size, dtype, generator):
 
 
 @settings(max_examples=40, **SETTINGS)
-@given(exact_callbacks(), DTYPES, st.sampled_from([F32, BF16, F64]), st.sampled_from([1, 7, 16, 33, 1000]))
-def test_kernels_are_the_interpreter_bit_for_bit(cb, dtypes, state_dtype, size):
-    """On + - * / and square roots, comparisons and selections, whatever the values."""
+@given(
+    exact_callbacks(),
+    DTYPES,
+    st.sampled_from([F32, BF16, F64]),
+    st.sampled_from([1, 7, 16, 33, 1000]),
+    st.sampled_from([None, 0.0, 1.0]),
+)
+def test_kernels_are_the_interpreter_bit_for_bit(cb, dtypes, state_dtype, size, found_inf):
+    """On + - * / and square roots, comparisons and selections, whatever the values; skipped steps are among them."""
     show([cb])
     generator = torch.Generator().manual_seed(size)
-    t = trace([cb], signature(*dtypes, m=Buffer(state_dtype, "F")), HYPER)
+    seen = signature(*dtypes, m=Buffer(state_dtype, "F"))
+    if found_inf is not None:
+        seen = replace(seen, modes=Modes(on_device=True, scaled=True, skips=True))
+    t = trace([cb], seen, HYPER)
     tensors = {
         "param": special(size, dtypes[0], generator),
         "grad": special(size, dtypes[1], generator),
         "state.m": special(size, state_dtype, generator),
     }
+    if found_inf is not None:
+        tensors |= {FACTOR: torch.tensor(0.7), FOUND_INF: torch.tensor(found_inf)}
     expected = interpret(t.program, tensors, t.slot_values())
     run_kernel(compile_kernel(t.program), ran := copies(tensors), t.slot_values())
     for name, before in tensors.items():

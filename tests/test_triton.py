@@ -223,8 +223,9 @@ def test_every_pointer_of_a_stage_has_a_say_in_whether_it_is_aligned(name):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_spellings_use_their_arguments(op):
-    arity = 1 if isinstance(op, Reduction) else op.arity
-    assert [f"{{{k}}}" in op.triton for k in range(4)] == [k < arity for k in range(4)]
+    if op.triton is None and isinstance(op, Reduction):
+        return  # then it is made of the join
+    assert [f"{{{k}}}" in op.triton for k in range(4)] == [k < op.arity for k in range(4)]
 
 
 # ---------------------------------------------------------------- launching

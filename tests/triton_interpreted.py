@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import test_ops
 import torch
-from helpers import SLOT, assert_same_bits, copies, doubles, needs_extension, signature, ulp_distance
+from helpers import (
+    SLOT,
+    assert_same_bits,
+    copies,
+    doubles,
+    needs_extension,
+    new_rows,
+    signature,
+    ulp_distance,
+)
 from triton_programs import DTYPES, INPUTS, NAMED, SPELLED, all_ops, made
 
 import fusedopt
@@ -177,6 +186,12 @@ def test_doubles_of_kind_s_are_computed_in_double():
     for name, value in interpret(program, given, [SLOT]).items():
         library = name.removeprefix("state.") in test_ops.LIBRARY or name == "param"
         assert ulp_distance(ran[name], value).max() <= library * test_ops.LIBRARY_ULP, name
+
+
+def test_a_row_is_all_that_a_new_op_needs(small_chunks):
+    with new_rows() as (program, given, expected):
+        run(program, ran := copies(given))
+        torch.testing.assert_close(ran["param"], expected)
 
 
 @pytest.mark.parametrize("compute", test_ops.DTYPES, ids=str)

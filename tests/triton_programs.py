@@ -100,7 +100,7 @@ SPELLED = [op for op in OPS.values() if isinstance(op, Op) and op.triton is not 
 
 def spelled(dtype: torch.dtype) -> list[Op]:
     """The elementwise ops that Triton has: a power only where double is more than is asked for."""
-    return [op for op in SPELLED if op.name != "pow" or dtype != torch.float64]
+    return [op for op in SPELLED if op.triton_double or dtype != torch.float64]
 
 
 def all_ops(dtype: torch.dtype) -> Program:

@@ -1,7 +1,7 @@
 """From source text to loaded code: the system compiler and the cache of what it made."""
 
 from .cache import BuildError, CacheError, CacheWarning
-from .toolchain import CompileError, CompilerNotFound, Library, compile_library
+from .toolchain import CompileError, CompilerNotFound
 
 __all__ = [
     "BuildError",
@@ -9,6 +9,4 @@ __all__ = [
     "CacheWarning",
     "CompileError",
     "CompilerNotFound",
-    "Library",
-    "compile_library",
 ]

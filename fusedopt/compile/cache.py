@@ -40,6 +40,11 @@ from typing import NamedTuple
 
 from .. import env
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 KEY_DIGITS = 20
 LOCK_SECONDS = 180.0  # longer than any compile: after that the holder is stopped, not busy
 TEMPORARY = ".tmp-"
@@ -385,15 +390,36 @@ def _write(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def _locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
     """Hold the lock; yields False when it cannot be had (no locks here, or its holder is stopped)."""
-    import filelock  # here, because a warm start never builds and importing it takes longer than a warm load
+    fd = _lock(path, time.monotonic() + seconds)
+    try:
+        yield fd is not None
+    finally:
+        if fd is not None:
+            # Closing it is not enough: a process that was forked meanwhile has it open too.
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
 
-    with contextlib.ExitStack() as stack:
+
+def _lock(path: Path, deadline: float) -> int | None:
+    """The locked file; None when it cannot be had. The package filelock takes a tenth of a first step to import."""
+    while fcntl is not None:
         try:
-            stack.enter_context(filelock.FileLock(path, timeout=seconds, mode=0o600))
-            held = True
-        except (OSError, NotImplementedError):  # filelock.Timeout is an OSError
-            held = False
-        yield held
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:  # else somebody removed it, and others lock another file
+                return fd
+        except BlockingIOError:
+            pass
+        except OSError:
+            deadline = 0.0
+        os.close(fd)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.01)
+    return None
 
 
 # ---------------------------------------------------------------- for people

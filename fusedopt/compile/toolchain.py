@@ -1,8 +1,8 @@
 """The system's C++ compiler: find it, run it, load what it made.
 
-A kernel's key is a hash over everything that decides its machine code: source and the headers it includes,
-compiler and version, flags, and, because of `-march=native`, the CPU's features. A home folder shared between
-different machines therefore never hands one machine the other's instructions.
+A kernel's key is a hash over everything that decides its machine code: source, which includes nothing, compiler and
+version, flags, and, because of `-march=native`, the CPU's features. A home folder shared between different machines
+therefore never hands one machine the other's instructions.
 """
 
 from __future__ import annotations
@@ -40,6 +40,14 @@ FLAGS = (
     "-fno-trapping-math",
     "-ffp-contract=off",
 )
+# Kernels call the C library's functions and the compiler's own. Left alone, the compiler also has the linker read the
+# C++ library, which takes longer than to link.
+LIBRARIES = ("-nodefaultlibs", "-lm", "-lc", "-lgcc") if sys.platform == "linux" else ()
+NOT_EVERYWHERE = {
+    NATIVE: re.compile(r"march|mcpu|no such instruction|unsupported instruction"),
+    LIBRARIES: re.compile(r"nodefaultlibs|-lgcc"),
+}
+"""Flags that some compilers refuse, or their assemblers and linkers do, and the words by which that is recognised."""
 CANDIDATES = ("c++", "g++", "clang++")
 TIMEOUT = 120.0  # seconds
 SHOWN_LINES = 20
@@ -194,7 +202,7 @@ class Library:
 
 _libraries: dict[str, Library] = {}
 _failed: dict[str, CompileError] = {}  # by key, or an optimizer that fell back would compile again every step
-_native_refused: set[str] = set()  # paths of compilers that know no -march=native, as some for ARM
+_refused: set[tuple[str, str | tuple[str, ...]]] = set()  # paths of compilers, and which of those flags
 
 
 def compile_library(
@@ -203,20 +211,18 @@ def compile_library(
     *,
     symbols: Sequence[str] = (),
     key_parts: Sequence[str] = (),
-    include: Path | None = None,
 ) -> Library:
     """Compile C++ source into a loaded library, or find it in this process or in the cache.
 
     name : of the kernel, for files and messages
     symbols : the functions that it must have
     key_parts : more that the binary depends on, such as the renderer's version
-    include : folder for `#include`; the headers found there are part of the key
 
     Raises CompilerNotFound, CompileError or cache.CacheError, all of them cache.BuildError. What failed once in
     this process fails again at once.
     """
     tool = compiler()
-    key = library_key(source, tool, key_parts, include)
+    key = library_key(source, tool, key_parts)
     if key in _failed:
         raise _failed[key].with_traceback(None)
     library = _libraries.get(key)
@@ -224,7 +230,7 @@ def compile_library(
         env.debug(2, f"// kernel {cache.plain(name)}\n{source}")
         try:
             # Two threads may both get here; the cache makes one of them wait, and the first library stays.
-            library = _libraries.setdefault(key, _load(name, key, source, symbols, tool, include))
+            library = _libraries.setdefault(key, _load(name, key, source, symbols, tool))
         except CompileError as error:
             _failed[key] = error
             raise
@@ -232,38 +238,19 @@ def compile_library(
     return library
 
 
-def library_key(source: str, tool: Compiler, key_parts: Sequence[str], include: Path | None) -> str:
+def library_key(source: str, tool: Compiler, key_parts: Sequence[str]) -> str:
     """sha256 over all that decides the machine code."""
-    headers = [text for _, text in sorted(_headers(source, include).items())] if include else []
-    parts = [source, *headers, *tool, *FLAGS, cpu_features().digest, *key_parts]
+    parts = [source, *tool, *FLAGS, *LIBRARIES, cpu_features().digest, *key_parts]
     # repr keeps neighbours apart: ("ab", "c") and ("a", "bc") must differ.
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">]+)[">]', re.MULTILINE)
-
-
-def _headers(source: str, include: Path) -> dict[str, str]:
-    """Name and text of every header in `include` that the source includes, directly or through another."""
-    found: dict[str, str] = {}
-    names = _INCLUDE.findall(source)
-    while names:
-        name = names.pop()
-        path = include / name
-        if name not in found and path.is_file():
-            found[name] = path.read_text(encoding="utf-8")
-            names += _INCLUDE.findall(found[name])
-    return found
-
-
-def _load(
-    name: str, key: str, source: str, symbols: Sequence[str], tool: Compiler, include: Path | None
-) -> Library:
+def _load(name: str, key: str, source: str, symbols: Sequence[str], tool: Compiler) -> Library:
     def build(source_path: Path, out: Path) -> str:
-        return _compile(name, tool, source_path, out, include)
+        return _compile(name, tool, source_path, out)
 
     def entry() -> cache.Entry:
-        meta = {"compiler": str(tool), "flags": " ".join(FLAGS), "cpu": cpu_features().model}
+        meta = {"compiler": str(tool), "flags": " ".join((*FLAGS, *LIBRARIES)), "cpu": cpu_features().model}
         return cache.load_or_build(name, key, source, "so", build, meta=meta)
 
     for again in (True, False):
@@ -294,11 +281,11 @@ def _unloadable(path: Path, symbols: Sequence[str]) -> str:
     return f"it has no {', '.join(lacking)}" if lacking else ""
 
 
-def _compile(name: str, tool: Compiler, source_path: Path, out: Path, include: Path | None) -> str:
+def _compile(name: str, tool: Compiler, source_path: Path, out: Path) -> str:
     """Run the compiler; returns its command line and words. Raises CompileError."""
-    flags = [flag for flag in FLAGS if flag != NATIVE or tool.path not in _native_refused]
-    folders = [f"-I{include}"] if include else []
-    command = (*tool.command, *flags, *folders, str(source_path), "-o", str(out))
+    flags = [flag for flag in FLAGS if (tool.path, flag) not in _refused]
+    libraries = LIBRARIES if (tool.path, LIBRARIES) not in _refused else ()
+    command = (*tool.command, *flags, str(source_path), "-o", str(out), *libraries)
     shown = shlex.join(command)
     try:
         done = _run((tool.path, *command[1:]), timeout=TIMEOUT)
@@ -310,17 +297,13 @@ def _compile(name: str, tool: Compiler, source_path: Path, out: Path, include: P
         if not out.is_file():
             raise CompileError(name, source_path, shown, "the compiler made no file", done.stdout)
         return f"{shown}\n{done.stdout}"
-    if NATIVE in flags and _about_native(done.stdout):
-        _native_refused.add(tool.path)
-        return _compile(name, tool, source_path, out, include)
+    for flag, words in NOT_EVERYWHERE.items():
+        if (tool.path, flag) not in _refused and words.search(done.stdout):
+            _refused.add((tool.path, flag))
+            return _compile(name, tool, source_path, out)
     raise CompileError(
         name, source_path, shown, f"the compiler ended with status {done.returncode}", done.stdout
     )
-
-
-def _about_native(output: str) -> bool:
-    """Whether the compiler refuses -march=native, or its assembler is too old for what that let it use."""
-    return bool(re.search(r"march|mcpu|no such instruction|unsupported instruction", output))
 
 
 def _run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,14 @@
 """The op table: every operation of the IR, once, with its meaning in each language.
 
-The interpreter, the verifier and the renderers walk this table. A new op is a row; a new language is a column.
+The tracer, the interpreter, the verifier, the renderers and whoever joins part results walk this table. A new op is a
+row; a new language is a column.
 
 ``types`` reads like a signature: ``"ff>b"`` takes two floats and gives a bool. Floats have the program's compute
 type (float32, or float64 when a buffer is float64); there are no integers among element values.
 
-The C++ column serves CUDA too. What Triton has in no form that is accurate and that its interpreter knows is written
-out in its skeleton; a power in float64 is not, and its backend then leaves the program to another.
+The C++ column serves CUDA too. In it, ``::f(...)`` is the C library's ``f``, of floats or of doubles. What Triton has
+in no form that is accurate and that its interpreter knows is written out in its skeleton; a power in float64 is not,
+and its backend then leaves the program to another.
 
 NaN rules are torch's: ``maximum``, ``minimum`` and the clamps built from them return NaN when either side is NaN,
 ``sign`` of NaN is zero, comparisons with NaN are false except ``ne``. ``expand`` makes one number per element of one
@@ -25,13 +27,17 @@ import torch
 
 @dataclass(frozen=True)
 class Op:
-    """An elementwise operation: its types, its eager torch meaning, and its spelling in C++ and in Triton."""
+    """An elementwise operation: its types, its eager torch meaning, and its spelling in C++ and in Triton.
+
+    triton: None if it has none; ``triton_double`` is whether that is accurate in float64 too
+    """
 
     name: str
     types: str
     torch: Callable[..., Any]
     cpp: str
     triton: str | None = None
+    triton_double: bool = True
 
     @property
     def arity(self) -> int:
@@ -46,16 +52,21 @@ class Op:
 class Reduction:
     """A whole-tensor reduction: one float per tensor from one float per element.
 
-    Partial results are doubles, one per chunk, joined in chunk order; ``mean`` divides by the element count after.
-    ``init`` and ``join`` spell the monoid, in C++ and Triton alike; ``torch`` is the meaning, computed in double.
-    ``triton`` joins a block of numbers.
+    Partial results are doubles, one per chunk, joined in chunk order. ``init`` and ``join`` spell the monoid, in C++
+    and Triton alike; ``numpy`` is that join on the host, for parts from several processes; ``torch`` is the meaning,
+    computed in double.
+
+    triton: joins a block of numbers; None: by ``join``
+    averaged: whether the result is divided by the element count
     """
 
     name: str
     torch: Callable[[torch.Tensor], torch.Tensor]
+    numpy: np.ufunc
     init: str
     join: str
-    triton: str
+    triton: str | None = None
+    averaged: bool = False
 
     types = "f>f"
     arity = 1
@@ -106,7 +117,7 @@ OPS: dict[str, Op | Reduction] = {
         _infix("sub", "ff>f", "-"),
         _infix("mul", "ff>f", "*"),
         Op("div", "ff>f", torch.div, "{0} / {1}", "div({0}, {1})"),
-        Op("pow", "ff>f", torch.pow, "::pow({0}, {1})", "pow({0}, {1})"),
+        Op("pow", "ff>f", torch.pow, "::pow({0}, {1})", "pow({0}, {1})", triton_double=False),
         Op("fmod", "ff>f", _fmod, "::fmod({0}, {1})", "fmod({0}, {1})"),
         Op("atan2", "ff>f", torch.atan2, "::atan2({0}, {1})", "atan2({0}, {1})"),
         Op("maximum", "ff>f", _maximum, "maximum({0}, {1})", "maximum({0}, {1})"),
@@ -142,10 +153,10 @@ OPS: dict[str, Op | Reduction] = {
         Op("where", "bff>f", torch.where, "({0} ? {1} : {2})", "tl.where({0}, {1}, {2})"),
         Op("expand", "f>f", lambda x: x, "{0}", "{0}"),
         Op("as_float", "b>f", lambda b: b.to(torch.get_default_dtype()), "({0} ? T(1) : T(0))", "{0}.to(T)"),
-        Reduction("sum", torch.sum, "0.0", "{0} + {1}", "tl.sum({0}, 0)"),
-        Reduction("mean", torch.mean, "0.0", "{0} + {1}", "tl.sum({0}, 0)"),
-        Reduction("amax", torch.amax, "-infinity", "maximum({0}, {1})", "tl.reduce({0}, 0, maximum)"),
-        Reduction("amin", torch.amin, "infinity", "minimum({0}, {1})", "tl.reduce({0}, 0, minimum)"),
+        Reduction("sum", torch.sum, np.add, "0.0", "{0} + {1}", "tl.sum({0}, 0)"),
+        Reduction("mean", torch.mean, np.add, "0.0", "{0} + {1}", "tl.sum({0}, 0)", averaged=True),
+        Reduction("amax", torch.amax, np.maximum, "-infinity", "maximum({0}, {1})"),
+        Reduction("amin", torch.amin, np.minimum, "infinity", "minimum({0}, {1})"),
     )
 }
 
@@ -156,6 +167,12 @@ LEAVES = ("load", "slot", "const", "numel")
 def is_reduction(name: str) -> bool:
     """Whether the op turns one value per element into one per tensor."""
     return isinstance(OPS.get(name), Reduction)
+
+
+def reduction(name: str) -> Reduction:
+    op = OPS[name]
+    assert isinstance(op, Reduction)
+    return op
 
 
 def result_kind(name: str, kinds: Iterable[str]) -> str:

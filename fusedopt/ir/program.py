@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from .comments import one_line
-from .ops import LEAVES, OPS, is_reduction, result_kind
+from .ops import LEAVES, OPS, Reduction, is_reduction, result_kind
 
 
 class ProgramError(AssertionError):
@@ -225,12 +225,18 @@ def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value)
 def interpret(
     program: Program, buffers: Mapping[str, torch.Tensor], slots: Iterable[float]
 ) -> dict[str, torch.Tensor]:
-    """Run the program on one parameter's tensors with plain torch ops; returns the buffers it stores, as new tensors.
+    """Run the program on one row's tensors with plain torch ops; returns the buffers it stores, as new tensors.
 
-    F buffers have the parameter's shape, S buffers are 0-d. Values have the compute dtype, or are double; each result
-    is rounded to its buffer's dtype once, at the end. Reductions are computed in double.
+    F buffers have one shape, S buffers are 0-d. Values have the compute dtype, or are double; each result is rounded to
+    its buffer's dtype once, at the end. Reductions are computed in double. Where there are no elements, what there is
+    one of per tensor stays as it is.
+
+    buffers: those of the program; if none of them is F, also "param", whose elements are counted
     """
-    dtype, like = program.compute, buffers["param"]
+    dtype = program.compute
+    like = buffers[next((n for n, b in program.buffers if b.kind == "F"), "param")]
+    if not like.numel():
+        return {name: buffers[name].clone() for name, _ in program.stores}
     types = {"f": dtype, "d": torch.float64}
     scalars = torch.tensor(list(slots), dtype=torch.float64)
     leaf = {
@@ -272,16 +278,22 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     noexcept nullptr operator private protected public register reinterpret_cast requires restrict return short signed
     sizeof static static_assert static_cast struct switch template this thread_local throw true try typedef typeid
     typename union unsigned using virtual void volatile wchar_t while and_eq bitand bitor not_eq or_eq xor xor_eq
-    param grad launch row begin end partial i lane element load store maximum minimum sign combine for_lanes std
-    half bfloat16 int64_t sum_ mean_ amax_ amin_ torch numel Lanes Launch Row infinity
+    param grad launch row begin end partial i lane element load store combine for_lanes std
+    half bfloat16 int64_t torch numel Lanes Launch Row infinity
     scaling_factor scaling_found_inf
-    triton tl rows chunk chunks piece slots lanes partials address at div sqrt exp trunc nearbyint rounded whole_blocks
+    triton tl rows chunk chunks piece slots lanes partials address at rounded whole_blocks
     """.split()  # noqa: SIM905
 )
-"""Words that generated code uses itself."""
+"""Words that generated code uses itself, besides those that the op table calls."""
+_CALLED = frozenset(
+    word
+    for op in OPS.values()
+    for text in ((op.join,) if isinstance(op, Reduction) else (op.cpp, op.triton or ""))
+    for word in re.findall(r"(?<![.:\w])[a-z_]\w*(?=\()", text)
+)
 LONGEST_NAME = 100
 """Characters of a name that generated code has in full."""
-_NUMBERED = re.compile(r"(hyper|at|of)_.*|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*", re.ASCII)
+_NUMBERED = re.compile(r"(hyper|at|of)_.*|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*|.*_", re.ASCII)
 
 
 def identifier(buffer: str) -> str:
@@ -293,7 +305,7 @@ def identifier(buffer: str) -> str:
     ours = key == buffer
     text = key.replace(".", "_") if ours else key
     plain = text.isidentifier() and text.isascii() and len(text) <= LONGEST_NAME
-    if plain and (ours or (text not in _TAKEN and not _NUMBERED.fullmatch(text))):
+    if plain and (ours or (text not in _TAKEN | _CALLED and not _NUMBERED.fullmatch(text))):
         return text
     number = f"{zlib.crc32(key.encode(errors='surrogatepass')):08x}"
     name = f"{'of' if ours else 'at'}_{key[:LONGEST_NAME]}_{number}"
@@ -317,7 +329,7 @@ def _literal(x: float) -> str:
     return repr(x) if abs(x) < float("inf") else f"float('{x}')"
 
 
-def render_python(program: Program, name: str = "program") -> str:
+def render_python(program: Program) -> str:
     """The program as Python that runs: ``program(param, grad, ..., s0, s1, ...)`` returns the stored buffers."""
     label = names(program)
     arguments = [identifier(b) for b, _ in program.buffers] + [f"s{i}" for i in range(program.slots)]
@@ -325,7 +337,7 @@ def render_python(program: Program, name: str = "program") -> str:
         arguments.insert(0, "param")  # for its shape and dtype
     if any(v.op == "numel" for v in program.values):
         arguments.append("numel")
-    lines = [f"def {name}({', '.join(arguments)}):"]
+    lines = [f"def program({', '.join(arguments)}):"]
     for i, v in enumerate(program.values):
         if v.op in LEAVES:
             continue

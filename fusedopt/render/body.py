@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ..ir.comments import one_line
-from ..ir.ops import LEAVES, OPS, Op, Reduction, is_reduction
+from ..ir.ops import LEAVES, OPS, Op, Reduction, is_reduction, reduction
 from ..ir.passes import Stage, scalar_stores, stages
 from ..ir.program import Program, Value, argument_type, identifier
 
@@ -24,12 +24,6 @@ def summary(program: Program, stage: Stage) -> str:
     what = f"writes {', '.join(stored)}" if stored else "reduces"
     loads = ", ".join(identifier(n) for n in stage.loads(program)) or "nothing"
     return f"reads {loads}; {what}; {stage.bytes_per_element(program)} bytes per element"
-
-
-def reduction(v: Value) -> Reduction:
-    op = OPS[v.op]
-    assert isinstance(op, Reduction)
-    return op
 
 
 def element_op(v: Value) -> Op:
@@ -50,6 +44,10 @@ class Body(ABC):
         self.program, self.slot_names = program, slot_names
         self.reductions = [i for stage in stages(program) for i in stage.reductions]
         self.buffer_index = {n: k for k, (n, _) in enumerate(program.buffers)}
+
+    def reduces(self) -> list[Reduction]:
+        """The table's reductions that the program has."""
+        return [reduction(op) for op in dict.fromkeys(self.program.values[i].op for i in self.reductions)]
 
     @abstractmethod
     def constant(self, x: float, type_: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+from ..ir.ops import OPS, Op
 from ..ir.passes import Stage
 from ..ir.program import Program
 from . import c_family
@@ -11,7 +13,7 @@ from .c_family import TYPES, entries, indent
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
 
-VERSION = "2"
+VERSION = "3"
 SLOT = '#include "cpu_example.inc"'
 
 
@@ -27,6 +29,13 @@ def source(skeleton: str, body: str) -> str:
 
 class _Body(c_family.Body):
     qualifiers = "static"
+
+    def declarations(self) -> list[str]:
+        """Besides reductions, the functions of the C library that are called: the skeleton includes no header."""
+        ops = [OPS[v.op] for v in self.program.values if v.op in OPS]
+        spelled = [op.cpp if isinstance(op, Op) else op.join for op in ops]
+        called = [name for text in spelled for name in re.findall(r"::(\w+)\(", text)]
+        return [*(f"FUSEDOPT_FUNCTION({name})" for name in dict.fromkeys(called)), *super().declarations()]
 
     def loop(self, stage: Stage) -> list[str]:
         return self._reduce(stage) if stage.reductions else self._plain(stage)

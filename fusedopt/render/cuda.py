@@ -12,7 +12,7 @@ from .c_family import TYPES, entries, indent
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
 
-VERSION = "2"
+VERSION = "3"
 SLOT = '#include "cuda_example.inc"'
 
 

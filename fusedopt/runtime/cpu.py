@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..compile import toolchain
+from ..ir.ops import reduction
 from ..ir.program import Program
 from ..kernels import source as skeleton
 from ..render import cpp
@@ -137,21 +138,11 @@ class Launch(Rows):
             leaf.run_cpu([self.scalars], self.address, [[0, n_rows]])
 
 
-JOIN = {
-    "sum": (0.0, np.add),
-    "mean": (0.0, np.add),
-    "amax": (-np.inf, np.maximum),
-    "amin": (np.inf, np.minimum),
-}
-"""How totals of parts become those of the whole, as the op table has it; NaN stays NaN."""
-
-
 def joined(ops: Sequence[str], parts: np.ndarray, where: np.ndarray, n: int) -> np.ndarray:
     """n × ops totals of parts × ops, part i belonging to total ``where[i]``. In order, so that it is reproducible."""
     totals = np.empty((n, len(ops)))
     with np.errstate(invalid="ignore"):
-        for k, op in enumerate(ops):
-            init, join = JOIN[op]
-            totals[:, k] = init
-            join.at(totals[:, k], where, parts[:, k])
+        for k, op in enumerate(map(reduction, ops)):
+            totals[:, k] = float(op.init)
+            op.numpy.at(totals[:, k], where, parts[:, k])
     return totals

@@ -139,9 +139,6 @@ class Build:
         self._process: subprocess.Popen | None = None
         self._stopped = False
         cache.folder()  # here, where a warning about it can be seen
-        importlib.import_module(
-            "filelock"
-        )  # a process forked while a thread imports it could never do so itself
         self._thread = threading.Thread(target=self._run, name="fusedopt-extension", daemon=True)
         atexit.register(self.stop)
         self._thread.start()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..ir.ops import OPS, is_reduction
+from ..ir.ops import OPS, Op, Reduction
 from .number import Number
 from .signals import Untraceable
 from .tensor import (
@@ -300,12 +300,17 @@ def _cast(dtype: torch.dtype) -> Callable[..., SymTensor]:
     return lambda x, memory_format=torch.preserve_format: _to(x, dtype, memory_format=memory_format)
 
 
-# Elementwise ops of the table are methods of the same name; what torch spells otherwise follows.
-METHODS |= {op.name: _unary(op.name) for op in OPS.values() if op.types == "f>f" and op.name != "expand"}
-METHODS |= {op.name: _binary(op.name) for op in OPS.values() if op.types in ("ff>f", "ff>b")}
-METHODS |= {name: _logical(name) for name in ("logical_and", "logical_or", "logical_xor", "logical_not")}
+def method(op: Op | Reduction) -> Callable[..., SymTensor]:
+    """The method that is one op of the table."""
+    if isinstance(op, Reduction):
+        return _reduce(op.name)
+    made = {"f>f": _unary, "ff>f": _binary, "ff>b": _binary, "b>b": _logical, "bb>b": _logical}
+    return made[op.types](op.name)
+
+
+# Ops of the table are methods of the same name; what torch spells otherwise follows.
+METHODS |= {op.name: method(op) for op in OPS.values() if op.name not in ("expand", "as_float", "where")}
 METHODS |= {f"bitwise_{name}": _bitwise(f"logical_{name}") for name in ("and", "or", "xor", "not")}
-METHODS |= {name: _reduce(name) for name in OPS if is_reduction(name)}
 METHODS |= {
     "add": _scale_first(_add, 1, "alpha"),
     "sub": _scale_first(_sub, 1, "alpha"),

@@ -11,7 +11,6 @@ equals what it was.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,21 +115,6 @@ class ScalarProgram:
         if op in _SYMBOL:
             return f"({args[0]} {_SYMBOL[op]} {args[1]})"
         return f"-{args[0]}" if op == "neg" else f"{op}({args[0]})"
-
-    def run(self, hyper: dict[str, Any], state: dict[str, Any]) -> list[Scalar]:
-        """All entries' values for other hyperparameters and state (no guard is checked here)."""
-        out: list[Scalar] = []
-        for (op, *operands), recorded in zip(self.entries, self.values, strict=True):
-            if op in ("hyper", "state"):
-                name, *path = operands
-                out.append(
-                    functools.reduce(operator.getitem, path, (hyper if op == "hyper" else state)[name])
-                )
-            elif op in ("const", "raw", "default"):
-                out.append(recorded)
-            else:
-                out.append(ARITHMETIC[op](*(out[i] for i in operands)))
-        return out
 
 
 def _leave(x: Any) -> Any:

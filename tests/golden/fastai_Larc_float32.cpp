@@ -1,5 +1,7 @@
 // Larc
 using T = float;
+FUSEDOPT_FUNCTION(sqrt)
+FUSEDOPT_REDUCTION(sum_, 0.0, a + b)
 
 // Stage 1 of 2: reads param, grad; reduces; 8 bytes per element.
 static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,

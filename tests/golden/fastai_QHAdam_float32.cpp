@@ -1,5 +1,6 @@
 // QHAdam
 using T = float;
+FUSEDOPT_FUNCTION(sqrt)
 
 // Stage 1 of 1: reads param, grad, grad_avg, sqr_avg; writes param, grad_avg, sqr_avg; 28 bytes per element.
 static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,

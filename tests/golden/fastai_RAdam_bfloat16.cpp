@@ -39,6 +39,7 @@ FUSEDOPT_STAGE(0)
 
 // RAdam
 using T = float;
+FUSEDOPT_FUNCTION(sqrt)
 
 // Stage 1 of 1: reads param, grad_avg, grad, sqr_avg; writes param, grad_avg, sqr_avg; 14 bytes per element.
 static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,

@@ -79,6 +79,7 @@ FUSEDOPT_STAGE(0)
 
 // ranger
 using T = float;
+FUSEDOPT_FUNCTION(sqrt)
 
 // Stage 1 of 1: reads slow, param, grad_avg, grad, sqr_avg; writes param, grad_avg, slow, sqr_avg; 18 bytes per element.
 static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,
@@ -131,6 +132,7 @@ FUSEDOPT_STAGE(0)
 
 // ranger
 using T = float;
+FUSEDOPT_FUNCTION(sqrt)
 
 // Stage 1 of 1: reads param, grad_avg, grad, sqr_avg; writes param, grad_avg, sqr_avg; 14 bytes per element.
 static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,

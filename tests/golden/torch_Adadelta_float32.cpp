@@ -1,5 +1,6 @@
 // Adadelta
 using T = float;
+FUSEDOPT_FUNCTION(sqrt)
 
 // Stage 1 of 1: reads param, sqr_delta, sqr_avg, grad; writes param, sqr_avg, sqr_delta; 28 bytes per element.
 static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,

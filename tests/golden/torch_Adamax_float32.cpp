@@ -1,5 +1,6 @@
 // Adamax
 using T = float;
+FUSEDOPT_FUNCTION(fabs)
 
 // Stage 1 of 1: reads param, grad_avg, grad, inf_avg; writes param, grad_avg, inf_avg; 28 bytes per element.
 static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,
