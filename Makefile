@@ -15,11 +15,14 @@ demo: setup
 test: setup
 	$(MAKE) --no-print-directory check
 
+# A file's tests stay together: what its fixtures make is made once.
+WORKERS ?= 2
+PYTEST := python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 check:
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST) $(TEST_OPTIONS)
 
 fix:
 	$(BIN)/ruff format
@@ -40,7 +43,7 @@ test-torch:
 	tar -cf - --exclude='./.*' --exclude=./build --exclude='*.so' . | tar -xf - -C $(OTHER)/tree
 	$(OTHER_PIP) --no-build-isolation --editable '$(OTHER)/tree[demo,test,dev]'
 	$(OTHER_PIP) --no-deps fastai
-	cd $(OTHER)/tree && ../bin/python -m pytest $(TESTS)
+	cd $(OTHER)/tree && ../bin/$(PYTEST) $(TESTS)
 
 bench: setup
 	$(BIN)/python -m benchmarks

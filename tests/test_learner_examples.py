@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,10 +52,9 @@ def test_the_same_seed_gives_the_same_training():
 
 
 @pytest.mark.slow
-def test_the_net_reads_985_of_1000_digits_within_a_minute():
-    start = time.process_time()
-    assert digits_cnn.main().accuracy >= 0.985
-    assert time.process_time() - start < 60  # on one core
+def test_the_net_reads_985_of_1000_digits_after_440_batches():
+    found = digits_cnn.main()
+    assert found.accuracy >= 0.985 and len(found.losses) == 440
 
 
 def test_every_image_is_shifted_by_up_to_a_pixel():
