@@ -15,14 +15,14 @@ demo: setup
 test: setup
 	$(MAKE) --no-print-directory check
 
-# A file's tests stay together: what its fixtures make is made once.
+# A file's tests stay together: what its fixtures make is made once. Threads that wait leave the core to the other worker.
 WORKERS ?= 2
-PYTEST := python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_WAIT_POLICY=passive $(1)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 check:
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/$(PYTEST) $(TEST_OPTIONS)
+	$(call PYTEST,$(BIN)) $(TEST_OPTIONS)
 
 fix:
 	$(BIN)/ruff format
@@ -43,7 +43,7 @@ test-torch:
 	tar -cf - --exclude='./.*' --exclude=./build --exclude='*.so' . | tar -xf - -C $(OTHER)/tree
 	$(OTHER_PIP) --no-build-isolation --editable '$(OTHER)/tree[demo,test,dev]'
 	$(OTHER_PIP) --no-deps fastai
-	cd $(OTHER)/tree && ../bin/$(PYTEST) $(TESTS)
+	cd $(OTHER)/tree && $(call PYTEST,../bin) $(TESTS)
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -190,7 +190,9 @@ def test_the_gates_notice_contraction_spills_and_narrow_accesses(monkeypatch):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.all_architectures)], ids=str
+)
 def test_every_op_compiles_and_float32_is_not_computed_in_double(dtype):
     source = cuda.source(skeleton("cuda.cu"), cuda.render(all_ops(dtype)))
     nvrtc.compile_cubin("all_ops", source, "sm_80")

@@ -186,7 +186,9 @@ def test_nothing_is_contracted_in_the_machine_code(arch):
         assert ("FFMA" in sass) == fuse
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.all_architectures)], ids=str
+)
 def test_every_op_with_a_spelling_compiles(dtype):
     program = all_ops(dtype)
     kernel = gates.compile_body(renderer.render(program), 90)["stage_0"]
