@@ -97,6 +97,12 @@ def same_start():
 
 
 @pytest.fixture
+def one_thread(same_start):
+    """Tiny models gain nothing from a second thread, and stall where it is busy."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def nothing_compiled(monkeypatch):
     """As in a fresh process: no kernel is loaded, no trace is known."""
     monkeypatch.setattr(backends, "_made", {})

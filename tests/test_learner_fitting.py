@@ -19,10 +19,7 @@ from fusedopt import named
 from fusedopt.learner import Callback, Learner
 from fusedopt.learner.callbacks import recorder
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
