@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from factories import parameters_with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
@@ -24,11 +24,7 @@ from fusedopt.runtime import leaf, transforms, warm
 
 
 def parameters(n=3, size=20):
-    gen = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(size, generator=gen)) for _ in range(n)]
-    for p in params:
-        p.grad = torch.randn(size, generator=gen)
-    return params
+    return parameters_with_gradients([(size,)] * n)
 
 
 def one_cycle(opt, steps=60, peak=0.05):
