@@ -16,6 +16,7 @@ test: setup
 	$(MAKE) --no-print-directory check
 
 # A file's tests stay together: what its fixtures make is made once. Threads that wait leave the core to the other worker.
+# .ci/run compiles GPU kernels for all architectures: make test TEST_OPTIONS=--all-architectures
 WORKERS ?= 2
 PYTEST = OMP_WAIT_POLICY=passive $(1)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 check:
