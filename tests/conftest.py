@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -94,6 +95,9 @@ def same_start():
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    assert not tracemalloc.is_tracing(), (
+        "memory is traced still: Python takes five times as long from here on"
+    )
 
 
 @pytest.fixture
