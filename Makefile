@@ -15,11 +15,15 @@ demo: setup
 test: setup
 	$(MAKE) --no-print-directory check
 
+# A file's tests stay together: what its fixtures make is made once. Threads that wait leave the core to the other worker.
+# .ci/run compiles GPU kernels for all architectures: make test TEST_OPTIONS=--all-architectures
+WORKERS ?= 2
+PYTEST = OMP_WAIT_POLICY=passive $(1)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 check:
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(call PYTEST,$(BIN)) $(TEST_OPTIONS)
 
 fix:
 	$(BIN)/ruff format
@@ -40,7 +44,7 @@ test-torch:
 	tar -cf - --exclude='./.*' --exclude=./build --exclude='*.so' . | tar -xf - -C $(OTHER)/tree
 	$(OTHER_PIP) --no-build-isolation --editable '$(OTHER)/tree[demo,test,dev]'
 	$(OTHER_PIP) --no-deps fastai
-	cd $(OTHER)/tree && ../bin/python -m pytest $(TESTS)
+	cd $(OTHER)/tree && $(call PYTEST,../bin) $(TESTS)
 
 bench: setup
 	$(BIN)/python -m benchmarks

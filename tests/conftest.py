@@ -2,16 +2,26 @@
 
 import os
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from fusedopt.runtime import backends, engine, leaf
 
 OURS = ("FUSEDOPT_BACKEND", "FUSEDOPT_DEBUG", "FUSEDOPT_CACHE_DIR")
 ROOT = Path(__file__).parents[1]
+LONGEST = (
+    "test_triton",
+    "test_dtypes_layouts",
+    "test_cuda_launch",
+    "test_stress",
+    "test_examples",
+    "test_nvrtc",
+)
 
 
 def pytest_configure(config):
@@ -27,15 +37,49 @@ def pytest_report_header(config):
     return f"extension: {'' if works else 'not in use, so the tests that need it are skipped: '}{reason}"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-architectures",
+        action="store_true",
+        help="compile GPU kernels for every architecture and dtype, as .ci/run does; else for one",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """With several workers the files that take longest are handed out first, so that all end at about the same time."""
+    if not config.getoption("--all-architectures"):
+        skip = pytest.mark.skip(reason="this needs --all-architectures")
+        for item in items:
+            if item.get_closest_marker("all_architectures"):
+                item.add_marker(skip)
+    if hasattr(config, "workerinput"):
+        rank = {name: k for k, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture
+def all_architectures(pytestconfig):
+    return pytestconfig.getoption("--all-architectures")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory):
-    """One private cache folder for the whole run: nothing of the user's is touched, and nothing is compiled twice."""
+def compile_cache(request, tmp_path_factory):
+    """One private cache folder for the whole run: nothing of the user's is touched, and nothing is compiled twice.
+
+    The workers of pytest-xdist share it, as processes share a user's cache, and so does a pytest that a test starts.
+    """
     before = {name: os.environ.pop(name, None) for name in OURS}
-    folder = tmp_path_factory.mktemp("compile_cache")
+    base = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # in a worker: its folder is in that of the run
+        base = base.parent
+    folder = Path(os.environ.get("FUSEDOPT_TESTS_CACHE") or base / "compile_cache")
+    folder.mkdir(mode=0o700, exist_ok=True)
     os.environ["FUSEDOPT_CACHE_DIR"] = str(folder)
     if leaf.native is not None:  # an extension that was built for these tests serves what they start
         for file in Path(leaf.native.__file__).parent.glob("extension_*"):
-            shutil.copy(file, folder)
+            with FileLock(base / "extension.lock"):
+                if not (folder / file.name).exists():
+                    shutil.copy(file, folder)
     yield folder
     for name, value in before.items():
         os.environ.pop(name, None)
@@ -51,6 +95,15 @@ def same_start():
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    assert not tracemalloc.is_tracing(), (
+        "memory is traced still: Python takes five times as long from here on"
+    )
+
+
+@pytest.fixture
+def one_thread(same_start):
+    """Tiny models gain nothing from a second thread, and stall where it is busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ A row of `CASES` is a named optimizer with storage dtypes; `programs` are those 
 
 import ctypes
 import functools
+import hashlib
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fusedopt import table
-from fusedopt.compile import toolchain
+from fusedopt.compile import cache, toolchain
 from fusedopt.ir.passes import scalar_stores, stages
 from fusedopt.ir.program import Program
 from fusedopt.kernels import source as skeleton
@@ -106,37 +106,28 @@ FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 
-def emulation(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
-    """The source compiled for the CPU and loaded."""
-    path, out = folder / "kernel.cpp", folder / "kernel.so"
-    path.write_text(source + EMULATE)
-    tool = toolchain.compiler()
-    command = [
-        *tool.command,
-        *FLAGS,
-        *WARNINGS,
-        *flags,
-        "-include",
-        str(EMULATION),
-        str(path),
-        "-o",
-        str(out),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return ctypes.CDLL(str(out))
+def emulation(source: str, *flags: str) -> ctypes.CDLL:
+    """The source compiled for the CPU and loaded. It is compiled once, whichever tests and processes want it."""
+    source, tool = source + EMULATE, toolchain.compiler()
+    options = [*FLAGS, *WARNINGS, *flags, "-include", str(EMULATION)]
+
+    def build(path: Path, out: Path) -> str:
+        command = [*tool.command, *options, str(path), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stderr
+
+    parts = [source, EMULATION.read_text(), *tool, *options]
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return ctypes.CDLL(str(cache.load_or_build("emulated", key, source, "so", build).path))
 
 
 @functools.cache
 def named() -> ctypes.CDLL:
     """All programs of all cases, compiled together: `<case>_<k>_stage_0` and so on."""
-    bodies = {f"{case}_{k}": r.body for case in CASES for k, r in enumerate(rendered(case))}
-    folder = tempfile.TemporaryDirectory(prefix="fusedopt_emulated_")
-    _folders.append(folder)
-    return emulation(together(bodies), Path(folder.name))
-
-
-_folders: list[tempfile.TemporaryDirectory] = []  # removed at exit
+    return emulation(
+        together({f"{case}_{k}": r.body for case in CASES for k, r in enumerate(rendered(case))})
+    )
 
 
 def run(

@@ -48,7 +48,7 @@ def main(rank, world, folder):
         init_method=f"file://{folder / 'init'}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=20),
+        timeout=datetime.timedelta(minutes=1),
     )
     with contextlib.suppress(RuntimeError):
         for name, function in CHECKS.items():

@@ -4,10 +4,12 @@ import os
 import stat
 import warnings
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from factories import parameters_with_gradients
 from torch import nn
 
 import fusedopt
@@ -20,12 +22,7 @@ HYPERS = dict(lr=0.1, wd=0.01, mom=0.9, sqr_mom=0.99)
 ADAM = [weight_decay, average_grad, average_sqr_grad, step_stat, adam_step]
 
 
-def parameters(shapes=SHAPES):
-    gen = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(s, generator=gen)) for s in shapes]
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=gen)
-    return params
+parameters = partial(parameters_with_gradients, SHAPES)
 
 
 def stepped(backend="cpp", cbs=ADAM, steps=2, **hypers):

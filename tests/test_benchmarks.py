@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from dataclasses import replace
 
 import matplotlib.image
@@ -255,7 +256,14 @@ def test_the_picture_of_a_whole_run(tmp_path, agg):
     assert drawn_pixels(path) > 0.05
 
 
-def test_the_probe_tells_state_from_the_rest():
+@pytest.fixture
+def untraced():
+    """The probe is meant for a process of its own, and leaves memory traced."""
+    yield
+    tracemalloc.stop()
+
+
+def test_the_probe_tells_state_from_the_rest(untraced):
     found = measure.probe("tiny", "AdamW", "fusedopt")
     assert found["first"] > 0
     params = CASES["tiny"].tensors()

@@ -192,10 +192,13 @@ def test_a_discarded_entry_is_built_again(root):
     assert get(Builder()).built
 
 
-def test_finding_is_quick(root):
+def test_finding_takes_two_reads_and_no_lock(root, monkeypatch):
     get(Builder())
-    seconds = min(get(Builder()).seconds for _ in range(20))
-    assert seconds < 0.005
+    read, right = [], cache._read
+    monkeypatch.setattr(cache, "_read", lambda path: read.append(path.suffix) or right(path))
+    monkeypatch.setattr(cache, "_locked", None)
+    assert not get(Builder()).built
+    assert read == [".json", ".so"]
 
 
 def run_together(count, work):

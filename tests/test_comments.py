@@ -5,6 +5,7 @@ it must not depend on the text.
 """
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -81,6 +82,7 @@ def without_comments(source: str, start: str) -> str:
     return "\n".join(line.split(start)[0].rstrip() for line in source.splitlines())
 
 
+@functools.cache  # what a source is compared with is the same for all examples
 def python_tokens(source: str) -> list[str]:
     ast.parse(source)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)

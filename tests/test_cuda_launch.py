@@ -97,9 +97,7 @@ def image(built, name, source, arch):
             for k, r in enumerate(rendered(case)):
                 built.images[r.body] = cuda_kernels.named()._name, f"{case}_{k}_"
     if body not in built.images:
-        folder = built.folder / str(len(built.images))
-        folder.mkdir()
-        library = cuda_kernels.emulation(cuda_kernels.together({"k": body}), folder)
+        library = cuda_kernels.emulation(cuda_kernels.together({"k": body}))
         built.images[body] = library._name, "k_"
     path = built.folder / f"{abs(hash((body, arch)))}.image"
     path.write_text(" ".join(built.images[body]))

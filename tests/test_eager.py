@@ -1,9 +1,11 @@
 """Callbacks with no fused form run eagerly between fused programs: same results, said once, nothing lost."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from factories import parameters_with_gradients
 from torch import nn
 
 import fusedopt
@@ -13,12 +15,7 @@ HYPERS = dict(lr=0.1, wd=0.02, mom=0.8, sqr_mom=0.9, eps=1e-3)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def parameters(dtype=torch.float32, shapes=((4, 5), (5, 4), (3, 3))):
-    gen = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(s, generator=gen).to(dtype)) for s in shapes]
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=gen).to(dtype)
-    return params
+parameters = partial(parameters_with_gradients, ((4, 5), (5, 4), (3, 3)))
 
 
 def run(cbs, params, backend="cpp", steps=3, **options):
@@ -344,9 +341,9 @@ def test_parameters_that_fuse_are_launched_together_while_others_run_eagerly():
             p.data.sub_(p.grad.data, alpha=lr)
 
     shapes = ((4, 5), (7,), (2, 3, 4), (3, 3), ())
-    a = run([average_grad, only_matrices], parameters(shapes=shapes), "reference")
+    a = run([average_grad, only_matrices], parameters_with_gradients(shapes), "reference")
     with pytest.warns(RuntimeWarning, match="only_matrices runs eagerly"):
-        b = run([average_grad, only_matrices], parameters(shapes=shapes))
+        b = run([average_grad, only_matrices], parameters_with_gradients(shapes))
     assert_same(a, b)
     assert {s.tensors for s in b.explain().stages} >= {3}
 

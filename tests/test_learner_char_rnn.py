@@ -15,10 +15,7 @@ import char_rnn
 SMALL = dict(epochs=2, width=32, bs=8, length=32, train=["textwrap", "random"], valid=["functools"])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As when it is run; conftest restores the number."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_it_learns_alike_each_time(capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +31,8 @@ def one_thread_and_no_figures():
 
 def shades(path):
     """How many different colours a picture has."""
-    return len(torch.tensor(plt.imread(path)[..., :3]).flatten(0, 1).unique(dim=0))
+    red, green, blue = (255 * torch.tensor(plt.imread(path)[..., :3])).round().int().unbind(-1)
+    return len((65536 * red + 256 * green + blue).unique())
 
 
 def test_a_small_net_reads_digits(tmp_path, capsys):
@@ -53,10 +53,9 @@ def test_the_same_seed_gives_the_same_training():
 
 
 @pytest.mark.slow
-def test_the_net_reads_985_of_1000_digits_within_a_minute():
-    start = time.process_time()
-    assert digits_cnn.main().accuracy >= 0.985
-    assert time.process_time() - start < 60  # on one core
+def test_the_net_reads_985_of_1000_digits_after_440_batches():
+    found = digits_cnn.main()
+    assert found.accuracy >= 0.985 and len(found.losses) == 440
 
 
 def test_every_image_is_shifted_by_up_to_a_pixel():

@@ -26,12 +26,10 @@ with warnings.catch_warnings():
 
 theirs.defaults.callbacks = [cb for cb in theirs.defaults.callbacks if cb is not fa.ProgressCallback]
 
-pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
+]
 
 
 def loaders(inputs=1, targets=1):

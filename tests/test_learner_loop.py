@@ -14,10 +14,7 @@ from fusedopt import learner as fl
 from fusedopt.learner import Callback, Learner, event
 from fusedopt.learner.events import EVENTS
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batches(n=3):

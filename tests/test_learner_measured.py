@@ -23,14 +23,12 @@ with warnings.catch_warnings():
 
 theirs.defaults.callbacks = [cb for cb in theirs.defaults.callbacks if cb is not fa.ProgressCallback]
 
-pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
+]
 
 BATCHES, SIZE = 4, 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def data(seed, n=BATCHES * SIZE - 1):

@@ -28,16 +28,11 @@ theirs.defaults.callbacks = [cb for cb in theirs.defaults.callbacks if cb is not
 pytestmark = [
     pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
 ]
 
 BATCHES = 5
 OPTIMIZERS = {"fusedopt": fusedopt.Adam, "fastai": FastaiAdam}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny; conftest restores the number."""
-    torch.set_num_threads(1)
 
 
 class Tracing:

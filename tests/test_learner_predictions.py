@@ -40,10 +40,7 @@ theirs.defaults.callbacks = [cb for cb in theirs.defaults.callbacks if cb.__name
 N = 22
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny; conftest restores the number."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbers(n=N):

@@ -24,13 +24,10 @@ with warnings.catch_warnings():
     from fastai.learner import Learner as FastaiLearner
     from fastai.losses import CrossEntropyLossFlat
 
-pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny; conftest restores the number."""
-    torch.set_num_threads(1)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
+]
 
 
 def data(n, seed=1):

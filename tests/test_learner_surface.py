@@ -32,10 +32,7 @@ with warnings.catch_warnings():
 theirs.defaults.callbacks = [cb for cb in theirs.defaults.callbacks if cb.__name__ != "ProgressCallback"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny; conftest restores the number."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def points(n=20):

@@ -4,6 +4,7 @@ import re
 import sys
 
 import cuda_kernels
+import golden
 import pytest
 import sass
 import torch
@@ -25,6 +26,10 @@ needs_cuobjdump = pytest.mark.skipif(
     sass.cuobjdump() is None, reason="cuobjdump comes with triton, which is not here"
 )
 
+every_arch = pytest.mark.parametrize(
+    "arch", [sass.ARCHS[0], *(pytest.param(a, marks=pytest.mark.all_architectures) for a in sass.ARCHS[1:])]
+)
+
 REGISTERS = 128
 """Two blocks of 256 threads then fit the 65,536 registers of a multiprocessor: while one waits, the other computes."""
 IN_FLIGHT = 8
@@ -44,7 +49,7 @@ def wanted(program, stage):
 
 @needs_nvrtc
 @needs_cuobjdump
-@pytest.mark.parametrize("arch", sass.ARCHS)
+@every_arch
 def test_nothing_spills_and_every_access_of_the_main_path_has_128_bits(arch):
     functions, log = sass.compiled(arch)
     assert functions.keys() == sass.kernels().keys() | sass.scalar_functions() and sass.scalar_functions()
@@ -75,7 +80,7 @@ ON_DEVICE = [
 
 @needs_nvrtc
 @needs_cuobjdump
-@pytest.mark.parametrize("arch", sass.ARCHS)
+@every_arch
 def test_nothing_spills_with_numbers_on_the_device_either(arch):
     bodies = {
         f"{name}_{k}": cuda.render(made.program, made.slot_names, made.title)
@@ -106,16 +111,18 @@ def test_kernels_with_many_parameters_are_those_with_few(case):
 
 @needs_nvrtc
 @needs_cuobjdump
-def test_the_table_of_gates_is_the_golden_one():
+def test_the_table_of_gates_is_the_golden_one(all_architectures):
     """After a change that is meant: `python tests/sass.py`, and read the difference."""
-    golden = sass.GATES.read_text(encoding="utf-8")
-    if golden.splitlines()[0] != f"NVRTC {nvrtc.nvrtc().version}":
-        pytest.skip(f"registers differ between compilers, and the table is {golden.splitlines()[0]}'s")
-    assert sass.table() == golden
+    columns = range(len(sass.ARCHS) if all_architectures else 1)
+    expected = golden.gates(sass.GATES, columns)
+    if expected.splitlines()[0] != f"NVRTC {nvrtc.nvrtc().version}":
+        pytest.skip(f"registers differ between compilers, and the table is {expected.splitlines()[0]}'s")
+    assert sass.table([sass.ARCHS[k] for k in columns]) == expected
+    assert golden.gates(sass.GATES, range(len(sass.ARCHS))) == sass.GATES.read_text(encoding="utf-8")
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_100", marks=pytest.mark.all_architectures)])
 def test_no_product_is_contracted_and_division_and_root_are_ieee(arch):
     """In PTX: the assembler then expands division and root, with fused multiply-adds of their own, and nothing else."""
     found = sass.ptx(sass.source(), arch)
@@ -183,7 +190,9 @@ def test_the_gates_notice_contraction_spills_and_narrow_accesses(monkeypatch):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.all_architectures)], ids=str
+)
 def test_every_op_compiles_and_float32_is_not_computed_in_double(dtype):
     source = cuda.source(skeleton("cuda.cu"), cuda.render(all_ops(dtype)))
     nvrtc.compile_cubin("all_ops", source, "sm_80")

@@ -10,9 +10,11 @@ import warnings
 import weakref
 from functools import partial
 
+import factories
 import numpy as np
 import pytest
 import torch
+from factories import SHAPES, assert_equal, give_gradients
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -40,26 +42,14 @@ BACKENDS = ["reference", "cpp"]
 ADAM = [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step]
 
 
-def parameters(shapes=((4,), (3, 5), (2, 2)), dtype=torch.float32, seed=0):
-    gen = torch.Generator().manual_seed(seed)
-    params = [nn.Parameter(torch.randn(s, generator=gen).to(dtype)) for s in shapes]
+def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
+    params = factories.parameters(shapes, dtype, seed)
     give_gradients(params, seed)
     return params
 
 
-def give_gradients(params, seed=0):
-    gen = torch.Generator().manual_seed(1000 + seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
-
-
 def values(params):
     return [p.detach().clone() for p in params]
-
-
-def assert_equal(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.detach(), b.detach())
 
 
 def splits():

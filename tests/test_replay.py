@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from factories import parameters_with_gradients, params_of
 from helpers import assert_same_bits, needs_extension, signature
 from torch import nn
 
@@ -33,11 +34,7 @@ from fusedopt.trace.tracer import trace
 
 
 def parameters(n=1, dtype=torch.float64):
-    gen = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(5, generator=gen).to(dtype)) for _ in range(n)]
-    for p in params:
-        p.grad = torch.randn(5, generator=gen).to(dtype)
-    return params
+    return parameters_with_gradients([(5,)] * n, dtype)
 
 
 def make(cbs, n=1, backend="cpp", **hypers):
@@ -45,10 +42,6 @@ def make(cbs, n=1, backend="cpp", **hypers):
     params = parameters(n)
     groups = [{"params": [p]} for p in params]
     return fusedopt.Optimizer(groups, cbs, backend=backend, title="replay", **{"lr": 0.1} | hypers)
-
-
-def params_of(opt):
-    return [p for group in opt.param_groups for p in group["params"]]
 
 
 def forget(opt):

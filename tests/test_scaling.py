@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from factories import assert_equal
 from torch.nn.utils import clip_grad_norm_
 
 import fusedopt
@@ -43,11 +44,6 @@ def give(params, grads, scale=1.0):
         p.grad = g * scale
 
 
-def assert_same(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
-
-
 def scaled_step(opt, params, grads, found=False, scale=SCALE):
     """A step as GradScaler takes it; ``found``: a gradient is infinite."""
     give(params, grads, scale)
@@ -70,11 +66,11 @@ def test_a_scaled_step_is_a_step_and_a_skipped_one_is_none(row, variant):
         before = [p.detach().clone() for p in ours]
         scaled_step(opt, ours, grads, found=t in (0, 1, 6))
         if t in (0, 1, 6):
-            assert_same(ours, before)
+            assert_equal(ours, before)
         else:
             give(plain, grads)
             twin.step()
-    assert_same(ours, plain)
+    assert_equal(ours, plain)
     assert opt.engine.bound
     assert not opt.explain().eager
 
@@ -153,7 +149,7 @@ def test_without_a_scaler_a_step_is_a_plain_one_even_after_a_skipped_one():
     for params, o in ((ours, opt), (plain, twin)):
         give(params, second)
         o.step()
-    assert_same(ours, plain)
+    assert_equal(ours, plain)
 
 
 def clones(p, slow=None, **_):
@@ -194,8 +190,8 @@ def test_callbacks_that_run_eagerly_are_scaled_and_skipped_too():
             if t not in (0, 2):
                 give(plain, grads)
                 twin.step()
-    assert_same(ours, plain)
-    assert_same([opt.state[ours[0]]["grad_avg"]], [twin.state[plain[0]]["grad_avg"]])
+    assert_equal(ours, plain)
+    assert_equal([opt.state[ours[0]]["grad_avg"]], [twin.state[plain[0]]["grad_avg"]])
 
 
 def test_state_that_starts_as_a_clone_may_start_between_two_programs():
@@ -245,7 +241,7 @@ def test_clipping_is_that_of_clip_grad_norm(backend, dtype, limit):
         give(truth, [g.double() for g in grads])
         kept = [p.grad.clone() for p in ours]
         opt.step()
-        assert_same([p.grad for p in ours], kept)  # no gradient is rewritten
+        assert_equal([p.grad for p in ours], kept)  # no gradient is rewritten
         norm = clip_grad_norm_(truth, limit)
         torch.optim.SGD(truth, lr=0.1).step()
     assert opt.grad_norm.dtype == torch.float32 and opt.grad_norm.dim() == 0
@@ -353,7 +349,7 @@ def test_without_gradients_there_is_no_norm_and_no_step():
     opt.found_inf = 0  # what GradScaler sets where no parameter had a gradient
     opt.step()
     assert opt.grad_norm is None
-    assert_same(params, parameters())
+    assert_equal(params, parameters())
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
@@ -398,7 +394,7 @@ def test_counts_on_the_device_give_the_steps_that_numbers_do(row, variant):
             for group in o.param_groups:
                 group["lr"] *= 0.9**t
             o.step()
-    assert_same(ours, plain)
+    assert_equal(ours, plain)
     assert not opt.explain().eager
     for state in opt.state.values():
         assert not any(type(v) in (int, float) for v in state.values())
@@ -511,7 +507,7 @@ def test_groups_may_differ_in_where_their_counts_are():
     opt.step()
     assert opt.state[host[0]]["step"] == 2 and type(opt.state[host[0]]["step"]) is int
     assert isinstance(opt.state[device[0]]["step"], torch.Tensor)
-    assert_same(host, device)
+    assert_equal(host, device)
 
 
 def test_a_state_that_does_not_fit_in_memory_leaves_everything_as_it_was(monkeypatch):
@@ -535,6 +531,6 @@ def test_a_state_that_does_not_fit_in_memory_leaves_everything_as_it_was(monkeyp
     ):
         opt.step()
     monkeypatch.undo()
-    assert_same(params, parameters())
+    assert_equal(params, parameters())
     assert not any(opt.state.values())
     opt.step()

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from factories import flat, give_gradients, parameters
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim import swa_utils
@@ -26,27 +27,11 @@ KWARGS = {
 }
 """Arguments that make a peer more than its defaults do; denominators that do not amplify rounding."""
 STEPS = 12
-SHAPES = ((4,), (3, 5), (2, 2))
 LOSSES = [3.0, 2.0, 2.5, 2.6, 2.7, 1.0, 1.1, 1.2, 1.3, 0.5, 0.6, 0.7]
-
-
-def parameters(dtype=torch.float32, seed=0):
-    gen = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(s, generator=gen).to(dtype)) for s in SHAPES]
-
-
-def give_gradients(params, t, scale=1.0):
-    gen = torch.Generator().manual_seed(1000 + t)
-    for p in params:
-        p.grad = (torch.randn(p.shape, generator=gen) * scale).to(p.dtype)
 
 
 def groups_of(params, lr=0.02):
     return [dict(params=params[:1]), dict(params=params[1:], lr=lr)]
-
-
-def flat(params):
-    return torch.cat([p.detach().flatten() for p in params])
 
 
 def numbers(opt):
@@ -62,7 +47,7 @@ class Twins:
 
     def __init__(self, name, dtype=torch.float32, **kwargs):
         kwargs = {"lr": 0.01, **KWARGS.get(name, {}), **kwargs}
-        self.ours, self.theirs = parameters(dtype), parameters(dtype)
+        self.ours, self.theirs = parameters(dtype=dtype), parameters(dtype=dtype)
         # each its own tensor, where there is one
         self.a = TORCH[name].factory(groups_of(self.ours), **copy.deepcopy(kwargs))
         self.b = getattr(torch.optim, name)(groups_of(self.theirs), foreach=False, **copy.deepcopy(kwargs))
@@ -477,7 +462,7 @@ def test_a_scaler_and_a_scheduler_work_together():
 
 def test_scaled_bfloat16_parameters_with_float32_gradients():
     """float16 gradients the scaler refuses by itself; float32 ones of narrower parameters it takes."""
-    params, plain = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    params, plain = parameters(dtype=torch.bfloat16), parameters(dtype=torch.bfloat16)
     opt, other = fusedopt.optim.AdamW(params, lr=0.1), fusedopt.optim.AdamW(plain, lr=0.1)
     for p in (*params, *plain):
         p.grad_dtype = torch.float32

@@ -4,9 +4,11 @@ import copy
 import io
 from functools import partial
 
+import factories
 import numpy as np
 import pytest
 import torch
+from factories import assert_equal
 from torch import nn
 
 import fusedopt
@@ -17,9 +19,7 @@ VARIANTS = [pytest.param(r, v, id=f"{r.face}-{r.name}-{v.id}") for r in table.TA
 ADAM = [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step]
 
 
-def parameters(dtype=torch.float32, shapes=SHAPES):
-    gen = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(s, generator=gen).to(dtype)) for s in shapes]
+parameters = partial(factories.parameters, SHAPES)
 
 
 def train(opt, steps, start=0):
@@ -42,11 +42,6 @@ def through_a_file(state_dict, **options):
     torch.save(state_dict, file, **options)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def assert_equal(a, b):
-    for p, q in zip(a, b, strict=True):
-        assert torch.equal(p, q)
 
 
 # --

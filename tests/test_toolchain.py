@@ -91,7 +91,7 @@ def test_compile_load_call(tmp_path):
     assert library.built
     assert library.path.parent == tmp_path / "cache"
     assert library.source_path.read_text() == ADD
-    assert 0 < library.seconds < 60
+    assert library.seconds > 0
     assert "compiled" in repr(library)
     with pytest.raises(AttributeError, match="nothing"):
         library.address("nothing")
@@ -106,15 +106,12 @@ def test_one_library_per_key_and_process(monkeypatch):
     assert "found" in repr(second)
 
 
-def test_warm_load_is_quick(monkeypatch):
+def test_a_warm_load_starts_no_process(monkeypatch):
     toolchain.compile_library("axpy", AXPY)
-    times = []
-    for _ in range(10):
-        forget(monkeypatch)
-        start = time.perf_counter()
-        assert not toolchain.compile_library("axpy", AXPY).built
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.005
+    forget(monkeypatch)
+    monkeypatch.setattr(toolchain, "_run", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert not toolchain.compile_library("axpy", AXPY).built
 
 
 def test_the_key_holds_all_that_decides_the_code(monkeypatch):
@@ -257,17 +254,13 @@ def test_a_compiler_that_makes_no_library(script):
 
 
 def test_a_compiler_that_hangs_is_killed_with_its_children(script, monkeypatch, tmp_path):
-    script(f"sh -c 'echo $$ > {tmp_path}/child; sleep 60; true'")
+    script(f"sh -c 'echo $$ > {tmp_path}/child; sleep 1000; true'")  # longer than a test may take
     monkeypatch.setattr(toolchain, "TIMEOUT", 0.5)
-    start = time.perf_counter()
     with pytest.raises(CompileError, match="took more than"):
         toolchain.compile_library("add", ADD)
-    assert time.perf_counter() - start < 20
     child = int((tmp_path / "child").read_text())
-    deadline = time.monotonic() + 10
-    while alive(child) and time.monotonic() < deadline:
+    while alive(child):
         time.sleep(0.02)
-    assert not alive(child)
 
 
 def alive(pid):

@@ -17,6 +17,7 @@ import fastai.optimizer as fastai_optimizer
 import numpy as np
 import pytest
 import torch
+from factories import flat, give_gradients, parameters, params_of
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.optim import lr_scheduler
@@ -33,26 +34,10 @@ KWARGS = {
     "Adagrad": dict(lr_decay=0.01),
 }
 """Arguments that make a peer more than its defaults do; denominators that do not amplify rounding."""
-SHAPES = ((4,), (3, 5), (2, 2))
 every_optimizer = pytest.mark.parametrize("name", ROWS)
 every_factory = pytest.mark.parametrize(
     "row", [pytest.param(r, id=f"{r.face}-{r.name}") for r in table.TABLE]
 )
-
-
-def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
-    gen = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(s, generator=gen).to(dtype)) for s in shapes]
-
-
-def give_gradients(params, t=0):
-    gen = torch.Generator().manual_seed(1000 + t)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
-
-
-def flat(params):
-    return torch.cat([p.detach().flatten() for p in params])
 
 
 def groups_without_params(opt):
@@ -65,10 +50,6 @@ def both(name, params=parameters, **kwargs):
     return ROWS[name].factory(params(), **kwargs), getattr(torch.optim, name)(
         params(), foreach=False, **kwargs
     )
-
-
-def params_of(opt):
-    return [p for g in opt.param_groups for p in g["params"]]
 
 
 def assert_alike(a, b, rtol=1e-5, atol=2e-6):

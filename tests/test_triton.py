@@ -13,12 +13,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import golden
 import pytest
 import torch
-from triton_programs import DTYPES, EXAMPLE_OF, NAMED, Traced, all_ops, traced
+from triton_programs import EXAMPLE_OF, NAMED, Traced, all_ops, traced
 
 import fusedopt
-from fusedopt.compile import cache as compile_cache
+from fusedopt.compile import BuildError
 from fusedopt.ir.ops import OPS, Reduction, is_reduction
 from fusedopt.ir.passes import Stage, stages
 from fusedopt.ir.program import Buffer, Graph, Program
@@ -94,8 +95,18 @@ def check(made: Traced, name: str, kernel: gates.Compiled) -> None:
         assert each <= count <= each + once, (op, count)
 
 
-@pytest.mark.parametrize("arch", gates.ARCHS)
-@pytest.mark.parametrize("dtype", list(DTYPES)[:3])
+HERE = ("float32", 90)
+"""What the named optimizers are compiled for without --all-architectures."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arch"),
+    [
+        pytest.param(dtype, arch, marks=() if (dtype, arch) == HERE else pytest.mark.all_architectures)
+        for arch in gates.ARCHS
+        for dtype in gates.STORED
+    ],
+)
 def test_named_optimizers_compile_to_what_they_should(dtype, arch):
     for title, made in gates.programs(dtype).items():
         kernels = gates.compiled(made, arch)
@@ -129,12 +140,15 @@ def test_numbers_on_the_device_need_no_more(name, options):
             assert kernel.registers <= 128 and (kernel.stack, kernel.local) == (0, 0)
 
 
-def test_the_table_of_gates_is_the_golden_one():
+def test_the_table_of_gates_is_the_golden_one(all_architectures):
     """After a change that is meant: `python tests/triton_gates.py`, and read the difference."""
-    golden = gates.GATES.read_text(encoding="utf-8")
-    if golden.splitlines()[0] != gates.VERSION:
-        pytest.skip(f"registers differ between compilers, and the table is {golden.splitlines()[0]}'s")
-    assert gates.table() == golden
+    dtypes, archs = (gates.STORED, gates.ARCHS) if all_architectures else ([x] for x in HERE)
+    expected = golden.gates(gates.GATES, [gates.ARCHS.index(a) for a in archs], dtypes)
+    if expected.splitlines()[0] != gates.VERSION:
+        pytest.skip(f"registers differ between compilers, and the table is {expected.splitlines()[0]}'s")
+    assert gates.table(dtypes, archs) == expected
+    everything = golden.gates(gates.GATES, range(len(gates.ARCHS)), gates.STORED)
+    assert everything == gates.GATES.read_text(encoding="utf-8")
 
 
 def test_the_gates_notice_spills_narrow_accesses_and_contraction():
@@ -172,7 +186,9 @@ def test_nothing_is_contracted_in_the_machine_code(arch):
         assert ("FFMA" in sass) == fuse
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.all_architectures)], ids=str
+)
 def test_every_op_with_a_spelling_compiles(dtype):
     program = all_ops(dtype)
     kernel = gates.compile_body(renderer.render(program), 90)["stage_0"]
@@ -344,16 +360,14 @@ def test_without_triton_it_says_what_to_install(monkeypatch):
     made = traced("torch_SGD")[0]
     monkeypatch.setitem(sys.modules, "triton", None)
     assert not backend.interpreting()
-    with pytest.raises(compile_cache.BuildError, match=r"cannot be imported.*pip install triton.*reference"):
+    with pytest.raises(BuildError, match=r"cannot be imported.*pip install triton.*reference"):
         backend.Triton().compile(made.program, "SGD", [])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this needs a machine without a GPU")
 def test_without_a_gpu_it_says_that_nothing_can_be_compiled():
     made = traced("torch_SGD")[0]
-    with pytest.raises(
-        compile_cache.BuildError, match=r"kernel 'SGD': Triton cannot compile it(.|\n)*source: .*SGD_"
-    ):
+    with pytest.raises(BuildError, match=r"kernel 'SGD': Triton cannot compile it(.|\n)*source: .*SGD_"):
         backend.Triton().compile(made.program, "SGD", [])
 
 
@@ -363,7 +377,7 @@ def test_an_op_without_a_spelling_is_named():
     buffers = (("param", Buffer(torch.float64, "F")),)
     y = graph.op("pow", x, x)
     program = Program(torch.float64, buffers, tuple(graph.values), (("param", y),), 0)
-    with pytest.raises(compile_cache.BuildError, match=r"kernel 'curious': Triton has no pow .*Remedy"):
+    with pytest.raises(BuildError, match=r"kernel 'curious': Triton has no pow .*Remedy"):
         backend.Triton().compile(program, "curious", [])
 
 
@@ -371,15 +385,16 @@ def test_an_op_without_a_spelling_is_named():
 
 
 @pytest.mark.slow
-def test_in_tritons_interpreter():
+@pytest.mark.timeout(900)  # a minute where nobody else is at work
+def test_in_tritons_interpreter(compile_cache):
     """triton_interpreted.py, in a process that is started for it."""
     file = Path(__file__).with_name("triton_interpreted.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "FUSEDOPT_TESTS_CACHE": str(compile_cache)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=880,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout, done.stdout[-2000:]

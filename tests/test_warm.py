@@ -13,6 +13,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from factories import parameters, params_of
 from helpers import assert_same_bits, needs_extension
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
@@ -30,11 +31,6 @@ SHAPES = [(4,), (3, 5), (2, 3, 2, 2), ()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
-    gen = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(s, generator=gen).to(dtype)) for s in shapes]
-
-
 def give_gradients(params, seed):
     gen = torch.Generator().manual_seed(seed)
     for p in params:
@@ -46,10 +42,6 @@ def adam(params, **hypers):
     """Adam in two groups, the second with its own learning rate."""
     groups = [{"params": params[: len(params) // 2]}, {"params": params[len(params) // 2 :], "lr": 0.03}]
     return fusedopt.Adam(groups, **{"lr": 0.1, "wd": 0.1, "eps": 1e-3} | hypers)
-
-
-def params_of(opt):
-    return [p for group in opt.param_groups for p in group["params"]]
 
 
 def is_warm(opt):
@@ -956,7 +948,7 @@ def test_hyperparameters_in_tuples_and_lists_are_followed(long_way):
 @needs_extension
 def test_every_setter_of_state_counts():
     """A dict that is replaced without being noticed would be stepped no more."""
-    opt = adam(parameters())
+    opt = adam(parameters(SHAPES))
     p = params_of(opt)[0]
     ways = [
         lambda s: s.__setitem__(p, {}),
@@ -1373,7 +1365,7 @@ def test_tables_grow_with_the_number_of_tensors_and_with_nothing_else():
 def test_gradients_are_let_go_of_by_zero_grad(extension, request):
     if not extension:
         request.getfixturevalue("without_extension")
-    params = parameters()
+    params = parameters(SHAPES)
     opt = adam(params)
     for t in range(5):
         give_gradients(params, t)
@@ -1410,7 +1402,7 @@ def test_copies_made_for_the_sake_of_strides_are_released_after_the_step(extensi
 @needs_extension
 def test_replaced_tensors_are_let_go_of():
     """A recorded step holds what it was about until the next step, but nothing that was forgotten by name."""
-    params = parameters()
+    params = parameters(SHAPES)
     opt = adam(params)
     for t in range(4):
         give_gradients(params, t)
@@ -1428,7 +1420,7 @@ def test_replaced_tensors_are_let_go_of():
 
 @needs_extension
 def test_an_optimizer_is_collected_with_its_recording():
-    params = parameters()
+    params = parameters(SHAPES)
     opt = adam(params)
     for t in range(4):
         give_gradients(params, t)
@@ -1543,7 +1535,7 @@ def test_callbacks_that_write_no_tensor(cbs):
 
 @needs_extension
 def test_no_parameters_with_gradients_is_no_step():
-    opt = adam(parameters())
+    opt = adam(parameters(SHAPES))
     for _ in range(3):
         opt.step()
     assert not any(opt.state.values())

@@ -34,10 +34,7 @@ assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 FACES = [pytest.param(torch.optim, id="torch"), pytest.param(fusedopt.optim, id="fusedopt")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers of eight numbers: threads would only wait for each other. The number is restored after each test."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model_of(seed=0):

@@ -12,7 +12,7 @@ Then read the difference. Tests compare and never write.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,3 +76,15 @@ def kernels(name: str, **hypers: float) -> list[str]:
 def generate(name: str, **hypers: float) -> str:
     """The generated code of this name, as of now."""
     return "\n".join(kernels(name, **hypers))
+
+
+def gates(file: Path, archs: Sequence[int], dtypes: Sequence[str] = ("",)) -> str:
+    """A golden table of gates: its lines about these dtypes, with the registers on the architectures of these numbers.
+
+    Registers are the last columns of a line, three digits wide.
+    """
+    version, header, *lines = file.read_text(encoding="utf-8").splitlines()
+    width = 4 * len(header.rpartition(" registers on ")[2].split(", ")) - 1
+    kept = [line for line in lines if any(f"_{dtype}" in line for dtype in dtypes)]
+    cut = [line[:-width] + " ".join(line[-width:][4 * k : 4 * k + 3] for k in archs) for line in kept]
+    return "\n".join([version, header, *cut]) + "\n"
