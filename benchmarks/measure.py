@@ -321,7 +321,7 @@ def measure(pair: Pair, effort: Effort, compiled: bool = False, say: Say = print
     runners = [r for r in runners if r.name not in failed]
     gc.collect()
     records = Race(runners, effort, training and training.run).run()
-    return _rows(pair, runners, records, seconds)
+    return step_rows(pair, runners, records, seconds)
 
 
 def _runners(
@@ -342,9 +342,10 @@ def _without(name: str, error: Exception) -> str:
     return f"  without {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _rows(
+def step_rows(
     pair: Pair, runners: Sequence[Runner], records: dict[str, Record], seconds: dict[str, float]
 ) -> list[Row]:
+    """Steps, the host's part of them and launches, by provider."""
     rows = []
     ours = records.get("fusedopt")
     for runner in runners:

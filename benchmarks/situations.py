@@ -32,8 +32,7 @@ import fusedopt
 import fusedopt.optim
 
 from .cases import CASES, Pair, Separable, SmallTensors, Training
-from .measure import ROOT, Effort, Race, Row, agree, in_new_process
-from .measure import _rows as step_rows
+from .measure import ROOT, Effort, Race, Row, agree, in_new_process, step_rows
 from .providers import PROVIDERS, RULES, Rule, Runner
 
 CASE = "situations"
@@ -110,7 +109,7 @@ class Situation:
     @property
     def id(self) -> str:
         """Its name on the command line."""
-        return f"{CASE}/{self.name}"
+        return "/".join(self.key)
 
     @property
     def key(self) -> tuple[str, str, str]:
