@@ -233,7 +233,7 @@ def new_strings(scene: Scene) -> None:
 
 
 def decay_on_and_off(scene: Scene) -> None:
-    scene.set(weight_decay=(0, 0.01)[scene.k % 2])
+    scene.set(weight_decay=(0.0, 0.01)[scene.k % 2])
 
 
 def whole_rate_and_not(scene: Scene) -> None:
