@@ -155,13 +155,13 @@ def nothing(scene: Scene) -> None:
 
 def numpy_rate(scene: Scene) -> None:
     """What LambdaLR makes of a function with np.cos."""
-    scene.set(lr=1e-3 * np.cos(scene.k / 1000))
+    scene.set(lr=1e-3 * (1.5 + np.cos(scene.k / 1000)))
 
 
 def tensor_rate(scene: Scene) -> None:
     if scene.k == 0:
         scene.set(lr=torch.tensor(1e-3))
-    scene.groups[0]["lr"].fill_(1e-3 * math.cos(scene.k / 1000))
+    scene.groups[0]["lr"].fill_(1e-3 * (1.5 + math.cos(scene.k / 1000)))
 
 
 def tensor_betas(scene: Scene) -> None:
