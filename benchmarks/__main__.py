@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from . import measure, plot
+from . import measure, plot, situations
 from .cases import FIRST_STEPS, MEMORY, PAIRS, matches
 from .measure import FULL, QUICK, ROOT, SCHEDULES, Effort, Row
 from .timing import machine
@@ -35,6 +35,9 @@ class Job:
 def jobs(effort: Effort, compiled: bool) -> list[Job]:
     """Everything, in order."""
     out = [Job(p.id, partial(measure.measure, p, effort, compiled), p.quick) for p in PAIRS]
+    out += [
+        Job(s.id, partial(situations.measure, s, effort), k == 0) for k, s in enumerate(situations.SITUATIONS)
+    ]
     out += [Job(f"kernels/{s.name}", partial(measure.kernels, s, effort)) for s in SCHEDULES]
     for k, (case, rule) in enumerate(FIRST_STEPS):
         out.append(Job(f"first-step/{case}/{rule}", partial(measure.first_steps, case, rule, effort), k == 0))
@@ -126,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = (given.out or (QUICK_FOLDER if given.quick else FOLDER)) / f"{plot.slug()}.csv"
     results = run(todo, path, keep=given.only is not None)
     path.with_suffix(".md").write_text(plot.report(results), encoding="utf-8")
-    print(f"\n{plot.bars_table(results)}\n\n{plot.steps_table(results)}\n\n{plot.others_table(results)}")
+    print(f"\n{plot.bars_table(results)}\n\n{plot.bars_table(results, plot.SITUATION_BARS)}")
+    print(f"\n{plot.steps_table(results)}\n\n{plot.others_table(results)}")
     plt.switch_backend("agg")
     for picture in [path.with_suffix(".png"), *([PICTURE] if given.publish else [])]:
         if plot.publishable(results):

@@ -111,6 +111,12 @@ class Case:
 _SMALL = [(64,)] * 400 + [(64, 64)] * 100
 _CASES = (
     ("small-500", "500 small tensors: 400 of 64, 100 of 64×64", _SMALL),
+    ("500x64", "500 tensors of 64", [(64,)] * 500),
+    (
+        "200-mixed",
+        "200 tensors: convolutions, matrices, vectors",
+        [(8, 8, 3, 3), (16, 16), (64,), (64,)] * 50,
+    ),
     ("20x1m", "20 tensors of 1,048,576: bound by memory", [(1 << 20,)] * 20),
     ("resnet-34", "ResNet-34", resnet((3, 4, 6, 3), 1)),
     ("resnet-50", "ResNet-50", resnet((3, 4, 6, 3), 4)),
@@ -141,6 +147,8 @@ class SmallTensors(nn.Module):
     Each block is pooling (the only look at neighbours), batchnorm, ReLU, a 1×1 convolution, batchnorm.
     """
 
+    image, classes = (64, 8, 8), 64
+
     def __init__(self, blocks: int = 100, width: int = 64) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -160,13 +168,40 @@ class SmallTensors(nn.Module):
         return x.mean((2, 3))
 
 
-class Training:
-    """Forward and backward passes of `SmallTensors` on random images: what happens between two steps in real life."""
+class Separable(nn.Module):
+    """A CNN of depthwise and 1×1 convolutions, all with biases, in 500 tensors of 10 to 432 elements."""
 
-    def __init__(self, seed: int = 0) -> None:
+    image, classes = (3, 8, 8), 10
+
+    def __init__(self, blocks: int = 62, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1, groups=width),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 1),
+                nn.BatchNorm2d(width),
+            )
+            for _ in range(blocks)
+        )
+        self.head = nn.Linear(width, self.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Training:
+    """Forward and backward passes of a network on random images: what happens between two steps in real life."""
+
+    def __init__(self, seed: int = 0, network: type[SmallTensors] | type[Separable] = SmallTensors) -> None:
         torch.manual_seed(seed)
-        self.model = SmallTensors()
-        self.x, self.y = torch.randn(4, 64, 8, 8), torch.randint(64, (4,))
+        self.model = network()
+        self.x, self.y = torch.randn(4, *network.image), torch.randint(network.classes, (4,))
 
     def tensors(self) -> list[Tensor]:
         """The parameters, with gradients."""

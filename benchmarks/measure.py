@@ -111,21 +111,21 @@ STEPS_CHECKED = 3
 
 @torch.no_grad()
 def agree(
-    runners: Sequence[Runner], params: Sequence[Tensor]
+    runners: Sequence[Runner], params: Sequence[Tensor], steps: int = STEPS_CHECKED
 ) -> tuple[dict[str, float], dict[str, Exception]]:
-    """Run every provider for three steps from the same start and compare where they arrive.
+    """Run every provider for a few steps from the same start and compare where they arrive.
 
     Returns the seconds of first steps, and why optional providers failed. Raises Disagreement if a parameter is off by
     more than a thousandth of the largest update, plus rounding. In 16 bits that is as large as an update; there it is
     half of the norm of all updates.
     """
-    start = [p.clone() for p in params]
+    start, grads = [p.clone() for p in params], [p.grad for p in params]
     first, expected = "", None
     seconds: dict[str, float] = {}
     failed: dict[str, Exception] = {}
     for runner in runners:
         try:
-            seconds[runner.name] = _first_steps(runner, params)
+            seconds[runner.name] = _first_steps(runner, grads, steps)
             if runner.comparable and expected is not None:
                 _compare(runner.name, first, params, expected, start)
         except Exception as error:
@@ -135,24 +135,24 @@ def agree(
         else:
             if runner.comparable and expected is None:
                 first, expected = runner.name, [p.clone() for p in params]
-        for p, s in zip(params, start, strict=True):
+        for p, s, g in zip(params, start, grads, strict=True):
             p.copy_(s)
+            p.grad = g
     return seconds, failed
 
 
-def _first_steps(runner: Runner, params: Sequence[Tensor]) -> float:
+def _first_steps(runner: Runner, grads: Sequence[Tensor | None], steps: int) -> float:
     """Take the steps to compare; seconds of the first one.
 
     Each step has other gradients: where they stay the same, Adam's momentum makes no difference.
     """
-    grads = [p.grad for p in params]
     before = time.perf_counter()
     runner(1.0)
     seconds = time.perf_counter() - before
-    for step in range(1, STEPS_CHECKED):
+    for step in range(1, steps):
         torch._foreach_mul_(grads, -0.5)
-        runner(1.0 - 0.2 * step)
-    torch._foreach_mul_(grads, (-2.0) ** (STEPS_CHECKED - 1))  # a power of two: just as they were
+        runner(1.0 - 0.2 * (step % STEPS_CHECKED))
+    torch._foreach_mul_(grads, (-2.0) ** (steps - 1))  # a power of two: just as they were
     return seconds
 
 
@@ -223,7 +223,10 @@ class Race:
     """
 
     def __init__(
-        self, runners: Sequence[Runner], effort: Effort, between: Callable[[], None] | None = None
+        self,
+        runners: Sequence[Runner],
+        effort: Effort,
+        between: Callable[[], None] | None = None,
     ) -> None:
         self.runners, self.effort, self.between = list(runners), effort, between
         self.records = {r.name: Record() for r in runners}
@@ -292,7 +295,7 @@ def measure(pair: Pair, effort: Effort, compiled: bool = False, say: Say = print
     runners = [r for r in runners if r.name not in failed]
     gc.collect()
     records = Race(runners, effort, training and training.run).run()
-    return _rows(pair, runners, records, seconds)
+    return step_rows(pair, runners, records, seconds)
 
 
 def _runners(
@@ -313,9 +316,10 @@ def _without(name: str, error: Exception) -> str:
     return f"  without {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _rows(
+def step_rows(
     pair: Pair, runners: Sequence[Runner], records: dict[str, Record], seconds: dict[str, float]
 ) -> list[Row]:
+    """Steps, the host's part of them and launches, by provider."""
     rows = []
     ours = records.get("fusedopt")
     for runner in runners:

@@ -25,6 +25,7 @@ from fusedopt.compile.toolchain import compiler, cpu_features
 from .cases import CASES, FIRST_STEPS, PAIRS
 from .measure import ROOT, SCHEDULES, Row
 from .providers import PROVIDERS, RULES
+from .situations import CASE, SITUATIONS, Bound, Situation
 
 # --
 # Where and when
@@ -121,7 +122,7 @@ def merge(old: Iterable[Line], new: Iterable[Line]) -> list[Line]:
 
 
 def _order(line: Line) -> tuple:
-    cases = [(p.case, p.rule, p.mode) for p in PAIRS]
+    cases = [*((p.case, p.rule, p.mode) for p in PAIRS), *(s.key for s in SITUATIONS)]
     place = line["case"], line["rule"], line["mode"]
     providers = list(PROVIDERS)
     return (
@@ -259,10 +260,31 @@ BARS = (
 )  # fmt: skip
 
 
-def judge(results: Results) -> list[tuple[Bar, str, bool | None]]:
+def _situation(situation: Situation, bound: Bound) -> Bar:
+    def judge(results: Results) -> Verdict:
+        ours = results.line(*situation.key, "fusedopt", bound.what)
+        if bound.against is None:
+            value, text = ours["p50"], f"{ours['p50']:.3g} {bound.unit}"
+        else:
+            ratio = results.ratio(*situation.key, bound.against)
+            value = ratio if bound.sign == "≥" else 1 / ratio
+            theirs = results.line(*situation.key, bound.against)
+            text = f"{value:.2f}× ({_ms(ours)} ms, theirs {_ms(theirs)})"
+        return text, value >= bound.limit if bound.sign == "≥" else value <= bound.limit
+
+    what = bound.what if bound.against is None else bound.against
+    over = {"≥": "speed over", "≤": "time of"}[bound.sign] if bound.against else ""
+    name = " ".join(filter(None, (f"{situation.name}, {situation.rule.name}:", over, what)))
+    return Bar(name, f"{bound.sign} {bound.limit:g}{'' if bound.unit == '×' else ' '}{bound.unit}", judge)
+
+
+SITUATION_BARS = tuple(_situation(s, bound) for s in SITUATIONS for bound in s.bounds)
+
+
+def judge(results: Results, bars: Sequence[Bar] = BARS) -> list[tuple[Bar, str, bool | None]]:
     """Every bar with what was measured and whether it is reached; None where it was not measured."""
     out: list[tuple[Bar, str, bool | None]] = []
-    for bar in BARS:
+    for bar in bars:
         try:
             out.append((bar, *bar.judge(results)))
         except Missing:
@@ -282,17 +304,17 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *text[1:]])
 
 
-def bars_table(results: Results) -> str:
+def bars_table(results: Results, bars: Sequence[Bar] = BARS) -> str:
     """The bars, what was measured, and the verdict."""
     said = {True: "yes", False: "**no**", None: ""}
-    rows = [(bar.name, bar.required, text, said[ok]) for bar, text, ok in judge(results)]
+    rows = [(bar.name, bar.required, text, said[ok]) for bar, text, ok in judge(results, bars)]
     return _table(("bar", "required", "measured", "reached"), rows)
 
 
 def steps_table(results: Results) -> str:
     """Milliseconds per step, a line per pair and a column per provider."""
     steps = [line for line in results.lines if line["what"] == "step"]
-    used = [p for p in PROVIDERS if any(line["provider"] == p for line in steps)]
+    used = [p for p in (*PROVIDERS, "fusedopt plain") if any(line["provider"] == p for line in steps)]
     found: dict[tuple, dict[str, Line]] = {}
     for line in steps:
         found.setdefault((line["case"], line["rule"], line["mode"]), {})[line["provider"]] = line
@@ -345,6 +367,7 @@ def report(results: Results) -> str:
     return "\n\n".join([
         f"Measured on {where_from(results)}.",
         "## Bars", bars_table(results),
+        "## Situations", bars_table(results, SITUATION_BARS),
         "## Steps", "Milliseconds, medians; the last columns: how many of fusedopt's steps fit into one of torch's.",
         steps_table(results),
         "## Everything else", others_table(results),
@@ -371,7 +394,7 @@ LOOKS = {
 
 def draw(results: Results, path: Path) -> None:
     """Step times of AdamW on every case, and of every rule on ResNet-50, on logarithmic scales."""
-    steps = [line for line in results.lines if line["what"] == "step"]
+    steps = [line for line in results.lines if line["what"] == "step" and line["case"] != CASE]
     panels = [
         ("AdamW", [line for line in steps if line["rule"] == "AdamW"], _case_label),
         ("ResNet-50", [line for line in steps if line["case"] == "resnet-50"], lambda line: line["rule"]),
@@ -437,4 +460,6 @@ def _legend(figure: Any, steps: Sequence[Line]) -> None:
 
 def publishable(results: Results) -> bool:
     """Whether there is enough for a picture."""
-    return any(line["what"] == "step" and line["rule"] in RULES for line in results.lines)
+    return any(
+        line["what"] == "step" and line["rule"] in RULES and line["case"] != CASE for line in results.lines
+    )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import tracemalloc
 from dataclasses import replace
 
@@ -13,9 +14,10 @@ import torch
 
 import fusedopt
 from benchmarks import __main__ as suite
-from benchmarks import baseline, cases, measure, plot, providers
+from benchmarks import baseline, cases, measure, plot, providers, situations
 from benchmarks.cases import CASES, PAIRS, Case
 from benchmarks.measure import Disagreement, Effort, Row
+from benchmarks.situations import SITUATIONS
 
 HASTE = Effort(seconds=0.0, rounds=(2, 2), turn=0.001, steps=2, repeats=1, cycle=20)
 SMALL = Case("small", "a few tensors of several sizes", ((64,), (33, 5), (1000,), (3, 3, 3), (1,)))
@@ -55,8 +57,13 @@ def test_the_network_has_the_tensors_of_small_500():
     assert ours == sorted(math.prod(s) for s in CASES["small-500"].shapes)
 
 
-def test_training_brings_new_gradients():
-    training = cases.Training()
+def test_the_other_network_has_as_many():
+    assert len([*cases.Separable().parameters()]) == 500
+
+
+@pytest.mark.parametrize("network", [cases.SmallTensors, cases.Separable])
+def test_training_brings_new_gradients(network):
+    training = cases.Training(network=network)
     params = training.tensors()
     before = [p.grad for p in params]
     training.run()
@@ -180,6 +187,57 @@ def test_the_launch_clock_sees_fusedopt_only_and_goes_away():
         providers.make("fusedopt", "AdamW", params).step()
         assert clock.take() > 0
     assert measure.leaf.run_cpu is before
+
+
+# --
+# Situations
+
+
+def ids(chosen):
+    return [pytest.param(s, id=s.id) for s in chosen]
+
+
+@pytest.mark.parametrize("situation", ids(s for s in SITUATIONS if not s.world))
+@pytest.mark.filterwarnings("ignore:fusedopt. the callback cumulative runs eagerly:RuntimeWarning")
+def test_providers_of_a_situation_agree(situation):
+    params = CASES[situation.case].small(tensors=20).tensors()
+    situation.start(params)
+    before = [p.grad for p in params]
+    runners = situation.runners(params)
+    assert "fusedopt" in {r.name for r in runners}
+    assert len(runners) > 1 or not situation.bounds[0].against
+    measure.agree(runners, params, situation.checked)
+    assert all(p.grad is g for p, g in zip(params, before, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("situation", ids(s for s in SITUATIONS if s.world == 2))
+def test_processes_of_a_situation_agree(situation):
+    rows = situations.in_processes(situation, HASTE, layers=2)
+    assert {r.provider for r in rows if r.what == "step"} == {*situation.providers}
+
+
+def test_every_bar_of_a_situation_looks_at_something_that_is_measured():
+    rows = [
+        Row(*s.key, name, what, "ms", 1, 1, 1, 1, 1.0)
+        for s in SITUATIONS
+        for name in (*s.providers, *(["fusedopt plain"] if s.plain else []))
+        for what in ("step", *(b.what for b in s.bounds))
+    ]
+    assert len({s.key for s in SITUATIONS}) == len(SITUATIONS)
+    verdicts = plot.judge(plot.Results(plot.lines(rows, plot.facts())), plot.SITUATION_BARS)
+    assert not [bar.name for bar, _, reached in verdicts if reached is None]
+
+
+def test_a_situation_from_end_to_end(tmp_path, monkeypatch, capsys, agg):
+    monkeypatch.setattr(suite, "QUICK", HASTE)
+    assert suite.main(["--quick", "--only", "lr a tensor", "--out", str(tmp_path)]) == 0
+    said = (tmp_path / f"{plot.slug()}.md").read_text()
+    assert re.search(
+        r"lr a tensor, AdamW: speed over torch fused +\| ≥ 8× +\| [\d.]+× \(.*\| (yes|\*\*no)", said
+    )
+    assert "lr a tensor, AdamW: speed over torch fused" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
 
 
 # --
