@@ -70,7 +70,7 @@ class Sources:
         self.functions.append((function, function.__code__, function.__defaults__))
         if function.__kwdefaults__:
             self.dicts.append((function.__kwdefaults__, dict(function.__kwdefaults__)))
-        for name in _loaded_names(function.__code__):
+        for name in loaded_names(function.__code__):
             self._read(function.__globals__.get, name, function)
         for cell in function.__closure__ or ():
             self._read(functools.partial(content_of, cell), "", function)
@@ -174,7 +174,7 @@ def of_a_library(function: types.FunctionType) -> bool:
 
 
 @functools.lru_cache(maxsize=MAX_KNOWN)
-def _loaded_names(code: types.CodeType) -> tuple[str, ...]:
+def loaded_names(code: types.CodeType) -> tuple[str, ...]:
     steps = (step for inner in codes(code) for step in dis.get_instructions(inner))
     return tuple(dict.fromkeys(s.argval for s in steps if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")))
 
