@@ -128,7 +128,7 @@ class StandIns:
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         around, code = function.__globals__, function.__code__
-        names: dict[str, Any] = {"__name__": around.get("__name__")}
+        names: dict[str, Any] = {"__name__": around.get("__name__", "")}
         names["__warningregistry__"] = around.setdefault("__warningregistry__", {})
         standard = around.get("__builtins__") in (builtins, vars(builtins))
         names["__builtins__"] = self._builtins if standard else around.get("__builtins__", builtins)
