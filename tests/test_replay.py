@@ -8,6 +8,7 @@ import os
 import random
 import struct
 import time
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fusedopt import callbacks, weight_decay
 from fusedopt.runtime import backends, cpu, engine, leaf, verdicts
 from fusedopt.table import TABLE
 from fusedopt.trace.number import ARITHMETIC
-from fusedopt.trace.purity import ACTS, PURE, READS, Verdict, examine, is_pure
+from fusedopt.trace.purity import ACTS, PURE, READS, VARIES, Verdict, examine, is_pure
 from fusedopt.trace.replay import Replay
 from fusedopt.trace.snapshot import Snapshot
 from fusedopt.trace.sources import Sources
@@ -86,6 +87,7 @@ def naive(monkeypatch):
     """The mutation: every callback counts as pure, and nothing around it ever changes."""
     monkeypatch.setattr(verdicts, "examine", lambda callback: Verdict(PURE))
     monkeypatch.setattr(Sources, "unchanged", lambda self: True)
+    monkeypatch.setattr(Sources, "now", lambda self: [])
     monkeypatch.setattr(Snapshot, "restored", lambda self: False)
 
 
@@ -484,24 +486,107 @@ def test_an_optimizer_made_after_a_helper_was_replaced_does_not_share_the_old_tr
 # Purity
 
 
-READING = [
-    *(
-        closure_over_a_list,
-        closure_over_a_number,
-        global_number,
-        global_dict,
-        mutable_default,
-        attribute_of_an_object,
-    ),
-    *(attribute_of_a_class, mutable_argument_of_a_partial),
-]
-"""What they do besides arithmetic is to read. (That ``mutable_default`` writes is found when it is traced.)"""
+READING = [closure_over_a_number, global_number, attribute_of_an_object, attribute_of_a_class]
+"""What they do besides arithmetic is to read constants, which may be others on the next step."""
+VARYING = [closure_over_a_list, global_dict, mutable_default, mutable_argument_of_a_partial]
+"""They read what may change and stay the same object. (That ``mutable_default`` writes is found when it is traced.)"""
 
 
 @pytest.mark.parametrize("factory", BY_CALLBACK, ids=attrgetter("__name__"))
 def test_unsound_callbacks_are_told_apart_by_whether_they_only_read(factory):
-    expected = READS if factory in READING else PURE if factory in BY_CHANGE else ACTS
-    assert examine(factory().callback).level == expected
+    levels = {
+        f: level for level, fs in {READS: READING, VARIES: VARYING, PURE: BY_CHANGE}.items() for f in fs
+    }
+    assert examine(factory().callback).level == levels.get(factory, ACTS)
+
+
+class Nested:
+    class Inner:
+        factor = 0.5
+
+    def __init__(self):
+        self.inner, self.pair = self.Inner(), (0.25, 2.0)
+
+
+SETTINGS = types.ModuleType("settings")
+LAZY = types.ModuleType("lazy")
+LAZY.__getattr__ = lambda name: FACTOR
+SETTINGS.LR, SETTINGS.nested, SETTINGS.lazy = 0.5, Nested(), LAZY
+
+
+def scales(x):
+    return x * SETTINGS.LR
+
+
+class Holds:
+    factor = 0.5
+
+    def __call__(self, p, lr, **kwargs):
+        descend(p, lr * self.factor)
+
+
+def reading(kind):
+    """A callback, and ``change(value)``, which changes what it reads."""
+    factor, nested = 0.5, Nested()
+    if kind == "closure":
+
+        def change(value):
+            nonlocal factor
+            factor = value
+
+        return lambda p, lr, **kwargs: descend(p, lr * factor), change
+    if kind == "object":
+        holds = Holds()
+        return holds, partial(setattr, holds, "factor")
+    if kind == "chain":
+        return lambda p, lr, **kwargs: descend(p, lr * nested.inner.factor), partial(
+            setattr, Nested.Inner, "factor"
+        )
+    if kind == "tuple":
+
+        def change_pair(value):
+            nested.pair = (value, 2.0)
+
+        return lambda p, lr, **kwargs: descend(p, lr * nested.pair[0] * nested.pair[1]), change_pair
+    if kind == "lazy attribute":
+        return lambda p, lr, **kwargs: descend(p, lr * LAZY.anything), lambda x: globals().update(FACTOR=x)
+    if kind == "module":
+        return lambda p, lr, **kwargs: descend(p, lr * SETTINGS.LR), partial(setattr, SETTINGS, "LR")
+    if kind == "helper":
+        return lambda p, lr, **kwargs: descend(p, scales(lr)), partial(setattr, SETTINGS, "LR")
+    return lambda p, lr, **kwargs: descend(p, lr * FACTOR), lambda x: globals().update(FACTOR=x)
+
+
+KINDS = ["closure", "object", "chain", "tuple", "lazy attribute", "module", "helper", "global"]
+
+
+def drive_reading(kind, backend, values):
+    try:
+        callback, change = reading(kind)
+        opt, seen = make(callback, backend=backend), []
+        for value in values:
+            change(value)
+            opt.step()
+            seen.append(params_of(opt)[0].detach().clone())
+        return opt, seen
+    finally:
+        globals().update(FACTOR=1.0)
+        SETTINGS.LR = Nested.Inner.factor = 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constants_that_a_callback_reads_are_followed_and_traced_when_they_change(kind, traces):
+    one, two = 1.0, -0.0
+    values = [one] * 4 + [two] * 4 + [0.0, 0.0, 1, one, two, two]
+    opt, seen = drive_reading(kind, "cpp", values)
+    lazy = kind == "lazy attribute"
+    assert examine(opt.cbs[0]).level == (VARIES if lazy else READS)
+    assert len(traces) == (14 if kind in ("lazy attribute", "tuple") else 4), "tuples are made anew here"
+    assert len(opt.explain().compiled) == 1, "constants are slots"
+    if leaf.available() and kind not in ("lazy attribute", "tuple"):
+        assert opt._warm is not None
+    for ours, eager in zip(seen, drive_reading(kind, "reference", values)[1], strict=True):
+        assert_same_bits(ours, eager)
 
 
 @pytest.mark.parametrize("name", [n for n in callbacks.__all__ if n != "debias"])
@@ -1006,8 +1091,8 @@ def test_replayed_numbers_equal_the_callbacks_exactly(row, variant, sets, no_ker
         START[id(opts[-1])] = [dict(h) for h in opts[-1].hypers]
     repeated, replayed, traced = opts
     with monkeypatch.context() as patch:
-        patch.setattr(verdicts, "examine", lambda callback: Verdict(READS))
-        assert not any(traced.engine.verdicts.pure)
+        patch.setattr(verdicts, "examine", lambda callback: Verdict(VARIES))
+        assert not any(traced.engine.verdicts.lasting)
     steps = 50 if sets == 1 else 14
     scalars = {opt: [] for opt in opts}
     counts = dict.fromkeys(opts, 0)

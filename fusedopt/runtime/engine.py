@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -47,12 +48,16 @@ MAX_KNOWN = 7
 
 @dataclass
 class Known:
-    """A compiled trace, kept for later steps; ``replay`` is None if its callbacks have to be run every time."""
+    """A compiled trace, kept for later steps; ``replay`` is None if its callbacks have to be run every time.
+
+    ``read`` is the data that the callbacks found around them: with other data the trace would be another.
+    """
 
     trace: Trace
     backend: Backend
     kernel: Kernel
     replay: Replay | None
+    read: list[Any]
 
 
 @dataclass
@@ -92,8 +97,8 @@ class Launched:
 class Resident:
     """Launches whose scalars live on the device, so that a CUDA graph of them can be replayed with others."""
 
-    def __init__(self, launched: list[Launched], norm: Norm | None) -> None:
-        self.norm = norm
+    def __init__(self, launched: list[Launched], norm: Norm | None, same: Callable[[], bool]) -> None:
+        self.norm, self._same = norm, same
         self.launches = [
             (entry.launch, [(plan.known.replay, plan.items[0].where[0]) for plan in entry.plans])
             for entry in launched
@@ -104,13 +109,16 @@ class Resident:
         """Send the scalars that follow from these hyperparameters of each group. Raises RuntimeError, sending none."""
         tables = []
         for launch, sets in self.launches:
-            found = [replay and replay(hypers[group], {}) for replay, group in sets]
+            same = self._same()
+            found = [replay and same and replay(hypers[group], {}) for replay, group in sets]
             for (replay, group), one in zip(sets, found, strict=True):
-                if one is None:
+                if not one:
                     why = (
-                        "a branch that they decide goes another way now"
-                        if replay
-                        else "a callback is not pure"
+                        "a callback is not pure"
+                        if not replay
+                        else "a branch that they decide goes another way now"
+                        if same
+                        else "a callback reads something else now"
                     )
                     raise RuntimeError(
                         f"the captured step does not fit the hyperparameters of group {group}: {why}. Remedy: capture "
@@ -148,6 +156,7 @@ class Engine:
         self.launched: list[tuple[Kernel, int]] = []
         self.verdicts = Verdicts(self.callbacks, said)
         self._sources = sources_of(callbacks)
+        self.read = self._sources.now()
         self._known = self._shared_traces()
         self._acted = False
         self._lent: reference.Lent | None = None
@@ -156,11 +165,15 @@ class Engine:
         """Whether it still does what these callbacks do."""
         return self.callbacks == callbacks and self._sources.unchanged()
 
+    def reads(self, data: list[Any]) -> bool:
+        """Whether this (``read`` after an earlier step) is still the data that the callbacks find around them."""
+        return all(map(operator.is_, data, self._sources.now()))
+
     def _shared_traces(self) -> dict[tuple, list[Known]]:
         """Those of other engines with these callbacks; but what has a closure is not kept beyond its time."""
         key = (*map(identity, self.callbacks), *self._sources.found)
         try:
-            if all(self.verdicts.pure) and not self._sources.closed:
+            if all(self.verdicts.lasting) and not self._sources.closed and not self.read:
                 known = _known_traces(key, self.backend, self.title, self.state_dtype)
                 weakref.finalize(self, _forget, known, KEPT_STRUCTURES).atexit = False
                 return known
@@ -199,7 +212,7 @@ class Engine:
             changes, new = items.stored(item, work, self.state_dtype)
             stores += [*changes, _handed(item, new, hand_over)]
         launched = self._launch(plans, scaling, hand_over, stores)
-        self.resident = Resident(launched, self.norm)
+        self.resident = Resident(launched, self.norm, functools.partial(self.reads, self.read))
         return [] if unfused else launched
 
     def _computed(
@@ -238,6 +251,7 @@ class Engine:
 
     def prepare(self, todo: list[Item]) -> tuple[list[Plan], list[Item]]:
         """Trace and compile: plans for the buckets that fuse whole, and the items that need work copies."""
+        self.read = self._sources.now()
         plans: list[Plan] = []
         unfused: list[Item] = []
         for bucket, plan in self._traced(todo, 0, len(self.callbacks)):
@@ -288,7 +302,9 @@ class Engine:
         key = first, stop, structure_of(signature), signature.asked, static_of(hyper)
         known = self._known.setdefault(key, []) if plain else []
         for candidate in known:
-            again = candidate.replay and candidate.replay(hyper, dict(signature.state))
+            if candidate.replay is None or not all(map(operator.is_, candidate.read, self.read)):
+                continue
+            again = candidate.replay(hyper, dict(signature.state))
             if again and _fit(again[0], signature.compute):
                 return self._planned(Plan(bucket, candidate, *again))
         traced = self._trace(signature, hyper, first, stop, plain)
@@ -299,8 +315,9 @@ class Engine:
         compiled = self._compile(traced)
         if compiled is None:
             return first
-        sound = plain and can_replay(traced) and all(self.verdicts.pure[first:stop])
-        entry = Known(traced, *compiled, Replay(traced) if sound else None)
+        lasting = all(self.verdicts.lasting[first:stop]) and self.reads(self.read)
+        sound = plain and lasting and can_replay(traced)
+        entry = Known(traced, *compiled, Replay(traced) if sound else None, self.read)
         if sound:
             known[:] = [*known[-MAX_KNOWN:], entry]
         return self._planned(Plan(bucket, entry, traced.slot_values(), traced.new_numbers()))

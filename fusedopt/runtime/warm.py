@@ -38,6 +38,7 @@ class Warm:
         place: list[dict[Any, Any]],
     ) -> None:
         self.state, self.version, self.engine = opt.state, opt.state.version, opt.engine
+        self.read = self.engine.read
         self.launches = [
             (entry.launch, np.array([p.slots for p in entry.plans], dtype=np.float64)) for entry in launched
         ]
@@ -65,6 +66,8 @@ class Warm:
     def step(self, opt: Optimizer) -> bool:
         """Repeat the recorded step if it is still the right one."""
         if opt.state is not self.state or self.state.version != self.version or opt.engine is not self.engine:
+            return False
+        if self.read and not self.engine.reads(self.read):
             return False
         if self.threads != leaf.thread_count():
             self._plan()

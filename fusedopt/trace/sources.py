@@ -26,8 +26,7 @@ class Sources:
     """What callbacks are made of: their code, defaults and bound arguments, and what these read from around them.
 
     A notebook cell that is run again, a keyword of a partial, a module loaded again change it under a callback that
-    stays the same object. Data (`is_data`) may change at will where the callback is traced on every step; for the
-    rest, and for what PURE callbacks are made of, identity counts.
+    stays the same object. Identity counts. Data (`is_data`) may be other data on every step: `now` is what to compare.
     """
 
     def __init__(self, callbacks: Iterable[Callable[..., Any]] = ()) -> None:
@@ -36,6 +35,7 @@ class Sources:
         self.data: list[tuple[Callable[[str], Any], str]] = []
         self.dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._seen: set[int] = set()
+        self._attributes: set[tuple[int, str]] = set()
         for callback in callbacks:
             self.add(callback)
 
@@ -88,12 +88,19 @@ class Sources:
             self.data.append((read, name))
             return
         self.reads.append((read, name, found))
-        if isinstance(found, types.ModuleType) and found not in MODULES:
-            variable = name or function.__code__.co_freevars
-            for attribute in _attributes_after(function.__code__, variable):
-                if hasattr(found, attribute):
+        if isinstance(found, types.ModuleType) and found in MODULES:
+            return
+        variable = name or function.__code__.co_freevars
+        for attribute in _attributes_after(function.__code__, variable):
+            if (id(found), attribute) in self._attributes:
+                continue
+            self._attributes.add((id(found), attribute))
+            if isinstance(found, types.ModuleType):
+                if attribute in vars(found):
                     self._read(vars(found).get, attribute, function)
-        elif not isinstance(found, type):
+            elif plain_attribute(found, attribute) is not NOTHING:
+                self._read(functools.partial(_attribute, found), attribute, function)
+        if not isinstance(found, (type, types.ModuleType)):
             self.add(found)
 
     def unchanged(self) -> bool:
@@ -111,6 +118,10 @@ class Sources:
                 if live.get(name, NOTHING) is not found:
                     return False
         return all(is_data(read(name)) for read, name in self.data) if self.data else True
+
+    def now(self) -> list[Any]:
+        """The data that they read, as it is now. While it is the same constants, they do the same."""
+        return [read(name) for read, name in self.data]
 
     @property
     def found(self) -> list[Any]:
@@ -130,7 +141,7 @@ class Sources:
         """The data that they read or hold, as it is now: what a trace could change."""
         held = [value for _, _, defaults in self.functions for value in defaults or ()]
         held += [value for _, known in self.dicts for value in known.values()]
-        return [value for value in held if is_data(value)] + [read(name) for read, name in self.data]
+        return [value for value in held if is_data(value)] + self.now()
 
 
 def _attribute(owner: Any, name: str) -> Any:
@@ -209,6 +220,8 @@ def _attributes_after(code: types.CodeType, variables: str | tuple[str, ...]) ->
     out, loaded = [], False
     for inner in codes(code):
         for step in dis.get_instructions(inner):
+            if step.opname in ("EXTENDED_ARG", "PUSH_NULL"):
+                continue
             if loaded and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 out.append(step.argval)
             loaded = step.opname.startswith("LOAD_") and name_of(step) in names
