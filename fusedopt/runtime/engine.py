@@ -28,8 +28,9 @@ from ..trace.replay import Replay, can_replay
 from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import FACTOR, Signature, is_plain, static_of, structure_of
 from ..trace.snapshot import Snapshot
+from ..trace.sources import asks_for_dtypes
 from ..trace.tracer import Trace, trace
-from . import backends, items, leaf, sharded
+from . import backends, items, leaf, sharded, transforms
 from .backends import Backend, Kernel, Launch
 from .commit import Change, commit
 from .history import History
@@ -208,9 +209,12 @@ class Engine:
         _forget(self._known, MAX_STRUCTURES)
         _forget(self.verdicts.unfused, MAX_STRUCTURES)
         stores: list[Change] = []
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for item, work in copies:
-            changes, new = items.stored(item, work, self.state_dtype)
+            copied, changes, new = items.stored(item, work, self.state_dtype)
+            pairs += copied
             stores += [*changes, _handed(item, new, hand_over)]
+        stores += items.copying(pairs, transforms.active())
         launched = self._launch(plans, scaling, hand_over, stores)
         self.resident = Resident(launched, self.norm, functools.partial(self.reads, self.read))
         return [] if unfused else launched
@@ -224,7 +228,7 @@ class Engine:
         """
         plans, unfused = self.prepare(sharded.localized(todo))
         unfused.sort(key=lambda item: item.where)
-        copies = [(item, items.work_copy(item)) for item in unfused]
+        copies = items.work_copies(unfused, transforms.active())
         work = [work for _, work in copies]
         self.launched = []
         self.norm = self._scale(plans, work, scaling)
@@ -281,10 +285,10 @@ class Engine:
 
     def _buckets(self, todo: list[Item], work: bool = False) -> list[tuple[list[Item], Signature]]:
         """Items of one group with one signature, together."""
-        buckets: dict[tuple[int, Signature], list[Item]] = {}
+        buckets: dict[tuple[int, tuple], list[Item]] = {}
         for item in todo:
-            buckets.setdefault((item.where[0], item.signature(self.attributes, work)), []).append(item)
-        return [(bucket, signature) for (_, signature), bucket in buckets.items()]
+            buckets.setdefault((item.where[0], item.visible(self.attributes, work)), []).append(item)
+        return [(bucket, Signature(*visible)) for (_, visible), bucket in buckets.items()]
 
     # -- fusing --
     def _fuse(self, bucket: list[Item], signature: Signature, first: int, stop: int) -> Plan | int:
@@ -443,10 +447,11 @@ class Engine:
         return done
 
     def _run_eagerly(self, span: range, work: list[Item]) -> None:
+        watch = {i: self.verdicts.watching or asks_for_dtypes(self.callbacks[i]) for i in span if work}
         for item in work:
             for i in span:
                 lent = self._lent = reference.Lent(item.owner, item.param)
-                moved = reference.run_callback(self.callbacks[i], lent, item.state, item.hyper)
+                moved = reference.run_callback(self.callbacks[i], lent, item.state, item.hyper, watch[i])
                 item.param = lent.work
                 items.attach_gradient(item, item.param.grad)  # the callback may have set another
                 self.verdicts.moved([i] if moved else [])

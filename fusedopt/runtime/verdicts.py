@@ -126,6 +126,11 @@ class Verdicts:
         for i, (name, reason) in sorted(found.items()):
             self.warn(i, f"the callback {name} runs eagerly, parameter by parameter: {reason}")
 
+    @property
+    def watching(self) -> bool:
+        """Whether it matters which callbacks do something."""
+        return self._moved is not None
+
     def moved(self, callbacks: Iterable[int]) -> None:
         """These did something."""
         if self._moved is not None:

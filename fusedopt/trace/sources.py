@@ -190,6 +190,22 @@ def loaded_names(code: types.CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys(s.argval for s in steps if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")))
 
 
+_DTYPES = {"dtype", "to", "type", "type_as", "itemsize", "element_size", "nbytes", "float", "double", "half"}
+_DTYPES |= {str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype)}
+
+
+def asks_for_dtypes(callback: Callable[..., Any]) -> bool:
+    """Whether it, or a function that it calls, may ask what dtype something has, or for a certain one."""
+    functions = Sources([callback]).functions
+    return not functions or any(_names_dtypes(code) for _, code, _ in functions)
+
+
+@functools.lru_cache(maxsize=MAX_KNOWN)
+def _names_dtypes(code: types.CodeType) -> bool:
+    used = [x for inner in codes(code) for x in (*inner.co_names, *inner.co_consts)]
+    return not _DTYPES.isdisjoint(x for y in used for x in (y if type(y) is tuple else (y,)))
+
+
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:
     yield code
     for constant in code.co_consts:
