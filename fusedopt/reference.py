@@ -108,7 +108,8 @@ def upcast(t: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
 
 def is_marked(t: torch.Tensor) -> bool:
     """Whether ``asked`` is another than its own dtype."""
-    return asked(t) != t.dtype
+    dtype = t.__dict__.get("_fusedopt_asked")
+    return dtype is not None and dtype != t.dtype
 
 
 class Lent:
@@ -163,9 +164,8 @@ def tidy(lent: Lent | None) -> None:
 
 
 def _become(p: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> None:
-    p.grad = None
-    if p.data is not data:
-        p.data = data
+    p.grad = None  # which may not fit what is next
+    p.data = data
     try:
         p.grad = grad
     except RuntimeError:  # its gradient's dtype is fixed
@@ -184,8 +184,9 @@ def run_callback(
     plain loop.
     """
     work = lent.work
-    tensors = [t for t in (work, work.grad, *state.values()) if isinstance(t, torch.Tensor)]
-    watch = watch or any(t.dtype != work.dtype or is_marked(t) for t in tensors)
+    for t in () if watch else (work, work.grad, *state.values()):
+        if isinstance(t, torch.Tensor) and (t.dtype != work.dtype or is_marked(t)):
+            watch = True
     mode = AskedDtypes(work.dtype) if watch and (work.device.type == "cpu" or work.is_cuda) else None
     with lent as p, mode or contextlib.nullcontext():
         returned = call(callback, p, {**state, **hyper})

@@ -454,7 +454,8 @@ class Engine:
                 moved = reference.run_callback(self.callbacks[i], lent, item.state, item.hyper, watch[i])
                 item.param = lent.work
                 items.attach_gradient(item, item.param.grad)  # the callback may have set another
-                self.verdicts.moved([i] if moved else [])
+                if moved and self.verdicts.watching:
+                    self.verdicts.moved([i])
 
     def _say(self, plans: list[Plan], copies: list[tuple[Item, Item]]) -> None:
         """Warn of what runs eagerly and of what does nothing."""

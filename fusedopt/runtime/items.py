@@ -105,7 +105,7 @@ class Item:
     def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
         """The fields of its signature."""
         p, modes = self.param, self.modes
-        state = [(k, _visible(v, p, modes)) for k, v in self.state.items()]
+        state = [(k, v if type(v) in PLAIN else _visible(v, p, modes)) for k, v in self.state.items()]
         state.sort(key=_first)
         read = tuple([(name, self.attribute(name)) for name in attributes])
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None
@@ -114,7 +114,7 @@ class Item:
 
 def _visible(value: Any, p: torch.Tensor, modes: Modes) -> Any:
     if not isinstance(value, torch.Tensor):
-        return value if type(value) in PLAIN else Opaque(value)
+        return Opaque(value)
     whole = per_element(value, p, modes)
     if value.dtype not in reference.FLOATS or (not whole and value.dim()):
         return Foreign(value.dtype, value.shape)
@@ -145,9 +145,10 @@ def walkable(t: torch.Tensor) -> bool:
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether flat position i is the same element in both; strides of dimensions of size one do not matter."""
+    if a.is_neg():  # torch has real tensors whose memory holds their negative
+        return False
     x, y = a.stride(), b.stride()
-    same = x == y or all(s == 1 or i == j for s, i, j in zip(b.shape, x, y, strict=True))
-    return same and not a.is_neg()  # torch has real tensors whose memory holds their negative
+    return x == y or all(s == 1 or i == j for s, i, j in zip(b.shape, x, y, strict=True))
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
