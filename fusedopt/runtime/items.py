@@ -281,11 +281,18 @@ def stored(
 
 
 def copying(pairs: list[tuple[torch.Tensor, torch.Tensor]], transformed: bool) -> list[Change]:
-    """What copies to the first of each pair from the second: in one call, where no transform has to see each."""
-    if transformed or not all(walkable(t) for pair in pairs for t in pair):
-        return [functools.partial(t.copy_, value) for t, value in pairs]
-    to, values = [t for t, _ in pairs], [value for _, value in pairs]
-    return [functools.partial(torch._foreach_copy_, to, values)] if pairs else []
+    """What copies to the first of each pair from the second: in one call, but for what torch refuses there."""
+    plain: list[tuple[torch.Tensor, torch.Tensor]] = []
+    out: list[Change] = []
+    for to, value in pairs:
+        if transformed or to.is_neg() or value.is_neg() or not walkable(to) or not walkable(value):
+            out.append(functools.partial(to.copy_, value))
+        else:
+            plain.append((to, value))
+    if plain:
+        to_all, values = [to for to, _ in plain], [value for _, value in plain]
+        out.append(functools.partial(torch._foreach_copy_, to_all, values))
+    return out
 
 
 def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None) -> torch.Tensor:
