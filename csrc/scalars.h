@@ -1,7 +1,8 @@
 // A step's scalar program: Python's arithmetic on ints and floats, equal to the last bit and the type, or a refusal.
 //
 // fusedopt/trace/replay.py turns a trace into the instructions. Whatever Python would raise for, or would need more
-// than an exact double for, is refused; the caller then asks Python itself.
+// than an exact double for, is refused; the caller then asks Python itself. Operators are computed here; a function of
+// Python's (math.exp) is called, so that its result is Python's own.
 #pragma once
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -208,6 +209,35 @@ bool compare(const Scalar& a, const Scalar& b, Scalar& out) {
 
 } // namespace python
 
+// A function of a module, by its full name: of those for which a call runs no Python code, so that the GIL is kept. Only
+// numpy's may: to warn, where a result is not finite. That comes too late to be prevented, but such a result is refused.
+class Function {
+ public:
+  explicit Function(const std::string& name)
+      : function_(py::module_::import(name.substr(0, name.find('.')).c_str()).attr(name.c_str() + name.find('.') + 1)),
+        numpys_(name.rfind("numpy.", 0) == 0) {}
+
+  bool operator()(const Scalar* const* arguments, size_t count, Scalar& out) const {
+    py::object given[2];
+    PyObject* pointers[2];
+    for (size_t i = 0; i < count; ++i)
+      pointers[i] = (given[i] = arguments[i]->python()).ptr();
+    const auto made = py::reinterpret_steal<py::object>(PyObject_Vectorcall(function_.ptr(), pointers, count, nullptr));
+    if (!made) {
+      PyErr_Clear();
+      return false;
+    }
+    if (!PyFloat_Check(made.ptr()))
+      return Scalar::read(made.ptr(), out);
+    out = Scalar::of(PyFloat_AS_DOUBLE(made.ptr())); // numpy's float64 is a float, too
+    return !numpys_ || std::isfinite(out.real);
+  }
+
+ private:
+  py::object function_;
+  bool numpys_;
+};
+
 class ScalarProgram {
  public:
   // instructions: ("leaf", which leaf), ("value", number), or an operation's name and the instructions it takes.
@@ -221,12 +251,17 @@ class ScalarProgram {
       const size_t at = program_.size();
       if (name == "leaf") {
         leaves_.push_back({at, t[1].cast<size_t>()});
-        program_.push_back({nullptr, 0, 0});
+        program_.push_back({});
       } else if (name == "value") {
         results_[at] = Scalar::from(t[1]);
-        program_.push_back({nullptr, 0, 0});
+        program_.push_back({});
       } else {
-        program_.push_back({operations().at(name), earlier(t[1], at), earlier(t[t.size() - 1], at)});
+        Instruction made{nullptr, earlier(t[1], at), earlier(t[t.size() - 1], at), t.size() - 1, functions_.size()};
+        if (name.find('.') == std::string::npos)
+          made.operation = operations().at(name);
+        else
+          functions_.emplace_back(name);
+        program_.push_back(made);
       }
     }
     for (const auto& item : guards) {
@@ -244,7 +279,7 @@ class ScalarProgram {
     for (const auto& [at, k] : leaves_)
       results_[at] = leaf(k);
     for (size_t i = 0; i < program_.size(); ++i)
-      if (program_[i].operation && !program_[i].operation(results_[program_[i].a], results_[program_[i].b], results_[i]))
+      if (!compute(program_[i], results_[i]))
         return false;
     for (const auto& [at, value] : guards_)
       if (!results_[at].same(value))
@@ -283,9 +318,17 @@ class ScalarProgram {
  private:
   using Operation = bool (*)(const Scalar&, const Scalar&, Scalar&);
   struct Instruction {
-    Operation operation; // null: nothing to compute
-    size_t a, b;
+    Operation operation = nullptr; // null: a function's, if it has operands
+    size_t a = 0, b = 0, operands = 0, function = 0;
   };
+
+  bool compute(const Instruction& to, Scalar& out) const {
+    if (to.operands == 0)
+      return true;
+    const Scalar* arguments[] = {&results_[to.a], &results_[to.b]};
+    return to.operation ? to.operation(*arguments[0], *arguments[1], out)
+                        : functions_[to.function](arguments, to.operands, out);
+  }
   struct Leaf {
     size_t at, which;
   };
@@ -323,6 +366,7 @@ class ScalarProgram {
   }
 
   std::vector<Instruction> program_;
+  std::vector<Function> functions_;
   std::vector<Leaf> leaves_;
   std::vector<size_t> slots_, numbers_;
   std::vector<Guard> guards_;

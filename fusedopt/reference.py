@@ -106,6 +106,12 @@ def upcast(t: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
     return mark(t.detach().to(compute, copy=True), t.dtype)
 
 
+def is_marked(t: torch.Tensor) -> bool:
+    """Whether ``asked`` is another than its own dtype."""
+    dtype = t.__dict__.get("_fusedopt_asked")
+    return dtype is not None and dtype != t.dtype
+
+
 class Lent:
     """The user's own parameter, for the time of a callback's call made of a work copy and its gradient.
 
@@ -125,7 +131,8 @@ class Lent:
         self.kept = owner.data, owner.grad
         try:
             _become(owner, work.data, work.grad)
-            mark(owner, asked(work))
+            if is_marked(work):
+                mark(owner, asked(work))
         except (RuntimeError, TypeError, AttributeError):
             self.give_back()
             vars(work).update(vars(owner))
@@ -134,7 +141,9 @@ class Lent:
 
     def __exit__(self, *_: Any) -> None:
         if self.kept is not None:
-            self.work = mark(self.owner.data, asked(self.work))
+            dtype, self.work = asked(self.work), self.owner.data
+            if dtype != self.work.dtype:
+                mark(self.work, dtype)
             self.work.grad = self.owner.grad
             self.give_back()
 
@@ -155,9 +164,8 @@ def tidy(lent: Lent | None) -> None:
 
 
 def _become(p: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> None:
-    p.grad = None
-    if p.data is not data:
-        p.data = data
+    p.grad = None  # which may not fit what is next
+    p.data = data
     try:
         p.grad = grad
     except RuntimeError:  # its gradient's dtype is fixed
@@ -166,17 +174,24 @@ def _become(p: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> N
         p.grad_dtype = dtype
 
 
-def run_callback(callback: Callback, lent: Lent, state: dict[str, Any], hyper: Mapping[str, Any]) -> bool:
+def run_callback(
+    callback: Callback, lent: Lent, state: dict[str, Any], hyper: Mapping[str, Any], watch: bool = True
+) -> bool:
     """Call one callback with the lent parameter, and take the state that it returns, by value.
 
-    ``lent.work`` is the work copy as the callback leaves it. Returns whether the callback did anything.
+    ``lent.work`` is the work copy as the callback leaves it. Returns whether the callback did anything; True without
+    ``watch``, which is for callbacks that ask for no dtype. Then, where all is of one dtype, they are called as in a
+    plain loop.
     """
     work = lent.work
-    mode = AskedDtypes(work.dtype) if work.device.type == "cpu" or work.is_cuda else contextlib.nullcontext()
-    with lent as p, mode:
+    for t in () if watch else (work, work.grad, *state.values()):
+        if isinstance(t, torch.Tensor) and (t.dtype != work.dtype or is_marked(t)):
+            watch = True
+    mode = AskedDtypes(work.dtype) if watch and (work.device.type == "cpu" or work.is_cuda) else None
+    with lent as p, mode or contextlib.nullcontext():
         returned = call(callback, p, {**state, **hyper})
         new = returned if isinstance(returned, dict) else {}
         for key, value in new.items():
             alias = isinstance(value, torch.Tensor) and value is not state.get(key)
             state[key] = value.detach().clone() if alias else value
-    return bool(new) or getattr(mode, "touched", True)
+    return bool(new) or mode is None or mode.touched

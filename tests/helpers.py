@@ -1,5 +1,6 @@
 """What several test files need: distances in ulp, the tolerance by competition, and one program's kernel at work."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from fusedopt.ir.ops import OPS, Op, Reduction
 from fusedopt.ir.program import Buffer, Graph, Program, interpret, verify
 from fusedopt.runtime import backends, leaf
 from fusedopt.trace.methods import METHODS, method
+from fusedopt.trace.number import ARITHMETIC
 from fusedopt.trace.signature import Signature
 from fusedopt.trace.tracer import Trace, trace
 
@@ -118,6 +120,18 @@ def signature(
 ) -> Signature:
     """What callbacks see of a parameter; ``state`` maps keys to Buffers, numbers and flags."""
     return Signature(CPU, param, grad or param, tuple(sorted(state.items())), attributes)
+
+
+def operands(op: str) -> int:
+    """How many numbers an operation of the scalar program takes, at most."""
+    function = ARITHMETIC[op]
+    if isinstance(function, np.ufunc):
+        return function.nin
+    for values in ((4, 2), (4.0, 2.0)):
+        with contextlib.suppress(TypeError):
+            function(*values)
+            return 2
+    return 1
 
 
 class Stepper:

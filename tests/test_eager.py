@@ -9,7 +9,16 @@ from factories import parameters_with_gradients
 from torch import nn
 
 import fusedopt
-from fusedopt import adam_step, average_grad, average_sqr_grad, l2_reg, momentum_step, step_stat, weight_decay
+from fusedopt import (
+    adam_step,
+    average_grad,
+    average_sqr_grad,
+    l2_reg,
+    momentum_step,
+    reference,
+    step_stat,
+    weight_decay,
+)
 
 HYPERS = dict(lr=0.1, wd=0.02, mom=0.8, sqr_mom=0.9, eps=1e-3)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -398,3 +407,45 @@ def test_a_skipped_step_with_eager_parts_is_not_taken_for_a_whole_one():
             scaler.update()
             moved.append([not torch.equal(p, b) for p, b in zip(params, before, strict=True)])
     assert moved == [[False, False]] * 2 + [[True, True]] * 2
+
+
+def cumulates(p, lr, **kwargs):
+    p.data.sub_(torch.cumsum(p.grad, 0), alpha=lr)
+
+
+def names_a_dtype(p, lr, **kwargs):
+    p.data.sub_(torch.cumsum(torch.zeros_like(p, dtype=torch.bfloat16) + p.grad, 0), alpha=lr)
+
+
+def calls_one_that_does(p, lr, **kwargs):
+    names_a_dtype(p, lr)
+
+
+@pytest.mark.parametrize(
+    ("callback", "dtype", "converted"),
+    [
+        (cumulates, torch.float32, False),
+        (cumulates, torch.float64, False),
+        (cumulates, torch.bfloat16, True),
+        (names_a_dtype, torch.float32, True),
+        (calls_one_that_does, torch.float32, True),
+    ],
+)
+def test_dtypes_are_watched_only_where_something_is_converted(callback, dtype, converted, monkeypatch):
+    """After the first step, which also looks for callbacks that do nothing."""
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 5, dtype=dtype))
+    opt = fusedopt.Optimizer([p], callback, lr=0.1)
+    made = []
+
+    class Counted(reference.AskedDtypes):
+        def __init__(self, compute):
+            super().__init__(compute)
+            made.append(compute)
+
+    monkeypatch.setattr(reference, "AskedDtypes", Counted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            p.grad = torch.ones_like(p)
+            opt.step()
+    assert len(made) == (3 if converted else 1)

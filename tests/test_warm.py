@@ -25,7 +25,7 @@ from fusedopt import average_grad, l2_reg, momentum_step, weight_decay
 from fusedopt.groups import ParamGroups
 from fusedopt.runtime import engine, items, leaf, transforms, verdicts
 from fusedopt.table import TABLE
-from fusedopt.trace.purity import READS, Verdict
+from fusedopt.trace.purity import VARIES, Verdict
 
 SHAPES = [(4,), (3, 5), (2, 3, 2, 2), ()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -149,7 +149,7 @@ def test_a_warm_step_is_bitwise_the_long_one(row, dtype, long_way, monkeypatch):
     twins = Twins(make, shapes, dtype)
     eager = make(parameters(shapes, dtype))
     with monkeypatch.context() as patch:
-        patch.setattr(verdicts, "examine", lambda callback: Verdict(READS))
+        patch.setattr(verdicts, "examine", lambda callback: Verdict(VARIES))
         assert eager.engine
     warm_steps = 0
     steps = 16

@@ -65,6 +65,7 @@ class BoundStep:
     def __init__(self, groups: Groups, launched: Sequence[Launched], norm: Norm | None) -> None:
         self.groups, self.norm = groups, norm
         self.resident: Any = None
+        self.read: list[Any] = []
         described, cells = _described(groups, launched)
         self.launches = [entry.launch for entry in launched]
         self.kernels = [entry.kernel for entry in launched]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from ..trace.replay import Replay, can_replay
 from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import FACTOR, Signature, is_plain, static_of, structure_of
 from ..trace.snapshot import Snapshot
+from ..trace.sources import asks_for_dtypes
 from ..trace.tracer import Trace, trace
-from . import backends, items, leaf, sharded
+from . import backends, items, leaf, sharded, transforms
 from .backends import Backend, Kernel, Launch
 from .bound import MOST, RECENT, BoundStep, Groups, Steps, Unbound, unbindable
 from .commit import Change, commit
@@ -48,12 +50,16 @@ MAX_KNOWN = 7
 
 @dataclass
 class Known:
-    """A compiled trace, kept for later steps; ``replay`` is None if its callbacks have to be run each time: ``why``."""
+    """A compiled trace, kept for later steps; ``replay`` is None if its callbacks have to be run each time: ``why``.
+
+    ``read`` is the data that the callbacks found around them: with other data the trace would be another.
+    """
 
     trace: Trace
     backend: Backend
     kernel: Kernel
     replay: Replay | None
+    read: list[Any]
     why: str = ""
 
 
@@ -94,8 +100,8 @@ class Launched:
 class Resident:
     """Launches whose scalars live on the device, so that a CUDA graph of them can be replayed with others."""
 
-    def __init__(self, launched: list[Launched], norm: Norm | None) -> None:
-        self.norm = norm
+    def __init__(self, launched: list[Launched], norm: Norm | None, same: Callable[[], bool]) -> None:
+        self.norm, self._same = norm, same
         self.launches = [
             (entry.launch, [(plan.known.replay, plan.items[0].where[0]) for plan in entry.plans])
             for entry in launched
@@ -106,13 +112,16 @@ class Resident:
         """Send the scalars that follow from these hyperparameters of each group. Raises RuntimeError, sending none."""
         tables = []
         for launch, sets in self.launches:
-            found = [replay and replay(hypers[group], {}) for replay, group in sets]
+            same = self._same()
+            found = [replay and same and replay(hypers[group], {}) for replay, group in sets]
             for (replay, group), one in zip(sets, found, strict=True):
-                if one is None:
+                if not one:
                     why = (
-                        "a branch that they decide goes another way now"
-                        if replay
-                        else "a callback is not pure"
+                        "a callback is not pure"
+                        if not replay
+                        else "a branch that they decide goes another way now"
+                        if same
+                        else "a callback reads something else now"
                     )
                     raise RuntimeError(
                         f"the captured step does not fit the hyperparameters of group {group}: {why}. Remedy: capture "
@@ -151,6 +160,7 @@ class Engine:
         self._launched: list[tuple[Kernel, int]] = []
         self.verdicts = Verdicts(self.callbacks, said)
         self._sources = sources_of(callbacks)
+        self.read = self._sources.now()
         self._known = self._shared_traces()
         self.binds = True
         self.bound: list[BoundStep] = []
@@ -169,11 +179,15 @@ class Engine:
         """Whether it still does what these callbacks do."""
         return self.callbacks == callbacks and self._sources.unchanged()
 
+    def reads(self, data: list[Any]) -> bool:
+        """Whether this (``read`` after an earlier step) is still the data that the callbacks find around them."""
+        return all(map(operator.is_, data, self._sources.now()))
+
     def _shared_traces(self) -> dict[tuple, list[Known]]:
         """Those of other engines with these callbacks; but what has a closure is not kept beyond its time."""
         key = (*map(identity, self.callbacks), *self._sources.found)
         try:
-            if all(self.verdicts.pure) and not self._sources.closed:
+            if all(self.verdicts.lasting) and not self._sources.closed and not self.read:
                 known = _known_traces(key, self.backend, self.title, self.state_dtype)
                 weakref.finalize(self, _forget, known, KEPT_STRUCTURES).atexit = False
                 return known
@@ -185,7 +199,8 @@ class Engine:
         """Do the step if it is of a structure that was bound; else nothing has changed."""
         whys = []
         for bound in self.bound:
-            why = bound.run(scaling)
+            same = not bound.read or self.reads(bound.read)
+            why = bound.run(scaling) if same else "a constant that a callback reads has changed"
             if why is None:
                 if bound is not self._last:
                     self._take(bound)
@@ -224,12 +239,15 @@ class Engine:
             reference.tidy(self._lent)
             raise
         stores: list[Change] = []
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for item, work in copies:
-            changes, new = items.stored(item, work, self.state_dtype)
+            copied, changes, new = items.stored(item, work, self.state_dtype)
+            pairs += copied
             stores += [*changes, _handed(item, new, groups)]
+        stores += items.copying(pairs, transforms.active())
         self._last = None
         launched = self._launch(plans, scaling, groups, stores)
-        self.resident = Resident(launched, self.norm)
+        self.resident = Resident(launched, self.norm, functools.partial(self.reads, self.read))
         if self.norm is not None:
             self.norm.let_go()
         if groups is not None:  # those of other classes, whose state is a part of theirs
@@ -255,7 +273,8 @@ class Engine:
             self._note(str(why))
             return False
         self._note(self._why)
-        bound.resident = Resident(launched, bound.norm)
+        bound.read = self.read
+        bound.resident = Resident(launched, bound.norm, functools.partial(self.reads, self.read))
         self._take(bound)
         return True
 
@@ -312,7 +331,7 @@ class Engine:
     def _computed(self, plans: list[Plan], unfused: list[Item], scaling: Scaling) -> list[tuple[Item, Item]]:
         """The items that plans leave with work copies on which every callback has been run; none if it is skipped."""
         unfused.sort(key=lambda item: item.where)
-        copies = [(item, items.work_copy(item)) for item in unfused]
+        copies = items.work_copies(unfused, transforms.active())
         work = [work for _, work in copies]
         self.norm = self._scale(plans, work, scaling)
         self._launched = list(self.norm.kernels) if self.norm else []
@@ -336,6 +355,7 @@ class Engine:
 
     def prepare(self, todo: list[Item]) -> tuple[list[Plan], list[Item]]:
         """Trace and compile: plans for the buckets that fuse whole, and the items that need work copies."""
+        self.read = self._sources.now()
         plans: list[Plan] = []
         unfused: list[Item] = []
         for bucket, plan in self._traced(todo, 0, len(self.callbacks)):
@@ -365,10 +385,10 @@ class Engine:
 
     def _buckets(self, todo: list[Item], work: bool = False) -> list[tuple[list[Item], Signature]]:
         """Items of one group with one signature, together."""
-        buckets: dict[tuple[int, Signature], list[Item]] = {}
+        buckets: dict[tuple[int, tuple], list[Item]] = {}
         for item in todo:
-            buckets.setdefault((item.where[0], item.signature(self.attributes, work)), []).append(item)
-        return [(bucket, signature) for (_, signature), bucket in buckets.items()]
+            buckets.setdefault((item.where[0], item.visible(self.attributes, work)), []).append(item)
+        return [(bucket, Signature(*visible)) for (_, visible), bucket in buckets.items()]
 
     # -- fusing --
     def _fuse(self, bucket: list[Item], signature: Signature, first: int, stop: int) -> Plan | int:
@@ -386,7 +406,9 @@ class Engine:
         key = first, stop, structure_of(signature), signature.asked, static_of(hyper)
         known = self._known.setdefault(key, []) if plain else []
         for candidate in known:
-            again = candidate.replay and candidate.replay(hyper, dict(signature.state))
+            if candidate.replay is None or not all(map(operator.is_, candidate.read, self.read)):
+                continue
+            again = candidate.replay(hyper, dict(signature.state))
             if again and _fit(again[0], signature.compute):
                 return self._planned(Plan(bucket, candidate, *again))
         traced = self._trace(signature, hyper, first, stop, plain)
@@ -397,9 +419,10 @@ class Engine:
         compiled = self._compile(traced)
         if compiled is None:
             return first
-        sound = plain and can_replay(traced) and all(self.verdicts.pure[first:stop])
+        lasting = all(self.verdicts.lasting[first:stop]) and self.reads(self.read)
+        sound = plain and lasting and can_replay(traced)
         why = "" if sound else self._unsound(traced, first, stop)
-        entry = Known(traced, *compiled, Replay(traced) if sound else None, why)
+        entry = Known(traced, *compiled, Replay(traced) if sound else None, self.read, why)
         if sound:
             known[:] = [*known[-MAX_KNOWN:], entry]
         return self._planned(Plan(bucket, entry, traced.slot_values(), traced.new_numbers()))
@@ -407,7 +430,7 @@ class Engine:
     def _unsound(self, traced: Trace, first: int, stop: int) -> str:
         """Why the callbacks of a trace have to be run in every step."""
         for i in range(first, stop):
-            if not self.verdicts.pure[i]:
+            if not self.verdicts.lasting[i]:
                 where = place_of(self.callbacks[i])
                 return f"{name_of(self.callbacks[i])} ({where}) reads what may change without its arguments"
         if not can_replay(traced):
@@ -543,13 +566,15 @@ class Engine:
         return done
 
     def _run_eagerly(self, span: range, work: list[Item]) -> None:
+        watch = {i: self.verdicts.watching or asks_for_dtypes(self.callbacks[i]) for i in span if work}
         for item in work:
             for i in span:
                 lent = self._lent = reference.Lent(item.owner, item.param)
-                moved = reference.run_callback(self.callbacks[i], lent, item.state, item.hyper)
+                moved = reference.run_callback(self.callbacks[i], lent, item.state, item.hyper, watch[i])
                 item.param = lent.work
                 items.attach_gradient(item, item.param.grad)  # the callback may have set another
-                self.verdicts.moved([i] if moved else [])
+                if moved and self.verdicts.watching:
+                    self.verdicts.moved([i])
 
     def _say(self, plans: list[Plan], copies: list[tuple[Item, Item]]) -> None:
         """Warn of what runs eagerly and of what does nothing."""

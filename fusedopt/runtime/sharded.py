@@ -19,7 +19,6 @@ import torch
 
 from .. import reference
 from ..ir.program import Buffer
-from ..trace.signature import Signature
 from . import leaf
 from .cpu import joined
 from .items import Item, walkable
@@ -111,8 +110,8 @@ class Shard(Item):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((key, self.state[key]) for key, _ in self.whole.tensors())
 
-    def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:
-        return self.whole.signature(attributes, work)
+    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
+        return self.whole.visible(attributes, work)
 
     def lay_out(self) -> None:
         p = self.whole.home
@@ -122,6 +121,7 @@ class Shard(Item):
             self.state[key] = _local(placed)
             if placed is value:
                 self.known[key] = self.state[key]
+        self.laid_out = False
         super().lay_out()
 
     def finish(self, created: dict[str, Buffer]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from .. import env
 from ..callback import arguments_of, branches, may_take, name_of, place_of, uses_parameter
-from ..trace.purity import ACTS, PURE, READS, examine
+from ..trace.purity import ACTS, READS, VARIES, examine
 from ..trace.signals import Changes, Untraceable
 from ..trace.signature import STARTED, Opaque, Signature, is_plain, structure_of
 from ..trace.snapshot import is_data
@@ -37,15 +37,15 @@ class Verdicts:
     """What is thought of each callback of a list.
 
     ``unfused`` are those with no fused form for parameters of some structure, by number and structure; ``acts`` those
-    that are never traced (see ``trace.purity``), by number; ``pure`` says of each whether its trace may be replayed.
+    that are never traced (see ``trace.purity``), by number; ``lasting`` says of each whether its trace may be replayed.
     ``said`` is what was already warned of.
     """
 
     def __init__(self, callbacks: Sequence[Callable[..., Any]], said: set[Any] | None = None) -> None:
         self.callbacks = callbacks
         found = [examine(cb) for cb in callbacks]
-        self.pure = [verdict.level == PURE for verdict in found]
-        self._reads = [verdict.level == READS for verdict in found]
+        self.lasting = [verdict.level <= READS for verdict in found]
+        self._reads = [verdict.level in (READS, VARIES) for verdict in found]
         self.unfused: dict[tuple[int, Any], Eager] = {}
         self.acts: dict[int, Eager] = {}
         for i, verdict in enumerate(found):
@@ -125,6 +125,11 @@ class Verdicts:
         found = {i: eager for (i, _), eager in reversed(self.unfused.items())} | self.acts
         for i, (name, reason) in sorted(found.items()):
             self.warn(i, f"the callback {name} runs eagerly, parameter by parameter: {reason}")
+
+    @property
+    def watching(self) -> bool:
+        """Whether it matters which callbacks do something."""
+        return self._moved is not None
 
     def moved(self, callbacks: Iterable[int]) -> None:
         """These did something."""

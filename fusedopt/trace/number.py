@@ -4,15 +4,17 @@ Hyperparameters and scalar state (``step``) reach callbacks as ``Number``s. They
 ``if r > 5`` takes the true branch, and they remember how they were made, so the arithmetic of a step (bias
 corrections, schedules) can be shown, and replayed without running the callbacks again.
 
-``Number`` is no subclass of float: on one, ``math.sqrt`` and formatting would call no hook. A value that leaves this
-world (``float()``, ``math.*``, formatting, real tensors, numpy) is an *escape*: recorded as the guard that the number
-equals what it was.
+``Number`` is no subclass of float: on one, formatting would call no hook. A value that leaves this world (formatting,
+an index, real tensors, numpy arrays) is an *escape*: recorded as the guard that the number equals what it was. What
+calls no hook either way (``math.exp(x)``, ``float(x)``) is recorded by stand-ins for these functions: see standins.py.
 """
 
 from __future__ import annotations
 
+import builtins
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,22 @@ import torch
 from .signals import Untraceable
 
 Scalar = int | float
+
+_OF_MATH = """
+    acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh degrees erf erfc exp exp2 expm1 fabs floor fmod
+    gamma hypot isfinite isinf isnan ldexp lgamma log log10 log1p log2 nextafter pow radians remainder sin sinh sqrt tan
+    tanh trunc ulp
+"""
+_OF_NUMPY = """
+    absolute add arccos arccosh arcsin arcsinh arctan arctan2 arctanh cbrt ceil copysign cos cosh deg2rad degrees divide
+    exp exp2 expm1 fabs float_power floor fmax fmin fmod hypot log log10 log1p log2 maximum minimum multiply negative
+    power rad2deg radians reciprocal rint sign sin sinh sqrt square subtract tan tanh trunc
+"""
+
+
+def _of(module: Any, names: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    return {f"{module.__name__}.{n}": getattr(module, n) for n in names if hasattr(module, n)}
+
 
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add,
@@ -39,8 +57,15 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "le": operator.le,
     "eq": operator.eq,
     "ne": operator.ne,
+    **_of(builtins, ("float", "int", "max", "min", "round")),
+    **_of(math, _OF_MATH.split()),
+    **_of(np, _OF_NUMPY.split()),
 }
-"""Every operation of the scalar program, with Python's own meaning."""
+"""Every operation of the scalar program, with Python's own meaning. One with a dot in its name is that function of that
+module: wherever a program is run, this function is called, so nobody has to compute what it does again."""
+
+_NUMPYS_OWN = ("floordiv", "mod", "pow", "builtins.round")
+"""What numpy's float64 does otherwise than Python's float, where both give a number."""
 
 _SYMBOL = dict(
     add="+",
@@ -98,7 +123,7 @@ class ScalarProgram:
         return Number(self, self.entry(key, value), value)
 
     def guard(self, index: int, value: Scalar | bool, where: str = "") -> None:
-        guard = Guard(index, value, where)
+        guard = Guard(index, value.item() if isinstance(value, np.generic) else value, where)
         if guard not in self.guards:
             self.guards.append(guard)
 
@@ -114,11 +139,41 @@ class ScalarProgram:
         args = [self.expression(i) for i in operands]
         if op in _SYMBOL:
             return f"({args[0]} {_SYMBOL[op]} {args[1]})"
-        return f"-{args[0]}" if op == "neg" else f"{op}({args[0]})"
+        return f"-{args[0]}" if op == "neg" else f"{op.removeprefix('builtins.')}({', '.join(args)})"
 
 
-def _leave(x: Any) -> Any:
+def leave(x: Any) -> Any:
     return x.escape() if isinstance(x, Number) else x
+
+
+def operate(op: str, *args: Any) -> Any:
+    """What an operation makes of these, one of which is a `Number`: another, if it makes a number of numbers."""
+    function = ARITHMETIC[op]
+    program = next(x.program for x in args if isinstance(x, Number))
+    # A number kept from an earlier step is a plain one.
+    args = tuple(x.value if isinstance(x, Number) and x.program is not program else x for x in args)
+    values = [x.value if isinstance(x, Number) else x for x in args]
+    numpys = any(type(x) is np.float64 for x in values) and op in _NUMPYS_OWN
+    if numpys or not all(isinstance(x, Number) or type(x) in (int, float, bool) for x in args):
+        return function(*map(leave, args))
+    try:
+        result = function(*values)
+    except Exception:  # it holds for what raises: the callback may catch it
+        for x in args:
+            leave(x)
+        raise
+    if isinstance(result, complex):
+        shown = ", ".join(program.expression(x.index) if isinstance(x, Number) else repr(x) for x in args)
+        raise Untraceable(f"{op} of {shown} is complex")
+    if type(result) not in (bool, int, float, np.float64):
+        return function(*map(leave, args))
+    at = program.entry(
+        (op, *(x.index if isinstance(x, Number) else program.constant(x) for x in args)), result
+    )
+    if type(result) is bool:
+        program.guard(at, result, "branch")
+        return result
+    return Number(program, at, result)
 
 
 class Number:
@@ -141,45 +196,15 @@ class Number:
         return self.value
 
     def _operate(self, op: str, other: Any, swapped: bool = False) -> Any:
-        program = self.program
-        if isinstance(other, Number) and other.program is not program:
-            other = other.value  # kept from an earlier step
-        if isinstance(other, Number):
-            index, value = other.index, other.value
-        elif type(other) in (int, float, bool):
-            index, value = program.constant(other), other
-        elif isinstance(other, (np.generic, np.ndarray, torch.Tensor)):
-            return ARITHMETIC[op](*((other, self.escape()) if swapped else (self.escape(), other)))
-        else:
+        if not isinstance(other, (int, float, np.generic, np.ndarray, torch.Tensor)):  # as Numbers are, too
             return NotImplemented
-        if swapped:
-            result = ARITHMETIC[op](value, self.value)
-            key = (op, index, self.index)
-        else:
-            result = ARITHMETIC[op](self.value, value)
-            key = (op, self.index, index)
-        if isinstance(result, complex):
-            raise Untraceable(f"{program.expression(self.index)} {op} {other} is complex")
-        return program.number(key, result)
-
-    def _compare(self, op: str, other: Any) -> Any:
-        result = self._operate(op, other)
-        if not isinstance(result, Number):
-            return result
-        self.program.guard(result.index, result.value, "branch")
-        return result.value
-
-    def __neg__(self) -> Number:
-        return self.program.number(("neg", self.index), -self.value)
+        return operate(op, other, self) if swapped else operate(op, self, other)
 
     def __pos__(self) -> Number:
         return self
 
-    def __abs__(self) -> Number:
-        return self.program.number(("abs", self.index), abs(self.value))
-
     def __bool__(self) -> bool:
-        return self._compare("ne", 0)
+        return bool(operate("ne", self, 0))
 
     def __float__(self) -> float:
         return float(self.escape())
@@ -190,11 +215,14 @@ class Number:
     def __index__(self) -> int:
         return operator.index(self.escape())  # type: ignore[arg-type]
 
-    def __trunc__(self) -> int:
-        return int(self.escape())
+    def __round__(self, digits: Any = None) -> Any:
+        return operate("builtins.round", self, *(() if digits is None else (digits,)))
 
-    def __round__(self, digits: int | None = None) -> Scalar:
-        return round(self.escape(), digits)
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
 
     def __repr__(self) -> str:
         return repr(self.escape())
@@ -203,17 +231,22 @@ class Number:
         return format(self.escape(), spec)
 
     def item(self) -> Number:
-        return self
+        return operate("builtins.float", self) if isinstance(self.value, np.generic) else self
 
-    def is_integer(self) -> bool:
-        return float(self.escape()).is_integer()
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.escape(), name)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(ufunc, method)(*map(_leave, args), **kwargs)
+        op = f"numpy.{ufunc.__name__}"
+        if method == "__call__" and not kwargs and ARITHMETIC.get(op) is ufunc:
+            return operate(op, *args)
+        return getattr(ufunc, method)(*map(leave, args), **kwargs)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*map(_leave, args), **{k: _leave(v) for k, v in (kwargs or {}).items()})
+        return func(*map(leave, args), **{k: leave(v) for k, v in (kwargs or {}).items()})
 
 
 def _install() -> None:
@@ -221,7 +254,9 @@ def _install() -> None:
         setattr(Number, f"__{op}__", lambda self, other, op=op: self._operate(op, other))
         setattr(Number, f"__r{op}__", lambda self, other, op=op: self._operate(op, other, swapped=True))
     for op in ("gt", "ge", "lt", "le", "eq", "ne"):
-        setattr(Number, f"__{op}__", lambda self, other, op=op: self._compare(op, other))
+        setattr(Number, f"__{op}__", lambda self, other, op=op: self._operate(op, other))
+    for op in ("neg", "abs", "math.floor", "math.ceil", "math.trunc"):
+        setattr(Number, f"__{op.removeprefix('math.')}__", lambda self, op=op: operate(op, self))
 
 
 _install()

@@ -2,10 +2,13 @@
 
 A traced callback is run once for many parameters, on symbolic tensors, or not at all when the arithmetic of an earlier
 trace is replayed. Whoever wrote it expects a plain loop: one call for each parameter, with the real one. Both agree
-only if the callback does nothing but arithmetic, so three kinds are told apart:
+only if the callback does nothing but arithmetic, so four kinds are told apart:
 
 PURE: what it does is decided by its arguments alone, so a trace may be replayed.
-READS: it also reads what may change (a number in a closure, a dict, an attribute), so it is traced on every step.
+READS: it also reads constants (a number of its module, of a closure, of an object that holds settings), so a trace may
+be replayed as long as it would find the same ones: see `Sources.now`.
+VARIES: it also reads what changes while it stays the same object (a list, a dict, a tensor), so it is traced on every
+step.
 ACTS: it may do more (draw random numbers, print, count its calls, ask which parameter it was given), or calls what
 cannot be looked into. It is never traced, but run eagerly, once for each parameter in the order of a plain loop.
 
@@ -31,7 +34,7 @@ import torch.nn.functional
 from . import methods  # noqa: F401  (fills the table)
 from .signals import place_of
 from .signature import PLAIN as CONSTANTS
-from .snapshot import CONTAINERS, is_data
+from .snapshot import CONTAINERS, is_constant, is_data
 from .sources import (
     MAX_KNOWN,
     MODULES,
@@ -54,10 +57,11 @@ class Level(enum.IntEnum):
 
     PURE = 0
     READS = 1
-    ACTS = 2
+    VARIES = 2
+    ACTS = 3
 
 
-PURE, READS, ACTS = Level
+PURE, READS, VARIES, ACTS = Level
 
 
 class Verdict(NamedTuple):
@@ -240,6 +244,9 @@ class _Examination:
             return Verdict(ACTS, str(acts))
         return Verdict(self.level)
 
+    def at_least(self, level: Level) -> None:
+        self.level = max(self.level, level)
+
     def bound_by(self, callback: functools.partial) -> None:
         for value in (*callback.args, *callback.keywords.values()):
             self._bound(value, f"{_called(callback.func)} is bound to")
@@ -336,6 +343,8 @@ class _Examination:
                     raise _Acts(f"{where} uses {owner.__name__}.{name}, which may do more than arithmetic")
                 return value if isinstance(value, types.ModuleType) else NOTHING
             value = ... if value is NOTHING else value
+            if type(owner) is not types.ModuleType or name not in vars(owner):
+                self.at_least(VARIES)  # its own code finds it
             return self._unchangeable(value, f"{where} uses {owner.__name__}.{name}")
         if isinstance(owner, (torch.Tensor, np.ndarray, np.generic, *CONTAINERS, *CONSTANTS)):
             self._value(owner, f"{where} uses")
@@ -344,7 +353,7 @@ class _Examination:
         value = plain_attribute(owner, name)
         if value is NOTHING:
             raise _Acts(f"{where} uses the attribute .{name} of {_called(owner)}")
-        self.level = READS
+        self.at_least(READS)
         return self._unchangeable(value, f"{where} uses the attribute .{name} of {_called(owner)}")
 
     def _unchangeable(self, value: Any, what: str) -> Any:
@@ -361,7 +370,7 @@ class _Examination:
     def _value(self, value: Any, what: str) -> None:
         """Something from around the code that it holds in its hands."""
         if value is ... or is_data(value):
-            self.level = READS
+            self.at_least(READS if value is not ... and is_constant(value) else VARIES)
         elif isinstance(value, types.FunctionType) and of_a_library(value):
             if not _known_method(value.__name__):
                 raise _Acts(f"{what} {_called(value)}, which may do more than arithmetic")

@@ -6,9 +6,12 @@ guard still holds. The extension runs the same instructions for all scalar sets 
 
 from __future__ import annotations
 
+import builtins
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from .number import ARITHMETIC, Number, Scalar, ScalarProgram
 from .tracer import Trace
@@ -17,7 +20,7 @@ from .tracer import Trace
 def can_replay(trace: Trace) -> bool:
     """Whether replay has a chance: no number that changes with every step has left the scalar program.
 
-    Such an escape (``math.sqrt`` of a step count, say) is guarded by the value it had, and would fail each time.
+    Such an escape (a step count that is formatted, say) is guarded by the value it had, and would fail each time.
     """
     return not any(_changes(trace.scalars, g.index) for g in trace.scalars.guards if g.where == "escape")
 
@@ -84,6 +87,7 @@ class Replay:
         values = {i: operands[0] for i, (op, *operands) in enumerate(self.instructions) if op == "value"}
         namespace: dict[str, Any] = {**ARITHMETIC, "pow": _power, "copysign": math.copysign, "values": values}
         namespace |= {"inf": math.inf, "nan": math.nan}  # as guards spell them
+        namespace |= {"builtins": builtins, "math": math, "numpy": np}
         exec(compile(self.source, "<scalar program>", "exec"), namespace)
         return namespace["replay"]
 

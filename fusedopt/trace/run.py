@@ -17,6 +17,7 @@ from . import methods  # noqa: F401  (fills the table of tensor methods)
 from .number import Number, Scalar, ScalarProgram
 from .signals import Changes, NeedsAttribute, Untraceable, latest
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
+from .standins import StandIns
 from .tensor import SymParameter, SymTensor, lift
 
 MAX_PATHS = 8
@@ -105,6 +106,7 @@ class Pass:
         first: int,
     ) -> None:
         self.callbacks, self.signature, self.first = callbacks, signature, first
+        self.stand_ins = list(map(StandIns().callback, callbacks))
         self.graph, self.scalars = graph, scalars
         self.lists: dict[str, tuple[list, tuple]] = {}
         self.hyper = {k: self._hyper(k, v) for k, v in hyper.items()}
@@ -225,7 +227,7 @@ class Pass:
                 given[name] = self._number(("default", run.callback, name), value)
         latest()
         try:
-            returned = call(callback, p, given)
+            returned = call(self.stand_ins[run.callback], p, given)
         finally:
             run.finished = True
         if (signal := latest()) is not None:  # the callback has caught it, and gone on

@@ -19,6 +19,13 @@ SIZE_OF_SNAPSHOT = 4096
 """Elements of a tensor or array around a callback up to which a trace keeps a copy."""
 
 
+def is_constant(value: Any) -> bool:
+    """Whether it is data that can never change: as long as a name stands for the same object, it is the same."""
+    if type(value) in (tuple, frozenset):
+        return all(map(is_constant, value))
+    return type(value) in CONSTANTS or isinstance(value, (np.number, np.bool_))
+
+
 def is_data(value: Any) -> bool:
     """Whether it is a number, flag, small tensor or array, or a container of such: readable, and to be snapshot."""
     if isinstance(value, (*CONSTANTS, np.generic)):

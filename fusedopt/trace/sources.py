@@ -26,8 +26,7 @@ class Sources:
     """What callbacks are made of: their code, defaults and bound arguments, and what these read from around them.
 
     A notebook cell that is run again, a keyword of a partial, a module loaded again change it under a callback that
-    stays the same object. Data (`is_data`) may change at will where the callback is traced on every step; for the
-    rest, and for what PURE callbacks are made of, identity counts.
+    stays the same object. Identity counts. Data (`is_data`) may be other data on every step: `now` is what to compare.
     """
 
     def __init__(self, callbacks: Iterable[Callable[..., Any]] = ()) -> None:
@@ -36,6 +35,7 @@ class Sources:
         self.data: list[tuple[Callable[[str], Any], str]] = []
         self.dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._seen: set[int] = set()
+        self._attributes: set[tuple[int, str]] = set()
         for callback in callbacks:
             self.add(callback)
 
@@ -70,7 +70,7 @@ class Sources:
         self.functions.append((function, function.__code__, function.__defaults__))
         if function.__kwdefaults__:
             self.dicts.append((function.__kwdefaults__, dict(function.__kwdefaults__)))
-        for name in _loaded_names(function.__code__):
+        for name in loaded_names(function.__code__):
             self._read(function.__globals__.get, name, function)
         for cell in function.__closure__ or ():
             self._read(functools.partial(content_of, cell), "", function)
@@ -88,12 +88,19 @@ class Sources:
             self.data.append((read, name))
             return
         self.reads.append((read, name, found))
-        if isinstance(found, types.ModuleType) and found not in MODULES:
-            variable = name or function.__code__.co_freevars
-            for attribute in _attributes_after(function.__code__, variable):
-                if hasattr(found, attribute):
+        if isinstance(found, types.ModuleType) and found in MODULES:
+            return
+        variable = name or function.__code__.co_freevars
+        for attribute in _attributes_after(function.__code__, variable):
+            if (id(found), attribute) in self._attributes:
+                continue
+            self._attributes.add((id(found), attribute))
+            if isinstance(found, types.ModuleType):
+                if attribute in vars(found):
                     self._read(vars(found).get, attribute, function)
-        elif not isinstance(found, type):
+            elif plain_attribute(found, attribute) is not NOTHING:
+                self._read(functools.partial(_attribute, found), attribute, function)
+        if not isinstance(found, (type, types.ModuleType)):
             self.add(found)
 
     def unchanged(self) -> bool:
@@ -111,6 +118,10 @@ class Sources:
                 if live.get(name, NOTHING) is not found:
                     return False
         return all(is_data(read(name)) for read, name in self.data) if self.data else True
+
+    def now(self) -> list[Any]:
+        """The data that they read, as it is now. While it is the same constants, they do the same."""
+        return [read(name) for read, name in self.data]
 
     @property
     def found(self) -> list[Any]:
@@ -130,7 +141,7 @@ class Sources:
         """The data that they read or hold, as it is now: what a trace could change."""
         held = [value for _, _, defaults in self.functions for value in defaults or ()]
         held += [value for _, known in self.dicts for value in known.values()]
-        return [value for value in held if is_data(value)] + [read(name) for read, name in self.data]
+        return [value for value in held if is_data(value)] + self.now()
 
 
 def _attribute(owner: Any, name: str) -> Any:
@@ -174,9 +185,25 @@ def of_a_library(function: types.FunctionType) -> bool:
 
 
 @functools.lru_cache(maxsize=MAX_KNOWN)
-def _loaded_names(code: types.CodeType) -> tuple[str, ...]:
+def loaded_names(code: types.CodeType) -> tuple[str, ...]:
     steps = (step for inner in codes(code) for step in dis.get_instructions(inner))
     return tuple(dict.fromkeys(s.argval for s in steps if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")))
+
+
+_DTYPES = {"dtype", "to", "type", "type_as", "itemsize", "element_size", "nbytes", "float", "double", "half"}
+_DTYPES |= {str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype)}
+
+
+def asks_for_dtypes(callback: Callable[..., Any]) -> bool:
+    """Whether it, or a function that it calls, may ask what dtype something has, or for a certain one."""
+    functions = Sources([callback]).functions
+    return not functions or any(_names_dtypes(code) for _, code, _ in functions)
+
+
+@functools.lru_cache(maxsize=MAX_KNOWN)
+def _names_dtypes(code: types.CodeType) -> bool:
+    used = [x for inner in codes(code) for x in (*inner.co_names, *inner.co_consts)]
+    return not _DTYPES.isdisjoint(x for y in used for x in (y if type(y) is tuple else (y,)))
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -209,6 +236,8 @@ def _attributes_after(code: types.CodeType, variables: str | tuple[str, ...]) ->
     out, loaded = [], False
     for inner in codes(code):
         for step in dis.get_instructions(inner):
+            if step.opname in ("EXTENDED_ARG", "PUSH_NULL"):
+                continue
             if loaded and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 out.append(step.argval)
             loaded = step.opname.startswith("LOAD_") and name_of(step) in names
