@@ -65,7 +65,9 @@ class Compiled:
 class Explanation:
     """``opt.explain()``. ``launches`` is the number of kernel launches per step; ``bytes_per_element`` their sum.
 
-    ``extension`` says why the host side of a step runs without the C++ extension; "" where it does not.
+    ``steps`` says how steps went so far: how many needed Python work for each tensor, and why the last of them did; ""
+    before the first. ``extension`` says why the host's side of a step runs without the C++ extension; "" where it does
+    not.
     """
 
     optimizer: str
@@ -75,6 +77,7 @@ class Explanation:
     eager: tuple[Eager, ...]
     compiled: tuple[Compiled, ...]
     source: str
+    steps: str = ""
     extension: str = ""
 
     @property
@@ -103,6 +106,7 @@ class Explanation:
         lines += [f"stage {k + 1}: {stage}" for k, stage in enumerate(self.stages)]
         lines += [f"runs eagerly: {e.callback}: {e.reason}" for e in self.eager]
         lines += [f"kernel {c}" for c in self.compiled]
+        lines += [f"steps: {self.steps}"] if self.steps else []
         lines += [f"without the C++ extension: {self.extension}"] if self.extension else []
         return "\n".join(lines)
 
@@ -126,6 +130,7 @@ def explain(opt: Optimizer) -> Explanation:
             Compiled(label, why, k.source_path, k.seconds, k.cached) for k, (label, why) in used.items()
         ),
         source="\n".join(k.body for k in used),
+        steps=str(engine.steps),
         extension="" if leaf.native or opt.backend == "reference" else leaf.extension_status()[1],
     )
 

@@ -316,7 +316,7 @@ class Steps:
     def __str__(self) -> str:
         total = self.repeated + self.anew
         if not total:
-            return "none so far"
+            return ""
         which = "the last one" if self.since == total else f"the last of these was step {self.since}"
         why = f": {self.why}" if self.why else ""
         return f"{self.repeated} of {total} without Python work for each tensor; {self.anew} with it, {which}{why}"
