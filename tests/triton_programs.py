@@ -42,7 +42,7 @@ class Traced(NamedTuple):
 class _Recorder:
     """A backend that compiles and runs nothing."""
 
-    name, device = "cpp", "cpu"
+    name, device, native = "cpp", "cpu", False
 
     def __init__(self) -> None:
         self.kernels: dict[Program, backends.Kernel] = {}

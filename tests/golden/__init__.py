@@ -55,6 +55,7 @@ def nothing_is_compiled() -> Iterator[list[str]]:
         mock.patch.dict(backends._made, cpp=cpu.Cpp()),  # one that knows no kernel, and is forgotten
         mock.patch.object(engine, "_known_traces", lambda *args: {}),
         mock.patch.object(toolchain, "compile_library", compile_library),
+        mock.patch.object(cpu.Launch, "native", lambda self: None),
         mock.patch.object(cpu.Launch, "planned", lambda self, slots: ([], self.address, [])),
     ):
         yield bodies
