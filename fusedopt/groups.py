@@ -6,7 +6,7 @@ Callbacks call hyperparameters and state what fastai calls them; param groups an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from .accepted import (
 )
 from .callback import arguments_of, defaults_of
 from .memory import check_memory
-from .names import HyperNames, Place
+from .names import HyperNames, Place, lowest
 from .runtime import leaf, transforms
 from .runtime.items import Item
 from .runtime.scaling import Scaling
@@ -118,6 +118,24 @@ class ParamGroups:
     def hypers(self, group: dict[str, Any]) -> dict[str, Any]:
         """Those of a group as callbacks get them: numbers, flags, and tensors that kernels read."""
         return {k: hyper_of(group, k, v) for k, v in self.handed(group).items()}
+
+    def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]:
+        """Where in a group the hyperparameters are that callbacks get, in the order of its keys.
+
+        Each as the key, the place in a tuple or list there (else -1), what is there, the name that callbacks have for
+        it (for a place without one the name of the whole, with the place), it as callbacks get it, and the lowest
+        number that it may be.
+        """
+        handed = self.handed(group)
+        for key, value in group.items():
+            if key == "params" or self.names.shadowed(key, group):
+                continue
+            several = type(value) in (tuple, list) and len(value) > 0
+            whole = self.names.name.get(key, key)
+            for i, part in enumerate(value) if several else [(-1, value)]:
+                name: Any = self.names.name.get((key, i), (whole, i)) if several else whole
+                if (whole if isinstance(name, tuple) else name) in handed:
+                    yield key, i, part, name, hyper_of(group, name, part), lowest(name)
 
     # -- what there is to step --
     def items(self, scaling: Scaling, pretend: bool = False) -> list[Item]:

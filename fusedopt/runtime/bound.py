@@ -9,7 +9,7 @@ A step that is none of those bound so far says why, is bound, and then runs like
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,10 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from .. import names
-from ..accepted import hyper_of
 from ..ir.program import Buffer
-from ..state import State
 from ..trace.signature import PLAIN, Foreign
 from . import leaf, sharded
 from .backends import Kernel
@@ -40,16 +37,14 @@ RECENT = 16
 class Groups(Protocol):
     """What is asked of `optimizer.groups.ParamGroups`."""
 
-    names: names.HyperNames
-
     @property
     def live(self) -> list[dict[str, Any]]: ...
     @property
-    def state(self) -> State: ...
-    def called(self, stored: str) -> str: ...
-    def handed(self, group: dict[str, Any]) -> dict[str, Any]: ...
+    def state(self) -> dict[Any, Any]: ...
     @property
     def roles(self) -> Any: ...
+    def called(self, stored: str) -> str: ...
+    def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]: ...
     def hand_over(self, item: Item) -> Callable[[], None]: ...
     def resting(self, stepped: list[Item]) -> list[Item]: ...
     def keep(self, todo: list[Item]) -> None: ...
@@ -189,35 +184,21 @@ def _described(groups: Groups, launched: Sequence[Launched]) -> tuple[list[Any],
     described, places = [], []
     cells = count()
     for g, group in enumerate(groups.live):
-        handed = groups.handed(group)
         hypers, place = [], {}
-        for key, value in group.items():
-            several = type(value) in (tuple, list) and len(value) > 0
-            for i, part in enumerate(value) if several and key != "params" else [(-1, value)]:
-                at = (key, i) if i >= 0 else key
-                name: Any = groups.names.name.get(at, at)
-                base = groups.names.name.get(key, key) if isinstance(name, tuple) else name
-                if key == "params" or base not in handed or groups.names.shadowed(key, group):
-                    continue
-                seen = hyper_of(group, name, part)
-                cell, words = -1, []
-                if isinstance(seen, torch.Tensor):
-                    words = [w for entry in launched for w in _words(entry, g, name)]
-                elif type(seen) in (int, float):
-                    place[name] = cell = next(cells)
-                elif type(part) not in PLAIN:
-                    raise Unbound(f"group {g}: {key!r} is of type {type(part).__name__}")
-                hypers.append(
-                    native.Hyper(
-                        key=key,
-                        index=i,
-                        value=part,
-                        cell=cell,
-                        lowest=names.lowest(name),
-                        words=words,
-                        container=type(value),
-                    )
+        for key, i, part, name, seen, lowest in groups.places(group):
+            cell, words = -1, []
+            if isinstance(seen, torch.Tensor):
+                words = [w for entry in launched for w in _words(entry, g, name)]
+            elif type(seen) in (int, float):
+                place[name] = cell = next(cells)
+            elif type(part) not in PLAIN:
+                raise Unbound(f"group {g}: {key!r} is of type {type(part).__name__}")
+            kind = type(group[key])
+            hypers.append(
+                native.Hyper(
+                    key=key, index=i, value=part, cell=cell, lowest=lowest, words=words, container=kind
                 )
+            )
         described.append(native.Group(params=list(group["params"]), keys=list(group), hypers=hypers))
         places.append(place)
     return described, places
