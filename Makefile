@@ -64,8 +64,8 @@ clean:
 
 # torch comes before the project: the extension is compiled against it. fastai comes last, and goes first where it is
 # from an earlier set-up: its requirements are not all installed, and pip would call that an error in every later call.
-TELL := from fusedopt.runtime.leaf import extension_status as s; print('extension:', *s())
-$(STAMP): constraints.txt pyproject.toml setup.py fusedopt/compile/recipe.py $(wildcard csrc/*) | $(BIN)/pip
+TELL := from fusedopt.extension.leaf import extension_status as s; print('extension:', *s())
+$(STAMP): constraints.txt pyproject.toml setup.py fusedopt/extension/recipe.py $(wildcard csrc/*) | $(BIN)/pip
 	@$(BIN)/python -m pip uninstall -qq --yes fastai torchvision
 	$(INSTALL) setuptools torch numpy
 	$(INSTALL) --no-build-isolation --editable '.[demo,test,dev]'

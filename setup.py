@@ -9,7 +9,7 @@ import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-RECIPE = runpy.run_path(str(Path(__file__).with_name("fusedopt") / "compile" / "recipe.py"))
+RECIPE = runpy.run_path(str(Path(__file__).with_name("fusedopt") / "extension" / "recipe.py"))
 if (
     int(setuptools.__version__.split(".")[0]) < RECIPE["SETUPTOOLS"]
 ):  # it would refuse pyproject.toml in forty lines

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from fusedopt.runtime import leaf
+from fusedopt.extension import leaf
 
 from . import cases, providers
 from .cases import CASES, Pair

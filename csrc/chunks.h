@@ -1,4 +1,4 @@
-// How chunks are shared among threads. fusedopt/runtime/plan.py has the same in Python, and a test compares them.
+// How chunks are shared among threads. fusedopt/backends/chunking.py has the same in Python, and a test compares them.
 #pragma once
 
 #include <algorithm>

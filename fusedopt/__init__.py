@@ -3,6 +3,7 @@
 The names here mirror ``fastai.optimizer``; ``fusedopt.optim`` mirrors ``torch.optim``.
 """
 
+import sys as _sys
 from pathlib import Path as _Path
 
 # A source tree has kernels/ beside this folder, an install inside: so a tree runs without being installed.
@@ -31,8 +32,11 @@ from .callbacks import (
     step_stat,
     weight_decay,
 )
-from .named import SGD, Adam, Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, ranger
-from .optimizer import Optimizer
+from .optimizer import Optimizer, named, state
+from .optimizer.named import SGD, Adam, Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, ranger
+
+# Where earlier pickles have them.
+_sys.modules.update({f"{__name__}.named": named, f"{__name__}.state": state})
 
 __version__ = "0.1.0"
 

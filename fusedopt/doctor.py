@@ -82,7 +82,7 @@ def probe_triton() -> Status:
 
 def probe_cuda() -> Status:
     """The extension opens the driver, and it has a GPU that torch and NVRTC know."""
-    from .runtime.cuda import Cuda
+    from .backends.cuda.backend import Cuda
 
     try:
         found = Cuda().describe()
@@ -260,7 +260,7 @@ def _gpus() -> list[str]:
 
 def _extension() -> Status:
     try:
-        from .runtime import leaf
+        from .extension import leaf
 
         if leaf.native is None:
             print("fusedopt: looking for the C++ extension, or building it: up to a minute", file=sys.stderr)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from filelock import FileLock
 
-from fusedopt.runtime import backends, engine, leaf
+from fusedopt import backends
+from fusedopt.extension import leaf
+from fusedopt.step import engine
 
 OURS = ("FUSEDOPT_BACKEND", "FUSEDOPT_DEBUG", "FUSEDOPT_CACHE_DIR")
 ROOT = Path(__file__).parents[1]

@@ -16,14 +16,15 @@ import golden
 import numpy as np
 import torch
 
-from fusedopt import table
+from fusedopt.backends import chunking as plan
+from fusedopt.backends.cpp import backend as cpu
+from fusedopt.backends.cuda import backend as runtime
+from fusedopt.backends.cuda import render as cuda
 from fusedopt.compile import cache, toolchain
 from fusedopt.ir.passes import scalar_stores, stages
 from fusedopt.ir.program import Program
 from fusedopt.kernels import source as skeleton
-from fusedopt.render import cuda
-from fusedopt.runtime import cpu, plan
-from fusedopt.runtime import cuda as runtime
+from fusedopt.optimizer import table
 
 EXAMPLE = golden.EXAMPLE.with_name("cuda_example.inc")
 EMULATION = Path(__file__).with_name("cuda_emulation.h")

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fusedopt import reference
+from fusedopt import backends
+from fusedopt.extension import leaf
 from fusedopt.ir.ops import OPS, Op, Reduction
 from fusedopt.ir.program import Buffer, Graph, Program, interpret, verify
-from fusedopt.runtime import backends, leaf
+from fusedopt.step import reference
 from fusedopt.trace.methods import METHODS, method
 from fusedopt.trace.number import ARITHMETIC
 from fusedopt.trace.signature import Signature

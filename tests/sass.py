@@ -23,10 +23,10 @@ from pathlib import Path
 import cuda_kernels
 import golden
 
-from fusedopt.compile import nvrtc
+from fusedopt.backends.cuda import backend as cuda
+from fusedopt.backends.cuda import nvrtc
 from fusedopt.ir.passes import Stage, scalar_stores, stages
 from fusedopt.ir.program import Program
-from fusedopt.runtime import cuda
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 GATES = golden.FOLDER / "cuda_gates.txt"

@@ -13,8 +13,7 @@ from factories import parameters_with_gradients
 from torch import nn
 
 import fusedopt
-from fusedopt import adam_step, average_grad, average_sqr_grad, sgd_step, step_stat, weight_decay
-from fusedopt.runtime import backends
+from fusedopt import adam_step, average_grad, average_sqr_grad, backends, sgd_step, step_stat, weight_decay
 
 BACKENDS = ["reference", "cpp"]
 SHAPES = [(4,), (3, 5), ()]

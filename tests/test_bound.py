@@ -11,7 +11,9 @@ from torch import nn
 
 import fusedopt
 from fusedopt import optim
-from fusedopt.runtime import bound, leaf, plan
+from fusedopt.backends import chunking as plan
+from fusedopt.extension import leaf
+from fusedopt.step import bound
 
 pytestmark = needs_extension
 SHAPES = [(4,), (3, 5), (2, 3, 4), ()]

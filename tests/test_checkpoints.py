@@ -365,7 +365,9 @@ def test_state_of_no_parameter_is_kept_as_torch_keeps_it():
 
 
 def test_mutation_a_conversion_that_forgets_the_momentum_is_noticed(monkeypatch):
-    monkeypatch.setattr("fusedopt.checkpoint._copied", lambda key, value, p: torch.zeros_like(value))
+    monkeypatch.setattr(
+        "fusedopt.optimizer.checkpoint._copied", lambda key, value, p: torch.zeros_like(value)
+    )
     with pytest.raises((AssertionError, TypeError)):
         goes_on(
             partial(fastai.SGD, lr=0.1, mom=0.9),

@@ -12,7 +12,7 @@ import torch
 
 from fusedopt import __main__, doctor
 from fusedopt.compile import cache, toolchain
-from fusedopt.runtime import leaf
+from fusedopt.extension import leaf
 
 HAS_COMPILER = any(shutil.which(name) for name in toolchain.CANDIDATES)
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")

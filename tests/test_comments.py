@@ -16,11 +16,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fusedopt
+from fusedopt.backends.cpp import render as cpp
+from fusedopt.backends.cuda import render as cuda
+from fusedopt.backends.triton import render as triton_renderer
 from fusedopt.compile import cache
 from fusedopt.ir.comments import LONGEST, one_line
 from fusedopt.ir.program import Buffer, Graph, Program, identifier, interpret, render_python, verify
-from fusedopt.render import cpp, cuda
-from fusedopt.render import triton as triton_renderer
 
 LINE_ENDS = ["\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
 HOSTILE = [

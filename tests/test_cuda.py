@@ -16,12 +16,14 @@ import torch
 from cuda_kernels import CASES, rendered
 from helpers import assert_same_bits, new_rows
 
+from fusedopt import backends
+from fusedopt.backends import chunking as plan
+from fusedopt.backends.cpp import render as cpp
+from fusedopt.backends.cuda import render as cuda
 from fusedopt.ir.ops import OPS, Op
 from fusedopt.ir.passes import stages
 from fusedopt.ir.program import Buffer, Graph, Program, interpret, verify
 from fusedopt.kernels import source as skeleton
-from fusedopt.render import cpp, cuda
-from fusedopt.runtime import backends, plan
 
 SIZES = (1, 3, 0, 127, 128, 4097, 65536 + 5)
 SETS = (0, 1, 2, 0, 1, 2, 1)

@@ -18,11 +18,16 @@ from cuda_kernels import CASES, STORAGE, rendered
 from helpers import assert_same_bits, needs_extension
 
 import fusedopt
-from fusedopt import doctor, optim, table
-from fusedopt.compile import BuildError, cache, nvrtc, toolchain
+from fusedopt import backends, doctor, optim
+from fusedopt.backends import upload
+from fusedopt.backends.cuda import backend as cuda
+from fusedopt.backends.cuda import nvrtc
+from fusedopt.backends.cuda import render as renderer
+from fusedopt.compile import BuildError, cache, toolchain
+from fusedopt.extension import leaf
 from fusedopt.kernels import source as skeleton
-from fusedopt.render import cuda as renderer
-from fusedopt.runtime import backends, cuda, engine, leaf, upload
+from fusedopt.optimizer import table
+from fusedopt.step import engine
 
 pytestmark = needs_extension
 ROOT = Path(__file__).parent
@@ -632,8 +637,11 @@ def test_too_many_words_for_the_kernel_are_refused(fake):
 
 
 def test_auto_falls_back_and_says_why(fake, monkeypatch):
-    monkeypatch.setitem(backends.FOR_DEVICE, "cpu", ("cuda", "cpp"))
-    assert backends.FOR_DEVICE["cuda"] == ("cuda", "triton")
+    rows = dict(backends.ROWS)
+    monkeypatch.setattr(
+        backends, "ROWS", {"cuda": rows["cuda"]._replace(device="cpu")} | {"cpp": rows["cpp"]}
+    )
+    assert [name for name, row in rows.items() if row.device == "cuda"] == ["cuda", "triton"]
     fake.fail("cuInit", 100)
     with pytest.warns(
         RuntimeWarning, match=r"cuda backend cannot be used, so cpp compiles instead.*NO_DEVICE"

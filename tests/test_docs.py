@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from fusedopt import backends
 from fusedopt.ir.ops import OPS
-from fusedopt.runtime import backends
 from fusedopt.trace.tensor import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLE = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\s*?^```(?:text|cpp)\n(?P<shown>.*?)^```$)?", re.M | re.S
 )
-TABLES = (OPS, METHODS, backends.COMPILED, backends.FOR_DEVICE)
+TABLES = (OPS, METHODS, backends.ROWS)
 """What a document's examples may add to; it is restored behind them."""
 
 

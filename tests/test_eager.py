@@ -9,16 +9,8 @@ from factories import parameters_with_gradients
 from torch import nn
 
 import fusedopt
-from fusedopt import (
-    adam_step,
-    average_grad,
-    average_sqr_grad,
-    l2_reg,
-    momentum_step,
-    reference,
-    step_stat,
-    weight_decay,
-)
+from fusedopt import adam_step, average_grad, average_sqr_grad, l2_reg, momentum_step, step_stat, weight_decay
+from fusedopt.step import reference
 
 HYPERS = dict(lr=0.1, wd=0.02, mom=0.8, sqr_mom=0.9, eps=1e-3)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -223,7 +223,8 @@ def test_it_prints_well():
     text = str(report)
     assert repr(report) == text
     lines = text.splitlines()
-    assert len(lines) == 2 + len(report.stages) + len(report.compiled)
+    assert len(lines) == 3 + len(report.stages) + len(report.compiled)
+    assert lines[-1].startswith("steps: 0 of 1 without Python work for each tensor; 1 with it")
     assert lines[0].endswith("on the cpp backend: 2 launches per step, 44 bytes per element")
     assert lines[1] == "callbacks: weight_decay, average_grad, average_sqr_grad, step_stat, lamb_step"
     assert lines[2].startswith("stage 1: ") and "2 reductions per tensor" in lines[2]

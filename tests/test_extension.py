@@ -18,8 +18,10 @@ import torch
 from helpers import needs_extension
 
 import fusedopt.optim
-from fusedopt.compile import cache, recipe, toolchain
-from fusedopt.runtime import backends, extension, leaf
+from fusedopt import backends
+from fusedopt.compile import cache, toolchain
+from fusedopt.extension import build as extension
+from fusedopt.extension import leaf, recipe
 
 ROOT = Path(__file__).parents[1]
 REAL = next(filter(shutil.which, toolchain.CANDIDATES), "false")
@@ -27,7 +29,7 @@ WHY = "fusedopt._C is not installed"
 
 # A compiler that leaves kernels to the real one. Asked for the extension, it does some work and copies a library.
 COMPILER = """#!/bin/sh
-case "$*" in *--version*) echo fake 1.0; exit 0;; *leaf.cpp*) ;; *) exec {real} "$@";; esac
+case "$*" in *--version*) echo fake 1.0; exit 0;; *module.cpp*) ;; *) exec {real} "$@";; esac
 echo "$$ $*" >> {calls}
 {work}
 while [ "$1" != -o ]; do shift; done
@@ -182,7 +184,7 @@ def test_who_cannot_do_without_it_waits_and_is_told(missing, compiler, monkeypat
 
 def test_a_compiler_that_fails_is_said_once_and_steps_go_on(missing, compiler):
     calls = compiler(
-        'case "$*" in *leaf.cpp*) echo "error: C++20 is too new"; exit 1;; esac', library="/bin/true"
+        'case "$*" in *module.cpp*) echo "error: C++20 is too new"; exit 1;; esac', library="/bin/true"
     )
     (text,) = said(lambda: [leaf.seek(), leaf.seek(), leaf.available()])
     for part in (WHY, "could not be built", "error: C++20 is too new", "pip install"):
@@ -241,7 +243,7 @@ def no_compiler():
     ("change", "reason"),
     [
         (lambda m: m.setitem(sys.modules, extension.NAME, None), "sys.modules forbids importing fusedopt._C"),
-        (lambda m: m.setattr(extension, "sources", lambda: Path("gone")), "leaf.cpp was not installed"),
+        (lambda m: m.setattr(extension, "sources", lambda: Path("gone")), "module.cpp was not installed"),
         (lambda m: m.setattr(extension.sysconfig, "get_path", lambda n: "/gone"), "Python's headers.*-dev"),
         (lambda m: m.setattr(recipe, "torch_folders", lambda: (Path("/gone"), None)), "torch's headers"),
         (lambda m: m.setattr(toolchain, "compiler", no_compiler), "no C.. compiler works.*install g"),
@@ -337,7 +339,7 @@ def test_a_forked_child_does_not_wait_for_a_thread_it_has_not(missing, compiler,
     calls = compiler(f"while [ ! -e {gate} ]; do sleep 0.05; done")
     monkeypatch.setattr(extension, "PATIENCE", 0.0)
     assert len(said(leaf.seek)) == 1
-    while not any("leaf.cpp" in call for call in calls()):  # the thread holds the entry's lock, and waits
+    while not any("module.cpp" in call for call in calls()):  # the thread holds the entry's lock, and waits
         time.sleep(0.01)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that this process has threads is the point

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fusedopt
-from fusedopt import named
+from fusedopt.optimizer import named
 
 with warnings.catch_warnings():
     # At import, fastai scripts a function (deprecated by torch) and sets an option that pandas has deprecated.

@@ -11,7 +11,7 @@ from torch import nn
 
 import fusedopt
 from fusedopt import optim
-from fusedopt.groups import ParamGroups
+from fusedopt.optimizer.groups import ParamGroups
 
 TORCHS = {
     "SGD": dict(momentum=0.9),

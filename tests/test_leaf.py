@@ -15,7 +15,7 @@ import torch
 from helpers import needs_extension
 from torch import nn
 
-from fusedopt.runtime import leaf
+from fusedopt.extension import leaf
 
 COMPILER = os.environ.get("CXX") or next(filter(shutil.which, ["c++", "g++", "clang++"]), None)
 

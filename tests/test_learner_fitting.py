@@ -15,9 +15,9 @@ from torch import nn
 import fusedopt
 from benchmarks import learner as benchmark
 from fusedopt import learner as fl
-from fusedopt import named
 from fusedopt.learner import Callback, Learner
 from fusedopt.learner.callbacks import recorder
+from fusedopt.optimizer import named
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import operands, signature
 
-from fusedopt import table
+from fusedopt.optimizer import table
 from fusedopt.trace.number import ARITHMETIC, Number, ScalarProgram, operate
 from fusedopt.trace.replay import Replay
 from fusedopt.trace.signals import Untraceable
@@ -88,7 +88,7 @@ def test_the_recorded_expressions_give_the_recorded_values(program, lr, mom, ste
     for formula in FORMULAS.values():
         formula(lr, mom, step)
     texts = map(program.expression, range(len(program.entries)))
-    assert [eval(text, {}, HYPER | STATE) for text in texts] == program.values
+    assert [eval(text, MODULES, HYPER | STATE) for text in texts] == program.values
 
 
 def test_whole_numbers_stay_whole(program, lr, step):

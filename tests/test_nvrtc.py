@@ -11,10 +11,11 @@ import torch
 from test_cuda import all_ops
 from triton_programs import traced
 
-from fusedopt.compile import BuildError, nvrtc
+from fusedopt.backends.cuda import nvrtc
+from fusedopt.backends.cuda import render as cuda
+from fusedopt.compile import BuildError
 from fusedopt.ir.passes import stages
 from fusedopt.kernels import source as skeleton
-from fusedopt.render import cuda
 
 try:
     nvrtc.nvrtc()

@@ -23,9 +23,9 @@ from helpers import (
     ulp_distance,
 )
 
+from fusedopt.backends.cpp.backend import joined
 from fusedopt.ir.ops import OPS, Op, Reduction, result_kind
 from fusedopt.ir.program import Buffer, Graph, Program, interpret, verify
-from fusedopt.runtime.cpu import joined
 
 # ---------------------------------------------------------------- the rulers
 

@@ -30,7 +30,7 @@ from fusedopt import (
     step_stat,
     weight_decay,
 )
-from fusedopt.runtime import leaf
+from fusedopt.extension import leaf
 
 with warnings.catch_warnings():
     # fastai scripts a function at import; torch deprecates that, and fastai is not ours to change

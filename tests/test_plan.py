@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedopt.runtime.plan import ALIGN, CHUNK, CHUNK_COST, GRAIN, MAX_CHUNKS, layout, splits
+from fusedopt.backends.chunking import ALIGN, CHUNK, CHUNK_COST, GRAIN, MAX_CHUNKS, layout, splits
 
 CASES = {
     "nothing": (),

@@ -13,10 +13,10 @@ import torch
 from helpers import signature
 
 from fusedopt import callbacks
+from fusedopt.backends.cpp import render as cpp
 from fusedopt.compile import toolchain
 from fusedopt.ir.program import Buffer, Graph, Program
 from fusedopt.kernels import source as skeleton
-from fusedopt.render import cpp
 from fusedopt.trace.tracer import trace
 
 # Of two lists that make the same program, the one seen first names the lines.

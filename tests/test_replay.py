@@ -25,9 +25,11 @@ from helpers import assert_same_bits, needs_extension, operands, signature
 from torch import nn
 
 import fusedopt
-from fusedopt import callbacks, weight_decay
-from fusedopt.runtime import backends, cpu, engine, leaf, verdicts
-from fusedopt.table import TABLE
+from fusedopt import backends, callbacks, weight_decay
+from fusedopt.backends.cpp import backend as cpu
+from fusedopt.extension import leaf
+from fusedopt.optimizer.table import TABLE
+from fusedopt.step import engine, verdicts
 from fusedopt.trace.number import ARITHMETIC
 from fusedopt.trace.purity import ACTS, PURE, READS, VARIES, Verdict, examine, is_pure
 from fusedopt.trace.replay import Replay

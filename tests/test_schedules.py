@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
 from fusedopt import average_grad, momentum_step, sgd_step, step_stat, weight_decay
-from fusedopt.runtime import leaf, transforms
+from fusedopt.extension import leaf
+from fusedopt.step import transforms
 
 
 def parameters(n=3, size=20):

@@ -21,8 +21,10 @@ from helpers import needs_extension
 from torch import nn
 
 import fusedopt
-from fusedopt import names, optim
-from fusedopt.runtime import commit, engine, leaf
+from fusedopt import optim
+from fusedopt.extension import leaf
+from fusedopt.optimizer import names
+from fusedopt.step import commit, engine
 
 RULES = {
     "AdamW": lambda ps, **o: optim.AdamW(ps, lr=0.01, **o),

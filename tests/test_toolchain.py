@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import fusedopt
+from fusedopt import backends
 from fusedopt.compile import BuildError, CacheWarning, CompileError, CompilerNotFound, cache, toolchain
-from fusedopt.runtime import backends
 
 REAL = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(REAL is None or os.name != "posix", reason="needs a C++ compiler and a shell")

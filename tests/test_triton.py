@@ -19,14 +19,14 @@ import torch
 from triton_programs import EXAMPLE_OF, NAMED, Traced, all_ops, traced
 
 import fusedopt
+from fusedopt.backends import chunking as plan
+from fusedopt.backends.triton import backend
+from fusedopt.backends.triton import render as renderer
 from fusedopt.compile import BuildError
 from fusedopt.ir.ops import OPS, Reduction, is_reduction
 from fusedopt.ir.passes import Stage, stages
 from fusedopt.ir.program import Buffer, Graph, Program
 from fusedopt.kernels import source as skeleton
-from fusedopt.render import triton as renderer
-from fusedopt.runtime import plan
-from fusedopt.runtime import triton as backend
 
 triton = pytest.importorskip("triton")
 import triton_gates as gates  # noqa: E402

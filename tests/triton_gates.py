@@ -25,11 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_programs import DTYPES, NAMED, Traced, traced
 
+from fusedopt.backends.triton import backend
+from fusedopt.backends.triton import render as renderer
 from fusedopt.ir.passes import Stage, scalar_stores, stages
 from fusedopt.ir.program import Program
 from fusedopt.kernels import source as skeleton
-from fusedopt.render import triton as renderer
-from fusedopt.runtime import triton as backend
 
 ARCHS = (80, 90, 100)
 STORED = list(DTYPES)[:3]

@@ -23,13 +23,13 @@ from helpers import (
 from triton_programs import DTYPES, INPUTS, NAMED, SPELLED, all_ops, made
 
 import fusedopt
-from fusedopt import callbacks
+from fusedopt import backends, callbacks
+from fusedopt.backends import chunking as plan
+from fusedopt.backends.triton import backend
 from fusedopt.compile.cache import BuildError
 from fusedopt.ir.ops import OPS
 from fusedopt.ir.passes import optimize
 from fusedopt.ir.program import Buffer, Graph, Program, interpret
-from fusedopt.runtime import backends, plan
-from fusedopt.runtime import triton as backend
 from fusedopt.trace.tracer import trace
 
 if not backend.interpreting():
@@ -453,7 +453,8 @@ def test_tiles_cover_each_chunk_once_and_start_at_aligned_elements():
 
 
 def test_auto_goes_on_to_the_next_backend_and_says_why(monkeypatch):
-    monkeypatch.setitem(backends.FOR_DEVICE, "cpu", ("triton", "cpp"))
+    first = backends.ROWS["triton"]._replace(device="cpu")
+    monkeypatch.setattr(backends, "ROWS", {"triton": first, "cpp": backends.ROWS["cpp"]})
     monkeypatch.setattr(backends, "_warned", set())
 
     def curious(p, lr, **kwargs):

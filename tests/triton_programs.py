@@ -9,12 +9,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-from fusedopt import table
+from fusedopt import backends
+from fusedopt.backends.base import HEAD
+from fusedopt.backends.triton import render as renderer
 from fusedopt.ir.ops import OPS, Op
 from fusedopt.ir.program import Buffer, Graph, Program, verify
-from fusedopt.render import triton as renderer
-from fusedopt.runtime import backends, engine
-from fusedopt.runtime.tables import HEAD
+from fusedopt.optimizer import table
+from fusedopt.step import engine
 
 DTYPES = {
     "float32": (torch.float32, None),

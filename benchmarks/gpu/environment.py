@@ -64,7 +64,7 @@ def _triton() -> str:
 
 def _nvrtc() -> str:
     try:
-        from fusedopt.compile.nvrtc import nvrtc
+        from fusedopt.backends.cuda.nvrtc import nvrtc
 
         return nvrtc().version
     except Exception as error:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .. import env, named
+from .. import env
+from ..optimizer import named
 from .callbacks.mixed_precision import Precision
 from .callbacks.progress import Progress
 from .callbacks.recorder import Recorder, print_line, print_nothing

@@ -21,11 +21,13 @@ from unittest import mock
 
 import torch
 
-from fusedopt import table
+from fusedopt import backends
+from fusedopt.backends.cpp import backend as cpu
+from fusedopt.backends.cpp import render as cpp
 from fusedopt.compile import toolchain
 from fusedopt.kernels import source as skeleton
-from fusedopt.render import cpp
-from fusedopt.runtime import backends, cpu, engine
+from fusedopt.optimizer import table
+from fusedopt.step import engine
 
 FOLDER = Path(__file__).parent
 EXAMPLE = FOLDER.parents[1] / "kernels" / "cpu_example.inc"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...names import number
+from ...optimizer.names import number
 from ..callback import Callback
 from ..metrics import AvgLoss, AvgSmoothLoss
 

@@ -1,0 +1,208 @@
+// The extension fusedopt._C: leaf functions of the runtime that are too slow in Python.
+//
+// fusedopt/extension/leaf.py has each of them in Python as well; that is the place to read what they mean.
+// Light headers only: torch/extension.h alone takes longer to compile than all of this.
+
+#include <ATen/EmptyTensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "bound_step.h"
+#include "cuda.h"
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+// leaf.py finds this text in the file before it loads it: against another torch, loading may crash.
+extern "C" [[gnu::used]] const char fusedopt_built_for_torch[] = "fusedopt built for torch " FUSEDOPT_TORCH_VERSION;
+
+namespace {
+
+const at::Tensor& tensor_at(const py::list& tensors, int64_t index) {
+  PyObject* item = PyList_GET_ITEM(tensors.ptr(), index);
+  if (!THPVariable_Check(item))
+    throw py::type_error("tensors[" + std::to_string(index) + "] must be a Tensor, not " + Py_TYPE(item)->tp_name);
+  return THPVariable_Unpack(item);
+}
+
+// The memory that pointers were read from. As long as this is there, so is that, whatever becomes of the tensors.
+struct Kept {
+  std::vector<c10::Storage> storages;
+};
+
+Kept write_pointers(
+    const py::list& tensors, uintptr_t table_ptr, std::optional<int64_t> rows, int64_t columns, int64_t column) {
+  const auto count = static_cast<int64_t>(tensors.size());
+  if (count > rows.value_or(count))
+    throw py::value_error(
+        std::to_string(count) + " tensors do not fit into a table of " + std::to_string(*rows) + " rows");
+  if (column < 0 || column >= columns)
+    throw py::value_error(
+        "column " + std::to_string(column) + " is outside a table of " + std::to_string(columns) + " columns");
+  if (table_ptr == 0)
+    throw py::value_error("table_ptr is null");
+  auto* cell = reinterpret_cast<int64_t*>(table_ptr) + column;
+  Kept kept;
+  kept.storages.reserve(count);
+  for (int64_t row = 0; row < count; ++row, cell += columns) {
+    const at::Tensor& tensor = tensor_at(tensors, row);
+    // Not const_data_ptr: a kernel may write there, so a lazy clone must get its own memory now.
+    *cell = reinterpret_cast<int64_t>(tensor.mutable_data_ptr());
+    if (tensor.has_storage())
+      kept.storages.push_back(tensor.storage());
+  }
+  return kept;
+}
+
+void run_cpu(std::vector<uintptr_t> entries, uintptr_t launch_ptr, std::vector<std::vector<int64_t>> splits) {
+  if (entries.size() != splits.size())
+    throw py::value_error(
+        std::to_string(entries.size()) + " entries need as many splits, not " + std::to_string(splits.size()));
+  for (uintptr_t entry : entries)
+    if (entry == 0)
+      throw py::value_error("an entry is null");
+
+  py::gil_scoped_release no_gil;
+  const fusedopt::Metered metered(entries.size());
+  for (size_t k = 0; k < entries.size(); ++k)
+    fusedopt::run_stage(entries[k], reinterpret_cast<const void*>(launch_ptr), splits[k]);
+}
+
+// Wait until gradients are there or gone. A thread that drops one lets go of the GIL while the memory is freed, and till
+// then the parameter refers to what is no more: torch's own `p.grad` would crash.
+void settle(const py::list& params) {
+  for (const auto& item : params) {
+    if (!THPVariable_Check(item.ptr()))
+      continue;
+    const at::Tensor& grad = THPVariable_Unpack(item.ptr()).grad();
+    while (grad.defined() && grad.use_count() == 0) {
+      py::gil_scoped_release no_gil;
+      std::this_thread::yield();
+    }
+  }
+}
+
+// A number among the hyperparameters as Python's, or None.
+py::object number(const py::object& x) {
+  fusedopt::Scalar out;
+  return fusedopt::Scalar::number(x.ptr(), out) ? out.python() : py::none();
+}
+
+// Whether all are ordinary tensors whose storage is as large as they need.
+bool have_memory(const py::list& tensors) {
+  for (int64_t i = 0; i < static_cast<int64_t>(tensors.size()); ++i) {
+    const at::Tensor& t = tensor_at(tensors, i);
+    if (!THPVariable_CheckTypeExact(Py_TYPE(PyList_GET_ITEM(tensors.ptr(), i))) || t.layout() != at::kStrided ||
+        !t.has_storage())
+      return false;
+    if (t.storage().nbytes() < at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), t.storage_offset()))
+      return false;
+  }
+  return true;
+}
+
+void bump_versions(const py::list& tensors) {
+  const auto count = static_cast<int64_t>(tensors.size());
+  for (int64_t i = 0; i < count; ++i) {
+    const at::Tensor& tensor = tensor_at(tensors, i);
+    if (!tensor.is_inference()) // inference tensors have no counter
+      tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+// Bounds of the ranges of chunks, at this address, one per thread.
+std::vector<int64_t> splits(uintptr_t chunks, int64_t count, int64_t threads) {
+  return fusedopt::splits(reinterpret_cast<const int64_t*>(chunks), count, threads);
+}
+
+void bind_step(py::module_& m) {
+  using namespace fusedopt;
+  py::class_<Hyper>(m, "Hyper")
+      .def(py::init([](py::object key, int64_t index, py::object value, int64_t cell, double lowest,
+                       std::vector<uintptr_t> words, py::object container) {
+             return Hyper{std::move(key), index, std::move(value), cell, lowest, std::move(words), std::move(container)};
+           }),
+           py::kw_only(), py::arg("key"), py::arg("index"), py::arg("value"), py::arg("cell"), py::arg("lowest"),
+           py::arg("words"), py::arg("container"));
+  py::class_<Group>(m, "Group")
+      .def(py::init([](const py::list& params, std::vector<py::object> keys, std::vector<Hyper> hypers) {
+             Group group{{}, std::move(keys), std::move(hypers)};
+             for (const auto& p : params)
+               group.params.push_back(p.ptr());
+             return group;
+           }),
+           py::kw_only(), py::arg("params"), py::arg("keys"), py::arg("hypers"));
+  py::enum_<Entry::Kind>(m, "Kind")
+      .value("flag", Entry::Kind::flag)
+      .value("element", Entry::Kind::element)
+      .value("whole", Entry::Kind::whole)
+      .value("number", Entry::Kind::number)
+      .value("other", Entry::Kind::other)
+      .value("ignored", Entry::Kind::ignored);
+  py::class_<Entry>(m, "Entry")
+      .def(py::init([](py::object key, Entry::Kind kind, py::object value, int64_t column, bool written) {
+             return Entry{std::move(key), kind, std::move(value), column, written};
+           }),
+           py::kw_only(), py::arg("key"), py::arg("kind"), py::arg("value"), py::arg("column"), py::arg("written"));
+  py::class_<Bucket>(m, "Bucket")
+      .def(py::init([](size_t group, size_t launch, at::ScalarType param, at::ScalarType grad, int64_t param_column,
+                       int64_t grad_column, bool param_written, bool looked_at, std::vector<Entry> entries,
+                       py::object program, std::vector<std::pair<bool, size_t>> leaves, std::vector<size_t> outputs,
+                       bool narrow) {
+             return Bucket{group, launch, param, grad, param_column, grad_column, param_written, looked_at,
+                           std::move(entries), std::move(program), std::move(leaves), std::move(outputs), narrow};
+           }),
+           py::kw_only(), py::arg("group"), py::arg("launch"), py::arg("param"), py::arg("grad"),
+           py::arg("param_column"), py::arg("grad_column"), py::arg("param_written"), py::arg("looked_at"),
+           py::arg("entries"), py::arg("program"), py::arg("leaves"), py::arg("outputs"), py::arg("narrow"));
+  py::class_<Launch>(m, "Launch")
+      .def(py::init<std::vector<uintptr_t>, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t,
+                    int64_t>(),
+           py::kw_only(), py::arg("stages"), py::arg("scalars"), py::arg("rows"), py::arg("n_rows"),
+           py::arg("row_words"), py::arg("chunks"), py::arg("n_chunks"), py::arg("n_slots"), py::arg("n_reductions"));
+  py::class_<Run>(m, "Run")
+      .def(py::init([](py::object native, uintptr_t rows, int64_t row_words, uintptr_t slots, bool movable) {
+             auto* launch = native.is_none() ? nullptr : native.cast<Launch*>();
+             return Run{std::move(native), launch, reinterpret_cast<int64_t*>(rows), row_words,
+                        reinterpret_cast<double*>(slots), movable};
+           }),
+           py::kw_only(), py::arg("native"), py::arg("rows"), py::arg("row_words"), py::arg("slots"),
+           py::arg("movable"));
+  py::class_<BoundStep>(m, "BoundStep")
+      .def(py::init<std::vector<Group>, std::vector<Bucket>, std::vector<Run>, const py::list&, const py::list&,
+                    const std::vector<size_t>&, const std::vector<int64_t>&, const py::list&, const py::list&,
+                    py::object>(),
+           py::kw_only(), py::arg("groups"), py::arg("buckets"), py::arg("runs"), py::arg("params"),
+           py::arg("states"), py::arg("bucket_of"), py::arg("indices"), py::arg("absent"), py::arg("norm"),
+           py::arg("owned"))
+      .def("stepped", &BoundStep::stepped)
+      .def("step", &BoundStep::step, py::arg("groups"), py::arg("state"), py::arg("limit"),
+           py::arg("measure").none(true));
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Leaf functions of the runtime; fusedopt/extension/leaf.py documents them.";
+  m.attr("torch_version") = FUSEDOPT_TORCH_VERSION;
+  m.def("write_pointers", torch::wrap_pybind_function(write_pointers),
+        py::arg("tensors"), py::arg("table_ptr"), py::arg("rows").none(true), py::arg("columns"), py::arg("column"));
+  m.def("run_cpu", torch::wrap_pybind_function(run_cpu),
+        py::arg("entries"), py::arg("launch_ptr"), py::arg("splits"));
+  m.def("launched", [] { return std::pair(fusedopt::meter.stages.load(), fusedopt::meter.nanoseconds.load() * 1e-9); },
+        "How many stages have run in this process, and for how many seconds.");
+  m.def("splits", splits, py::arg("chunks"), py::arg("count"), py::arg("threads"));
+  m.def("have_memory", torch::wrap_pybind_function(have_memory), py::arg("tensors"));
+  m.def("settle", torch::wrap_pybind_function(settle), py::arg("params"));
+  m.def("number", torch::wrap_pybind_function(number), py::arg("x"));
+  py::class_<Kept>(m, "Kept");
+  bind_step(m);
+  py::class_<fusedopt::ScalarProgram>(m, "ScalarProgram")
+      .def(py::init<const py::list&, std::vector<size_t>, std::vector<size_t>, const py::list&>(),
+           py::arg("instructions"), py::arg("slots"), py::arg("numbers"), py::arg("guards"))
+      .def("__call__", &fusedopt::ScalarProgram::call, py::arg("leaves"));
+  m.def("bump_versions", torch::wrap_pybind_function(bump_versions), py::arg("tensors"));
+  fusedopt::bind_cuda(m);
+}

@@ -1,0 +1,172 @@
+"""What a backend is, and what all of ours share: kernels that are compiled once, tables that launches walk."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+
+from ..extension import leaf
+from ..ir.passes import Stage, stages
+from ..ir.program import Program
+from . import chunking
+
+
+@dataclass(eq=False)
+class Kernel:
+    """A compiled program: one object per program and name. ``handle`` is the backend's own."""
+
+    backend: str
+    name: str
+    program: Program
+    body: str
+    source_path: str
+    seconds: float
+    cached: bool
+    handle: object = field(repr=False)
+
+    @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        return stages(self.program)
+
+
+class Launch(Protocol):
+    """A kernel's tables, ready to run any number of times."""
+
+    rows: np.ndarray
+    n_sets: int
+    movable: bool
+    """Whether any address in the table may change between runs, not only those of gradients."""
+
+    def native(self) -> Any:
+        """The launch for C++ to run (csrc/launch.h); None if it cannot."""
+
+    def run(self, slots: np.ndarray) -> None:
+        """Run all stages with these scalars: float64, scalar sets × slots."""
+
+    def planned(self, slots: np.ndarray) -> tuple[list[int], int, list[list[int]]] | None:
+        """What `leaf.run_cpu` needs to do the same as ``run``; None if it takes more than that."""
+
+    def let_go(self) -> None:
+        """The launch keeps its tensors' memory alive until this is called."""
+
+    def upload(self, slots: np.ndarray) -> None:
+        """Put these scalars where the launch reads them, also one that a CUDA graph replays, and run nothing."""
+
+
+class Backend(Protocol):
+    """What the runtime asks of a backend."""
+
+    name: str
+    device: str
+    native: bool
+    """Whether C++ runs its launches, and can switch rows off and on."""
+
+    def compile(
+        self, program: Program, name: str, slot_names: Sequence[str], device: torch.device | None = None
+    ) -> Kernel:
+        """The kernel of a program for a device (None: the current one of this backend's type), compiled or cached.
+
+        What cannot be compiled or loaded is known here, before anything has changed. Raises BuildError.
+        """
+
+    def prepare(
+        self,
+        kernel: Kernel,
+        columns: dict[str, list[torch.Tensor]],
+        sizes: Sequence[int],
+        sets: Sequence[int],
+        resident: bool = False,
+    ) -> Launch:
+        """Tables for launching the kernel over rows of tensors.
+
+        columns: for each buffer of the program one tensor per row; sizes: elements per row; sets: each row's scalar
+        set; resident: scalars stay in the device's memory, so that a launch in a CUDA graph sees later ones.
+        """
+
+
+HEAD = 4
+"""Words of a row before its pointers: element count, scalar set, first chunk, number of chunks."""
+
+
+Planned = tuple[list[int], int, list[list[int]]]
+"""A launch on the CPU as `leaf.run_cpu` takes it: addresses of stages, of what they read, and their ranges."""
+
+
+class Compiler(ABC):
+    """Compiles programs, and knows the kernels that are in use: one per program, name and device."""
+
+    name: str
+    device: str
+    native = False
+
+    def __init__(self) -> None:
+        self._kernels: WeakValueDictionary[tuple[Program, str, torch.device], Kernel] = WeakValueDictionary()
+
+    def compile(
+        self, program: Program, name: str, slot_names: Sequence[str], device: torch.device | None = None
+    ) -> Kernel:
+        device = device or torch.device(self.device)
+        key = program, name, device
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            self._kernels[key] = kernel = self._compile(program, name, slot_names, device)
+        return kernel
+
+    @abstractmethod
+    def _compile(
+        self, program: Program, name: str, slot_names: Sequence[str], device: torch.device
+    ) -> Kernel:
+        """Compile it, or find it in the cache."""
+
+
+class Rows(ABC):
+    """A launch. Here the row table on the host: element count, scalar set, first chunk, number of chunks, a pointer per
+    buffer; the rest is the backend's."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        columns: dict[str, list[torch.Tensor]],
+        sizes: Sequence[int],
+        sets: Sequence[int],
+        resident: bool = False,
+    ) -> None:
+        self.kernel, self.sizes, self.resident = kernel, tuple(sizes), resident
+        self.layout = chunking.layout(self.sizes)
+        self.n_sets = max(sets, default=-1) + 1
+        self.n_reductions = sum(len(s.reductions) for s in kernel.stages)
+        buffers = kernel.program.buffers
+        self.rows = rows = np.empty((len(sizes), HEAD + len(buffers)), np.int64)
+        rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, self.layout.first, self.layout.count
+        # Of the tensors' memory. Other threads may give tensors other memory, or drop them, while kernels run.
+        self.kept: list[object] = [
+            leaf.write_pointers(columns[name], rows.ctypes.data, *rows.shape, HEAD + k)
+            for k, (name, _) in enumerate(buffers)
+        ]
+        # A program that touches nothing runs nowhere.
+        self.device = columns[buffers[0][0]][0].device if buffers else torch.device("cpu")
+        self._get_ready()
+
+    movable = False
+
+    def native(self) -> Any:
+        return None
+
+    def planned(self, slots: np.ndarray) -> Planned | None:
+        """What there is to run on the CPU with these scalars, if that is all of it."""
+        return None
+
+    def let_go(self) -> None:
+        """Keep no memory alive from here on."""
+        self.kept = []
+
+    @abstractmethod
+    def _get_ready(self) -> None:
+        """Make what else is needed to run."""

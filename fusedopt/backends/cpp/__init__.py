@@ -1,0 +1,1 @@
+"""The cpp backend: C++ by the system compiler, on torch's threads."""

@@ -1,0 +1,148 @@
+"""The ``cpp`` backend: C++ through the system compiler, launched on torch's threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from ...compile import toolchain
+from ...extension import leaf
+from ...ir.ops import reduction
+from ...ir.program import Program
+from ...kernels import source as skeleton
+from .. import chunking
+from ..base import Compiler, Kernel, Planned, Rows
+from . import render as cpp
+
+Handle = tuple[list[int], int | None]
+"""Addresses of the stages, and of the function that stores scalar state."""
+
+
+class Cpp(Compiler):
+    name = "cpp"
+    device = "cpu"
+    runs_parts = True
+    native = True
+
+    def _compile(
+        self, program: Program, name: str, slot_names: Sequence[str], device: torch.device
+    ) -> Kernel:
+        body = cpp.render(program, slot_names, name)
+        symbols, scalars = cpp.entries(program)
+        library = toolchain.compile_library(
+            name,
+            cpp.source(skeleton("cpu.cpp"), body),
+            symbols=[*symbols, *([scalars] if scalars else [])],
+            key_parts=[cpp.VERSION],
+        )
+        leaf.seek()
+        handle = [library.address(s) for s in symbols], scalars and library.address(scalars)
+        return Kernel(
+            self.name,
+            name,
+            program,
+            body,
+            str(library.source_path),
+            library.seconds,
+            not library.built,
+            handle,
+        )
+
+    def prepare(self, *rows: Any, **how: Any) -> Launch:
+        return Launch(*rows, **how)
+
+
+class Launch(Rows):
+    """A kernel's tables, ready to run: a row per tensor, the chunk list, space for part results."""
+
+    def _get_ready(self) -> None:
+        self.stages, self.scalars = cast(Handle, self.kernel.handle)
+        self.partials = np.empty((len(self.layout), self.n_reductions))
+        tables = [t.ctypes.data for t in (self.rows, self.layout.chunks, self.partials)]
+        widths = [self.rows.shape[1], self.kernel.program.slots, self.n_reductions]
+        self.head = np.array([*tables, 0, *widths], np.int64)
+        self.address = self.head.ctypes.data
+        self.slots: np.ndarray | None = None
+
+    movable = True
+
+    def native(self) -> Any:
+        rows, chunks = self.rows, self.layout.chunks
+        return leaf.native.Launch(  # type: ignore[union-attr]
+            stages=self.stages,
+            scalars=self.scalars or 0,
+            rows=rows.ctypes.data,
+            n_rows=len(rows),
+            row_words=rows.shape[1],
+            chunks=chunks.ctypes.data,
+            n_chunks=len(chunks),
+            n_slots=self.kernel.program.slots,
+            n_reductions=self.n_reductions,
+        )
+
+    def upload(self, slots: np.ndarray) -> None:
+        """Put these scalars where the launch reads them."""
+        if self.slots is None:
+            self.slots = slots.copy()
+            self.head[3] = self.slots.ctypes.data
+        else:
+            self.slots[...] = slots
+
+    def run(self, slots: np.ndarray) -> None:
+        """Run all stages with these scalars: float64, scalar sets × slots."""
+        leaf.run_cpu(*self.planned(slots))
+
+    def planned(self, slots: np.ndarray) -> Planned:
+        """What ``run`` gives to `leaf.run_cpu`, which reads the scalars where they are now."""
+        if self.slots is not slots:
+            self.slots, self.head[3] = slots, slots.ctypes.data
+        if not len(self.layout):
+            return [], self.address, []
+        split = list(chunking.splits(self.sizes, leaf.thread_count()))
+        entries, splits = [*self.stages], [split] * len(self.stages)
+        if self.scalars:
+            entries, splits = [*entries, self.scalars], [*splits, [0, len(self.sizes)]]
+        return entries, self.address, splits
+
+    def run_parts(
+        self,
+        slots: np.ndarray,
+        counts: Sequence[int],
+        exchange: Callable[[Sequence[str], np.ndarray], None],
+    ) -> None:
+        """Run for tensors of which only a part may be here; the whole ones have these element counts.
+
+        After each stage that reduces, ``exchange(ops, totals)`` makes the whole tensors' totals of those of the parts,
+        rows × reductions. Kernels find them where the partial result of a single chunk would be.
+        """
+        n_chunks, n_rows = len(self.layout), len(self.rows)
+        row_of_chunk = self.layout.chunks[:, 0]
+        partials = np.empty((n_chunks + n_rows, self.partials.shape[1]))
+        self.rows[:, 0], self.rows[:, 2], self.rows[:, 3] = counts, n_chunks + np.arange(n_rows), 1
+        self.partials, self.head[2], self.head[3] = partials, partials.ctypes.data, slots.ctypes.data
+        splits = list(chunking.splits(self.sizes, leaf.thread_count()))
+        done = 0
+        for stage, address in zip(self.kernel.stages, self.stages, strict=True):
+            leaf.run_cpu([address], self.address, [splits])
+            if stage.reductions:
+                ops = [self.kernel.program.values[i].op for i in stage.reductions]
+                mine = slice(done, done + len(ops))
+                totals = joined(ops, partials[:n_chunks, mine], row_of_chunk, n_rows)
+                exchange(ops, totals)
+                partials[n_chunks:, mine] = totals
+                done += len(ops)
+        if self.scalars:
+            leaf.run_cpu([self.scalars], self.address, [[0, n_rows]])
+
+
+def joined(ops: Sequence[str], parts: np.ndarray, where: np.ndarray, n: int) -> np.ndarray:
+    """n × ops totals of parts × ops, part i belonging to total ``where[i]``. In order, so that it is reproducible."""
+    totals = np.empty((n, len(ops)))
+    with np.errstate(invalid="ignore"):
+        for k, op in enumerate(map(reduction, ops)):
+            totals[:, k] = float(op.init)
+            op.numpy.at(totals[:, k], where, parts[:, k])
+    return totals

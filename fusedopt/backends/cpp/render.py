@@ -1,0 +1,59 @@
+"""Staged programs as C++: the body that is dropped into ``kernels/cpu.cpp``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ...ir.ops import OPS, Op
+from ...ir.passes import Stage
+from ...ir.program import Program
+from .. import c_family
+from ..c_family import TYPES, entries, indent
+
+__all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
+
+VERSION = "3"
+SLOT = '#include "cpu_example.inc"'
+
+
+def render(program: Program, slot_names: Sequence[str] = (), title: str = "") -> str:
+    """The generated body. ``slot_names`` are the scalars' expressions, for the comments."""
+    return c_family.render(_Body, program, slot_names, title)
+
+
+def source(skeleton: str, body: str) -> str:
+    """The whole file: the skeleton with the body in place of its example."""
+    return c_family.source(skeleton, SLOT, body)
+
+
+class _Body(c_family.Body):
+    qualifiers = "static"
+
+    def declarations(self) -> list[str]:
+        """Besides reductions, the functions of the C library that are called: the skeleton includes no header."""
+        ops = [OPS[v.op] for v in self.program.values if v.op in OPS]
+        spelled = [op.cpp if isinstance(op, Op) else op.join for op in ops]
+        called = [name for text in spelled for name in re.findall(r"::(\w+)\(", text)]
+        return [*(f"FUSEDOPT_FUNCTION({name})" for name in dict.fromkeys(called)), *super().declarations()]
+
+    def loop(self, stage: Stage) -> list[str]:
+        return self._reduce(stage) if stage.reductions else self._plain(stage)
+
+    def _plain(self, stage: Stage) -> list[str]:
+        head = ["FUSEDOPT_INDEPENDENT", "for (int64_t i = begin; i < end; ++i) {"]
+        return [*head, *indent(self.element(stage)), "}"]
+
+    def _reduce(self, stage: Stage) -> list[str]:
+        """Lane accumulators: sixteen per reduction whatever the machine's vectors, so that results do not differ."""
+        totals = [
+            f"partial[{self.reductions.index(i)}] = acc{j}.total();" for j, i in enumerate(stage.reductions)
+        ]
+        return [
+            *self.accumulators(stage),
+            "const auto element = [&](int64_t i, int lane) {",
+            *indent([*self.element(stage), *self.accumulate(stage)]),
+            "};",
+            "for_lanes(begin, end, element);",
+            *totals,
+        ]

@@ -1,0 +1,1 @@
+"""The cuda backend: CUDA C++ by NVRTC, through the driver."""

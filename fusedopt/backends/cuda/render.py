@@ -1,0 +1,67 @@
+"""Staged programs as CUDA C++: the body that is dropped into ``kernels/cuda.cu``."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from ...ir.passes import Stage
+from ...ir.program import Program, identifier
+from .. import c_family
+from ..c_family import TYPES, entries, indent
+
+__all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
+
+VERSION = "3"
+SLOT = '#include "cuda_example.inc"'
+
+
+def render(program: Program, slot_names: Sequence[str] = (), title: str = "") -> str:
+    """The generated body. ``slot_names`` are the scalars' expressions, for the comments."""
+    head, rest = c_family.render(_Body, program, slot_names, title).split("\n\n", 1)
+    # Powers in double need registers that the assembler, aiming at more blocks, would rather spill.
+    blocks = 2 if any(v.type == "d" for v in program.values) else 0
+    return f"{head}\nconstexpr int resident_blocks = {blocks};\n\n{rest}"
+
+
+def source(skeleton: str, body: str) -> str:
+    """The whole file: the skeleton with the body in place of its example."""
+    return c_family.source(skeleton, SLOT, body)
+
+
+class _Body(c_family.Body):
+    qualifiers = "static __device__"
+
+    def pointer(self, name: str, type_: str) -> str:
+        """The gradient's comes with each launch: it is another one in every step."""
+        return f"row.gradient<{type_}>(launch)" if name == "grad" else super().pointer(name, type_)
+
+    def scalars(self, stage: Stage) -> list[str]:
+        """The block joins part results together; one of its threads stores, when all have read."""
+        lines = super().scalars(stage)
+        first = next(i for i, line in enumerate(lines) if line.startswith("  store("))
+        return [*lines[:first], "  __syncthreads();", "  if (threadIdx.x != 0) return;", *lines[first:]]
+
+    def loop(self, stage: Stage) -> list[str]:
+        """One function of an element, which ``walk`` calls with pointers, or with what it has in registers."""
+        lines = [*self.element(stage), *self.accumulate(stage)]
+        if not lines:
+            return ["(void)row, (void)begin, (void)end;  // only numbers per tensor are stored"]
+        names = [identifier(n) for n in self.touched(stage)]
+        read = {identifier(n) for n in stage.loads(self.program)}
+        walked = [n if n in read else f"::written({n})" for n in names]
+        numbers = ["int64_t i" if names else "int64_t", "int lane" if stage.reductions else "int"]
+        arguments = ", ".join([*(f"auto& {n}" for n in names), *numbers])
+        totals = [
+            f"acc{j}.finish(partial + {self.reductions.index(i)});" for j, i in enumerate(stage.reductions)
+        ]
+        return [
+            *self.accumulators(stage),
+            *textwrap.wrap(f"const auto element = [&]({arguments}) {{", 108, subsequent_indent=" " * 26),
+            *indent(lines),
+            "};",
+            *textwrap.wrap(
+                f"::walk({', '.join(['begin', 'end', 'element', *walked])});", 108, subsequent_indent=" " * 7
+            ),
+            *totals,
+        ]

@@ -1,0 +1,1 @@
+"""The triton backend: a Triton module per kernel."""

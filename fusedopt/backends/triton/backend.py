@@ -1,0 +1,180 @@
+"""The ``triton`` backend: Triton through its own compiler and launcher, on the tensors' current stream.
+
+Started with TRITON_INTERPRET=1, Triton runs its kernels in an interpreter, on tensors in main memory. Then this backend
+does too: the same tables, the same launches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from ... import env
+from ...compile import cache
+from ...compile.cache import BuildError
+from ...ir.program import Program
+from ...kernels import source as skeleton
+from .. import chunking
+from ..base import Compiler, Kernel, Rows
+from ..upload import Upload
+from . import render as renderer
+
+BLOCK = 1024
+"""Elements of a block: with WARPS, eight per thread, which is 128 bits of a 16-bit type."""
+WARPS = 4
+FALLBACK = 'use backend="reference", which compiles nothing'
+
+
+class Handle(NamedTuple):
+    """The kernels of the stages, whether each is launched over tiles, and the kernel that stores scalar state."""
+
+    stages: list[Any]
+    tiled: list[bool]
+    scalars: Any | None
+
+
+class Triton(Compiler):
+    name = "triton"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = "cpu" if interpreting() else "cuda"
+
+    def _compile(
+        self, program: Program, name: str, slot_names: Sequence[str], device: torch.device
+    ) -> Kernel:
+        start = time.perf_counter()
+        version = _version()
+        try:
+            body = renderer.render(program, slot_names, name)
+        except BuildError as error:
+            raise BuildError(f"kernel {name!r}: {error}. Remedy: {FALLBACK}.") from None
+        entry = _store(name, renderer.source(skeleton("triton.py.in"), body), version)
+        module = load(entry.source_path)
+        symbols, scalars = renderer.entries(program)
+        handle = Handle(
+            [module[s] for s in symbols],
+            [not s.reductions and not renderer.joins_parts(program, s) for s in renderer.stages(program)],
+            module[scalars] if scalars else None,
+        )
+        _compile_now(name, handle, entry.source_path, device)
+        seconds = time.perf_counter() - start
+        return Kernel(
+            self.name, name, program, body, str(entry.source_path), seconds, not entry.built, handle
+        )
+
+    def prepare(self, *rows: Any, **how: Any) -> Launch:
+        return Launch(*rows, **how)
+
+
+class Launch(Rows):
+    """A kernel's tables, ready to run. ``rows`` is what the host knows of the rows; it is uploaded when it changed.
+
+    Scalars are always resident: they are read from the device's memory.
+    """
+
+    def _get_ready(self) -> None:
+        self.handle = cast(Handle, self.kernel.handle)
+        self.n_chunks, chunks = len(self.layout) if self.kernel.program.buffers else 0, self.layout.chunks
+        self._rows, self._slots = Upload(self.device), Upload(self.device, resident=True)
+        if self.n_chunks:
+            self._chunks = Upload(self.device).of(chunks)
+            self._tiles = Upload(self.device).of(chunking.tiles(chunks)) if any(self.handle.tiled) else None
+            n_partials = self.n_chunks * self.n_reductions
+            self._partials = torch.empty(n_partials, dtype=torch.float64, device=self.device)
+
+    def upload(self, slots: np.ndarray) -> None:
+        """Put these scalars where the launch, and captured ones, read them: in the order of the stream."""
+        self._slots.of(slots)
+
+    def run(self, slots: np.ndarray) -> None:
+        """Run all stages with these scalars: float64, scalar sets × slots. Nothing here waits for the device."""
+        if not self.n_chunks:
+            return
+        with _on(self.device):
+            rows, numbers = self._rows.of(self.rows), self._slots.of(slots)
+            for stage, tiled in zip(self.handle.stages, self.handle.tiled, strict=True):
+                chunks = self._tiles if tiled else self._chunks
+                assert chunks is not None
+                stage[(len(chunks),)](rows, chunks, self._partials, numbers, BLOCK=BLOCK, **options())
+            if self.handle.scalars is not None:
+                self.handle.scalars[(len(self.rows),)](rows, self._partials, numbers, **options())
+
+
+def options() -> dict[str, Any]:
+    """How kernels are compiled: nothing contracted, and numbers too small to be normal kept.
+
+    Allowed all 255 registers, NVIDIA's assembler uses fewer; left alone it spills, to fit one program more.
+    """
+    common = {"num_warps": WARPS, "enable_fp_fusion": False}
+    return common if torch.version.hip else common | {"enable_reflect_ftz": False, "maxnreg": 255}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A kernel file's names. Not imported: Python would keep a compiled copy beside it, unchecked."""
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+    return module.__dict__
+
+
+def interpreting() -> bool:
+    """Whether Triton was started with its interpreter; the variable means nothing once Triton is imported."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret) and not isinstance(triton.language.sum, triton.JITFunction)
+
+
+def _version() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        raise BuildError(
+            f"the triton package cannot be imported ({error}). Remedy: `pip install triton`, or {FALLBACK}."
+        ) from error
+    return str(triton.__version__)
+
+
+def _store(name: str, text: str, version: str) -> cache.Entry:
+    """The source in the compile cache. It is what is loaded, so it is checked as a library is."""
+
+    def build(source: Path, out: Path) -> str:
+        shutil.copyfile(source, out)
+        return ""
+
+    env.debug(2, f"# kernel {cache.plain(name)}\n{text}")
+    key = hashlib.sha256(repr([text, renderer.VERSION, version]).encode()).hexdigest()
+    meta = {"compiler": f"triton {version}"}
+    return cache.load_or_build(name, key, text, "py", build, source_suffix="py", meta=meta)
+
+
+def _compile_now(name: str, handle: Handle, path: Path, device: torch.device) -> None:
+    """Compile before the first launch, so that what cannot be compiled is known before anything has changed."""
+    words, numbers = torch.int64, torch.float64
+    try:
+        with nullcontext() if device.index is None else _on(device):
+            for stage in handle.stages:
+                stage.warmup(words, words, numbers, numbers, BLOCK=BLOCK, grid=(1,), **options())
+            if handle.scalars is not None:
+                handle.scalars.warmup(words, numbers, numbers, grid=(1,), **options())
+    except Exception as error:
+        raise BuildError(
+            f"kernel {name!r}: Triton cannot compile it: {type(error).__name__}: {error}\n  source: {path}\n"
+            f"  remedy: {FALLBACK}"
+        ) from error
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device. Its interpreter computes with numpy, which warns of NaN and infinity."""
+    return torch.cuda.device(device) if device.type == "cuda" else np.errstate(all="ignore")

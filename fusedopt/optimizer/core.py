@@ -1,0 +1,477 @@
+"""The one optimizer class: a ``torch.optim.Optimizer`` made of callbacks, which also speaks fastai's protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypedDict
+
+import torch
+import torch.optim.optimizer as _torch_optimizer
+
+from .. import backends, env
+from ..callback import defaults_of, name_of
+from ..step import transforms
+from ..step.engine import Engine, GraphScalars
+from ..step.items import Item
+from ..step.scaling import NORM, Scaling
+from . import checkpoint, names
+from .accepted import as_callbacks, as_param_groups, check_known, default_of, is_listed
+from .explain import Explanation, explain
+from .groups import ParamGroups
+from .names import HyperNames, HypersView
+from .state import FLAGS, State
+
+
+class Options(TypedDict, total=False):
+    """What every named optimizer takes besides its hyperparameters; see `Optimizer` for what each means."""
+
+    backend: str | None
+    state_dtype: torch.dtype | None
+    amp_fused: bool
+    max_grad_norm: float | None
+
+
+class AllOptions(Options, total=False):
+    """With ``capturable``, which some of torch's optimizers name among their arguments."""
+
+    capturable: bool
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Steps parameters by a list of callbacks, compiled into one fused kernel.
+
+    Args:
+        params: parameters; or several groups: torch's dicts, or a list of lists as fastai's splitters give.
+        cbs: callbacks ``cb(p, **state, **hypers)``, run in order; ``p`` has ``.data`` and ``.grad``; a returned dict is
+            kept in ``opt.state[p]`` and handed back on the next step. ``cb.defaults`` gives hyperparameter defaults.
+        backend: ``"auto"`` (by device), ``"cpp"``, ``"cuda"``, ``"triton"``, or ``"reference"`` (the callbacks run
+            eagerly). Default: the environment's ``FUSEDOPT_BACKEND``, else auto.
+        state_dtype: storage dtype of new state buffers, whatever dtype the callbacks ask for.
+        state_names: callback argument name → key in ``opt.state[p]``, where they differ.
+        hyper_names: callback argument name → param-group key, where the default map (see ``fusedopt.names``) does not
+            fit.
+        title: what kernels and explanations are called; else the last callback's name.
+        amp_fused: let ``torch.amp.GradScaler`` hand over its scale and what it found, and read both in the kernel: no
+            gradient is rewritten, and nobody waits to know whether a step is skipped. Off by default, because code that
+            clips between ``unscale_`` and ``step`` (Lightning) refuses optimizers that do this.
+        max_grad_norm: scale gradients as if by ``torch.nn.utils.clip_grad_norm_`` over all parameters with a gradient:
+            by min(max_grad_norm / (norm + 1e-6), 1), inside the step, none is rewritten. See ``grad_norm``.
+        capturable: (a hyperparameter, so groups may differ) keep step counts on the device; see ``upload_hypers``.
+        hypers: hyperparameters, by fastai's names or torch's; ``lr`` may be a slice or a list, one value per group.
+
+    Raises:
+        TypeError: parameters that are no tensors, a hyperparameter given twice, callbacks that cannot be called.
+        ValueError: no parameters, a parameter twice, a complex parameter, a negative or NaN hyperparameter, an unknown
+            backend, a max_grad_norm that is not above zero.
+    """
+
+    state: State
+    state_names: ClassVar[Mapping[str, str]] = {}
+    hyper_names: ClassVar[Mapping[str, names.Place]] = {}
+    _closed: ClassVar[bool] = False
+    """Whether the hyperparameters given to the constructor are all there are to our own callbacks."""
+    _looks_first: ClassVar[bool] = False
+    """Whether a parameter listed twice has its state looked up for both before either steps."""
+
+    @torch._disable_dynamo  # which would build half of it in compiled code
+    def __init__(
+        self,
+        params: Any,
+        cbs: Callable[..., Any] | Sequence[Any],
+        *,
+        backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+        state_names: Mapping[str, str] | None = None,
+        hyper_names: Mapping[str, names.Place] | None = None,
+        title: str | None = None,
+        amp_fused: bool = False,
+        max_grad_norm: float | None = None,
+        **hypers: Any,
+    ) -> None:
+        if hypers.pop("train_bn", None) is not None:
+            warnings.warn(
+                "train_bn has no effect on an optimizer; set it on the Learner",
+                UserWarning,
+                stacklevel=env.caller_level(),
+            )
+        self.cbs = as_callbacks(cbs)
+        self.backend = backends.check_name(backend)
+        if state_dtype is not None and not (
+            isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point
+        ):
+            raise TypeError(f"state_dtype must be a floating point dtype, not {state_dtype!r}")
+        self.state_dtype = state_dtype
+        if state_names is not None:
+            self.state_names = dict(state_names)  # type: ignore[misc]
+        if hyper_names is not None:
+            self.hyper_names = dict(hyper_names)  # type: ignore[misc]
+        self.title = title
+        self.frozen_idx = 0
+        self._scaling = Scaling(bool(amp_fused))
+        self.max_grad_norm = max_grad_norm
+        self._set_up(hypers)
+        defaults: dict[str, Any] = {}
+        values = self.hyper_map.to_fastai(hypers)
+        check_known(values, self.cbs)
+        values = {k: v for cb in self.cbs for k, v in defaults_of(cb).items()} | values
+        listed = {k: v for k, v in values.items() if is_listed(k, v)}
+        for name, value in values.items():
+            value = default_of(name, value)
+            names.check(name, value)
+            self.hyper_map.write(defaults, name, value)
+        defaults.setdefault("differentiable", False)
+        super().__init__(as_param_groups(params), defaults)
+        for name, value in listed.items():
+            self.set_hyper(name, value)
+
+    def _set_up(self, hypers: Mapping[str, Any]) -> None:
+        """What is derived from callbacks and options, and so never saved."""
+        self.groups = ParamGroups(self, list(hypers), self.hyper_names, self.state_names, self._closed)
+        self._engine: Engine | None = None
+        self._captured: list[GraphScalars] = []
+        tracer = transforms.tracer()
+        self._made_in = None if tracer is None else weakref.ref(tracer)
+
+    @property
+    def hyper_map(self) -> HyperNames:
+        """Both names of each hyperparameter."""
+        return self.groups.names
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks before it hands over its scale and what it found; there with ``amp_fused`` only.
+
+        accelerate knows a skipped step by its not being called, so in its calls GradScaler decides.
+        """
+        if not self._scaling.amp:
+            raise AttributeError("_step_supports_amp_scaling")
+        return getattr(self.step, "__module__", "") != "accelerate.optimizer"
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The global norm that gradients are scaled down to where theirs is larger; None: nothing is scaled."""
+        return self._scaling.max_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None and not float(value) > 0:
+            raise ValueError(f"max_grad_norm must be above 0, or None to clip nothing; it is {value}")
+        self._scaling.max_norm = None if value is None else float(value)
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The global norm of the last step's gradients before clipping: a float32 0-d tensor, written by each step.
+
+        None without ``max_grad_norm``, and before the first step.
+        """
+        norm = self._engine and self._engine.norm
+        return self._scaling.buffer(NORM, norm.main) if norm else None
+
+    @property
+    def engine(self) -> Engine:
+        """The compiler and runtime behind ``step``; made anew when callbacks, or what they read, are changed."""
+        if self._engine is None or not self._engine.follows(self.cbs):
+            title = self.title or type(self).__name__
+            if title == "Optimizer":
+                title = name_of(self.cbs[-1]) if self.cbs else "nothing"
+            said = self._engine.verdicts.said if self._engine else None
+            self._engine = Engine(self.cbs, self.backend, title, self.state_dtype, said)
+        return self._engine
+
+    # -- torch.optim --
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state" and isinstance(value, dict) and not isinstance(value, State):
+            value = State(value)
+        super().__setattr__(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group: ``{"params": ..., **hypers}`` with hypers by either vocabulary. See torch.optim."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group must be a dict, not {type(param_group).__name__}")
+        group = {k: v for k, v in param_group.items() if k in ("params", "param_names")}
+        values = self.hyper_map.to_fastai({k: v for k, v in param_group.items() if k not in group})
+        # torch fills in the defaults of a group that sets nothing itself
+        filled = self.hyper_map.of_group(self.defaults) | values if values else {}
+        for name, value in filled.items():
+            value = names.plain(value)
+            if self.groups.roles.hands(
+                name, self.groups.own()
+            ):  # other libraries' keys are not ours to check
+                names.check(name, value)
+            self.hyper_map.write(group, name, value)
+        super().add_param_group(group)
+        index = len(self.param_groups) - 1
+        for i, p in enumerate(self.param_groups[index]["params"]):
+            if p.is_complex():
+                self.param_groups.pop()
+                wrong = "complex; use torch.view_as_real(p) as the parameter instead"
+                raise ValueError(f"parameter {i} of group {index} is {wrong}")
+        self.groups.handed(self.param_groups[index])
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient; returns what the closure returns, if there is one.
+
+        If a callback raises, or a gradient is refused (sparse, of another shape or device), nothing has changed.
+        """
+        # torch would wrap this method, to run hooks and to name it in profiles, at a cost on every step that exceeds
+        # the step's own. So its wrapper is used only when it has something to do. A subclass's own step torch wraps.
+        if type(self).step is Optimizer.step and (_observed(self) or torch.compiler.is_compiling()):
+            return _observed_step(self, closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def upload_hypers(self) -> None:
+        """Send the hyperparameters of ``param_groups`` to where a step captured into a CUDA graph reads them.
+
+        Capture a step of ``capturable`` groups after three that were not captured, with gradients that stay where they
+        are. Before a replay, change learning rate, momentum, weight decay or ``max_grad_norm`` as you like and call
+        this, on the stream that the graph is replayed on. Nothing waits for the device. A learning rate that is a
+        tensor there is read by the kernels themselves; it needs no call.
+
+        Raises RuntimeError if no capturable group has stepped yet, or if a callback would take another branch than the
+        one captured; the remedy is to capture again.
+        """
+        resident = [
+            *self._captured,
+            *([self._engine.resident] if self._engine and self._engine.resident else []),
+        ]
+        if not any(r.launches for r in resident):
+            raise RuntimeError("upload_hypers() is for groups with capturable=True that have stepped")
+        hypers = [self.groups.hypers(group) for group in self.param_groups]
+        for each in resident:
+            each.upload(hypers)
+
+    def _keep_captured(self) -> None:
+        """What a graph replays has to live as long as the optimizer."""
+        if not all(group.get("capturable") for group in self.param_groups):
+            raise RuntimeError(
+                "step() is being captured into a CUDA graph, and would repeat this step's numbers for ever. Remedy: "
+                "make the optimizer with capturable=True"
+            )
+        resident = self.engine.resident
+        if resident is not None and resident not in self._captured:
+            self._captured.append(resident)
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._scaling.amp:  # GradScaler sets these attributes for the time of its call
+            self._scaling.receive(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if transforms.active():
+            self._step_transformed()
+        elif not self.engine.repeat(self._scaling):
+            self._step_anew()
+        # Nothing is captured before CUDA is initialised, and asking would need a driver.
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self._keep_captured()
+        return loss
+
+    @torch.no_grad()
+    def _step_anew(self) -> None:
+        """A step of a structure that is not known: looks at every tensor."""
+        todo, again = _apart(self.groups.items(self._scaling))
+        if again and self.max_grad_norm is not None:
+            raise RuntimeError(
+                "a parameter is listed twice, and max_grad_norm takes each gradient's norm once. Remedy: list every "
+                "parameter once, or clip with torch.nn.utils.clip_grad_norm_"
+            )
+        self.engine.step(todo, self._scaling, self.groups, bind=not again)
+        while again:  # one launch must not step a tensor twice
+            todo, again = _apart(again)
+            for item in () if self._looks_first else todo:
+                item.state = self.groups.state_of(item.home, item.modes.on_device)
+            self.engine.step(todo, self._scaling, self.groups, bind=False)
+
+    @torch.no_grad()
+    def _step_transformed(self) -> None:
+        """A step that a transform or a dispatch mode sees: see `transforms`."""
+        made_in = self._made_in and self._made_in()
+        todo, again = _apart(transforms.prepared(self.groups.items(self._scaling), made_in))
+        if again:
+            raise RuntimeError("a parameter is listed twice, and stepped within a transform; list it once")
+        if made_in is None and (names := transforms.names()):
+            what = f"operations go through {names}, so parameters are stepped unfused, by operations that it sees"
+            self.engine.verdicts.warn("transformed", what)
+        engine = Engine(self.cbs, "reference", "transformed", self.state_dtype)
+        engine.step(todo, self._scaling.fresh())
+        self.groups.keep(todo)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch.optim's schema, plus ``"fusedopt"`` if fastai's flags are set. Tensors are live."""
+        live = self.state
+
+        def translate(opt: torch.optim.Optimizer) -> None:
+            object.__setattr__(opt, "state", checkpoint.to_torch(self))
+
+        def complete(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            state_dict.update({checkpoint.EXTRA: found} if (found := checkpoint.extra(self, live)) else {})
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+                if saved.get("capturable") and all(p.device.type == "cpu" for p in group["params"]):
+                    saved["capturable"] = False  # torch's own optimizers have it on accelerators only
+
+        # Innermost, so that the hooks of others see what they expect.
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self.register_state_dict_pre_hook(translate).remove)
+            hooks.callback(self.register_state_dict_post_hook(complete, prepend=True).remove)
+            try:
+                return super().state_dict()
+            finally:
+                self.state = live
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict of ours, of torch.optim's matching optimizer, or of fastai's.
+
+        Nothing is shared with it, and every tensor keeps its dtype. State that the same rule of the other library
+        means differently (RMSProp's momentum) is left out with a warning. Raises ValueError, changing nothing, if it
+        does not fit.
+        """
+        if not isinstance(state_dict, dict):
+            raise ValueError(
+                f"a state dict has the keys 'state' and 'param_groups'; this is a {type(state_dict).__name__}"
+            )
+        load = checkpoint.Load(self)
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self.register_load_state_dict_pre_hook(load.prepare).remove)
+            hooks.callback(self.register_load_state_dict_post_hook(load.finish, prepend=True).remove)
+            super().load_state_dict(state_dict)
+            self.engine.bound.clear()  # they are of the old tensors
+
+    def to_fastai_state_dict(self) -> dict[str, Any]:
+        """The state as fastai's own optimizers save and load it (fastai cannot read torch's schema)."""
+        return checkpoint.to_fastai(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("cbs", "backend", "state_dtype", "state_names", "hyper_names", "frozen_idx", "title")
+        own = {k: getattr(self, k) for k in kept} | {"max_grad_norm": self.max_grad_norm}
+        if self._scaling.amp:
+            own["_step_supports_amp_scaling"] = True
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "cbs" in state:
+            self._scaling = Scaling(state.get("_step_supports_amp_scaling", False))
+        super().__setstate__({k: v for k, v in state.items() if k != "max_grad_norm"})
+        if "cbs" in state:
+            self._set_up(self.defaults)
+            self.max_grad_norm = state.get("max_grad_norm")
+        self.state = State(self.state) if not isinstance(self.state, State) else self.state
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    # -- fastai --
+    @property
+    def param_lists(self) -> list[list[torch.Tensor]]:
+        """The parameters of each group; assigning replaces them."""
+        return [list(group["params"]) for group in self.param_groups]
+
+    @param_lists.setter
+    def param_lists(self, lists: Sequence[Iterable[torch.Tensor]]) -> None:
+        for group, params in zip(self.param_groups, lists, strict=True):
+            group["params"] = list(params)
+
+    @property
+    def hypers(self) -> list[HypersView]:
+        """Each group's hyperparameters under fastai's names, as live writable views."""
+        return [HypersView(self, i) for i in range(len(self.param_groups))]
+
+    def set_hyper(self, name: str, value: Any) -> None:
+        """Set a hyperparameter: one value, one per group, or a slice (see ``names.per_group``)."""
+        values = names.per_group(name, value, len(self.param_groups))
+        for v in values:
+            names.check(name, v)
+        for group, v in zip(self.param_groups, values, strict=True):
+            self.hyper_map.write(group, name, v)
+
+    def set_hypers(self, **hypers: Any) -> None:
+        """Set several hyperparameters."""
+        for name, value in hypers.items():
+            self.set_hyper(name, value)
+
+    def all_params(self, n: slice | int = slice(None), with_grad: bool = False) -> list[tuple]:
+        """``(p, group's parameters, p's state, group's hypers)`` of groups ``n``; fastcore's list if it is loaded."""
+        lists, hypers = self.param_lists, self.hypers
+        chosen = range(len(lists))[n]
+        rows = [
+            (p, lists[g], self.state.get(p, {}), hypers[g])
+            for g in ([chosen] if isinstance(chosen, int) else chosen)
+            for p in lists[g]
+            if p.grad is not None or not with_grad
+        ]
+        fastcore = sys.modules.get("fastcore.foundation")
+        return fastcore.L(rows) if fastcore is not None else rows
+
+    def freeze_to(self, n: int) -> None:
+        """Freeze the groups before ``n``: no gradients, but for parameters flagged ``force_train``."""
+        self.frozen_idx = n if n >= 0 else len(self.param_groups) + n
+        if self.frozen_idx >= len(self.param_groups):
+            warnings.warn(
+                f"Freezing {self.frozen_idx} groups; model has {len(self.param_groups)}; whole model is frozen.",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.apply_freezing()
+
+    def apply_freezing(self) -> None:
+        """Give every parameter the ``requires_grad`` that follows from ``frozen_idx`` and its ``force_train``."""
+        for i, params in enumerate(self.param_lists):
+            for p in params:
+                p.requires_grad_(i >= self.frozen_idx or bool(self.state.get(p, {}).get("force_train")))
+
+    def freeze(self) -> None:
+        """Freeze all groups but the last."""
+        if len(self.param_groups) < 2:
+            raise AssertionError("freezing needs more than one param group: a splitter")
+        self.freeze_to(-1)
+
+    def unfreeze(self) -> None:
+        """Unfreeze every group."""
+        self.freeze_to(0)
+
+    def clear_state(self) -> None:
+        """Forget all state of parameters but the flags ``do_wd`` and ``force_train``."""
+        self.engine.bound.clear()
+        for _, state in self.state.of_parameters():
+            for key in state.keys() - {*FLAGS}:
+                state.pop(key, None)
+
+    # -- what it does --
+    def explain(self) -> Explanation:
+        """What a step does: stages, launches, bytes; what was compiled and why; what runs eagerly and why."""
+        return explain(self)
+
+    def kernel_source(self) -> str:
+        """The generated kernels' source, one after another (without the fixed skeleton around them)."""
+        return explain(self).source
+
+
+def _apart(todo: list[Item]) -> tuple[list[Item], list[Item]]:
+    """The first item of each parameter, and the others: a parameter is stepped as often as it is listed."""
+    first: dict[int, Item] = {}
+    for item in todo:
+        first.setdefault(id(item.home), item)
+    if len(first) == len(todo):
+        return todo, []
+    return list(first.values()), [item for item in todo if first[id(item.home)] is not item]
+
+
+def _observed(opt: Optimizer) -> bool:
+    """Whether somebody hooks into steps, or profiles them."""
+    hooks = (
+        opt._optimizer_step_pre_hooks,
+        opt._optimizer_step_post_hooks,
+        _torch_optimizer._global_optimizer_pre_hooks,
+        _torch_optimizer._global_optimizer_post_hooks,
+    )
+    return any(hooks) or torch.autograd.profiler._is_profiler_enabled
+
+
+# Opaque to dynamo: a kernel launch is nothing it could trace.
+_observed_step = torch._disable_dynamo(torch.optim.Optimizer.profile_hook_step(Optimizer._step))

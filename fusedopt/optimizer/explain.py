@@ -1,0 +1,151 @@
+"""What an optimizer does in a step, in words and numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..backends import Kernel
+from ..callback import name_of
+from ..extension import leaf
+from ..ir.passes import scalar_stores
+from ..ir.program import identifier
+from ..step.scaling import NORM_KERNEL as NORM
+from ..step.verdicts import Eager
+
+if TYPE_CHECKING:
+    from .core import Optimizer
+
+
+def _count(n: int, what: str) -> str:
+    """``1 launch``, ``2 launches``."""
+    ending = "" if n == 1 else "es" if what.endswith("ch") else "s"
+    return f"{n} {what}{ending}"
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One launch: its kernel, element buffers read and written, and bytes moved per element.
+
+    A launch that moves none is over tensors: it stores what there is one of per tensor, such as a step count.
+    """
+
+    kernel: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    reduces: int
+    bytes_per_element: int
+    tensors: int
+
+    def __str__(self) -> str:
+        if not self.bytes_per_element:
+            return f"{self.kernel}, {_count(self.tensors, 'tensor')}: writes {', '.join(self.writes)}, once per tensor"
+        reduces = f"{_count(self.reduces, 'reduction')} per tensor"
+        work = f"writes {', '.join(self.writes)}" if self.writes else reduces
+        what = f"reads {', '.join(self.reads)}; {work}; {self.bytes_per_element} bytes per element"
+        return f"{self.kernel}, {_count(self.tensors, 'tensor')}: {what}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled so far: why it was needed, where its source is, seconds spent, and whether it was cached."""
+
+    name: str
+    why: str
+    source_path: str
+    seconds: float
+    cached: bool
+
+    def __str__(self) -> str:
+        how = "found in the cache" if self.cached else "compiled"
+        return f"{self.name}: {self.why}; {how} in {self.seconds * 1e3:.0f} ms; {self.source_path}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``opt.explain()``. ``launches`` is the number of kernel launches per step; ``bytes_per_element`` their sum.
+
+    ``steps`` says how steps went so far: how many needed Python work for each tensor, and why the last of them did; ""
+    before the first. ``extension`` says why the host's side of a step runs without the C++ extension; "" where it does
+    not.
+    """
+
+    optimizer: str
+    backend: str
+    callbacks: tuple[str, ...]
+    stages: tuple[StageInfo, ...]
+    eager: tuple[Eager, ...]
+    compiled: tuple[Compiled, ...]
+    source: str
+    steps: str = ""
+    extension: str = ""
+
+    @property
+    def launches(self) -> int:
+        return len(self.stages)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """The most that is read and written for any element in a step, over all stages of its kernels.
+
+        An element has one kernel, or several in turn where a callback runs eagerly between them. The gradients' norm
+        is read by one more.
+        """
+        per_kernel: dict[str, int] = {}
+        for stage in self.stages:
+            per_kernel[stage.kernel] = per_kernel.get(stage.kernel, 0) + stage.bytes_per_element
+        norm = per_kernel.pop(NORM, 0)
+        return norm + (sum(per_kernel.values()) if self.eager else max(per_kernel.values(), default=0))
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.optimizer} on the {self.backend} backend: {_count(self.launches, 'launch')} per step, "
+            f"{self.bytes_per_element} bytes per element",
+            f"callbacks: {', '.join(self.callbacks)}",
+        ]
+        lines += [f"stage {k + 1}: {stage}" for k, stage in enumerate(self.stages)]
+        lines += [f"runs eagerly: {e.callback}: {e.reason}" for e in self.eager]
+        lines += [f"kernel {c}" for c in self.compiled]
+        lines += [f"steps: {self.steps}"] if self.steps else []
+        lines += [f"without the C++ extension: {self.extension}"] if self.extension else []
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(opt: Optimizer) -> Explanation:
+    """Explain the last step, or, before the first, the step that would be if every parameter had a gradient."""
+    engine = opt.engine
+    launched = engine.launched or engine.foresee(opt.groups.items(opt._scaling, pretend=True))
+    names = sorted({k.backend for k, _ in launched}) or ["reference"]
+    used = {k: (label, why) for k, label, why in engine.history.used.values()}
+    used |= {k: (k.name, "max_grad_norm") for k, _ in (engine.norm.kernels if engine.norm else [])}
+    return Explanation(
+        optimizer=opt.title or type(opt).__name__,
+        backend=" and ".join(names),
+        callbacks=tuple(name_of(cb) for cb in opt.cbs),
+        stages=tuple(s for kernel, n in launched for s in _stages(kernel, used[kernel][0], n)),
+        eager=engine.verdicts.all() if engine.backend != "reference" else (),
+        compiled=tuple(
+            Compiled(label, why, k.source_path, k.seconds, k.cached) for k, (label, why) in used.items()
+        ),
+        source="\n".join(k.body for k in used),
+        steps=str(engine.steps),
+        extension="" if leaf.native or opt.backend == "reference" else leaf.extension_status()[1],
+    )
+
+
+def _stages(kernel: Kernel, label: str, tensors: int) -> list[StageInfo]:
+    program = kernel.program
+    last = scalar_stores(program)
+    return [
+        StageInfo(
+            kernel=label,
+            reads=tuple(identifier(n) for n in stage.loads(program)),
+            writes=tuple(identifier(n) for n, _ in stage.stores),
+            reduces=len(stage.reductions),
+            bytes_per_element=stage.bytes_per_element(program),
+            tensors=tensors,
+        )
+        for stage in (*kernel.stages, *([last] if last.stores else []))
+    ]

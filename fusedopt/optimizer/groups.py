@@ -1,0 +1,187 @@
+"""Param groups as the runtime sees them: the one place where both vocabularies of hyperparameters meet.
+
+Callbacks call hyperparameters and state what fastai calls them; param groups and ``opt.state`` have torch's names.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from ..callback import arguments_of, defaults_of
+from ..extension import leaf
+from ..step import transforms
+from ..step.items import Item
+from ..step.memory import check_memory
+from ..step.scaling import Scaling
+from .accepted import Roles, check_gradient, check_state, hyper_of, roles_of, warn_of_misspelt
+from .names import HyperNames, Place, lowest
+from .state import COUNTERS, State, count, counts_to
+
+
+class Held(Protocol):
+    """What an optimizer holds. Its users and torch put others in place of these at any time."""
+
+    param_groups: list[dict[str, Any]]
+    state: State
+    defaults: dict[str, Any]
+    cbs: list[Callable[..., Any]]
+
+
+class ParamGroups:
+    """An optimizer's groups and state, with what their names mean to its callbacks.
+
+    ``given``: names of hyperparameters given to the optimizer, by either vocabulary; ``declared``: places of its own
+    (see `names`); ``stored``: callback argument → key in ``opt.state[p]`` where they differ; ``closed``: whether the
+    hyperparameters given are all there are to our own callbacks.
+    """
+
+    def __init__(
+        self,
+        held: Held,
+        given: Sequence[str],
+        declared: Mapping[str, Place],
+        stored: Mapping[str, str],
+        closed: bool,
+    ) -> None:
+        self._ref, self._closed = weakref.ref(held), closed  # or it would wait for the garbage collector
+        names = {*given, *(name for cb in held.cbs for name in defaults_of(cb))}
+        self.names = HyperNames(names, declared, {name for cb in held.cbs for name in arguments_of(cb)})
+        self._stored = dict(stored)
+        self._called = {key: name for name, key in self._stored.items()}
+        self._roles: tuple[list[Any], Roles] | None = None
+        self._strange: set[str] = set()
+        """Keys of groups that nobody takes, and that were looked at."""
+
+    @property
+    def _held(self) -> Held:
+        held = self._ref()
+        assert held is not None
+        return held
+
+    @property
+    def live(self) -> list[dict[str, Any]]:
+        """The list itself."""
+        return self._held.param_groups
+
+    @property
+    def state(self) -> State:
+        return self._held.state
+
+    # -- names --
+    def called(self, stored: str) -> str:
+        """The callback argument that a key of ``opt.state[p]`` is handed to."""
+        return self._called.get(stored, stored)
+
+    def stored(self, name: str) -> str:
+        """The key of ``opt.state[p]`` where what callbacks call this is kept."""
+        return self._stored.get(name, name)
+
+    @property
+    def roles(self) -> Roles:
+        """What names mean to the callbacks."""
+        if self._roles is None or self._roles[0] != self._held.cbs:
+            stored = (*self._stored, *self._called)
+            self._roles = list(self._held.cbs), roles_of(self._held.cbs, stored, self._closed)
+        return self._roles[1]
+
+    # -- hyperparameters --
+    def handed(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The hyperparameters of a group that callbacks get, by their names for them.
+
+        These are the ones the optimizer was given (``defaults``, and what callbacks bring along), and others that a
+        callback takes and that are neither state, nor the parameter, nor bound by a partial. Whatever else the group
+        holds is carried and saved, and nobody is handed it: as in torch.
+        """
+        found, roles, own = self.names.of_group(group), self.roles, self.own()
+        strange = [k for k in found if not roles.hands(k, own)]
+        if unseen := [k for k in strange if isinstance(k, str) and k not in self._strange]:
+            self._strange.update(unseen)
+            warn_of_misspelt(unseen, {*self._held.defaults, *own, *(roles.taken or ())})
+        return {k: v for k, v in found.items() if k not in strange}
+
+    def own(self) -> set[str]:
+        """The hyperparameters the optimizer was given, by callbacks' names."""
+        defaults = self.names.of_group(self._held.defaults)
+        return {*defaults, *(k for cb in self._held.cbs for k in defaults_of(cb))}
+
+    def hypers(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Those of a group as callbacks get them: numbers, flags, and tensors that kernels read."""
+        return {k: hyper_of(group, k, v) for k, v in self.handed(group).items()}
+
+    def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]:
+        """Where in a group the hyperparameters are that callbacks get, in the order of its keys.
+
+        Each as the key, the place in a tuple or list there (else -1), what is there, the name that callbacks have for
+        it (for a place without one the name of the whole, with the place), it as callbacks get it, and the lowest
+        number that it may be.
+        """
+        handed = self.handed(group)
+        for key, value in group.items():
+            if key == "params" or self.names.shadowed(key, group):
+                continue
+            several = type(value) in (tuple, list) and len(value) > 0
+            whole = self.names.name.get(key, key)
+            for i, part in enumerate(value) if several else [(-1, value)]:
+                name: Any = self.names.name.get((key, i), (whole, i)) if several else whole
+                if (whole if isinstance(name, tuple) else name) in handed:
+                    yield key, i, part, name, hyper_of(group, name, part), lowest(name)
+
+    # -- what there is to step --
+    def items(self, scaling: Scaling, pretend: bool = False) -> list[Item]:
+        """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it)."""
+        todo = []
+        for g, group in enumerate(self.live):
+            modes = scaling.modes(bool(group.get("capturable")))
+            hyper = self.hypers(group)
+            leaf.settle(list(group["params"]))
+            for i, p in enumerate(group["params"]):
+                grad = p if pretend else p.grad
+                if grad is not None:
+                    check_gradient(p, grad, g, i)
+                    state = self.state_of(p, modes.on_device)
+                    check_state(p, dict(self.state.get(p, {})), g, i)
+                    todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
+        if not pretend and not transforms.active():  # whose tensors have none
+            check_memory(todo, self.stored)
+        return todo
+
+    def resting(self, stepped: list[Item]) -> list[Item]:
+        """Parameters without a gradient now that had one before, as if theirs were zero; the groups' hyperparameters
+        are taken from those that are stepped."""
+        like = {item.where[0]: item for item in stepped}
+        found = []
+        for g, group in enumerate(self.live):
+            for i, p in enumerate(group["params"]) if g in like else ():
+                if p.grad is None and (state := self.state.get(p)):
+                    modes, hyper = like[g].modes, like[g].hyper
+                    state = self.state_of(p, modes.on_device)
+                    found.append(Item(p, p.detach(), state, (g, i), hyper, modes))
+        return found
+
+    def state_of(self, p: torch.Tensor, on_device: bool) -> dict[str, Any]:
+        """The parameter's state by the names callbacks use: a copy, as other threads may change the dict meanwhile."""
+        live: dict[str, Any] = self.state.get(p, {})
+        if on_device:
+            counts_to(p.device, live)
+        for key in () if on_device else COUNTERS:
+            # written by hand or, in torch's schema, by ZeroRedundancyOptimizer
+            if isinstance(value := live.get(key), torch.Tensor) and value.numel() == 1:
+                live[key] = count(value)
+        never = self.roles.never  # an entry of that name is somebody's note, and no argument
+        if not self._called and never.isdisjoint(live):
+            return dict(live)
+        return {self._called.get(k, k): v for k, v in dict(live).items() if k not in never}
+
+    def hand_over(self, item: Item) -> Callable[[], None]:
+        """What puts an item's state into ``opt.state``."""
+        return partial(self.state[item.home].update, {self.stored(k): v for k, v in item.state.items()})
+
+    def keep(self, todo: list[Item]) -> None:
+        """Put what their state dicts lack into them."""
+        for item in todo:
+            self.hand_over(item)()

@@ -1,0 +1,333 @@
+"""One table of all named optimizers. It drives the tests, the documentation and the benchmarks.
+
+Nothing in the package imports this module, so the table costs nothing to those who do not ask for it.
+
+Bytes are the least an fp32 element costs in a steady step: every buffer that a stage needs is read once, and
+the last stage writes the parameter and the state. A plain step is 12 (read p and g, write p); each state
+buffer adds 8; a stage that only reduces adds 4 for each buffer it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import optim
+from . import named
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One set of keyword arguments, with what it costs."""
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments besides ``params`` (for fastai's face, ``lr`` is always among them)."""
+    state: tuple[str, ...] = ()
+    """Keys in ``opt.state[p]`` of the buffers with the parameter's shape, after a step."""
+    bytes: int = 12
+    """Bytes moved per fp32 element in a steady step."""
+    first_step_kernel: bool = False
+    """State starts as something other than zeros, so the first step runs a kernel of its own."""
+
+    @property
+    def buffers(self) -> int:
+        """State buffers per parameter."""
+        return len(self.state)
+
+    @property
+    def id(self) -> str:
+        """A short name for test and benchmark ids."""
+        return "-".join(f"{k}={v}" for k, v in self.kwargs.items()) or "defaults"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One named optimizer. The first variant is the one to benchmark and to document."""
+
+    name: str
+    face: str
+    """'fastai' or 'torch': whose signature, defaults and results."""
+    factory: Callable[..., Any]
+    peer: str | None
+    """Dotted name of the optimizer it must agree with, None if there is none."""
+    variants: tuple[Variant, ...]
+    reductions: bool = False
+    """Needs a number per tensor (a norm): two stages instead of one."""
+    keeps_numbers: bool = False
+    """Stores a number per tensor: a launch more, over tensors."""
+    changes_structure: bool = False
+    """Some steps run another kernel: RAdam's first steps, Lookahead's every k-th."""
+    torch_fused: bool = False
+    """torch.optim has a fused version of it."""
+
+    @property
+    def kwargs(self) -> list[dict[str, Any]]:
+        """The keyword arguments of all variants."""
+        return [v.kwargs for v in self.variants]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes per fp32 element of the first variant."""
+        return self.variants[0].bytes
+
+    @property
+    def buffers(self) -> int:
+        """State buffers per parameter of the first variant."""
+        return self.variants[0].buffers
+
+    @property
+    def stages(self) -> int:
+        """Launches over elements."""
+        return 2 if self.reductions else 1
+
+    @property
+    def launches(self) -> int:
+        """Kernel launches per step for parameters of one dtype on one device."""
+        return self.stages + self.keeps_numbers
+
+    @property
+    def first_step_kernel(self) -> bool:
+        """True if any variant's first step runs a kernel of its own."""
+        return any(v.first_step_kernel for v in self.variants)
+
+
+def _lookahead_of_sgd(params: Any, lr: float, k: int = 6, alpha: float = 0.5, **kwargs: Any) -> Any:
+    return named.Lookahead(named.SGD(params, lr, **kwargs), k=k, alpha=alpha)
+
+
+def _variants(
+    state: tuple[str, ...], bytes: int, *kwargs: dict[str, Any], first: bool = False
+) -> tuple[Variant, ...]:
+    """Variants that keep the same state and cost the same."""
+    return tuple(Variant(k, state, bytes, first) for k in kwargs)
+
+
+_MOMENTUM, _EXP = ("momentum_buffer",), ("exp_avg", "exp_avg_sq")
+
+_FASTAI = (
+    Row(
+        "SGD",
+        "fastai",
+        named.SGD,
+        "fastai.optimizer.SGD",
+        _variants((), 12, dict(lr=0.1, wd=0.01), dict(lr=0.1, wd=0.01, decouple_wd=False))
+        + _variants(
+            _MOMENTUM, 20, dict(lr=0.03, mom=0.9), dict(lr=0.03, mom=0.9, wd=0.01, decouple_wd=False)
+        ),
+    ),
+    Row(
+        "RMSProp",
+        "fastai",
+        named.RMSProp,
+        "fastai.optimizer.RMSProp",
+        _variants(("square_avg",), 20, dict(lr=0.01, wd=0.01))
+        + _variants(
+            ("square_avg", "grad_avg"), 28, dict(lr=0.003, mom=0.9, sqr_mom=0.95, wd=0.01, decouple_wd=False)
+        ),
+    ),
+    Row(
+        "Adam",
+        "fastai",
+        named.Adam,
+        "fastai.optimizer.Adam",
+        _variants(
+            _EXP,
+            28,
+            dict(lr=0.01),
+            dict(lr=0.01, mom=0.8, sqr_mom=0.95, eps=1e-3, wd=0.1, decouple_wd=False),
+        ),
+    ),
+    Row(
+        "RAdam",
+        "fastai",
+        named.RAdam,
+        "fastai.optimizer.RAdam",
+        _variants(
+            _EXP,
+            28,
+            dict(lr=0.01, wd=0.01),
+            dict(lr=0.01, eps=1e-3, wd=0.1, decouple_wd=False),
+            dict(lr=0.01, wd=0.01, beta=50.0),
+        ),
+        changes_structure=True,
+    ),
+    Row(
+        "QHAdam",
+        "fastai",
+        named.QHAdam,
+        "fastai.optimizer.QHAdam",
+        _variants(
+            _EXP, 28, dict(lr=0.01, wd=0.01), dict(lr=0.01, nu_1=0.5, nu_2=0.8, wd=0.1, decouple_wd=False)
+        ),
+    ),
+    Row(
+        "Larc",
+        "fastai",
+        named.Larc,
+        "fastai.optimizer.Larc",
+        _variants(
+            _MOMENTUM, 28, dict(lr=0.03, wd=0.01), dict(lr=0.03, clip=False, wd=0.01, decouple_wd=False)
+        )
+        + _variants((), 20, dict(lr=0.1, mom=0.0, trust_coeff=0.5, wd=0.01)),
+        reductions=True,
+        keeps_numbers=True,
+    ),
+    Row(
+        "Lamb",
+        "fastai",
+        named.Lamb,
+        "fastai.optimizer.Lamb",
+        _variants(_EXP, 44, dict(lr=0.01, wd=0.01), dict(lr=0.01, eps=1e-3, wd=0.1, decouple_wd=False)),
+        reductions=True,
+    ),
+    Row(
+        "Lookahead",
+        "fastai",
+        _lookahead_of_sgd,
+        "fastai.optimizer.Lookahead",
+        _variants(("slow",), 12, dict(lr=0.1, wd=0.01), first=True)
+        + _variants((*_MOMENTUM, "slow"), 20, dict(lr=0.03, mom=0.9, k=3, alpha=0.8), first=True),
+        changes_structure=True,
+    ),
+    Row(
+        "ranger",
+        "fastai",
+        named.ranger,
+        "fastai.optimizer.ranger",
+        _variants((*_EXP, "slow"), 28, dict(lr=0.01), dict(lr=0.01, k=3, alpha=0.3, beta=50.0), first=True),
+        changes_structure=True,
+    ),
+)
+
+_TORCH = (
+    Row(
+        "SGD",
+        "torch",
+        optim.SGD,
+        "torch.optim.SGD",
+        _variants(_MOMENTUM, 20, dict(lr=0.03, momentum=0.9, weight_decay=0.01))
+        + _variants((), 12, dict(lr=0.1), dict(lr=0.1, weight_decay=0.01, maximize=True))
+        + _variants(_MOMENTUM, 20, dict(lr=0.03, momentum=0.9, nesterov=True, weight_decay=0.01))
+        + _variants(_MOMENTUM, 20, dict(lr=0.03, momentum=0.8, dampening=0.3), first=True),
+        torch_fused=True,
+    ),
+    Row(
+        "RMSprop",
+        "torch",
+        optim.RMSprop,
+        "torch.optim.RMSprop",
+        _variants(("square_avg",), 20, dict(), dict(alpha=0.95, eps=1e-3, weight_decay=0.01, maximize=True))
+        + _variants(("square_avg", "momentum_buffer"), 28, dict(lr=0.003, momentum=0.9))
+        + _variants(
+            ("square_avg", "grad_avg"), 28, dict(centered=True, alpha=0.95, eps=1e-2, weight_decay=0.01)
+        )
+        + _variants(
+            ("square_avg", "grad_avg", "momentum_buffer"),
+            36,
+            dict(lr=0.003, eps=1e-2, centered=True, momentum=0.9),
+        ),
+    ),
+    Row(
+        "Adam",
+        "torch",
+        optim.Adam,
+        "torch.optim.Adam",
+        _variants(
+            _EXP,
+            28,
+            dict(lr=0.01),
+            dict(lr=0.01, weight_decay=0.01, maximize=True),
+            dict(lr=0.01, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1, decoupled_weight_decay=True),
+        )
+        + _variants((*_EXP, "max_exp_avg_sq"), 36, dict(lr=0.01, betas=(0.9, 0.9), amsgrad=True)),
+        torch_fused=True,
+    ),
+    Row(
+        "AdamW",
+        "torch",
+        optim.AdamW,
+        "torch.optim.AdamW",
+        _variants(_EXP, 28, dict(lr=0.01), dict(lr=0.01, betas=(0.0, 0.95), maximize=True))
+        + _variants(
+            (*_EXP, "max_exp_avg_sq"), 36, dict(lr=0.01, betas=(0.9, 0.9), weight_decay=0.1, amsgrad=True)
+        ),
+        torch_fused=True,
+    ),
+    Row(
+        "Adagrad",
+        "torch",
+        optim.Adagrad,
+        "torch.optim.Adagrad",
+        _variants(("sum",), 20, dict(), dict(lr=0.1, lr_decay=0.1, weight_decay=0.01, maximize=True))
+        + _variants(("sum",), 20, dict(lr=0.1, initial_accumulator_value=0.5), first=True),
+        torch_fused=True,
+    ),
+    Row(
+        "Adamax",
+        "torch",
+        optim.Adamax,
+        "torch.optim.Adamax",
+        _variants(
+            ("exp_avg", "exp_inf"),
+            28,
+            dict(),
+            dict(lr=0.01, betas=(0.8, 0.9), weight_decay=0.01, maximize=True),
+        ),
+    ),
+    Row(
+        "NAdam",
+        "torch",
+        optim.NAdam,
+        "torch.optim.NAdam",
+        _variants(
+            _EXP,
+            28,
+            dict(),
+            dict(lr=0.01, momentum_decay=0.1, weight_decay=0.01, maximize=True),
+            dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, decoupled_weight_decay=True),
+        ),
+    ),
+    Row(
+        "RAdam",
+        "torch",
+        optim.RAdam,
+        "torch.optim.RAdam",
+        _variants(
+            _EXP,
+            28,
+            dict(lr=0.01),
+            dict(lr=0.01, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.01, maximize=True),
+            dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+        ),
+        changes_structure=True,
+    ),
+    Row(
+        "Adadelta",
+        "torch",
+        optim.Adadelta,
+        "torch.optim.Adadelta",
+        _variants(
+            ("square_avg", "acc_delta"),
+            28,
+            dict(),
+            dict(lr=0.5, rho=0.95, eps=1e-3, weight_decay=0.01, maximize=True),
+        ),
+    ),
+)
+
+TABLE: tuple[Row, ...] = _FASTAI + _TORCH
+"""Every named optimizer, fastai's face first."""
+
+
+def rows(face: str | None = None) -> tuple[Row, ...]:
+    """The rows of one face ('fastai' or 'torch'), or all of them."""
+    return tuple(r for r in TABLE if face in (None, r.face))
+
+
+def row(face: str, name: str) -> Row:
+    """The row of one optimizer. Raises KeyError if there is none."""
+    found = [r for r in rows(face) if r.name == name]
+    if not found:
+        raise KeyError(f"no {face} optimizer named {name!r}")
+    return found[0]

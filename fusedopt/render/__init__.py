@@ -1,1 +1,0 @@
-"""From staged programs to source text; one module per language."""

@@ -1,1 +1,0 @@
-"""Turns parameter groups into launches of compiled kernels, step after step."""

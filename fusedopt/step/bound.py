@@ -1,0 +1,304 @@
+"""Steps of known structure: bound once, then done in C++ without Python work per tensor (csrc/bound_step.h).
+
+What a step depends on is of two kinds. What would take another kernel is guarded: which parameters, groups and state
+entries there are, dtypes, sizes, flags. The rest is read anew in each step: addresses, numbers, which gradients there
+are.
+A step that is none of those bound so far says why, is bound, and then runs like the others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from ..backends import Kernel
+from ..backends.base import HEAD
+from ..extension import leaf
+from ..ir.program import Buffer
+from ..trace.signature import PLAIN, Foreign
+from . import sharded
+from .items import Item
+from .scaling import Norm, Scaling
+
+if TYPE_CHECKING:
+    from .engine import Bucket, Launched
+
+MOST = 6
+"""Bound steps of one optimizer that are kept: the sides of branches that a schedule visits, losses in turn."""
+RECENT = 16
+"""Steps of which most have to be bound anew before that is worth a warning."""
+
+
+class Groups(Protocol):
+    """What is asked of `optimizer.groups.ParamGroups`."""
+
+    @property
+    def live(self) -> list[dict[str, Any]]: ...
+    @property
+    def state(self) -> dict[Any, Any]: ...
+    @property
+    def roles(self) -> Any: ...
+    def called(self, stored: str) -> str: ...
+    def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]: ...
+    def hand_over(self, item: Item) -> Callable[[], None]: ...
+    def resting(self, stepped: list[Item]) -> list[Item]: ...
+    def keep(self, todo: list[Item]) -> None: ...
+
+
+class Unbound(Exception):
+    """A step that cannot be bound, and why."""
+
+
+class BoundStep:
+    """One structure of steps. ``run`` does a step of it, or says why this is none, having changed nothing."""
+
+    def __init__(self, groups: Groups, launched: Sequence[Launched], norm: Norm | None) -> None:
+        self.groups, self.norm = groups, norm
+        self.resident: Any = None
+        self.read: list[Any] = []
+        described, cells = _described(groups, launched)
+        self.launches = [entry.launch for entry in launched]
+        self.kernels = [entry.kernel for entry in launched]
+        self.slots = [np.zeros((entry.launch.n_sets, entry.kernel.program.slots)) for entry in launched]
+        natives = [None if _exchanges(entry) else entry.launch.native() for entry in launched]
+        native: Any = leaf.native
+        runs: list[Any] = []
+        buckets: list[Any] = []
+        rows: list[tuple[Item, int]] = []
+        known: dict[tuple[int, ...], int] = {}
+        for k, entry in enumerate(launched):
+            table = entry.launch.rows
+            runs.append(
+                native.Run(
+                    native=natives[k],
+                    rows=table.ctypes.data,
+                    row_words=table.shape[1],
+                    slots=self.slots[k].ctypes.data,
+                    movable=entry.launch.movable,
+                )
+            )
+            for plan in entry.plans:
+                key: tuple[int, ...] = (k, plan.items[0].where[0], id(plan.known))
+                if natives[k] is None:  # whose scalar sets are plans
+                    key = *key, id(plan)
+                if key not in known:
+                    known[key] = len(buckets)
+                    buckets.append(_bucket(groups, plan, k, cells))
+                rows += [(item, known[key]) for item in plan.items]
+        self._others = [
+            (slots, _runner(entry))
+            for entry, slots, one in zip(launched, self.slots, natives, strict=True)
+            if one is None
+        ]
+        measured = norm.native() if norm is not None and not self._others else []
+        self._measured = norm if not measured else None
+        self._gradients = (
+            [entry.launch.rows[:, column_of(entry, "grad")] for entry in launched] if norm else []
+        )
+        stepped = {id(item.owner) for item, _ in rows}
+        self._bound = native.BoundStep(
+            groups=described,
+            buckets=buckets,
+            runs=runs,
+            params=[item.owner for item, _ in rows],
+            states=[groups.state[item.owner] for item, _ in rows],
+            bucket_of=[bucket for _, bucket in rows],
+            indices=[item.where[1] for item, _ in rows],
+            absent=[p for group in groups.live for p in group["params"] if id(p) not in stepped],
+            norm=measured,
+            owned=measured,
+        )
+
+    def stepped(self) -> list[tuple[Kernel, int]]:
+        """The kernels of its last step, those for the norm first, and how many tensors each went over."""
+        counts = self._bound.stepped()
+        norm = self.norm.kernels if self.norm is not None else []
+        found = [(kernel, n) for (kernel, _), n in zip(norm, [*counts, 1], strict=False)]
+        return [*found, *((kernel, n) for kernel, n in zip(self.kernels, counts, strict=True) if n)]
+
+    def run(self, scaling: Scaling) -> str | None:
+        """Do the step if it is of this structure; else why not."""
+        if (scaling.max_norm is None) != (self.norm is None):
+            return "max_grad_norm was set or unset"
+        measure = self._measure if self._measured is not None else None
+        why = self._bound.step(self.groups.live, self.groups.state, scaling.max_norm or 0.0, measure)
+        if why is None:
+            for slots, run in self._others:
+                run(slots)
+        return why
+
+    def _measure(self) -> None:
+        assert self._measured is not None
+        self._measured.repeat(self._gradients)
+
+
+def unbindable(plans: Sequence[Bucket]) -> str | None:
+    """Why a step of these plans cannot be bound; None if it can."""
+    for plan in plans:
+        item = plan.items[0]
+        where = f"group {item.where[0]}"
+        if plan.trace.created:
+            return f"{where}: state is new"
+        if plan.known.replay is None:
+            return f"{where}: callbacks have to be run in every step, because {plan.known.why}"
+        old = dict(plan.trace.signature.state)
+        for key, value in plan.numbers.items():
+            if key not in old:
+                return f"{where}: state is new"
+            if type(value) is not type(old[key]) or (type(value) not in (int, float) and value != old[key]):
+                return f"{where}: the state {key!r} becomes another flag, or a number of another type"
+        for item in plan.items:
+            if item.param is not item.home:
+                return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory"
+            if type(item.owner).grad is not torch.Tensor.grad:
+                return (
+                    f"parameter {item.where[1]} of group {item.where[0]}: its class has gradients of its own"
+                )
+    return None
+
+
+def _exchanges(entry: Launched) -> bool:
+    """Whether processes exchange what its stages reduce."""
+    rows = [item for plan in entry.plans for item in plan.items]
+    return any(map(sharded.is_shard, rows)) and any(s.reductions for s in entry.kernel.stages)
+
+
+def _runner(entry: Launched) -> Callable[[np.ndarray], None]:
+    return sharded.runner(entry.launch, [item for plan in entry.plans for item in plan.items])
+
+
+def column_of(entry: Launched, name: str) -> int:
+    """Where a buffer's address is in a row; -1 if the program has no such buffer."""
+    found = [n for n, _ in entry.kernel.program.buffers]
+    return HEAD + found.index(name) if name in found else -1
+
+
+def _described(groups: Groups, launched: Sequence[Launched]) -> tuple[list[Any], list[dict[Any, int]]]:
+    """What there is to check and read of each group, and the cell of each number by its callbacks' name."""
+    native: Any = leaf.native
+    described, places = [], []
+    cells = count()
+    for g, group in enumerate(groups.live):
+        hypers, place = [], {}
+        for key, i, part, name, seen, lowest in groups.places(group):
+            cell, words = -1, []
+            if isinstance(seen, torch.Tensor):
+                words = [w for entry in launched for w in _words(entry, g, name)]
+            elif type(seen) in (int, float):
+                place[name] = cell = next(cells)
+            elif type(part) not in PLAIN:
+                raise Unbound(f"group {g}: {key!r} is of type {type(part).__name__}")
+            kind = type(group[key])
+            hypers.append(
+                native.Hyper(
+                    key=key, index=i, value=part, cell=cell, lowest=lowest, words=words, container=kind
+                )
+            )
+        described.append(native.Group(params=list(group["params"]), keys=list(group), hypers=hypers))
+        places.append(place)
+    return described, places
+
+
+def _words(entry: Launched, g: int, name: Any) -> list[int]:
+    """Where in a launch's table the address of a hyperparameter of this group belongs."""
+    column, table = column_of(entry, f"hyper.{name}"), entry.launch.rows
+    rows = [item for plan in entry.plans for item in plan.items]
+    of_group = (i for i, item in enumerate(rows) if item.where[0] == g)
+    return [table.ctypes.data + 8 * (table.shape[1] * i + column) for i in of_group] if column >= 0 else []
+
+
+def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any, int]]) -> Any:
+    """Rows of one group with one program: what their state has, and what its scalars are made of."""
+    native: Any = leaf.native
+    replay, program, item = plan.known.replay, plan.kernel.program, plan.items[0]
+    assert replay is not None
+    signature, group = plan.trace.signature, item.where[0]
+    seen = dict(signature.state)
+    columns = {name: HEAD + k for k, (name, _) in enumerate(program.buffers)}
+    written = {name for name, _ in program.stores}
+    kinds = native.Kind
+    entries: list[Any] = []
+    at: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    for stored, value in list(groups.state[item.owner].items()):
+        key = groups.called(stored)
+        what, buffer = seen.get(key), f"state.{key}"
+        kind, kept = kinds.flag, value
+        if key in groups.roles.never:
+            kind = kinds.ignored
+        elif isinstance(what, Buffer):
+            kind, kept = (kinds.element if what.kind == "F" else kinds.whole), what.dtype
+        elif isinstance(what, Foreign):
+            kind, kept = kinds.other, what.dtype
+        elif type(value) in (int, float):
+            kind, numbers[key] = kinds.number, len(numbers)
+        at[key] = len(entries)
+        entries.append(
+            native.Entry(
+                key=stored, kind=kind, value=kept, column=columns.get(buffer, -1), written=buffer in written
+            )
+        )
+    try:
+        leaves = [
+            (True, numbers[name])
+            if kind == "state"
+            else (False, places[group][(name, *path) if path else name])
+            for kind, name, *path in replay.leaves
+        ]
+        outputs = [at[key] for key in replay.number_keys if numbers[key] >= 0]
+    except KeyError as key:
+        raise Unbound(f"group {group}: {key} is no number that C++ can hold") from None
+    return native.Bucket(
+        group=group,
+        launch=launch,
+        param=signature.param,
+        grad=signature.grad,
+        param_column=columns.get("param", -1),
+        grad_column=columns.get("grad", -1),
+        param_written="param" in written,
+        looked_at=bool(signature.attributes),
+        entries=entries,
+        program=native.ScalarProgram(replay.instructions, replay.slots, replay.numbers, replay.guards),
+        leaves=leaves,
+        outputs=outputs,
+        narrow=program.compute == torch.float32,
+    )
+
+
+@dataclass
+class Steps:
+    """How an optimizer's steps went: how many were repeated, how many anew, looking at every tensor; and why."""
+
+    repeated: int = 0
+    anew: int = 0
+    since: int = 0
+    """The number of the last step that was anew, from 1 on."""
+    why: str = ""
+    recent: deque[bool] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def note(self, why: str = "", anew: bool = False) -> None:
+        self.recent.append(bool(why))
+        if anew:
+            self.anew, self.why = self.anew + 1, why
+            self.since = self.anew + self.repeated
+        else:
+            self.repeated += 1
+
+    @property
+    def keeps_failing(self) -> bool:
+        """Whether most of the recent steps were bound anew."""
+        return len(self.recent) == RECENT and sum(self.recent) > RECENT // 2
+
+    def __str__(self) -> str:
+        total = self.repeated + self.anew
+        if not total:
+            return ""
+        which = "the last one" if self.since == total else f"the last of these was step {self.since}"
+        why = f": {self.why}" if self.why else ""
+        return f"{self.repeated} of {total} without Python work for each tensor; {self.anew} with it, {which}{why}"

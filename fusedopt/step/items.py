@@ -1,0 +1,306 @@
+"""The tensors of a step: one ``Item`` per parameter, their layouts, and the work copies of the eager path."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..ir.program import Buffer
+from ..trace.signature import (
+    HOST,
+    PLAIN,
+    STARTED,
+    Foreign,
+    Modes,
+    Opaque,
+    Signature,
+    compute_dtype,
+    stored_dtype,
+)
+from . import reference
+from .commit import Change
+
+if TYPE_CHECKING:
+    from ..backends import Backend
+
+State = dict[str, Any]
+_first = operator.itemgetter(0)
+
+
+class Item:
+    """One parameter in this step. ``param`` and ``grad`` are what kernels see, ``home`` is where results go.
+
+    ``param`` is another tensor than ``home`` for a parameter that is not dense in memory (a slice of a larger one).
+    ``owner`` is the user's parameter, also where ``home`` is a work copy of it. ``where`` is the index of its param
+    group and its own in there, ``hyper`` the group's hyperparameters, ``state`` its state by the names callbacks use,
+    ``modes`` what only the device knows. ``laid_out``: nothing was put in its place since it was last laid out.
+    """
+
+    __slots__ = ("grad", "home", "hyper", "laid_out", "modes", "owner", "param", "state", "where")
+
+    def __init__(
+        self,
+        home: torch.Tensor,
+        grad: torch.Tensor,
+        state: State,
+        where: tuple[int, int],
+        hyper: dict[str, Any],
+        modes: Modes = HOST,
+    ) -> None:
+        self.home = self.param = self.owner = home
+        self.grad, self.state, self.where, self.hyper = grad, state, where, hyper
+        self.modes, self.laid_out = modes, False
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """State tensors with the parameter's shape."""
+        for key, value in self.state.items():
+            if isinstance(value, torch.Tensor) and per_element(value, self.param, self.modes):
+                yield key, value
+
+    def lay_out(self) -> None:
+        """Give gradient and state the parameter's memory order, so that kernels can walk all of them flat."""
+        if self.laid_out:
+            return
+        self.laid_out = True
+        if not dense(self.param):
+            self.param = self.param.detach().contiguous().resolve_neg()
+        if not same_layout(self.grad, self.param) or overlap(self.grad, self.param):
+            self.grad = with_layout(self.grad, self.param)
+        for key, value in list(self.tensors()):
+            if not same_layout(value, self.param):
+                self.state[key] = with_layout(value, self.param)
+
+    def fuses(self, backend: Backend) -> bool:
+        """Whether the backend's kernels can step it."""
+        return self.walkable()
+
+    def walkable(self) -> bool:
+        """Whether its tensors have memory of their own."""
+        tensors = (v for v in self.state.values() if isinstance(v, torch.Tensor))
+        return walkable(self.param) and walkable(self.grad) and all(map(walkable, tensors))
+
+    def finish(self, created: dict[str, Buffer]) -> None:
+        """Hand over what a launch has left: what kernels saw may have been copies. ``created`` is its new state."""
+        if self.param is not self.home:
+            self.home.copy_(self.param)
+
+    def attribute(self, name: str) -> Any:
+        """What callbacks may ask of the parameter. ``contiguous``: of all its tensors; None where they differ."""
+        p = self.param
+        if name == "contiguous":
+            found = {t.is_contiguous() for t in (p, self.grad, *(t for _, t in self.tensors()))}
+            return found.pop() if len(found) == 1 else None
+        if name == "count":
+            return p.numel()
+        return getattr(self.owner if name == "requires_grad" else p, name)
+
+    def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:
+        """What callbacks can see of it. ``work``: it is a work copy, whose dtypes are not the user's."""
+        return Signature(*self.visible(attributes, work))
+
+    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
+        """The fields of its signature."""
+        p, modes = self.param, self.modes
+        state = [(k, v if type(v) in PLAIN else _visible(v, p, modes)) for k, v in self.state.items()]
+        state.sort(key=_first)
+        read = tuple([(name, self.attribute(name)) for name in attributes])
+        asked = (reference.asked(p), reference.asked(self.grad)) if work else None
+        return p.device, p.dtype, self.grad.dtype, tuple(state), read, asked, p.dim() == 0, modes
+
+
+def _visible(value: Any, p: torch.Tensor, modes: Modes) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return Opaque(value)
+    whole = per_element(value, p, modes)
+    if value.dtype not in reference.FLOATS or (not whole and value.dim()):
+        return Foreign(value.dtype, value.shape)
+    return _buffer(value.dtype, "F" if whole else "S")
+
+
+_buffer = functools.lru_cache(Buffer)
+
+
+def per_element(value: torch.Tensor, p: torch.Tensor, modes: Modes) -> bool:
+    """Whether state has one number per element. That of a 0-d parameter has, but for counts on the device (float64)."""
+    if value.shape != p.shape:
+        return False
+    return not (modes.on_device and value.dim() == 0 and value.dtype == torch.float64 != p.dtype)
+
+
+def dense(t: torch.Tensor) -> bool:
+    """Whether its elements fill one block of memory, in whatever order of dimensions."""
+    plain = t.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(t))
+    return plain and not t.is_neg()
+
+
+def walkable(t: torch.Tensor) -> bool:
+    """Whether its memory is its own: subclasses that dispatch (DTensor, fake tensors) have it elsewhere or nowhere."""
+    plain = type(t) in (torch.Tensor, torch.nn.Parameter)
+    return plain or type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or t.numel() == 0
+
+
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether flat position i is the same element in both; strides of dimensions of size one do not matter."""
+    if a.is_neg():  # torch has real tensors whose memory holds their negative
+        return False
+    x, y = a.stride(), b.stride()
+    return x == y or all(s == 1 or i == j for s, i, j in zip(b.shape, x, y, strict=True))
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one layout share memory, so that writing the one might change the other in mid-kernel."""
+    return abs(a.data_ptr() - b.data_ptr()) < b.numel() * max(a.itemsize, b.itemsize)
+
+
+def with_layout(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A copy of ``t`` with the strides of the dense tensor ``like``."""
+    out = torch.empty_strided(like.size(), like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+    return reference.mark(out, reference.asked(t))
+
+
+def allocate(item: Item, created: dict[str, Buffer], starts: dict[str, float]) -> State:
+    """New state buffers, as zeros: skipped steps never leave uninitialised memory behind. Counts have ``starts``."""
+    p, made = item.param, {}
+    for key, buffer in created.items():
+        if buffer.kind == "F" and key not in starts:
+            made[key] = torch.zeros_like(p, dtype=buffer.dtype, requires_grad=False)
+        else:
+            made[key] = torch.full((), starts.get(key, 0.0), dtype=buffer.dtype, device=p.device)
+    return made
+
+
+def work_copy(item: Item) -> Item:
+    """Private copies in the compute type. A parameter without elements gets a stand-in of one element.
+
+    With it the callbacks can count steps; none of its tensors is kept.
+    """
+    floats = {t.dtype for _, t in item.tensors() if t.is_floating_point()}
+    compute = compute_dtype(item.param.dtype, item.grad.dtype, *floats)
+    one = {compute, item.param.dtype, item.grad.dtype, *floats} == {compute}
+    empty = item.param.numel() == 0
+
+    def copy(t: torch.Tensor) -> torch.Tensor:
+        if empty and t.numel() == 0:
+            t = reference.mark(torch.zeros([1] * t.dim(), dtype=t.dtype, device=t.device), t.dtype)
+        return t.detach().clone() if one and t.dtype == compute else reference.upcast(t, compute)
+
+    state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in begun(item.state).items()}
+    modes = Modes(item.modes.on_device)
+    work = type(item)(copy(item.param), copy(item.grad), state, item.where, item.hyper, modes)
+    work.owner = item.owner
+    attach_gradient(work)
+    return work
+
+
+def work_copies(todo: list[Item], transformed: bool) -> list[tuple[Item, Item]]:
+    """Each item with its work copy. Where nothing is converted, all tensors are copied in one call."""
+    alike = [None if transformed else _alike(item) for item in todo]
+    made = iter(_clones([t for tensors in alike if tensors for t in tensors]))
+    out = []
+    for item, tensors in zip(todo, alike, strict=True):
+        if tensors is None:
+            out.append((item, work_copy(item)))
+            continue
+        param, grad = next(made), next(made)
+        state = {k: next(made) if isinstance(v, torch.Tensor) else v for k, v in item.state.items()}
+        work = Item(param, grad, state, item.where, item.hyper, Modes(item.modes.on_device))
+        work.owner = item.owner
+        attach_gradient(work)
+        out.append((item, work))
+    return out
+
+
+def _alike(item: Item) -> list[torch.Tensor] | None:
+    """The item's tensors, if they are ordinary ones of one compute dtype."""
+    if (
+        type(item) is not Item
+        or item.param.numel() == 0
+        or any(isinstance(k, str) and k.startswith(STARTED) for k in item.state)
+    ):
+        return None
+    tensors = [item.param, item.grad, *(v for v in item.state.values() if isinstance(v, torch.Tensor))]
+    dtype = item.param.dtype
+    ordinary = dtype == compute_dtype(dtype) and all(
+        t.dtype == dtype and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors
+    )
+    return tensors if ordinary else None
+
+
+def _clones(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    if hasattr(torch, "_foreach_clone"):  # torch 2.13 has it
+        return torch._foreach_clone(tensors) if tensors else ()
+    return [t.detach().clone() for t in tensors]
+
+
+def begun(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without what holds nothing yet because every step was skipped so far, and without the flag for that."""
+    state = dict(state)
+    flag = next((k for k in state if isinstance(k, str) and k.startswith(STARTED)), None)
+    if flag is None:
+        return state
+    late = () if state[flag].item() else flag.removeprefix(STARTED).split(",")
+    return {k: v for k, v in state.items() if k not in late and k != flag}
+
+
+def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:
+    """Make ``grad`` (else the item's own) what kernels and callbacks both see as the work copy's gradient."""
+    if grad is not None:
+        work.grad = grad
+    work.laid_out = False
+    work.lay_out()
+    if work.param.grad is not work.grad:
+        work.param.grad = work.grad
+
+
+def stored(
+    item: Item, work: Item, state_dtype: torch.dtype | None
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[Change], State]:
+    """What writes a work copy's results to the user's tensors: rounded once, existing state in its own dtype.
+
+    Returns which tensors to copy to from which, the other changes to make, and state that is new or no tensor.
+    """
+    empty, new, pairs = item.param.numel() == 0, {}, []
+    changes: list[Change] = [
+        functools.partial(value.fill_, 1.0) for key, value in item.state.items() if key.startswith(STARTED)
+    ]
+    if not empty:
+        pairs.append((item.home, work.param))
+    for key, value in work.state.items():
+        old = item.state.get(key)
+        if not isinstance(value, torch.Tensor):
+            new[key] = value
+        elif not isinstance(old, torch.Tensor) or (old.shape != value.shape and not empty):
+            new[key] = _new_state(item, work, value, state_dtype)
+        elif not empty:
+            pairs.append((old, value))
+    return pairs, changes, new
+
+
+def copying(pairs: list[tuple[torch.Tensor, torch.Tensor]], transformed: bool) -> list[Change]:
+    """What copies to the first of each pair from the second: in one call, but for what torch refuses there."""
+    plain: list[tuple[torch.Tensor, torch.Tensor]] = []
+    out: list[Change] = []
+    for to, value in pairs:
+        if transformed or to.is_neg() or value.is_neg() or not walkable(to) or not walkable(value):
+            out.append(functools.partial(to.copy_, value))
+        else:
+            plain.append((to, value))
+    if plain:
+        to_all, values = [to for to, _ in plain], [value for _, value in plain]
+        out.append(functools.partial(torch._foreach_copy_, to_all, values))
+    return out
+
+
+def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None) -> torch.Tensor:
+    """A copy of it, laid out like the parameter if it has its shape; zeros where the parameter was a stand-in."""
+    if not per_element(value, work.param, work.modes):
+        out = torch.zeros_like(value)
+    else:
+        dtype = state_dtype or reference.asked(value) if value.is_floating_point() else value.dtype
+        dtype = stored_dtype(dtype, item.param.dtype, item.param.dim() == 0, item.modes)
+        out = torch.zeros_like(item.param, dtype=dtype, requires_grad=False)
+    return out if item.param.numel() == 0 else out.copy_(value)

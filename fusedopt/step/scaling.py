@@ -1,0 +1,226 @@
+"""What gradients are multiplied by before callbacks see them: one over the loss scale, and the clip coefficient.
+
+Both are numbers that only the device knows. They live in 0-d tensors that kernels read, so a step neither waits for
+them nor rewrites a gradient. A found infinity is a third: where it is not zero, kernels store nothing.
+
+The global norm is two programs more: the sum of squares of each gradient, and from all of those the norm and the
+coefficient. They are compiled, launched and, for DTensors, joined over processes like any other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..backends import Backend, Kernel, Launch
+from ..backends.base import HEAD
+from ..ir.program import Buffer, Graph, Program, verify
+from ..trace.signature import FACTOR, FOUND_INF, Modes, compute_dtype
+from . import sharded
+from .items import Item
+
+INVERSE, NORM = "scaling.inverse", "scaling.norm"
+NORM_KERNEL = "grad_norm"
+EPS = 1e-6
+"""Added to the norm, as torch.nn.utils.clip_grad_norm_ does."""
+
+
+class Scaling:
+    """The scaling of one optimizer's gradients; falsy if there is none.
+
+    amp: grad_scale and found_inf of torch.amp.GradScaler are received in each step
+    max_norm: the global norm above which gradients are scaled down to it; None: as they are
+    """
+
+    def __init__(self, amp: bool, max_norm: float | None = None) -> None:
+        self.amp, self.max_norm = amp, max_norm
+        self._there: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._received: dict[str, Any] = {INVERSE: 1.0, FOUND_INF: 0.0}
+
+    def __bool__(self) -> bool:
+        return self.amp or self.max_norm is not None
+
+    def modes(self, capturable: bool) -> Modes:
+        return Modes(on_device=capturable or self.amp, scaled=bool(self), skips=self.amp)
+
+    def buffer(self, name: str, device: torch.device) -> torch.Tensor:
+        """The number of this name on that device; it stays where it is."""
+        if name == FACTOR and self.max_norm is None:
+            name = INVERSE
+        if (name, device) not in self._there:
+            there = torch.zeros((), dtype=torch.float32, device=device)
+            _set(there, self._received.get(name, 0.0))
+            self._there[name, device] = there  # once it holds its number: a signal may come before
+        return self._there[name, device]
+
+    def fresh(self) -> Scaling:
+        """The same scaling with buffers of its own."""
+        other = Scaling(self.amp, self.max_norm)
+        other._received = self._received
+        return other
+
+    def receive(self, scale: torch.Tensor | None, found_inf: torch.Tensor | float | None) -> None:
+        """Take over what GradScaler says of this step, without waiting for it; None: it has no part in it."""
+        values = {
+            INVERSE: 1.0 if scale is None else scale.reciprocal(),
+            FOUND_INF: 0.0 if found_inf is None else found_inf,
+        }
+        old = self._received
+        if all(type(v) is type(old[k]) is float and v == old[k] for k, v in values.items()):
+            return  # numbers, as before: a tensor is not looked at, it may be on its way
+        for (name, _), there in self._there.items():
+            if name in values:
+                _set(there, values[name])
+        self._received = values
+
+    def skipped(self, devices: set[torch.device]) -> bool:
+        """Whether nothing is to be stored. Waits for the device: for callbacks that run eagerly."""
+        return any(bool(self.buffer(FOUND_INF, device)) for device in devices)
+
+
+def _set(there: torch.Tensor, value: torch.Tensor | float) -> None:
+    there.copy_(value, non_blocking=True) if isinstance(value, torch.Tensor) else there.fill_(value)
+
+
+class Norm:
+    """The global norm of one step's gradients, and the factor that follows.
+
+    launches: for each launch of the step its backend and rows; eager: the items that are stepped without one.
+    ``kernels`` are those that take it, and over how many tensors each.
+    """
+
+    def __init__(
+        self, scaling: Scaling, launches: Sequence[tuple[Backend, list[Item]]], eager: Sequence[Item]
+    ) -> None:
+        self.scaling = scaling
+        rows: list[tuple[Backend | None, list[Item]]] = [*launches, *((None, [item]) for item in eager)]
+        self.main = rows[0][1][0].param.device
+        self.devices = {item.param.device for _, items in rows for item in items}
+        sizes = [len(items) for _, items in rows]
+        self.squares = torch.empty(sum(sizes), dtype=torch.float64, device=self.main)
+        self.pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Squares on other devices, and where they belong."""
+        self.resident = any(item.hyper.get("capturable") for _, items in rows for item in items)
+        self.launches: list[Launch] = []
+        self._measures: list[Callable[[], Any]] = []
+        self._spread = any(sharded.is_shard(item) for _, items in rows for item in items)
+        self._eager: list[tuple[torch.Tensor, Item]] = []
+        self.kernels: list[tuple[Kernel, int]] = []
+        for (backend, items), piece in zip(rows, self.squares.split(sizes), strict=True):
+            device = items[0].param.device
+            out = piece if device == self.main else torch.empty_like(piece, device=device)
+            self.pieces += [] if out is piece else [(out, piece)]
+            if backend is None:
+                self._eager.append((out, items[0]))
+            else:
+                columns = {"grad": [item.grad for item in items], NORM: list(out.unbind())}
+                launch = self._prepared(backend, NORM_KERNEL, _squares(items[0].grad.dtype), columns)
+                self._measures.append(functools.partial(sharded.runner(launch, items), _NONE))
+                self.launches.append(launch)
+        self.join = self._joining(launches[0][0]) if launches else None
+
+    def measure(self) -> None:
+        """Take the norm."""
+        for out, item in self._eager:
+            out.fill_(_square(item.grad))
+        for measure in self._measures:
+            measure()
+        self._finish()
+
+    def repeat(self, gradients: Sequence[np.ndarray]) -> None:
+        """Take it of the gradients that are at these addresses now, those of each launch."""
+        for launch, addresses in zip(self.launches, gradients, strict=True):
+            launch.rows[:, HEAD] = addresses
+        self.measure()
+
+    def native(self) -> list[Any]:
+        """The launches that take it, the one that joins their sums last, for C++ to run; none if it cannot."""
+        launches = [*self.launches, *([self.join] if self.join else [])]
+        found = [launch.native() for launch in launches]
+        return found if None not in found and not self._eager and not self._spread else []
+
+    def let_go(self) -> None:
+        """Keep no gradient's memory alive from here on."""
+        self._eager = []
+        for launch in self.launches:
+            launch.let_go()
+
+    def upload(self) -> None:
+        """Put the limit where captured launches read it."""
+        if self.join is not None and self.scaling.max_norm is not None:
+            self.join.upload(np.array([[self.scaling.max_norm]], dtype=np.float64))
+
+    def _joining(self, backend: Backend) -> Launch:
+        columns = {name: [self.scaling.buffer(name, self.main)] for name in (INVERSE, NORM, FACTOR)}
+        return self._prepared(backend, "clip", _coefficient(), {"squares": [self.squares], **columns})
+
+    def _prepared(
+        self, backend: Backend, name: str, program: Program, columns: dict[str, list[torch.Tensor]]
+    ) -> Launch:
+        sizes = [t.numel() for t in columns[program.buffers[0][0]]]
+        kernel = backend.compile(program, name, ["max_grad_norm"], columns[program.buffers[0][0]][0].device)
+        self.kernels.append((kernel, len(sizes)))
+        return backend.prepare(
+            kernel, columns, sizes, [0] * len(sizes), self.resident and name != NORM_KERNEL
+        )
+
+    def _finish(self) -> None:
+        scaling, limit = self.scaling, self.scaling.max_norm
+        assert limit is not None
+        for there, here in self.pieces:
+            here.copy_(there, non_blocking=True)
+        norm, factor, inverse = (scaling.buffer(name, self.main) for name in (NORM, FACTOR, INVERSE))
+        if self.join is not None:
+            self.join.run(np.array([[limit]], dtype=np.float64))
+        else:
+            exact = self.squares.sum().sqrt() * inverse
+            norm.copy_(exact)
+            factor.copy_((limit / (exact + EPS)).clamp(max=1.0) * inverse)
+        for device in self.devices - {self.main}:
+            scaling.buffer(FACTOR, device).copy_(factor, non_blocking=True)
+
+
+_NONE = np.empty((1, 0))
+
+
+def _square(grad: torch.Tensor) -> torch.Tensor:
+    """The sum of squares of one gradient, the whole of it if it is a DTensor's."""
+    norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) ** 2
+
+
+@functools.cache
+def _squares(grad: torch.dtype) -> Program:
+    """Σ g², for each gradient."""
+    graph = Graph()
+    g = graph.leaf("load", "grad", kind="F")
+    total = graph.op("sum", graph.op("mul", g, g))
+    buffers = ("grad", Buffer(grad, "F")), (NORM, Buffer(torch.float64, "S"))
+    return _verified(graph, compute_dtype(grad), buffers, {NORM: total}, 0)
+
+
+@functools.cache
+def _coefficient() -> Program:
+    """norm = √(Σ squares) · inverse; factor = min(max_norm / (norm + ε), 1) · inverse."""
+    graph = Graph()
+    inverse = graph.leaf("load", INVERSE)
+    norm = graph.op(
+        "mul", graph.op("sqrt", graph.op("sum", graph.leaf("load", "squares", kind="F"))), inverse
+    )
+    room = graph.op("div", graph.leaf("slot", 0), graph.op("add", norm, graph.leaf("const", EPS)))
+    factor = graph.op("mul", graph.op("minimum", room, graph.leaf("const", 1.0)), inverse)
+    single = Buffer(torch.float32, "S")
+    buffers = ("squares", Buffer(torch.float64, "F")), (INVERSE, single), (NORM, single), (FACTOR, single)
+    return _verified(graph, torch.float64, buffers, {NORM: norm, FACTOR: factor}, 1)
+
+
+def _verified(
+    graph: Graph, compute: torch.dtype, buffers: tuple, stores: dict[str, int], slots: int
+) -> Program:
+    program = Program(compute, buffers, tuple(graph.values), tuple(stores.items()), slots)
+    verify(program)
+    return program

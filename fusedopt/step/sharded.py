@@ -1,0 +1,223 @@
+"""DTensor parameters (FSDP2, tensor parallelism): each process steps its shard, by norms of the whole tensor.
+
+A DTensor has no memory of its own (its ``data_ptr()`` is 0), so kernels walk its local tensor, which may have no
+elements. State is created as DTensors like the parameter, so that checkpoints can be resharded. Where a program
+reduces, the totals of all shards are gathered between its stages: one collective per stage for all tensors.
+
+Callbacks that do not fuse run on the DTensors themselves, by torch's own rules for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..backends.cpp.backend import joined
+from ..extension import leaf
+from ..ir.program import Buffer
+from . import reference
+from .items import Item, walkable
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from ..backends import Backend
+
+
+def localized(todo: list[Item]) -> list[Item]:
+    """The items with those of DTensor parameters as ``Shard`` items. Raises RuntimeError for what cannot be stepped."""
+    kind = _dtensor()
+    return todo if kind is None else [_localized(item, kind) for item in todo]
+
+
+def _dtensor() -> Any:
+    """The class, if anybody has imported it: the import changes what torch's own optimizers do."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def _localized(item: Item, kind: Any) -> Item:
+    p: Any = item.home
+    group, i = item.where
+    what = f"parameter {i} of group {group}"
+    if not isinstance(p, kind):
+        if isinstance(item.grad, kind) or any(isinstance(v, kind) for v in item.state.values()):
+            raise RuntimeError(f"{what} is no DTensor, but its gradient or state is; distribute it too")
+        return item
+    if not isinstance(item.grad, kind):
+        raise RuntimeError(f"{what} is a DTensor, and its gradient is not; distribute it like the parameter")
+    placed = [v for v in (item.grad, *item.state.values()) if isinstance(v, kind)]
+    if any(v.device_mesh != p.device_mesh for v in placed):
+        raise RuntimeError(f"{what} and its gradient or state are on different meshes; move them to one")
+    if any(placement.is_partial() for placement in p.placements):
+        raise RuntimeError(
+            f"{what} is a partial DTensor, whose elements are still to be summed; redistribute it first"
+        )
+    return Shard(Whole(p, item.grad, item.state, item.where, item.hyper, item.modes))
+
+
+class Whole(Item):
+    """A parameter whose memory kernels cannot walk, a DTensor or another class of wrapper: its callbacks run eagerly.
+
+    Gradient and state of a DTensor get its placements, but one number per tensor is plain, the same on every process.
+    """
+
+    __slots__ = ()
+
+    def lay_out(self) -> None:
+        kind = _dtensor()
+        if kind is None or not isinstance(self.param, kind):  # a stand-in for one without elements is none
+            return
+        self.grad = _placed(self.grad, self.param)
+        for key, value in self.state.items():
+            if isinstance(value, torch.Tensor):
+                self.state[key] = _placed(value, self.param)
+
+
+def unfused(item: Item) -> Item:
+    """The item to step eagerly in its place."""
+    if isinstance(item, Shard):
+        return item.whole
+    if item.walkable():
+        return item
+    return Whole(item.home, item.grad, item.state, item.where, item.hyper, item.modes)
+
+
+class Shard(Item):
+    """The local tensor of a DTensor parameter, for kernels. ``whole`` is the item of the parameter itself.
+
+    Its state is a copy of the user's, and local from ``lay_out`` on; ``finish`` hands it back.
+    """
+
+    __slots__ = ("known", "whole")
+
+    def __init__(self, whole: Whole) -> None:
+        local = _local(whole.home)
+        super().__init__(local, whole.grad, dict(whole.state), whole.where, whole.hyper, whole.modes)
+        self.whole, self.owner = whole, whole.home
+        self.known: dict[str, torch.Tensor] = {}
+
+    def fuses(self, backend: Backend) -> bool:
+        tensors = (self.whole.grad, *(value for _, value in self.whole.tensors()))
+        kind = _dtensor()
+        plain = all(walkable(_local(t) if isinstance(t, kind) else t) for t in tensors)
+        return plain and walkable(self.home) and getattr(backend, "runs_parts", False)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((key, self.state[key]) for key, _ in self.whole.tensors())
+
+    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
+        return self.whole.visible(attributes, work)
+
+    def lay_out(self) -> None:
+        p = self.whole.home
+        self.grad = _local(_placed(self.whole.grad, p))
+        for key, value in self.whole.tensors():
+            placed = _placed(value, p)
+            self.state[key] = _local(placed)
+            if placed is value:
+                self.known[key] = self.state[key]
+        self.laid_out = False
+        super().lay_out()
+
+    def finish(self, created: dict[str, Buffer]) -> None:
+        super().finish(created)
+        p, live = self.whole.home, self.whole.state
+        shaped = {key for key, _ in self.tensors()} | {k for k, b in created.items() if b.kind == "F"}
+        for key, value in self.state.items():
+            if key not in shaped:
+                live[key] = value
+            elif value is not self.known.get(key):
+                live[key] = _wrapped(value, p)  # type: ignore[arg-type]
+        # The local tensors' versions are counted by whoever wrote to them. DTensors have counters of their own.
+        leaf.bump_versions([p, *(live[key] for key in shaped)])
+
+    @property
+    def spread(self) -> tuple[Any, tuple[int, ...]]:
+        """The mesh, and its dimensions over which the elements are spread; over the others they are the same."""
+        p: Any = self.whole.home
+        mesh = p.device_mesh
+        if mesh.get_coordinate() is None:  # a process outside the mesh has no part in it
+            return mesh, ()
+        return mesh, tuple(d for d, placement in enumerate(p.placements) if not placement.is_replicate())
+
+
+def _local(t: Any) -> torch.Tensor:
+    """The local tensor, once it has arrived."""
+    with torch.no_grad():
+        local = t.to_local()
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def _wrapped(local: torch.Tensor, like: DTensor) -> DTensor:
+    return type(like).from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def _placed(t: Any, like: Any) -> Any:
+    """The tensor with the placements of the parameter it belongs to, if it has its shape, else the same everywhere.
+
+    A plain tensor of the parameter's shape is taken for the whole, as it is in a checkpoint that was not sharded.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements
+    out: Any
+    if not isinstance(t, DTensor):
+        if t.shape != like.shape:
+            return t
+        out = distribute_tensor(t, mesh, placements, src_data_rank=None)
+    elif t.shape != like.shape:
+        out = t.redistribute(placements=[Replicate()] * t.device_mesh.ndim)
+        if t.dim() == 0:
+            out = _local(out)
+    elif t.placements == placements:
+        return t
+    else:
+        out = t.redistribute(placements=placements)
+    return reference.mark(out, reference.asked(t))
+
+
+def exchange(rows: Sequence[Item]) -> Callable[[Sequence[str], np.ndarray], None]:
+    """What makes totals of whole tensors from those of the parts that are here: rows × reductions, in place.
+
+    Parts are gathered and joined in the order of processes, so that the result is the same on all of them, to the bit.
+    """
+    together: dict[Any, list[int]] = {}
+    for i, item in enumerate(rows):
+        if isinstance(item, Shard):
+            together.setdefault(item.spread, []).append(i)
+
+    def exchanged(ops: Sequence[str], totals: np.ndarray) -> None:
+        for (mesh, dims), indices in together.items():
+            for d in dims:
+                parts = _gathered(totals[indices], mesh.get_group(d))
+                same = np.tile(np.arange(len(indices)), len(parts) // len(indices))
+                totals[indices] = joined(ops, parts, same, len(indices))
+
+    return exchanged
+
+
+def _gathered(mine: np.ndarray, group: Any) -> np.ndarray:
+    """The rows of every process, in their order."""
+    part = torch.from_numpy(mine)
+    parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, part, group=group)
+    return torch.cat(parts).numpy()
+
+
+def is_shard(item: Item) -> bool:
+    return isinstance(item, Shard)
+
+
+def runner(launch: Any, rows: Sequence[Item]) -> Callable[[np.ndarray], None]:
+    """What runs a launch whose rows may be shards, with these scalars."""
+    if not any(map(is_shard, rows)):
+        return launch.run
+    counts = [item.whole.home.numel() if isinstance(item, Shard) else item.param.numel() for item in rows]
+    return functools.partial(launch.run_parts, counts=counts, exchange=exchange(rows))
