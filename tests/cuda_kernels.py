@@ -16,6 +16,7 @@ import golden
 import numpy as np
 import torch
 
+from fusedopt import table
 from fusedopt.backends import chunking as plan
 from fusedopt.backends.cpp import backend as cpu
 from fusedopt.backends.cuda import backend as runtime
@@ -24,7 +25,6 @@ from fusedopt.compile import cache, toolchain
 from fusedopt.ir.passes import scalar_stores, stages
 from fusedopt.ir.program import Program
 from fusedopt.kernels import source as skeleton
-from fusedopt.optimizer import table
 
 EXAMPLE = golden.EXAMPLE.with_name("cuda_example.inc")
 EMULATION = Path(__file__).with_name("cuda_emulation.h")

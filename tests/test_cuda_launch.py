@@ -18,7 +18,7 @@ from cuda_kernels import CASES, STORAGE, rendered
 from helpers import assert_same_bits, needs_extension
 
 import fusedopt
-from fusedopt import backends, doctor, optim
+from fusedopt import backends, doctor, optim, table
 from fusedopt.backends import upload
 from fusedopt.backends.cuda import backend as cuda
 from fusedopt.backends.cuda import nvrtc
@@ -26,7 +26,6 @@ from fusedopt.backends.cuda import render as renderer
 from fusedopt.compile import BuildError, cache, toolchain
 from fusedopt.extension import leaf
 from fusedopt.kernels import source as skeleton
-from fusedopt.optimizer import table
 from fusedopt.step import engine
 
 pytestmark = needs_extension

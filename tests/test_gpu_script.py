@@ -20,7 +20,7 @@ from benchmarks.gpu.device import Gpu, Rehearsal
 from benchmarks.gpu.jobs import Job, Outcome, Part, Skipped
 from benchmarks.gpu.report import Report
 from benchmarks.measure import ROOT, Row
-from fusedopt.optimizer.table import row
+from fusedopt.table import row
 
 CPU = Rehearsal()
 

@@ -14,12 +14,11 @@ from helpers import assert_same_bits
 from test_ops import LIBRARY
 
 import fusedopt
-from fusedopt import backends
+from fusedopt import backends, table
 from fusedopt.backends.cpp import backend as cpu
 from fusedopt.extension import leaf
 from fusedopt.ir.ops import is_reduction
 from fusedopt.ir.program import interpret
-from fusedopt.optimizer import table
 from fusedopt.step import engine, scaling
 
 SIZES = (3, 0, 100, 65536 + 5)

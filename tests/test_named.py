@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import callbacks, optim
-from fusedopt.optimizer import named, table
+from fusedopt import callbacks, optim, table
+from fusedopt.optimizer import named
 
 with warnings.catch_warnings():
     # fastai scripts a function at import; torch deprecates that, and fastai is not ours to change

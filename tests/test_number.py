@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import operands, signature
 
-from fusedopt.optimizer import table
+from fusedopt import table
 from fusedopt.trace.number import ARITHMETIC, Number, ScalarProgram, operate
 from fusedopt.trace.replay import Replay
 from fusedopt.trace.signals import Untraceable

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import signature
 
-from fusedopt import callbacks
+from fusedopt import callbacks, table
 from fusedopt.ir import passes
 from fusedopt.ir.ops import is_reduction
 from fusedopt.ir.passes import (
@@ -20,7 +20,6 @@ from fusedopt.ir.passes import (
     stages,
 )
 from fusedopt.ir.program import Buffer, Graph, Program, ProgramError, interpret, verify
-from fusedopt.optimizer import table
 from fusedopt.trace.tracer import trace
 
 F32 = torch.float32

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import signature
 
-from fusedopt import callbacks
+from fusedopt import callbacks, table
 from fusedopt.ir.program import (
     Buffer,
     Graph,
@@ -19,7 +19,6 @@ from fusedopt.ir.program import (
     render_python,
     verify,
 )
-from fusedopt.optimizer import table
 from fusedopt.trace.tracer import trace
 
 F32 = torch.float32

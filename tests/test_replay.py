@@ -28,8 +28,8 @@ import fusedopt
 from fusedopt import backends, callbacks, weight_decay
 from fusedopt.backends.cpp import backend as cpu
 from fusedopt.extension import leaf
-from fusedopt.optimizer.table import TABLE
 from fusedopt.step import engine, verdicts
+from fusedopt.table import TABLE
 from fusedopt.trace.number import ARITHMETIC
 from fusedopt.trace.purity import ACTS, PURE, READS, VARIES, Verdict, examine, is_pure
 from fusedopt.trace.replay import Replay

@@ -13,8 +13,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import fusedopt
 import fusedopt.optim as optim
+from fusedopt import table
 from fusedopt.callbacks import average_grad, sgd_step, step_stat
-from fusedopt.optimizer import table
 
 SHAPES = [(3, 5), (7,), (), (130,)]
 SCALE = 1024.0

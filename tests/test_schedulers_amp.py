@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.optim import swa_utils
 
 import fusedopt
-from fusedopt.optimizer import table
+from fusedopt import table
 
 TORCH = {r.name: r for r in table.rows("torch")}
 KWARGS = {

@@ -12,8 +12,7 @@ from factories import assert_equal
 from torch import nn
 
 import fusedopt
-from fusedopt import adam_step, average_grad, average_sqr_grad, step_stat, weight_decay
-from fusedopt.optimizer import table
+from fusedopt import adam_step, average_grad, average_sqr_grad, step_stat, table, weight_decay
 
 SHAPES = ((4,), (3, 5), (), (2, 2))
 VARIANTS = [pytest.param(r, v, id=f"{r.face}-{r.name}-{v.id}") for r in table.TABLE for v in r.variants]

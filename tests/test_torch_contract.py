@@ -24,8 +24,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
-from fusedopt import average_grad, sgd_step
-from fusedopt.optimizer import table
+from fusedopt import average_grad, sgd_step, table
 
 ROWS = {r.name: r for r in table.rows("torch")}
 KWARGS = {

@@ -24,8 +24,8 @@ import fusedopt
 from fusedopt import average_grad, l2_reg, momentum_step, weight_decay
 from fusedopt.extension import leaf
 from fusedopt.optimizer.groups import ParamGroups
-from fusedopt.optimizer.table import TABLE
 from fusedopt.step import engine, items, transforms, verdicts
+from fusedopt.table import TABLE
 from fusedopt.trace.purity import VARIES, Verdict
 
 SHAPES = [(4,), (3, 5), (2, 3, 2, 2), ()]

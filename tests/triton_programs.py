@@ -9,12 +9,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-from fusedopt import backends
+from fusedopt import backends, table
 from fusedopt.backends.base import HEAD
 from fusedopt.backends.triton import render as renderer
 from fusedopt.ir.ops import OPS, Op
 from fusedopt.ir.program import Buffer, Graph, Program, verify
-from fusedopt.optimizer import table
 from fusedopt.step import engine
 
 DTYPES = {

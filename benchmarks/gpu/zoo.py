@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from fusedopt.optimizer.table import TABLE, Row, Variant
+from fusedopt.table import TABLE, Row, Variant
 
 from .compare import Run, close, noise, run, same
 from .device import Device

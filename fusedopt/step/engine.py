@@ -186,7 +186,7 @@ class Engine:
 
     def _shared_traces(self) -> dict[tuple, list[CompiledTrace]]:
         """Those of other engines with these callbacks; but what has a closure is not kept beyond its time."""
-        key = (*map(identity, self.callbacks), *self._sources.found)
+        key = (*map(identity, self.callbacks), *self._sources.found, *backends.ROWS.items())
         try:
             if all(self.verdicts.lasting) and not self._sources.closed and not self.read:
                 known = _known_traces(key, self.backend, self.title, self.state_dtype)

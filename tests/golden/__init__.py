@@ -21,12 +21,11 @@ from unittest import mock
 
 import torch
 
-from fusedopt import backends
+from fusedopt import backends, table
 from fusedopt.backends.cpp import backend as cpu
 from fusedopt.backends.cpp import render as cpp
 from fusedopt.compile import toolchain
 from fusedopt.kernels import source as skeleton
-from fusedopt.optimizer import table
 from fusedopt.step import engine
 
 FOLDER = Path(__file__).parent

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import optim
-from . import named
+from . import optim
+from .optimizer import named
 
 
 @dataclass(frozen=True)
