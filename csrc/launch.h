@@ -57,7 +57,7 @@ inline void run_stage(uintptr_t entry, const void* tables, const std::vector<int
   });
 }
 
-// The launch of one kernel. `rows` and `all_chunks` are tables in the caller's memory, as fusedopt/runtime makes them.
+// The launch of one kernel. `rows` and `all_chunks` are tables in the caller's memory, as fusedopt/backends/base.py makes them.
 class Launch {
  public:
   Launch(std::vector<uintptr_t> stages, uintptr_t scalars, uintptr_t rows, int64_t n_rows, int64_t row_words,
