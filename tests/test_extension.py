@@ -356,7 +356,8 @@ import sys, time, pathlib, warnings
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *rest: None if name == "fusedopt._C" else find(name, *rest)
-from fusedopt.runtime import backends, extension, leaf
+from fusedopt import backends
+from fusedopt.extension import build as extension, leaf
 extension.PATIENCE = 0.0
 warnings.simplefilter("ignore")
 assert not leaf.seek()
@@ -392,7 +393,7 @@ def test_the_sources_compile_by_themselves_and_give_the_same(folder):
     command = recipe.command([tool.path, *tool.command[1:]], extension.sources() / recipe.SOURCE, out)
     subprocess.run(command, check=True)
     code = (
-        f"import torch, sys; from fusedopt.runtime import extension; m = extension.load({str(out)!r});"
+        f"import torch, sys; from fusedopt.extension import build as extension; m = extension.load({str(out)!r});"
         "t = [torch.ones(2)];"
         "m.bump_versions(t); print(t[0]._version, m.torch_version == torch.__version__, 'setuptools' in sys.modules)"
     )

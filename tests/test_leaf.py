@@ -268,7 +268,7 @@ def test_bump_versions_refuses(implementation):
 DROPPED = """
 import sys, threading, time
 import torch
-from fusedopt.runtime import leaf
+from fusedopt.extension import leaf
 
 sys.setswitchinterval(10)  # nobody is interrupted: the GIL changes hands where it is let go
 p = torch.nn.Parameter(torch.zeros(100_000_000))
