@@ -7,8 +7,8 @@ as hyperparameters; flags have their default in the signature only, so that they
 set.
 
 Everything here is written so that it can be traced once and run as one kernel: elementwise tensor operations,
-whole-tensor reductions, ``** 0.5`` in place of ``math.sqrt`` (which would force a number out of its
-recording), and no reads of anything but the arguments. State starts as zeros wherever the rule allows it, so
+whole-tensor reductions, numbers by arithmetic that is recorded, and no reads of anything but the arguments
+(constants may be read, but are looked at before each step). State starts as zeros wherever the rule allows it, so
 that the first step and all later ones are the same kernel.
 
 Each docstring gives the formula (g: gradient, m, v: first and second moment, t: step, starting at 1), the
