@@ -491,6 +491,8 @@ class BoundStep {
     const int64_t apart = reinterpret_cast<intptr_t>(grad.const_data_ptr()) - reinterpret_cast<intptr_t>(param.const_data_ptr());
     const auto bytes = static_cast<int64_t>(std::max(param.nbytes(), grad.nbytes()));
     row.copied = !same_layout(grad, param) || (std::abs(apart) < bytes);
+    if (row.copied && !run.native) // whose launch comes when the copy is gone
+      return "its gradient is of another layout than its kernel takes";
     return check_state(row, bucket, run, param, state);
   }
 

@@ -64,11 +64,16 @@ def registry(monkeypatch):
 
 
 def stepped(backend):
-    params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (3, 7)]
+    params = [
+        torch.nn.Parameter(torch.linspace(-1, 1, math.prod(s)).view(s)) for s in ((3,), (300, 500), (7,))
+    ]
     opt = fusedopt.Lamb(params, lr=0.1, backend=backend, max_grad_norm=1.0)
     for t in range(5):
         for p in params:
-            p.grad = torch.linspace(t, 1, p.numel())
+            p.grad = torch.linspace(t, 1, p.numel()).view_as(p)
+        params[1].grad = (
+            params[1].grad.t().contiguous().t()
+        )  # another layout: what is copied has to live long enough
         opt.step()
     return opt, params
 
