@@ -25,6 +25,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <optional>
 #include <string>
@@ -133,6 +134,8 @@ class BoundStep {
       const at::Tensor& param = tensor(row.param);
       row.sizes = param.sizes();
       row.strides = param.strides();
+      if (own_memory(row.param) && strided(*param.unsafeGetTensorImpl(), {}))
+        row.keys = param.key_set();
       row.requires_grad = param.requires_grad();
       row.distributed = !own_memory(row.param) && PyObject_HasAttr(row.param, name("_local_tensor"));
       if (row.distributed)
@@ -186,9 +189,9 @@ class BoundStep {
  private:
   static constexpr size_t none = SIZE_MAX, param_found = 0, grad_found = 1, state_found = 2;
   static constexpr int64_t grain = 128; // rows that are worth a thread
-  // Elements that are stepped in some ten microseconds. Counting references to what they lie in would take as long;
-  // keeping the GIL for that time serves as well.
-  static constexpr int64_t brief = 1 << 17;
+  // Elements that are stepped in less than a millisecond, a fifth of the time that Python lets a thread have the GIL. To
+  // keep it serves as well as to count references to what they lie in, which may take as long as the launch.
+  static constexpr int64_t brief = 1 << 20;
   static constexpr int64_t ahead = 2;   // rows
 
   // The time of a step, at the end of which the memory it has used is let go of.
@@ -217,11 +220,12 @@ class BoundStep {
     size_t bucket, set;
     int64_t index; // of the parameter in its group
     at::DimVector sizes{}, strides{};
+    c10::DispatchKeySet keys{};
     bool requires_grad = false, distributed = false;
     bool on = false, copied = false; // whether it has a gradient, and one in another layout
     py::object spec{};               // how a DTensor is spread
     size_t first_number = 0, first_tensor = 0;
-    std::vector<const void*> dict_lines{}, tensor_lines{}; // of cache, to fetch early
+    size_t first_line = 0, dict_lines = 0, lines = 0; // of cache, to fetch early: its dict's, then all others
   };
 
   // Rows of a bucket whose numbers are equal: they share scalars.
@@ -272,7 +276,7 @@ class BoundStep {
       if (!check_group(g, PyList_GET_ITEM(groups.ptr(), g)))
         return false;
     for (PyObject* param : absent_)
-      if (tensor(param).grad().defined())
+      if (grad_of(tensor(param)).defined())
         return no("a parameter has a gradient for the first time");
     if (!look_up(state))
       return no("a parameter has no state");
@@ -295,6 +299,7 @@ class BoundStep {
     if (state.ptr() == state_ && now == version_ && now >= 0)
       return true;
     version_ = -1;
+    lines_.clear();
     for (Row& row : rows_) {
       PyObject* found = PyDict_GetItemWithError(state.ptr(), row.param);
       if (!found && PyErr_Occurred())
@@ -311,8 +316,8 @@ class BoundStep {
   bool check_rows(size_t begin, size_t end) {
     for (size_t i = begin; i < end; ++i) {
       if (i + 3 * ahead < end) {
-        prefetch(rows_[i + 3 * ahead].tensor_lines);
-        prefetch(rows_[i + 3 * ahead].dict_lines);
+        const Row& early = rows_[i + 3 * ahead];
+        prefetch(early, early.lines);
       }
       // Gradients are new in every step: their memory is known once the parameter is here.
       if (i + 2 * ahead < end)
@@ -390,11 +395,12 @@ class BoundStep {
     if (!own_memory(value))
       return false;
     const at::Tensor &now = tensor(value), &then = tensor(hyper.value.ptr());
-    if (now.layout() != at::kStrided || now.scalar_type() != then.scalar_type() || now.device() != then.device() ||
-        now.numel() != 1 || now.is_neg() || !is_there(now) || !now.const_data_ptr())
+    const void* data;
+    if (!strided(*now.unsafeGetTensorImpl(), {}) || now.is_neg() || now.scalar_type() != then.scalar_type() ||
+        now.device() != then.device() || now.numel() != 1 || !address_of(*now.unsafeGetTensorImpl(), data) || !data)
       return false;
     held_.push_back(now);
-    const auto address = reinterpret_cast<int64_t>(now.const_data_ptr());
+    const auto address = reinterpret_cast<int64_t>(data);
     for (const uintptr_t word : hyper.words) {
       auto* cell = reinterpret_cast<int64_t*>(word);
       if (*cell != address && !all_movable())
@@ -418,33 +424,69 @@ class BoundStep {
            std::equal(PyBytes_AS_STRING(a), PyBytes_AS_STRING(a) + PyBytes_GET_SIZE(a), PyBytes_AS_STRING(b));
   }
 
-  // Whether the storage of a dense tensor is as large as that needs: it may have been freed or cut.
-  static bool is_there(const at::Tensor& t) {
-    return t.storage().nbytes() >= (t.storage_offset() + t.numel()) * t.itemsize() || !t.numel();
+  // The tensor's gradient. Tensor::grad() asks first whether it is a leaf, for the sake of a warning.
+  static const at::Tensor& grad_of(const at::Tensor& t) {
+    static const at::Tensor undefined;
+    const auto* meta = static_cast<const torch::autograd::AutogradMeta*>(t.unsafeGetTensorImpl()->autograd_meta());
+    return meta ? meta->grad_ : undefined;
   }
 
-  // Whether both have the same sizes, and flat position i is the same element in both.
-  static bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  // Whether it is a stride through memory of its own: a tensor with the dispatch keys of one that is (`like`) is too.
+  static bool strided(const at::TensorImpl& t, c10::DispatchKeySet like) {
+    return t.key_set() == like || (t.has_storage() && t.layout() == at::kStrided);
+  }
+
+  // torch has real tensors whose memory holds their negative.
+  static bool negative(const at::TensorImpl& t) { return t.key_set().has(c10::DispatchKey::Negative); }
+
+  static bool equal(at::IntArrayRef a, at::IntArrayRef b) { // of few: calling memcmp takes longer
+    if (a.size() != b.size())
+      return false;
+    for (size_t i = 0; i < a.size(); ++i)
+      if (a[i] != b[i])
+        return false;
+    return true;
+  }
+
+  static at::ScalarType scalar_type(const at::TensorImpl& t) { return c10::typeMetaToScalarType(t.dtype()); }
+  static intptr_t address(const at::TensorImpl& t) {
+    const void* found;
+    address_of(t, found);
+    return reinterpret_cast<intptr_t>(found);
+  }
+
+  // Where its first element is, if its storage is as large as a dense tensor needs: it may have been freed or cut.
+  static bool address_of(const at::TensorImpl& t, const void*& address) {
+    const c10::StorageImpl& storage = *t.unsafe_storage().unsafeGetStorageImpl();
+    const int64_t before = t.storage_offset() * static_cast<int64_t>(t.itemsize());
+    address = static_cast<const char*>(storage.data()) + before;
+    if (!t.numel())
+      return true;
+    return static_cast<int64_t>(storage.nbytes()) >= before + t.numel() * static_cast<int64_t>(t.itemsize());
+  }
+
+  // Whether flat position i is the same element in both, which have the same sizes.
+  static bool same_layout(const at::TensorImpl& a, const at::TensorImpl& b) {
     const auto x = a.strides(), y = b.strides(), sizes = b.sizes();
     for (size_t i = 0; i < sizes.size(); ++i)
-      if (sizes[i] != 1 && x[i] != y[i])
+      if (x[i] != y[i] && sizes[i] != 1)
         return false;
-    return !a.is_neg(); // torch has real tensors whose memory holds their negative
+    return true;
   }
 
   // Puts the tensor's address into the table; why not, or null. `found`: where to note it for the rest of the step.
-  const char* take(const Run& run, Row& row, size_t found, const at::Tensor& t, int64_t column, bool written) {
-    if (!t.has_storage() || !is_there(t))
+  const char* take(const Run& run, Row& row, size_t found, at::TensorImpl& t, int64_t column, bool written) {
+    const void* data;
+    if (!address_of(t, data))
       return "the memory of a tensor was freed or cut";
     // Two tensors may share memory until one is written to; the long way separates them.
-    if (written && c10::impl::cow::is_cow_data_ptr(t.storage().data_ptr()))
+    if (written && c10::impl::cow::is_cow_data_ptr(t.unsafe_storage().data_ptr()))
       return "a tensor shares its memory with a lazy copy";
-    const void* data = t.const_data_ptr();
     if (!data && t.numel()) // a wrapper, whose elements are in another tensor
       return "a tensor has its elements elsewhere";
-    found_[row.first_tensor + found] = written ? t.unsafeGetTensorImpl() : nullptr;
+    found_[row.first_tensor + found] = written ? &t : nullptr;
     if (owning_)
-      owned_[row.first_tensor + found] = t.storage();
+      owned_[row.first_tensor + found] = t.unsafe_storage();
     if (column < 0)
       return nullptr;
     int64_t& word = row.words[column];
@@ -457,51 +499,47 @@ class BoundStep {
 
   const char* check_row(Row& row) {
     const at::Tensor& param = tensor(row.param);
-    const at::Tensor& grad = param.grad();
-    return check_tensors(row, param, grad, [](PyObject* value) -> const at::Tensor* {
+    return check_tensors(row, param, grad_of(param), [](PyObject* value) -> const at::Tensor* {
       return own_memory(value) ? &tensor(value) : nullptr;
     });
   }
 
   // `state(value)` is the tensor that an entry is, null if it is none that kernels could take.
   template <class State>
-  const char* check_tensors(Row& row, const at::Tensor& param, const at::Tensor& grad, const State& state) {
+  const char* check_tensors(Row& row, const at::Tensor& whole, const at::Tensor& its_grad, const State& state) {
     const Bucket& bucket = buckets_[row.bucket];
     const Run& run = runs_[bucket.launch];
     row.copied = false;
-    row.on = grad.defined();
+    row.on = its_grad.defined();
     if (!row.on)
       return run.native ? nullptr : "it has no gradient";
-    if (!grad.use_count()) // another thread is freeing it, see `settle`
+    if (!its_grad.use_count()) // another thread is freeing it, see `settle`
       return "its gradient is being dropped";
-    if (param.layout() != at::kStrided || param.scalar_type() != bucket.param || !same_sizes(param, row) ||
-        param.is_neg() || !param.is_non_overlapping_and_dense())
+    at::TensorImpl &param = *whole.unsafeGetTensorImpl(), &grad = *its_grad.unsafeGetTensorImpl();
+    const bool as_it_was = row.distributed || (equal(param.sizes(), row.sizes) && equal(param.strides(), row.strides));
+    if (!strided(param, row.keys) || negative(param) || scalar_type(param) != bucket.param ||
+        (!as_it_was && (!equal(param.sizes(), row.sizes) || !param.is_non_overlapping_and_dense())))
       return "it is of another dtype or shape, or not dense in memory";
-    if (bucket.looked_at && (param.strides() != at::IntArrayRef(row.strides) ||
+    if (bucket.looked_at && (!equal(param.strides(), row.strides) ||
                              tensor(row.param).requires_grad() != row.requires_grad))
       return "an attribute that callbacks ask for may have changed";
-    if (grad.layout() != at::kStrided || grad.scalar_type() != bucket.grad || grad.device() != param.device() ||
-        grad.sizes() != param.sizes())
+    if (!strided(grad, row.keys) || scalar_type(grad) != bucket.grad || grad.device() != param.device() ||
+        !equal(grad.sizes(), param.sizes()))
       return "its gradient is of another layout, dtype, device or shape";
     if (const char* why = take(run, row, param_found, param, bucket.param_column, bucket.param_written))
       return why;
     if (const char* why = take(run, row, grad_found, grad, bucket.grad_column, false))
       return why;
     // One in the parameter's own memory would change while kernels read it.
-    const int64_t apart = reinterpret_cast<intptr_t>(grad.const_data_ptr()) - reinterpret_cast<intptr_t>(param.const_data_ptr());
-    const auto bytes = static_cast<int64_t>(std::max(param.nbytes(), grad.nbytes()));
-    row.copied = !same_layout(grad, param) || (std::abs(apart) < bytes);
+    const auto bytes = static_cast<intptr_t>(param.numel() * std::max(param.itemsize(), grad.itemsize()));
+    row.copied = negative(grad) || !same_layout(grad, param) || std::abs(address(grad) - address(param)) < bytes;
     if (row.copied && !run.native) // whose launch comes when the copy is gone
       return "its gradient is of another layout than its kernel takes";
     return check_state(row, bucket, run, param, state);
   }
 
-  static bool same_sizes(const at::Tensor& param, const Row& row) {
-    return row.distributed || param.sizes() == at::IntArrayRef(row.sizes);
-  }
-
   template <class State>
-  const char* check_state(Row& row, const Bucket& bucket, const Run& run, const at::Tensor& param, const State& state) {
+  const char* check_state(Row& row, const Bucket& bucket, const Run& run, const at::TensorImpl& param, const State& state) {
     Py_ssize_t position = 0;
     PyObject *key, *value;
     size_t number = row.first_number;
@@ -526,20 +564,20 @@ class BoundStep {
           ++number;
           break;
         default: {
-          const at::Tensor* t = state(value);
-          if (!t)
+          const at::Tensor* found = state(value);
+          if (!found)
             return "a tensor in its state is of another kind";
+          at::TensorImpl& t = *found->unsafeGetTensorImpl();
           if (entry.kind == Entry::Kind::other) {
-            if (t->scalar_type() != *entry.dtype || t->sizes() == param.sizes())
+            if (scalar_type(t) != *entry.dtype || equal(t.sizes(), param.sizes()))
               return "a tensor in its state is of another dtype or shape";
             break;
           }
           const bool whole = entry.kind == Entry::Kind::whole;
-          if (t->layout() != at::kStrided || t->scalar_type() != *entry.dtype || t->device() != param.device() ||
-              t->is_neg() ||
-              (whole ? t->dim() != 0 : t->sizes() != param.sizes() || !same_layout(*t, param)))
+          if (!strided(t, row.keys) || negative(t) || scalar_type(t) != *entry.dtype || t.device() != param.device() ||
+              (whole ? t.dim() != 0 : !equal(t.sizes(), param.sizes()) || !same_layout(t, param)))
             return "a tensor in its state is of another dtype, shape or layout";
-          if (const char* why = take(run, row, state_found + e, *t, entry.column, entry.written))
+          if (const char* why = take(run, row, state_found + e, t, entry.column, entry.written))
             return why;
         }
       }
@@ -588,7 +626,7 @@ class BoundStep {
     const at::Tensor& whole = tensor(row.param);
     if (whole.sizes() != at::IntArrayRef(row.sizes))
       return "it is of another shape";
-    const at::Tensor& grad = whole.grad();
+    const at::Tensor& grad = grad_of(whole);
     if (grad.defined() && !grad.use_count())
       return "its gradient is being dropped";
     const at::Tensor* param = local(row, row.param);
@@ -808,7 +846,7 @@ class BoundStep {
       }
     for (size_t i = 0; i < rows_.size(); ++i) {
       if (i + ahead < rows_.size())
-        prefetch(rows_[i + ahead].dict_lines);
+        prefetch(rows_[i + ahead], rows_[i + ahead].dict_lines);
       const Row& row = rows_[i];
       const Bucket& bucket = buckets_[row.bucket];
       for (size_t k = 0; row.on && k < bucket.outputs.size(); ++k)
@@ -837,51 +875,60 @@ class BoundStep {
   // After a training step nothing of this is in cache, and following pointers one by one would take most of the time.
   // So the memory behind them is remembered and asked for some rows early. It may be somebody else's by now: fetching
   // it is harmless, and `check_row` follows the pointers themselves.
-  static void prefetch(const std::vector<const void*>& lines) {
-    for (const void* line : lines)
-      __builtin_prefetch(line);
+  void prefetch(const Row& row, size_t n) const {
+    const uintptr_t* lines = lines_.data() + row.first_line;
+    for (size_t k = 0; k < n; ++k)
+      __builtin_prefetch(reinterpret_cast<const void*>(lines[k]));
   }
 
   static void prefetch_gradient(const Row& row) {
-    if (const at::Tensor& grad = tensor(row.param).grad(); grad.defined())
+    if (const at::Tensor& grad = grad_of(tensor(row.param)); grad.defined())
       for (size_t k = 0; k < sizeof(at::TensorImpl); k += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(grad.unsafeGetTensorImpl()) + k);
   }
 
   static void prefetch_storage(const Row& row) {
-    if (const at::Tensor& grad = tensor(row.param).grad(); grad.defined() && grad.has_storage())
-      __builtin_prefetch(grad.storage().unsafeGetStorageImpl());
+    if (const at::Tensor& grad = grad_of(tensor(row.param)); grad.defined())
+      __builtin_prefetch(grad.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
   }
 
-  void take_state(Row& row, PyObject* state) const {
+  // `row` is the next of those whose lines are remembered.
+  void take_state(Row& row, PyObject* state) {
     if (!PyDict_CheckExact(state))
       throw py::type_error("a parameter's state is a dict");
     row.state = state;
-    row.dict_lines.clear();
-    row.tensor_lines.clear();
-    remember(row.tensor_lines, row.param, 64);
-    remember(row.dict_lines, state, 64);
-    remember(row.dict_lines, reinterpret_cast<PyDictObject*>(state)->ma_keys, 128);
-    remember(row.tensor_lines, tensor(row.param).unsafeGetTensorImpl()->autograd_meta(), 64);
-    remember_tensor(row.tensor_lines, tensor(row.param));
+    row.first_line = lines_.size();
+    remember(row, state, 64);
+    remember(row, reinterpret_cast<PyDictObject*>(state)->ma_keys, 128);
+    row.dict_lines = lines_.size() - row.first_line;
+    remember(row, row.param, 64);
+    remember(row, tensor(row.param).unsafeGetTensorImpl()->autograd_meta(), 64);
+    remember_tensor(row, tensor(row.param));
     Py_ssize_t position = 0;
     PyObject *key, *value;
     while (PyDict_Next(state, &position, &key, &value))
       if (own_memory(value)) {
-        remember(row.tensor_lines, value, 64);
-        remember_tensor(row.tensor_lines, tensor(value));
+        remember(row, value, 32);
+        remember_tensor(row, tensor(value));
       }
+    row.lines = lines_.size() - row.first_line;
   }
 
-  static void remember(std::vector<const void*>& lines, const void* start, size_t bytes) {
-    for (size_t k = 0; k < bytes; k += 64)
-      lines.push_back(static_cast<const char*>(start) + k);
+  void remember(const Row& row, const void* start, size_t bytes) {
+    const auto first = reinterpret_cast<uintptr_t>(start);
+    for (uintptr_t line = first & ~63; line < first + bytes; line += 64)
+      if (std::find(lines_.begin() + row.first_line, lines_.end(), line) == lines_.end())
+        lines_.push_back(line);
   }
 
-  static void remember_tensor(std::vector<const void*>& lines, const at::Tensor& t) {
-    remember(lines, t.unsafeGetTensorImpl(), sizeof(at::TensorImpl));
+  void remember_tensor(const Row& row, const at::Tensor& t) {
+    const at::TensorImpl& impl = *t.unsafeGetTensorImpl();
+    remember(row, &impl, sizeof(impl));
     if (t.has_storage())
-      remember(lines, t.storage().unsafeGetStorageImpl(), 64);
+      remember(row, t.storage().unsafeGetStorageImpl(), 64);
+    const void* counter; // the only thing in it, and nobody's business but the cache's
+    std::memcpy(&counter, &impl.version_counter(), sizeof(counter));
+    remember(row, counter, 24);
   }
 
   std::vector<Group> groups_;
@@ -895,6 +942,7 @@ class BoundStep {
   std::vector<Scalar> cells_, numbers_;
   std::vector<Set> sets_;
   std::vector<std::vector<size_t>> sets_of_; // each bucket's
+  std::vector<uintptr_t> lines_;
   // While a step runs: tensors that are written to, memory that is used, and what Python objects were asked for.
   std::vector<at::TensorImpl*> found_, wrappers_;
   std::vector<c10::Storage> owned_;
