@@ -290,6 +290,23 @@ def test_the_norm_is_over_groups_dtypes_and_parameters_that_have_a_gradient():
         assert opt.grad_norm.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_without_elements_adds_nothing_to_the_norm(backend, monkeypatch):
+    """No kernel writes the sum of its squares, so that must not be what memory held before."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written is NaN
+    try:
+        params = parameters(shapes=[(40,), (0,), (3,)])
+        opt = optim.SGD(params, lr=0.1, max_grad_norm=1.0, backend=backend)
+        for grads in gradients(3, shapes=[(40,), (0,), (3,)]):
+            give(params, grads)
+            opt.step()
+            expected = torch.cat([g.flatten().double() for g in grads]).norm()
+            assert opt.grad_norm.item() == pytest.approx(expected.item(), rel=1e-6)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_the_norm_is_measured_again_on_warm_steps_and_its_limit_is_live():
     ours, plain = parameters(torch.float64), parameters(torch.float64)
     opt, twin = optim.SGD(ours, lr=0.1, max_grad_norm=0.5), optim.SGD(plain, lr=0.1)

@@ -101,7 +101,8 @@ class Norm:
         self.main = rows[0][1][0].param.device
         self.devices = {item.param.device for _, items in rows for item in items}
         sizes = [len(items) for _, items in rows]
-        self.squares = torch.empty(sum(sizes), dtype=torch.float64, device=self.main)
+        self.squares = torch.zeros(sum(sizes), dtype=torch.float64, device=self.main)
+        """Zeros: a kernel writes no square of a gradient without elements."""
         self.pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Squares on other devices, and where they belong."""
         self.resident = any(item.hyper.get("capturable") for _, items in rows for item in items)
@@ -112,7 +113,7 @@ class Norm:
         self.kernels: list[tuple[Kernel, int]] = []
         for (backend, items), piece in zip(rows, self.squares.split(sizes), strict=True):
             device = items[0].param.device
-            out = piece if device == self.main else torch.empty_like(piece, device=device)
+            out = piece if device == self.main else torch.zeros_like(piece, device=device)
             self.pieces += [] if out is piece else [(out, piece)]
             if backend is None:
                 self._eager.append((out, items[0]))
