@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from fusedopt import backends
 from fusedopt.extension import leaf
-from fusedopt.step import engine
+from fusedopt.step import buckets
 
 OURS = ("FUSEDOPT_BACKEND", "FUSEDOPT_DEBUG", "FUSEDOPT_CACHE_DIR")
 ROOT = Path(__file__).parents[1]
@@ -112,6 +112,6 @@ def one_thread(same_start):
 def nothing_compiled(monkeypatch):
     """As in a fresh process: no kernel is loaded, no trace is known."""
     monkeypatch.setattr(backends, "_made", {})
-    engine._known_traces.cache_clear()
+    buckets.known_traces.cache_clear()
     yield
-    engine._known_traces.cache_clear()
+    buckets.known_traces.cache_clear()

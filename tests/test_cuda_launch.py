@@ -26,7 +26,7 @@ from fusedopt.backends.cuda import render as renderer
 from fusedopt.compile import BuildError, cache, toolchain
 from fusedopt.extension import leaf
 from fusedopt.kernels import source as skeleton
-from fusedopt.step import engine
+from fusedopt.step import buckets
 
 pytestmark = needs_extension
 ROOT = Path(__file__).parent
@@ -213,7 +213,7 @@ def test_joining_does_not_depend_on_how_many_blocks_there_are(fake):
     for blocks in (1, 2, 100):
         fake.blocks = blocks
         backends._made["cuda"]._kernels.clear()
-        engine._known_traces.cache_clear()
+        buckets.known_traces.cache_clear()
         torch.manual_seed(0)
         params = parameters(3 * 65536 + 5)
         opt = fusedopt.Lamb(params, lr=0.01, wd=0.01)

@@ -19,7 +19,7 @@ from fusedopt.backends.cpp import backend as cpu
 from fusedopt.extension import leaf
 from fusedopt.ir.ops import is_reduction
 from fusedopt.ir.program import interpret
-from fusedopt.step import engine, scaling
+from fusedopt.step import buckets, scaling
 
 SIZES = (3, 0, 100, 65536 + 5)
 
@@ -74,7 +74,7 @@ class Checked(cpu.Cpp):
 def launch(monkeypatch):
     """The checked launches of this test."""
     monkeypatch.setitem(backends._made, "cpp", Checked())
-    monkeypatch.setattr(engine, "_known_traces", lambda *args: {})
+    monkeypatch.setattr(buckets, "known_traces", lambda *args: {})
     monkeypatch.setattr(CheckedLaunch, "ran", [])
     return CheckedLaunch
 

@@ -28,7 +28,7 @@ import fusedopt
 from fusedopt import backends, callbacks, weight_decay
 from fusedopt.backends.cpp import backend as cpu
 from fusedopt.extension import leaf
-from fusedopt.step import engine, verdicts
+from fusedopt.step import buckets, verdicts
 from fusedopt.table import TABLE
 from fusedopt.trace.number import ARITHMETIC
 from fusedopt.trace.purity import ACTS, PURE, READS, VARIES, Verdict, examine, is_pure
@@ -58,22 +58,22 @@ def forget(opt):
 @pytest.fixture(autouse=True)
 def fresh_traces():
     """No trace is shared between tests."""
-    engine._known_traces.cache_clear()
+    buckets.known_traces.cache_clear()
     yield
-    engine._known_traces.cache_clear()
+    buckets.known_traces.cache_clear()
 
 
 @pytest.fixture
 def traces(monkeypatch):
     """The traces made, as a list that grows: none is made by a step that replays."""
     made = []
-    original = engine.trace
+    original = buckets.trace
 
     def spy(*args, **kwargs):
         made.append(original(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(engine, "trace", spy)
+    monkeypatch.setattr(buckets, "trace", spy)
     return made
 
 
@@ -458,7 +458,7 @@ def test_mutation_naive_replay_would_be_wrong(unsound, naive):
 
 @pytest.mark.parametrize("factory", BY_ARGUMENTS, ids=attrgetter("__name__"))
 def test_mutation_objects_taken_for_plain_values_would_be_wrong(factory, monkeypatch):
-    monkeypatch.setattr(engine, "is_plain", lambda values: True)
+    monkeypatch.setattr(buckets, "is_plain", lambda values: True)
     found = zip(run_unsound(factory, "cpp"), run_unsound(factory, "reference"), strict=True)
     assert not all(torch.allclose(ours, eager, rtol=1e-3, atol=1e-3) for ours, eager in found)
 
@@ -984,7 +984,7 @@ def test_a_number_that_escapes_with_every_step_is_not_kept_for_replay(traces):
     for _ in range(12):
         opt.step()
     assert len(traces) == 12
-    assert not any(opt.engine._known.values()), "nothing is kept that would never be used"
+    assert not any(opt.engine.buckets.known.values()), "nothing is kept that would never be used"
     assert len(opt.explain().compiled) == 1
 
 
@@ -997,7 +997,7 @@ def test_a_callback_whose_numbers_escape_with_the_learning_rate_keeps_few_traces
     for t in range(40):
         opt.set_hyper("lr", 0.1 + t)
         opt.step()
-    assert sum(map(len, opt.engine._known.values())) <= engine.MAX_KNOWN + 1
+    assert sum(map(len, opt.engine.buckets.known.values())) <= buckets.MAX_KNOWN + 1
     assert len(opt.explain().compiled) == 1
 
 
@@ -1007,7 +1007,7 @@ def test_other_kinds_of_numbers_keep_one_trace(kind, traces):
     for t in range(10):
         opt.param_groups[0]["lr"] = kind(0.1 + t)
         opt.step()
-    assert len(traces) == len(opt.engine._known) == 1
+    assert len(traces) == len(opt.engine.buckets.known) == 1
     assert not opt.explain().eager
 
 
@@ -1090,7 +1090,7 @@ def test_replayed_numbers_equal_the_callbacks_exactly(row, variant, sets, no_ker
     repeated, replayed, traced = opts
     with monkeypatch.context() as patch:
         patch.setattr(verdicts, "examine", lambda callback: Verdict(VARIES))
-        assert not any(traced.engine.verdicts.lasting)
+        assert not any(traced.engine.buckets.verdicts.lasting)
     steps = 50 if sets == 1 else 14
     scalars = {opt: [] for opt in opts}
     counts = dict.fromkeys(opts, 0)

@@ -24,7 +24,7 @@ import fusedopt
 from fusedopt import optim
 from fusedopt.extension import leaf
 from fusedopt.optimizer import names
-from fusedopt.step import commit, engine
+from fusedopt.step import buckets, commit
 
 RULES = {
     "AdamW": lambda ps, **o: optim.AdamW(ps, lr=0.01, **o),
@@ -675,11 +675,11 @@ def test_a_flag_that_never_stays_the_same_does_not_pile_up():
     for t in range(200):
         opt.param_groups[0]["flag"] = f"step {t}"
         steps(opt, params)
-    known = opt.engine._known
-    assert len(known) <= engine.MAX_STRUCTURES
+    known = opt.engine.buckets.known
+    assert len(known) <= buckets.MAX_STRUCTURES
     del opt
     gc.collect()
-    assert len(known) <= engine.KEPT_STRUCTURES
+    assert len(known) <= buckets.KEPT_STRUCTURES
 
 
 @pytest.mark.filterwarnings("ignore:fusedopt. most of the last")
@@ -689,8 +689,8 @@ def test_shapes_that_keep_changing_do_not_pile_up():
     for t in range(100):
         params[0].data = torch.zeros(t + 1)
         steps(opt, params)
-    assert len(opt.engine._known) <= engine.MAX_STRUCTURES
-    assert len(opt.engine.verdicts.unfused) <= engine.MAX_STRUCTURES
+    assert len(opt.engine.buckets.known) <= buckets.MAX_STRUCTURES
+    assert len(opt.engine.buckets.verdicts.unfused) <= buckets.MAX_STRUCTURES
 
 
 def closure(x):
@@ -708,7 +708,7 @@ def test_closures_go_with_their_optimizers():
         opt = fusedopt.Optimizer(params, cb, lr=0.1)
         steps(opt, params, 2)
         gone += [weakref.ref(cb), weakref.ref(opt), weakref.ref(opt.engine)]
-        gone += map(weakref.ref, opt.engine.history.used)
+        gone += map(weakref.ref, opt.engine.buckets.history.used)
     del opt, params, cb
     gc.collect()
     alive = {id(ref()): type(ref()).__name__ for ref in gone if ref() is not None}

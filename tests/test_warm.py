@@ -24,7 +24,7 @@ import fusedopt
 from fusedopt import average_grad, l2_reg, momentum_step, weight_decay
 from fusedopt.extension import leaf
 from fusedopt.optimizer.groups import ParamGroups
-from fusedopt.step import engine, items, transforms, verdicts
+from fusedopt.step import buckets, items, transforms, verdicts
 from fusedopt.table import TABLE
 from fusedopt.trace.purity import VARIES, Verdict
 
@@ -193,7 +193,7 @@ def test_a_warm_step_sees_nothing_but_tables(monkeypatch):
     twins.b.step()
     monkeypatch.setattr(ParamGroups, "items", refuse)
     monkeypatch.setattr(fusedopt.Optimizer, "_step_anew", refuse)
-    monkeypatch.setattr(engine, "trace", refuse)
+    monkeypatch.setattr(buckets, "trace", refuse)
     monkeypatch.setattr(transforms, "active", lambda: False)  # the mode is here to watch
     with NoOps():
         twins.a.step()

@@ -14,7 +14,7 @@ from fusedopt.backends.base import HEAD
 from fusedopt.backends.triton import render as renderer
 from fusedopt.ir.ops import OPS, Op
 from fusedopt.ir.program import Buffer, Graph, Program, verify
-from fusedopt.step import engine
+from fusedopt.step import buckets
 
 DTYPES = {
     "float32": (torch.float32, None),
@@ -69,7 +69,7 @@ def recording() -> Iterator[list[Traced]]:
     recorder = _Recorder()
     with (
         mock.patch.dict(backends._made, cpp=recorder),
-        mock.patch.object(engine, "_known_traces", lambda *args: {}),
+        mock.patch.object(buckets, "known_traces", lambda *args: {}),
     ):
         yield recorder.found
 

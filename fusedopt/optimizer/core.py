@@ -174,11 +174,11 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def engine(self) -> Engine:
         """The compiler and runtime behind ``step``; made anew when callbacks, or what they read, are changed."""
-        if self._engine is None or not self._engine.follows(self.cbs):
+        if self._engine is None or not self._engine.buckets.follow(self.cbs):
             title = self.title or type(self).__name__
             if title == "Optimizer":
                 title = name_of(self.cbs[-1]) if self.cbs else "nothing"
-            said = self._engine.verdicts.said if self._engine else None
+            said = self._engine.buckets.verdicts.said if self._engine else None
             self._engine = Engine(self.cbs, self.backend, title, self.state_dtype, said)
         return self._engine
 
@@ -298,7 +298,7 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError("a parameter is listed twice, and stepped within a transform; list it once")
         if made_in is None and (names := transforms.names()):
             what = f"operations go through {names}, so parameters are stepped unfused, by operations that it sees"
-            self.engine.verdicts.warn("transformed", what)
+            self.engine.buckets.verdicts.warn("transformed", what)
         engine = Engine(self.cbs, "reference", "transformed", self.state_dtype)
         engine.step(todo, self._scaling.fresh())
         self.groups.keep(todo)

@@ -118,14 +118,14 @@ def explain(opt: Optimizer) -> Explanation:
     engine = opt.engine
     launched = engine.launched or engine.foresee(opt.groups.items(opt._scaling, pretend=True))
     names = sorted({k.backend for k, _ in launched}) or ["reference"]
-    used = {k: (label, why) for k, label, why in engine.history.used.values()}
+    used = {k: (label, why) for k, label, why in engine.buckets.history.used.values()}
     used |= {k: (k.name, "max_grad_norm") for k, _ in (engine.norm.kernels if engine.norm else [])}
     return Explanation(
         optimizer=opt.title or type(opt).__name__,
         backend=" and ".join(names),
         callbacks=tuple(name_of(cb) for cb in opt.cbs),
         stages=tuple(s for kernel, n in launched for s in _stages(kernel, used[kernel][0], n)),
-        eager=engine.verdicts.all() if engine.backend != "reference" else (),
+        eager=engine.buckets.verdicts.all() if engine.buckets.backend != "reference" else (),
         compiled=tuple(
             Compiled(label, why, k.source_path, k.seconds, k.cached) for k, (label, why) in used.items()
         ),

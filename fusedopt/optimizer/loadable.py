@@ -158,10 +158,10 @@ def _check_entry(key: str, first: Any, state: Mapping[str, Any], p: torch.Tensor
 
 def _first_state(opt: Optimizer, p: torch.Tensor, hyper: dict[str, Any]) -> dict[str, Any]:
     """What a first step leaves in the state, by the names it is stored under: buffers and numbers. Empty if unknown."""
-    if not all(opt.engine.verdicts.lasting):
+    if not all(opt.engine.buckets.verdicts.lasting):
         return {}  # calling such a callback would do something
     takers = [function_of(cb) for cb in opt.cbs]
-    item, attributes = Item(p.detach(), p.detach(), {}, (0, 0), hyper), opt.engine.attributes
+    item, attributes = Item(p.detach(), p.detach(), {}, (0, 0), hyper), opt.engine.buckets.attributes
     while True:
         try:
             traced = trace(opt.cbs, item.signature(attributes, False), hyper, state_dtype=opt.state_dtype)

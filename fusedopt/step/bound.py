@@ -9,10 +9,10 @@ A step that is none of those bound so far says why, is bound, and then runs like
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,32 +23,15 @@ from ..extension import leaf
 from ..ir.program import Buffer
 from ..trace.signature import PLAIN, Foreign
 from . import sharded
-from .items import Item
+from .buckets import Bucket
+from .items import Groups, Item
+from .launching import Launched
 from .scaling import Norm, Scaling
-
-if TYPE_CHECKING:
-    from .engine import Bucket, Launched
 
 MOST = 6
 """Bound steps of one optimizer that are kept: the sides of branches that a schedule visits, losses in turn."""
 RECENT = 16
 """Steps of which most have to be bound anew before that is worth a warning."""
-
-
-class Groups(Protocol):
-    """What is asked of `optimizer.groups.ParamGroups`."""
-
-    @property
-    def live(self) -> list[dict[str, Any]]: ...
-    @property
-    def state(self) -> dict[Any, Any]: ...
-    @property
-    def roles(self) -> Any: ...
-    def called(self, stored: str) -> str: ...
-    def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]: ...
-    def hand_over(self, item: Item) -> Callable[[], None]: ...
-    def resting(self, stepped: list[Item]) -> list[Item]: ...
-    def keep(self, todo: list[Item]) -> None: ...
 
 
 class Unbound(Exception):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -110,6 +110,22 @@ class Item:
         read = tuple([(name, self.attribute(name)) for name in attributes])
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None
         return p.device, p.dtype, self.grad.dtype, tuple(state), read, asked, p.dim() == 0, modes
+
+
+class Groups(Protocol):
+    """What is asked of `optimizer.groups.ParamGroups`."""
+
+    @property
+    def live(self) -> list[dict[str, Any]]: ...
+    @property
+    def state(self) -> dict[Any, Any]: ...
+    @property
+    def roles(self) -> Any: ...
+    def called(self, stored: str) -> str: ...
+    def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]: ...
+    def hand_over(self, item: Item) -> Callable[[], None]: ...
+    def resting(self, stepped: list[Item]) -> list[Item]: ...
+    def keep(self, todo: list[Item]) -> None: ...
 
 
 def _visible(value: Any, p: torch.Tensor, modes: Modes) -> Any:

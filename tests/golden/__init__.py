@@ -26,7 +26,7 @@ from fusedopt.backends.cpp import backend as cpu
 from fusedopt.backends.cpp import render as cpp
 from fusedopt.compile import toolchain
 from fusedopt.kernels import source as skeleton
-from fusedopt.step import engine
+from fusedopt.step import buckets
 
 FOLDER = Path(__file__).parent
 EXAMPLE = FOLDER.parents[1] / "kernels" / "cpu_example.inc"
@@ -54,7 +54,7 @@ def nothing_is_compiled() -> Iterator[list[str]]:
     with (
         mock.patch.dict(os.environ, FUSEDOPT_BACKEND="cpp"),
         mock.patch.dict(backends._made, cpp=cpu.Cpp()),  # one that knows no kernel, and is forgotten
-        mock.patch.object(engine, "_known_traces", lambda *args: {}),
+        mock.patch.object(buckets, "known_traces", lambda *args: {}),
         mock.patch.object(toolchain, "compile_library", compile_library),
         mock.patch.object(cpu.Launch, "native", lambda self: None),
         mock.patch.object(cpu.Launch, "planned", lambda self, slots: ([], self.address, [])),

@@ -1,0 +1,275 @@
+"""Sort the tensors of a step into buckets, and trace and compile what their callbacks do: each bucket gets its kernel.
+
+A bucket is the parameters of one group that callbacks cannot tell apart. Compiled traces are kept: a later step with
+other numbers replays the scalar program of one, where that is sound, and runs no callback.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any
+
+import torch
+
+from .. import backends
+from ..backends import Backend, Kernel
+from ..callback import identity, name_of, place_of
+from ..trace.number import Scalar
+from ..trace.purity import sources_of
+from ..trace.replay import Replay, can_replay
+from ..trace.signals import NeedsAttribute, Untraceable
+from ..trace.signature import Signature, is_plain, static_of, structure_of
+from ..trace.snapshot import Snapshot
+from ..trace.tracer import Trace, trace
+from . import sharded
+from .history import History
+from .items import Item
+from .verdicts import ActsAfterAll, Verdicts
+
+MAX_STRUCTURES = 32
+"""Structures whose traces or verdicts are kept while an optimizer lives, so that what changes with every step cannot
+pile up: flags that are other strings, shapes that callbacks read."""
+KEPT_STRUCTURES = 4
+"""Those whose traces are kept for the next optimizer with the same callbacks."""
+MAX_KNOWN = 7
+"""Traces of one structure that are kept for replay: the sides of branches on numbers that a schedule visits."""
+
+
+@dataclass
+class CompiledTrace:
+    """A compiled trace, kept for later steps; ``replay`` is None if its callbacks have to be run each time: ``why``.
+
+    ``read`` is the data that the callbacks found around them: with other data the trace would be another.
+    """
+
+    trace: Trace
+    backend: Backend
+    kernel: Kernel
+    replay: Replay | None
+    read: list[Any]
+    why: str = ""
+
+
+@dataclass
+class Bucket:
+    """A bucket that fuses, with this step's scalars: launched when the whole step is known to work."""
+
+    items: list[Item]
+    known: CompiledTrace
+    slots: Sequence[Scalar]
+    numbers: dict[str, Any]
+
+    @property
+    def trace(self) -> Trace:
+        return self.known.trace
+
+    @property
+    def kernel(self) -> Kernel:
+        return self.known.kernel
+
+
+class Buckets:
+    """The buckets of one callback list's steps. It holds no tensors.
+
+    ``history`` has the kernels used so far, ``verdicts`` which callbacks run eagerly, ``attributes`` what callbacks ask
+    of parameters, ``read`` the data that they found around them in the last step, ``known`` the traces by structure.
+    ``acted``: whether callbacks have been run eagerly in this step, so that none can be taken back.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[Callable[..., Any]],
+        backend: str,
+        title: str,
+        state_dtype: torch.dtype | None,
+        said: set[Any] | None = None,
+    ) -> None:
+        self.callbacks, self.backend = list(callbacks), backend
+        self.title, self.state_dtype = title, state_dtype
+        self.attributes: tuple[str, ...] = ()
+        self.history = History()
+        self.verdicts = Verdicts(self.callbacks, said)
+        self._sources = sources_of(callbacks)
+        self.read = self._sources.now()
+        self.known = self._shared_traces()
+        self.acted = False
+
+    def follow(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
+        """Whether they still do what these callbacks do."""
+        return self.callbacks == callbacks and self._sources.unchanged()
+
+    def reads(self, data: list[Any]) -> bool:
+        """Whether this (``read`` after an earlier step) is still the data that the callbacks find around them."""
+        return all(map(operator.is_, data, self._sources.now()))
+
+    def forget(self) -> None:
+        """Drop the structures that were met first, if there are too many."""
+        _forget(self.known, MAX_STRUCTURES)
+        _forget(self.verdicts.unfused, MAX_STRUCTURES)
+
+    def _shared_traces(self) -> dict[tuple, list[CompiledTrace]]:
+        """Those of other engines with these callbacks; but what has a closure is not kept beyond its time."""
+        key = (*map(identity, self.callbacks), *self._sources.found, *backends.ROWS.items())
+        try:
+            if all(self.verdicts.lasting) and not self._sources.closed and not self.read:
+                known = known_traces(key, self.backend, self.title, self.state_dtype)
+                weakref.finalize(self, _forget, known, KEPT_STRUCTURES).atexit = False
+                return known
+        except TypeError:  # a default that cannot be hashed
+            pass
+        return {}
+
+    def prepare(self, todo: list[Item]) -> tuple[list[Bucket], list[Item]]:
+        """Trace and compile: plans for the buckets that fuse whole, and the items that need work copies."""
+        self.read = self._sources.now()
+        plans: list[Bucket] = []
+        unfused: list[Item] = []
+        for bucket, plan in self.traced(todo, 0, len(self.callbacks)):
+            if isinstance(plan, Bucket):
+                fuses = [item.fuses(plan.known.backend) for item in bucket]
+                plan.items = list(compress(bucket, fuses))
+                plans += [plan] if plan.items else []
+                bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]
+            unfused += map(sharded.unfused, bucket)
+        return plans, unfused
+
+    def traced(
+        self, todo: list[Item], first: int, stop: int, work: bool = False
+    ) -> list[tuple[list[Item], Bucket | int]]:
+        """Each bucket with its plan, or the number of its first callback that has no fused form."""
+        while True:
+            try:
+                buckets = self._sorted(todo, work)
+                if self.backend == "reference":
+                    return [(bucket, first) for bucket, _ in buckets]
+                return [(bucket, self._fuse(bucket, signature, first, stop)) for bucket, signature in buckets]
+            except NeedsAttribute as need:
+                self.attributes += (need.name,)
+            except ActsAfterAll:
+                if not self.acted:
+                    raise
+
+    def _sorted(self, todo: list[Item], work: bool = False) -> list[tuple[list[Item], Signature]]:
+        """Items of one group with one signature, together."""
+        buckets: dict[tuple[int, tuple], list[Item]] = {}
+        for item in todo:
+            buckets.setdefault((item.where[0], item.visible(self.attributes, work)), []).append(item)
+        return [(bucket, Signature(*visible)) for (_, visible), bucket in buckets.items()]
+
+    def _fuse(self, bucket: list[Item], signature: Signature, first: int, stop: int) -> Bucket | int:
+        """The plan of callbacks ``first`` up to ``stop``, or the number of the first one that has to run eagerly.
+
+        The scalar program of an earlier trace is replayed where that is sound, else the callbacks are traced.
+        """
+        if not backends.candidates(self.backend, signature.device):
+            return first
+        eager = self.verdicts.first_eager(first, stop, signature)
+        if eager is not None:
+            return eager
+        hyper = bucket[0].hyper
+        plain = is_plain(v for _, v in signature.state) and is_plain(hyper.values())
+        key = first, stop, structure_of(signature), signature.asked, static_of(hyper)
+        known = self.known.setdefault(key, []) if plain else []
+        for candidate in known:
+            if candidate.replay is None or not all(map(operator.is_, candidate.read, self.read)):
+                continue
+            again = candidate.replay(hyper, dict(signature.state))
+            if again and _fit(again[0], signature.compute):
+                return self._planned(Bucket(bucket, candidate, *again))
+        traced = self._trace(signature, hyper, first, stop, plain)
+        if isinstance(traced, int):
+            return traced
+        if not _fit(traced.slot_values(), signature.compute):
+            return first  # torch knows which number is an error, and which makes infinity
+        compiled = self._compile(traced)
+        if compiled is None:
+            return first
+        lasting = all(self.verdicts.lasting[first:stop]) and self.reads(self.read)
+        sound = plain and lasting and can_replay(traced)
+        why = "" if sound else self._unsound(traced, first, stop)
+        entry = CompiledTrace(traced, *compiled, Replay(traced) if sound else None, self.read, why)
+        if sound:
+            known[:] = [*known[-MAX_KNOWN:], entry]
+        return self._planned(Bucket(bucket, entry, traced.slot_values(), traced.new_numbers()))
+
+    def _unsound(self, traced: Trace, first: int, stop: int) -> str:
+        """Why the callbacks of a trace have to be run in every step."""
+        for i in range(first, stop):
+            if not self.verdicts.lasting[i]:
+                where = place_of(self.callbacks[i])
+                return f"{name_of(self.callbacks[i])} ({where}) reads what may change without its arguments"
+        if not can_replay(traced):
+            return (
+                "a number that changes with each step leaves recorded arithmetic (float(), math, formatting)"
+            )
+        return "state or hyperparameters hold other objects than tensors, numbers and flags"
+
+    def _trace(
+        self, signature: Signature, hyper: dict[str, Any], first: int, stop: int, plain: bool
+    ) -> Trace | int:
+        """The trace, or the number of the callback that has none, with the verdict on it noted."""
+        callbacks = range(first, stop)
+        handed = {} if plain else self.verdicts.handed(signature, hyper, callbacks)
+        snapshot = Snapshot([*self._sources.values(), *handed.values()])
+        traced: Trace | int
+        try:
+            traced = trace(
+                self.callbacks[first:stop],
+                signature,
+                hyper,
+                first=first,
+                state_dtype=self.state_dtype,
+                work=signature.asked is not None,
+            )
+        except (Untraceable, Exception) as error:
+            traced = getattr(error, "callback", first)
+            self.verdicts.untraceable(traced, error, signature, handed)
+        finally:
+            changed = snapshot.restored()
+        if changed:
+            self.verdicts.changed(callbacks, handed)
+        return traced
+
+    def _planned(self, plan: Bucket) -> Bucket:
+        self.history.note(plan.items[0].where, plan.kernel, plan.trace)
+        self.verdicts.moved(plan.trace.moved)
+        return plan
+
+    def _compile(self, traced: Trace) -> tuple[Backend, Kernel] | None:
+        """Backend and kernel, or None where no backend can compile and the reference has to step in."""
+        names = [traced.scalars.expression(i) for i in traced.slots]
+        device = traced.signature.device
+        compiled = backends.compile_program(self.backend, device, traced.program, self.title, names)
+        if compiled is None:
+            self.backend = "reference"  # said by compile_program; do not ask a broken compiler again
+            return None
+        return compiled
+
+
+def _fit(slots: Sequence[Scalar], compute: torch.dtype) -> bool:
+    """Whether torch would take these numbers as they are: whole ones of 64 bits, others finite as floats if at all."""
+    largest = torch.finfo(compute).max
+    return all(
+        -(2**63) <= x < 2**63 if type(x) is int else abs(x) <= largest or abs(x) == math.inf or x != x
+        for x in slots
+    )
+
+
+def _forget(found: dict[Any, Any], most: int) -> None:
+    """Drop what was found first, until this many are left."""
+    for key in list(found)[: max(0, len(found) - most)]:
+        del found[key]
+
+
+@functools.lru_cache(maxsize=16)
+def known_traces(
+    callbacks: tuple[Hashable, ...], backend: str, title: str, state_dtype: torch.dtype | None
+) -> dict[tuple, list[CompiledTrace]]:
+    """Compiled traces, shared by all optimizers with these callbacks: a thousand small ones trace once."""
+    return {}

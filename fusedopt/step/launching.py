@@ -1,0 +1,180 @@
+"""Launches: the tables of buckets that share a program, and what a step commits together with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..backends import Kernel, Launch
+from ..extension import leaf
+from . import items, sharded
+from .buckets import Bucket
+from .commit import Change, commit
+from .items import Groups, Item
+from .scaling import Norm, Scaling
+
+
+@dataclass
+class Launched:
+    """Plans that shared a launch, one scalar set each."""
+
+    plans: list[Bucket]
+    launch: Launch
+
+    @property
+    def kernel(self) -> Kernel:
+        return self.plans[0].kernel
+
+
+class GraphScalars:
+    """Launches whose scalars live on the device, so that a CUDA graph of them can be replayed with others."""
+
+    def __init__(self, launched: list[Launched], norm: Norm | None, same: Callable[[], bool]) -> None:
+        self.norm, self._same = norm, same
+        self.launches = [
+            (entry.launch, [(plan.known.replay, plan.items[0].where[0]) for plan in entry.plans])
+            for entry in launched
+            if any(item.hyper.get("capturable") for plan in entry.plans for item in plan.items)
+        ]
+
+    def upload(self, hypers: list[dict[str, Any]]) -> None:
+        """Send the scalars that follow from these hyperparameters of each group. Raises RuntimeError, sending none."""
+        tables = []
+        for launch, sets in self.launches:
+            same = self._same()
+            found = [replay and same and replay(hypers[group], {}) for replay, group in sets]
+            for (replay, group), one in zip(sets, found, strict=True):
+                if not one:
+                    why = (
+                        "a callback is not pure"
+                        if not replay
+                        else "a branch that they decide goes another way now"
+                        if same
+                        else "a callback reads something else now"
+                    )
+                    raise RuntimeError(
+                        f"the captured step does not fit the hyperparameters of group {group}: {why}. Remedy: capture "
+                        "the step again"
+                    )
+            tables.append((launch, np.array([slots for slots, _ in found], dtype=np.float64)))  # type: ignore[misc]
+        for launch, slots in tables:
+            launch.upload(slots)
+        if self.norm is not None:
+            self.norm.upload()
+
+
+def run(
+    plans: list[Bucket],
+    scaling: Scaling,
+    groups: Groups | None = None,
+    stores: Sequence[Change] = (),
+) -> list[Launched]:
+    """Launch the plans; with that ``stores`` are made, what eager callbacks leave."""
+    shared = together(plans)
+    # Before anything changes: a number may be too large for a float.
+    tables = [np.array([plan.slots for plan in group], dtype=np.float64) for group in shared]
+    for plan in plans:
+        for item in plan.items:
+            item.lay_out()
+    stepped = [(plan, item) for plan in plans for item in plan.items]
+    changed = [_allocated(plan, item) | plan.numbers for plan, item in stepped]
+    given = [handed(item, new, groups) for (_, item), new in zip(stepped, changed, strict=True)]
+    launched, changes = [], []
+    for group, slots in zip(shared, tables, strict=True):
+        prepared, runs = launch(group, slots, scaling)
+        launched.append(Launched(group, prepared))
+        changes += runs
+    for plan, item in stepped:
+        changes += _finishing(plan, item)
+    commit([*changes, *given, *stores])
+    for entry in launched:
+        entry.launch.let_go()
+    return launched
+
+
+def together(plans: list[Bucket]) -> list[list[Bucket]]:
+    """The plans of each launch."""
+    found: dict[tuple, list[Bucket]] = {}
+    for plan in plans:
+        found.setdefault((plan.kernel, plan.trace.signature.device), []).append(plan)
+    return list(found.values())
+
+
+def _allocated(plan: Bucket, item: Item) -> dict[str, torch.Tensor]:
+    """New state; if there is no memory for it, nothing has changed."""
+    try:
+        return items.allocate(item, plan.trace.created, plan.trace.starts)
+    except RuntimeError as error:
+        group, i = item.where
+        raise torch.OutOfMemoryError(
+            f"no memory for the state ({', '.join(plan.trace.created)}) of parameter {i} of group {group}, which has "
+            f"shape {tuple(item.param.shape)} and is on {item.param.device}; nothing was stepped. Remedy: "
+            f"state_dtype=torch.bfloat16 halves it, or an optimizer with less state. {error}"
+        ) from error
+
+
+def _column(name: str, rows: list[Item], scaling: Scaling) -> list[torch.Tensor]:
+    """The tensor of each row for a buffer of the program."""
+    where, _, key = name.partition(".")
+    if where in ("param", "grad"):
+        return [getattr(item, where) for item in rows]
+    if where == "scaling":
+        return [scaling.buffer(name, rows[0].param.device)] * len(rows)
+    return [(item.hyper if where == "hyper" else item.state)[key] for item in rows]
+
+
+def handed(item: Item, new: dict[str, Any], groups: Groups | None) -> Change:
+    """What gives the user new state, which the item has at once."""
+    seen, item.state = item.state, item.state | new
+    return groups.hand_over(item) if groups and type(item) is Item else functools.partial(seen.update, new)
+
+
+def _finishing(plan: Bucket, item: Item) -> list[Change]:
+    """What is left to do after the launch: see `Item.finish`."""
+    if type(item) is not Item:
+        return [functools.partial(item.finish, plan.trace.created)]
+    return [functools.partial(item.home.copy_, item.param)] if item.param is not item.home else []
+
+
+def counts(launched: Sequence[Launched]) -> list[tuple[Kernel, int]]:
+    """The kernel of each launch, and how many tensors it goes over."""
+    return [(entry.kernel, sum(len(plan.items) for plan in entry.plans)) for entry in launched]
+
+
+def table(plans: list[Bucket], scaling: Scaling) -> Launch:
+    """The launch of plans that share a program, each a scalar set."""
+    kernel, rows = plans[0].kernel, [item for plan in plans for item in plan.items]
+    columns = {name: _column(name, rows, scaling) for name, _ in kernel.program.buffers}
+    sets = [k for k, plan in enumerate(plans) for _ in plan.items]
+    sizes = [item.param.numel() for item in rows]
+    resident = any(item.hyper.get("capturable") for item in rows)
+    return plans[0].known.backend.prepare(kernel, columns, sizes, sets, resident)
+
+
+def launch(plans: list[Bucket], slots: np.ndarray, scaling: Scaling) -> tuple[Launch, list[Change]]:
+    """The launch of these plans, each with its own row of scalars, and what runs it."""
+    prepared, rows = table(plans, scaling), [item for plan in plans for item in plan.items]
+    for name, _ in plans[0].kernel.program.stores:
+        leaf.bump_versions(_column(name, rows, scaling))
+    planned = None if any(isinstance(item, sharded.Shard) for item in rows) else prepared.planned(slots)
+    if planned is not None:
+        return prepared, list(leaf.calls(*planned))
+    return prepared, [functools.partial(sharded.runner(prepared, rows), slots)]
+
+
+def norm_of(plans: list[Bucket], work: list[Item], scaling: Scaling) -> Norm | None:
+    """What takes the norm of all gradients: of plans, and of work copies."""
+    if scaling.max_norm is None or not (plans or work):
+        return None
+    for plan in plans:
+        for item in plan.items:
+            item.lay_out()
+    launches = [
+        (group[0].known.backend, [item for plan in group for item in plan.items]) for group in together(plans)
+    ]
+    return Norm(scaling, launches, work)
