@@ -8,6 +8,7 @@
 
 #include "bound_step.h"
 #include "cuda.h"
+#include "survey.h"
 
 #include <cstdint>
 #include <optional>
@@ -195,6 +196,10 @@ PYBIND11_MODULE(_C, m) {
         "How many stages have run in this process, and for how many seconds.");
   m.def("splits", splits, py::arg("chunks"), py::arg("count"), py::arg("threads"));
   m.def("have_memory", torch::wrap_pybind_function(have_memory), py::arg("tensors"));
+  m.def("survey", [](const py::list& params, const py::list& states) {
+          const fusedopt::Survey found(params, states);
+          return py::make_tuple(found.kinds, found.grads, found.states);
+        }, py::arg("params"), py::arg("states"));
   m.def("settle", torch::wrap_pybind_function(settle), py::arg("params"));
   m.def("number", torch::wrap_pybind_function(number), py::arg("x"));
   py::class_<Kept>(m, "Kept");

@@ -32,6 +32,10 @@ class Held(Protocol):
     cbs: list[Callable[..., Any]]
 
 
+_ABSENT = -2
+"""The kind of a parameter without a gradient."""
+
+
 class ParamGroups:
     """An optimizer's groups and state, with what their names mean to its callbacks.
 
@@ -134,27 +138,52 @@ class ParamGroups:
     # -- what there is to step --
     def items(self, scaling: Scaling, pretend: bool = False) -> list[Item]:
         """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it)."""
-        todo = []
+        todo: list[Item] = []
+        apart: list[Item] = []  # those that were not known to be like an earlier one
         for g, group in enumerate(self.live):
             modes = scaling.modes(bool(group.get("capturable")))
-            hyper = self.hypers(group)
-            leaf.settle(list(group["params"]))
-            for i, p in enumerate(group["params"]):
-                grad = p if pretend else p.grad
-                if grad is not None:
+            hyper, params = self.hypers(group), list(group["params"])
+            leaf.settle(params)
+            names: dict[int, list[str]] = {}  # of the state of parameters of each kind
+            for i, (p, kind, grad, state) in enumerate(self._surveyed(params, pretend or modes.on_device)):
+                if kind in names:
+                    state = dict(zip(names[kind], state.values(), strict=True))
+                    todo.append(Item(p, grad, state, (g, i), hyper, modes, (g, kind)))
+                elif kind != _ABSENT and (grad := p if pretend else p.grad) is not None:
                     check_gradient(p, grad, g, i)
-                    state = self.state_of(p, modes.on_device)
+                    found = self.state_of(p, modes.on_device)
                     check_state(p, dict(self.state.get(p, {})), g, i)
-                    todo.append(Item(p.detach() if pretend else p, grad, state, (g, i), hyper, modes))
+                    item = Item(p.detach() if pretend else p, grad, found, (g, i), hyper, modes)
+                    todo.append(item)
+                    apart.append(item)
+                    if kind >= 0 and [*map(id, found.values())] == [
+                        *map(id, state.values())
+                    ]:  # none left out or converted
+                        names[kind], item.alike = list(found), (g, kind)
         if not pretend and not transforms.active():  # whose tensors have none
-            check_memory(todo, self.stored)
+            check_memory(apart, self.stored)
         return todo
+
+    def _surveyed(
+        self, params: list[torch.Tensor], each: bool
+    ) -> Iterator[tuple[torch.Tensor, int, Any, dict[str, Any]]]:
+        """Each parameter with the number of its kind, which those share that are alike, its gradient and its state.
+
+        The last two are of the moment that the kind was found; where it is below zero (_ABSENT: there is no gradient)
+        they say nothing. ``each``: every parameter on its own.
+        """
+        if each or leaf.native is None or transforms.active():
+            return ((p, -1, None, {}) for p in params)
+        kinds, grads, states = leaf.native.survey(params, list(map(self.state.get, params)))
+        return zip(params, kinds, grads, states, strict=True)
 
     def resting(self, stepped: list[Item]) -> list[Item]:
         """Parameters without a gradient now that had one before, as if theirs were zero; the groups' hyperparameters
         are taken from those that are stepped."""
+        found: list[Item] = []
+        if len(stepped) == sum(len(group["params"]) for group in self.live):
+            return found
         like = {item.where[0]: item for item in stepped}
-        found = []
         for g, group in enumerate(self.live):
             for i, p in enumerate(group["params"]) if g in like else ():
                 if p.grad is None and (state := self.state.get(p)):

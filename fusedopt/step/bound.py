@@ -46,6 +46,7 @@ class BoundStep:
         self.resident: Any = None
         self.read: list[Any] = []
         described, cells = _described(groups, launched)
+        state = groups.state
         self.launches = [entry.launch for entry in launched]
         self.kernels = [entry.kernel for entry in launched]
         self.slots = [np.zeros((entry.launch.n_sets, entry.kernel.program.slots)) for entry in launched]
@@ -90,7 +91,7 @@ class BoundStep:
             buckets=buckets,
             runs=runs,
             params=[item.owner for item, _ in rows],
-            states=[groups.state[item.owner] for item, _ in rows],
+            states=[state[item.owner] for item, _ in rows],
             bucket_of=[bucket for _, bucket in rows],
             indices=[item.where[1] for item, _ in rows],
             absent=[p for group in groups.live for p in group["params"] if id(p) not in stepped],
@@ -137,6 +138,8 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
             if type(value) is not type(old[key]) or (type(value) not in (int, float) and value != old[key]):
                 return f"{where}: the state {key!r} becomes another flag, or a number of another type"
         for item in plan.items:
+            if item.alike is not None:
+                continue
             if item.param is not item.home:
                 return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory"
             if type(item.owner).grad is not torch.Tensor.grad:
@@ -149,7 +152,7 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
 def _exchanges(entry: Launched) -> bool:
     """Whether processes exchange what its stages reduce."""
     rows = [item for plan in entry.plans for item in plan.items]
-    return any(map(sharded.is_shard, rows)) and any(s.reductions for s in entry.kernel.stages)
+    return any(s.reductions for s in entry.kernel.stages) and any(map(sharded.is_shard, rows))
 
 
 def _runner(entry: Launched) -> Callable[[np.ndarray], None]:

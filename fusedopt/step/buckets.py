@@ -158,8 +158,13 @@ class Buckets:
     def _sorted(self, todo: list[Item], work: bool = False) -> list[tuple[list[Item], Signature]]:
         """Items of one group with one signature, together."""
         buckets: dict[tuple[int, tuple], list[Item]] = {}
+        known: dict[Any, list[Item]] = {}
         for item in todo:
-            buckets.setdefault((item.where[0], item.visible(self.attributes, work)), []).append(item)
+            alike = item.alike if not self.attributes else None
+            if alike is None or alike not in known:
+                place = item.where[0], item.visible(self.attributes, work)
+                known[alike] = buckets.setdefault(place, [])
+            known[alike].append(item)
         return [(bucket, Signature(*visible)) for (_, visible), bucket in buckets.items()]
 
     def _fuse(self, bucket: list[Item], signature: Signature, first: int, stop: int) -> Bucket | int:

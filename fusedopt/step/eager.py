@@ -83,7 +83,8 @@ class Eager:
     def _run_eagerly(self, span: range, work: list[Item]) -> None:
         verdicts, callbacks = self.buckets.verdicts, self.buckets.callbacks
         watch = {i: verdicts.watching or asks_for_dtypes(callbacks[i]) for i in span if work}
-        for item in work:
+        for item in work if span else ():
+            item.alike = None  # whatever callbacks do to it
             for i in span:
                 lent = self._lent = reference.Lent(item.owner, item.param)
                 moved = reference.run_callback(callbacks[i], lent, item.state, item.hyper, watch[i])

@@ -221,6 +221,6 @@ class Engine:
                 what = f"tensors of type {kinds} are stepped unfused, by torch's own operations on them"
                 verdicts.warn("whole", what)
         if plans or copies:
-            states = [(item, plan.trace.asked | plan.numbers) for plan in plans for item in plan.items]
+            states = [(plan.items[0], plan.trace.asked | plan.numbers) for plan in plans]
             states += [(item, work.state) for item, work in copies]
             verdicts.say_idle(dict.fromkeys(k for item, new in states for k in new if k not in item.state))

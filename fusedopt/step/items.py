@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -38,9 +38,11 @@ class Item:
     ``owner`` is the user's parameter, also where ``home`` is a work copy of it. ``where`` is the index of its param
     group and its own in there, ``hyper`` the group's hyperparameters, ``state`` its state by the names callbacks use,
     ``modes`` what only the device knows. ``laid_out``: nothing was put in its place since it was last laid out.
+    ``alike``: equal for items that callbacks and kernels cannot tell apart, which have dense tensors of their own in
+    one layout (csrc/survey.h); None where that is not known.
     """
 
-    __slots__ = ("grad", "home", "hyper", "laid_out", "modes", "owner", "param", "state", "where")
+    __slots__ = ("alike", "grad", "home", "hyper", "laid_out", "modes", "owner", "param", "state", "where")
 
     def __init__(
         self,
@@ -50,10 +52,11 @@ class Item:
         where: tuple[int, int],
         hyper: dict[str, Any],
         modes: Modes = HOST,
+        alike: Hashable | None = None,
     ) -> None:
         self.home = self.param = self.owner = home
         self.grad, self.state, self.where, self.hyper = grad, state, where, hyper
-        self.modes, self.laid_out = modes, False
+        self.modes, self.laid_out, self.alike = modes, False, alike
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """State tensors with the parameter's shape."""
@@ -63,7 +66,7 @@ class Item:
 
     def lay_out(self) -> None:
         """Give gradient and state the parameter's memory order, so that kernels can walk all of them flat."""
-        if self.laid_out:
+        if self.laid_out or self.alike is not None:
             return
         self.laid_out = True
         if not dense(self.param):
@@ -80,6 +83,8 @@ class Item:
 
     def walkable(self) -> bool:
         """Whether its tensors have memory of their own."""
+        if self.alike is not None:
+            return True
         tensors = (v for v in self.state.values() if isinstance(v, torch.Tensor))
         return walkable(self.param) and walkable(self.grad) and all(map(walkable, tensors))
 
@@ -223,7 +228,7 @@ def work_copies(todo: list[Item], transformed: bool) -> list[tuple[Item, Item]]:
             continue
         param, grad = next(made), next(made)
         state = {k: next(made) if isinstance(v, torch.Tensor) else v for k, v in item.state.items()}
-        work = Item(param, grad, state, item.where, item.hyper, Modes(item.modes.on_device))
+        work = Item(param, grad, state, item.where, item.hyper, Modes(item.modes.on_device), item.alike)
         work.owner = item.owner
         attach_gradient(work)
         out.append((item, work))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def localized(todo: list[Item]) -> list[Item]:
     """The items with those of DTensor parameters as ``Shard`` items. Raises RuntimeError for what cannot be stepped."""
     kind = _dtensor()
-    return todo if kind is None else [_localized(item, kind) for item in todo]
+    return todo if kind is None else [_localized(item, kind) if item.alike is None else item for item in todo]
 
 
 def _dtensor() -> Any:
