@@ -61,7 +61,7 @@ class Survey {
     add(param.key_set().raw_repr());
     add(static_cast<uintptr_t>(param.device().type()) << 8 | static_cast<uint8_t>(param.device().index()));
     add(static_cast<uintptr_t>(scalar_type(param)) << 8 | static_cast<uintptr_t>(scalar_type(grad)));
-    add(param.dim() == 0);
+    add((param.dim() == 0) << 1 | (param.numel() == 0));
     if (state == Py_None)
       return true;
     if (!PyDict_CheckExact(state))

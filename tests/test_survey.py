@@ -120,6 +120,11 @@ def test_which_kinds_are_ordinary(kind, monkeypatch):
     assert len(alike) == 1 and (alike == {None}) != many
 
 
+def test_one_without_elements_is_like_no_other(monkeypatch):
+    """It is stepped on a stand-in."""
+    assert len({item.alike for item in items_of(surveyed(["plain", "no elements"]), monkeypatch, True)}) == 2
+
+
 def test_a_parameter_without_a_gradient_is_no_item(monkeypatch):
     opt = surveyed(["plain"])
     opt.param_groups[0]["params"][1].grad = None

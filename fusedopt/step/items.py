@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -219,11 +220,16 @@ def work_copy(item: Item) -> Item:
 
 def work_copies(todo: list[Item], transformed: bool) -> list[tuple[Item, Item]]:
     """Each item with its work copy. Where nothing is converted, all tensors are copied in one call."""
-    alike = [None if transformed else _alike(item) for item in todo]
-    made = iter(_clones([t for tensors in alike if tensors for t in tensors]))
+    copied: dict[Any, bool] = {}
+    together = []
+    for item in todo:
+        if item.alike is None or item.alike not in copied:
+            copied[item.alike] = not transformed and _is_ordinary(item)
+        together.append(copied[item.alike])
+    made = iter(_clones([t for item in compress(todo, together) for t in _tensors(item)]))
     out = []
-    for item, tensors in zip(todo, alike, strict=True):
-        if tensors is None:
+    for item, ordinary in zip(todo, together, strict=True):
+        if not ordinary:
             out.append((item, work_copy(item)))
             continue
         param, grad = next(made), next(made)
@@ -235,20 +241,21 @@ def work_copies(todo: list[Item], transformed: bool) -> list[tuple[Item, Item]]:
     return out
 
 
-def _alike(item: Item) -> list[torch.Tensor] | None:
-    """The item's tensors, if they are ordinary ones of one compute dtype."""
+def _is_ordinary(item: Item) -> bool:
+    """Whether its tensors are ordinary ones of one compute dtype."""
+    dtype = item.param.dtype
     if (
         type(item) is not Item
         or item.param.numel() == 0
         or any(isinstance(k, str) and k.startswith(STARTED) for k in item.state)
+        or dtype != compute_dtype(dtype)
     ):
-        return None
-    tensors = [item.param, item.grad, *(v for v in item.state.values() if isinstance(v, torch.Tensor))]
-    dtype = item.param.dtype
-    ordinary = dtype == compute_dtype(dtype) and all(
-        t.dtype == dtype and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors
-    )
-    return tensors if ordinary else None
+        return False
+    return all(t.dtype == dtype and type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(item))
+
+
+def _tensors(item: Item) -> list[torch.Tensor]:
+    return [item.param, item.grad, *(v for v in item.state.values() if isinstance(v, torch.Tensor))]
 
 
 def _clones(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -271,7 +278,7 @@ def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:
     """Make ``grad`` (else the item's own) what kernels and callbacks both see as the work copy's gradient."""
     if grad is not None:
         work.grad = grad
-    work.laid_out = False
+    work.laid_out = False  # which `alike` overrules: copies of tensors in one layout are in one
     work.lay_out()
     if work.param.grad is not work.grad:
         work.param.grad = work.grad
