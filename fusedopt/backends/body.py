@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from ..ir.comments import one_line
-from ..ir.ops import LEAVES, OPS, Op, Reduction, is_reduction, reduction
+from ..ir.ops import LEAVES, OPS, TENSOR, Op, Reduction, is_reduction, reduction
 from ..ir.passes import Stage, scalar_stores, stages
 from ..ir.program import Program, Value, argument_type, identifier
 
@@ -80,6 +80,6 @@ class Body(ABC):
         """Where a value comes from: the callback, the scalar's expression, the state's key."""
         if v.op == "slot" and v.attr < len(self.slot_names):
             return one_line(self.slot_names[v.attr])
-        if v.op == "load" and v.kind == "S":
+        if v.op == "load" and v.kind == TENSOR:
             return identifier(v.attr)
         return "" if v.op in LEAVES else one_line(v.where.rsplit(", ", 1)[0])

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from ..ir.comments import one_line
-from ..ir.ops import is_reduction, reduction
+from ..ir.ops import ELEMENT, TENSOR, is_reduction, reduction
 from ..ir.passes import Stage, scalar_stores, stages
 from ..ir.program import Program, Value, identifier
 from . import body
@@ -93,7 +93,7 @@ class Body(body.Body):
 
     # -- the once-per-tensor part --
     def _prologue(self, stage: Stage) -> list[str]:
-        return [self._line(i) for i in stage.values if self.program.values[i].kind == "S"]
+        return [self._line(i) for i in stage.values if self.program.values[i].kind == TENSOR]
 
     def _skip(self, stage: Stage) -> list[str]:
         skip = self.program.skip
@@ -121,7 +121,7 @@ class Body(body.Body):
     # -- the per-element part --
     def element(self, stage: Stage) -> list[str]:
         """What is computed and stored for element ``i``."""
-        lines = [self._line(i) for i in stage.values if self.program.values[i].kind == "F"]
+        lines = [self._line(i) for i in stage.values if self.program.values[i].kind == ELEMENT]
         lines += [f"store({identifier(n)}, i, {self.name(i)});" for n, i in stage.stores]
         return lines
 
@@ -149,7 +149,7 @@ class Body(body.Body):
             return f"{self.types[v.type]}(row.slot(launch, {v.attr}))"
         if v.op == "numel":
             return f"{self.types[v.type]}(row.numel())"
-        if v.op == "load" and v.kind == "F":
+        if v.op == "load" and v.kind == ELEMENT:
             return f"load<T>({identifier(v.attr)}, i)"
         if v.op == "load":
             type_ = TYPES[self.program.buffer[v.attr].dtype]

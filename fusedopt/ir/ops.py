@@ -24,6 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
+ELEMENT, TENSOR = "F", "S"
+"""The kinds of values: one number per element, as programs print it, and one per tensor."""
+
 
 @dataclass(frozen=True)
 class Op:
@@ -176,7 +179,7 @@ def reduction(name: str) -> Reduction:
 
 
 def result_kind(name: str, kinds: Iterable[str]) -> str:
-    """F or S: a reduction gives S, ``expand`` gives F, any other op is per element as soon as one argument is."""
+    """A reduction gives one per tensor, ``expand`` one per element; so does any other op as soon as one argument is."""
     if is_reduction(name):
-        return "S"
-    return "F" if name == "expand" or "F" in kinds else "S"
+        return TENSOR
+    return ELEMENT if name == "expand" or ELEMENT in kinds else TENSOR

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .ops import is_reduction
+from .ops import ELEMENT, TENSOR, is_reduction
 from .program import Program, depth_first, verify
 
 
@@ -64,10 +64,10 @@ class Stage:
     def loads(self, program: Program) -> list[str]:
         """The element buffers it reads."""
         leaves = (program.values[i] for i in self.values)
-        return [v.attr for v in leaves if v.op == "load" and v.kind == "F"]
+        return [v.attr for v in leaves if v.op == "load" and v.kind == ELEMENT]
 
     def bytes_per_element(self, program: Program) -> int:
-        size = {n: b.dtype.itemsize for n, b in program.buffers if b.kind == "F"}
+        size = {n: b.dtype.itemsize for n, b in program.buffers if b.kind == ELEMENT}
         return sum(size.get(n, 0) for n in [*self.loads(program), *(n for n, _ in self.stores)])
 
 
@@ -83,13 +83,13 @@ def stages(program: Program) -> tuple[Stage, ...]:
     for depth in range(1, max(level, default=0) + 1):
         found = tuple(i for i, v in enumerate(program.values) if is_reduction(v.op) and level[i] == depth)
         out.append(Stage(_needed(program, [program.values[i].args[0] for i in found]), found))
-    element = tuple(s for s in program.stores if program.buffer[s[0]].kind == "F")
+    element = tuple(s for s in program.stores if program.buffer[s[0]].kind == ELEMENT)
     return (*out, _storing(program, element)) if element or not out else tuple(out)
 
 
 def scalar_stores(program: Program) -> Stage:
     """What is stored once per tensor, after the last stage."""
-    return _storing(program, tuple(s for s in program.stores if program.buffer[s[0]].kind == "S"))
+    return _storing(program, tuple(s for s in program.stores if program.buffer[s[0]].kind == TENSOR))
 
 
 def _storing(program: Program, stores: tuple[tuple[str, int], ...]) -> Stage:

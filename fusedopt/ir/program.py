@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from .comments import one_line
-from .ops import LEAVES, OPS, Reduction, is_reduction, result_kind
+from .ops import ELEMENT, LEAVES, OPS, TENSOR, Reduction, is_reduction, result_kind
 
 
 class ProgramError(AssertionError):
@@ -77,7 +77,7 @@ class Graph:
         self.values: list[Value] = []
         self._known: dict[tuple, int] = {}
 
-    def leaf(self, op: str, attr: Any = None, kind: str = "S", type: str = "f") -> int:
+    def leaf(self, op: str, attr: Any = None, kind: str = TENSOR, type: str = "f") -> int:
         key = (op, attr, kind, type, _is_negative_zero(attr))
         index = self._known.get(key)
         if index is None:
@@ -106,13 +106,13 @@ def _result(name: str, args: Iterable[Value]) -> tuple[str, str]:
     """Kind and type of an op's result."""
     args = list(args)
     kind = result_kind(name, [a.kind for a in args])
-    wide = kind == "S" and OPS[name].result == "f" and any(a.type == "d" for a in args)
+    wide = kind == TENSOR and OPS[name].result == "f" and any(a.type == "d" for a in args)
     return kind, "d" if wide else OPS[name].result
 
 
 def argument_type(v: Value, args: Iterable[Value]) -> str:
     """The type, f or d, in which an op takes its floats."""
-    return "d" if v.kind == "S" and any(a.type == "d" for a in args) else "f"
+    return "d" if v.kind == TENSOR and any(a.type == "d" for a in args) else "f"
 
 
 @dataclass(frozen=True)
@@ -181,13 +181,13 @@ def verify(program: Program) -> None:
             raise ProgramError(f"store of v{index}, which is not there, to {name!r}")
         if program.values[index].type == "b":
             raise ProgramError(f"store of the bool v{index} to {name!r}")
-        if buffers[name].kind == "S" and program.values[index].kind != "S":
+        if buffers[name].kind == TENSOR and program.values[index].kind != TENSOR:
             raise ProgramError(f"store of v{index}, one number per element, to the 0-d {name!r}")
     if program.skip is not None and (
         program.values[program.skip].kind,
         program.values[program.skip].type,
     ) != (
-        "S",
+        TENSOR,
         "b",
     ):
         raise ProgramError(f"v{program.skip}, which says whether to skip, is no bool of kind S")
@@ -197,8 +197,8 @@ def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value)
     if v.op in LEAVES:
         if v.args:
             raise ProgramError(f"v{i}: {v.op} takes no arguments")
-        types = "fd" if v.kind == "S" and program.compute != torch.float64 else "f"
-        if v.type not in types or (v.op != "load" and v.kind != "S"):
+        types = "fd" if v.kind == TENSOR and program.compute != torch.float64 else "f"
+        if v.type not in types or (v.op != "load" and v.kind != TENSOR):
             raise ProgramError(f"v{i}: {v.op} is no {v.type} of kind {v.kind}")
         if v.op == "load" and (v.attr not in buffers or buffers[v.attr].kind != v.kind):
             raise ProgramError(f"v{i}: load of {v.attr!r}, which is no {v.kind} buffer of this program")
@@ -234,7 +234,7 @@ def interpret(
     buffers: those of the program; if none of them is F, also "param", whose elements are counted
     """
     dtype = program.compute
-    like = buffers[next((n for n, b in program.buffers if b.kind == "F"), "param")]
+    like = buffers[next((n for n, b in program.buffers if b.kind == ELEMENT), "param")]
     if not like.numel():
         return {name: buffers[name].clone() for name, _ in program.stores}
     types = {"f": dtype, "d": torch.float64}
@@ -262,7 +262,7 @@ def interpret(
     out = {}
     for name, i in program.stores:
         buffer = program.buffer[name]
-        value = results[i] if buffer.kind == "S" else results[i].expand(like.shape)
+        value = results[i] if buffer.kind == TENSOR else results[i].expand(like.shape)
         out[name] = value.to(buffer.dtype, copy=True)
     return out
 

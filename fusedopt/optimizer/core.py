@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -21,9 +20,10 @@ from ..step.scaling import NORM, Scaling
 from . import checkpoint, names
 from .accepted import as_callbacks, as_param_groups, check_known, default_of, is_listed
 from .explain import Explanation, explain
+from .fastai import FastaiFace
 from .groups import ParamGroups
-from .names import HyperNames, HypersView
-from .state import FLAGS, State
+from .names import HyperNames
+from .state import State
 
 
 class Options(TypedDict, total=False):
@@ -41,7 +41,7 @@ class AllOptions(Options, total=False):
     capturable: bool
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(FastaiFace):
     """Steps parameters by a list of callbacks, compiled into one fused kernel.
 
     Args:
@@ -181,6 +181,9 @@ class Optimizer(torch.optim.Optimizer):
             said = self._engine.buckets.verdicts.said if self._engine else None
             self._engine = Engine(self.cbs, self.backend, title, self.state_dtype, said)
         return self._engine
+
+    def forget_steps(self) -> None:
+        self.engine.bound.clear()
 
     # -- torch.optim --
     def __setattr__(self, name: str, value: Any) -> None:
@@ -341,7 +344,7 @@ class Optimizer(torch.optim.Optimizer):
             hooks.callback(self.register_load_state_dict_pre_hook(load.prepare).remove)
             hooks.callback(self.register_load_state_dict_post_hook(load.finish, prepend=True).remove)
             super().load_state_dict(state_dict)
-            self.engine.bound.clear()  # they are of the old tensors
+            self.forget_steps()
 
     def to_fastai_state_dict(self) -> dict[str, Any]:
         """The state as fastai's own optimizers save and load it (fastai cannot read torch's schema)."""
@@ -365,82 +368,6 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-
-    # -- fastai --
-    @property
-    def param_lists(self) -> list[list[torch.Tensor]]:
-        """The parameters of each group; assigning replaces them."""
-        return [list(group["params"]) for group in self.param_groups]
-
-    @param_lists.setter
-    def param_lists(self, lists: Sequence[Iterable[torch.Tensor]]) -> None:
-        for group, params in zip(self.param_groups, lists, strict=True):
-            group["params"] = list(params)
-
-    @property
-    def hypers(self) -> list[HypersView]:
-        """Each group's hyperparameters under fastai's names, as live writable views."""
-        return [HypersView(self, i) for i in range(len(self.param_groups))]
-
-    def set_hyper(self, name: str, value: Any) -> None:
-        """Set a hyperparameter: one value, one per group, or a slice (see ``names.per_group``)."""
-        values = names.per_group(name, value, len(self.param_groups))
-        for v in values:
-            names.check(name, v)
-        for group, v in zip(self.param_groups, values, strict=True):
-            self.hyper_map.write(group, name, v)
-
-    def set_hypers(self, **hypers: Any) -> None:
-        """Set several hyperparameters."""
-        for name, value in hypers.items():
-            self.set_hyper(name, value)
-
-    def all_params(self, n: slice | int = slice(None), with_grad: bool = False) -> list[tuple]:
-        """``(p, group's parameters, p's state, group's hypers)`` of groups ``n``; fastcore's list if it is loaded."""
-        lists, hypers = self.param_lists, self.hypers
-        chosen = range(len(lists))[n]
-        rows = [
-            (p, lists[g], self.state.get(p, {}), hypers[g])
-            for g in ([chosen] if isinstance(chosen, int) else chosen)
-            for p in lists[g]
-            if p.grad is not None or not with_grad
-        ]
-        fastcore = sys.modules.get("fastcore.foundation")
-        return fastcore.L(rows) if fastcore is not None else rows
-
-    def freeze_to(self, n: int) -> None:
-        """Freeze the groups before ``n``: no gradients, but for parameters flagged ``force_train``."""
-        self.frozen_idx = n if n >= 0 else len(self.param_groups) + n
-        if self.frozen_idx >= len(self.param_groups):
-            warnings.warn(
-                f"Freezing {self.frozen_idx} groups; model has {len(self.param_groups)}; whole model is frozen.",
-                UserWarning,
-                stacklevel=2,
-            )
-        self.apply_freezing()
-
-    def apply_freezing(self) -> None:
-        """Give every parameter the ``requires_grad`` that follows from ``frozen_idx`` and its ``force_train``."""
-        for i, params in enumerate(self.param_lists):
-            for p in params:
-                p.requires_grad_(i >= self.frozen_idx or bool(self.state.get(p, {}).get("force_train")))
-
-    def freeze(self) -> None:
-        """Freeze all groups but the last."""
-        if len(self.param_groups) < 2:
-            raise AssertionError("freezing needs more than one param group: a splitter")
-        self.freeze_to(-1)
-
-    def unfreeze(self) -> None:
-        """Unfreeze every group."""
-        self.freeze_to(0)
-
-    def clear_state(self) -> None:
-        """Forget all state of parameters but the flags ``do_wd`` and ``force_train``."""
-        self.engine.bound.clear()
-        for _, state in self.state.of_parameters():
-            for key in state.keys() - {*FLAGS}:
-                state.pop(key, None)
 
     # -- what it does --
     def explain(self) -> Explanation:

@@ -9,6 +9,7 @@ import torch
 
 from ..callback import arguments_of, function_of, is_ours
 from ..callbacks import step_stat
+from ..ir.ops import TENSOR
 from ..ir.program import Buffer
 from ..step.items import Item
 from ..trace.run import NeedsAttribute
@@ -144,7 +145,7 @@ def _check_entry(key: str, first: Any, state: Mapping[str, Any], p: torch.Tensor
     value = state.get(key)
     fits = isinstance(value, torch.Tensor) and value.is_floating_point()
     if isinstance(value, torch.Tensor) and isinstance(first, Buffer):
-        fits = fits and (value.shape == p.shape or first.kind == "S")
+        fits = fits and (value.shape == p.shape or first.kind == TENSOR)
     if fits if isinstance(first, Buffer) else isinstance(value, (int, float)):
         return
     found = "missing" if value is None else f"a {type(value).__name__}"

@@ -7,14 +7,11 @@ One declared map: ``wd`` ↔ ``weight_decay``; ``mom`` with ``sqr_mom`` ↔ ``be
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from .core import Optimizer
 
 Place = str | tuple[str, int]
 TORCH = {"weight_decay": ("wd",), "betas": ("mom", "sqr_mom"), "momentum": ("mom",), "alpha": ("sqr_mom",)}
@@ -142,53 +139,6 @@ def per_group(name: str, value: Any, n: int) -> list[Any]:
             f"Trying to set {len(values)} values for {name} but there are {n} parameter groups."
         )
     return [plain(v) for v in values]
-
-
-class HypersView(MutableMapping):
-    """One param group's numbers under fastai's names: live and writable. Flags and None are not shown."""
-
-    def __init__(self, opt: Optimizer, index: int) -> None:
-        self._opt, self._index = opt, index
-
-    def _all(self) -> dict[str, Any]:
-        group = self._opt.param_groups[self._index]
-        values = self._opt.hyper_map.of_group(group).items()
-        return {k: number(v) for k, v in values if _is_number(v)}
-
-    def __getitem__(self, name: str) -> Any:
-        names, group = self._opt.hyper_map, self._opt.param_groups[self._index]
-        place = names.place.get(name, name)
-        if names.name.get(place, place) != name:  # torch's name for what is shown under fastai's
-            raise KeyError(name)
-        value = group[place[0]][place[1]] if isinstance(place, tuple) else group[place]
-        if not _is_number(value):
-            raise KeyError(name)
-        return number(value)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        value = plain(value)
-        check(name, value)
-        self._opt.hyper_map.write(self._opt.param_groups[self._index], name, value)
-
-    def __delitem__(self, name: str) -> None:
-        raise TypeError(f"hyperparameter {name!r} cannot be removed")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def copy(self) -> dict[str, Any]:
-        """The numbers as they are now, in a dict."""
-        return self._all()
-
-    def __repr__(self) -> str:
-        return repr(self._all())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
 
 
 def number(value: Any) -> Any:

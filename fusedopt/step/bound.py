@@ -20,6 +20,7 @@ import torch
 from ..backends import Kernel
 from ..backends.base import HEAD
 from ..extension import leaf
+from ..ir.ops import ELEMENT
 from ..ir.program import Buffer
 from ..trace.signature import PLAIN, Foreign
 from . import sharded
@@ -219,7 +220,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
         if key in groups.roles.never:
             kind = kinds.ignored
         elif isinstance(what, Buffer):
-            kind, kept = (kinds.element if what.kind == "F" else kinds.whole), what.dtype
+            kind, kept = (kinds.element if what.kind == ELEMENT else kinds.whole), what.dtype
         elif isinstance(what, Foreign):
             kind, kept = kinds.other, what.dtype
         elif type(value) in (int, float):

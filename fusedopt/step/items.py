@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer
 from ..trace.signature import (
     HOST,
@@ -140,7 +141,7 @@ def _visible(value: Any, p: torch.Tensor, modes: Modes) -> Any:
     whole = per_element(value, p, modes)
     if value.dtype not in reference.FLOATS or (not whole and value.dim()):
         return Foreign(value.dtype, value.shape)
-    return _buffer(value.dtype, "F" if whole else "S")
+    return _buffer(value.dtype, ELEMENT if whole else TENSOR)
 
 
 _buffer = functools.lru_cache(Buffer)
@@ -188,7 +189,7 @@ def allocate(item: Item, created: dict[str, Buffer], starts: dict[str, float]) -
     """New state buffers, as zeros: skipped steps never leave uninitialised memory behind. Counts have ``starts``."""
     p, made = item.param, {}
     for key, buffer in created.items():
-        if buffer.kind == "F" and key not in starts:
+        if buffer.kind == ELEMENT and key not in starts:
             made[key] = torch.zeros_like(p, dtype=buffer.dtype, requires_grad=False)
         else:
             made[key] = torch.full((), starts.get(key, 0.0), dtype=buffer.dtype, device=p.device)

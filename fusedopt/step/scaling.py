@@ -18,6 +18,7 @@ import torch
 
 from ..backends import Backend, Kernel, Launch
 from ..backends.base import HEAD
+from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph, Program, verify
 from ..trace.signature import FACTOR, FOUND_INF, Modes, compute_dtype
 from . import sharded
@@ -198,9 +199,9 @@ def _square(grad: torch.Tensor) -> torch.Tensor:
 def _squares(grad: torch.dtype) -> Program:
     """Σ g², for each gradient."""
     graph = Graph()
-    g = graph.leaf("load", "grad", kind="F")
+    g = graph.leaf("load", "grad", kind=ELEMENT)
     total = graph.op("sum", graph.op("mul", g, g))
-    buffers = ("grad", Buffer(grad, "F")), (NORM, Buffer(torch.float64, "S"))
+    buffers = ("grad", Buffer(grad, ELEMENT)), (NORM, Buffer(torch.float64, TENSOR))
     return _verified(graph, compute_dtype(grad), buffers, {NORM: total}, 0)
 
 
@@ -210,12 +211,12 @@ def _coefficient() -> Program:
     graph = Graph()
     inverse = graph.leaf("load", INVERSE)
     norm = graph.op(
-        "mul", graph.op("sqrt", graph.op("sum", graph.leaf("load", "squares", kind="F"))), inverse
+        "mul", graph.op("sqrt", graph.op("sum", graph.leaf("load", "squares", kind=ELEMENT))), inverse
     )
     room = graph.op("div", graph.leaf("slot", 0), graph.op("add", norm, graph.leaf("const", EPS)))
     factor = graph.op("mul", graph.op("minimum", room, graph.leaf("const", 1.0)), inverse)
-    single = Buffer(torch.float32, "S")
-    buffers = ("squares", Buffer(torch.float64, "F")), (INVERSE, single), (NORM, single), (FACTOR, single)
+    single = Buffer(torch.float32, TENSOR)
+    buffers = ("squares", Buffer(torch.float64, ELEMENT)), (INVERSE, single), (NORM, single), (FACTOR, single)
     return _verified(graph, torch.float64, buffers, {NORM: norm, FACTOR: factor}, 1)
 
 

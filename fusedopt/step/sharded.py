@@ -19,6 +19,7 @@ import torch
 
 from ..backends.cpp.backend import joined
 from ..extension import leaf
+from ..ir.ops import ELEMENT
 from ..ir.program import Buffer
 from . import reference
 from .items import Item, walkable
@@ -127,7 +128,7 @@ class Shard(Item):
     def finish(self, created: dict[str, Buffer]) -> None:
         super().finish(created)
         p, live = self.whole.home, self.whole.state
-        shaped = {key for key, _ in self.tensors()} | {k for k, b in created.items() if b.kind == "F"}
+        shaped = {key for key, _ in self.tensors()} | {k for k, b in created.items() if b.kind == ELEMENT}
         for key, value in self.state.items():
             if key not in shaped:
                 live[key] = value

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..ir.ops import OPS, Op, Reduction
+from ..ir.ops import ELEMENT, OPS, TENSOR, Op, Reduction
 from .number import Number
 from .signals import Untraceable
 from .tensor import (
@@ -174,7 +174,7 @@ def _full_like(x: SymTensor, value: Any, *, dtype: torch.dtype | None = None, **
     if dtype is not None and dtype not in FLOATS:
         raise Untraceable(f"a new tensor of {dtype}; fused state is floating point")
     filled = as_float(lift(x.run, value))
-    if x.kind == "F":
+    if x.kind == ELEMENT:
         filled = expand(filled)
     return SymTensor(x.run, filled.node, dtype or x.asked)
 
@@ -247,7 +247,7 @@ def _whole(x: SymTensor, dims: tuple, kwargs: dict) -> SymTensor:
 def _reduce(op: str) -> Callable[..., SymTensor]:
     def method(x: SymTensor, *dims: Any, **kwargs: Any) -> SymTensor:
         x = _whole(x, dims, kwargs)
-        if x.kind == "S":
+        if x.kind == TENSOR:
             return x
         return new(x, op, x)
 

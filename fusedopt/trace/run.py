@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..callback import Callback, arguments_of, call
+from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph
 from . import methods  # noqa: F401  (fills the table of tensor methods)
 from .number import Number, Scalar, ScalarProgram
@@ -82,7 +83,7 @@ class Run:
         return answer
 
     def attribute(self, kind: str, name: str) -> Any:
-        if kind == "S":
+        if kind == TENSOR:
             return {"shape": torch.Size(()), "ndim": 0, "count": 1, "contiguous": True}[name]
         known = dict(self.signature.attributes)
         if name not in known:
@@ -115,7 +116,7 @@ class Pass:
     def _hyper(self, name: str, value: Any) -> Any:
         """A number, or the cell of a tensor that kernels read."""
         if isinstance(value, torch.Tensor):
-            buffer = Buffer(value.dtype, "S")
+            buffer = Buffer(value.dtype, TENSOR)
             return Cell(load(self.graph, self.signature, f"hyper.{name}", buffer), value.dtype)
         return self._number(("hyper", name), value)
 
@@ -128,12 +129,12 @@ class Pass:
         """
         s = self.signature
         asked = s.asked or (s.param, s.grad)
-        grad = self.graph.leaf("load", "grad", kind="F")
+        grad = self.graph.leaf("load", "grad", kind=ELEMENT)
         if s.modes.scaled:
             factor = self.graph.leaf("load", FACTOR)
             grad = self.graph.op("mul", grad, factor, where=lambda: "scaling")
         cells: dict[str, Any] = {
-            PARAM: Cell(self.graph.leaf("load", "param", kind="F"), asked[0]),
+            PARAM: Cell(self.graph.leaf("load", "param", kind=ELEMENT), asked[0]),
             GRAD: Cell(grad, asked[1]),
         }
         for key, value in (dict(s.state) | given).items():
@@ -169,7 +170,7 @@ class Pass:
 
         def per_element(cell: Any) -> Any:
             value = self.graph.values[cell.node] if isinstance(cell, Cell) else None
-            whole = value is not None and value.kind == "S" and value.type == "f"
+            whole = value is not None and value.kind == TENSOR and value.type == "f"
             return Cell(self.graph.op("expand", cell.node), cell.asked) if whole else cell
 
         return {key: per_element(cell) for key, cell in cells.items()}
@@ -284,7 +285,7 @@ def is_number(x: Any) -> bool:
 
 
 def load(graph: Graph, signature: Signature, name: str, buffer: Buffer) -> int:
-    wide = buffer.kind == "S" and buffer.dtype == torch.float64 != signature.compute
+    wide = buffer.kind == TENSOR and buffer.dtype == torch.float64 != signature.compute
     return graph.leaf("load", name, kind=buffer.kind, type="d" if wide else "f")
 
 
@@ -311,7 +312,7 @@ def select(graph: Graph, condition: int, yes: int, no: int) -> int:
     if yes == no:
         return yes
     a, b = graph.values[yes], graph.values[no]
-    if a.op == b.op and a.args and a.kind == b.kind == "F":
+    if a.op == b.op and a.args and a.kind == b.kind == ELEMENT:
         different = [k for k, (x, y) in enumerate(zip(a.args, b.args, strict=True)) if x != y]
         if len(different) == 1 and graph.values[a.args[different[0]]].type == "f":
             k = different[0]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..ir.ops import ELEMENT
 from ..ir.program import Buffer
 from .signals import Untraceable
 
@@ -96,7 +97,7 @@ class Signature:
 
     @property
     def compute(self) -> torch.dtype:
-        buffers = [v.dtype for _, v in self.state if isinstance(v, Buffer) and v.kind == "F"]
+        buffers = [v.dtype for _, v in self.state if isinstance(v, Buffer) and v.kind == ELEMENT]
         return compute_dtype(self.param, self.grad, *buffers)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..ir.ops import ELEMENT, TENSOR
 from .number import Number
 from .signals import Untraceable, where_now
 
@@ -133,7 +134,7 @@ class SymTensor:
 
     # -- what leaves the graph --
     def __bool__(self) -> bool:
-        if self.kind == "F":
+        if self.kind == ELEMENT:
             raise Untraceable(
                 "a branch on element values; use torch.where, or a reduction such as .any() or .mean()"
             )
@@ -180,11 +181,11 @@ def _called(name: str, method: Callable[..., Any], x: SymTensor, *args: Any, **k
 def _rebind(box: SymTensor, value: Any) -> SymTensor:
     """``box.copy_(value)``: the place gets the value; its kind stays (an S value is expanded into an F place)."""
     new = lift(box.run, value)
-    if box.kind == "S" and new.kind == "F":
+    if box.kind == TENSOR and new.kind == ELEMENT:
         raise Untraceable("an in-place result does not fit the 0-d tensor it is written to")
     if box.is_bool != new.is_bool:
         new = as_bool(new) if box.is_bool else as_float(new)
-    if box.kind == "F" and new.kind == "S":
+    if box.kind == ELEMENT and new.kind == TENSOR:
         new = expand(new)
     box.place.node = new.node
     return box
@@ -222,7 +223,7 @@ def new(like: SymTensor, op: str, *args: SymTensor) -> SymTensor:
 def _promote(args: tuple[SymTensor, ...]) -> torch.dtype | None:
     """The dtype eager torch gives the result: 0-d tensors and numbers do not widen tensors with elements."""
     floats = [(a.kind, a.asked) for a in args if not a.is_bool and a.asked is not None]
-    strong = [asked for kind, asked in floats if kind == "F"] or [asked for _, asked in floats]
+    strong = [asked for kind, asked in floats if kind == ELEMENT] or [asked for _, asked in floats]
     return functools.reduce(torch.promote_types, strong) if strong else None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..callback import Callback, arguments_of
+from ..ir.ops import ELEMENT, TENSOR
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, depth_first, reachable
 from .number import Number, Scalar, ScalarProgram
@@ -82,7 +83,9 @@ def trace(
 
     starts = _starts(callbacks, signature, hyper, first) if signature.modes.on_device else {}
     # As the next step will see it: see ``items.per_element``.
-    count = Buffer(torch.float64, "F" if signature.zero_dim and signature.param == torch.float64 else "S")
+    count = Buffer(
+        torch.float64, ELEMENT if signature.zero_dim and signature.param == torch.float64 else TENSOR
+    )
     counts = dict.fromkeys(starts, count)
     flag = next((k for k, _ in signature.state if k.startswith(STARTED)), None)
     late = flag.removeprefix(STARTED).split(",") if flag else []
@@ -156,7 +159,7 @@ def _asked_dtype(
 ) -> torch.dtype:
     """The dtype of new state: as asked, or the policy's; one number per tensor keeps the type it is computed in."""
     value = graph.values[cell.node]
-    if value.kind == "S":
+    if value.kind == TENSOR:
         return torch.float64 if value.type == "d" else signature.compute
     # Made of a mask and numbers, it has torch's default.
     mixed = (signature.asked or (signature.param,))[0] if signature.zero_dim else torch.get_default_dtype()
@@ -180,7 +183,7 @@ def _until_started(
         raise error
     yes = graph.op("ne", load(graph, signature, f"state.{flag}", buffer), graph.leaf("const", 0.0))
     one = graph.leaf("const", 1.0)
-    started = Cell(graph.op("expand", one) if buffer.kind == "F" else one, None)
+    started = Cell(graph.op("expand", one) if buffer.kind == ELEMENT else one, None)
     return {k: either(graph, yes, b[k], a[k]) for k in b} | {flag: started}
 
 
@@ -192,7 +195,7 @@ def _same_from_zeros(
     for k, buffer in created.items():
         loaded = load(graph, signature, f"state.{k}", buffer)
         zero = graph.leaf("const", 0.0, type=graph.values[loaded].type)
-        replace[loaded] = graph.op("expand", zero) if buffer.kind == "F" else zero
+        replace[loaded] = graph.op("expand", zero) if buffer.kind == ELEMENT else zero
     roots = [v.node for v in b.values() if isinstance(v, Cell)]
     for i in reachable(graph.values, roots):
         v = graph.values[i]
@@ -214,9 +217,11 @@ def _program(
     materialize_grad: bool,
 ) -> tuple[Program, tuple[int, ...]]:
     """The program for the final cells, in canonical numbering, and the scalar entries of its slots."""
-    buffers = {"param": Buffer(signature.param, "F"), "grad": Buffer(signature.grad, "F")}
-    buffers |= {name: Buffer(torch.float32, "S") for name in (FACTOR, FOUND_INF)}
-    buffers |= {f"hyper.{k}": Buffer(v.dtype, "S") for k, v in hyper.items() if isinstance(v, torch.Tensor)}
+    buffers = {"param": Buffer(signature.param, ELEMENT), "grad": Buffer(signature.grad, ELEMENT)}
+    buffers |= {name: Buffer(torch.float32, TENSOR) for name in (FACTOR, FOUND_INF)}
+    buffers |= {
+        f"hyper.{k}": Buffer(v.dtype, TENSOR) for k, v in hyper.items() if isinstance(v, torch.Tensor)
+    }
     found = graph.leaf("load", FOUND_INF)
     skip = graph.op("ne", found, graph.leaf("const", 0.0)) if signature.modes.skips else None
     stores: dict[str, int] = {"param": cells[PARAM].node}

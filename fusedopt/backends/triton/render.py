@@ -19,7 +19,7 @@ import torch
 
 from ...compile.cache import BuildError
 from ...ir.comments import one_line
-from ...ir.ops import OPS, Op, Reduction, is_reduction, reduction
+from ...ir.ops import ELEMENT, OPS, TENSOR, Op, Reduction, is_reduction, reduction
 from ...ir.passes import Stage, scalar_stores, stages
 from ...ir.program import Program, Value, identifier
 from ..body import Body, element_op, entries, summary
@@ -107,7 +107,7 @@ class _Body(Body):
     # -- the work on a block --
     def element(self, k: int, stage: Stage) -> list[str]:
         arguments = ["at", "end", *(self.pointer[n] for n in self._buffers(stage)), *self._uniform(stage)]
-        lines = [self._line(i) for i in stage.values if self.program.values[i].kind == "F"]
+        lines = [self._line(i) for i in stage.values if self.program.values[i].kind == ELEMENT]
         lines += [f"store({self.pointer[n]}, at, end, {self.name(i)}, WHOLE)" for n, i in stage.stores]
         if stage.reductions:
             lines.append(
@@ -123,9 +123,9 @@ class _Body(Body):
     def _uniform(self, stage: Stage) -> list[str]:
         """What the element function needs of what there is one of per tensor."""
         values = self.program.values
-        used = {a for i in stage.values if values[i].kind == "F" for a in values[i].args}
+        used = {a for i in stage.values if values[i].kind == ELEMENT for a in values[i].args}
         used |= {i for _, i in stage.stores} | {values[i].args[0] for i in stage.reductions}
-        return [self.name(i) for i in sorted(used) if values[i].kind == "S" and values[i].op != "const"]
+        return [self.name(i) for i in sorted(used) if values[i].kind == TENSOR and values[i].op != "const"]
 
     # -- one program per chunk --
     def stage(self, k: int, stage: Stage) -> list[str]:
@@ -210,9 +210,9 @@ class _Body(Body):
             lines.append(f"numbers = slots + tl.load(row + 1) * {self.program.slots}")
         for i in stage.values:
             v = values[i]
-            if v.kind == "S" and is_reduction(v.op):
+            if v.kind == TENSOR and is_reduction(v.op):
                 lines.append(self._commented(f"{self.name(i)} = {self._joined(i)}.to(T)", v))
-            elif v.kind == "S":
+            elif v.kind == TENSOR:
                 lines.append(self._line(i))
         return lines
 
@@ -241,7 +241,7 @@ class _Body(Body):
             return f"tl.load(numbers + {v.attr}).to({self.types[v.type]})"
         if v.op == "numel":
             return f"tl.load(row).to({self.types[v.type]})"
-        if v.op == "load" and v.kind == "F":
+        if v.op == "load" and v.kind == ELEMENT:
             return f"load({self.pointer[v.attr]}, at, end, WHOLE)"
         if v.op == "load":
             return (
@@ -254,10 +254,10 @@ class _Body(Body):
     def arguments(self, v: Value) -> list[str]:
         """Masks that meet in a block are blocks."""
         texts = super().arguments(v)
-        if element_op(v).types != "bb>b" or v.kind == "S":
+        if element_op(v).types != "bb>b" or v.kind == TENSOR:
             return texts
         return [
-            t if self.program.values[i].kind == "F" else f"spread({t}, at)"
+            t if self.program.values[i].kind == ELEMENT else f"spread({t}, at)"
             for i, t in zip(v.args, texts, strict=True)
         ]
 
