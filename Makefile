@@ -29,7 +29,7 @@ fix:
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-# The tests with another torch, e.g. `make test-torch TORCH=2.14.1 TESTS=tests/test_warm.py`: all of them without TESTS.
+# The tests with another torch, e.g. `make test-torch TORCH=2.14.1 TESTS=tests/step/test_warm.py`: all of them without TESTS.
 # In an environment of its own, of up to 6 GB, and on a copy of the tree, whose extension is built for that torch.
 TORCH ?= 2.14.1
 TESTS ?=

@@ -111,7 +111,7 @@ def one_thread(same_start):
 @pytest.fixture
 def nothing_compiled(monkeypatch):
     """As in a fresh process: no kernel is loaded, no trace is known."""
-    monkeypatch.setattr(backends, "_made", {})
+    monkeypatch.setattr(backends, "made", {})
     buckets.known_traces.cache_clear()
     yield
     buckets.known_traces.cache_clear()

@@ -1,4 +1,4 @@
-"""Which folder may import which: one way only, also for the sake of types."""
+"""Which folder may import which: one way only, also for the sake of types. And tests mirror the folders."""
 
 import ast
 from pathlib import Path
@@ -51,3 +51,28 @@ def test_every_folder_has_its_storey_and_its_line_in_the_document():
     assert found == set(STOREYS)
     document = (ROOT.parent / "docs" / "compiler.md").read_text(encoding="utf-8")
     assert all(f"| `fusedopt/{name}/` |" in document for name in STOREYS)
+
+
+def test_tests_mirror_the_folders():
+    tests = Path(__file__).parent
+    found = {path.parent.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")}
+    assert found == {".", "benchmarks", *STOREYS}
+
+
+TORCHS = {"_step_supports_amp_scaling", "_optimizer_state_dict_post_hooks"}
+
+
+def test_no_test_needs_what_an_optimizer_keeps_to_itself():
+    """What tests look at is public on the optimizer, its engine, and its bound steps."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr not in TORCHS and not node.attr.startswith("__"):
+                owner = ast.unparse(node.value).rsplit(".", 1)[-1]
+                private = node.attr.startswith("_") and owner in (
+                    "opt",
+                    "engine",
+                    "bound",
+                    "buckets",
+                    "groups",
+                )
+                assert not private, f"{path.name}:{node.lineno}: {ast.unparse(node)}"

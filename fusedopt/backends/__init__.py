@@ -43,7 +43,8 @@ ROWS = {
     "triton": Row(_ours("triton", "Triton"), "cuda"),
 }
 """Compiled backends by name. The reference is none: it has no kernels."""
-_made: dict[str, Backend] = {}
+made: dict[str, Backend] = {}
+"""Those that were asked for: a backend keeps its kernels."""
 
 
 def register(name: str, make: Callable[[], Backend], device: str, tried: bool = False) -> None:
@@ -57,7 +58,7 @@ def register(name: str, make: Callable[[], Backend], device: str, tried: bool = 
     if name in ("auto", "reference"):
         raise ValueError(f"{name!r} is not the name of a compiled backend; choose another")
     ROWS[name] = Row(make, device, tried)
-    _made.pop(name, None)
+    made.pop(name, None)
 
 
 def names() -> tuple[str, ...]:
@@ -67,9 +68,9 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> Backend:
     """The backend of this name."""
-    if name not in _made:
-        _made[name] = ROWS[name].make()
-    return _made[name]
+    if name not in made:
+        made[name] = ROWS[name].make()
+    return made[name]
 
 
 def check_name(name: str | None) -> str:

@@ -120,7 +120,7 @@ class Norm:
                 self._eager.append((out, items[0]))
             else:
                 columns = {"grad": [item.grad for item in items], NORM: list(out.unbind())}
-                launch = self._prepared(backend, NORM_KERNEL, _squares(items[0].grad.dtype), columns)
+                launch = self._prepared(backend, NORM_KERNEL, squares(items[0].grad.dtype), columns)
                 self._measures.append(functools.partial(sharded.runner(launch, items), _NONE))
                 self.launches.append(launch)
         self.join = self._joining(launches[0][0]) if launches else None
@@ -158,7 +158,7 @@ class Norm:
 
     def _joining(self, backend: Backend) -> Launch:
         columns = {name: [self.scaling.buffer(name, self.main)] for name in (INVERSE, NORM, FACTOR)}
-        return self._prepared(backend, "clip", _coefficient(), {"squares": [self.squares], **columns})
+        return self._prepared(backend, "clip", coefficient(), {"squares": [self.squares], **columns})
 
     def _prepared(
         self, backend: Backend, name: str, program: Program, columns: dict[str, list[torch.Tensor]]
@@ -196,7 +196,7 @@ def _square(grad: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _squares(grad: torch.dtype) -> Program:
+def squares(grad: torch.dtype) -> Program:
     """Σ g², for each gradient."""
     graph = Graph()
     g = graph.leaf("load", "grad", kind=ELEMENT)
@@ -206,7 +206,7 @@ def _squares(grad: torch.dtype) -> Program:
 
 
 @functools.cache
-def _coefficient() -> Program:
+def coefficient() -> Program:
     """norm = √(Σ squares) · inverse; factor = min(max_norm / (norm + ε), 1) · inverse."""
     graph = Graph()
     inverse = graph.leaf("load", INVERSE)

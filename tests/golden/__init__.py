@@ -53,7 +53,7 @@ def nothing_is_compiled() -> Iterator[list[str]]:
 
     with (
         mock.patch.dict(os.environ, FUSEDOPT_BACKEND="cpp"),
-        mock.patch.dict(backends._made, cpp=cpu.Cpp()),  # one that knows no kernel, and is forgotten
+        mock.patch.dict(backends.made, cpp=cpu.Cpp()),  # one that knows no kernel, and is forgotten
         mock.patch.object(buckets, "known_traces", lambda *args: {}),
         mock.patch.object(toolchain, "compile_library", compile_library),
         mock.patch.object(cpu.Launch, "native", lambda self: None),

@@ -405,7 +405,7 @@ def test_an_entry_cut_off_in_the_cache_is_built_again(left, monkeypatch):
 def test_auto_goes_on_without_it(script, tmp_path, commands, monkeypatch):
     script(cut(tmp_path, commands))
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(backends, "_made", {})
+    monkeypatch.setattr(backends, "made", {})
 
     def descend(p, lr, **kwargs):
         p.data.sub_(p.grad, alpha=lr)

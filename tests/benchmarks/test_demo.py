@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("sklearn")
 image = pytest.importorskip("matplotlib.image")
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed package
+sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks is no installed package
 
 import fusedopt  # noqa: E402
 from benchmarks import demo  # noqa: E402

@@ -84,7 +84,7 @@ def fake(built, monkeypatch, nothing_compiled):
     built.fake.clear()
     backend = cuda.Cuda(built.fake.path)
     backend.device = "cpu"
-    monkeypatch.setitem(backends._made, "cuda", backend)
+    monkeypatch.setitem(backends.made, "cuda", backend)
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda *args, **kwargs: image(built, *args))
     monkeypatch.setattr(nvrtc, "nvrtc", lambda: nvrtc.Nvrtc("13.5", ("sm_90",), None))
@@ -212,7 +212,7 @@ def test_joining_does_not_depend_on_how_many_blocks_there_are(fake):
     fake.threads = 4
     for blocks in (1, 2, 100):
         fake.blocks = blocks
-        backends._made["cuda"]._kernels.clear()
+        backends.made["cuda"]._kernels.clear()
         buckets.known_traces.cache_clear()
         torch.manual_seed(0)
         params = parameters(3 * 65536 + 5)
@@ -569,7 +569,7 @@ def refuse(fake, library=None, fail=None, **settings):
     if fail:
         fake.fail(*fail)
     if library:
-        backends._made["cuda"].library = library
+        backends.made["cuda"].library = library
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -648,7 +648,7 @@ def test_auto_falls_back_and_says_why(fake, monkeypatch):
         opt = step("auto")
     assert opt.explain().backend == "cpp"
     fake.fail("", 0)
-    backends._made["cuda"]._opened = None
+    backends.made["cuda"]._opened = None
     assert step("auto").engine.launched
 
 

@@ -113,7 +113,7 @@ def test_kernels_with_many_parameters_are_those_with_few(case):
 @needs_nvrtc
 @needs_cuobjdump
 def test_the_table_of_gates_is_the_golden_one(all_architectures):
-    """After a change that is meant: `python tests/sass.py`, and read the difference."""
+    """After a change that is meant: `PYTHONPATH=tests python tests/backends/sass.py`, and read the difference."""
     columns = range(len(sass.ARCHS) if all_architectures else 1)
     expected = golden.gates(sass.GATES, columns)
     if expected.splitlines()[0] != f"NVRTC {nvrtc.nvrtc().version}":

@@ -3,7 +3,7 @@
 `tests/golden/cuda_gates.txt` has a line for each stage of each named optimizer. To make it anew, and
 `kernels/cuda_example.inc` with it:
 
-    python tests/sass.py
+    PYTHONPATH=tests python tests/backends/sass.py
 
 Then read the difference. Tests compare and never write.
 """

@@ -68,7 +68,7 @@ def recording() -> Iterator[list[Traced]]:
     """Programs are traced, and added to the list this gives, but not compiled and not run."""
     recorder = _Recorder()
     with (
-        mock.patch.dict(backends._made, cpp=recorder),
+        mock.patch.dict(backends.made, cpp=recorder),
         mock.patch.object(buckets, "known_traces", lambda *args: {}),
     ):
         yield recorder.found

@@ -73,7 +73,7 @@ class Checked(cpu.Cpp):
 @pytest.fixture
 def launch(monkeypatch):
     """The checked launches of this test."""
-    monkeypatch.setitem(backends._made, "cpp", Checked())
+    monkeypatch.setitem(backends.made, "cpp", Checked())
     monkeypatch.setattr(buckets, "known_traces", lambda *args: {})
     monkeypatch.setattr(CheckedLaunch, "ran", [])
     return CheckedLaunch
@@ -115,8 +115,8 @@ def test_the_programs_of_the_global_norm_are_interpreted(launch, dtype):
     params = parameters(dtype)
     step(fusedopt.SGD(params, lr=0.1, max_grad_norm=1.0), params)
     assert len(launch.ran) == 9
-    assert launch.ran[::3] == [scaling._squares(dtype)] * 3
-    assert launch.ran[1::3] == [scaling._coefficient()] * 3
+    assert launch.ran[::3] == [scaling.squares(dtype)] * 3
+    assert launch.ran[1::3] == [scaling.coefficient()] * 3
 
 
 def test_numbers_alone_are_counted_by_the_elements_of_the_parameter(launch):

@@ -2,7 +2,7 @@
 
 `tests/golden/triton_gates.txt` has a line for each stage of each named optimizer. To make it anew:
 
-    python tests/triton_gates.py
+    PYTHONPATH=tests python tests/backends/triton_gates.py
 
 Then read the difference. Tests compare and never write. A change to an optimizer that the skeleton shows as its
 example wants the example in `kernels/triton.py.in` replaced by hand.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("sklearn")
 plt = pytest.importorskip("matplotlib.pyplot")
 pytest.importorskip("tqdm")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import digits_cnn  # noqa: E402
 import learner_ch16_runs as runs  # noqa: E402

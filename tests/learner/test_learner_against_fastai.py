@@ -11,7 +11,7 @@ import pytest
 
 from fusedopt import learner as fl
 
-TEXT = (Path(__file__).parents[1] / "docs" / "coming_from.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text()
 SECTION = re.search(r"^### Learner against Learner$(.*?)^##+ ", TEXT, re.M | re.S)[1]
 
 # In a process of its own: whatever else is imported may add methods to fastai's Learner.

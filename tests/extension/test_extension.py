@@ -23,7 +23,7 @@ from fusedopt.compile import cache, toolchain
 from fusedopt.extension import build as extension
 from fusedopt.extension import leaf, recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REAL = next(filter(shutil.which, toolchain.CANDIDATES), "false")
 WHY = "fusedopt._C is not installed"
 

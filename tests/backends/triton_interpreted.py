@@ -1,6 +1,6 @@
 """What Triton kernels compute, in Triton's interpreter: test_triton.py starts pytest on this file.
 
-By hand: TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
+By hand: TRITON_INTERPRET=1 python -m pytest tests/backends/triton_interpreted.py
 """
 
 import math

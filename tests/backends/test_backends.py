@@ -60,7 +60,7 @@ class Toy:
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr(backends, "ROWS", dict(backends.ROWS))
-    monkeypatch.setattr(backends, "_made", {})
+    monkeypatch.setattr(backends, "made", {})
 
 
 def stepped(backend):

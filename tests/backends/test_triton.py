@@ -141,7 +141,7 @@ def test_numbers_on_the_device_need_no_more(name, options):
 
 
 def test_the_table_of_gates_is_the_golden_one(all_architectures):
-    """After a change that is meant: `python tests/triton_gates.py`, and read the difference."""
+    """After a change that is meant: run triton_gates.py, as it says, and read the difference."""
     dtypes, archs = (gates.STORED, gates.ARCHS) if all_architectures else ([x] for x in HERE)
     expected = golden.gates(gates.GATES, [gates.ARCHS.index(a) for a in archs], dtypes)
     if expected.splitlines()[0] != gates.VERSION:

@@ -25,6 +25,7 @@ from fusedopt import average_grad, l2_reg, momentum_step, weight_decay
 from fusedopt.extension import leaf
 from fusedopt.optimizer.groups import ParamGroups
 from fusedopt.step import buckets, items, transforms, verdicts
+from fusedopt.step.engine import Engine
 from fusedopt.table import TABLE
 from fusedopt.trace.purity import VARIES, Verdict
 
@@ -192,7 +193,7 @@ def test_a_warm_step_sees_nothing_but_tables(monkeypatch):
     give_gradients(params_of(twins.b), 9)
     twins.b.step()
     monkeypatch.setattr(ParamGroups, "items", refuse)
-    monkeypatch.setattr(fusedopt.Optimizer, "_step_anew", refuse)
+    monkeypatch.setattr(Engine, "step", refuse)
     monkeypatch.setattr(buckets, "trace", refuse)
     monkeypatch.setattr(transforms, "active", lambda: False)  # the mode is here to watch
     with NoOps():

@@ -106,7 +106,7 @@ def library():
 
 
 def test_the_example_in_the_kernels_folder_is_adam():
-    """After a change that is meant: `python tests/sass.py`, and read the difference."""
+    """After a change that is meant: `PYTHONPATH=tests python tests/backends/sass.py`, and read the difference."""
     assert cuda_kernels.EXAMPLE.read_text(encoding="utf-8") == rendered(golden.EXAMPLE_OF)[0].body
 
 
