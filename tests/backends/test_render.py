@@ -6,6 +6,7 @@
 import math
 import re
 import subprocess
+from pathlib import Path
 
 import golden
 import pytest
@@ -13,6 +14,7 @@ import torch
 from helpers import signature
 
 from fusedopt import callbacks
+from fusedopt.backends.base import HEAD
 from fusedopt.backends.cpp import render as cpp
 from fusedopt.compile import toolchain
 from fusedopt.ir.program import Buffer, Graph, Program
@@ -202,3 +204,23 @@ def test_constants_are_written_to_the_last_digit():
     body = cpp.render(Program(torch.float64, buffers, tuple(g.values), (("param", p),), 0))
     assert "T(0.1)" in body and "T(1e-45)" in body
     assert ", T(infinity))" in body and ", -T(infinity))" in body
+
+
+def test_stages_are_handed_the_tables_that_launches_fill():
+    """kernels/cpu.cpp declares what csrc/launch.h does: neither can include the other."""
+    root = Path(__file__).parents[2]
+    launch, kernel, chunks = (
+        re.sub(r"//.*", "", (root / file).read_text())
+        for file in ("csrc/launch.h", "kernels/cpu.cpp", "csrc/chunks.h")
+    )
+
+    def fields(text: str, name: str) -> list[str]:
+        return re.search(rf"struct {name} {{(.*?)}};", text, re.DOTALL)[1].split()
+
+    def constant(text: str, name: str) -> int:
+        return int(re.search(rf"\b{name} = (\d+)", text)[1])
+
+    assert fields(launch, "Tables") == fields(kernel, "Launch") != []
+    words = re.search(r"enum : int64_t {(.*?)}", launch)[1].replace(",", "").split()
+    assert words.index("head") == constant(kernel, "head_words") == HEAD
+    assert constant(chunks, "chunk_words") == constant(kernel, "chunk_words")
