@@ -50,9 +50,14 @@ if TYPE_CHECKING:
 
 __all__ = [*torch.optim.__all__]
 
+_NOT_NEGATIVE = (
+    "eps", "weight_decay", "momentum", "alpha", "lr_decay", "initial_accumulator_value", "momentum_decay", "lr",
+)  # fmt: skip
 _LABELS = {"lr": "learning rate", "eps": "epsilon value"}
 _MOMENTS = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
 _dampened = partial(average_grad, dampening=True)
+_radam_step = partial(radam_step, beta=0.0, eps_before_debias=True)
+_ADAM = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, adam_step]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -114,18 +119,23 @@ class _TorchFace(_Optimizer):
 
     _closed = True
 
-    def _start(self, params: Any, cbs: list[Any], lr: Any, flags: dict[str, Any], **hypers: Any) -> None:
-        _check_numbers(lr=lr)
-        for name in ("eps", "wd"):
-            if name in hypers:
-                hypers[name] = _plain(name, hypers[name])
-        _refuse_modes(type(self).__name__, flags)
+    def _start(self, cbs: list[Any], arguments: dict[str, Any], **fixed: Any) -> None:
+        """Set up from a constructor's ``locals()``: its arguments are hyperparameters and flags of the groups."""
+        given = {
+            k: v for k, v in arguments.items() if k not in ("self", "__class__", "params", "options")
+        } | fixed
+        if "betas" in given:
+            given["betas"] = _check_betas(given["betas"])
+        _check_numbers(**{name: given[name] for name in _NOT_NEGATIVE if name in given})
+        given |= {name: _plain(name, given[name]) for name in ("eps", "weight_decay") if name in given}
+        _refuse_modes(type(self).__name__, given)
+        params = arguments["params"]
         if isinstance(params, Tensor):
             raise TypeError(
                 "params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
                 f"{params.type()}; put it into a list"
             )
-        super().__init__(params, cbs, lr=lr, **hypers, **flags)
+        super().__init__(params, cbs, **given, **arguments["options"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's add_param_group; a group's own flags are checked as the constructor's are."""
@@ -162,16 +172,11 @@ class SGD(_TorchFace):
         fused: bool | None = None,
         **options: Unpack[AllOptions],
     ) -> None:
-        _check_numbers(momentum=momentum, weight_decay=weight_decay)
         if dampening != dampening:
             raise ValueError(f"Invalid dampening value: {dampening}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        flags = dict(
-            nesterov=nesterov, maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused
-        )
-        cbs = [maximize_grad, l2_reg, sgd_momentum_step]
-        self._start(params, cbs, lr, flags, mom=momentum, dampening=dampening, wd=weight_decay, **options)
+        self._start([maximize_grad, l2_reg, sgd_momentum_step], locals())
 
 
 class RMSprop(_TorchFace):
@@ -198,16 +203,7 @@ class RMSprop(_TorchFace):
         differentiable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        _check_numbers(eps=eps, momentum=momentum, weight_decay=weight_decay, alpha=alpha)
-        flags = dict(
-            centered=centered,
-            capturable=capturable,
-            foreach=foreach,
-            maximize=maximize,
-            differentiable=differentiable,
-        )
-        cbs = [maximize_grad, l2_reg, step_stat, average_sqr_grad, rms_momentum_step]
-        self._start(params, cbs, lr, flags, mom=momentum, sqr_mom=alpha, eps=eps, wd=weight_decay, **options)
+        self._start([maximize_grad, l2_reg, step_stat, average_sqr_grad, rms_momentum_step], locals())
 
 
 class Adam(_TorchFace):
@@ -235,19 +231,7 @@ class Adam(_TorchFace):
         decoupled_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        mom, sqr_mom = _check_betas(betas)
-        _check_numbers(eps=eps, weight_decay=weight_decay)
-        flags = dict(
-            amsgrad=amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-        )
-        cbs = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, adam_step]
-        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay, **options)
+        self._start(_ADAM, locals())
 
 
 class AdamW(Adam):
@@ -269,21 +253,7 @@ class AdamW(Adam):
         fused: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            **options,
-        )
+        self._start(_ADAM, locals(), decoupled_weight_decay=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -311,16 +281,7 @@ class Adagrad(_TorchFace):
         fused: bool | None = None,
         **options: Unpack[AllOptions],
     ) -> None:
-        _check_numbers(
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            eps=eps,
-        )
-        flags = dict(foreach=foreach, maximize=maximize, differentiable=differentiable, fused=fused)
-        cbs = [maximize_grad, l2_reg, step_stat, adagrad_step]
-        sums = dict(lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value)
-        self._start(params, cbs, lr, flags, eps=eps, wd=weight_decay, **sums, **options)
+        self._start([maximize_grad, l2_reg, step_stat, adagrad_step], locals())
 
     def share_memory(self) -> None:
         """Refused: sums are made with the first step, and step counts are Python numbers of one process."""
@@ -349,11 +310,7 @@ class Adamax(_TorchFace):
         capturable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        mom, sqr_mom = _check_betas(betas)
-        _check_numbers(eps=eps, weight_decay=weight_decay)
-        flags = dict(foreach=foreach, maximize=maximize, differentiable=differentiable, capturable=capturable)
-        cbs = [maximize_grad, l2_reg, _dampened, step_stat, adamax_step]
-        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay, **options)
+        self._start([maximize_grad, l2_reg, _dampened, step_stat, adamax_step], locals())
 
 
 class NAdam(_TorchFace):
@@ -380,18 +337,10 @@ class NAdam(_TorchFace):
         differentiable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        mom, sqr_mom = _check_betas(betas)
-        _check_numbers(eps=eps, weight_decay=weight_decay, momentum_decay=momentum_decay)
-        flags = dict(
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
+        self._start(
+            [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, nadam_step],
+            locals(),
         )
-        cbs = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, nadam_step]
-        hypers = dict(mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay, momentum_decay=momentum_decay)
-        self._start(params, cbs, lr, flags, **hypers, **options)
 
 
 class RAdam(_TorchFace):
@@ -417,18 +366,10 @@ class RAdam(_TorchFace):
         differentiable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        mom, sqr_mom = _check_betas(betas)
-        _check_numbers(eps=eps, weight_decay=weight_decay)
-        flags = dict(
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            decoupled_weight_decay=decoupled_weight_decay,
-            differentiable=differentiable,
+        self._start(
+            [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, _radam_step],
+            locals(),
         )
-        step = partial(radam_step, beta=0.0, eps_before_debias=True)
-        cbs = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, step]
-        self._start(params, cbs, lr, flags, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=weight_decay, **options)
 
 
 class Adadelta(_TorchFace):
@@ -451,12 +392,9 @@ class Adadelta(_TorchFace):
         differentiable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        _check_numbers(eps=eps, weight_decay=weight_decay)
         if not 0.0 <= rho <= 1.0:
             raise ValueError(f"Invalid rho value: {rho}")
-        flags = dict(maximize=maximize, capturable=capturable, foreach=foreach, differentiable=differentiable)
-        cbs = [maximize_grad, l2_reg, step_stat, average_sqr_grad, adadelta_step]
-        self._start(params, cbs, lr, flags, sqr_mom=rho, eps=eps, wd=weight_decay, **options)
+        self._start([maximize_grad, l2_reg, step_stat, average_sqr_grad, adadelta_step], locals())
 
 
 # ------------------------------------------------------------------------------------------------------------
