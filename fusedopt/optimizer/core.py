@@ -289,7 +289,7 @@ class Optimizer(FastaiFace):
         while again:  # one launch must not step a tensor twice
             todo, again = _apart(again)
             for item in () if self._looks_first else todo:
-                item.state = self.groups.state_of(item.home, item.modes.on_device)
+                item.state, item.alike = self.groups.state_of(item.home, item.modes.on_device), None
             self.engine.step(todo, self._scaling, self.groups, bind=False)
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ Callbacks call hyperparameters and state what fastai calls them; param groups an
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -146,20 +147,24 @@ class ParamGroups:
             leaf.settle(params)
             names: dict[int, list[str]] = {}  # of the state of parameters of each kind
             for i, (p, kind, grad, state) in enumerate(self._surveyed(params, pretend or modes.on_device)):
+                if kind < 0:
+                    grad = p if pretend else None if kind == _ABSENT else p.grad
+                if grad is None:
+                    continue
                 if kind in names:
                     state = dict(zip(names[kind], state.values(), strict=True))
                     todo.append(Item(p, grad, state, (g, i), hyper, modes, (g, kind)))
-                elif kind != _ABSENT and (grad := p if pretend else p.grad) is not None:
-                    check_gradient(p, grad, g, i)
-                    found = self.state_of(p, modes.on_device)
-                    check_state(p, dict(self.state.get(p, {})), g, i)
-                    item = Item(p.detach() if pretend else p, grad, found, (g, i), hyper, modes)
-                    todo.append(item)
-                    apart.append(item)
-                    if kind >= 0 and [*map(id, found.values())] == [
-                        *map(id, state.values())
-                    ]:  # none left out or converted
-                        names[kind], item.alike = list(found), (g, kind)
+                    continue
+                check_gradient(p, grad, g, i)
+                found = self.state_of(p, modes.on_device)
+                check_state(p, dict(self.state.get(p, {})), g, i)
+                item = Item(p.detach() if pretend else p, grad, found, (g, i), hyper, modes)
+                todo.append(item)
+                apart.append(item)
+                if kind < 0 or len(found) != len(state):
+                    continue
+                if all(map(operator.is_, found.values(), state.values())):  # no count was made a number
+                    names[kind], item.alike = list(found), (g, kind)
         if not pretend and not transforms.active():  # whose tensors have none
             check_memory(apart, self.stored)
         return todo
