@@ -172,9 +172,9 @@ class SGD(_TorchFace):
         fused: bool | None = None,
         **options: Unpack[AllOptions],
     ) -> None:
-        self._start([maximize_grad, l2_reg, sgd_momentum_step], locals())
         if dampening != dampening:
             raise ValueError(f"Invalid dampening value: {dampening}")
+        self._start([maximize_grad, l2_reg, sgd_momentum_step], locals())
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
