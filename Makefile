@@ -52,11 +52,12 @@ bench: setup
 # In the current Python, whose torch has to be one for CUDA: setup's environment may have another. Nothing is fetched
 # if all that is needed is there.
 GPU_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation
+GPU_NEEDS := matplotlib pytest pytest-timeout
 gpu:
 	@$(PYTHON) -c "import torch; torch.cuda.init()" 2>/dev/null || { \
 		echo "The torch of $(PYTHON) finds no GPU. Activate an environment whose torch does, or: make gpu PYTHON=..."; exit 1; }
-	$(GPU_INSTALL) --no-index --editable '.[cuda,triton]' matplotlib 2>/dev/null || \
-		$(GPU_INSTALL) --editable '.[cuda,triton]' matplotlib
+	$(GPU_INSTALL) --no-index --editable '.[cuda,triton]' $(GPU_NEEDS) 2>/dev/null || \
+		$(GPU_INSTALL) --editable '.[cuda,triton]' $(GPU_NEEDS)
 	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
 clean:

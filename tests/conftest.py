@@ -6,6 +6,7 @@ import tracemalloc
 import warnings
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 from filelock import FileLock
@@ -18,6 +19,7 @@ OURS = ("FUSEDOPT_BACKEND", "FUSEDOPT_DEBUG", "FUSEDOPT_CACHE_DIR")
 ROOT = Path(__file__).parents[1]
 LONGEST = (
     "test_triton",
+    "test_every_optimizer",
     "test_dtypes_layouts",
     "test_cuda_launch",
     "test_stress",
@@ -32,6 +34,7 @@ def pytest_configure(config):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the header says it
         leaf.seek(wait=True)
+    devices.use(config.getoption("--device"))
 
 
 def pytest_report_header(config):
@@ -40,6 +43,13 @@ def pytest_report_header(config):
 
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="where tests that name no backend of their own make their tensors; "
+        "what runs on cuda is in benchmarks/gpu/checks.py",
+    )
     parser.addoption(
         "--all-architectures",
         action="store_true",
@@ -54,9 +64,18 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("all_architectures"):
                 item.add_marker(skip)
+    for item in items if devices.DEVICE.type != "cpu" else ():
+        for mark in item.iter_markers("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason=f"this is for the CPU only: {mark.args[0]}"))
     if hasattr(config, "workerinput"):
         rank = {name: k for k, name in enumerate(LONGEST)}
         items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_generate_tests(metafunc):
+    """``compiled``: each backend that compiles for the device."""
+    if "compiled" in metafunc.fixturenames:
+        metafunc.parametrize("compiled", devices.COMPILED)
 
 
 @pytest.fixture

@@ -14,55 +14,56 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from . import environment, fresh, host, kernels, scenarios, zoo
+from . import checks, environment, fresh, host, kernels, scenarios
 from .device import Device, find
 from .jobs import Job, Outcome, Part, do
 
 FOLDER = Path(__file__).parents[1] / "results"
-SHARES = 5
-"""Processes that share the named optimizers: most of their time is the host's, and compilers'."""
+SHARES = 6
+"""Processes that share the tests: most of their time is the host's, and compilers'."""
 REPORTING = 15
 """Seconds kept for the report."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A part: its jobs, and its limit in seconds. ``beside``: it may run beside others, since nothing is timed."""
+    """A part: what its process does, giving its exit status, and its limit in seconds.
 
-    jobs: Callable[[Device], Iterable[Job]]
+    ``beside``: it may run beside others, since nothing is timed.
+    """
+
+    do: Callable[[Device, Path], int]
     seconds: float
     beside: bool = False
+
+
+def jobs(*parts: Callable[[Device], Iterable[Job]]) -> Callable[[Device, Path], int]:
+    """What a process does that works through these parts' jobs."""
+    return lambda device, log: do(chain.from_iterable(part(device) for part in parts), device, log)
 
 
 def plans(rehearse: bool) -> dict[str, Plan]:
     """All parts in order: what everything else needs, checks side by side, then measurements one after the other.
 
-    A rehearsal has them all in one process but the first: starting processes is most of what it would do.
+    A rehearsal has all jobs in one process but the first: starting processes is most of what it would do.
     """
     shares = 1 if rehearse else min(SHARES, max(1, (os.cpu_count() or 2) // 2 - 2))
-    parts = {
-        "environment": Plan(environment.jobs, 60),
-        **{
-            f"optimizers-{k + 1}": Plan(partial(zoo.jobs, share=k, shares=shares), 150, beside=True)
-            for k in range(shares)
-        },
-        "scenarios": Plan(scenarios.jobs, 150, beside=True),
-        **{
-            t: Plan(partial(fresh.sanitizer_jobs, tool=t), 150, beside=True)
-            for t in (fresh.TOOLS[:1] if rehearse else fresh.TOOLS)
-        },
-        "kernels": Plan(kernels.jobs, 150),
-        "host": Plan(host.host_jobs, 60),
-        "graphs": Plan(host.graph_jobs, 60),
-        "first-steps": Plan(fresh.first_jobs, 90),
+    parts = {"environment": Plan(jobs(environment.jobs), 60)}
+    for k in range(shares):
+        parts[f"tests-{k + 1}"] = Plan(partial(checks.do, share=k, shares=shares), 200, beside=True)
+    alone = {
+        "kernels": (kernels.jobs, 150),
+        "host": (host.host_jobs, 60),
+        "graphs": (host.graph_jobs, 60),
+        "first-steps": (fresh.first_jobs, 90),
     }
-    if not rehearse:
-        return parts
-    rest = list(parts.values())[1:]
-    return {
-        "environment": parts["environment"],
-        "rehearsal": Plan(lambda device: chain.from_iterable(part.jobs(device) for part in rest), 300),
-    }
+    tools = {t: partial(fresh.sanitizer_jobs, tool=t) for t in (fresh.TOOLS[:1] if rehearse else fresh.TOOLS)}
+    beside = {"scenarios": scenarios.jobs, **tools}
+    if rehearse:
+        every = (*beside.values(), *(part for part, _ in alone.values()))
+        return parts | {"rehearsal": Plan(jobs(*every), 300)}
+    parts |= {name: Plan(jobs(part), 150, beside=True) for name, part in beside.items()}
+    return parts | {name: Plan(jobs(part), seconds) for name, (part, seconds) in alone.items()}
 
 
 class WholeRun:
@@ -97,8 +98,9 @@ class WholeRun:
             return
         print(f"[{self.elapsed():4.0f} s] {', '.join(group)}", flush=True)
         arguments = ["--rehearse"] if self.given.rehearse else []
-        threads = {"OMP_NUM_THREADS": "2"} if len(group) > 1 else {}
-        parts = [Part(n, arguments, self.folder, min(p.seconds, left), threads) for n, p in group.items()]
+        environment = {"FUSEDOPT_TESTS_CACHE": str(self.folder / "cache")}  # which the tests' processes share
+        environment |= {"OMP_NUM_THREADS": "2"} if len(group) > 1 else {}
+        parts = [Part(n, arguments, self.folder, min(p.seconds, left), environment) for n, p in group.items()]
         try:
             running = parts
             while running := [p for p in running if p.running()]:
@@ -140,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     if given.part:
         device = find(given.rehearse)
-        return do(plans(given.rehearse)[given.part].jobs(device), device, given.log)
+        return plans(given.rehearse)[given.part].do(device, given.log)
     try:
         if not given.rehearse:
             _needs_gpu()

@@ -15,7 +15,6 @@ from fusedopt import optim
 from ..cases import CASES, Pair
 from ..measure import Row, one_cycle
 from ..providers import compiled_by
-from .compare import capturable
 from .device import Device
 from .jobs import Job
 from .kernels import MANY, WARM, contenders, whole
@@ -95,9 +94,7 @@ def _adamw(params: Sequence[torch.Tensor], backend: str | None, graph: bool):
     if backend is None:
         return torch.optim.AdamW(params, lr=1e-3, fused=True, capturable=graph)
     with compiled_by(backend):
-        if not graph:
-            return optim.AdamW(params, lr=1e-3)
-        return capturable(partial(optim.AdamW, params, lr=1e-3))
+        return optim.AdamW(params, lr=1e-3, capturable=graph)
 
 
 def _change(opt, backend: str | None) -> None:

@@ -65,13 +65,12 @@ class Outcome:
 
 def do(jobs: Iterable[Job], device: Device, log: Path) -> int:
     """Do the jobs that the log does not have. The exit status."""
-    begun = {line.get("begun") for line in _lines(log)}
+    before = begun(log)
     for job in jobs:
-        if job.id in begun:
+        if job.id in before:
             continue
-        _write(log, {"begun": job.id})
-        outcome = _done(job)
-        _write(log, asdict(outcome))
+        begin(log, job.id)
+        finish(log, _done(job))
         gc.collect()
         try:
             device.synchronize()
@@ -102,6 +101,21 @@ def _done(job: Job) -> Outcome:
             outcome.detail = found or ""
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+def begun(log: Path) -> set[str]:
+    """The jobs that this process or an earlier one has begun."""
+    return {line["begun"] for line in _lines(log) if "begun" in line}
+
+
+def begin(log: Path, job: str) -> None:
+    """The job comes now: what happens to the process is its doing."""
+    _write(log, {"begun": job})
+
+
+def finish(log: Path, outcome: Outcome) -> None:
+    """The job is done."""
+    _write(log, asdict(outcome))
 
 
 def _write(log: Path, line: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """The GPU script, where there is no GPU: a rehearsal from end to end, and that what it checks with can find faults."""
 
 import json
-import os
 import stat
 import subprocess
 import sys
@@ -15,12 +14,11 @@ import torch
 
 from benchmarks import plot, providers
 from benchmarks.cases import CASES, Pair
-from benchmarks.gpu import bars, compare, jobs, kernels, scenarios, zoo
+from benchmarks.gpu import bars, checks, jobs, kernels, scenarios
 from benchmarks.gpu.device import Gpu, Rehearsal
 from benchmarks.gpu.jobs import Job, Outcome, Part, Skipped
 from benchmarks.gpu.report import Report
 from benchmarks.measure import ROOT, Row
-from fusedopt.table import row
 
 CPU = Rehearsal()
 
@@ -46,9 +44,9 @@ def test_a_rehearsal_from_end_to_end(tmp_path):
     assert 0 < line["p20"] <= line["p50"] <= line["p80"] and line["ratio"] == 1
     assert (line["commit"], line["device"], line["torch"]) == ("abc", "rehearsal", torch.__version__)
     said = json.loads((tmp_path / "rehearsal.json").read_text())
-    assert {job["status"] for job in said["jobs"]} <= {"passed", "skipped"}
-    skipped = {job["job"]: job["detail"] for job in said["jobs"] if job["status"] == "skipped"}
-    assert all("this version refuses" in why for why in skipped.values())
+    assert {job["status"] for job in said["jobs"]} == {"passed"}
+    tests = [job["job"] for job in said["jobs"] if job["part"] == "tests-1"]
+    assert len(tests) == checks.FEW and {t.split("::")[0] for t in tests} == set(checks.FILES)
     measured = [bar for bar in said["bars"] if bar["measured"] != "not measured"]
     assert len(measured) == len(bars.BARS)
     report = (tmp_path / "rehearsal.md").read_text()
@@ -67,7 +65,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 def test_what_there_is_no_time_for_is_left_out_and_said(tmp_path):
     done = script("--rehearse", "--seconds", 1, "--out", tmp_path)
     assert done.returncode == 1
-    assert done.stdout.count("left out: the time was up") == 2
+    assert done.stdout.count("left out: the time was up") == 3
     assert "left out" in (tmp_path / "rehearsal.md").read_text()
 
 
@@ -162,125 +160,111 @@ def test_a_process_out_of_time_is_ended_with_those_it_started(tmp_path, monkeypa
 
 
 # --
-# What checks are made of
+# Tests as jobs
+
+TESTS = """
+import os, pytest
+def test_right(): pass
+def test_wrong(): assert 1 == 2, "indeed"
+def test_elsewhere(): pytest.skip("not here")
+@pytest.mark.cpu_only("it is")
+def test_of_the_cpu(): assert False
+@pytest.fixture
+def broken():
+    yield
+    raise KeyError("afterwards")
+def test_ends_badly(broken): pass
+def test_dies(): os._exit(9)
+def test_last(): pass
+"""
+PROCESS = """
+import sys
+from pathlib import Path
+import pytest
+from benchmarks.gpu import checks, device
+class Lost(device.Rehearsal):
+    def synchronize(self):
+        raise RuntimeError("an illegal memory access was encountered")
+where = Lost() if "lost" in sys.argv else device.Rehearsal()
+checks.FILES, checks.options = ("test_here.py", "test_broken.py"), lambda device: ["-c/dev/null", "--rootdir=."]
+sys.exit(checks.do(where, Path("log")))
+"""
 
 
-@pytest.mark.parametrize("at", [-1, 5])
-def test_a_write_outside_of_a_tensor_is_found(at):
-    memory = compare.Memory()
-    held = memory.hold(torch.ones(5), offset=1)
-    assert held.data_ptr() % 16 == 4
-    memory.check()
-    base = held.as_strided((7,), (1,), held.storage_offset() - 1)
-    base[at + 1] = 0.0
-    with pytest.raises(AssertionError, match="4 bytes outside"):
-        memory.check()
+def after_tests(folder, *arguments):
+    """The exit status of a process that does these tests, and what its part's log has."""
+    (folder / "test_here.py").write_text(TESTS)
+    (folder / "test_broken.py").write_text("import not_installed")
+    command = [sys.executable, "-c", PROCESS, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return done.returncode, {o.job.split("::")[-1]: o for o in finished(folder / "log")}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_close_is_as_strict_as_eager_is_exact(dtype):
-    truth = torch.linspace(1, 2, 1000, dtype=torch.float64)
-    eager = truth.to(dtype)
-    compare.close("same", [eager], [truth], [eager])
-    for wrong in (eager * 1.02, eager.clone().fill_(float("nan")), eager.index_fill(0, torch.tensor(7), 9.0)):
-        with pytest.raises(AssertionError, match="ulp off"):
-            compare.close("wrong", [wrong], [truth], [eager])
+def test_tests_are_jobs_of_a_part(tmp_path):
+    status, found = after_tests(tmp_path)
+    assert status == 9 and "test_last" not in found
+    status, found = after_tests(tmp_path)
+    assert status in (0, 1) and jobs.begun(tmp_path / "log") == {o.job for o in found.values()} | {
+        "test_here.py::test_dies"
+    }
+    assert {name: o.status for name, o in found.items()} == {
+        "test_broken.py": "failed",
+        "test_right": "passed",
+        "test_wrong": "failed",
+        "test_elsewhere": "skipped",
+        "test_ends_badly": "failed",
+        "test_last": "passed",
+    }
+    for name, words in (
+        ("test_broken.py", "not_installed"),
+        ("test_wrong", "indeed"),
+        ("test_elsewhere", "not here"),
+    ):
+        assert words in found[name].detail
+    assert after_tests(tmp_path) == (0, found)
 
 
-def test_in_16_bits_a_small_change_of_all_elements_is_found():
-    truth = torch.linspace(1, 2, 1000, dtype=torch.float64)
-    eager = truth.to(torch.bfloat16)
-    shifted = (eager.view(torch.int16) + 1).view(torch.bfloat16)
-    with pytest.raises(AssertionError, match="not eager torch's"):
-        compare.close("shifted", [shifted], [truth], [eager])
-
-
-def test_same_looks_at_bits():
-    compare.same("nan", [torch.tensor([float("nan"), 0.0])], [torch.tensor([float("nan"), 0.0])])
-    with pytest.raises(AssertionError, match="1 of 2 elements"):
-        compare.same("zeros", [torch.tensor([1.0, -0.0])], [torch.tensor([1.0, 0.0])])
-
-
-def test_an_optimizer_that_is_not_the_reference_is_found(monkeypatch):
-    adam = row("torch", "Adam")
-    right = adam.factory
-
-    def wrong(params, **kwargs):
-        backend = os.environ["FUSEDOPT_BACKEND"]
-        return right(params, **kwargs | ({"lr": 0.0101} if backend != "reference" else {}))
-
-    assert "ulp" in zoo.check(CPU, adam, adam.variants[0], torch.float32)
-    broken = SimpleNamespace(factory=wrong, reductions=False)
-    with pytest.raises(AssertionError, match="ulp off"):
-        zoo.check(CPU, broken, adam.variants[0], torch.float32)
+def test_a_test_that_loses_the_device_ends_the_process(tmp_path):
+    status, found = after_tests(tmp_path, "lost")
+    assert status == jobs.DEVICE_LOST and list(found) == ["test_broken.py", "test_right"]
 
 
 # --
 # Scenarios, with torch's optimizers in the place of ours
 
 
-class Stand(torch.optim.AdamW):
-    """AdamW with the keywords that scenarios use."""
+class Stand:
+    """The keywords and calls that a graph's optimizer has."""
 
-    def __init__(self, params, amp_fused=False, capturable=False, max_grad_norm=None, **kwargs):
-        super().__init__(params, fused=amp_fused or None, **kwargs)
-        self.max_grad_norm = max_grad_norm
+    def __init__(self, params, capturable=False, backend=None, **kwargs):
+        super().__init__(params, **kwargs)
+        self.kept = capturable
 
     def upload_hypers(self):
         pass
 
-    def step(self):
-        if self.max_grad_norm is not None:
-            params = self.param_groups[0]["params"]
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(params, self.max_grad_norm)
-        super().step()
+
+class Right(Stand, torch.optim.AdamW):
+    pass
 
 
-class Sgd(torch.optim.SGD):
-    def __init__(self, params, capturable=False, **kwargs):
-        super().__init__(params, **kwargs)
-
-    upload_hypers = Stand.upload_hypers
+class Sgd(Stand, torch.optim.SGD):
+    pass
 
 
-class IgnoresOverflow(Stand):
-    def __init__(self, params, amp_fused=False, **kwargs):
-        super().__init__(params, **kwargs)
-        self._step_supports_amp_scaling = amp_fused
-
-    def step(self):
-        for p in self.param_groups[0]["params"]:
-            p.grad = torch.nan_to_num(p.grad / getattr(self, "grad_scale", 1.0))
-        super().step()
-
-
-class KeepsItsRate(Stand):
-    def __init__(self, params, capturable=False, **kwargs):
-        super().__init__(params, **kwargs)
-        self.kept = capturable
-
+class KeepsItsRate(Right):
     def step(self):
         self.param_groups[0].update({"lr": 1e-2} if self.kept else {})
         super().step()
 
 
-class DoesNotClip(Stand):
-    def step(self):
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.param_groups[0]["params"]])
-        torch.optim.AdamW.step(self)
-
-
-@pytest.mark.parametrize(
-    ("check", "wrong"),
-    [("found_inf", IgnoresOverflow), ("graph", KeepsItsRate), ("clipping", DoesNotClip)],
-)
-def test_scenarios_pass_what_is_right_and_nothing_else(monkeypatch, check, wrong):
-    right = SimpleNamespace(AdamW=Stand, SGD=Sgd)
+def test_a_graph_that_keeps_its_rate_is_found(monkeypatch):
+    right = SimpleNamespace(AdamW=Right, SGD=Sgd)
     monkeypatch.setattr(scenarios, "optim", right)
-    assert "ulp" in getattr(scenarios, check)(CPU, "cpp")
-    right.AdamW = wrong
+    assert "replays" in scenarios.graph(CPU, "cpp")
+    right.AdamW = KeepsItsRate
     with pytest.raises(AssertionError):
-        getattr(scenarios, check)(CPU, "cpp")
+        scenarios.graph(CPU, "cpp")
 
 
 def test_elements_that_are_left_out_are_found(monkeypatch):

@@ -1,14 +1,16 @@
-"""Every dtype, size and memory layout: the cpp backend against the reference, the reference against float64.
+"""Every dtype, size and memory layout: compiled steps against the reference, the reference against float64.
 
 The truth is a loop over the callbacks in float64, written out in ``plain`` and sharing nothing with fusedopt.
 The tolerance is the competitor's error (``helpers.assert_close_to_float64``): for the reference that of the
-same loop in the parameters' own dtype, for the cpp backend that of the reference.
+same loop in the parameters' own dtype, for compiled steps that of the reference.
+Compiled steps are taken where --device says, all else on the CPU: on a GPU eager torch rounds differently.
 """
 
 from functools import cache, partial
 
 import pytest
 import torch
+from devices import COMPILED, DEVICE
 from helpers import assert_close_to_float64
 from torch import nn
 
@@ -37,6 +39,7 @@ OPTIMIZERS = dict(
 )
 HYPERS = dict(lr=0.1, wd=0.5, mom=0.8, sqr_mom=0.9, eps=1e-3)
 STEPS = 8  # RAdam changes its kernel at the sixth
+BACKENDS = ["reference", *COMPILED]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -53,7 +56,7 @@ def nchw(t):
 
 def at_odd_offset(t, offset=1):
     """The same numbers as a view that starts in the middle of nowhere, as in a flat gradient buffer."""
-    flat = torch.zeros(t.numel() + offset + 3, dtype=t.dtype)
+    flat = t.new_zeros(t.numel() + offset + 3)
     view = flat[offset : offset + t.numel()].view(t.shape)
     return view.copy_(t)
 
@@ -87,19 +90,19 @@ LAYOUTS = {
 }
 
 
-def numbers(dtype, seed=0):
+def numbers(dtype, seed=0, device="cpu"):
     """A generator of numbers that are exact in ``dtype``, whatever dtype they are asked for later."""
     gen = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
+    return lambda *shape: torch.randn(shape, generator=gen, dtype=torch.float64).to(device, dtype)
 
 
 SIZES = dict(chunks=(140_003, 65_536, 65_537), million=(1_000_003,))
 """Several chunks with a tail, and what is about one chunk long; and a large one."""
 
 
-def problem(dtype, which=None):
+def problem(dtype, which=None, device="cpu"):
     """Pairs of parameter and gradient: in every layout, or of the sizes called ``which``."""
-    r = numbers(dtype)
+    r = numbers(dtype, device=device)
     pairs = [(r(n), r(n)) for n in SIZES[which]] if which else [make(r) for make in LAYOUTS.values()]
     assert all(t.dtype == dtype for pair in pairs for t in pair)
     return pairs
@@ -133,7 +136,7 @@ def steps_of(cbs, pairs, steps=STEPS, grad_dtype=None, hypers=HYPERS, **options)
     """Run fusedopt over the problem. Returns the optimizer and its parameters."""
     params = []
     for p, _ in pairs:
-        params.append(nn.Parameter(torch.empty(0, dtype=p.dtype)))
+        params.append(nn.Parameter(p.new_empty(0)))
         params[-1].data = p  # keeps the layout, and what lies between a slice's elements
         assert params[-1].stride() == p.stride()
         if grad_dtype is not None:
@@ -191,10 +194,11 @@ def check_reference(name, dtype, cbs=None, steps=STEPS):
     )
 
 
-def check_cpp(name, dtype, cbs=None, which=None, steps=STEPS, **options):
-    """cpp's parameters and state are as near to float64 as the reference's; same keys, dtypes and strides."""
+def check_compiled(backend, name, dtype, cbs=None, which=None, steps=STEPS, **options):
+    """Parameters and state are as near to float64 as the reference's; same keys, dtypes and strides."""
     a, pa = reference(name, dtype, which, steps, tuple(options.items()))
-    b, pb = steps_of(cbs or OPTIMIZERS[name], problem(dtype, which), steps, backend="cpp", **options)
+    pairs = problem(dtype, which, DEVICE)
+    b, pb = steps_of(cbs or OPTIMIZERS[name], pairs, steps, backend=backend, **options)
     for p, q in zip(pa, pb, strict=True):
         assert p.stride() == q.stride()
         s, t = a.state[p], b.state[q]
@@ -206,12 +210,14 @@ def check_cpp(name, dtype, cbs=None, which=None, steps=STEPS, **options):
             else:
                 assert s[k] == t[k], k
     ours, eager = (tensors(params, [opt.state[p] for p in params]) for opt, params in ((b, pb), (a, pa)))
+    ours = [t.cpu() for t in ours]
     true = tensors(*zip(*truth(name, dtype, which, steps), strict=True))
     # In float64 eager torch is itself the truth, but one that rounds, too: about an ulp on every step.
     assert_close_to_float64(ours, eager, true, ulp=8 if dtype == torch.float64 else 2)
     return a, b, pb
 
 
+@pytest.mark.cpu_only("nothing is compiled")
 @every_dtype
 @every_optimizer
 def test_the_reference_follows_float64_in_every_layout(name, dtype):
@@ -220,10 +226,10 @@ def test_the_reference_follows_float64_in_every_layout(name, dtype):
 
 @every_dtype
 @every_optimizer
-def test_cpp_follows_the_reference_in_every_layout(name, dtype):
-    _, opt, params = check_cpp(name, dtype)
+def test_compiled_steps_follow_the_reference_in_every_layout(name, dtype, compiled):
+    _, opt, params = check_compiled(compiled, name, dtype)
     assert not opt.explain().eager
-    assert opt.explain().backend == "cpp"
+    assert opt.explain().backend == compiled
     for p in params:
         for value in opt.state[p].values():
             if isinstance(value, torch.Tensor) and value.shape == p.shape and p.dim():
@@ -236,26 +242,26 @@ def test_cpp_follows_the_reference_in_every_layout(name, dtype):
     + [(name, dtype) for name in ("Adam", "Larc") for dtype in DTYPES if dtype != torch.float32],
     ids=str,
 )
-def test_cpp_follows_the_reference_over_several_chunks(name, dtype):
-    check_cpp(name, dtype, which="chunks", steps=2)
+def test_compiled_steps_follow_the_reference_over_several_chunks(name, dtype, compiled):
+    check_compiled(compiled, name, dtype, which="chunks", steps=2)
 
 
 @pytest.mark.parametrize("name", ["Adam", "Lamb"])
-def test_cpp_follows_the_reference_over_a_million_elements(name):
-    check_cpp(name, torch.float32, which="million", steps=1)
+def test_compiled_steps_follow_the_reference_over_a_million_elements(name, compiled):
+    check_compiled(compiled, name, torch.float32, which="million", steps=1)
 
 
 @every_optimizer
-def test_low_precision_parameters_with_float32_state(name):
-    _, opt, params = check_cpp(name, torch.bfloat16, state_dtype=torch.float32)
+def test_low_precision_parameters_with_float32_state(name, compiled):
+    _, opt, params = check_compiled(compiled, name, torch.bfloat16, state_dtype=torch.float32)
     states = [v for p in params for v in opt.state[p].values() if isinstance(v, torch.Tensor)]
     assert states and {v.dtype for v in states} == {torch.float32}
 
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no Tensor.grad_dtype")
 @every_optimizer
-def test_low_precision_parameters_with_float32_gradients(name):
-    check_cpp(name, torch.bfloat16, grad_dtype=torch.float32)
+def test_low_precision_parameters_with_float32_gradients(name, compiled):
+    check_compiled(compiled, name, torch.bfloat16, grad_dtype=torch.float32)
 
 
 def flip_gradient(p, **kwargs):
@@ -271,20 +277,22 @@ MUTATIONS = dict(flip=lambda cbs: [flip_gradient, *cbs], decay=without_decay)
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @every_dtype
-def test_mutation_the_comparisons_notice(dtype, mutation):
+def test_mutation_the_comparisons_notice(dtype, mutation, compiled):
     for name in ("Adam", "Lamb"):
         cbs = MUTATIONS[mutation](OPTIMIZERS[name])
         with pytest.raises(AssertionError, match=r"error .* above"):
             check_reference(name, dtype, cbs)
         with pytest.raises(AssertionError, match=r"error .* above"):
-            check_cpp(name, dtype, cbs)
+            check_compiled(compiled, name, dtype, cbs)
     if dtype == torch.float32:
         with pytest.raises(AssertionError, match=r"error .* above"):
-            check_cpp("SGD", dtype, MUTATIONS[mutation](OPTIMIZERS["SGD"]), which="chunks", steps=2)
+            check_compiled(
+                compiled, "SGD", dtype, MUTATIONS[mutation](OPTIMIZERS["SGD"]), which="chunks", steps=2
+            )
 
 
 @pytest.mark.parametrize("case", [c for c in LAYOUTS if "empty" not in c])
-def test_mutation_one_wrong_element_is_noticed_in_every_layout(case, monkeypatch):
+def test_mutation_one_wrong_element_is_noticed_in_every_layout(case, monkeypatch, compiled):
     (
         reference("SGD", torch.float32, None, STEPS),
         truth("SGD", torch.float32, None, STEPS),
@@ -299,13 +307,14 @@ def test_mutation_one_wrong_element_is_noticed_in_every_layout(case, monkeypatch
 
     monkeypatch.setitem(LAYOUTS, case, spoilt)
     with pytest.raises(AssertionError, match=r"error .* above"):
-        check_cpp("SGD", torch.float32)
+        check_compiled(compiled, "SGD", torch.float32)
 
 
 # --
 # Bits
 
 
+@pytest.mark.cpu_only("it is about the host's threads")
 @every_dtype
 def test_results_do_not_depend_on_the_number_of_threads(dtype):
     def run(threads):
@@ -318,28 +327,28 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
         assert all(map(torch.equal, one, run(threads)))
 
 
-def test_results_do_not_depend_on_the_other_parameters():
-    together = steps_of(OPTIMIZERS["Lamb"], problem(torch.float32), backend="cpp")
-    for i, pair in enumerate(problem(torch.float32)):
-        alone = steps_of(OPTIMIZERS["Lamb"], [pair], backend="cpp")
+def test_results_do_not_depend_on_the_other_parameters(compiled):
+    together = steps_of(OPTIMIZERS["Lamb"], problem(torch.float32, device=DEVICE), backend=compiled)
+    for i, pair in enumerate(problem(torch.float32, device=DEVICE)):
+        alone = steps_of(OPTIMIZERS["Lamb"], [pair], backend=compiled)
         assert torch.equal(alone[1][0], together[1][i])
 
 
-def test_an_elementwise_optimizer_does_not_depend_on_the_layout():
+def test_an_elementwise_optimizer_does_not_depend_on_the_layout(compiled):
     """The same numbers in another order of memory: the same bits."""
-    _, params = steps_of(OPTIMIZERS["Adam"], problem(torch.float32), backend="cpp")
-    straight = [(p.contiguous(), g.contiguous()) for p, g in problem(torch.float32)]
-    _, expected = steps_of(OPTIMIZERS["Adam"], straight, backend="cpp")
+    _, params = steps_of(OPTIMIZERS["Adam"], problem(torch.float32, device=DEVICE), backend=compiled)
+    straight = [(p.contiguous(), g.contiguous()) for p, g in problem(torch.float32, device=DEVICE)]
+    _, expected = steps_of(OPTIMIZERS["Adam"], straight, backend=compiled)
     for p, e in zip(params, expected, strict=True):
         assert torch.equal(p, e)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_lies_between_a_slices_elements_is_left_alone(backend):
-    base = torch.arange(40.0).reshape(4, 10)
-    before, p = base.clone(), nn.Parameter(torch.empty(0))
+    base = torch.arange(40.0, device=DEVICE).reshape(4, 10)
+    before, p = base.clone(), nn.Parameter(base.new_empty(0))
     p.data = base[:, ::2]
-    p.grad = torch.ones(4, 5)
+    p.grad = torch.ones(4, 5, device=DEVICE)
     opt = fusedopt.Optimizer([p], OPTIMIZERS["Adam"], backend=backend, **HYPERS)
     for _ in range(3):
         opt.step()
@@ -348,20 +357,24 @@ def test_what_lies_between_a_slices_elements_is_left_alone(backend):
     assert torch.equal(p.detach(), base[:, ::2]), "the parameter still is the slice"
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autograd_notices_a_stale_use(backend):
     def host(p, **kwargs):
         p.data.mul_(1 + 0 * p.data.sum().item())
 
-    base = torch.ones(6, 4)
-    for cbs, eager in ((OPTIMIZERS["Adam"], False), ([*OPTIMIZERS["Adam"], host], backend == "cpp")):
-        for make in (lambda: torch.ones(3, 4), lambda: torch.ones(4, 3).t(), lambda: base[::2]):
-            p = nn.Parameter(torch.empty(0))
+    base = torch.ones(6, 4, device=DEVICE)
+    for cbs, eager in ((OPTIMIZERS["Adam"], False), ([*OPTIMIZERS["Adam"], host], backend != "reference")):
+        for make in (
+            lambda: torch.ones(3, 4, device=DEVICE),
+            lambda: torch.ones(4, 3, device=DEVICE).t(),
+            lambda: base[::2],
+        ):
+            p = nn.Parameter(base.new_empty(0))
             p.data = make()
             opt = fusedopt.Optimizer([p], cbs, backend=backend, **HYPERS)
             for t in range(3):
                 loss = (p * p).sum()
-                p.grad = torch.ones(3, 4)
+                p.grad = torch.ones(3, 4, device=DEVICE)
                 version = p._version
                 if eager and t == 0:
                     with pytest.warns(RuntimeWarning, match="host runs eagerly"):
@@ -377,17 +390,17 @@ def test_autograd_notices_a_stale_use(backend):
 # Changes between steps
 
 
-def model_steps(change, name="Adam", backend="cpp", dtype=torch.float32, before=2, after=3):
+def model_steps(change, name="Adam", backend=COMPILED[0], dtype=torch.float32, before=2, after=3):
     """Some steps of a small convolutional model, a change of the model, and more steps."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(dtype)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(DEVICE, dtype)
     opt = fusedopt.Optimizer(model.parameters(), OPTIMIZERS[name], backend=backend, **HYPERS)
     gen = torch.Generator().manual_seed(1)
 
     def steps(n):
         for _ in range(n):
             for p in model.parameters():
-                p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
+                p.grad = torch.randn(p.shape, generator=gen).to(p)
             opt.step()
 
     steps(before)
@@ -406,15 +419,15 @@ def nothing(model):
 
 @pytest.mark.parametrize("name", ["Adam", "Lamb"])
 def test_a_model_that_turns_channels_last_keeps_its_trajectory(name):
-    for backend in ("reference", "cpp"):
+    for backend in BACKENDS:
         changed, params = model_steps(to_channels_last, name, backend)
         _, expected = model_steps(nothing, name, backend)
         assert params[0].is_contiguous(memory_format=torch.channels_last)
         for p, e in zip(params, expected, strict=True):
             torch.testing.assert_close(p, e, rtol=1e-6, atol=1e-7)
-            if name == "Adam" and backend == "cpp":
+            if name == "Adam" and backend != "reference":
                 assert torch.equal(p, e)
-        if backend == "cpp":
+        if backend != "reference":
             assert changed.state[params[0]]["grad_avg"].stride() == params[0].stride()
             assert len(changed.explain().compiled) == 1, "another layout is no other kernel"
 
@@ -422,10 +435,10 @@ def test_a_model_that_turns_channels_last_keeps_its_trajectory(name):
 @pytest.mark.parametrize(
     ("change", "dtype"), [("double", torch.float64), ("half", torch.float16), ("bfloat16", torch.bfloat16)]
 )
-def test_a_model_that_changes_dtype_keeps_its_state(change, dtype):
+def test_a_model_that_changes_dtype_keeps_its_state(change, dtype, compiled):
     """Parameter and gradient in the new dtype, state in its own; computed as for any such mixture."""
     a, pa = model_steps(lambda m: getattr(m, change)(), backend="reference")
-    b, pb = model_steps(lambda m: getattr(m, change)(), backend="cpp")
+    b, pb = model_steps(lambda m: getattr(m, change)(), backend=compiled)
     eps = max(torch.finfo(torch.float32).eps, torch.finfo(dtype).eps)
     for p, q in zip(pa, pb, strict=True):
         assert q.dtype == dtype
@@ -458,7 +471,7 @@ def test_mutation_state_read_in_the_old_layout_is_noticed():
 
 def lagging(cbs, backend, steps=12, flags=True):
     """Two groups; a parameter that misses gradients, one that never has any, one that does not decay."""
-    r = numbers(torch.float32)
+    r = numbers(torch.float32, device=DEVICE)
     params = [nn.Parameter(r(4, 3)), nn.Parameter(r(5)), nn.Parameter(r(3)), nn.Parameter(r(2, 2))]
     groups = [dict(params=params[:2]), dict(params=params[2:], lr=0.03, mom=0.5, wd=0.3)]
     opt = fusedopt.Optimizer(groups, cbs, backend=backend, **HYPERS)
@@ -473,7 +486,7 @@ def lagging(cbs, backend, steps=12, flags=True):
         if flags and t == 8:
             opt.state[params[0]]["do_wd"], opt.state[params[1]]["do_wd"] = True, False
         opt.step()
-        log.append([g if p.grad is not None else None for p, g in zip(params, grads, strict=True)])
+        log.append([g.cpu() if p.grad is not None else None for p, g in zip(params, grads, strict=True)])
     return opt, params, log
 
 
@@ -499,11 +512,11 @@ def lagging_truth(cbs, log, dtype):
 def check_lagging(name, backend, cbs=None, flags=True):
     opt, params, log = lagging(cbs or OPTIMIZERS[name], backend, flags=flags)
     true, eager = (lagging_truth(OPTIMIZERS[name], log, d) for d in (torch.float64, torch.float32))
-    assert_close_to_float64([p.detach() for p in params], [q for q, _ in eager], [q for q, _ in true])
+    assert_close_to_float64([p.detach().cpu() for p in params], [q for q, _ in eager], [q for q, _ in true])
     return opt, params
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @every_optimizer
 def test_groups_flags_and_missing_gradients(name, backend):
     """Each group has its numbers; a parameter without gradient stands still and its step count lags."""
@@ -513,7 +526,7 @@ def test_groups_flags_and_missing_gradients(name, backend):
         assert [opt.state[p]["step"] for p in params[:3]] == [12, 7, 12]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_mutation_flags_and_groups_count(backend):
     with pytest.raises(AssertionError, match=r"error .* above"):
         check_lagging("Adam", backend, flags=False)
@@ -521,30 +534,30 @@ def test_mutation_flags_and_groups_count(backend):
         check_lagging("Adam", backend, without_decay(OPTIMIZERS["Adam"]))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_frozen_parameter_stands_still_and_its_bias_correction_lags(backend):
     """With a constant gradient and bias correction, Adam's step is lr·g/(|g| + eps) from the first on."""
-    p, q = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    p, q = (nn.Parameter(torch.zeros(3, device=DEVICE)) for _ in range(2))
     opt = fusedopt.Optimizer(
         [[p], [q]], OPTIMIZERS["Adam"], backend=backend, **HYPERS | dict(wd=0.0, eps=0.0)
     )
     opt.freeze_to(1)
     for _ in range(5):
-        q.grad = torch.full((3,), 2.0)
+        q.grad = torch.full_like(q, 2.0)
         opt.step()
     assert (p == 0).all() and p not in opt.state
     opt.unfreeze()
-    p.grad = torch.full((3,), -3.0)
+    p.grad = torch.full_like(p, -3.0)
     opt.step()
-    torch.testing.assert_close(p.detach(), torch.full((3,), 0.1))
-    torch.testing.assert_close(q.detach(), torch.full((3,), -0.6))
+    torch.testing.assert_close(p.detach(), torch.full_like(p, 0.1))
+    torch.testing.assert_close(q.detach(), torch.full_like(q, -0.6))
     assert (opt.state[p]["step"], opt.state[q]["step"]) == (1, 6)
 
 
 def test_a_parameter_without_elements_only_counts():
-    for backend in ("reference", "cpp"):
-        p = nn.Parameter(torch.zeros(0, 3))
-        p.grad = torch.zeros(0, 3)
+    for backend in BACKENDS:
+        p = nn.Parameter(torch.zeros(0, 3, device=DEVICE))
+        p.grad = torch.zeros_like(p)
         opt = fusedopt.Optimizer([p], OPTIMIZERS["Larc"] + [step_stat], backend=backend, **HYPERS)
         for _ in range(3):
             opt.step()
@@ -555,11 +568,11 @@ def test_a_parameter_without_elements_only_counts():
 
 def test_a_gradient_whose_memory_holds_its_negative_is_read_as_what_it_is():
     """torch makes such real tensors: the imaginary part of a conjugate, say."""
-    for backend in ("reference", "cpp"):
-        p = nn.Parameter(torch.zeros(4))
+    for backend in BACKENDS:
+        p = nn.Parameter(torch.zeros(4, device=DEVICE))
         opt = fusedopt.Optimizer([p], OPTIMIZERS["SGD"], backend=backend, **HYPERS)
         for _ in range(3):
-            p.grad = torch._neg_view(torch.arange(1.0, 5.0))
+            p.grad = torch._neg_view(torch.arange(1.0, 5.0, device=DEVICE))
             assert p.grad.is_neg()
             opt.step()
         assert (p > 0).all()
@@ -586,12 +599,12 @@ VIEWS = {
 @pytest.mark.parametrize("grad", VIEWS)
 @pytest.mark.parametrize("param", [v for v in VIEWS if v != "expanded"])
 def test_views_are_stepped_as_by_torch(param, grad, backend):
-    values = torch.randn(4)
+    values = torch.randn(4, device=DEVICE)
     p, q = nn.Parameter(VIEWS[param](values)), nn.Parameter(values.clone())
     ours = fusedopt.optim.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.1, backend=backend)
     theirs = torch.optim.SGD([q], lr=0.1, momentum=0.9, weight_decay=0.1)
     for _ in range(4):
-        p.grad = VIEWS[grad](torch.randn(4))
+        p.grad = VIEWS[grad](torch.randn(4, device=DEVICE))
         q.grad = p.grad.resolve_neg().clone()
         ours.step(), theirs.step()
         torch.testing.assert_close(p, q)
@@ -599,13 +612,14 @@ def test_views_are_stepped_as_by_torch(param, grad, backend):
 
 @pytest.mark.parametrize("offset", [0, 1, -1, 3])
 @pytest.mark.parametrize("size", [5, 100_000])
-def test_a_gradient_in_the_parameters_own_memory_is_read_before_it_is_written(size, offset):
-    memory = torch.randn(size + 16)
+def test_a_gradient_in_the_parameters_own_memory_is_read_before_it_is_written(size, offset, compiled):
+    memory = torch.randn(size + 16, device=DEVICE)
     p = nn.Parameter(memory[8 : 8 + size])
     q = nn.Parameter(p.detach().clone())
-    ours, theirs = fusedopt.optim.AdamW([p], lr=0.1), torch.optim.AdamW([q], lr=0.1)
+    ours = fusedopt.optim.AdamW([p], lr=0.1, backend=compiled)
+    theirs = torch.optim.AdamW([q], lr=0.1)
     for t in range(6):  # warm when the gradient moves in
-        p.grad = torch.randn(size) if t < 3 else memory[8 + offset : 8 + offset + size]
+        p.grad = torch.randn(size, device=DEVICE) if t < 3 else memory[8 + offset : 8 + offset + size]
         q.grad = p.grad.detach().clone()
         ours.step(), theirs.step()
         torch.testing.assert_close(p, q)
@@ -617,7 +631,7 @@ def test_a_gradient_in_the_parameters_own_memory_is_read_before_it_is_written(si
 def test_a_scalar_parameter_steps_as_a_vector_of_one(state_dtype, capturable, backend):
     found = []
     for shape in ((), (1,)):
-        p = nn.Parameter(torch.ones(shape))
+        p = nn.Parameter(torch.ones(shape, device=DEVICE))
         opt = fusedopt.optim.AdamW(
             [p], lr=0.1, state_dtype=state_dtype, capturable=capturable, backend=backend
         )
