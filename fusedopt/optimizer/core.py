@@ -22,7 +22,6 @@ from .accepted import as_callbacks, as_param_groups, check_known, default_of, is
 from .explain import Explanation, explain
 from .fastai import FastaiFace
 from .groups import ParamGroups
-from .names import HyperNames
 from .state import State
 
 
@@ -137,11 +136,6 @@ class Optimizer(FastaiFace):
         self._made_in = None if tracer is None else weakref.ref(tracer)
 
     @property
-    def hyper_map(self) -> HyperNames:
-        """Both names of each hyperparameter."""
-        return self.groups.names
-
-    @property
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks before it hands over its scale and what it found; there with ``amp_fused`` only.
 
@@ -181,9 +175,6 @@ class Optimizer(FastaiFace):
             said = self._engine.buckets.verdicts.said if self._engine else None
             self._engine = Engine(self.cbs, self.backend, title, self.state_dtype, said)
         return self._engine
-
-    def forget_steps(self) -> None:
-        self.engine.bound.clear()
 
     # -- torch.optim --
     def __setattr__(self, name: str, value: Any) -> None:
@@ -344,7 +335,11 @@ class Optimizer(FastaiFace):
             hooks.callback(self.register_load_state_dict_pre_hook(load.prepare).remove)
             hooks.callback(self.register_load_state_dict_post_hook(load.finish, prepend=True).remove)
             super().load_state_dict(state_dict)
-            self.forget_steps()
+            self.engine.bound.clear()  # they are of the old tensors
+
+    def clear_state(self) -> None:
+        self.engine.bound.clear()
+        super().clear_state()
 
     def to_fastai_state_dict(self) -> dict[str, Any]:
         """The state as fastai's own optimizers save and load it (fastai cannot read torch's schema)."""

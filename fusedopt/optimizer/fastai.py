@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import names
+from .groups import ParamGroups
 from .names import HyperNames
 from .state import FLAGS, State
 
@@ -18,16 +19,13 @@ class FastaiFace(torch.optim.Optimizer):
     """``fastai.optimizer.Optimizer``'s protocol over torch's groups and state."""
 
     state: State
+    groups: ParamGroups
     frozen_idx: int
 
     @property
     def hyper_map(self) -> HyperNames:
         """Both names of each hyperparameter."""
-        raise NotImplementedError
-
-    def forget_steps(self) -> None:
-        """Forget what is known of steps over the state that there was."""
-        raise NotImplementedError
+        return self.groups.names
 
     @property
     def param_lists(self) -> list[list[torch.Tensor]]:
@@ -99,7 +97,6 @@ class FastaiFace(torch.optim.Optimizer):
 
     def clear_state(self) -> None:
         """Forget all state of parameters but the flags ``do_wd`` and ``force_train``."""
-        self.forget_steps()
         for _, state in self.state.of_parameters():
             for key in state.keys() - {*FLAGS}:
                 state.pop(key, None)
