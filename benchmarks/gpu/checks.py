@@ -21,7 +21,15 @@ def options(device: str) -> list[str]:
 
 def do(device: Device, log: Path, share: int = 0, shares: int = 1) -> int:
     """Run the tests that the log does not have; ``share`` of ``shares`` processes' work. The exit status."""
-    import pytest
+    try:
+        import pytest
+    except ModuleNotFoundError as error:
+        if share == 0 and not begun(log):
+            begin(log, "pytest")
+            finish(
+                log, Outcome("pytest", "failed", f"{error}: none of the tests was run; make gpu installs it")
+            )
+        return 0
 
     plugin = Plugin(device, log, share, shares)
     arguments = [*FILES, *options(device.type), "--tb=short", "--continue-on-collection-errors"]

@@ -224,6 +224,15 @@ def test_tests_are_jobs_of_a_part(tmp_path):
     assert after_tests(tmp_path) == (0, found)
 
 
+def test_without_pytest_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    for share in range(2):
+        assert checks.do(CPU, tmp_path / f"log{share}", share, 2) == 0
+    [outcome] = [Outcome(**line) for line in jobs._lines(tmp_path / "log0") if "begun" not in line]
+    assert outcome.status == "failed" and "none of the tests was run" in outcome.detail
+    assert not (tmp_path / "log1").exists()
+
+
 def test_a_test_that_loses_the_device_ends_the_process(tmp_path):
     status, found = after_tests(tmp_path, "lost")
     assert status == jobs.DEVICE_LOST and list(found) == ["test_broken.py", "test_right"]

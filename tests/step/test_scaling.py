@@ -305,6 +305,22 @@ def test_the_norm_is_over_groups_dtypes_and_parameters_that_have_a_gradient(comp
         assert opt.grad_norm.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_the_norm_is_over_all_chunks_of_a_tensor(compiled):
+    shapes = [(1,), (127,), (64, 64), (140_003,)]
+    ours, plain = parameters(shapes=shapes), parameters(shapes=shapes)
+    opt = optim.AdamW(ours, lr=1e-2, max_grad_norm=1.0, backend=compiled)
+    twin = optim.AdamW(plain, lr=1e-2, backend=compiled)
+    for grads, size in zip(gradients(3, shapes=shapes), (1.0, 1e-4, 10.0), strict=True):  # below once
+        give(ours, grads, size)
+        norm = torch.cat([p.grad.double().flatten() for p in ours]).norm()
+        give(plain, [g * min(1.0, 1.0 / norm.item()) for g in grads], size)
+        opt.step()
+        twin.step()
+        assert opt.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    for p, q in zip(ours, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_without_elements_adds_nothing_to_the_norm(backend, monkeypatch):
     """No kernel writes the sum of its squares, so that must not be what memory held before."""
