@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 
@@ -55,6 +57,13 @@ def debug(level: int, *lines: object) -> None:
     """Print `lines` to stderr when `FUSEDOPT_DEBUG` is at least `level`; else they are not even made strings."""
     if debug_level() >= level:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def warn_once(said: set[Any], topic: Any, text: str) -> None:
+    """Warn, unless this topic is among those ``said``; it is added first, as a warning may be an error."""
+    if topic not in said:
+        said.add(topic)
+        warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=caller_level())
 
 
 def caller_level() -> int:

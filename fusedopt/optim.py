@@ -120,7 +120,7 @@ class _TorchFace(_Optimizer):
     _closed = True
 
     def _start(self, cbs: list[Any], arguments: dict[str, Any], **fixed: Any) -> None:
-        """Set up from a constructor's ``locals()``: its arguments are hyperparameters and flags of the groups."""
+        """Set up from a constructor's ``locals()``, when these are its arguments: the groups' numbers and flags."""
         given = {
             k: v for k, v in arguments.items() if k not in ("self", "__class__", "params", "options")
         } | fixed

@@ -6,7 +6,6 @@ A backend is a folder: how it renders programs, compiles and launches them. `reg
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -94,7 +93,8 @@ def candidates(name: str, device: torch.device) -> tuple[Backend, ...]:
     if name == "auto":
         found = [n for n, row in ROWS.items() if row.tried and row.device == device.type]
         if not found:
-            _say(
+            env.warn_once(
+                _warned,
                 device.type,
                 f"this version compiles nothing for {device.type}, so parameters there are stepped unfused",
             )
@@ -123,12 +123,7 @@ def compile_program(
             if name != "auto":
                 raise
             instead = f"{following.name} compiles instead" if following else "steps run unfused"
-            _say(backend.name, f"the {backend.name} backend cannot be used, so {instead}. {error}")
+            env.warn_once(
+                _warned, backend.name, f"the {backend.name} backend cannot be used, so {instead}. {error}"
+            )
     return None
-
-
-def _say(topic: str, text: str) -> None:
-    """Warn once per topic."""
-    if topic not in _warned:
-        _warned.add(topic)
-        warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=env.caller_level())

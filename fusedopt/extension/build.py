@@ -21,7 +21,6 @@ import subprocess
 import sys
 import sysconfig
 import threading
-import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -270,7 +269,8 @@ class Missing:
         build.done.wait(0 if self._said else PATIENCE)
         if not build.done.is_set():
             until = "this step waits for it" if wait else f"step {LAST} waits for what is left of that"
-            self._say(
+            env.warn_once(
+                self._said,
                 "built",
                 f"{self.why}, so it is being built in the background, once, which takes about half a minute; {until}. "
                 f"If this process ends before that: python -m fusedopt doctor. To have it from the start: {remedy()}",
@@ -309,10 +309,4 @@ class Missing:
     def _give_up(self, problem: str) -> None:
         self._over = True
         self.why = f"{self.why}, and {problem}; steps are slower without it. To install it: {remedy()}"
-        self._say("over", self.why)
-
-    def _say(self, topic: str, text: str) -> None:
-        """Warn once per topic, after all is settled: a warning may be an error."""
-        if topic not in self._said:
-            self._said.add(topic)
-            warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=env.caller_level())
+        env.warn_once(self._said, "over", self.why)

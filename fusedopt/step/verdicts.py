@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -160,6 +159,4 @@ class Verdicts:
 
     def warn(self, once: Any, text: str) -> None:
         """Warn, if this was not said before."""
-        if once not in self.said:
-            self.said.add(once)
-            warnings.warn(f"fusedopt: {text}", RuntimeWarning, stacklevel=env.caller_level())
+        env.warn_once(self.said, once, text)

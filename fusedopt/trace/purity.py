@@ -194,11 +194,6 @@ def examine(callback: Callable[..., Any]) -> Verdict:
     return examination.of(examination.call, callback)
 
 
-def is_pure(callback: Callable[..., Any]) -> bool:
-    """Whether the callback reads only its arguments, constants and pure functions."""
-    return examine(callback).level == PURE
-
-
 _known: dict[types.FunctionType, tuple[Verdict, Sources]] = {}
 """Verdicts on functions without a closure; they hold until their sources change."""
 

@@ -31,12 +31,16 @@ from fusedopt.extension import leaf
 from fusedopt.step import buckets, verdicts
 from fusedopt.table import TABLE
 from fusedopt.trace.number import ARITHMETIC
-from fusedopt.trace.purity import ACTS, PURE, READS, VARIES, Verdict, examine, is_pure
+from fusedopt.trace.purity import ACTS, PURE, READS, VARIES, Verdict, examine
 from fusedopt.trace.replay import Replay
 from fusedopt.trace.snapshot import Snapshot
 from fusedopt.trace.sources import Sources
 from fusedopt.trace.standins import StandIns
 from fusedopt.trace.tracer import trace
+
+
+def is_pure(callback):
+    return examine(callback).level == PURE
 
 
 def parameters(n=1, dtype=torch.float64):
