@@ -32,6 +32,7 @@ from .callbacks import (
     step_stat,
     weight_decay,
 )
+from .classes import fuse, unfuse
 from .optimizer import Optimizer, named, state
 from .optimizer.named import SGD, Adam, Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, ranger
 
@@ -55,6 +56,7 @@ __all__ = [
     "average_sqr_grad",
     "callbacks",
     "debias",
+    "fuse",
     "l2_reg",
     "lamb_step",
     "larc_layer_lr",
@@ -69,5 +71,6 @@ __all__ = [
     "rms_prop_step",
     "sgd_step",
     "step_stat",
+    "unfuse",
     "weight_decay",
 ]

@@ -14,6 +14,7 @@ import torch.optim.optimizer as _torch_optimizer
 from .. import backends, env
 from ..callback import defaults_of, name_of
 from ..step import transforms
+from ..step.buckets import Buckets
 from ..step.engine import Engine, GraphScalars
 from ..step.items import Item
 from ..step.scaling import NORM, Scaling
@@ -173,7 +174,7 @@ class Optimizer(FastaiFace):
             if title == "Optimizer":
                 title = name_of(self.cbs[-1]) if self.cbs else "nothing"
             said = self._engine.buckets.verdicts.said if self._engine else None
-            self._engine = Engine(self.cbs, self.backend, title, self.state_dtype, said)
+            self._engine = Engine(Buckets(self.cbs, self.backend, title, self.state_dtype, said))
         return self._engine
 
     # -- torch.optim --
@@ -293,7 +294,7 @@ class Optimizer(FastaiFace):
         if made_in is None and (names := transforms.names()):
             what = f"operations go through {names}, so parameters are stepped unfused, by operations that it sees"
             self.engine.buckets.verdicts.warn("transformed", what)
-        engine = Engine(self.cbs, "reference", "transformed", self.state_dtype)
+        engine = Engine(Buckets(self.cbs, "reference", "transformed", self.state_dtype))
         engine.step(todo, self._scaling.fresh())
         self.groups.keep(todo)
 

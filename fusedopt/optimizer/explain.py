@@ -14,6 +14,7 @@ from ..step.scaling import NORM_KERNEL as NORM
 from ..step.verdicts import Eager
 
 if TYPE_CHECKING:
+    from ..step.engine import Engine
     from .core import Optimizer
 
 
@@ -117,21 +118,37 @@ def explain(opt: Optimizer) -> Explanation:
     """Explain the last step, or, before the first, the step that would be if every parameter had a gradient."""
     engine = opt.engine
     launched = engine.launched or engine.foresee(opt.groups.items(opt._scaling, pretend=True))
+    eager = engine.buckets.verdicts.all() if engine.buckets.backend != "reference" else ()
+    title, callbacks = opt.title or type(opt).__name__, tuple(map(name_of, opt.cbs))
+    return explanation(
+        engine, title, callbacks, launched, eager, not leaf.native and opt.backend != "reference"
+    )
+
+
+def explanation(
+    engine: Engine,
+    optimizer: str,
+    callbacks: tuple[str, ...],
+    launched: list[tuple[Kernel, int]],
+    eager: tuple[Eager, ...],
+    without: bool,
+) -> Explanation:
+    """The explanation of an engine's last step, which launched these; ``without`` its C++ extension."""
     names = sorted({k.backend for k, _ in launched}) or ["reference"]
     used = {k: (label, why) for k, label, why in engine.buckets.history.used.values()}
     used |= {k: (k.name, "max_grad_norm") for k, _ in (engine.norm.kernels if engine.norm else [])}
     return Explanation(
-        optimizer=opt.title or type(opt).__name__,
+        optimizer=optimizer,
         backend=" and ".join(names),
-        callbacks=tuple(name_of(cb) for cb in opt.cbs),
+        callbacks=callbacks,
         stages=tuple(s for kernel, n in launched for s in _stages(kernel, used[kernel][0], n)),
-        eager=engine.buckets.verdicts.all() if engine.buckets.backend != "reference" else (),
+        eager=eager,
         compiled=tuple(
             Compiled(label, why, k.source_path, k.seconds, k.cached) for k, (label, why) in used.items()
         ),
         source="\n".join(k.body for k in used),
         steps=str(engine.steps),
-        extension="" if leaf.native or opt.backend == "reference" else leaf.extension_status()[1],
+        extension=leaf.extension_status()[1] if without else "",
     )
 
 

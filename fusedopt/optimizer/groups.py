@@ -77,6 +77,10 @@ class ParamGroups:
     def state(self) -> State:
         return self._held.state
 
+    def numbers_of(self, group: int) -> int:
+        """The group whose numbers this group's callbacks get."""
+        return group
+
     # -- names --
     def called(self, stored: str) -> str:
         """The callback argument that a key of ``opt.state[p]`` is handed to."""

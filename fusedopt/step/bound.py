@@ -206,6 +206,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
     replay, program, item = plan.known.replay, plan.kernel.program, plan.items[0]
     assert replay is not None
     signature, group = plan.trace.signature, item.where[0]
+    cells = places[groups.numbers_of(group)]
     seen = dict(signature.state)
     columns = {name: HEAD + k for k, (name, _) in enumerate(program.buffers)}
     written = {name for name, _ in program.stores}
@@ -233,9 +234,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
         )
     try:
         leaves = [
-            (True, numbers[name])
-            if kind == "state"
-            else (False, places[group][(name, *path) if path else name])
+            (True, numbers[name]) if kind == "state" else (False, cells[(name, *path) if path else name])
             for kind, name, *path in replay.leaves
         ]
         outputs = [at[key] for key in replay.number_keys if numbers[key] >= 0]

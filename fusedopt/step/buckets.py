@@ -185,12 +185,12 @@ class Buckets:
             if candidate.replay is None or not all(map(operator.is_, candidate.read, self.read)):
                 continue
             again = candidate.replay(hyper, dict(signature.state))
-            if again and _fit(again[0], signature.compute):
+            if again and fit(again[0], signature.compute):
                 return self._planned(Bucket(bucket, candidate, *again))
         traced = self._trace(signature, hyper, first, stop, plain)
         if isinstance(traced, int):
             return traced
-        if not _fit(traced.slot_values(), signature.compute):
+        if not fit(traced.slot_values(), signature.compute):
             return first  # torch knows which number is an error, and which makes infinity
         compiled = self._compile(traced)
         if compiled is None:
@@ -257,7 +257,7 @@ class Buckets:
         return compiled
 
 
-def _fit(slots: Sequence[Scalar], compute: torch.dtype) -> bool:
+def fit(slots: Sequence[Scalar], compute: torch.dtype) -> bool:
     """Whether torch would take these numbers as they are: whole ones of 64 bits, others finite as floats if at all."""
     largest = torch.finfo(compute).max
     return all(

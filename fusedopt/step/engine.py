@@ -8,7 +8,6 @@ everything has succeeded. The reference backend is the same with no program at a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,19 +30,11 @@ class Engine:
 
     ``buckets`` has what callbacks are compiled to. ``norm`` says how the last step's norm was taken, ``resident`` its
     launches whose scalars live on the device. ``bound`` are the structures of steps that were bound, the last one
-    first; without ``binds`` every step looks at each tensor; ``steps``: how they went. ``said``: what an engine before
-    this one has warned of.
+    first; without ``binds`` every step looks at each tensor; ``steps``: how they went.
     """
 
-    def __init__(
-        self,
-        callbacks: Sequence[Callable[..., Any]],
-        backend: str,
-        title: str,
-        state_dtype: torch.dtype | None,
-        said: set[Any] | None = None,
-    ) -> None:
-        self.buckets = Buckets(callbacks, backend, title, state_dtype, said)
+    def __init__(self, buckets: Buckets) -> None:
+        self.buckets = buckets
         self.norm: Norm | None = None
         self.resident: GraphScalars | None = None
         self.binds = True

@@ -196,6 +196,8 @@ class Number:
         return self.value
 
     def _operate(self, op: str, other: Any, swapped: bool = False) -> Any:
+        if hasattr(type(other), "symbolic"):  # which knows better what to do with a Number
+            return NotImplemented
         if not isinstance(other, (int, float, np.generic, np.ndarray, torch.Tensor)):  # as Numbers are, too
             return NotImplemented
         return operate(op, other, self) if swapped else operate(op, self, other)

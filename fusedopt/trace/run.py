@@ -203,7 +203,7 @@ class Pass:
 
     def _all_paths(self, i: int, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
         """Run the callback along every path through its branches on S values, and merge the outcomes by select."""
-        outcomes: dict[tuple[bool, ...], tuple[Run, dict[str, Any]]] = {}
+        outcomes: Outcomes = {}
         todo: list[tuple[bool, ...]] = [()]
         while todo:
             run = Run(self.graph, self.scalars, self.signature, i, todo.pop())
@@ -213,7 +213,7 @@ class Pass:
             todo += [(*taken[:k], not taken[k]) for k in range(len(run.decisions), len(taken))]
             if len(outcomes) + len(todo) > MAX_PATHS:
                 raise Untraceable(f"more than {MAX_PATHS} paths through branches on norms and means")
-        return self._merge(outcomes, ())
+        return merged(self.graph, outcomes)
 
     def _one_path(self, run: Run, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
         boxes = {k: SymTensor(run, v.node, v.asked) for k, v in cells.items() if isinstance(v, Cell)}
@@ -258,17 +258,21 @@ class Pass:
             raise Untraceable(f"the state {key!r} is a {type(value).__name__}")
         return value
 
-    def _merge(
-        self, outcomes: dict[tuple[bool, ...], tuple[Run, dict[str, Any]]], path: tuple[bool, ...]
-    ) -> dict[str, Any]:
-        if path in outcomes:
-            return outcomes[path][1]
-        run = next(run for taken, (run, _) in outcomes.items() if taken[: len(path)] == path)
-        yes, no = self._merge(outcomes, (*path, True)), self._merge(outcomes, (*path, False))
-        if yes.keys() != no.keys():
-            raise Untraceable("a branch on a norm or mean decides which state there is")
-        condition = run.conditions[len(path)]
-        return {k: either(self.graph, condition, yes[k], no[k], run.slot) for k in yes}
+
+Outcomes = dict[tuple[bool, ...], tuple[Run, dict[str, Any]]]
+"""What each path through the branches on S values leaves."""
+
+
+def merged(graph: Graph, outcomes: Outcomes, path: tuple[bool, ...] = ()) -> dict[str, Any]:
+    """The outcomes of all paths that begin like this one, joined by select."""
+    if path in outcomes:
+        return outcomes[path][1]
+    run = next(run for taken, (run, _) in outcomes.items() if taken[: len(path)] == path)
+    yes, no = merged(graph, outcomes, (*path, True)), merged(graph, outcomes, (*path, False))
+    if yes.keys() != no.keys():
+        raise Untraceable("a branch on a norm or mean decides which state there is")
+    condition = run.conditions[len(path)]
+    return {k: either(graph, condition, yes[k], no[k], run.slot) for k in yes}
 
 
 def alike(a: Any, b: Any) -> bool:

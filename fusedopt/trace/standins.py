@@ -28,8 +28,12 @@ from .sources import loaded_names, method_of, of_a_library
 def _recording(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs and 1 <= len(args) <= 2 and any(isinstance(x, Number) for x in args):
-            return operate(op, *args)
+        if not kwargs and 1 <= len(args) <= 2:
+            for x in args:  # what is read from a tensor knows what to do with a Number
+                if hasattr(type(x), "symbolic"):
+                    return type(x).of_math(op, *args)
+            if any(isinstance(x, Number) for x in args):
+                return operate(op, *args)
         return function(*args, **kwargs)
 
     return recorded
@@ -58,15 +62,16 @@ class _Kind(type):
 
 class _Float(float, metaclass=_Kind):
     def __new__(cls, *args: Any) -> Any:
-        return (
-            operate("builtins.float", *args)
-            if len(args) == 1 and isinstance(args[0], Number)
-            else float(*args)
-        )
+        if len(args) == 1 and hasattr(type(args[0]), "symbolic"):
+            return args[0].item()
+        recorded = len(args) == 1 and isinstance(args[0], Number)
+        return operate("builtins.float", *args) if recorded else float(*args)
 
 
 class _Int(int, metaclass=_Kind):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and hasattr(type(args[0]), "symbolic"):
+            return type(args[0]).of_math("math.trunc", args[0])
         plain = kwargs or len(args) != 1 or not isinstance(args[0], Number)
         return int(*args, **kwargs) if plain else operate("builtins.int", *args)
 
@@ -105,26 +110,35 @@ _ALL = {id(getattr(builtins, n)): f for n, f in _BUILTINS.items()} | _FUNCTIONS 
 
 
 class StandIns:
-    """What callbacks, and the functions that they call, are run as in one trace."""
+    """What callbacks, and the functions that they call, are run as in one trace.
 
-    def __init__(self) -> None:
+    ``made`` are the functions with stand-ins, by those they stand in for; ``within``: packages of torch whose functions
+    get them too.
+    """
+
+    def __init__(self, within: str = "") -> None:
         self._builtins = vars(builtins) | _BUILTINS
-        self._made: dict[types.FunctionType, types.FunctionType] = {}
+        self.made: dict[types.FunctionType, types.FunctionType] = {}
+        self._within = within
 
     def callback(self, callback: Callable[..., Any]) -> Callable[..., Any]:
         method = method_of(callback)
         if isinstance(method, types.FunctionType):  # an object that is called
-            return types.MethodType(self._of(method), callback)
-        return self._of(callback)
+            return types.MethodType(self.of(method), callback)
+        return self.of(callback)
 
-    def _of(self, value: Any) -> Any:
+    def of(self, value: Any) -> Any:
         if isinstance(value, functools.partial):
             return functools.partial(self.callback(value.func), *value.args, **value.keywords)
         if isinstance(value, types.MethodType):
-            return types.MethodType(self._of(value.__func__), value.__self__)
-        if isinstance(value, types.FunctionType) and not of_a_library(value):
-            return self._made.get(value) or self._function(value)
+            return types.MethodType(self.of(value.__func__), value.__self__)
+        if isinstance(value, types.FunctionType) and self._ours(value):
+            return self.made.get(value) or self._function(value)
         return _ALL.get(id(value), value)
+
+    def _ours(self, function: types.FunctionType) -> bool:
+        within = self._within and (function.__module__ or "").startswith(self._within)
+        return bool(within) or not of_a_library(function)
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         around, code = function.__globals__, function.__code__
@@ -138,11 +152,11 @@ class StandIns:
         )
         made.__kwdefaults__ = function.__kwdefaults__
         made.__dict__.update(function.__dict__)
-        self._made[function] = made  # before what it calls, which may be itself
+        self.made[function] = made  # before what it calls, which may be itself
         for name in loaded_names(code):
             if name in around:
-                names[name] = self._of(around[name])
+                names[name] = self.of(around[name])
         for cell, new in cells:
             with contextlib.suppress(ValueError):  # not set yet, so neither is the other
-                new.cell_contents = self._of(cell.cell_contents)
+                new.cell_contents = self.of(cell.cell_contents)
         return made

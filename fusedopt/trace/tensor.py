@@ -98,10 +98,10 @@ class SymTensor:
         if name in _CONSTANT:
             return _CONSTANT[name]
         if name in METHODS:
-            return functools.partial(_called, name, METHODS[name], self)
+            return functools.partial(called, name, METHODS[name], self)
         base = name[:-1]
         if name.endswith("_") and not name.endswith("__") and base in METHODS:
-            return lambda *args, **kwargs: _rebind(self, _called(name, METHODS[base], self, *args, **kwargs))
+            return lambda *args, **kwargs: rebind(self, called(name, METHODS[base], self, *args, **kwargs))
         if name in _SHAPE:
             return self.run.attribute(self.kind, name)
         if name == "device":
@@ -122,7 +122,7 @@ class SymTensor:
         base = name.removeprefix("linalg_")
         if base == "where":
             condition, x, other = args
-            result = _called("where", METHODS["where"], lift(condition.run, x), condition, other)
+            result = called("where", METHODS["where"], lift(condition.run, x), condition, other)
         elif base in METHODS or (base.endswith("_") and base[:-1] in METHODS):
             first = args[0] if args else kwargs.pop("input", None)
             if not isinstance(first, SymTensor):
@@ -130,7 +130,7 @@ class SymTensor:
             result = getattr(first, base)(*args[1:], **kwargs)
         else:
             raise Untraceable(f"torch.{name} has no fused form")
-        return result if out is None else _rebind(out, result)
+        return result if out is None else rebind(out, result)
 
     # -- what leaves the graph --
     def __bool__(self) -> bool:
@@ -165,7 +165,7 @@ def alias(x: SymTensor) -> SymTensor:
     return view
 
 
-def _called(name: str, method: Callable[..., Any], x: SymTensor, *args: Any, **kwargs: Any) -> Any:
+def called(name: str, method: Callable[..., Any], x: SymTensor, *args: Any, **kwargs: Any) -> Any:
     """The method's result. What it does not take torch may, so an error is no error of the callback's yet."""
     if x.run.finished:
         raise RuntimeError(
@@ -178,7 +178,7 @@ def _called(name: str, method: Callable[..., Any], x: SymTensor, *args: Any, **k
         raise Untraceable(f"Tensor.{name}: {error}") from error
 
 
-def _rebind(box: SymTensor, value: Any) -> SymTensor:
+def rebind(box: SymTensor, value: Any) -> SymTensor:
     """``box.copy_(value)``: the place gets the value; its kind stays (an S value is expanded into an F place)."""
     new = lift(box.run, value)
     if box.kind == TENSOR and new.kind == ELEMENT:
@@ -238,7 +238,7 @@ def as_bool(x: SymTensor) -> SymTensor:
 _SHAPE = ("shape", "ndim")
 _CONSTANT = {"requires_grad": False, "is_sparse": False, "is_leaf": True, "layout": torch.strided}
 
-_OPERATORS = {
+OPERATORS = {
     "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub", "__mul__": "mul", "__rmul__": "mul",
     "__truediv__": "div", "__rtruediv__": "rdiv", "__pow__": "pow", "__rpow__": "rpow",
     "__floordiv__": "floor_divide", "__rfloordiv__": "rfloor_divide", "__mod__": "remainder", "__rmod__": "rremainder",
@@ -246,7 +246,7 @@ _OPERATORS = {
     "__gt__": "gt", "__ge__": "ge", "__lt__": "lt", "__le__": "le", "__eq__": "eq", "__ne__": "ne",
     "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor", "__invert__": "bitwise_not",
 }  # fmt: skip
-_IN_PLACE = {
+IN_PLACE = {
     "__iadd__": "add_",
     "__isub__": "sub_",
     "__imul__": "mul_",
@@ -257,7 +257,7 @@ _NO_OPERATOR = {"@": "matmul", "<<": "lshift", ">>": "rshift"}
 
 
 def _install() -> None:
-    for dunder, name in (_OPERATORS | _IN_PLACE).items():
+    for dunder, name in (OPERATORS | IN_PLACE).items():
         setattr(SymTensor, dunder, lambda self, *other, name=name: getattr(self, name)(*other))
     for symbol, name in _NO_OPERATOR.items():
         for dunder in (f"__{name}__", f"__r{name}__"):

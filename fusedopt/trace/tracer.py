@@ -111,7 +111,7 @@ def trace(
             created |= {} if late else {flag: count}
             shared = True
     created |= counts
-    program, slots = _program(graph, signature, hyper, cells, created, materialize_grad=work)
+    program, slots = program_of(graph, signature, hyper, cells, created, materialize_grad=work)
     numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign))}
     moved = frozenset(passes[0].moved)
     return Trace(signature, program, scalars, slots, numbers, created, asked, shared, starts, moved)
@@ -208,7 +208,7 @@ def _same(a: Any, b: Any, replace: dict[int, int]) -> bool:
     return alike(a, Cell(replace.get(b.node, b.node), b.asked) if isinstance(b, Cell) else b)
 
 
-def _program(
+def program_of(
     graph: Graph,
     signature: Signature,
     hyper: dict[str, Any],

@@ -1,0 +1,219 @@
+"""The buckets of a class's steps: what `step.buckets` is for callback lists. Engine and bound step are the same."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+from ..extension import leaf
+from ..step.buckets import MAX_KNOWN, Bucket, Buckets, CompiledTrace, fit
+from ..step.items import Item, dense, walkable
+from ..step.scaling import Scaling
+from ..trace.replay import Replay, can_replay
+from ..trace.signals import NeedsAttribute, Untraceable
+from ..trace.signature import Signature, is_plain, structure_of
+from .check import difference
+from .host import Host
+from .shadow import Path, shown
+from .tracing import StepTrace, trace_step
+
+
+class _Roles:
+    never: ClassVar[frozenset[str]] = frozenset()
+
+
+class ClassGroups:
+    """A class's groups and state as the runtime sees them. Numbers of the host are in a group of their own, the last."""
+
+    roles = _Roles()
+
+    def __init__(self, opt: torch.optim.Optimizer) -> None:
+        self._ref = weakref.ref(opt)
+        self.numbers: dict[str, Any] = {"params": []}
+
+    @property
+    def opt(self) -> torch.optim.Optimizer:
+        opt = self._ref()
+        assert opt is not None
+        return opt
+
+    @property
+    def live(self) -> list[dict[str, Any]]:
+        return [*self.opt.param_groups, self.numbers]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return self.opt.state
+
+    def numbers_of(self, group: int) -> int:
+        return -1
+
+    def called(self, stored: str) -> str:
+        return stored
+
+    def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]:
+        if group is self.numbers:
+            for name, value in group.items():
+                if name != "params":
+                    yield name, -1, value, name, value, float("-inf")
+
+    def hand_over(self, item: Item) -> Callable[[], None]:
+        return partial(self.opt.state[item.home].update, item.state)
+
+    def keep(self, todo: list[Item]) -> None:
+        """Nothing: state is the class's own."""
+
+    def items(self, scaling: Scaling) -> list[Item]:
+        """The parameters with a gradient. Raises Untraceable for one that kernels cannot take."""
+        todo: list[Item] = []
+        modes = scaling.modes(False)
+        for g, group in enumerate(self.opt.param_groups):
+            params = list(group["params"])
+            leaf.settle(params)
+            for i, p in enumerate(params):
+                if p.grad is None:
+                    continue
+                if why := _strange(p) or _strange(p.grad):
+                    raise Untraceable(f"parameter {i} of group {g} {why}")
+                state = dict(self.opt.state[p]) if p in self.opt.state else {}
+                todo.append(Item(p, p.grad, state, (g, i), self.numbers, modes))
+                if any(isinstance(v, torch.Tensor) and v.device != p.device for v in state.values()):
+                    raise Untraceable(f"parameter {i} of group {g} has state on another device")
+        if len({id(item.owner) for item in todo}) < len(todo):
+            raise Untraceable("a parameter is listed twice")
+        return todo
+
+    def resting(self, stepped: list[Item]) -> list[Item]:
+        """Parameters without a gradient now that had one before, as if theirs were zero."""
+        modes = stepped[0].modes
+        return [
+            Item(p, p.detach(), dict(self.opt.state[p]), (g, i), self.numbers, modes)
+            for g, group in enumerate(self.opt.param_groups)
+            for i, p in enumerate(group["params"])
+            if p.grad is None and p in self.opt.state and not _strange(p)
+        ]
+
+
+def _strange(t: torch.Tensor) -> str:
+    """Why kernels cannot take a tensor."""
+    if t.layout != torch.strided or t.is_complex() or not t.is_floating_point():
+        return f"is a {t.layout} tensor of {t.dtype}"
+    if not walkable(t) or torch.overrides.is_tensor_like(t) and type(t).__torch_function__ not in _ORDINARY:
+        return f"is a {type(t).__name__}, whose memory is elsewhere"
+    if not t.numel():
+        return "has no elements"
+    return "" if dense(t) else "is not dense in memory"
+
+
+_ORDINARY = (torch.Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
+
+
+class StepBuckets(Buckets):
+    """``closure``: whether the next step is given one; ``found`` is what the last step was traced to."""
+
+    def __init__(self, groups: ClassGroups, backend: str, title: str, write_grads: bool, check: bool) -> None:
+        super().__init__([], backend, title, None)
+        self.groups, self.write_grads, self.check = groups, write_grads, check
+        self.closure, self.traces_made = False, 0
+        self.read: Any = None
+        self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
+        self._current: list[tuple[tuple, CompiledTrace]] = []
+
+    def reads(self, host: Any) -> bool:
+        """Whether a step is the one that was traced, by what the host can see; its numbers are the groups' now."""
+        self.groups.numbers = host.numbers
+        self.why = host.look(vars(self.groups.opt))
+        return self.why is None
+
+    def forget(self) -> None:
+        super().forget()
+        for key in list(self._hosts)[:-16]:
+            del self._hosts[key]
+
+    def prepare(self, todo: list[Item]) -> tuple[list[Bucket], list[Item]]:
+        while True:
+            try:
+                return self._prepared(self._sorted(todo)), []
+            except NeedsAttribute as need:
+                self.attributes += (need.name,)
+
+    def traced(self, todo: list[Item], first: int, stop: int, work: bool = False) -> list[Any]:
+        """Each bucket with its plan in the step that was prepared last; -1 if it is none of that."""
+        found: list[Any] = []
+        for items, signature in self._sorted(todo):
+            plan = None
+            for key, known in self._current:
+                if key == _key(items, signature) and plan is None:
+                    plan = self._replayed(items, signature, known)
+            found.append((items, plan or -1))
+        return found
+
+    def _prepared(self, buckets: list[tuple[list[Item], Signature]]) -> list[Bucket]:
+        keys = [_key(*bucket) for bucket in buckets]
+        known = self._hosts.setdefault((self.closure, *keys), [])
+        for host, compiled in known:
+            if self.reads(host):
+                plans = [self._replayed(*b, c) for b, c in zip(buckets, compiled, strict=True)]
+                if all(plans):
+                    return self._taken(host, keys, compiled, plans)
+        opt = self.groups.opt
+        for _, signature in buckets:
+            if not is_plain(v for _, v in signature.state):
+                raise Untraceable("the state holds other things than tensors, numbers and flags")
+        self.traces_made += 1
+        step = trace_step(opt, buckets, self.closure, self.write_grads, self._name)
+        if not any(trace.program.stores for trace in step.traces):
+            raise Untraceable("the step changes no parameter and no tensor of its state")
+        if self.check and (why := difference(opt, step)):
+            raise Untraceable(f"what kernels would do differs from what the step does: {why}")
+        compiled = [self._compiled(trace) for trace in step.traces]
+        known[:] = [*known[-MAX_KNOWN:], (step.host, compiled)]
+        if not self.reads(step.host):
+            raise Untraceable(f"the step cannot be repeated: {self.why}")
+        plans = [self._replayed(*b, c) for b, c in zip(buckets, compiled, strict=True)]
+        if not all(plans):
+            raise Untraceable("the step cannot be repeated: numbers go another way when they are replayed")
+        return self._taken(step.host, keys, compiled, plans)
+
+    def _taken(
+        self, host: Host, keys: list[tuple], compiled: list[CompiledTrace], plans: list[Any]
+    ) -> list[Bucket]:
+        self.read, self._current = host, list(zip(keys, compiled, strict=True))
+        for plan in plans:
+            self._planned(plan)
+        return plans
+
+    def _compiled(self, trace: Any) -> CompiledTrace:
+        compiled = self._compile(trace)
+        if compiled is None:
+            raise Untraceable("no compiled backend can be used here; python -m fusedopt doctor says why")
+        replay = Replay(trace) if can_replay(trace) else None
+        if replay is None:
+            raise Untraceable(
+                "a number that changes with each step leaves recorded arithmetic (an index, formatting)"
+            )
+        return CompiledTrace(trace, *compiled, replay, [])
+
+    def _replayed(self, items: list[Item], signature: Signature, known: CompiledTrace) -> Bucket | None:
+        assert known.replay is not None
+        again = known.replay(self.groups.numbers, dict(signature.state))
+        return Bucket(items, known, *again) if again and fit(again[0], signature.compute) else None
+
+    def _name(self, path: Path) -> str:
+        """What a number of the host is called in kernels' comments, and in the group of numbers."""
+        groups = self.groups.opt.param_groups
+        if path[0] == ("item", "param_groups") and len(path) > 2:
+            which = f"group{path[1][1]}." if len(groups) > 1 else ""
+            return which + str(path[2][1]) + "".join(f"[{key!r}]" for _, key in path[3:])
+        return shown(path)
+
+
+def _key(items: list[Item], signature: Signature) -> tuple:
+    return items[0].where[0], structure_of(signature)
+
+
+__all__ = ["ClassGroups", "StepBuckets", "StepTrace"]

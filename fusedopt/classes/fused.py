@@ -1,0 +1,304 @@
+"""`fuse`: an optimizer's ``step`` in fused kernels, or as it was written where it has no such form."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+import torch
+import torch.optim.optimizer as _torch_optimizer
+
+from .. import backends, env
+from ..callback import place_of
+from ..extension import leaf
+from ..optimizer.core import Optimizer
+from ..optimizer.explain import Explanation, explanation
+from ..step import transforms
+from ..step.engine import Engine
+from ..step.scaling import Scaling
+from ..step.verdicts import Eager
+from ..trace.signals import Untraceable
+from .buckets import ClassGroups, StepBuckets
+from .shadow import NewState
+
+RETRACES = 3
+"""Steps in a row that have to be traced anew, or that have no trace, after which none is tried any more."""
+NEW_STATE = 16
+"""Steps in a row that make or drop state, after which none is traced any more."""
+REMEDY = "nothing is wrong, it is as fast as without fusedopt; docs/classes.md says what fuses"
+
+O = TypeVar("O", bound=torch.optim.Optimizer)
+
+
+class Fused:
+    """What stands behind a fused optimizer's ``step``. ``reason``: why the last step ran as it was written, or "".
+
+    ``given_up``: no step is traced any more.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+        self._ref, self.options = weakref.ref(opt), options
+        self.scaling = Scaling(False, options["max_grad_norm"])
+        self.groups = ClassGroups(opt)
+        self.buckets = StepBuckets(
+            self.groups, options["backend"], type(opt).__name__, options["write_grads"], options["check"] != 0
+        )
+        self.engine = Engine(self.buckets)
+        self.reason, self.given_up = "", False
+        self._misses = self._new = self._steps = 0
+        self._calls_first = False
+        self.said: set[Any] = set()
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+    def of(self, opt: torch.optim.Optimizer) -> Fused:
+        """What stands behind this optimizer: a copy of one has its own."""
+        if self._ref() is opt:
+            return self
+        vars(opt)["_fusedopt"] = other = Fused(opt, self.options)
+        return other
+
+    def step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        if self.given_up or transforms.active():
+            return self._own(opt, closure)
+        loss = None
+        self.buckets.closure = closure is not None
+        if closure is not None:
+            if not self._calls_first and not self._can(opt):
+                return self._own(opt, closure)
+            with torch.enable_grad():
+                loss = closure()
+        if self.engine.repeat(self.scaling):
+            self._misses = self._new = 0
+        elif not self._anew(opt):
+            return self._own(opt, None if closure is None else lambda: loss)
+        host = self.buckets.read if self.engine._last is None else self.engine._last.read
+        host.write(vars(opt))
+        return loss if host.returns_loss else None
+
+    def _own(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
+        """The class's own step."""
+        own = type(opt).step
+        if getattr(own, "hooked", False):  # torch's hooks are run around all of this
+            own = getattr(own, "__wrapped__", own)
+        return own(opt) if closure is None else own(opt, closure)
+
+    def _can(self, opt: torch.optim.Optimizer) -> bool:
+        """Whether the step calls its closure first, and once, so that we may."""
+        with self._noting(opt) as ok, torch.no_grad():
+            todo = self.groups.items(self.scaling)
+            if not todo:
+                raise NewState("no parameter has a gradient before the closure")
+            self.buckets.prepare(todo)
+            self._calls_first = True
+        return ok[0]
+
+    @torch.no_grad()
+    def _anew(self, opt: torch.optim.Optimizer) -> bool:
+        """A step of a structure that is not known; False if the class has to do it, nothing having changed."""
+        with self._noting(opt) as ok:
+            todo = self.groups.items(self.scaling)
+            if not todo:
+                raise NewState("no parameter has a gradient")
+            made = self.buckets.traces_made
+            self.engine.step(todo, self.scaling, self.groups, bind=True)
+            self.reason = ""
+            if self.buckets.traces_made > made:
+                self._miss(opt, self.engine._why or "first trace")
+        return ok[0]
+
+    @contextlib.contextmanager
+    def _noting(self, opt: torch.optim.Optimizer) -> Any:
+        """Note why a step has no trace."""
+        ok = [True]
+        try:
+            yield ok
+            return
+        except NewState as error:
+            self.reason = self._described(opt, error)
+            self._new += 1
+            if self._new >= NEW_STATE:
+                self._give_up(opt)
+        except (Untraceable, Exception) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.reason = self._described(opt, error)
+            self._miss(opt, self.reason)
+        ok[0] = False
+
+    def _miss(self, opt: torch.optim.Optimizer, why: str) -> None:
+        self._misses += 1
+        if self._misses >= RETRACES:
+            if not self.reason:
+                self.reason = f"each step is another one: {why}. Remedy: {REMEDY}"
+            self._give_up(opt)
+
+    def _described(self, opt: torch.optim.Optimizer, error: BaseException) -> str:
+        where = getattr(error, "where", "") or place_of(type(opt).step)
+        text = (
+            str(error) if isinstance(error, (Untraceable, NewState)) else f"{type(error).__name__}: {error}"
+        )
+        return f"{where}: {text}. Remedy: {getattr(error, 'remedy', '') or REMEDY}"
+
+    def _give_up(self, opt: torch.optim.Optimizer) -> None:
+        self.given_up = True
+        env.warn_once(
+            self.said, "eager", f"{type(opt).__name__}.step runs as it was written, unfused: {self.reason}"
+        )
+
+    def explain(self, opt: torch.optim.Optimizer) -> Explanation:
+        """What a step does: stages, launches, bytes; what was compiled and why; what runs as it was written and why."""
+        name = f"{type(opt).__name__}.step"
+        eager = (Eager(name, self.reason),) if self.reason else ()
+        return explanation(
+            self.engine,
+            type(opt).__name__,
+            (name,),
+            [] if eager else self.engine.launched,
+            eager,
+            leaf.native is None,
+        )
+
+
+def _nothing() -> None:
+    return None
+
+
+def _step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """A step in fused kernels; see fusedopt.fuse."""
+    fused = vars(self).get("_fusedopt")
+    if fused is None:  # an unpickled copy
+        fused = vars(self)["_fusedopt"] = Fused(self, dict(_DEFAULTS))
+    fused = fused.of(self)
+    if _observed(self):
+        return _hooked(self, *(() if closure is None else (closure,)))
+    return fused.step(self, closure)
+
+
+@torch.optim.Optimizer.profile_hook_step
+def _hooked(self: torch.optim.Optimizer, *closure: Any) -> Any:
+    return vars(self)["_fusedopt"].step(self, *closure)
+
+
+def _scheduled(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """A step of an optimizer that a scheduler watches."""
+    self._opt_called = True  # type: ignore[attr-defined]
+    return _step(self, closure)
+
+
+_scheduled._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def _explain(self: torch.optim.Optimizer) -> Explanation:
+    return vars(self)["_fusedopt"].of(self).explain(self)
+
+
+def _kernel_source(self: torch.optim.Optimizer) -> str:
+    return _explain(self).source
+
+
+def _observed(opt: torch.optim.Optimizer) -> bool:
+    """Whether somebody hooks into steps, or profiles them."""
+    return bool(
+        opt._optimizer_step_pre_hooks
+        or opt._optimizer_step_post_hooks
+        or _torch_optimizer._global_optimizer_pre_hooks
+        or _torch_optimizer._global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+_DEFAULTS: dict[str, Any] = {"backend": "auto", "max_grad_norm": None, "write_grads": True, "check": 1}
+
+
+@overload
+def fuse(opt: O, **options: Any) -> O: ...
+@overload
+def fuse(opt: Callable[..., O], **options: Any) -> Callable[..., O]: ...
+def fuse(
+    opt: Any,
+    *,
+    backend: str | None = None,
+    max_grad_norm: float | None = None,
+    write_grads: bool = True,
+    check: int = 1,
+) -> Any:
+    """Run an optimizer's own ``step`` as fused kernels. Returns the same object, of the same class.
+
+    Its ``step`` is traced on symbolic tensors; the kernels that follow do what it does, to the tensors and numbers where the
+    class keeps them, so ``state_dict``, schedulers, hooks and pickles are as before. A step that has no fused form, or
+    that makes or drops state, is the class's own, exactly; if that does not change, a warning says so, with the place in
+    the code. ``opt.explain()`` and ``opt.kernel_source()`` show what became of it; `unfuse` undoes it.
+
+    Args:
+        opt: a ``torch.optim.Optimizer``; or a class or function that makes one, for which one is returned that makes
+            fused ones.
+        backend: as of `fusedopt.Optimizer`.
+        max_grad_norm: as of `fusedopt.Optimizer`: gradients are scaled inside the step.
+        write_grads: whether what the class writes into gradients is written; without, that much memory traffic is saved.
+        check: 1 compares every trace with the class's own step, on copies of a few parameters; 0 does not.
+
+    Deviation: values are computed in float32 (float64 for float64 parameters) and rounded once, when stored. A class that
+    computes in bfloat16 or float16 rounds after each operation; kernels are closer to the exact result.
+
+    Raises:
+        TypeError: ``opt`` is no optimizer and makes none, is a ``fusedopt.Optimizer``, or is fused already.
+        ValueError: an unknown backend; max_grad_norm that is not above zero.
+    """
+    options = {
+        "backend": backends.check_name(backend),
+        "max_grad_norm": max_grad_norm,
+        "write_grads": write_grads,
+        "check": check,
+    }
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0, or None to clip nothing; it is {max_grad_norm}")
+    if not isinstance(opt, torch.optim.Optimizer):
+        if not callable(opt):
+            raise TypeError(
+                f"fuse() takes a torch.optim.Optimizer, or a class or function that makes one; this is a {type(opt).__name__}"
+            )
+        return _maker(opt, options)
+    if isinstance(opt, Optimizer):
+        raise TypeError("a fusedopt.Optimizer steps in fused kernels as it is")
+    if "_fusedopt" in vars(opt):
+        raise TypeError("this optimizer is fused already; fusedopt.unfuse(opt) undoes it")
+    had = vars(opt).get("step")
+    watched = getattr(had, "_wrapped_by_lr_sched", False)
+    if had is not None and not watched:
+        raise TypeError(f"the step of this {type(opt).__name__} was replaced by {had!r}; fuse it before that")
+    vars(opt)["_fusedopt"] = Fused(opt, options)
+    vars(opt)["step"] = types.MethodType(_scheduled if watched else _step, opt)
+    vars(opt)["explain"] = types.MethodType(_explain, opt)
+    vars(opt)["kernel_source"] = types.MethodType(_kernel_source, opt)
+    return opt
+
+
+def _maker(make: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(
+                f"{getattr(make, '__name__', make)!r} made a {type(made).__name__}, which is no optimizer"
+            )
+        return fuse(made, **options)
+
+    return fused
+
+
+def unfuse(opt: O) -> O:
+    """Give an optimizer its own ``step`` back; state and groups stay as they are.
+
+    Raises TypeError if it is not fused.
+    """
+    if "_fusedopt" not in vars(opt):
+        raise TypeError(f"this {type(opt).__name__} is not fused")
+    for name in ("_fusedopt", "step", "explain", "kernel_source"):
+        vars(opt).pop(name, None)
+    return opt

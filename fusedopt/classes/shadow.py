@@ -1,0 +1,236 @@
+"""A shadow of an optimizer: a copy with a few of its parameters, whose numbers and tensors may be other than the real ones.
+
+All that a class keeps is found by its path from the optimizer's own ``__dict__``: numbers are read there on every step,
+flags have to stay what they were, and what ``step`` leaves in the copy's containers is written to the real ones.
+"""
+
+from __future__ import annotations
+
+import collections
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..trace.number import Number
+from ..trace.signals import Untraceable
+from ..trace.signature import PLAIN
+
+OWN = frozenset({"step", "explain", "kernel_source", "_fusedopt", "_opt_called", "_zero_grad_profile_name"})
+"""Names in an optimizer's ``__dict__`` that say nothing of what its class does: ours and torch's."""
+MOST = 4096
+"""Elements of a container that are looked at."""
+_KNOWN_TYPES = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    type,
+    torch.Generator,
+    torch.nn.Module,
+)
+_LIBRARIES = frozenset("torch numpy builtins logging threading weakref functools _thread".split())
+
+Path = tuple[tuple[str, Any], ...]
+"""Steps from the optimizer's ``__dict__``: ("item", key) or ("attr", name)."""
+
+
+class NewState(Exception):
+    """This step makes or drops state, which the class does itself: the next one may be another."""
+
+
+@dataclass
+class Container:
+    """A container of the copy: ``put`` is what was put into it, by key. ``partial``: it has some of the parameters."""
+
+    path: Path
+    real: Any
+    copy: Any
+    put: dict[Any, Any]
+    partial: bool = False
+
+
+def is_own(name: str) -> bool:
+    return name in OWN or (name.startswith("_optimizer_") and name.endswith("hooks"))
+
+
+class Shadow:
+    """A copy of an optimizer. ``tensors`` are what stands for its tensors, by id; ``number(path, value)`` makes what
+    stands for a number. ``numbers`` and ``flags`` have those of the optimizer by their paths."""
+
+    def __init__(
+        self,
+        opt: torch.optim.Optimizer,
+        kind: type,
+        tensors: dict[int, Any],
+        number: Callable[[Path, Any], Any],
+        state: dict[int, dict[str, Any]],
+    ) -> None:
+        if "param_groups" not in vars(opt) or "state" not in vars(opt):
+            raise Untraceable("the optimizer keeps its groups or state in another object")
+        self._number, self._tensors, self._opt = number, tensors, opt
+        self.params = {id(p) for group in opt.param_groups for p in group["params"]}
+        self._memo: dict[int, Any] = {}
+        self._alive: list[Any] = []
+        self.containers: list[Container] = []
+        self.numbers: dict[Path, Any] = {}
+        self.flags: list[tuple[Path, Any]] = []
+        self.opt = object.__new__(kind)
+        self._memo[id(opt)] = self.opt
+        self.state: Any = collections.defaultdict(dict)
+        real = vars(opt)["state"]
+        self._memo[id(real)] = self.state
+        self._container((("item", "state"),), real, self.state, self._states(real, state), False)
+        own = {}
+        for name, value in vars(opt).items():
+            if name not in ("state", "step", "explain", "kernel_source", "_fusedopt"):
+                own[name] = value if is_own(name) else self._copied(value, (("item", name),))
+        vars(self.opt).update(own)
+        vars(self.opt)["state"] = self.state
+        kept = {k: v for k, v in vars(self.opt).items() if not is_own(k)}
+        self.containers.append(Container((), vars(opt), vars(self.opt), kept))
+
+    def _states(self, real: Any, state: dict[int, dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
+        for key, value in real.items():
+            if not isinstance(key, torch.Tensor):
+                yield key, self._copied(value, (("item", "state"), ("item", key)))
+            elif id(key) in state:
+                yield self._tensors[id(key)], state[id(key)]
+
+    def _container(self, path: Path, real: Any, copy: Any, items: Any, partial: bool) -> Any:
+        put = dict(items)
+        if isinstance(copy, list):
+            copy.extend(put.values())
+        elif isinstance(copy, collections.deque):
+            copy.extend(put.values())
+        else:
+            copy.update(put)
+        self.containers.append(Container(path, real, copy, put, partial))
+        return copy
+
+    def _copied(self, value: Any, path: Path) -> Any:
+        kind = type(value)
+        if kind in (int, float) or isinstance(value, np.floating):
+            self.numbers[path] = value
+            return self._number(path, value)
+        if isinstance(value, PLAIN) or kind in (torch.device, torch.Size, complex):
+            self.flags.append((path, value))
+            return value
+        if id(value) in self._memo:
+            return self._memo[id(value)]
+        self._alive.append(value)
+        made = self._memo[id(value)] = self._of_kind(kind, value, path)
+        return made
+
+    def _of_kind(self, kind: type, value: Any, path: Path) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if isinstance(value, (list, tuple, collections.deque, dict)) and len(value) > MOST:
+            raise Untraceable(f"{shown(path)} has {len(value)} elements")
+        if isinstance(value, (list, tuple, collections.deque)):
+            ours = [not isinstance(v, torch.Tensor) or id(v) not in self.params for v in value]
+            partial = not all(ours) and path[-1:] != (("item", "params"),)
+            chosen = [(i, v) for i, v in enumerate(value) if ours[i] or id(v) in self._tensors]
+            parts = [(i, self._copied(v, (*path, ("item", i)))) for i, v in chosen]
+            if isinstance(value, tuple):
+                made = [v for _, v in parts]
+                return kind(*made) if hasattr(kind, "_fields") else tuple(made)
+            copy: Any = [] if kind is list else collections.deque(maxlen=getattr(value, "maxlen", None))
+            self._memo[id(value)] = copy
+            return self._container(path, value, copy, parts, partial or path[-1:] == (("item", "params"),))
+        if isinstance(value, dict):
+            copy = (
+                collections.defaultdict(value.default_factory) if kind is collections.defaultdict else kind()
+            )
+            self._memo[id(value)] = copy
+            return self._container(path, value, copy, self._entries(value, path), any(map(_is_tensor, value)))
+        if kind in (set, frozenset):
+            if any(isinstance(v, torch.Tensor) for v in value):
+                raise Untraceable(f"{shown(path)} is a set of tensors")
+            self.flags.append((path, kind(value)))
+            return kind(value)
+        if isinstance(value, torch.optim.Optimizer):
+            return self._inner(kind, value, path)
+        if isinstance(value, types.MethodType) and id(value.__self__) in self._memo:
+            return types.MethodType(value.__func__, self._memo[id(value.__self__)])
+        if (
+            isinstance(value, _KNOWN_TYPES)
+            or kind.__module__.split(".")[0] in _LIBRARIES
+            or not hasattr(value, "__dict__")
+        ):
+            return value
+        return self._object(kind, value, path)
+
+    def _entries(self, value: dict[Any, Any], path: Path) -> Iterator[tuple[Any, Any]]:
+        for key, inner in value.items():
+            if isinstance(key, torch.Tensor):
+                if id(key) in self._tensors:
+                    yield self._tensors[id(key)], self._copied(inner, (*path, ("item", key)))
+            else:
+                yield key, self._copied(inner, (*path, ("item", key)))
+
+    def _inner(self, kind: type, value: torch.optim.Optimizer, path: Path) -> Any:
+        """An optimizer within the optimizer."""
+        state = vars(value).get("state")
+        if state and id(state) not in self._memo:
+            raise Untraceable(f"{shown(path)} is another optimizer, with state of its own")
+        if any(vars(value).get(f"_optimizer_step_{when}_hooks") for when in ("pre", "post")):
+            raise Untraceable(f"{shown(path)} is another optimizer, whose steps have hooks")
+        return self._object(kind, value, path)
+
+    def _object(self, kind: type, value: Any, path: Path) -> Any:
+        copy = object.__new__(kind)
+        self._memo[id(value)] = copy
+        entries = {
+            k: v if is_own(k) else self._copied(v, (*path, ("attr", k))) for k, v in vars(value).items()
+        }
+        vars(copy).update(entries)
+        self.containers.append(Container((*path, ("dict", None)), vars(value), vars(copy), entries))
+        return copy
+
+    def _tensor(self, value: torch.Tensor, path: Path) -> Any:
+        found = self._tensors.get(id(value))
+        if found is not None:
+            return found
+        return self._number(path, value)
+
+    def changes(self) -> list[tuple[Path, Any, Any]]:
+        """What was left in containers: (path of the container, key, value). Raises NewState, Untraceable."""
+        out: list[tuple[Path, Any, Any]] = []
+        for c in self.containers:
+            now = dict(enumerate(c.copy)) if isinstance(c.copy, (list, collections.deque)) else dict(c.copy)
+            put = dict(enumerate(c.put.values())) if isinstance(c.copy, (list, collections.deque)) else c.put
+            if not c.path:
+                now = {k: v for k, v in now.items() if not is_own(k)}
+            if now.keys() != put.keys():
+                more = [str(k) for k in now.keys() ^ put.keys() if not isinstance(k, torch.Tensor)]
+                raise NewState(
+                    f"{shown(c.path) or 'the optimizer'} gets or loses {', '.join(more) or 'elements'}"
+                )
+            for key, value in now.items():
+                if value is put[key] or (isinstance(value, PLAIN) and same_plain(value, put[key])):
+                    continue
+                if c.partial:
+                    raise Untraceable(f"{shown(c.path)} is changed, which has parameters in it")
+                out.append((c.path, key, value))
+        return out
+
+
+def same_plain(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and type(a) not in (Number,) and repr(a) == repr(b)
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def shown(path: Path) -> str:
+    """A path as code has it: ``self.param_groups[0]['lr']``."""
+    text = ""
+    for i, (kind, key) in enumerate(path):
+        if kind == "dict":
+            continue
+        text += f"self.{key}" if not i else f".{key}" if kind == "attr" else f"[{key!r}]"
+    return text

@@ -1,0 +1,522 @@
+"""Symbolic tensors that are real ones to code that asks: what a class's ``step`` sees in place of its tensors.
+
+A ``Symbolic`` is a ``torch.Tensor`` without memory. Every torch function on it is handed to `call`: dtypes and shapes come
+from the same function on meta tensors, values from the table of methods that callbacks have (``trace.methods``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..ir.ops import ELEMENT, TENSOR
+from ..trace import methods  # noqa: F401  (fills the table of tensor methods)
+from ..trace.number import Number
+from ..trace.run import Run
+from ..trace.signals import Untraceable
+from ..trace.tensor import IN_PLACE, METHODS, OPERATORS, SymTensor, alias, as_bool, as_float, called, rebind
+
+_Meta = torch.Tensor
+
+
+class Symbolic(torch.Tensor):
+    """A tensor of the shadow: ``sym`` is its place in the graph, None if kernels cannot take it: ``why``. ``meta`` has
+    its shape and dtype."""
+
+    sym: SymTensor | None
+    meta: _Meta
+    why: str
+    symbolic = True
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Untraceable(f"{func} is called out of sight of what traces it")
+
+    @staticmethod
+    def of_math(op: str, *args: Any) -> Any:
+        return TensorNumber.of_math(op, *(x.item() if isinstance(x, Symbolic) else x for x in args))
+
+    __hash__ = object.__hash__  # which tensor it is, is known
+
+    @property  # type: ignore[override]
+    def grad(self) -> Any:
+        return self.__dict__.get("gradient")
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        if "gradient" not in self.__dict__:
+            raise Untraceable("setting .grad of a tensor that is no parameter")
+        self.__dict__["gradient"] = value
+
+    @property  # type: ignore[override]
+    def data(self) -> Any:
+        return made(alias(place(self)), self.meta)
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        if not isinstance(value, Symbolic) or (value.meta.shape, value.meta.dtype) != (
+            self.meta.shape,
+            self.meta.dtype,
+        ):
+            raise Untraceable("a tensor's memory is replaced by that of another kind of tensor")
+        rebind(place(self), place(value))
+
+    @property  # type: ignore[override]
+    def requires_grad(self) -> bool:
+        if not self.__dict__.get("_is_param"):
+            return False
+        return bool(place(self).run.attribute(ELEMENT, "requires_grad"))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        raise Untraceable("a tensor is printed")
+
+    def __format__(self, spec: str) -> str:
+        raise Untraceable("a tensor is printed")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_is_param", "_base"):
+            return self.__dict__.get(name)
+        raise Untraceable(
+            f"the attribute {name!r} of a tensor is asked for; only torch's own are known in a trace"
+        )
+
+
+def made(sym: SymTensor | None, meta: _Meta, why: str = "") -> Symbolic:
+    device = sym.run.device if sym is not None else torch.device("cpu")
+    out = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        Symbolic, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device
+    )
+    out.__dict__.update(sym=sym, meta=meta, why=why)
+    return out
+
+
+def parameter(sym: SymTensor, meta: _Meta, gradient: Symbolic | None) -> Symbolic:
+    out = made(sym, meta)
+    out.__dict__.update(_is_param=True, gradient=gradient)
+    return out
+
+
+def place(x: Symbolic) -> SymTensor:
+    """Its place in the graph, or Untraceable."""
+    if x.sym is None:
+        raise Untraceable(x.why)
+    return x.sym
+
+
+class TensorNumber:
+    """A number that was read from a tensor (``item()``): one per tensor, which only kernels know. A float, if asked.
+
+    A branch on it is traced along both of its ways.
+    """
+
+    __slots__ = ("sym",)
+    symbolic = True
+
+    def __init__(self, sym: SymTensor) -> None:
+        self.sym = sym
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return float
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(func, args, kwargs or {})
+
+    @staticmethod
+    def read(x: Symbolic) -> Any:
+        """The number of a tensor with one element."""
+        run, one = place(x).run, as_float(place(x))
+        if one.kind == ELEMENT:
+            if x.meta.numel() != 1:
+                raise ValueError(f"a Tensor with {x.meta.numel()} elements cannot be converted to Scalar")
+            run.attribute(ELEMENT, "count")
+            one = METHODS["sum"](one)
+        wide = "f" if run.compute == torch.float64 else "d"
+        node = run.graph.op("mul", one.node, run.graph.leaf("const", 1.0, type=wide))
+        return TensorNumber(SymTensor(run, node, None))
+
+    @staticmethod
+    def of_math(op: str, *args: Any) -> Any:
+        """``math.sqrt(x)`` and its like."""
+        name = op.rpartition(".")[2]
+        if name not in METHODS:
+            raise Untraceable(f"{op} of a number that was read from a tensor has no fused form")
+        first, *others = args
+        run = next(x.sym.run for x in args if type(x) is TensorNumber)
+        return _operate(name, first if type(first) is TensorNumber else _number(run, first), *others)
+
+    def item(self) -> TensorNumber:
+        return self
+
+    def is_integer(self) -> bool:
+        return bool(_operate("eq", _operate("floor", self), self))
+
+    def __bool__(self) -> bool:
+        return bool(_operate("ne", self, 0))
+
+    def __float__(self) -> float:
+        raise Untraceable("a number that was read from a tensor leaves recorded arithmetic")
+
+    __int__ = __index__ = __format__ = __repr__ = __str__ = __round__ = __hash__ = __float__  # type: ignore[assignment]
+
+
+def _number(run: Run, x: Any) -> TensorNumber:
+    return TensorNumber(SymTensor(run, run.slot(x), None))
+
+
+def _operate(name: str, x: TensorNumber, *others: Any) -> Any:
+    others = tuple(o.sym if type(o) is TensorNumber else o for o in others)
+    result = called(name, METHODS[name], x.sym, *others)
+    if result.is_bool:
+        return x.sym.run.branch(result)
+    return TensorNumber(result)
+
+
+def _dunder(name: str) -> Callable[..., Any]:
+    def method(self: TensorNumber, *others: Any) -> Any:
+        if not all(type(o) in (TensorNumber, Number, int, float, bool) for o in others):
+            return NotImplemented
+        return _operate(name, self, *others)
+
+    return method
+
+
+for _name, _method in OPERATORS.items():
+    if not _method.startswith("bitwise"):
+        setattr(TensorNumber, _name, _dunder(_method))
+
+
+# ---- torch's functions ----------------------------------------------------------------------------------------------
+
+_VIEWS = frozenset(
+    "view reshape flatten ravel unsqueeze squeeze view_as reshape_as expand_as expand unflatten atleast_1d".split()
+)
+"""What shows the same elements in another shape, as long as there are as many."""
+_OF_SHAPE = {
+    "shape": "shape",
+    "size": "shape",
+    "ndim": "ndim",
+    "dim": "ndim",
+    "ndimension": "ndim",
+    "numel": "count",
+}
+_OF_SHAPE |= {"nelement": "count", "__len__": "shape", "is_contiguous": "contiguous"}
+_OF_TYPE = frozenset(
+    """
+    dtype is_floating_point is_complex is_sparse layout is_cuda is_cpu is_mps is_quantized is_meta itemsize element_size
+    is_signed is_mkldnn is_xpu is_xla is_sparse_csr is_nested is_conj is_neg is_inference is_same_size names result_type
+    promote_types can_cast is_storage is_tensor
+    """.split()
+)
+_UNCHANGED = frozenset(
+    "detach detach_ requires_grad_ alias contiguous positive resolve_conj resolve_neg cpu".split()
+)
+_READS = frozenset("item __float__ __int__ __index__ tolist".split())
+_GRAD_MODES = frozenset(
+    """
+    is_grad_enabled _set_grad_enabled set_grad_enabled is_inference_mode_enabled get_default_dtype is_compiling
+    is_scripting _record_function_enter_new _record_function_exit is_autocast_enabled
+    """.split()
+)
+_NAMES = (
+    OPERATORS
+    | IN_PLACE
+    | {"__rdiv__": "rdiv", "__div__": "div", "__idiv__": "div_", "__rdiv": "rdiv", "sgn": "sign"}
+)
+_DIMENSIONAL = frozenset("sum mean amax amin max min any all norm vector_norm std var".split())
+
+
+class Tracing(TorchFunctionMode):
+    """Every torch function while a shadow steps. ``acted``: whether any was called on its tensors."""
+
+    current: Tracing | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acted = False
+        self.constants: dict[int, torch.Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(func, args, kwargs or {})
+
+
+@contextmanager
+def tracing() -> Iterator[Tracing]:
+    mode = Tracing()
+    before, Tracing.current = Tracing.current, mode
+    try:
+        with mode:
+            yield mode
+    finally:
+        Tracing.current = before
+
+
+def flat(x: Any) -> Iterator[Any]:
+    if isinstance(x, (list, tuple)):
+        for y in x:
+            yield from flat(y)
+    elif type(x) is dict:
+        for y in x.values():
+            yield from flat(y)
+    else:
+        yield x
+
+
+def mapped(f: Callable[[Any], Any], x: Any) -> Any:
+    if type(x) in (list, tuple):
+        return type(x)(mapped(f, y) for y in x)
+    return {k: mapped(f, y) for k, y in x.items()} if type(x) is dict else f(x)
+
+
+def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a torch function gives."""
+    with torch._C.DisableTorchFunction():
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "__set__"):
+            of = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name == "__set__":
+                raise Untraceable(f"setting .{of} of a tensor has no fused form")
+            return _property(of, func, args)
+        return _function(name.removeprefix("linalg_"), func, args, kwargs)
+
+
+def _property(name: str, func: Any, args: Any) -> Any:
+    x = args[0]
+    if not isinstance(x, Symbolic):
+        return func(*args)
+    if name in _OF_SHAPE or name in _OF_TYPE:
+        return _fact(name, func, args, {})
+    if name == "device":
+        if x.sym is None:
+            raise Untraceable(x.why)
+        return x.sym.run.device
+    if name == "is_leaf":
+        return True
+    if name in ("grad_fn", "_base"):
+        return None
+    raise Untraceable(f"Tensor.{name} has no fused form")
+
+
+def _fact(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a tensor says of itself. What depends on its shape splits the parameters by it."""
+    for x in flat(args):
+        if isinstance(x, Symbolic) and name in _OF_SHAPE and x.sym is not None and x.sym.kind == ELEMENT:
+            known = x.sym.run.attribute(ELEMENT, _OF_SHAPE[name])
+            if name == "is_contiguous":
+                if known is None or any(m != torch.contiguous_format for m in (*args[1:], *kwargs.values())):
+                    raise Untraceable("is_contiguous() of tensors with several layouts")
+                return known
+    return func(*mapped(_meta, args), **mapped(_meta, kwargs))
+
+
+def _meta(x: Any) -> Any:
+    kind = type(x)
+    if kind is Symbolic:
+        return x.meta
+    return x.value if kind is Number else 1.0 if kind is TensorNumber else x
+
+
+def _operand(x: Any) -> Any:
+    kind = type(x)
+    if kind is Symbolic:
+        return place(x)
+    if kind is TensorNumber:
+        return x.sym
+    if isinstance(x, torch.Tensor) and x.dim() == 0:
+        mode = Tracing.current
+        if mode is None or id(x) not in mode.constants:
+            raise Untraceable("a tensor from outside the parameters, their gradients and their state")
+    return x
+
+
+def _plain(x: Any) -> bool:
+    return type(x) not in (Symbolic, TensorNumber, Number)
+
+
+def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if name.startswith("_foreach_"):
+        return _foreach(name.removeprefix("_foreach_"), args, kwargs)
+    symbolic = [x for x in flat((args, kwargs)) if type(x) is Symbolic]
+    mode = Tracing.current
+    if not symbolic:
+        return _outside(name, func, args, kwargs)
+    if mode is not None:
+        mode.acted = True
+    if name in _OF_SHAPE or name in _OF_TYPE:
+        return _fact(name, func, args, kwargs)
+    if name == "get_device":
+        return symbolic[0].device.index if symbolic[0].device.index is not None else -1
+    if name in _READS:
+        return TensorNumber.read(args[0])
+    if name == "__bool__" or name == "is_nonzero":
+        x = place(args[0])
+        if x.kind == ELEMENT:
+            return bool(TensorNumber.read(args[0]))
+        return x.run.branch(as_bool(x))
+    name = _NAMES.get(name, name)
+    out = kwargs.get("out")
+    if out is not None:
+        kwargs = {k: v for k, v in kwargs.items() if k != "out"}
+        _write(out, _function(name, func, args, kwargs))
+        return out
+    if not args and "input" in kwargs:
+        args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+    return _method(name, func, args, kwargs)
+
+
+def _outside(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A function of no tensor of the shadow: tensors made of constants."""
+    given = list(flat((args, kwargs)))
+    if name in _GRAD_MODES:
+        return func(*args, **kwargs)
+    if not all(map(_plain, given)):
+        raise Untraceable(f"torch.{name} makes a tensor of a number that may change")
+    mode = Tracing.current
+    if mode is None or any(isinstance(x, torch.Tensor) and id(x) not in mode.constants for x in given):
+        raise Untraceable(
+            f"torch.{name} of a tensor from outside the parameters, their gradients and their state"
+        )
+    if not callable(getattr(torch, name, None)) or "rand" in name or "normal" in name or "seed" in name:
+        raise Untraceable(f"torch.{name} has no fused form")
+    made_of = func(*args, **kwargs)
+    if isinstance(made_of, torch.Tensor):
+        mode.constants[id(made_of)] = made_of
+    return made_of
+
+
+def _like(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The same function on meta tensors, for shape and dtype, or for torch's own error."""
+    return func(*mapped(_meta, args), **mapped(_meta, kwargs))
+
+
+def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    in_place = name.endswith("_") and not name.endswith("__")
+    base = name[:-1] if in_place and name not in METHODS else name
+    if isinstance(x, Symbolic) and (name in _VIEWS or (name == "expand" and len(args) > 1)):
+        return _view(name, _like(func, args, kwargs), x)
+    if isinstance(x, Symbolic) and name in _UNCHANGED:
+        if name in ("contiguous", "cpu") or kwargs or len(args) > 1:
+            return (
+                _wrapped(name, called(name, METHODS[name], place(x), *args[1:], **kwargs), x.meta, x)
+                if (name in METHODS)
+                else _refuse(name)
+            )
+        return x if name.endswith("_") else made(alias(place(x)), x.meta)
+    if base not in METHODS:
+        _refuse(name)
+    meta = _like(func, args, kwargs)
+    if base in _DIMENSIONAL and isinstance(x, Symbolic):
+        args, kwargs = _over_all(x, args, kwargs)
+    operands, options = [_operand(a) for a in args], {k: _operand(v) for k, v in kwargs.items()}
+    if base == "where":
+        if func is not torch.Tensor.where:  # torch's function has the condition first
+            condition, yes, *no = operands
+            operands = [yes, condition, *no]
+            if not isinstance(yes, SymTensor):
+                operands[0] = _lifted(operands, yes)
+    elif not isinstance(operands[0], SymTensor):
+        operands[0] = _lifted(operands, operands[0])
+    result = called(name, METHODS[base], *operands, **options)
+    if in_place:
+        if not isinstance(x, Symbolic):
+            raise Untraceable(f"Tensor.{name} writes to a tensor from outside")
+        rebind(place(x), result)
+        return x
+    return _wrapped(name, result, meta, x)
+
+
+def _refuse(name: str) -> Any:
+    raise Untraceable(f"torch.{name} has no fused form")
+
+
+def _lifted(operands: Iterable[Any], x: Any) -> SymTensor:
+    from ..trace.tensor import lift
+
+    return lift(next(o.run for o in operands if isinstance(o, SymTensor)), x)
+
+
+def _wrapped(name: str, result: Any, meta: Any, x: Any) -> Any:
+    """A result as the class sees it."""
+    if not isinstance(result, SymTensor):
+        return result
+    if not isinstance(meta, torch.Tensor):
+        _refuse(name)
+    if isinstance(x, Symbolic) and x.sym is not None and result.place is x.sym.place and meta is x.meta:
+        return made(result, meta)
+    elements = result.run.elements  # type: ignore[attr-defined]
+    if (result.kind == ELEMENT and meta.numel() != elements) or (result.kind == TENSOR and meta.numel() != 1):
+        raise Untraceable(f"torch.{name} makes a tensor of another shape than the parameter's")
+    return made(result, meta)
+
+
+def _view(name: str, meta: _Meta, x: Symbolic) -> Symbolic:
+    sym = place(x)
+    if sym.kind == ELEMENT and name not in ("unsqueeze", "squeeze"):
+        sym.run.attribute(ELEMENT, "contiguous")
+    if meta.numel() != x.meta.numel() or not (meta.is_contiguous() and x.meta.is_contiguous()):
+        raise Untraceable(f"Tensor.{name} shows a tensor's elements in another order or number")
+    return made(alias(sym), meta)
+
+
+def _over_all(x: Symbolic, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A reduction over all dimensions, each named, is one over everything."""
+    dim = kwargs.get("dim")
+    if dim is None or kwargs.get("keepdim") or place(x).kind != ELEMENT:
+        return args, kwargs
+    ndim = len(place(x).run.attribute(ELEMENT, "shape"))
+    named = {d % max(ndim, 1) for d in (dim if isinstance(dim, (tuple, list)) else (dim,))}
+    if len(named) == ndim and x.meta.dim() == ndim:
+        return args, {k: v for k, v in kwargs.items() if k != "dim"}
+    return args, kwargs
+
+
+def _write(to: Any, value: Any) -> None:
+    if not isinstance(to, Symbolic) or not isinstance(value, Symbolic):
+        raise Untraceable("out= is a tensor from outside")
+    rebind(place(to), place(value))
+
+
+_SCALES = {"addcdiv": "value", "addcmul": "value"}
+
+
+def _foreach(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``_foreach_add_`` and its like, tensor by tensor."""
+    base, first = name.rstrip("_"), args[0]
+    several = (
+        first if isinstance(first, (list, tuple)) else next(a for a in args if isinstance(a, (list, tuple)))
+    )
+    out = []
+    for i in range(len(several)):
+        given = [a[i] if isinstance(a, (list, tuple)) else a for a in args]
+        named = {k: v[i] if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()}
+        if base in _SCALES:
+            value = named.pop("scalars", None)
+            if len(given) > 3:
+                value = given.pop()
+            if value is not None:
+                named["value"] = value
+        if base in ("add", "sub") and "scalar" in named:
+            given.append(named.pop("scalar"))
+        if base == "norm":
+            function: Any = torch.linalg.vector_norm
+        elif base == "lerp" and "weight" in named:
+            given.append(named.pop("weight"))
+            function = torch.Tensor.lerp_ if name.endswith("_") else torch.lerp
+        else:
+            function = getattr(torch.Tensor, name, None) or getattr(torch, base, None)
+        if function is None:
+            _refuse(f"_foreach_{name}")
+        if not isinstance(given[0], torch.Tensor):  # _foreach_pow(number, tensors)
+            function = getattr(torch, base)
+        out.append(_function(function.__name__.removeprefix("linalg_"), function, tuple(given), named))
+    return None if name.endswith("_") else out

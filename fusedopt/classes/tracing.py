@@ -1,0 +1,425 @@
+"""A class's ``step`` as traces: it is run on a shadow with two parameters of each kind, and must do the same to both.
+
+A parameter's kind is its bucket: what the class can see of it apart from its elements (`trace.signature`). Each of the
+two has a graph of its own, so that a step that mixes parameters is noticed where it does. Branches on numbers of tensors
+are traced along both of their ways, all parameters at once.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..ir.ops import ELEMENT, TENSOR
+from ..ir.program import Buffer, Graph
+from ..step.items import Item
+from ..trace.number import ARITHMETIC, Number, ScalarProgram
+from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, load, merged
+from ..trace.signals import NeedsAttribute, Untraceable, latest
+from ..trace.signature import FACTOR, PLAIN, Foreign, Signature
+from ..trace.standins import StandIns
+from ..trace.tensor import SymTensor
+from ..trace.tracer import Trace, program_of
+from .host import Host
+from .shadow import NewState, Path, Shadow, shown
+from .symbolic import Symbolic, made, parameter, tracing
+from .watch import Watch
+
+Bucket = tuple[list[Item], Signature]
+
+
+@dataclass
+class Elements(Run):
+    """A run whose parameter has this many elements."""
+
+    elements: int = 0
+
+
+class Representative:
+    """A parameter that stands for those of its bucket."""
+
+    def __init__(
+        self, index: int, bucket: int, item: Item, signature: Signature, scalars: ScalarProgram
+    ) -> None:
+        self.index, self.bucket, self.item, self.signature = index, bucket, item, signature
+        self.graph, self.scalars = Graph(), scalars
+        self.outcomes: Outcomes = {}
+        self.todo: list[tuple[bool, ...]] = [()]
+        grad = self.graph.leaf("load", "grad", kind=ELEMENT)
+        if signature.modes.scaled:
+            grad = self.graph.op("mul", grad, self.graph.leaf("load", FACTOR), where=lambda: "scaling")
+        self.grad = grad
+
+    def begin(self) -> None:
+        """Make what stands for its tensors in the next run of the shadow."""
+        decisions = self.todo.pop() if self.todo else ()
+        item, signature = self.item, self.signature
+        self.run = run = Elements(self.graph, self.scalars, signature, self.index, decisions)
+        run.elements = item.param.numel()
+        self.p = SymTensor(run, self.graph.leaf("load", "param", kind=ELEMENT), signature.param)
+        self.g = SymTensor(run, self.grad, signature.grad)
+        self.gradient = made(self.g, meta_of(item.grad))
+        self.param = parameter(self.p, meta_of(item.param), self.gradient)
+        self.put: dict[str, Any] = {}
+        known = dict(signature.state)
+        for key, value in item.state.items():
+            what = known[key]
+            if isinstance(what, Buffer):
+                sym = SymTensor(run, load(self.graph, signature, f"state.{key}", what), what.dtype)
+                self.put[key] = made(sym, meta_of(value))
+            elif isinstance(what, Foreign):
+                why = f"the state {key!r} is a {what.dtype} tensor of another shape than the parameter's, or of integers"
+                self.put[key] = made(None, meta_of(value), why)
+            elif type(value) in (int, float):
+                self.put[key] = self.scalars.number(("state", self.index, key), value)
+            elif isinstance(value, PLAIN):
+                self.put[key] = value
+            else:
+                raise Untraceable(f"the state {key!r} is a {type(value).__name__}")
+        self.state = dict(self.put)
+
+    def tensors(self) -> dict[int, Any]:
+        item = self.item
+        found = {id(item.owner): self.param, id(item.owner.grad): self.gradient}
+        found |= {id(item.state[k]): v for k, v in self.put.items() if isinstance(v, Symbolic)}
+        return found
+
+    def end(self) -> None:
+        """Note what its places hold."""
+        self.run.finished = True
+        if self.param.__dict__["gradient"] is None:
+            raise Untraceable("the step drops a gradient")
+        grad = self._place(self.param.__dict__["gradient"], "the gradient", self.item.grad)
+        cells: dict[str, Any] = {PARAM: Cell(self.p.node, self.p.asked), GRAD: Cell(grad.node, grad.asked)}
+        if self.state.keys() != self.put.keys():
+            raise NewState(f"state {', '.join(map(str, self.state.keys() ^ self.put.keys()))} comes or goes")
+        taken = {id(self.p.place), id(self.g.place)}
+        for key, value in self.state.items():
+            cells[key] = self._left(key, value, taken)
+        path = tuple(self.run.taken)
+        if path in self.outcomes:  # while others go along more of theirs
+            return
+        self.outcomes[path] = self.run, cells
+        self.todo += [(*path[:k], not path[k]) for k in range(len(self.run.decisions), len(path))]
+        if len(self.outcomes) + len(self.todo) > MAX_PATHS:
+            raise Untraceable(f"more than {MAX_PATHS} paths through branches on norms and means")
+
+    def _left(self, key: str, value: Any, taken: set[int]) -> Any:
+        """What the step leaves as this state."""
+        put = self.put[key]
+        if isinstance(put, Symbolic) and put.sym is None:
+            if value is not put:
+                raise Untraceable(f"the state {key!r}, which kernels cannot take, is replaced")
+            return Foreign(put.meta.dtype, put.meta.shape)
+        if isinstance(value, Symbolic):
+            if not isinstance(put, Symbolic):
+                raise NewState(f"the state {key!r} becomes a tensor")
+            sym = self._place(value, f"the state {key!r}", self.item.state[key])
+            if id(sym.place) in taken:
+                raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
+            taken.add(id(sym.place))
+            kind = self.graph.values[
+                load(self.graph, self.signature, f"state.{key}", dict(self.signature.state)[key])
+            ].kind
+            node = sym.node
+            if kind != sym.kind:
+                if kind == TENSOR or not self.signature.zero_dim:
+                    raise Untraceable(
+                        f"the state {key!r} changes between one number per element and one per tensor"
+                    )
+                node = self.graph.op("expand", node)
+            return Cell(node, sym.asked)
+        if isinstance(put, Symbolic) or isinstance(value, torch.Tensor):
+            raise NewState(f"the state {key!r} becomes another kind of thing")
+        if type(value) is Number or isinstance(value, (int, float, *PLAIN)):
+            return value
+        raise Untraceable(f"the state {key!r} is left as a {type(value).__name__}")
+
+    def _place(self, value: Symbolic, what: str, real: torch.Tensor) -> SymTensor:
+        if not isinstance(value, Symbolic) or value.sym is None or value.sym.run is not self.run:
+            raise Untraceable(f"{what} becomes a tensor of another parameter, or from outside")
+        if (value.meta.shape, value.meta.dtype) != (real.shape, real.dtype) or value.sym.is_bool:
+            raise NewState(f"{what} gets another shape or dtype")
+        return value.sym
+
+    def traced(self, guards: Sequence[Any], write_grads: bool) -> Trace:
+        """The trace of its bucket, by it."""
+        cells = merged(self.graph, self.outcomes)
+        grad = cells[GRAD].node != self.grad
+        if grad and self.signature.modes.scaled:
+            raise Untraceable("the step writes to gradients, and max_grad_norm scales them")
+        program, slots = program_of(self.graph, self.signature, {}, cells, {}, grad and write_grads)
+        ours = ScalarProgram()
+        move = mover(self.scalars, ours, self.index)
+        numbers = {
+            k: Number(ours, move(v.index), v.value) if type(v) is Number else v
+            for k, v in cells.items()
+            if not isinstance(v, (Cell, Foreign))
+        }
+        trace = Trace(self.signature, program, ours, tuple(map(move, slots)), numbers, {}, {})
+        for guard in guards:
+            ours.guard(move(guard.index), guard.value, guard.where)
+        return trace
+
+
+def meta_of(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")
+
+
+def mover(shared: ScalarProgram, ours: ScalarProgram, index: int | None) -> Callable[[int], int]:
+    """What copies an entry into a program of one parameter's own, or, with None, of none."""
+    known: dict[int, int] = {}
+
+    def move(i: int) -> int:
+        if i not in known:
+            op, *operands = shared.entries[i]
+            if op in ARITHMETIC:
+                entry: tuple = (op, *map(move, operands))
+            elif op in ("state", "raw"):
+                whose, *rest = operands
+                if op == "state" and whose != index:
+                    raise Untraceable(
+                        "a number of one parameter's state goes to another parameter, or to the optimizer"
+                    )
+                entry = (op, *rest)
+            else:
+                entry = (op, *operands)
+            known[i] = ours.entry(entry, shared.values[i])
+        return known[i]
+
+    return move
+
+
+def _owners(shared: ScalarProgram, i: int) -> set[int]:
+    op, *operands = shared.entries[i]
+    if op in ARITHMETIC:
+        return set().union(*(_owners(shared, k) for k in operands))
+    return {operands[0]} if op == "state" else set()
+
+
+@dataclass
+class StepTrace:
+    """The traces of a step, one per bucket, and the host's half."""
+
+    host: Host
+    traces: list[Trace]
+    examples: list[list[tuple[Item, Trace]]]
+    """The parameters that stood for each bucket, and their own traces."""
+    closure: bool
+
+
+class Loss:
+    """What a closure returns in a trace. Whoever looks into it needs the real one."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise Untraceable("the step looks at the loss that its closure returns")
+
+    __float__ = __bool__ = __lt__ = __gt__ = __add__ = __mul__ = lambda self, *_: self.__getattr__("")
+
+
+class _Closure:
+    def __init__(self) -> None:
+        self.calls, self.late, self.loss = 0, False, Loss()
+        self.mode: Any = None
+
+    def __call__(self) -> Loss:
+        self.calls += 1
+        self.late |= self.mode.acted
+        return self.loss
+
+
+def shadow_class(kind: type, stand_ins: StandIns) -> type:
+    """The class with stand-ins in its methods."""
+    own: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if base in (torch.optim.Optimizer, object) or base.__module__ == "typing":
+            continue
+        for name, value in vars(base).items():
+            if name in own or name == "__init__":
+                continue
+            if isinstance(value, (staticmethod, classmethod)):
+                own[name] = type(value)(stand_ins.of(plain_function(value.__func__)))
+            elif isinstance(value, types.FunctionType) or hasattr(value, "_torchdynamo_orig_callable"):
+                own[name] = stand_ins.of(plain_function(value))
+    own["__module__"] = kind.__module__
+    return type(kind.__name__, (kind,), own)
+
+
+def plain_function(function: Any) -> Any:
+    """The function without torch.compile, and without torch's hooks around a step."""
+    function = getattr(function, "_torchdynamo_orig_callable", function)
+    if getattr(function, "hooked", False):
+        function = getattr(function, "__wrapped__", function)
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+def trace_step(
+    opt: torch.optim.Optimizer,
+    buckets: Sequence[Bucket],
+    closure: bool,
+    write_grads: bool,
+    names: Callable[[Path], str],
+) -> StepTrace:
+    """Trace the step of these buckets. Raises Untraceable, NewState, NeedsAttribute, or what the class raises."""
+    scalars = ScalarProgram()
+    groups: list[list[Representative]] = []
+    for b, (items, signature) in enumerate(buckets):
+        chosen = sorted(items, key=lambda item: item.param.numel())[:2]
+        first = sum(map(len, groups))
+        groups.append(
+            [Representative(first + k, b, item, signature, scalars) for k, item in enumerate(chosen)]
+        )
+    representatives = [r for group in groups for r in group]
+    stand_ins = StandIns("torch.optim")
+    kind = shadow_class(type(opt), stand_ins)
+    runs: list[_Ran] = []
+    while any(r.todo for r in representatives) or not runs:
+        runs.append(_run(opt, kind, stand_ins, representatives, scalars, closure, names))
+        for r in representatives:
+            r.end()
+    first_run = runs[0]
+    left = [run.left() for run in runs]
+    if any(x != left[0] for x in left):
+        raise Untraceable(
+            "a branch on a number of a tensor decides what the optimizer keeps besides its state"
+        )
+    if left[0] and any(len(group) > 1 for group in groups):
+        alone = _run(opt, kind, stand_ins, [group[0] for group in groups], scalars, closure, names)
+        if alone.left() != left[0]:
+            raise Untraceable(
+                "what the step leaves in the optimizer depends on how many parameters there are"
+            )
+    shared = [g for g in scalars.guards if not _owners(scalars, g.index)]
+    own = {
+        r.index: [g for g in scalars.guards if _owners(scalars, g.index) == {r.index}]
+        for r in representatives
+    }
+    if len(shared) + sum(map(len, own.values())) < len(scalars.guards):
+        raise Untraceable("a branch depends on numbers of several parameters")
+    traces, examples = [], []
+    for group in groups:
+        found = [r.traced([*shared, *own[r.index]], write_grads) for r in group]
+        if any(_different(found[0], other) for other in found[1:]):
+            raise Untraceable("what it does to a parameter depends on the others, or on their order")
+        traces.append(found[0])
+        examples.append([(r.item, t) for r, t in zip(group, found, strict=True)])
+    ours = ScalarProgram()
+    move = mover(scalars, ours, None)
+    host = first_run.host
+    host.writes(first_run.changes, scalars, move, ours)
+    for guard in shared if host.leaves_something else ():
+        ours.guard(move(guard.index), guard.value, guard.where)
+    host.finish()
+    host.active = [[item.owner for item in items] for items, _ in buckets]
+    return StepTrace(host, traces, examples, closure)
+
+
+def _different(a: Trace, b: Trace) -> bool:
+    return (a.program, a.slots, a.scalars.entries, a.scalars.guards) != (
+        b.program,
+        b.slots,
+        [*b.scalars.entries],
+        b.scalars.guards,
+    ) or {k: _plain(v) for k, v in a.numbers.items()} != {k: _plain(v) for k, v in b.numbers.items()}
+
+
+def _plain(v: Any) -> Any:
+    return ("entry", v.index) if type(v) is Number else (type(v), repr(v))
+
+
+@dataclass
+class _Ran:
+    shadow: Shadow
+    changes: list[tuple[Path, Any, Any]]
+    host: Host
+
+    def left(self) -> list[Any]:
+        return [(path, key, _shape(value)) for path, key, value in self.changes]
+
+
+def _shape(value: Any) -> Any:
+    if type(value) is Number:
+        return "entry", value.index
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *map(_shape, value)
+    return type(value).__name__, repr(value) if isinstance(value, PLAIN) else id(value)
+
+
+def _run(
+    opt: torch.optim.Optimizer,
+    kind: type,
+    stand_ins: StandIns,
+    representatives: list[Representative],
+    scalars: ScalarProgram,
+    closure: bool,
+    names: Callable[[Path], str],
+) -> _Ran:
+    """Let the shadow step once."""
+    tensors: dict[int, Any] = {}
+    for r in representatives:
+        r.begin()
+        tensors |= r.tensors()
+    known = {id(r.item.owner): r.state for r in representatives}
+    used: dict[Path, str] = {}
+
+    def number(path: Path, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return made(
+                None, meta_of(value), f"{shown(path)} is a tensor, which is none of a parameter's state"
+            )
+        used[path] = names(path)
+        plain = value if type(value) in (int, float) else float(np.float64(value))
+        return scalars.number(("hyper", used[path]), plain)
+
+    _resting(opt, representatives, tensors, known)
+    shadow = Shadow(opt, kind, tensors, number, known)
+    given = _Closure()
+    watch = Watch(stand_ins)
+    latest()
+    try:
+        with tracing() as mode, watch:
+            given.mode = mode
+            returned = shadow.opt.step(given) if closure else shadow.opt.step()
+    except NeedsAttribute:
+        watch.check()
+        raise
+    except BaseException:
+        watch.check()
+        raise
+    watch.check()
+    if (signal := latest()) is not None:
+        raise signal
+    if given.late or given.calls != closure:
+        raise Untraceable("the step calls its closure more than once, or not before anything else")
+    if returned is not None and returned is not given.loss:
+        raise Untraceable("the step returns something that is not the loss")
+    changes = [(p, k, v) for p, k, v in shadow.changes() if v is not given.loss]
+    host = Host(shadow, used, watch.around(type(opt)))
+    host.returns_loss = returned is given.loss
+    return _Ran(shadow, changes, host)
+
+
+def _resting(
+    opt: torch.optim.Optimizer,
+    representatives: list[Representative],
+    tensors: dict[int, Any],
+    known: dict[int, Any],
+) -> None:
+    """One parameter of each group that has no gradient: the step must leave it alone."""
+    for group in opt.param_groups:
+        for p in group["params"]:
+            if p.grad is None:
+                why = "a parameter without a gradient is used"
+                tensors[id(p)] = made(None, meta_of(p), why)
+                tensors[id(p)].__dict__.update(_is_param=True, gradient=None)
+                state = {}
+                for key, value in opt.state.get(p, {}).items():
+                    state[key] = made(None, meta_of(value), why) if isinstance(value, torch.Tensor) else value
+                if p in opt.state:
+                    known[id(p)] = state
+                break

@@ -1,0 +1,185 @@
+"""What a class's step does besides arithmetic, found while its shadow steps: what it reads around it, and what it must not
+do in a step that is replayed."""
+
+from __future__ import annotations
+
+import builtins
+import random
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..trace.signals import Untraceable, place_of
+from ..trace.snapshot import Snapshot, is_constant, is_data
+from ..trace.sources import content_of, loaded_names
+from ..trace.standins import StandIns
+
+_CALLS: dict[Any, str] = {
+    builtins.print: "prints",
+    builtins.id: "asks for id(), which is another number in a trace",
+    builtins.open: "opens a file",
+    builtins.input: "asks its user",
+    builtins.globals: "asks for its globals",
+    builtins.locals: "asks for its locals",
+    sys._getframe: "asks who calls it",
+}
+_CALLS |= {
+    getattr(time, name): "reads the clock"
+    for name in dir(time)
+    if name.split("_")[0] in ("time", "perf", "monotonic", "process", "thread")
+    and callable(getattr(time, name))
+}
+_MODULES = {"logging": "logs", "os": "asks the operating system", "random": "draws random numbers"}
+_LIBRARIES = frozenset(
+    {"torch", "numpy", "fusedopt", "importlib", "_frozen_importlib", *sys.stdlib_module_names}
+)
+_ABSENT = object()
+
+
+def _is_library(frame: types.FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).split(".")[0] in _LIBRARIES
+
+
+class Watch:
+    """A context in which the code that is run is noted."""
+
+    def __init__(self, stand_ins: StandIns) -> None:
+        self._stand_ins = stand_ins
+        self._codes: set[types.CodeType] = set()
+        self._refused: tuple[str, types.CodeType, int] | None = None
+
+    def __enter__(self) -> Watch:
+        self._put = {f: dict(made.__globals__) for f, made in self._stand_ins.made.items()}
+        values = [v for names in self._put.values() for k, v in names.items() if k[:2] != "__" and is_data(v)]
+        cells = [content_of(c, "") for f in self._stand_ins.made for c in f.__closure__ or ()]
+        self._snapshot = Snapshot([*values, *(c for c in cells if c is not ... and is_data(c))])
+        self._random = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+        self._before = sys.getprofile()
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.setprofile(self._before)
+
+    def _note(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "c_call":
+            what = _CALLS.get(arg) if arg.__hash__ is not None else None
+            if what is None and isinstance(getattr(arg, "__self__", None), random.Random):
+                what = "draws random numbers"
+            if what is not None and not _is_library(frame):
+                self._refuse(what, frame)
+        elif event == "call":
+            if not _is_library(frame):
+                self._codes.add(frame.f_code)
+                return
+            name = str(frame.f_globals.get("__name__", ""))
+            if name.startswith("torch.optim"):
+                self._codes.add(frame.f_code)
+            what = _MODULES.get(name.split(".")[0])
+            if what is not None and frame.f_back is not None and not _is_library(frame.f_back):
+                self._refuse(what, frame.f_back)
+
+    def _refuse(self, what: str, frame: types.FrameType) -> None:
+        if self._refused is None:
+            self._refused = what, frame.f_code, frame.f_lineno
+
+    def check(self) -> None:
+        """Raise Untraceable if the step did what a replay would not do again; what it changed is put back."""
+        changed = self._snapshot.restored()
+        drawn = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+        same = self._random[0] == drawn[0] and torch.equal(self._random[2], drawn[2])
+        same = same and repr(self._random[1]) == repr(drawn[1])
+        if not same:
+            random.setstate(self._random[0])
+            np.random.set_state(self._random[1])
+            torch.set_rng_state(self._random[2])
+        if self._refused is not None:
+            what, code, line = self._refused
+            raise _untraceable(f"the step {what}", place_of(code, line))
+        if not same:
+            raise Untraceable("the step draws random numbers")
+        if changed:
+            raise Untraceable("the step changes a list, dict, set or tensor around it")
+        for function, made in self._stand_ins.made.items():
+            put = self._put[function]
+            if any(
+                made.__globals__.get(k, _ABSENT) is not v
+                for k, v in put.items()
+                if k != "__warningregistry__"
+            ):
+                raise _untraceable(
+                    "the step changes a global", place_of(function.__code__, function.__code__.co_firstlineno)
+                )
+
+    def around(self, kind: type) -> Callable[[], str | None]:
+        """What tells whether all that the step has read around it is still there: why not, or None."""
+        same: list[tuple[Callable[[str, Any], Any], str, Any]] = []
+        equal: list[tuple[Callable[[str, Any], Any], str, Any, Any]] = []
+
+        def note(read: Callable[[str, Any], Any], name: str, value: Any) -> None:
+            if is_data(value) and not is_constant(value) and type(value) in (dict, list, set, tuple):
+                equal.append((read, name, value, _copied(value)))
+            else:
+                same.append((read, name, value))
+
+        for function in self._stand_ins.made:
+            if function.__code__ not in self._codes:
+                continue
+            around = function.__globals__
+            for name in loaded_names(function.__code__):
+                if name in around:
+                    note(around.get, name, around[name])
+                    if isinstance(around[name], types.ModuleType) and not _of_library(around[name]):
+                        inside = vars(around[name])
+                        for attribute in function.__code__.co_names:
+                            if attribute in inside:
+                                note(inside.get, attribute, inside[attribute])
+            for cell in function.__closure__ or ():
+                read = _of_cell(cell)
+                note(read, "", read("", None))
+            for owner in kind.__mro__:
+                for name in function.__code__.co_names:
+                    value = vars(owner).get(name, _ABSENT)
+                    if value is not _ABSENT and not isinstance(value, property):
+                        note(vars(owner).get, name, value)
+            note(_of_code(function), "", function.__code__)
+
+        def why() -> str | None:
+            for read, name, value in same:
+                if read(name, None) is not value:
+                    return f"{name or 'what a function closes over'} is another one now"
+            for read, name, value, was in equal:
+                if read(name, None) is not value or value != was:
+                    return f"what is in {name or 'a container that a function closes over'} has changed"
+            return None
+
+        return why
+
+
+def _untraceable(message: str, where: str) -> Untraceable:
+    error = Untraceable(message)
+    error.where = where
+    return error
+
+
+def _copied(value: Any) -> Any:
+    if type(value) is dict:
+        return {k: _copied(v) for k, v in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, set, tuple) else value
+
+
+def _of_library(module: types.ModuleType) -> bool:
+    return module.__name__.split(".")[0] in _LIBRARIES
+
+
+def _of_cell(cell: Any) -> Callable[[str, Any], Any]:
+    return lambda name, default: content_of(cell, name)
+
+
+def _of_code(function: types.FunctionType) -> Callable[[str, Any], Any]:
+    return lambda name, default: function.__code__
