@@ -519,7 +519,7 @@ class BoundStep {
           }
           const bool whole = entry.kind == Entry::Kind::whole;
           if (!strided(t, row.keys) || negative(t) || scalar_type(t) != *entry.dtype || t.device() != param.device() ||
-              (whole ? t.dim() != 0 : !equal(t.sizes(), param.sizes()) || !same_layout(t, param)))
+              (whole ? t.numel() != 1 : !equal(t.sizes(), param.sizes()) || !same_layout(t, param)))
             return "a tensor in its state is of another dtype, shape or layout";
           if (const char* why = take(run, row, state_found + e, t, entry.column, entry.written))
             return why;

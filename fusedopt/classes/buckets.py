@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +23,13 @@ from .shadow import Path, shown
 from .tracing import StepTrace, trace_step
 
 
+class ClassItem(Item):
+    """An item of a class: a state tensor of one element is one number per tensor, whatever its shape."""
+
+    __slots__ = ()
+    one_is_whole = True
+
+
 class _Roles:
     never: ClassVar[frozenset[str]] = frozenset()
 
@@ -34,6 +42,7 @@ class ClassGroups:
     def __init__(self, opt: torch.optim.Optimizer) -> None:
         self._ref = weakref.ref(opt)
         self.numbers: dict[str, Any] = {"params": []}
+        self._completed: tuple[Any, list[Any], dict[Any, Any]] | None = None
 
     @property
     def opt(self) -> torch.optim.Optimizer:
@@ -47,7 +56,13 @@ class ClassGroups:
 
     @property
     def state(self) -> dict[Any, Any]:
-        return self.opt.state
+        """The class's own; or, where parameters have no state, one with theirs, empty, as long as that is so."""
+        real = self.opt.state
+        if self._completed is not None:
+            known, dicts, completed = self._completed
+            if real is known and len(real) == len(dicts) and all(map(operator.is_, real.values(), dicts)):
+                return completed
+        return real
 
     def numbers_of(self, group: int) -> int:
         return -1
@@ -62,7 +77,7 @@ class ClassGroups:
                     yield name, -1, value, name, value, float("-inf")
 
     def hand_over(self, item: Item) -> Callable[[], None]:
-        return partial(self.opt.state[item.home].update, item.state)
+        return partial(self.state[item.home].update, item.state)
 
     def keep(self, todo: list[Item]) -> None:
         """Nothing: state is the class's own."""
@@ -70,7 +85,7 @@ class ClassGroups:
     def items(self, scaling: Scaling) -> list[Item]:
         """The parameters with a gradient. Raises Untraceable for one that kernels cannot take."""
         todo: list[Item] = []
-        modes = scaling.modes(False)
+        modes, real, without = scaling.modes(False), self.opt.state, []
         for g, group in enumerate(self.opt.param_groups):
             params = list(group["params"])
             leaf.settle(params)
@@ -79,10 +94,12 @@ class ClassGroups:
                     continue
                 if why := _strange(p) or _strange(p.grad):
                     raise Untraceable(f"parameter {i} of group {g} {why}")
-                state = dict(self.opt.state[p]) if p in self.opt.state else {}
-                todo.append(Item(p, p.grad, state, (g, i), self.numbers, modes))
+                state = dict(real[p]) if p in real else {}
+                without += [] if p in real else [p]
+                todo.append(ClassItem(p, p.grad, state, (g, i), self.numbers, modes))
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
+        self._completed = (real, list(real.values()), {**real, **{p: {} for p in without}}) if without else None
         if len({id(item.owner) for item in todo}) < len(todo):
             raise Untraceable("a parameter is listed twice")
         return todo
@@ -91,7 +108,7 @@ class ClassGroups:
         """Parameters without a gradient now that had one before, as if theirs were zero."""
         modes = stepped[0].modes
         return [
-            Item(p, p.detach(), dict(self.opt.state[p]), (g, i), self.numbers, modes)
+            ClassItem(p, p.detach(), dict(self.opt.state[p]), (g, i), self.numbers, modes)
             for g, group in enumerate(self.opt.param_groups)
             for i, p in enumerate(group["params"])
             if p.grad is None and p in self.opt.state and not _strange(p)

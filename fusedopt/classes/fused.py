@@ -22,6 +22,7 @@ from ..step.engine import Engine
 from ..step.scaling import Scaling
 from ..step.verdicts import Eager
 from ..trace.signals import Untraceable
+from ..trace.signals import place_of as place_in
 from .buckets import ClassGroups, StepBuckets
 from .shadow import NewState
 
@@ -139,7 +140,7 @@ class Fused:
             self._give_up(opt)
 
     def _described(self, opt: torch.optim.Optimizer, error: BaseException) -> str:
-        where = getattr(error, "where", "") or place_of(type(opt).step)
+        where = getattr(error, "where", "") or _where_raised(error) or place_of(type(opt).step)
         text = (
             str(error) if isinstance(error, (Untraceable, NewState)) else f"{type(error).__name__}: {error}"
         )
@@ -163,6 +164,19 @@ class Fused:
             eager,
             leaf.native is None,
         )
+
+
+def _where_raised(error: BaseException) -> str:
+    """The innermost place in code that is not ours or torch's."""
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith("torch.optim.") or module.split(".")[0] not in ("fusedopt", "torch", "contextlib"):
+            found = place_in(frame.f_code, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
 
 
 def _nothing() -> None:
@@ -205,8 +219,8 @@ def _kernel_source(self: torch.optim.Optimizer) -> str:
 def _observed(opt: torch.optim.Optimizer) -> bool:
     """Whether somebody hooks into steps, or profiles them."""
     return bool(
-        opt._optimizer_step_pre_hooks
-        or opt._optimizer_step_post_hooks
+        getattr(opt, "_optimizer_step_pre_hooks", None)  # wrappers may not call torch's constructor
+        or getattr(opt, "_optimizer_step_post_hooks", None)
         or _torch_optimizer._global_optimizer_pre_hooks
         or _torch_optimizer._global_optimizer_post_hooks
         or torch.autograd.profiler._is_profiler_enabled

@@ -18,18 +18,35 @@ from ..trace import methods  # noqa: F401  (fills the table of tensor methods)
 from ..trace.number import Number
 from ..trace.run import Run
 from ..trace.signals import Untraceable
-from ..trace.tensor import IN_PLACE, METHODS, OPERATORS, SymTensor, alias, as_bool, as_float, called, rebind
+from ..trace.tensor import (
+    IN_PLACE,
+    METHODS,
+    OPERATORS,
+    SymTensor,
+    alias,
+    as_bool,
+    as_float,
+    called,
+    expand,
+    lift,
+    rebind,
+)
 
 _Meta = torch.Tensor
 
 
 class Symbolic(torch.Tensor):
-    """A tensor of the shadow: ``sym`` is its place in the graph, None if kernels cannot take it: ``why``. ``meta`` has
-    its shape and dtype."""
+    """A tensor of the shadow. ``meta`` has its shape and dtype.
+
+    It is one of four: ``sym``, a place in the graph of a parameter; ``number``, one number of the host in all its
+    elements; ``parts``, several tensors stacked; or none of these, where kernels cannot take it: ``why``.
+    """
 
     sym: SymTensor | None
     meta: _Meta
     why: str
+    number: Any
+    parts: list[Symbolic] | None
     symbolic = True
 
     @classmethod
@@ -89,12 +106,15 @@ class Symbolic(torch.Tensor):
         )
 
 
-def made(sym: SymTensor | None, meta: _Meta, why: str = "") -> Symbolic:
+def made(
+    sym: SymTensor | None, meta: _Meta, why: str = "", number: Any = None, parts: list[Symbolic] | None = None
+) -> Symbolic:
     device = sym.run.device if sym is not None else torch.device("cpu")
-    out = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        Symbolic, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device
-    )
-    out.__dict__.update(sym=sym, meta=meta, why=why)
+    with torch._C.DisableTorchFunction():
+        out = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            Symbolic, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device
+        )
+    out.__dict__.update(sym=sym, meta=meta, why=why, number=number, parts=parts)
     return out
 
 
@@ -107,7 +127,7 @@ def parameter(sym: SymTensor, meta: _Meta, gradient: Symbolic | None) -> Symboli
 def place(x: Symbolic) -> SymTensor:
     """Its place in the graph, or Untraceable."""
     if x.sym is None:
-        raise Untraceable(x.why)
+        raise Untraceable(x.why or "a tensor of numbers that belongs to no parameter is used as if it did")
     return x.sym
 
 
@@ -134,6 +154,8 @@ class TensorNumber:
     @staticmethod
     def read(x: Symbolic) -> Any:
         """The number of a tensor with one element."""
+        if x.number is not None:
+            return x.number
         run, one = place(x).run, as_float(place(x))
         if one.kind == ELEMENT:
             if x.meta.numel() != 1:
@@ -232,6 +254,8 @@ _NAMES = (
     | IN_PLACE
     | {"__rdiv__": "rdiv", "__div__": "div", "__idiv__": "div_", "__rdiv": "rdiv", "sgn": "sign"}
 )
+_OF_DATA = frozenset({"tensor", "as_tensor", "scalar_tensor", "asarray"})
+_FACTORIES = _OF_DATA | {"zeros", "ones", "full", "empty"}
 _DIMENSIONAL = frozenset("sum mean amax amin max min any all norm vector_norm std var".split())
 
 
@@ -243,7 +267,6 @@ class Tracing(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.acted = False
-        self.constants: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return call(func, args, kwargs or {})
@@ -328,18 +351,12 @@ def _meta(x: Any) -> Any:
 def _operand(x: Any) -> Any:
     kind = type(x)
     if kind is Symbolic:
-        return place(x)
+        return place(x) if x.number is None else x.number
     if kind is TensorNumber:
         return x.sym
-    if isinstance(x, torch.Tensor) and x.dim() == 0:
-        mode = Tracing.current
-        if mode is None or id(x) not in mode.constants:
-            raise Untraceable("a tensor from outside the parameters, their gradients and their state")
+    if isinstance(x, torch.Tensor):
+        raise Untraceable("a tensor from outside the parameters, their gradients and their state")
     return x
-
-
-def _plain(x: Any) -> bool:
-    return type(x) not in (Symbolic, TensorNumber, Number)
 
 
 def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -356,8 +373,12 @@ def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "get_device":
         return symbolic[0].device.index if symbolic[0].device.index is not None else -1
     if name in _READS:
+        if name == "tolist" and args[0].parts is not None:
+            return [TensorNumber.read(part) for part in args[0].parts]
         return TensorNumber.read(args[0])
     if name == "__bool__" or name == "is_nonzero":
+        if args[0].number is not None:
+            return bool(args[0].number)
         x = place(args[0])
         if x.kind == ELEMENT:
             return bool(TensorNumber.read(args[0]))
@@ -374,23 +395,28 @@ def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _outside(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A function of no tensor of the shadow: tensors made of constants."""
-    given = list(flat((args, kwargs)))
+    """A function of no tensor of the shadow: a tensor of one number, or of several."""
     if name in _GRAD_MODES:
         return func(*args, **kwargs)
-    if not all(map(_plain, given)):
-        raise Untraceable(f"torch.{name} makes a tensor of a number that may change")
-    mode = Tracing.current
-    if mode is None or any(isinstance(x, torch.Tensor) and id(x) not in mode.constants for x in given):
-        raise Untraceable(
-            f"torch.{name} of a tensor from outside the parameters, their gradients and their state"
-        )
-    if not callable(getattr(torch, name, None)) or "rand" in name or "normal" in name or "seed" in name:
-        raise Untraceable(f"torch.{name} has no fused form")
-    made_of = func(*args, **kwargs)
-    if isinstance(made_of, torch.Tensor):
-        mode.constants[id(made_of)] = made_of
-    return made_of
+    if any(isinstance(x, torch.Tensor) for x in flat((args, kwargs))):
+        raise Untraceable(f"torch.{name} of a tensor from outside the parameters, their gradients and their state")
+    if name not in _FACTORIES:
+        _refuse(name)
+    values = kwargs.get("data", args[0] if args else None) if name in _OF_DATA else None
+    if isinstance(values, (list, tuple)):
+        parts = [_outside(name, func, (v,), {k: v for k, v in kwargs.items() if k != "data"}) for v in values]
+        return made(None, torch.stack([part.meta for part in parts]), parts=parts)
+    options = {k: v for k, v in mapped(_meta, kwargs).items() if k != "device"}
+    meta = func(*mapped(_meta, args), device="meta", **options)
+    if name in _OF_DATA:
+        number = values
+    elif name == "full":
+        number = kwargs.get("fill_value", args[1] if len(args) > 1 else None)
+    else:
+        number = 1.0 if name == "ones" else 0.0
+    if type(number) is TensorNumber:
+        return made(number.sym, meta)
+    return made(None, meta, number=number)
 
 
 def _like(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -402,30 +428,35 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     x = args[0]
     in_place = name.endswith("_") and not name.endswith("__")
     base = name[:-1] if in_place and name not in METHODS else name
-    if isinstance(x, Symbolic) and (name in _VIEWS or (name == "expand" and len(args) > 1)):
+    tensors = [t for t in flat((args, kwargs)) if type(t) is Symbolic]
+    if name in ("stack", "cat"):
+        return _stack(name, func, args, kwargs)
+    if any(t.parts is not None for t in tensors):
+        return _on_parts(name, func, args, kwargs)
+    if name == "__setitem__":
+        return _put(*args)
+    if isinstance(x, Symbolic) and name in _VIEWS:
         return _view(name, _like(func, args, kwargs), x)
-    if isinstance(x, Symbolic) and name in _UNCHANGED:
-        if name in ("contiguous", "cpu") or kwargs or len(args) > 1:
-            return (
-                _wrapped(name, called(name, METHODS[name], place(x), *args[1:], **kwargs), x.meta, x)
-                if (name in METHODS)
-                else _refuse(name)
-            )
-        return x if name.endswith("_") else made(alias(place(x)), x.meta)
+    if isinstance(x, Symbolic) and name in _UNCHANGED and not kwargs and len(args) == 1:
+        if name == "contiguous" and x.sym is not None and x.sym.kind == ELEMENT:
+            return _wrapped(name, called(name, METHODS[name], place(x)), x.meta, x)
+        return x if name.endswith("_") else made(None if x.sym is None else alias(x.sym), x.meta, x.why, x.number)
     if base not in METHODS:
         _refuse(name)
     meta = _like(func, args, kwargs)
+    run = next((t.sym.run for t in flat((args, kwargs)) if type(t) in (Symbolic, TensorNumber) and t.sym is not None), None)
+    if run is None:
+        return _on_numbers(base, in_place, meta, args, kwargs)
+    if in_place and isinstance(x, Symbolic) and x.number is not None:
+        _place_number(x, run)
     if base in _DIMENSIONAL and isinstance(x, Symbolic):
         args, kwargs = _over_all(x, args, kwargs)
-    operands, options = [_operand(a) for a in args], {k: _operand(v) for k, v in kwargs.items()}
-    if base == "where":
-        if func is not torch.Tensor.where:  # torch's function has the condition first
-            condition, yes, *no = operands
-            operands = [yes, condition, *no]
-            if not isinstance(yes, SymTensor):
-                operands[0] = _lifted(operands, yes)
-    elif not isinstance(operands[0], SymTensor):
-        operands[0] = _lifted(operands, operands[0])
+    operands, options = [_operand(a) for a in args], {_WORDS.get(k, k): _operand(v) for k, v in kwargs.items()}
+    if base == "where" and func is not torch.Tensor.where:  # torch's function has the condition first
+        condition, yes, *no = operands
+        operands = [yes, condition, *no]
+    if not isinstance(operands[0], SymTensor):
+        operands[0] = lift(run, operands[0])
     result = called(name, METHODS[base], *operands, **options)
     if in_place:
         if not isinstance(x, Symbolic):
@@ -435,14 +466,98 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return _wrapped(name, result, meta, x)
 
 
+_WORDS = {"fill_value": "value", "exponent": "exponent"}
+
+
+def _place_number(x: Symbolic, run: Run) -> None:
+    """Make a tensor of one number one of a parameter's: it is written to."""
+    sym = lift(run, x.number)
+    if x.meta.numel() != 1 or run.elements == 1:  # type: ignore[attr-defined]
+        sym = expand(sym)
+    x.__dict__.update(sym=SymTensor(run, sym.node, x.meta.dtype), number=None)
+
+
+_ON_NUMBERS: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b, alpha=1: a + (b if type(alpha) is int and alpha == 1 else b * alpha),
+    "sub": lambda a, b, alpha=1: a - (b if type(alpha) is int and alpha == 1 else b * alpha),
+    "rsub": lambda a, b: b - a,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "rdiv": lambda a, b: b / a,
+    "pow": lambda a, b: a**b,
+    "rpow": lambda a, b: b**a,
+    "neg": lambda a: -a,
+    "abs": abs,
+    "sqrt": lambda a: a**0.5,
+    "square": lambda a: a * a,
+    "clone": lambda a: a,
+    "zeros_like": lambda a: 0.0,
+    "ones_like": lambda a: 1.0,
+    "empty_like": lambda a: 0.0,
+    "zero": lambda a: 0.0,
+    "fill": lambda a, b: b,
+    "copy": lambda a, b: b,
+    "to": lambda a, *_, **__: a,
+    "float": lambda a: a,
+}
+
+
+def _on_numbers(base: str, in_place: bool, meta: _Meta, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A function of tensors of numbers of the host alone."""
+    if base not in _ON_NUMBERS:
+        _refuse(base)
+    number = _ON_NUMBERS[base](*map(_operand, args), **{k: _operand(v) for k, v in kwargs.items()})
+    if in_place:
+        args[0].__dict__["number"] = number
+        return args[0]
+    return made(None, meta, number=number)
+
+
+def _put(x: Any, mask: Any, value: Any) -> None:
+    """``x[mask] = value``: where the mask is, the value."""
+    whole = isinstance(mask, Symbolic) and mask.meta.dtype == torch.bool and mask.meta.shape == x.meta.shape
+    if not whole or (isinstance(value, torch.Tensor) and value.numel() != 1):
+        raise Untraceable("elements of a tensor are written one by one, or where other elements are")
+    rebind(place(x), called("where", METHODS["where"], lift(place(x).run, _operand(value)), place(mask), place(x)))
+
+
+def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``torch.stack`` of 0-d tensors (``cat`` of those of one element): what is done to all of them is done to each."""
+    parts = list(args[0])
+    if name == "stack" and any(part.dim() for part in parts) or name == "cat" and any(p.shape != (1,) for p in parts):
+        _refuse(name)
+    copies = [
+        made(None if p.sym is None else SymTensor(p.sym.run, p.sym.node, p.sym.asked), p.meta, p.why, p.number) for p in parts
+    ]
+    return made(None, _like(func, args, kwargs), parts=copies)
+
+
+def _on_parts(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if name in ("unbind", "__iter__", "split", "chunk"):
+        parts = x.parts
+        return tuple(parts) if name != "__iter__" else iter(parts)
+    if name == "__getitem__" and type(args[1]) is int:
+        return x.parts[args[1]]
+    base = name.removesuffix("_")
+    if base in _DIMENSIONAL or base not in METHODS:
+        raise Untraceable(f"torch.{name} mixes parameters")
+    count = len(next(t for t in flat((args, kwargs)) if type(t) is Symbolic and t.parts is not None).parts)
+
+    def of(a: Any, i: int) -> Any:
+        return a.parts[i] if type(a) is Symbolic and a.parts is not None else a
+
+    results = [
+        _function(name, func, tuple(of(a, i) for a in args), {k: of(v, i) for k, v in kwargs.items()})
+        for i in range(count)
+    ]
+    if name.endswith("_") and not name.endswith("__"):
+        return x
+    return made(None, torch.stack([r.meta.reshape(()) for r in results]), parts=results)
+
+
 def _refuse(name: str) -> Any:
     raise Untraceable(f"torch.{name} has no fused form")
-
-
-def _lifted(operands: Iterable[Any], x: Any) -> SymTensor:
-    from ..trace.tensor import lift
-
-    return lift(next(o.run for o in operands if isinstance(o, SymTensor)), x)
 
 
 def _wrapped(name: str, result: Any, meta: Any, x: Any) -> Any:
@@ -482,41 +597,48 @@ def _over_all(x: Symbolic, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict
 
 def _write(to: Any, value: Any) -> None:
     if not isinstance(to, Symbolic) or not isinstance(value, Symbolic):
-        raise Untraceable("out= is a tensor from outside")
-    rebind(place(to), place(value))
+        raise Untraceable("a tensor from outside is written to")
+    if to.number is not None and value.sym is not None:
+        _place_number(to, value.sym.run)
+    if to.number is not None:
+        to.__dict__["number"] = value.number
+    else:
+        rebind(place(to), value.number if value.sym is None and value.number is not None else place(value))
 
 
-_SCALES = {"addcdiv": "value", "addcmul": "value"}
+_POSITIONS = {"addcdiv": 3, "addcmul": 3}
+_ALONE = {"maximum": "clamp_min", "minimum": "clamp_max", "clamp_min": "clamp_min", "clamp_max": "clamp_max"}
 
 
 def _foreach(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """``_foreach_add_`` and its like, tensor by tensor."""
-    base, first = name.rstrip("_"), args[0]
-    several = (
-        first if isinstance(first, (list, tuple)) else next(a for a in args if isinstance(a, (list, tuple)))
-    )
+    """``_foreach_add_`` and its like, tensor by tensor. Tensors of a list have one shape with those they meet."""
+    base, in_place = name.removesuffix("_"), name.endswith("_")
+    count = len(next(a for a in args if isinstance(a, (list, tuple))))
     out = []
-    for i in range(len(several)):
+    for i in range(count):
         given = [a[i] if isinstance(a, (list, tuple)) else a for a in args]
         named = {k: v[i] if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()}
-        if base in _SCALES:
-            value = named.pop("scalars", None)
-            if len(given) > 3:
-                value = given.pop()
-            if value is not None:
-                named["value"] = value
-        if base in ("add", "sub") and "scalar" in named:
-            given.append(named.pop("scalar"))
+        for word in ("scalars", "scalar", "tensors2", "other", "weight", "weights", "exponent", "value"):
+            if word in named and not (word == "value" and base not in _POSITIONS):
+                given.append(named.pop(word))
+        if len(given) > _POSITIONS.get(base, 9):
+            named["value"] = given.pop()
         if base == "norm":
-            function: Any = torch.linalg.vector_norm
-        elif base == "lerp" and "weight" in named:
-            given.append(named.pop("weight"))
-            function = torch.Tensor.lerp_ if name.endswith("_") else torch.lerp
-        else:
-            function = getattr(torch.Tensor, name, None) or getattr(torch, base, None)
+            out.append(_function("vector_norm", torch.linalg.vector_norm, tuple(given), named))
+            continue
+        x, plain = given[0], _ALONE.get(base)
+        if plain and len(given) == 2 and not isinstance(given[1], torch.Tensor):
+            base = plain
+        function = getattr(torch.Tensor, base, None) or getattr(torch, base, None)
+        if not isinstance(x, torch.Tensor):  # _foreach_pow(number, tensors)
+            function = getattr(torch, base)
+        if base in ("zero", "copy", "fill"):
+            _function(f"{base}_", getattr(torch.Tensor, f"{base}_"), tuple(given), named)
+            continue
         if function is None:
             _refuse(f"_foreach_{name}")
-        if not isinstance(given[0], torch.Tensor):  # _foreach_pow(number, tensors)
-            function = getattr(torch, base)
-        out.append(_function(function.__name__.removeprefix("linalg_"), function, tuple(given), named))
-    return None if name.endswith("_") else out
+        result = _function(base, function, tuple(given), named)
+        if in_place:
+            _write(x, result)
+        out.append(result)
+    return None if in_place else out

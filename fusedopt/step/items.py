@@ -44,6 +44,8 @@ class Item:
     one layout (csrc/survey.h); None where that is not known.
     """
 
+    one_is_whole = False
+    """Whether state of one element is one number per tensor in any shape, not only where it is 0-d."""
     __slots__ = ("alike", "grad", "home", "hyper", "laid_out", "modes", "owner", "param", "state", "where")
 
     def __init__(
@@ -112,7 +114,7 @@ class Item:
     def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
         """The fields of its signature."""
         p, modes = self.param, self.modes
-        state = [(k, v if type(v) in PLAIN else _visible(v, p, modes)) for k, v in self.state.items()]
+        state = [(k, v if type(v) in PLAIN else _visible(v, p, modes, self.one_is_whole)) for k, v in self.state.items()]
         state.sort(key=_first)
         read = tuple([(name, self.attribute(name)) for name in attributes])
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None
@@ -136,11 +138,12 @@ class Groups(Protocol):
     def keep(self, todo: list[Item]) -> None: ...
 
 
-def _visible(value: Any, p: torch.Tensor, modes: Modes) -> Any:
+def _visible(value: Any, p: torch.Tensor, modes: Modes, one_is_whole: bool) -> Any:
     if not isinstance(value, torch.Tensor):
         return Opaque(value)
     whole = per_element(value, p, modes)
-    if value.dtype not in reference.FLOATS or (not whole and value.dim()):
+    several = value.numel() != 1 if one_is_whole else value.dim()
+    if value.dtype not in reference.FLOATS or (not whole and several):
         return Foreign(value.dtype, value.shape)
     return _buffer(value.dtype, ELEMENT if whole else TENSOR)
 

@@ -131,12 +131,12 @@ def _column(name: str, rows: list[Item], scaling: Scaling) -> list[torch.Tensor]
 def handed(item: Item, new: dict[str, Any], groups: Groups | None) -> Change:
     """What gives the user new state, which the item has at once."""
     seen, item.state = item.state, item.state | new
-    return groups.hand_over(item) if groups and type(item) is Item else functools.partial(seen.update, new)
+    return groups.hand_over(item) if groups and not isinstance(item, sharded.KINDS) else functools.partial(seen.update, new)
 
 
 def _finishing(plan: Bucket, item: Item) -> list[Change]:
     """What is left to do after the launch: see `Item.finish`."""
-    if type(item) is not Item:
+    if isinstance(item, sharded.KINDS):
         return [functools.partial(item.finish, plan.trace.created)]
     return [functools.partial(item.home.copy_, item.param)] if item.param is not item.home else []
 

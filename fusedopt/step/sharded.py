@@ -212,6 +212,9 @@ def _gathered(mine: np.ndarray, group: Any) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
+KINDS = Whole, Shard
+
+
 def is_shard(item: Item) -> bool:
     return isinstance(item, Shard)
 

@@ -165,6 +165,16 @@ def _softplus(x: SymTensor, beta: Any = 1, threshold: Any = 20) -> SymTensor:
     )
 
 
+def _nan_to_num(x: SymTensor, nan: Any = 0.0, posinf: Any = None, neginf: Any = None) -> SymTensor:
+    largest = torch.finfo(x.asked or x.dtype).max
+    infinity = x.run.constant(float("inf"))
+    out = _where(_binary("ne")(x, x), x.run.constant(0.0) if nan is None else nan, x)
+    out = _where(_binary("eq")(x, infinity), x.run.constant(largest) if posinf is None else posinf, out)
+    return _where(
+        _binary("eq")(x, _unary("neg")(infinity)), x.run.constant(-largest) if neginf is None else neginf, out
+    )
+
+
 def _sigmoid(x: SymTensor) -> SymTensor:
     one = x.run.constant(1.0)
     return _div(one, _add(one, _unary("exp")(_unary("neg")(x))))
@@ -334,6 +344,7 @@ METHODS |= {
     "clamp_max": lambda x, max: _clamp(x, max=max),
     "relu": lambda x: _clamp(x, min=x.run.constant(0.0)),
     "sigmoid": _sigmoid,
+    "nan_to_num": _nan_to_num,
     "softplus": _softplus,
     "where": lambda x, condition, other: _where(condition, x, other),
     "masked_fill": lambda x, mask, value: _where(mask, value, x),

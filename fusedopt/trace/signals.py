@@ -8,7 +8,7 @@ import types
 from typing import Any
 
 _raised = threading.local()
-_OURS = ("fusedopt.trace", "fusedopt.ir")
+_OURS = ("fusedopt.trace", "fusedopt.ir", "fusedopt.classes")
 
 
 class Signal(BaseException):
@@ -34,7 +34,7 @@ class Untraceable(Signal):
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)
         frame = _caller((*_OURS, "torch.", "numpy."))
-        between = frame.f_globals.get("__name__", "").startswith("fusedopt.runtime")  # callbacks
+        between = frame.f_globals.get("__name__", "").startswith(("fusedopt.step", "fusedopt.optimizer"))  # no callback
         self.where = "" if between else place_of(frame.f_code, frame.f_lineno)
         self.remedy = remedy
 
@@ -54,9 +54,15 @@ class NeedsAttribute(Signal):
 def _caller(inner: tuple[str, ...] = _OURS) -> types.FrameType:
     """The innermost frame outside this package's tracer."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inner):
+    while frame.f_back is not None and _is_within(frame.f_globals.get("__name__", ""), inner):
         frame = frame.f_back
     return frame
+
+
+def _is_within(module: str, inner: tuple[str, ...]) -> bool:
+    """Whether code of this module is passed over. Rules of torch's are somebody's code, too."""
+    rule = module.startswith("torch.optim.") and module != "torch.optim.optimizer"
+    return module.startswith(inner) and not rule
 
 
 def place_of(code: types.CodeType, line: int) -> str:
