@@ -19,7 +19,7 @@ from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, structure_of
 from .check import difference
 from .host import Host
-from .shadow import Path, shown
+from .shadow import NewState, Path, shown
 from .tracing import StepTrace, trace_step
 
 
@@ -85,7 +85,7 @@ class ClassGroups:
     def items(self, scaling: Scaling) -> list[Item]:
         """The parameters with a gradient. Raises Untraceable for one that kernels cannot take."""
         todo: list[Item] = []
-        modes, real, without = scaling.modes(False), self.opt.state, []
+        modes, real, without, empty = scaling.modes(False), self.opt.state, [], False
         for g, group in enumerate(self.opt.param_groups):
             params = list(group["params"])
             leaf.settle(params)
@@ -96,9 +96,12 @@ class ClassGroups:
                     raise Untraceable(f"parameter {i} of group {g} {why}")
                 state = dict(real[p]) if p in real else {}
                 without += [] if p in real else [p]
+                empty |= p in real and not state
                 todo.append(ClassItem(p, p.grad, state, (g, i), self.numbers, modes))
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
+        if without and empty:  # the class looks it up, which makes an entry
+            raise NewState("a parameter gets its entry in the state")
         self._completed = (real, list(real.values()), {**real, **{p: {} for p in without}}) if without else None
         if len({id(item.owner) for item in todo}) < len(todo):
             raise Untraceable("a parameter is listed twice")
@@ -140,11 +143,10 @@ class StepBuckets(Buckets):
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
         self._current: list[tuple[tuple, CompiledTrace]] = []
 
-    def reads(self, host: Any) -> bool:
-        """Whether a step is the one that was traced, by what the host can see; its numbers are the groups' now."""
+    def changed(self, host: Any) -> str | None:
+        """Why a step is not the one that was traced, by what the host can see; its numbers are the groups' now."""
         self.groups.numbers = host.numbers
-        self.why = host.look(vars(self.groups.opt))
-        return self.why is None
+        return host.look(vars(self.groups.opt))
 
     def forget(self) -> None:
         super().forget()
@@ -173,7 +175,7 @@ class StepBuckets(Buckets):
         keys = [_key(*bucket) for bucket in buckets]
         known = self._hosts.setdefault((self.closure, *keys), [])
         for host, compiled in known:
-            if self.reads(host):
+            if not self.changed(host):
                 plans = [self._replayed(*b, c) for b, c in zip(buckets, compiled, strict=True)]
                 if all(plans):
                     return self._taken(host, keys, compiled, plans)
@@ -189,8 +191,8 @@ class StepBuckets(Buckets):
             raise Untraceable(f"what kernels would do differs from what the step does: {why}")
         compiled = [self._compiled(trace) for trace in step.traces]
         known[:] = [*known[-MAX_KNOWN:], (step.host, compiled)]
-        if not self.reads(step.host):
-            raise Untraceable(f"the step cannot be repeated: {self.why}")
+        if why := self.changed(step.host):
+            raise Untraceable(f"the step cannot be repeated: {why}")
         plans = [self._replayed(*b, c) for b, c in zip(buckets, compiled, strict=True)]
         if not all(plans):
             raise Untraceable("the step cannot be repeated: numbers go another way when they are replayed")

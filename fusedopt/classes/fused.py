@@ -80,7 +80,7 @@ class Fused:
             return self._own(opt, None if closure is None else lambda: loss)
         host = self.buckets.read if self.engine._last is None else self.engine._last.read
         host.write(vars(opt))
-        return loss if host.returns_loss else None
+        return loss if host.returns_loss else host.returned
 
     def _own(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
         """The class's own step."""
@@ -218,9 +218,11 @@ def _kernel_source(self: torch.optim.Optimizer) -> str:
 
 def _observed(opt: torch.optim.Optimizer) -> bool:
     """Whether somebody hooks into steps, or profiles them."""
+    if "_optimizer_step_pre_hooks" not in vars(opt):  # its class does not call torch's constructor
+        return False
     return bool(
-        getattr(opt, "_optimizer_step_pre_hooks", None)  # wrappers may not call torch's constructor
-        or getattr(opt, "_optimizer_step_post_hooks", None)
+        opt._optimizer_step_pre_hooks
+        or opt._optimizer_step_post_hooks
         or _torch_optimizer._global_optimizer_pre_hooks
         or _torch_optimizer._global_optimizer_post_hooks
         or torch.autograd.profiler._is_profiler_enabled

@@ -5,7 +5,6 @@ Made once for each trace, as one generated function: a step asks it whether all 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,8 @@ from ..trace.tracer import Trace
 from .shadow import Container, Path, Shadow, is_own, shown
 
 _NO_SIGNATURE = Signature(torch.device("cpu"), torch.float32, torch.float32)
+FILL = object()
+"""In place of a key: the tensor at the path itself gets the number."""
 
 
 class Host:
@@ -28,14 +29,18 @@ class Host:
     ``numbers`` holds what `look` found, by name, as kernels' scalars are made of it.
     """
 
-    def __init__(self, shadow: Shadow, names: dict[Path, str], around: Callable[[], str | None]) -> None:
+    def __init__(
+        self, shadow: Shadow, names: dict[Path, str], tensors: set[Path], around: Callable[[], str | None]
+    ) -> None:
         self.numbers: dict[str, Any] = {"params": []}
         self.around, self.returns_loss = around, False
+        self.returned: Any = None
         self._writes: list[tuple[Callable[[Any], Any], Any, Any]] = []
+        self._fills: list[tuple[Callable[[Any], torch.Tensor], Any]] = []
         self._replay: Replay | None = None
         self._left: dict[Any, Any] = {}
         self.active: list[list[torch.Tensor]] = []
-        self._look = _looking(shadow, names, self.numbers)
+        self._look = _looking(shadow, names, tensors, self.numbers)
 
     def writes(
         self,
@@ -61,20 +66,23 @@ class Host:
             raise Untraceable(f"{where} gets a {type(value).__name__} that is no number or flag of the host")
 
         for path, key, value in changes:
+            if key is FILL:
+                self._fills.append((_reader(path), template(value, shown(path))))
+                continue
             made = template(value, shown((*path, ("item", key))) if path else f"self.{key}")
             self._writes.append((_reader(path), key, made))
         self._numbers, self._scalars = entries, ours
 
     def finish(self) -> None:
         """Make what computes the numbers that are left; all guards are known now."""
-        if self._writes:
+        if self.leaves_something:
             numbers: dict[Any, Any] = dict(self._numbers)
             program = Trace(_NO_SIGNATURE, None, self._scalars, (), numbers, {}, {})  # type: ignore[arg-type]
             self._replay = Replay(program)
 
     @property
     def leaves_something(self) -> bool:
-        return bool(self._writes)
+        return bool(self._writes or self._fills)
 
     def look(self, root: dict[str, Any]) -> str | None:
         """Read the numbers; or why this is another step than the one that was traced."""
@@ -102,12 +110,18 @@ class Host:
                 isinstance(ours, float) and abs(ours - theirs) <= 1e-9 * abs(theirs)
             ):
                 return f"{key} becomes {ours!r}, not {theirs!r}"
+        for read, made in self._fills:
+            tensor = read(other)
+            if not torch.equal(tensor, torch.full_like(tensor, made(self._left))):
+                return f"a tensor becomes {made(self._left)!r}, not {tensor.item()!r}"
         return None
 
     def write(self, root: dict[str, Any]) -> None:
         """Leave what the step leaves."""
         for read, key, made in self._writes:
             read(root)[key] = made(self._left)
+        for read, made in self._fills:
+            read(root).fill_(made(self._left))
 
 
 def _steps(path: Path) -> str:
@@ -128,11 +142,8 @@ def _check(path: Path) -> None:
             raise Untraceable(f"{shown(path[:1])} has keys of type {type(key).__name__}")
 
 
-_KINDS = {"is": operator.is_}
-
-
 def _looking(
-    shadow: Shadow, names: dict[Path, str], numbers: dict[str, Any]
+    shadow: Shadow, names: dict[Path, str], tensors: set[Path], numbers: dict[str, Any]
 ) -> Callable[[dict[str, Any]], str | None]:
     """The function that reads numbers into the dict, and returns why something is not as it was."""
     space: dict[str, Any] = {"numbers": numbers}
@@ -151,7 +162,7 @@ def _looking(
         return known[path]
 
     def demand(condition: str, path: Path, what: str) -> None:
-        lines.append(f"    if not ({condition}): return {f'{shown(path) or chr(39)} {what}'!r}")
+        lines.append(f"    if not ({condition}): return {f'{shown(path)} {what}'!r}")
 
     for c in shadow.containers:
         if c.path == (("item", "state"),):
@@ -175,6 +186,11 @@ def _looking(
             lines.append(
                 f"    numbers[{names[path]!r}] = {'float(n)' if type(value) not in (int, float) else 'n'}"
             )
+    for path in tensors:
+        _check(path)
+        lines.append(f"    t = {variable(path[:-1])}{_steps(path[-1:])}")
+        demand(f"type(t) is {constant(torch.Tensor)} and t.numel() == 1", path, "is of another kind now")
+        lines.append(f"    numbers[{names[path]!r}] = t.item()")
     lines += ["  except (KeyError, IndexError, AttributeError, TypeError) as e:", "    return f'{e} is gone'"]
     exec(compile("\n".join(lines), "<what a step relies on>", "exec"), space)
     return space["look"]

@@ -7,6 +7,7 @@ flags have to stay what they were, and what ``step`` leaves in the copy's contai
 from __future__ import annotations
 
 import collections
+import functools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def is_own(name: str) -> bool:
 
 class Shadow:
     """A copy of an optimizer. ``tensors`` are what stands for its tensors, by id; ``number(path, value)`` makes what
-    stands for a number. ``numbers`` and ``flags`` have those of the optimizer by their paths."""
+    stands for a number, ``function(f)`` for a function. ``numbers`` and ``flags`` have those of the optimizer by their paths."""
 
     def __init__(
         self,
@@ -67,10 +68,11 @@ class Shadow:
         tensors: dict[int, Any],
         number: Callable[[Path, Any], Any],
         state: dict[int, dict[str, Any]],
+        function: Callable[[Any], Any] = lambda f: f,
     ) -> None:
         if "param_groups" not in vars(opt) or "state" not in vars(opt):
             raise Untraceable("the optimizer keeps its groups or state in another object")
-        self._number, self._tensors, self._opt = number, tensors, opt
+        self._number, self._tensors, self._function = number, tensors, function
         self.params = {id(p) for group in opt.param_groups for p in group["params"]}
         self._memo: dict[int, Any] = {}
         self._alive: list[Any] = []

@@ -47,6 +47,8 @@ class Symbolic(torch.Tensor):
     why: str
     number: Any
     parts: list[Symbolic] | None
+    hosted: bool
+    """Whether it is a tensor of the optimizer itself, with one number in it."""
     symbolic = True
 
     @classmethod
@@ -107,14 +109,19 @@ class Symbolic(torch.Tensor):
 
 
 def made(
-    sym: SymTensor | None, meta: _Meta, why: str = "", number: Any = None, parts: list[Symbolic] | None = None
+    sym: SymTensor | None,
+    meta: _Meta,
+    why: str = "",
+    number: Any = None,
+    parts: list[Symbolic] | None = None,
+    hosted: bool = False,
 ) -> Symbolic:
     device = sym.run.device if sym is not None else torch.device("cpu")
     with torch._C.DisableTorchFunction():
         out = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             Symbolic, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device
         )
-    out.__dict__.update(sym=sym, meta=meta, why=why, number=number, parts=parts)
+    out.__dict__.update(sym=sym, meta=meta, why=why, number=number, parts=parts, hosted=hosted)
     return out
 
 
@@ -246,7 +253,8 @@ _READS = frozenset("item __float__ __int__ __index__ tolist".split())
 _GRAD_MODES = frozenset(
     """
     is_grad_enabled _set_grad_enabled set_grad_enabled is_inference_mode_enabled get_default_dtype is_compiling
-    is_scripting _record_function_enter_new _record_function_exit is_autocast_enabled
+    is_scripting _record_function_enter_new _record_function_exit is_autocast_enabled device promote_types finfo
+    iinfo broadcast_shapes
     """.split()
 )
 _NAMES = (
@@ -471,6 +479,8 @@ _WORDS = {"fill_value": "value", "exponent": "exponent"}
 
 def _place_number(x: Symbolic, run: Run) -> None:
     """Make a tensor of one number one of a parameter's: it is written to."""
+    if x.hosted:
+        raise Untraceable("a tensor of the optimizer itself gets a number from a parameter")
     sym = lift(run, x.number)
     if x.meta.numel() != 1 or run.elements == 1:  # type: ignore[attr-defined]
         sym = expand(sym)

@@ -25,7 +25,7 @@ from ..trace.signature import FACTOR, PLAIN, Foreign, Signature
 from ..trace.standins import StandIns
 from ..trace.tensor import SymTensor
 from ..trace.tracer import Trace, program_of
-from .host import Host
+from .host import FILL, Host
 from .shadow import NewState, Path, Shadow, shown
 from .symbolic import Symbolic, made, parameter, tracing
 from .watch import Watch
@@ -366,18 +366,23 @@ def _run(
         tensors |= r.tensors()
     known = {id(r.item.owner): r.state for r in representatives}
     used: dict[Path, str] = {}
+    hosted: list[tuple[Path, Symbolic, Number]] = []
 
     def number(path: Path, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return made(
-                None, meta_of(value), f"{shown(path)} is a tensor, which is none of a parameter's state"
-            )
+            if value.numel() == 1 and value.device.type == "cpu" and type(value) is torch.Tensor:
+                used[path] = names(path)
+                held = scalars.number(("hyper", used[path]), value.item())
+                hosted.append((path, made(None, meta_of(value), number=held, hosted=True), held))
+                return hosted[-1][1]
+            why = f"{shown(path)} is a tensor, which is none of a parameter's state"
+            return made(None, meta_of(value), why)
         used[path] = names(path)
         plain = value if type(value) in (int, float) else float(np.float64(value))
         return scalars.number(("hyper", used[path]), plain)
 
     _resting(opt, representatives, tensors, known)
-    shadow = Shadow(opt, kind, tensors, number, known)
+    shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of)
     given = _Closure()
     watch = Watch(stand_ins)
     latest()
@@ -396,11 +401,12 @@ def _run(
         raise signal
     if given.late or given.calls != closure:
         raise Untraceable("the step calls its closure more than once, or not before anything else")
-    if returned is not None and returned is not given.loss:
+    if returned is not given.loss and not isinstance(returned, PLAIN):
         raise Untraceable("the step returns something that is not the loss")
     changes = [(p, k, v) for p, k, v in shadow.changes() if v is not given.loss]
-    host = Host(shadow, used, watch.around(type(opt)))
-    host.returns_loss = returned is given.loss
+    changes += [(path, FILL, t.__dict__["number"]) for path, t, held in hosted if t.__dict__["number"] is not held]
+    host = Host(shadow, used, {path for path, _, _ in hosted}, watch.around(type(opt)))
+    host.returns_loss, host.returned = returned is given.loss, returned
     return _Ran(shadow, changes, host)
 
 

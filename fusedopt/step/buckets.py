@@ -104,9 +104,10 @@ class Buckets:
         """Whether they still do what these callbacks do."""
         return self.callbacks == callbacks and self._sources.unchanged()
 
-    def reads(self, data: list[Any]) -> bool:
-        """Whether this (``read`` after an earlier step) is still the data that the callbacks find around them."""
-        return all(map(operator.is_, data, self._sources.now()))
+    def changed(self, data: list[Any]) -> str | None:
+        """Why this (``read`` after an earlier step) is not the data that the callbacks find around them now."""
+        same = all(map(operator.is_, data, self._sources.now()))
+        return None if same else "a constant that a callback reads has changed"
 
     def forget(self) -> None:
         """Drop the structures that were met first, if there are too many."""
@@ -195,7 +196,7 @@ class Buckets:
         compiled = self._compile(traced)
         if compiled is None:
             return first
-        lasting = all(self.verdicts.lasting[first:stop]) and self.reads(self.read)
+        lasting = all(self.verdicts.lasting[first:stop]) and not self.changed(self.read)
         sound = plain and lasting and can_replay(traced)
         why = "" if sound else self._unsound(traced, first, stop)
         entry = CompiledTrace(traced, *compiled, Replay(traced) if sound else None, self.read, why)

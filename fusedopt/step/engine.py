@@ -54,8 +54,7 @@ class Engine:
         """Do the step if it is of a structure that was bound; else nothing has changed."""
         whys = []
         for bound in self.bound:
-            same = not bound.read or self.buckets.reads(bound.read)
-            why = bound.run(scaling) if same else "a constant that a callback reads has changed"
+            why = (self.buckets.changed(bound.read) if bound.read else None) or bound.run(scaling)
             if why is None:
                 if bound is not self._last:
                     self._take(bound)
@@ -135,7 +134,7 @@ class Engine:
         return True
 
     def _scalars(self, launched: list[Launched], norm: Norm | None) -> GraphScalars:
-        return GraphScalars(launched, norm, functools.partial(self.buckets.reads, self.buckets.read))
+        return GraphScalars(launched, norm, functools.partial(self.buckets.changed, self.buckets.read))
 
     def _take(self, bound: BoundStep) -> None:
         """Note which structure the last step had; those that were longest not seen are dropped."""

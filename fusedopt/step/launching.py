@@ -34,8 +34,8 @@ class Launched:
 class GraphScalars:
     """Launches whose scalars live on the device, so that a CUDA graph of them can be replayed with others."""
 
-    def __init__(self, launched: list[Launched], norm: Norm | None, same: Callable[[], bool]) -> None:
-        self.norm, self._same = norm, same
+    def __init__(self, launched: list[Launched], norm: Norm | None, changed: Callable[[], str | None]) -> None:
+        self.norm, self._changed = norm, changed
         self.launches = [
             (entry.launch, [(plan.known.replay, plan.items[0].where[0]) for plan in entry.plans])
             for entry in launched
@@ -46,7 +46,7 @@ class GraphScalars:
         """Send the scalars that follow from these hyperparameters of each group. Raises RuntimeError, sending none."""
         tables = []
         for launch, sets in self.launches:
-            same = self._same()
+            same = self._changed() is None
             found = [replay and same and replay(hypers[group], {}) for replay, group in sets]
             for (replay, group), one in zip(sets, found, strict=True):
                 if not one:
