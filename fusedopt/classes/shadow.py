@@ -25,7 +25,6 @@ OWN = frozenset({"step", "explain", "kernel_source", "_fusedopt", "_opt_called",
 MOST = 4096
 """Elements of a container that are looked at."""
 _KNOWN_TYPES = (
-    types.FunctionType,
     types.BuiltinFunctionType,
     types.ModuleType,
     type,
@@ -157,6 +156,8 @@ class Shadow:
             return self._inner(kind, value, path)
         if isinstance(value, types.MethodType) and id(value.__self__) in self._memo:
             return types.MethodType(value.__func__, self._memo[id(value.__self__)])
+        if isinstance(value, (types.FunctionType, functools.partial)):
+            return self._function(value)
         if (
             isinstance(value, _KNOWN_TYPES)
             or kind.__module__.split(".")[0] in _LIBRARIES

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..ir.ops import ELEMENT, TENSOR
 from ..trace import methods  # noqa: F401  (fills the table of tensor methods)
-from ..trace.number import Number
+from ..trace.number import Number, operate
 from ..trace.run import Run
 from ..trace.signals import Untraceable
 from ..trace.tensor import (
@@ -176,6 +176,8 @@ class TensorNumber:
     @staticmethod
     def of_math(op: str, *args: Any) -> Any:
         """``math.sqrt(x)`` and its like."""
+        if not any(type(x) is TensorNumber for x in args):
+            return operate(op, *args)
         name = op.rpartition(".")[2]
         if name not in METHODS:
             raise Untraceable(f"{op} of a number that was read from a tensor has no fused form")
@@ -327,9 +329,9 @@ def _property(name: str, func: Any, args: Any) -> Any:
     if name in _OF_SHAPE or name in _OF_TYPE:
         return _fact(name, func, args, {})
     if name == "device":
-        if x.sym is None:
+        if x.sym is None and x.why:
             raise Untraceable(x.why)
-        return x.sym.run.device
+        return torch.device("cpu") if x.sym is None else x.sym.run.device
     if name == "is_leaf":
         return True
     if name in ("grad_fn", "_base"):
