@@ -285,14 +285,28 @@ class BoundStep {
     return same && copy_gradients();
   }
 
+  // Whether a dict that does not count its changes has the entries that it had. Asking it for each parameter would call
+  // Python's hash of it.
+  bool as_it_was(const py::dict& state) const {
+    if (static_cast<size_t>(PyDict_GET_SIZE(state.ptr())) != entries_.size())
+      return false;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    for (const auto& [known_key, known_value] : entries_)
+      if (!PyDict_Next(state.ptr(), &position, &key, &value) || key != known_key || value != known_value)
+        return false;
+    return true;
+  }
+
   // Take the parameters' dicts from opt.state, where these may be others now. The parameters are alive: groups have them.
   bool look_up(const py::dict& state) {
     static PyObject* const counted = name("version");
     const py::object version = attribute(state.ptr(), counted);
     const int64_t now = version ? version.cast<int64_t>() : -1;
-    if (state.ptr() == state_ && now == version_ && now >= 0)
+    if (state.ptr() == state_ && (now >= 0 ? now == version_ : as_it_was(state)))
       return true;
     version_ = -1;
+    entries_.clear();
     lines_.clear();
     for (Row& row : rows_) {
       PyObject* found = PyDict_GetItemWithError(state.ptr(), row.param);
@@ -304,6 +318,10 @@ class BoundStep {
     }
     state_ = state.ptr();
     version_ = now;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    while (now < 0 && PyDict_Next(state.ptr(), &position, &key, &value))
+      entries_.emplace_back(key, value);
     return true;
   }
 
@@ -896,6 +914,7 @@ class BoundStep {
   uint64_t step_ = 0;
   int64_t elements_ = 0, version_ = -1; // the version of `state_`, opt.state as it was last
   PyObject* state_ = nullptr;
+  std::vector<std::pair<PyObject*, PyObject*>> entries_; // of a `state_` that does not count its changes
   bool distributed_ = false, running_ = false, owning_ = false;
 };
 
