@@ -67,6 +67,17 @@ inline void store(bfloat16* p, int64_t i, T x) {
   p[i].bits = uint16_t(f != f ? 0x7fc0 : rounded);
 }
 
+template <class T>
+inline T to_float16(T x) {
+  return T(half(float(x)));
+}
+template <class T>
+inline T to_bfloat16(T x) {
+  bfloat16 rounded;
+  store(&rounded, 0, x);
+  return load<T>(&rounded, 0);
+}
+
 // -- torch's rules for NaN --
 template <class T>
 inline T maximum(T a, T b) {

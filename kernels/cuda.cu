@@ -121,6 +121,19 @@ __device__ inline void store(E* p, int64_t i, T x) {
   narrow(p[i], x);
 }
 
+template <class T>
+__device__ inline T to_float16(T x) {
+  half rounded;
+  narrow(rounded, x);
+  return widen<T>(rounded);
+}
+template <class T>
+__device__ inline T to_bfloat16(T x) {
+  bfloat16 rounded;
+  narrow(rounded, x);
+  return widen<T>(rounded);
+}
+
 // -- torch's rules for NaN --
 template <class T>
 __device__ inline T maximum(T a, T b) {

@@ -12,7 +12,7 @@ and its backend then leaves the program to another.
 
 NaN rules are torch's: ``maximum``, ``minimum`` and the clamps built from them return NaN when either side is NaN,
 ``sign`` of NaN is zero, comparisons with NaN are false except ``ne``. ``expand`` makes one number per element of one
-per tensor (``zeros_like``); it costs nothing.
+per tensor (``zeros_like``); it costs nothing. ``to_bfloat16`` and ``to_float16`` round to what such a tensor would hold.
 """
 
 from __future__ import annotations
@@ -101,6 +101,10 @@ def _fmod(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.asarray(np.fmod(a.detach().numpy(), b.detach().numpy())))
 
 
+def _rounded_to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x.to(torch.float32).to(dtype).to(x.dtype)
+
+
 def _unary(name: str, cpp: str, triton: str | None = None) -> Op:
     return Op(name, "f>f", getattr(torch, name), cpp, triton)
 
@@ -156,6 +160,8 @@ OPS: dict[str, Op | Reduction] = {
         Op("where", "bff>f", torch.where, "({0} ? {1} : {2})", "tl.where({0}, {1}, {2})"),
         Op("expand", "f>f", lambda x: x, "{0}", "{0}"),
         Op("as_float", "b>f", lambda b: b.to(torch.get_default_dtype()), "({0} ? T(1) : T(0))", "{0}.to(T)"),
+        Op("to_bfloat16", "f>f", _rounded_to(torch.bfloat16), "to_bfloat16({0})", "to_bfloat16({0})"),
+        Op("to_float16", "f>f", _rounded_to(torch.float16), "to_float16({0})", "to_float16({0})"),
         Reduction("sum", torch.sum, np.add, "0.0", "{0} + {1}", "tl.sum({0}, 0)"),
         Reduction("mean", torch.mean, np.add, "0.0", "{0} + {1}", "tl.sum({0}, 0)", averaged=True),
         Reduction("amax", torch.amax, np.maximum, "-infinity", "maximum({0}, {1})"),

@@ -318,8 +318,9 @@ def method(op: Op | Reduction) -> Callable[..., SymTensor]:
     return made[op.types](op.name)
 
 
+_NO_METHODS = ("expand", "as_float", "where", "to_bfloat16", "to_float16")
 # Ops of the table are methods of the same name; what torch spells otherwise follows.
-METHODS |= {op.name: method(op) for op in OPS.values() if op.name not in ("expand", "as_float", "where")}
+METHODS |= {op.name: method(op) for op in OPS.values() if op.name not in _NO_METHODS}
 METHODS |= {f"bitwise_{name}": _bitwise(f"logical_{name}") for name in ("and", "or", "xor", "not")}
 METHODS |= {
     "add": _scale_first(_add, 1, "alpha"),
