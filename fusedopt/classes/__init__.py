@@ -5,6 +5,7 @@ What it does to them is a trace, as that of a callback list; engine, bound step 
 What has no such form runs as it was written, and that is said once.
 """
 
+from . import functions  # noqa: F401  (what torch's functions do to symbolic tensors)
 from .fused import fuse, unfuse
 
 __all__ = ["fuse", "unfuse"]

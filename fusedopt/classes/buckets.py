@@ -20,7 +20,7 @@ from ..trace.signature import Signature, is_plain, structure_of
 from .check import difference
 from .host import Host
 from .shadow import NewState, Path, shown
-from .tracing import StepTrace, trace_step
+from .tracing import Options, trace_step
 
 
 class ClassItem(Item):
@@ -35,13 +35,14 @@ class _Roles:
 
 
 class ClassGroups:
-    """A class's groups and state as the runtime sees them. Numbers of the host are in a group of their own, the last."""
+    """A class's groups and state as the runtime sees them. Numbers of the host are in a group of their own."""
 
     roles = _Roles()
 
     def __init__(self, opt: torch.optim.Optimizer) -> None:
         self._ref = weakref.ref(opt)
         self.numbers: dict[str, Any] = {"params": []}
+        self._stateless: set[int] = set()
         self._completed: tuple[Any, list[Any], dict[Any, Any]] | None = None
 
     @property
@@ -100,9 +101,15 @@ class ClassGroups:
                 todo.append(ClassItem(p, p.grad, state, (g, i), self.numbers, modes))
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
+        new = {id(p) for p in without}
+        if not new <= self._stateless:  # the class makes their state; if not, they need none
+            self._stateless |= new
+            raise NewState("state is new", traced=False)
         if without and empty:  # the class looks it up, which makes an entry
-            raise NewState("a parameter gets its entry in the state")
-        self._completed = (real, list(real.values()), {**real, **{p: {} for p in without}}) if without else None
+            raise NewState("a parameter gets its entry in the state", traced=False)
+        self._completed = (
+            (real, list(real.values()), {**real, **{p: {} for p in without}}) if without else None
+        )
         if len({id(item.owner) for item in todo}) < len(todo):
             raise Untraceable("a parameter is listed twice")
         return todo
@@ -122,7 +129,7 @@ def _strange(t: torch.Tensor) -> str:
     """Why kernels cannot take a tensor."""
     if t.layout != torch.strided or t.is_complex() or not t.is_floating_point():
         return f"is a {t.layout} tensor of {t.dtype}"
-    if not walkable(t) or torch.overrides.is_tensor_like(t) and type(t).__torch_function__ not in _ORDINARY:
+    if not walkable(t) or (torch.overrides.is_tensor_like(t) and type(t).__torch_function__ not in _ORDINARY):
         return f"is a {type(t).__name__}, whose memory is elsewhere"
     if not t.numel():
         return "has no elements"
@@ -135,9 +142,9 @@ _ORDINARY = (torch.Tensor.__torch_function__, torch.nn.Parameter.__torch_functio
 class StepBuckets(Buckets):
     """``closure``: whether the next step is given one; ``found`` is what the last step was traced to."""
 
-    def __init__(self, groups: ClassGroups, backend: str, title: str, write_grads: bool, check: bool) -> None:
-        super().__init__([], backend, title, None)
-        self.groups, self.write_grads, self.check = groups, write_grads, check
+    def __init__(self, groups: ClassGroups, title: str, options: Options) -> None:
+        super().__init__([], options.backend, title, None)
+        self.groups, self.options = groups, options
         self.closure, self.traces_made = False, 0
         self.read: Any = None
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
@@ -184,10 +191,10 @@ class StepBuckets(Buckets):
             if not is_plain(v for _, v in signature.state):
                 raise Untraceable("the state holds other things than tensors, numbers and flags")
         self.traces_made += 1
-        step = trace_step(opt, buckets, self.closure, self.write_grads, self._name)
+        step = trace_step(opt, buckets, self.closure, self.options, self._name)
         if not any(trace.program.stores for trace in step.traces):
             raise Untraceable("the step changes no parameter and no tensor of its state")
-        if self.check and (why := difference(opt, step)):
+        if self.options.check and (why := difference(opt, step)):
             raise Untraceable(f"what kernels would do differs from what the step does: {why}")
         compiled = [self._compiled(trace) for trace in step.traces]
         known[:] = [*known[-MAX_KNOWN:], (step.host, compiled)]
@@ -233,6 +240,3 @@ class StepBuckets(Buckets):
 
 def _key(items: list[Item], signature: Signature) -> tuple:
     return items[0].where[0], structure_of(signature)
-
-
-__all__ = ["ClassGroups", "StepBuckets", "StepTrace"]

@@ -8,9 +8,8 @@ import torch
 
 from ..ir.program import interpret
 from ..step.items import Item
-from ..trace.signature import FACTOR, FOUND_INF
 from ..trace.tracer import Trace
-from .shadow import Path, Shadow, shown
+from .shadow import Path, Shadow
 from .tracing import StepTrace, plain_function
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -18,34 +17,71 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.f
 rounds after every operation, kernels once."""
 
 
+class Copies:
+    """Some of an optimizer's parameters, stepped by the class itself, on copies."""
+
+    def __init__(self, opt: torch.optim.Optimizer, params: list[torch.Tensor], closure: bool) -> None:
+        self.tensors: dict[int, Any] = {}
+        self.states: dict[int, dict[str, Any]] = {}
+        for p in params:
+            self._add(opt, p)
+        for group in opt.param_groups:
+            resting = [p for p in group["params"] if p.grad is None][:1]
+            for p in resting:
+                self._add(opt, p)
+        self.shadow = Shadow(opt, type(opt), self.tensors, _clone, self.states)
+        plain_function(type(opt).step)(self.shadow.opt, *((lambda: torch.zeros(()),) if closure else ()))
+
+    def _add(self, opt: torch.optim.Optimizer, p: torch.Tensor) -> None:
+        copy = torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        self.tensors[id(p)] = copy
+        if p.grad is not None:
+            copy.grad = self.tensors[id(p.grad)] = p.grad.detach().clone()
+        if p in opt.state:
+            self.states[id(p)] = {
+                k: self.tensors.setdefault(id(v), v.detach().clone()) if isinstance(v, torch.Tensor) else v
+                for k, v in opt.state[p].items()
+            }
+
+    def of(self, p: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        return self.tensors[id(p)], self.states.get(id(p), {})
+
+
 def difference(opt: torch.optim.Optimizer, step: StepTrace) -> str | None:
     """What a trace does otherwise than the class's own step, to copies of the parameters it was traced with."""
     examples = [example for bucket in step.examples for example in bucket]
-    tensors: dict[int, Any] = {}
-    states: dict[int, dict[str, Any]] = {}
-    for item, _ in examples:
-        copy = torch.nn.Parameter(item.owner.detach().clone(), requires_grad=item.owner.requires_grad)
-        copy.grad = item.owner.grad.detach().clone()  # type: ignore[union-attr]
-        tensors[id(item.owner)], tensors[id(item.owner.grad)] = copy, copy.grad
-        states[id(item.owner)] = {
-            k: tensors.setdefault(id(v), v.detach().clone()) if isinstance(v, torch.Tensor) else v
-            for k, v in item.state.items()
-        }
-    for group in opt.param_groups:
-        for p in group["params"]:
-            if p.grad is None and id(p) not in tensors:
-                tensors[id(p)] = torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
-                if p in opt.state:
-                    states[id(p)] = {k: _clone((), v) for k, v in opt.state[p].items()}
-                break
-    shadow = Shadow(opt, type(opt), tensors, _clone, states)
-    own = plain_function(type(opt).step)
-    own(shadow.opt, *((lambda: torch.zeros(()),) if step.host.returns_loss or step.closure else ()))
+    copies = Copies(opt, [item.owner for item, _ in examples], step.closure)
     for item, trace in examples:
-        p = tensors[id(item.owner)]
-        if why := _apart(item, trace, p, states[id(item.owner)]):
+        if why := _apart(item, trace, *copies.of(item.owner)):
             return why
-    return step.host.differs(vars(opt), vars(shadow.opt))
+    return step.host.differs(vars(opt), vars(copies.shadow.opt))
+
+
+class Sample:
+    """A step of a few parameters by the class itself, to be compared with what kernels do to the real ones."""
+
+    def __init__(self, opt: torch.optim.Optimizer, closure: bool) -> None:
+        found = [[p for p in group["params"] if p.grad is not None] for group in opt.param_groups]
+        self.params = [p for ps in found for p in sorted(ps, key=torch.Tensor.numel)[:2]]
+        self.starts = [p.detach().clone() for p in self.params]
+        self.copies = Copies(opt, self.params, closure)
+
+    def difference(self, opt: torch.optim.Optimizer) -> str | None:
+        for p, start in zip(self.params, self.starts, strict=True):
+            copy, state = self.copies.of(p)
+            close = _closeness([p, p.grad, *state.values()])
+            if not _close(p, copy.detach(), start, close):
+                return f"a parameter of shape {tuple(p.shape)}"
+            for key, value in state.items():
+                ours = opt.state[p].get(key)
+                same = (
+                    _close(ours, value, None, close)
+                    if isinstance(value, torch.Tensor)
+                    else _same_number(ours, value)
+                )
+                if not same:
+                    return f"the state {key!r} of a parameter of shape {tuple(p.shape)}"
+        return None
 
 
 def _clone(path: Path, value: Any) -> Any:
@@ -54,27 +90,29 @@ def _clone(path: Path, value: Any) -> Any:
 
 def _apart(item: Item, trace: Trace, p: torch.Tensor, state: dict[str, Any]) -> str | None:
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
-    one = torch.ones(()), torch.zeros(())
-    given = {n: buffers.get(n, one[n == FOUND_INF]) for n, _ in trace.program.buffers}
-    assert FACTOR
-    given |= {"param": item.param}
+    given = {n: buffers.get(n, torch.ones(())) for n, _ in trace.program.buffers} | {"param": item.param}
     on_host = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     ours = interpret(trace.program, on_host, trace.slot_values())
-    floats = [v.dtype for v in [item.param, item.grad, *item.state.values()] if isinstance(v, torch.Tensor)]
-    close = max(CLOSE.get(t, 0.0) for t in floats)
+    close = _closeness([item.param, item.grad, *item.state.values()])
     theirs = {"param": p.detach(), "grad": p.grad} | {f"state.{k}": v for k, v in state.items()}
     for name, value in theirs.items():
         before = buffers[name]
         if not isinstance(value, torch.Tensor):
             continue
         now = ours.get(name, before)
-        if not _close(now, value.cpu(), before.detach().cpu() if name == "param" else None, close):
+        if now is None or not _close(
+            now, value.cpu(), before.detach().cpu() if name == "param" else None, close
+        ):
             return f"{name} of a parameter of shape {tuple(item.param.shape)}"
     numbers = trace.new_numbers()
     for key, value in numbers.items():
         if type(value) is not type(state[key]) or not _same_number(value, state[key]):
             return f"the state {key!r} is {value!r}, not {state[key]!r}"
     return None
+
+
+def _closeness(values: list[Any]) -> float:
+    return max(CLOSE.get(v.dtype, 0.0) for v in values if isinstance(v, torch.Tensor))
 
 
 def _close(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor | None, close: float) -> bool:
@@ -92,8 +130,5 @@ def _close(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor | None, close: 
 
 def _same_number(a: Any, b: Any) -> bool:
     if isinstance(a, float):
-        return a == b or a != a and b != b or abs(a - b) <= 1e-9 * abs(b)
+        return a == b or (a != a and b != b) or abs(a - b) <= 1e-9 * abs(b)
     return bool(a == b)
-
-
-__all__ = ["difference", "shown"]

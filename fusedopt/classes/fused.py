@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import types
 import weakref
@@ -24,15 +25,15 @@ from ..step.verdicts import Eager
 from ..trace.signals import Untraceable
 from ..trace.signals import place_of as place_in
 from .buckets import ClassGroups, StepBuckets
+from .check import Sample
 from .shadow import NewState
+from .tracing import Options
 
 RETRACES = 3
 """Steps in a row that have to be traced anew, or that have no trace, after which none is tried any more."""
-NEW_STATE = 16
-"""Steps in a row that make or drop state, after which none is traced any more."""
 REMEDY = "nothing is wrong, it is as fast as without fusedopt; docs/classes.md says what fuses"
 
-O = TypeVar("O", bound=torch.optim.Optimizer)
+Opt = TypeVar("Opt", bound=torch.optim.Optimizer)
 
 
 class Fused:
@@ -41,16 +42,14 @@ class Fused:
     ``given_up``: no step is traced any more.
     """
 
-    def __init__(self, opt: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+    def __init__(self, opt: torch.optim.Optimizer, options: Options) -> None:
         self._ref, self.options = weakref.ref(opt), options
-        self.scaling = Scaling(False, options["max_grad_norm"])
+        self.scaling = Scaling(False, options.max_grad_norm)
         self.groups = ClassGroups(opt)
-        self.buckets = StepBuckets(
-            self.groups, options["backend"], type(opt).__name__, options["write_grads"], options["check"] != 0
-        )
+        self.buckets = StepBuckets(self.groups, type(opt).__name__, options)
         self.engine = Engine(self.buckets)
         self.reason, self.given_up = "", False
-        self._misses = self._new = self._steps = 0
+        self._misses = self._steps = 0
         self._calls_first = False
         self.said: set[Any] = set()
 
@@ -74,12 +73,18 @@ class Fused:
                 return self._own(opt, closure)
             with torch.enable_grad():
                 loss = closure()
+        self._steps += 1
+        sampled = self.options.check > 1 and self._steps % self.options.check == 0
+        sample = Sample(opt, closure is not None) if sampled else None
         if self.engine.repeat(self.scaling):
-            self._misses = self._new = 0
+            self._misses = 0
         elif not self._anew(opt):
             return self._own(opt, None if closure is None else lambda: loss)
-        host = self.buckets.read if self.engine._last is None else self.engine._last.read
+        host: Any = self.engine.read
         host.write(vars(opt))
+        if sample is not None and (why := sample.difference(opt)):
+            self.reason = f"step {self._steps} was another than its own in {why}. Remedy: report it"
+            self._give_up(opt)
         return loss if host.returns_loss else host.returned
 
     def _own(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
@@ -94,7 +99,7 @@ class Fused:
         with self._noting(opt) as ok, torch.no_grad():
             todo = self.groups.items(self.scaling)
             if not todo:
-                raise NewState("no parameter has a gradient before the closure")
+                raise NewState("no parameter has a gradient before the closure", traced=False)
             self.buckets.prepare(todo)
             self._calls_first = True
         return ok[0]
@@ -105,7 +110,7 @@ class Fused:
         with self._noting(opt) as ok:
             todo = self.groups.items(self.scaling)
             if not todo:
-                raise NewState("no parameter has a gradient")
+                raise NewState("no parameter has a gradient", traced=False)
             made = self.buckets.traces_made
             self.engine.step(todo, self.scaling, self.groups, bind=True)
             self.reason = ""
@@ -120,16 +125,12 @@ class Fused:
         try:
             yield ok
             return
-        except NewState as error:
-            self.reason = self._described(opt, error)
-            self._new += 1
-            if self._new >= NEW_STATE:
-                self._give_up(opt)
         except (Untraceable, Exception) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self.reason = self._described(opt, error)
-            self._miss(opt, self.reason)
+            if not (isinstance(error, NewState) and not error.traced):
+                self._miss(opt, self.reason)
         ok[0] = False
 
     def _miss(self, opt: torch.optim.Optimizer, why: str) -> None:
@@ -173,7 +174,11 @@ def _where_raised(error: BaseException) -> str:
     while trace is not None:
         frame = trace.tb_frame
         module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith("torch.optim.") or module.split(".")[0] not in ("fusedopt", "torch", "contextlib"):
+        if module.startswith("torch.optim.") or module.split(".")[0] not in (
+            "fusedopt",
+            "torch",
+            "contextlib",
+        ):
             found = place_in(frame.f_code, trace.tb_lineno)
         trace = trace.tb_next
     return found
@@ -187,7 +192,7 @@ def _step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None)
     """A step in fused kernels; see fusedopt.fuse."""
     fused = vars(self).get("_fusedopt")
     if fused is None:  # an unpickled copy
-        fused = vars(self)["_fusedopt"] = Fused(self, dict(_DEFAULTS))
+        fused = vars(self)["_fusedopt"] = Fused(self, Options())
     fused = fused.of(self)
     if _observed(self):
         return _hooked(self, *(() if closure is None else (closure,)))
@@ -229,13 +234,26 @@ def _observed(opt: torch.optim.Optimizer) -> bool:
     )
 
 
-_DEFAULTS: dict[str, Any] = {"backend": "auto", "max_grad_norm": None, "write_grads": True, "check": 1}
-
-
 @overload
-def fuse(opt: O, **options: Any) -> O: ...
+def fuse(
+    opt: Opt,
+    *,
+    backend: str | None = None,
+    max_grad_norm: float | None = None,
+    write_grads: bool = True,
+    check: int = 1,
+    rounding: str = "each",
+) -> Opt: ...
 @overload
-def fuse(opt: Callable[..., O], **options: Any) -> Callable[..., O]: ...
+def fuse(
+    opt: Callable[..., Opt],
+    *,
+    backend: str | None = None,
+    max_grad_norm: float | None = None,
+    write_grads: bool = True,
+    check: int = 1,
+    rounding: str = "each",
+) -> Callable[..., Opt]: ...
 def fuse(
     opt: Any,
     *,
@@ -243,41 +261,42 @@ def fuse(
     max_grad_norm: float | None = None,
     write_grads: bool = True,
     check: int = 1,
+    rounding: str = "each",
 ) -> Any:
     """Run an optimizer's own ``step`` as fused kernels. Returns the same object, of the same class.
 
-    Its ``step`` is traced on symbolic tensors; the kernels that follow do what it does, to the tensors and numbers where the
-    class keeps them, so ``state_dict``, schedulers, hooks and pickles are as before. A step that has no fused form, or
-    that makes or drops state, is the class's own, exactly; if that does not change, a warning says so, with the place in
-    the code. ``opt.explain()`` and ``opt.kernel_source()`` show what became of it; `unfuse` undoes it.
+    Its ``step`` is traced on symbolic tensors; the kernels that follow do what it does, to the tensors and numbers
+    where the class keeps them, so ``state_dict``, schedulers, hooks and pickles are as before. A step that has no fused
+    form, or that makes or drops state, is the class's own, exactly; if that does not change, a warning says so, with
+    the place in the code. ``opt.explain()`` and ``opt.kernel_source()`` show what became of it; `unfuse` undoes it.
 
     Args:
         opt: a ``torch.optim.Optimizer``; or a class or function that makes one, for which one is returned that makes
             fused ones.
         backend: as of `fusedopt.Optimizer`.
         max_grad_norm: as of `fusedopt.Optimizer`: gradients are scaled inside the step.
-        write_grads: whether what the class writes into gradients is written; without, that much memory traffic is saved.
-        check: 1 compares every trace with the class's own step, on copies of a few parameters; 0 does not.
+        write_grads: whether what the class writes into gradients is written; without, that much traffic is saved.
+        check: 1 compares every trace with the class's own step, on copies of a few parameters, before it is used; a
+            larger number also every so many steps, on what kernels did; 0 never.
+        rounding: of bfloat16 and float16. ``"each"``: after every torch function, as the class itself has it;
+            ``"once"``: when a result is stored, which is closer to the exact one, and faster.
 
-    Deviation: values are computed in float32 (float64 for float64 parameters) and rounded once, when stored. A class that
-    computes in bfloat16 or float16 rounds after each operation; kernels are closer to the exact result.
+    Values are computed in float32, float64 for float64 parameters; reductions are accumulated in float64.
 
     Raises:
         TypeError: ``opt`` is no optimizer and makes none, is a ``fusedopt.Optimizer``, or is fused already.
-        ValueError: an unknown backend; max_grad_norm that is not above zero.
+        ValueError: an unknown backend or rounding; max_grad_norm that is not above zero.
     """
-    options = {
-        "backend": backends.check_name(backend),
-        "max_grad_norm": max_grad_norm,
-        "write_grads": write_grads,
-        "check": check,
-    }
+    options = Options(backends.check_name(backend), max_grad_norm, write_grads, check, rounding)
+    if rounding not in ("each", "once"):
+        raise ValueError(f"rounding is 'each' or 'once'; it is {rounding!r}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, or None to clip nothing; it is {max_grad_norm}")
     if not isinstance(opt, torch.optim.Optimizer):
         if not callable(opt):
             raise TypeError(
-                f"fuse() takes a torch.optim.Optimizer, or a class or function that makes one; this is a {type(opt).__name__}"
+                "fuse() takes a torch.optim.Optimizer, or a class or function that makes one; this is a "
+                f"{type(opt).__name__}"
             )
         return _maker(opt, options)
     if isinstance(opt, Optimizer):
@@ -295,7 +314,7 @@ def fuse(
     return opt
 
 
-def _maker(make: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def _maker(make: Callable[..., Any], options: Options) -> Callable[..., Any]:
     @functools.wraps(make)
     def fused(*args: Any, **kwargs: Any) -> Any:
         made = make(*args, **kwargs)
@@ -303,12 +322,12 @@ def _maker(make: Callable[..., Any], options: dict[str, Any]) -> Callable[..., A
             raise TypeError(
                 f"{getattr(make, '__name__', make)!r} made a {type(made).__name__}, which is no optimizer"
             )
-        return fuse(made, **options)
+        return fuse(made, **dataclasses.asdict(options))
 
     return fused
 
 
-def unfuse(opt: O) -> O:
+def unfuse(opt: Opt) -> Opt:
     """Give an optimizer its own ``step`` back; state and groups stay as they are.
 
     Raises TypeError if it is not fused.

@@ -1,4 +1,4 @@
-"""A shadow of an optimizer: a copy with a few of its parameters, whose numbers and tensors may be other than the real ones.
+"""A shadow of an optimizer: a copy with a few of its parameters, whose numbers and tensors may be other than the real.
 
 All that a class keeps is found by its path from the optimizer's own ``__dict__``: numbers are read there on every step,
 flags have to stay what they were, and what ``step`` leaves in the copy's containers is written to the real ones.
@@ -31,14 +31,23 @@ _KNOWN_TYPES = (
     torch.Generator,
     torch.nn.Module,
 )
-_LIBRARIES = frozenset("torch numpy builtins logging threading weakref functools _thread".split())
+_LIBRARIES = frozenset(
+    ["torch", "numpy", "builtins", "logging", "threading", "weakref", "functools", "_thread"]
+)
 
 Path = tuple[tuple[str, Any], ...]
 """Steps from the optimizer's ``__dict__``: ("item", key) or ("attr", name)."""
 
 
 class NewState(Exception):
-    """This step makes or drops state, which the class does itself: the next one may be another."""
+    """This step makes or drops state, which the class does itself: the next one may be another.
+
+    ``traced``: a trace found it out.
+    """
+
+    def __init__(self, message: str, traced: bool = True) -> None:
+        super().__init__(message)
+        self.traced = traced
 
 
 @dataclass
@@ -58,7 +67,8 @@ def is_own(name: str) -> bool:
 
 class Shadow:
     """A copy of an optimizer. ``tensors`` are what stands for its tensors, by id; ``number(path, value)`` makes what
-    stands for a number, ``function(f)`` for a function. ``numbers`` and ``flags`` have those of the optimizer by their paths."""
+    stands for a number, ``function(f)`` for a function. ``numbers`` and ``flags`` are the optimizer's, by path.
+    """
 
     def __init__(
         self,
@@ -78,7 +88,7 @@ class Shadow:
         self.containers: list[Container] = []
         self.numbers: dict[Path, Any] = {}
         self.flags: list[tuple[Path, Any]] = []
-        self.opt = object.__new__(kind)
+        self.opt: Any = object.__new__(kind)
         self._memo[id(opt)] = self.opt
         self.state: Any = collections.defaultdict(dict)
         real = vars(opt)["state"]
@@ -88,8 +98,8 @@ class Shadow:
         for name, value in vars(opt).items():
             if name not in ("state", "step", "explain", "kernel_source", "_fusedopt"):
                 own[name] = value if is_own(name) else self._copied(value, (("item", name),))
-        vars(self.opt).update(own)
-        vars(self.opt)["state"] = self.state
+        self.opt.__dict__.update(own)
+        self.opt.__dict__["state"] = self.state
         kept = {k: v for k, v in vars(self.opt).items() if not is_own(k)}
         self.containers.append(Container((), vars(opt), vars(self.opt), kept))
 
@@ -102,9 +112,7 @@ class Shadow:
 
     def _container(self, path: Path, real: Any, copy: Any, items: Any, partial: bool) -> Any:
         put = dict(items)
-        if isinstance(copy, list):
-            copy.extend(put.values())
-        elif isinstance(copy, collections.deque):
+        if isinstance(copy, (list, collections.deque)):
             copy.extend(put.values())
         else:
             copy.update(put)
@@ -142,9 +150,8 @@ class Shadow:
             self._memo[id(value)] = copy
             return self._container(path, value, copy, parts, partial or path[-1:] == (("item", "params"),))
         if isinstance(value, dict):
-            copy = (
-                collections.defaultdict(value.default_factory) if kind is collections.defaultdict else kind()
-            )
+            factory = getattr(value, "default_factory", None)
+            copy = collections.defaultdict(factory) if kind is collections.defaultdict else kind()
             self._memo[id(value)] = copy
             return self._container(path, value, copy, self._entries(value, path), any(map(_is_tensor, value)))
         if kind in (set, frozenset):
@@ -184,7 +191,7 @@ class Shadow:
         return self._object(kind, value, path)
 
     def _object(self, kind: type, value: Any, path: Path) -> Any:
-        copy = object.__new__(kind)
+        copy: Any = object.__new__(kind)
         self._memo[id(value)] = copy
         entries = {
             k: v if is_own(k) else self._copied(v, (*path, ("attr", k))) for k, v in vars(value).items()
@@ -206,7 +213,7 @@ class Shadow:
             now = dict(enumerate(c.copy)) if isinstance(c.copy, (list, collections.deque)) else dict(c.copy)
             put = dict(enumerate(c.put.values())) if isinstance(c.copy, (list, collections.deque)) else c.put
             if not c.path:
-                now = {k: v for k, v in now.items() if not is_own(k)}
+                now = {k: v for k, v in now.items() if not is_own(str(k))}
             if now.keys() != put.keys():
                 more = [str(k) for k in now.keys() ^ put.keys() if not isinstance(k, torch.Tensor)]
                 raise NewState(

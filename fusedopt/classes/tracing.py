@@ -1,8 +1,8 @@
 """A class's ``step`` as traces: it is run on a shadow with two parameters of each kind, and must do the same to both.
 
 A parameter's kind is its bucket: what the class can see of it apart from its elements (`trace.signature`). Each of the
-two has a graph of its own, so that a step that mixes parameters is noticed where it does. Branches on numbers of tensors
-are traced along both of their ways, all parameters at once.
+two has a graph of its own, so that a step that mixes parameters is noticed where it does. Branches on numbers of
+tensors are traced along both of their ways, all parameters at once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,17 @@ from .symbolic import Symbolic, made, parameter, tracing
 from .watch import Watch
 
 Bucket = tuple[list[Item], Signature]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an optimizer is fused; see `fused.fuse`."""
+
+    backend: str = "auto"
+    max_grad_norm: float | None = None
+    write_grads: bool = True
+    check: int = 1
+    rounding: str = "each"
 
 
 @dataclass
@@ -73,7 +84,7 @@ class Representative:
                 sym = SymTensor(run, load(self.graph, signature, f"state.{key}", what), what.dtype)
                 self.put[key] = made(sym, meta_of(value))
             elif isinstance(what, Foreign):
-                why = f"the state {key!r} is a {what.dtype} tensor of another shape than the parameter's, or of integers"
+                why = f"the state {key!r} is a {what.dtype} tensor of another shape than the parameter, or of integers"
                 self.put[key] = made(None, meta_of(value), why)
             elif type(value) in (int, float):
                 self.put[key] = self.scalars.number(("state", self.index, key), value)
@@ -262,7 +273,7 @@ def trace_step(
     opt: torch.optim.Optimizer,
     buckets: Sequence[Bucket],
     closure: bool,
-    write_grads: bool,
+    options: Options,
     names: Callable[[Path], str],
 ) -> StepTrace:
     """Trace the step of these buckets. Raises Untraceable, NewState, NeedsAttribute, or what the class raises."""
@@ -279,7 +290,7 @@ def trace_step(
     kind = shadow_class(type(opt), stand_ins)
     runs: list[_Ran] = []
     while any(r.todo for r in representatives) or not runs:
-        runs.append(_run(opt, kind, stand_ins, representatives, scalars, closure, names))
+        runs.append(_run(opt, kind, stand_ins, representatives, scalars, closure, options, names))
         for r in representatives:
             r.end()
     first_run = runs[0]
@@ -289,7 +300,7 @@ def trace_step(
             "a branch on a number of a tensor decides what the optimizer keeps besides its state"
         )
     if left[0] and any(len(group) > 1 for group in groups):
-        alone = _run(opt, kind, stand_ins, [group[0] for group in groups], scalars, closure, names)
+        alone = _run(opt, kind, stand_ins, [group[0] for group in groups], scalars, closure, options, names)
         if alone.left() != left[0]:
             raise Untraceable(
                 "what the step leaves in the optimizer depends on how many parameters there are"
@@ -303,7 +314,7 @@ def trace_step(
         raise Untraceable("a branch depends on numbers of several parameters")
     traces, examples = [], []
     for group in groups:
-        found = [r.traced([*shared, *own[r.index]], write_grads) for r in group]
+        found = [r.traced([*shared, *own[r.index]], options.write_grads) for r in group]
         if any(_different(found[0], other) for other in found[1:]):
             raise Untraceable("what it does to a parameter depends on the others, or on their order")
         traces.append(found[0])
@@ -357,6 +368,7 @@ def _run(
     representatives: list[Representative],
     scalars: ScalarProgram,
     closure: bool,
+    options: Options,
     names: Callable[[Path], str],
 ) -> _Ran:
     """Let the shadow step once."""
@@ -387,7 +399,7 @@ def _run(
     watch = Watch(stand_ins)
     latest()
     try:
-        with tracing() as mode, watch:
+        with tracing(options.rounding == "each") as mode, watch:
             given.mode = mode
             returned = shadow.opt.step(given) if closure else shadow.opt.step()
     except NeedsAttribute:
@@ -404,7 +416,9 @@ def _run(
     if returned is not given.loss and not isinstance(returned, PLAIN):
         raise Untraceable("the step returns something that is not the loss")
     changes = [(p, k, v) for p, k, v in shadow.changes() if v is not given.loss]
-    changes += [(path, FILL, t.__dict__["number"]) for path, t, held in hosted if t.__dict__["number"] is not held]
+    changes += [
+        (path, FILL, t.__dict__["number"]) for path, t, held in hosted if t.__dict__["number"] is not held
+    ]
     host = Host(shadow, used, {path for path, _, _ in hosted}, watch.around(type(opt)))
     host.returns_loss, host.returned = returned is given.loss, returned
     return _Ran(shadow, changes, host)

@@ -1,5 +1,7 @@
-"""What a class's step does besides arithmetic, found while its shadow steps: what it reads around it, and what it must not
-do in a step that is replayed."""
+"""What a class's step does besides arithmetic, found while its shadow steps.
+
+That is what it reads around it, and what it must not do in a step that is replayed.
+"""
 
 from __future__ import annotations
 

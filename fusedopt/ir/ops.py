@@ -12,7 +12,7 @@ and its backend then leaves the program to another.
 
 NaN rules are torch's: ``maximum``, ``minimum`` and the clamps built from them return NaN when either side is NaN,
 ``sign`` of NaN is zero, comparisons with NaN are false except ``ne``. ``expand`` makes one number per element of one
-per tensor (``zeros_like``); it costs nothing. ``to_bfloat16`` and ``to_float16`` round to what such a tensor would hold.
+per tensor (``zeros_like``); it costs nothing. ``to_bfloat16`` and ``to_float16`` round to what such a tensor holds.
 """
 
 from __future__ import annotations

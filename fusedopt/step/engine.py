@@ -50,6 +50,11 @@ class Engine:
         """The kernels of the last step's launches, and how many tensors each went over."""
         return self._launched if self._last is None else self._last.stepped()
 
+    @property
+    def read(self) -> Any:
+        """What the last step took for granted around it (``buckets.read``)."""
+        return self.buckets.read if self._last is None else self._last.read
+
     def repeat(self, scaling: Scaling) -> bool:
         """Do the step if it is of a structure that was bound; else nothing has changed."""
         whys = []

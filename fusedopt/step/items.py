@@ -114,7 +114,10 @@ class Item:
     def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
         """The fields of its signature."""
         p, modes = self.param, self.modes
-        state = [(k, v if type(v) in PLAIN else _visible(v, p, modes, self.one_is_whole)) for k, v in self.state.items()]
+        state = [
+            (k, v if type(v) in PLAIN else _visible(v, p, modes, self.one_is_whole))
+            for k, v in self.state.items()
+        ]
         state.sort(key=_first)
         read = tuple([(name, self.attribute(name)) for name in attributes])
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None

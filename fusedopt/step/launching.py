@@ -34,7 +34,9 @@ class Launched:
 class GraphScalars:
     """Launches whose scalars live on the device, so that a CUDA graph of them can be replayed with others."""
 
-    def __init__(self, launched: list[Launched], norm: Norm | None, changed: Callable[[], str | None]) -> None:
+    def __init__(
+        self, launched: list[Launched], norm: Norm | None, changed: Callable[[], str | None]
+    ) -> None:
         self.norm, self._changed = norm, changed
         self.launches = [
             (entry.launch, [(plan.known.replay, plan.items[0].where[0]) for plan in entry.plans])
@@ -131,7 +133,11 @@ def _column(name: str, rows: list[Item], scaling: Scaling) -> list[torch.Tensor]
 def handed(item: Item, new: dict[str, Any], groups: Groups | None) -> Change:
     """What gives the user new state, which the item has at once."""
     seen, item.state = item.state, item.state | new
-    return groups.hand_over(item) if groups and not isinstance(item, sharded.KINDS) else functools.partial(seen.update, new)
+    return (
+        groups.hand_over(item)
+        if groups and not isinstance(item, sharded.KINDS)
+        else functools.partial(seen.update, new)
+    )
 
 
 def _finishing(plan: Bucket, item: Item) -> list[Change]:

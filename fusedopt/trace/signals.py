@@ -34,7 +34,9 @@ class Untraceable(Signal):
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)
         frame = _caller((*_OURS, "torch.", "numpy."))
-        between = frame.f_globals.get("__name__", "").startswith(("fusedopt.step", "fusedopt.optimizer"))  # no callback
+        between = frame.f_globals.get("__name__", "").startswith(
+            ("fusedopt.step", "fusedopt.optimizer")
+        )  # no callback
         self.where = "" if between else place_of(frame.f_code, frame.f_lineno)
         self.remedy = remedy
 

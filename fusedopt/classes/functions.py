@@ -1,0 +1,522 @@
+"""Torch's functions on symbolic tensors: what each gives, as far as it has a fused form.
+
+Dtypes and shapes come from the same function on meta tensors, which also raises torch's own errors; values come from
+the table of methods that callbacks have (``trace.methods``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..ir.ops import ELEMENT, TENSOR
+from ..trace import methods  # noqa: F401  (fills the table of tensor methods)
+from ..trace.number import Number
+from ..trace.run import Run
+from ..trace.signals import Untraceable
+from ..trace.tensor import (
+    FLOATS,
+    IN_PLACE,
+    METHODS,
+    OPERATORS,
+    SymTensor,
+    alias,
+    as_bool,
+    as_float,
+    called,
+    expand,
+    lift,
+    new,
+    rebind,
+)
+from .symbolic import Symbolic, TensorNumber, Tracing, made, place
+
+_Meta = torch.Tensor
+
+_VIEWS = frozenset(
+    """
+    view reshape flatten ravel unsqueeze squeeze view_as reshape_as expand_as expand unflatten atleast_1d
+    """.split()  # noqa: SIM905
+)
+"""What shows the same elements in another shape, as long as there are as many."""
+_OF_SHAPE = {
+    "shape": "shape",
+    "size": "shape",
+    "ndim": "ndim",
+    "dim": "ndim",
+    "ndimension": "ndim",
+    "numel": "count",
+}
+_OF_SHAPE |= {"nelement": "count", "__len__": "shape", "is_contiguous": "contiguous"}
+_OF_TYPE = frozenset(
+    """
+    dtype is_floating_point is_complex is_sparse layout is_cuda is_cpu is_mps is_quantized is_meta itemsize
+    element_size is_signed is_mkldnn is_xpu is_xla is_sparse_csr is_nested is_conj is_neg is_inference
+    is_same_size names result_type promote_types can_cast is_storage is_tensor
+    """.split()  # noqa: SIM905
+)
+_UNCHANGED = frozenset(
+    [
+        "detach",
+        "detach_",
+        "requires_grad_",
+        "alias",
+        "contiguous",
+        "positive",
+        "resolve_conj",
+        "resolve_neg",
+        "cpu",
+    ]
+)
+_READS = frozenset(["item", "__float__", "__int__", "__index__", "tolist"])
+_GRAD_MODES = frozenset(
+    """
+    is_grad_enabled _set_grad_enabled set_grad_enabled is_inference_mode_enabled get_default_dtype
+    is_compiling is_scripting _record_function_enter_new _record_function_exit is_autocast_enabled device
+    promote_types finfo iinfo broadcast_shapes
+    """.split()  # noqa: SIM905
+)
+_NAMES = (
+    OPERATORS
+    | IN_PLACE
+    | {"__rdiv__": "rdiv", "__div__": "div", "__idiv__": "div_", "__rdiv": "rdiv", "sgn": "sign"}
+)
+_OF_DATA = frozenset({"tensor", "as_tensor", "scalar_tensor", "asarray"})
+_FACTORIES = _OF_DATA | {"zeros", "ones", "full", "empty"}
+_DIMENSIONAL = frozenset(
+    """
+    sum mean amax amin max min any all norm vector_norm std var
+    """.split()  # noqa: SIM905
+)
+
+
+def flat(x: Any) -> Iterator[Any]:
+    if isinstance(x, (list, tuple)):
+        for y in x:
+            yield from flat(y)
+    elif type(x) is dict:
+        for y in x.values():
+            yield from flat(y)
+    else:
+        yield x
+
+
+def mapped(f: Callable[[Any], Any], x: Any) -> Any:
+    if type(x) in (list, tuple):
+        return type(x)(mapped(f, y) for y in x)
+    return {k: mapped(f, y) for k, y in x.items()} if type(x) is dict else f(x)
+
+
+def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a torch function gives."""
+    with torch._C.DisableTorchFunction():
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "__set__"):
+            of = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name == "__set__":
+                raise Untraceable(f"setting .{of} of a tensor has no fused form")
+            return _property(of, func, args)
+        return _function(name.removeprefix("linalg_"), func, args, kwargs)
+
+
+def _property(name: str, func: Any, args: Any) -> Any:
+    x = args[0]
+    if not isinstance(x, Symbolic):
+        return func(*args)
+    if name in _OF_SHAPE or name in _OF_TYPE:
+        return _fact(name, func, args, {})
+    if name == "device":
+        if x.sym is None and x.why:
+            raise Untraceable(x.why)
+        return torch.device("cpu") if x.sym is None else x.sym.run.device
+    if name == "is_leaf":
+        return True
+    if name in ("grad_fn", "_base"):
+        return None
+    raise Untraceable(f"Tensor.{name} has no fused form")
+
+
+def _fact(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a tensor says of itself. What depends on its shape splits the parameters by it."""
+    for x in flat(args):
+        if isinstance(x, Symbolic) and name in _OF_SHAPE and x.sym is not None and x.sym.kind == ELEMENT:
+            known = x.sym.run.attribute(ELEMENT, _OF_SHAPE[name])
+            if name == "is_contiguous":
+                if known is None or any(m != torch.contiguous_format for m in (*args[1:], *kwargs.values())):
+                    raise Untraceable("is_contiguous() of tensors with several layouts")
+                return known
+    return func(*mapped(_meta, args), **mapped(_meta, kwargs))
+
+
+def _meta(x: Any) -> Any:
+    kind = type(x)
+    if kind is Symbolic:
+        return x.meta
+    return x.value if kind is Number else 1.0 if kind is TensorNumber else x
+
+
+def _operand(x: Any) -> Any:
+    kind = type(x)
+    if kind is Symbolic:
+        return place(x) if x.number is None else x.number
+    if kind is TensorNumber:
+        return x.sym
+    if isinstance(x, torch.Tensor):
+        raise Untraceable("a tensor from outside the parameters, their gradients and their state")
+    return x
+
+
+def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if name.startswith("_foreach_"):
+        return _foreach(name.removeprefix("_foreach_"), args, kwargs)
+    symbolic = [x for x in flat((args, kwargs)) if type(x) is Symbolic]
+    mode = Tracing.current
+    if not symbolic:
+        return _outside(name, func, args, kwargs)
+    if mode is not None:
+        mode.acted = True
+    if name in _OF_SHAPE or name in _OF_TYPE:
+        return _fact(name, func, args, kwargs)
+    if name == "get_device":
+        return symbolic[0].device.index if symbolic[0].device.index is not None else -1
+    if name in _READS:
+        if name == "tolist" and args[0].parts is not None:
+            return [TensorNumber.read(part) for part in args[0].parts]
+        return TensorNumber.read(args[0])
+    if name == "__bool__" or name == "is_nonzero":
+        if args[0].number is not None:
+            return bool(args[0].number)
+        x = place(args[0])
+        if x.kind == ELEMENT:
+            return bool(TensorNumber.read(args[0]))
+        return x.run.branch(as_bool(x))
+    name = _NAMES.get(name, name)
+    out = kwargs.get("out")
+    if out is not None:
+        kwargs = {k: v for k, v in kwargs.items() if k != "out"}
+        _write(out, _function(name, func, args, kwargs))
+        return out
+    if not args and "input" in kwargs:
+        args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+    return _method(name, func, args, kwargs)
+
+
+def _outside(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A function of no tensor of the shadow: a tensor of one number, or of several."""
+    if name in _GRAD_MODES:
+        return func(*args, **kwargs)
+    if any(isinstance(x, torch.Tensor) for x in flat((args, kwargs))):
+        raise Untraceable(
+            f"torch.{name} of a tensor from outside the parameters, their gradients and their state"
+        )
+    if name not in _FACTORIES:
+        _refuse(name)
+    values = kwargs.get("data", args[0] if args else None) if name in _OF_DATA else None
+    if isinstance(values, (list, tuple)):
+        parts = [_outside(name, func, (v,), {k: v for k, v in kwargs.items() if k != "data"}) for v in values]
+        return made(None, torch.stack([part.meta for part in parts]), parts=parts)
+    options = {k: v for k, v in mapped(_meta, kwargs).items() if k != "device"}
+    meta = func(*mapped(_meta, args), device="meta", **options)
+    if name in _OF_DATA:
+        number = values
+    elif name == "full":
+        number = kwargs.get("fill_value", args[1] if len(args) > 1 else None)
+    else:
+        number = 1.0 if name == "ones" else 0.0
+    if type(number) is TensorNumber:
+        return made(number.sym, meta)
+    return made(None, meta, number=number)
+
+
+def _like(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The same function on meta tensors, for shape and dtype, or for torch's own error."""
+    return func(*mapped(_meta, args), **mapped(_meta, kwargs))
+
+
+def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    in_place = name.endswith("_") and not name.endswith("__")
+    base = name[:-1] if in_place and name not in METHODS else name
+    tensors = [t for t in flat((args, kwargs)) if type(t) is Symbolic]
+    if name in ("stack", "cat"):
+        return _stack(name, func, args, kwargs)
+    if any(t.parts is not None for t in tensors):
+        return _on_parts(name, func, args, kwargs)
+    if name == "__setitem__":
+        return _put(*args)
+    if isinstance(x, Symbolic) and name in _VIEWS:
+        return _view(name, _like(func, args, kwargs), x)
+    if isinstance(x, Symbolic) and name in _UNCHANGED and not kwargs and len(args) == 1:
+        if name == "contiguous" and x.sym is not None and x.sym.kind == ELEMENT:
+            return _wrapped(name, called(name, METHODS[name], place(x)), x.meta, x)
+        return (
+            x
+            if name.endswith("_")
+            else made(None if x.sym is None else alias(x.sym), x.meta, x.why, x.number)
+        )
+    if base in _CASTS and isinstance(x, Symbolic) and x.sym is not None:
+        return _cast(x, func, args[1:], kwargs)
+    if base not in METHODS:
+        _refuse(name)
+    meta = _like(func, args, kwargs)
+    run = next(
+        (
+            t.sym.run
+            for t in flat((args, kwargs))
+            if type(t) in (Symbolic, TensorNumber) and t.sym is not None
+        ),
+        None,
+    )
+    if run is None:
+        return _on_numbers(base, in_place, meta, args, kwargs)
+    if in_place and isinstance(x, Symbolic) and x.number is not None:
+        _place_number(x, run)
+    if base in _DIMENSIONAL and isinstance(x, Symbolic):
+        args, kwargs = _over_all(x, args, kwargs)
+    operands, options = (
+        [_operand(a) for a in args],
+        {_WORDS.get(k, k): _operand(v) for k, v in kwargs.items()},
+    )
+    if base == "where" and func is not torch.Tensor.where:  # torch's function has the condition first
+        condition, yes, *no = operands
+        operands = [yes, condition, *no]
+    if not isinstance(operands[0], SymTensor):
+        operands[0] = lift(run, operands[0])
+    result = called(name, METHODS[base], *operands, **options)
+    if in_place:
+        if not isinstance(x, Symbolic):
+            raise Untraceable(f"Tensor.{name} writes to a tensor from outside")
+        rebind(place(x), _as_stored(result, x.meta.dtype))
+        return x
+    return _wrapped(name, _as_stored(result, meta.dtype), meta, x)
+
+
+_CASTS = frozenset(["to", "float", "double", "half", "bfloat16", "type", "type_as"])
+_ROUNDS = {torch.bfloat16: "to_bfloat16", torch.float16: "to_float16"}
+_EXACT = frozenset(["load", "neg", "abs", "sign", "to_bfloat16", "to_float16"])
+"""What gives numbers of its arguments' precision."""
+
+
+def _as_stored(x: Any, dtype: torch.dtype, always: bool = False) -> Any:
+    """A result as torch has it, which rounds after every function."""
+    if not isinstance(x, SymTensor) or x.is_bool or dtype not in _ROUNDS:
+        return x
+    wanted = always or Tracing.current is None or Tracing.current.rounds
+    if not wanted or x.run.graph.values[x.node].op in _EXACT:
+        return x
+    out = new(x, _ROUNDS[dtype], x)
+    return SymTensor(x.run, out.node, dtype)
+
+
+def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic:
+    """A tensor in another dtype."""
+    sym = place(x)
+    devices = [a for a in (*args, kwargs.get("device")) if isinstance(a, (str, torch.device))]
+    if any(torch.device(d) != sym.run.device for d in devices):
+        raise Untraceable(f"a tensor is moved from {sym.run.device} to {devices[0]}")
+    args = [_meta(a) for a in args if not isinstance(a, (str, torch.device))]
+    kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+    meta = func(x.meta, *args, **kwargs) if args or kwargs or not devices else x.meta
+    if not isinstance(meta, torch.Tensor):
+        _refuse("type")
+    if meta is x.meta:
+        return x
+    if meta.dtype == torch.bool:
+        return made(as_bool(sym), meta)
+    if meta.dtype not in FLOATS or (meta.dtype == torch.float64 and sym.run.compute != torch.float64):
+        raise Untraceable(f"a cast to {meta.dtype}; values are {sym.run.compute}")
+    value = SymTensor(sym.run, as_float(sym).node, meta.dtype)
+    return made(_as_stored(value, meta.dtype, always=True) if meta.dtype != x.meta.dtype else value, meta)
+
+
+_WORDS = {"fill_value": "value", "exponent": "exponent"}
+
+
+def _place_number(x: Symbolic, run: Run) -> None:
+    """Make a tensor of one number one of a parameter's: it is written to."""
+    if x.hosted:
+        raise Untraceable("a tensor of the optimizer itself gets a number from a parameter")
+    sym = lift(run, x.number)
+    if x.meta.numel() != 1 or run.elements == 1:  # type: ignore[attr-defined]
+        sym = expand(sym)
+    x.__dict__.update(sym=SymTensor(run, sym.node, x.meta.dtype), number=None)
+
+
+_ON_NUMBERS: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b, alpha=1: a + (b if type(alpha) is int and alpha == 1 else b * alpha),
+    "sub": lambda a, b, alpha=1: a - (b if type(alpha) is int and alpha == 1 else b * alpha),
+    "rsub": lambda a, b: b - a,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "rdiv": lambda a, b: b / a,
+    "pow": lambda a, b: a**b,
+    "rpow": lambda a, b: b**a,
+    "neg": lambda a: -a,
+    "abs": abs,
+    "sqrt": lambda a: a**0.5,
+    "square": lambda a: a * a,
+    "clone": lambda a: a,
+    "zeros_like": lambda a: 0.0,
+    "ones_like": lambda a: 1.0,
+    "empty_like": lambda a: 0.0,
+    "zero": lambda a: 0.0,
+    "fill": lambda a, b: b,
+    "copy": lambda a, b: b,
+    "to": lambda a, *_, **__: a,
+    "float": lambda a: a,
+}
+
+
+def _on_numbers(base: str, in_place: bool, meta: _Meta, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A function of tensors of numbers of the host alone."""
+    if base not in _ON_NUMBERS:
+        _refuse(base)
+    number = _ON_NUMBERS[base](*map(_operand, args), **{k: _operand(v) for k, v in kwargs.items()})
+    if in_place:
+        args[0].__dict__["number"] = number
+        return args[0]
+    return made(None, meta, number=number)
+
+
+def _put(x: Any, mask: Any, value: Any) -> None:
+    """``x[mask] = value``: where the mask is, the value."""
+    whole = isinstance(mask, Symbolic) and mask.meta.dtype == torch.bool and mask.meta.shape == x.meta.shape
+    if not whole or (isinstance(value, torch.Tensor) and value.numel() != 1):
+        raise Untraceable("elements of a tensor are written one by one, or where other elements are")
+    rebind(
+        place(x),
+        called("where", METHODS["where"], lift(place(x).run, _operand(value)), place(mask), place(x)),
+    )
+
+
+def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``torch.stack`` of 0-d tensors (``cat`` of those of one element): what is done to all of them is done to each."""
+    parts = list(args[0])
+    if (name == "stack" and any(part.dim() for part in parts)) or (
+        name == "cat" and any(p.shape != (1,) for p in parts)
+    ):
+        _refuse(name)
+    copies = [
+        made(
+            None if p.sym is None else SymTensor(p.sym.run, p.sym.node, p.sym.asked), p.meta, p.why, p.number
+        )
+        for p in parts
+    ]
+    return made(None, _like(func, args, kwargs), parts=copies)
+
+
+def _on_parts(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if name in ("unbind", "__iter__", "split", "chunk"):
+        parts = x.parts
+        return tuple(parts) if name != "__iter__" else iter(parts)
+    if name == "__getitem__" and type(args[1]) is int:
+        return x.parts[args[1]]
+    base = name.removesuffix("_")
+    if base in _DIMENSIONAL or base not in METHODS:
+        raise Untraceable(f"torch.{name} mixes parameters")
+    count = next(len(t.parts) for t in flat((args, kwargs)) if type(t) is Symbolic and t.parts is not None)
+
+    def of(a: Any, i: int) -> Any:
+        return a.parts[i] if type(a) is Symbolic and a.parts is not None else a
+
+    results = [
+        _function(name, func, tuple(of(a, i) for a in args), {k: of(v, i) for k, v in kwargs.items()})
+        for i in range(count)
+    ]
+    if name.endswith("_") and not name.endswith("__"):
+        return x
+    return made(None, torch.stack([r.meta.reshape(()) for r in results]), parts=results)
+
+
+def _refuse(name: str) -> Any:
+    raise Untraceable(f"torch.{name} has no fused form")
+
+
+def _wrapped(name: str, result: Any, meta: Any, x: Any) -> Any:
+    """A result as the class sees it."""
+    if not isinstance(result, SymTensor):
+        return result
+    if not isinstance(meta, torch.Tensor):
+        _refuse(name)
+    if isinstance(x, Symbolic) and x.sym is not None and result.place is x.sym.place and meta is x.meta:
+        return made(result, meta)
+    elements = result.run.elements
+    if (result.kind == ELEMENT and meta.numel() != elements) or (result.kind == TENSOR and meta.numel() != 1):
+        raise Untraceable(f"torch.{name} makes a tensor of another shape than the parameter's")
+    return made(result, meta)
+
+
+def _view(name: str, meta: _Meta, x: Symbolic) -> Symbolic:
+    sym = place(x)
+    if sym.kind == ELEMENT and name not in ("unsqueeze", "squeeze"):
+        sym.run.attribute(ELEMENT, "contiguous")
+    if meta.numel() != x.meta.numel() or not (meta.is_contiguous() and x.meta.is_contiguous()):
+        raise Untraceable(f"Tensor.{name} shows a tensor's elements in another order or number")
+    return made(alias(sym), meta)
+
+
+def _over_all(x: Symbolic, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A reduction over all dimensions, each named, is one over everything."""
+    dim = kwargs.get("dim")
+    if dim is None or kwargs.get("keepdim") or place(x).kind != ELEMENT:
+        return args, kwargs
+    ndim = len(place(x).run.attribute(ELEMENT, "shape"))
+    named = {d % max(ndim, 1) for d in (dim if isinstance(dim, (tuple, list)) else (dim,))}
+    if len(named) == ndim and x.meta.dim() == ndim:
+        return args, {k: v for k, v in kwargs.items() if k != "dim"}
+    return args, kwargs
+
+
+def _write(to: Any, value: Any) -> None:
+    if not isinstance(to, Symbolic) or not isinstance(value, Symbolic):
+        raise Untraceable("a tensor from outside is written to")
+    if to.number is not None and value.sym is not None:
+        _place_number(to, value.sym.run)
+    if to.number is not None:
+        to.__dict__["number"] = value.number
+    else:
+        rebind(place(to), value.number if value.sym is None and value.number is not None else place(value))
+
+
+_POSITIONS = {"addcdiv": 3, "addcmul": 3}
+_ALONE = {"maximum": "clamp_min", "minimum": "clamp_max", "clamp_min": "clamp_min", "clamp_max": "clamp_max"}
+
+
+def _foreach(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``_foreach_add_`` and its like, tensor by tensor. Tensors of a list have one shape with those they meet."""
+    base, in_place = name.removesuffix("_"), name.endswith("_")
+    count = len(next(a for a in args if isinstance(a, (list, tuple))))
+    out = []
+    for i in range(count):
+        given = [a[i] if isinstance(a, (list, tuple)) else a for a in args]
+        named = {k: v[i] if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()}
+        for word in ("scalars", "scalar", "tensors2", "other", "weight", "weights", "exponent", "value"):
+            if word in named and not (word == "value" and base not in _POSITIONS):
+                given.append(named.pop(word))
+        if len(given) > _POSITIONS.get(base, 9):
+            named["value"] = given.pop()
+        if base == "norm":
+            out.append(_function("vector_norm", torch.linalg.vector_norm, tuple(given), named))
+            continue
+        x, plain = given[0], _ALONE.get(base)
+        if plain and len(given) == 2 and not isinstance(given[1], torch.Tensor):
+            base = plain
+        function = getattr(torch.Tensor, base, None) or getattr(torch, base, None)
+        if not isinstance(x, torch.Tensor):  # _foreach_pow(number, tensors)
+            function = getattr(torch, base)
+        if base in ("zero", "copy", "fill"):
+            _function(f"{base}_", getattr(torch.Tensor, f"{base}_"), tuple(given), named)
+            continue
+        if function is None:
+            _refuse(f"_foreach_{name}")
+        result = _function(base, function, tuple(given), named)
+        if in_place:
+            _write(x, result)
+        out.append(result)
+    return None if in_place else out
+
+
+Tracing.function = staticmethod(call)
