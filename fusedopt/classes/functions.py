@@ -284,6 +284,9 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         operands = [yes, condition, *no]
     if not isinstance(operands[0], SymTensor):
         operands[0] = lift(run, operands[0])
+    if base in _IN_DTYPE and run.device.type == "cpu":
+        operands = [_in_dtype(run, o, meta.dtype) for o in operands]
+        options = {k: _in_dtype(run, o, meta.dtype) for k, o in options.items()}
     result = called(name, METHODS[base], *operands, **options)
     if in_place:
         if not isinstance(x, Symbolic):
@@ -297,6 +300,15 @@ _CASTS = frozenset(["to", "float", "double", "half", "bfloat16", "type", "type_a
 _ROUNDS = {torch.bfloat16: "to_bfloat16", torch.float16: "to_float16"}
 _EXACT = frozenset(["load", "neg", "abs", "sign", "to_bfloat16", "to_float16"])
 """What gives numbers of its arguments' precision."""
+
+
+_IN_DTYPE = frozenset({"add", "sub", "rsub"})
+"""What takes numbers in the tensors' own dtype, on the CPU; all else takes them as float32."""
+
+
+def _in_dtype(run: Run, x: Any, dtype: torch.dtype) -> Any:
+    is_number = type(x) in (Number, float) or (isinstance(x, SymTensor) and x.asked is None)
+    return _as_stored(lift(run, x), dtype) if is_number and dtype in _ROUNDS else x
 
 
 def _as_stored(x: Any, dtype: torch.dtype, always: bool = False) -> Any:
