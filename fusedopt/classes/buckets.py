@@ -194,7 +194,7 @@ class StepBuckets(Buckets):
         step = trace_step(opt, buckets, self.closure, self.options, self._name)
         if not any(trace.program.stores for trace in step.traces):
             raise Untraceable("the step changes no parameter and no tensor of its state")
-        if self.options.check and (why := difference(opt, step)):
+        if self.options.check and (why := difference(opt, step, self.options)):
             raise Untraceable(f"what kernels would do differs from what the step does: {why}")
         compiled = [self._compiled(trace) for trace in step.traces]
         known[:] = [*known[-MAX_KNOWN:], (step.host, compiled)]

@@ -10,7 +10,7 @@ from ..ir.program import interpret
 from ..step.items import Item
 from ..trace.tracer import Trace
 from .shadow import Path, Shadow
-from .tracing import StepTrace, plain_function
+from .tracing import Options, StepTrace, plain_function
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far results may be apart, relative to the largest, by the lowest precision among the tensors of a step: a class
@@ -47,12 +47,12 @@ class Copies:
         return self.tensors[id(p)], self.states.get(id(p), {})
 
 
-def difference(opt: torch.optim.Optimizer, step: StepTrace) -> str | None:
+def difference(opt: torch.optim.Optimizer, step: StepTrace, options: Options) -> str | None:
     """What a trace does otherwise than the class's own step, to copies of the parameters it was traced with."""
     examples = [example for bucket in step.examples for example in bucket]
     copies = Copies(opt, [item.owner for item, _ in examples], step.closure)
     for item, trace in examples:
-        if why := _apart(item, trace, *copies.of(item.owner)):
+        if why := _apart(item, trace, *copies.of(item.owner), options.write_grads):
             return why
     return step.host.differs(vars(opt), vars(copies.shadow.opt))
 
@@ -88,13 +88,17 @@ def _clone(path: Path, value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _apart(item: Item, trace: Trace, p: torch.Tensor, state: dict[str, Any]) -> str | None:
+def _apart(item: Item, trace: Trace, p: torch.Tensor, state: dict[str, Any], grads: bool) -> str | None:
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
     given = {n: buffers.get(n, torch.ones(())) for n, _ in trace.program.buffers} | {"param": item.param}
     on_host = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     ours = interpret(trace.program, on_host, trace.slot_values())
     close = _closeness([item.param, item.grad, *item.state.values()])
-    theirs = {"param": p.detach(), "grad": p.grad} | {f"state.{k}": v for k, v in state.items()}
+    theirs = (
+        {"param": p.detach()}
+        | ({"grad": p.grad} if grads else {})
+        | {f"state.{k}": v for k, v in state.items()}
+    )
     for name, value in theirs.items():
         before = buffers[name]
         if not isinstance(value, torch.Tensor):

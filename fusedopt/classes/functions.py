@@ -232,7 +232,14 @@ def _outside(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _like(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The same function on meta tensors, for shape and dtype, or for torch's own error."""
-    return func(*mapped(_meta, args), **mapped(_meta, kwargs))
+    options = {
+        k: 1.0 if k in _SCALARS and type(v) is Symbolic else mapped(_meta, v) for k, v in kwargs.items()
+    }
+    return func(*mapped(_meta, args), **options)
+
+
+_SCALARS = frozenset({"alpha", "value", "min", "max"})
+"""Arguments that torch takes the number of, where they are tensors."""
 
 
 def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

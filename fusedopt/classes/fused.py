@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from ..trace.signals import place_of as place_in
 from .buckets import ClassGroups, StepBuckets
 from .check import Sample
 from .shadow import NewState
-from .tracing import Options
+from .tracing import Options, plain_function
 
 RETRACES = 3
 """Steps in a row that have to be traced anew, or that have no trace, after which none is tried any more."""
@@ -50,7 +51,7 @@ class Fused:
         self.engine = Engine(self.buckets)
         self.reason, self.given_up = "", False
         self._misses = self._steps = 0
-        self._calls_first = False
+        self._calls_first = self._new_trace = False
         self.said: set[Any] = set()
 
     def __reduce__(self) -> Any:
@@ -82,6 +83,9 @@ class Fused:
             return self._own(opt, None if closure is None else lambda: loss)
         host: Any = self.engine.read
         host.write(vars(opt))
+        if self._new_trace:  # now that the step is done, as warnings may be errors
+            self._new_trace = False
+            self._miss(opt, self.engine.steps.why)
         if sample is not None and (why := sample.difference(opt)):
             self.reason = f"step {self._steps} was another than its own in {why}. Remedy: report it"
             self._give_up(opt)
@@ -114,8 +118,7 @@ class Fused:
             made = self.buckets.traces_made
             self.engine.step(todo, self.scaling, self.groups, bind=True)
             self.reason = ""
-            if self.buckets.traces_made > made:
-                self._miss(opt, self.engine._why or "first trace")
+            self._new_trace = self.buckets.traces_made > made
         return ok[0]
 
     @contextlib.contextmanager
@@ -141,7 +144,11 @@ class Fused:
             self._give_up(opt)
 
     def _described(self, opt: torch.optim.Optimizer, error: BaseException) -> str:
-        where = getattr(error, "where", "") or _where_raised(error) or place_of(type(opt).step)
+        where = (
+            getattr(error, "where", "")
+            or _where_raised(error)
+            or place_of(inspect.unwrap(plain_function(type(opt).step)))
+        )
         text = (
             str(error) if isinstance(error, (Untraceable, NewState)) else f"{type(error).__name__}: {error}"
         )
@@ -284,10 +291,13 @@ def fuse(
     Values are computed in float32, float64 for float64 parameters; reductions are accumulated in float64.
 
     Raises:
-        TypeError: ``opt`` is no optimizer and makes none, is a ``fusedopt.Optimizer``, or is fused already.
-        ValueError: an unknown backend or rounding; max_grad_norm that is not above zero.
+        TypeError: ``opt`` is no optimizer and makes none, is a ``fusedopt.Optimizer``, is fused already, or has a
+            ``step`` that needs arguments.
+        ValueError: an unknown backend or rounding; a negative check; max_grad_norm that is not above zero.
     """
     options = Options(backends.check_name(backend), max_grad_norm, write_grads, check, rounding)
+    if check < 0:
+        raise ValueError(f"check is 0 for never, 1 for each trace, or a number of steps; it is {check}")
     if rounding not in ("each", "once"):
         raise ValueError(f"rounding is 'each' or 'once'; it is {rounding!r}")
     if max_grad_norm is not None and not max_grad_norm > 0:
@@ -303,6 +313,17 @@ def fuse(
         raise TypeError("a fusedopt.Optimizer steps in fused kernels as it is")
     if "_fusedopt" in vars(opt):
         raise TypeError("this optimizer is fused already; fusedopt.unfuse(opt) undoes it")
+    parameters = list(inspect.signature(plain_function(type(opt).step)).parameters.values())[1:]
+    for given in parameters:
+        if (
+            given.default is given.empty
+            and given.kind <= given.POSITIONAL_OR_KEYWORD
+            and given.name != "closure"
+        ):
+            raise TypeError(
+                f"{type(opt).__name__}.step needs the argument {given.name!r}; fuse() is for steps that are called as "
+                "step() or step(closure)"
+            )
     had = vars(opt).get("step")
     watched = getattr(had, "_wrapped_by_lr_sched", False)
     if had is not None and not watched:

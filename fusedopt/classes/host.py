@@ -177,6 +177,10 @@ def _looking(
             demand(f"{x} {short} {constant(value)}", path, "is another one now")
         else:
             demand(f"{x} == {constant(value)}", path, "is another one now")
+    for path, value in shadow.aliases:
+        if all(isinstance(key, (str, int, type(None))) for _, key in path):
+            x = f"{variable(path[:-1])}{_steps(path[-1:])}"
+            demand(f"{x} is {constant(value)}", path, "is another object now")
     for path, value in shadow.numbers.items():
         _check(path)
         x = f"{variable(path[:-1])}{_steps(path[-1:])}"

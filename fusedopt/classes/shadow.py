@@ -88,6 +88,8 @@ class Shadow:
         self.containers: list[Container] = []
         self.numbers: dict[Path, Any] = {}
         self.flags: list[tuple[Path, Any]] = []
+        self.aliases: list[tuple[Path, Any]] = []
+        """Objects that are found by another path too, which was taken first."""
         self.opt: Any = object.__new__(kind)
         self._memo[id(opt)] = self.opt
         self.state: Any = collections.defaultdict(dict)
@@ -95,7 +97,8 @@ class Shadow:
         self._memo[id(real)] = self.state
         self._container((("item", "state"),), real, self.state, self._states(real, state), False)
         own = {}
-        for name, value in vars(opt).items():
+        # Groups first: their numbers have the shortest names.
+        for name, value in sorted(vars(opt).items(), key=lambda entry: entry[0] != "param_groups"):
             if name not in ("state", "step", "explain", "kernel_source", "_fusedopt"):
                 own[name] = value if is_own(name) else self._copied(value, (("item", name),))
         self.opt.__dict__.update(own)
@@ -127,7 +130,13 @@ class Shadow:
         if isinstance(value, PLAIN) or kind in (torch.device, torch.Size, complex):
             self.flags.append((path, value))
             return value
+        if isinstance(
+            value, (tuple, frozenset)
+        ):  # others may take its place here, and not where it is known from
+            return self._of_kind(kind, value, path)
         if id(value) in self._memo:
+            if not isinstance(value, torch.Tensor):
+                self.aliases.append((path, value))
             return self._memo[id(value)]
         self._alive.append(value)
         made = self._memo[id(value)] = self._of_kind(kind, value, path)

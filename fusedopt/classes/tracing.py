@@ -20,8 +20,8 @@ from ..ir.program import Buffer, Graph
 from ..step.items import Item
 from ..trace.number import ARITHMETIC, Number, ScalarProgram
 from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, load, merged
-from ..trace.signals import NeedsAttribute, Untraceable, latest
-from ..trace.signature import FACTOR, PLAIN, Foreign, Signature
+from ..trace.signals import NeedsAttribute, Untraceable, latest, line_now
+from ..trace.signature import FACTOR, PLAIN, Foreign, Signature, structure_of
 from ..trace.standins import StandIns
 from ..trace.tensor import SymTensor
 from ..trace.tracer import Trace, program_of
@@ -49,6 +49,8 @@ class Elements(Run):
     """A run whose parameter has this many elements."""
 
     elements: int = 0
+
+    where = staticmethod(line_now)
 
 
 class Representative:
@@ -326,7 +328,11 @@ def trace_step(
     for guard in shared if host.leaves_something else ():
         ours.guard(move(guard.index), guard.value, guard.where)
     host.finish()
-    host.active = [[item.owner for item in items] for items, _ in buckets]
+    active: dict[Any, list[torch.Tensor]] = {}
+    for items, signature in buckets:
+        key = items[0].where[0], structure_of(signature)
+        active.setdefault(key, []).extend(item.owner for item in items)
+    host.active = list(active.values())
     return StepTrace(host, traces, examples, closure)
 
 

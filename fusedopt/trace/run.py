@@ -16,7 +16,7 @@ from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph
 from . import methods  # noqa: F401  (fills the table of tensor methods)
 from .number import Number, Scalar, ScalarProgram
-from .signals import Changes, NeedsAttribute, Untraceable, latest
+from .signals import Changes, NeedsAttribute, Untraceable, latest, where_now
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
 from .standins import StandIns
 from .tensor import SymParameter, SymTensor, lift
@@ -47,6 +47,9 @@ class Run:
     taken: list[bool] = field(default_factory=list)
     raw: int = 0
     finished: bool = False
+
+    where = staticmethod(where_now)
+    """What is said of the code that a new value comes from."""
 
     @property
     def compute(self) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 import threading
 import types
@@ -70,6 +71,13 @@ def _is_within(module: str, inner: tuple[str, ...]) -> bool:
 def place_of(code: types.CodeType, line: int) -> str:
     """``file.py:12``."""
     return f"{code.co_filename.rsplit('/', 1)[-1]}:{line}"
+
+
+def line_now() -> str:
+    """The line of code and its place, for the innermost frame outside this package's tracer."""
+    frame = _caller((*_OURS, "torch."))
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    return f"{line or frame.f_code.co_name}, {place_of(frame.f_code, frame.f_lineno)}"
 
 
 def where_now() -> str:

@@ -17,7 +17,7 @@ import torch
 
 from ..ir.ops import ELEMENT, TENSOR
 from .number import Number
-from .signals import Untraceable, where_now
+from .signals import Untraceable
 
 if TYPE_CHECKING:
     from .run import Run
@@ -216,7 +216,7 @@ def lift(run: Run, x: Any) -> SymTensor:
 
 def new(like: SymTensor, op: str, *args: SymTensor) -> SymTensor:
     run = like.run
-    node = run.graph.op(op, *[a.node for a in args], where=where_now)
+    node = run.graph.op(op, *[a.node for a in args], where=run.where)
     return SymTensor(run, node, _promote(args))
 
 
