@@ -57,15 +57,32 @@ struct Group {
 
 // An entry of a parameter's state.
 struct Entry {
+  // The object itself, or what a dict or list there has under the key `inner`; its entries follow one another.
   enum class Kind { flag, number, element, whole, other, ignored }; // tensors: a number per element, one for all, others
   py::object key;
   Kind kind;
   py::object value; // a flag's; a number's, for its type; of tensors the dtype
   int64_t column;   // of its address in the table; -1: kernels do not take it
   bool written;
+  bool nested = false;
+  py::object inner;
   Scalar::Type type = Scalar::Type::real;
   std::optional<at::ScalarType> dtype;
 };
+
+// What a dict or list has under a key; null if it has not.
+inline PyObject* within(PyObject* container, PyObject* key) {
+  if (PyDict_Check(container))
+    return PyDict_GetItemWithError(container, key);
+  const Py_ssize_t i = PyLong_Check(key) ? PyLong_AsSsize_t(key) : -1;
+  return PyList_CheckExact(container) && i >= 0 && i < PyList_GET_SIZE(container) ? PyList_GET_ITEM(container, i) : nullptr;
+}
+inline bool put_within(PyObject* container, PyObject* key, PyObject* value) {
+  if (PyDict_Check(container))
+    return PyDict_SetItem(container, key, value) == 0;
+  Py_INCREF(value);
+  return PyList_SetItem(container, PyLong_AsSsize_t(key), value) == 0;
+}
 
 struct Bucket {
   size_t group, launch;
@@ -504,14 +521,33 @@ class BoundStep {
   const char* check_state(Row& row, const Bucket& bucket, const Run& run, const at::TensorImpl& param, const State& state) {
     Py_ssize_t position = 0;
     PyObject *key, *value;
-    size_t number = row.first_number;
+    PyObject* container = nullptr;
+    size_t number = row.first_number, entries = 0;
     for (size_t e = 0; e < bucket.entries.size(); ++e) {
       const Entry& entry = bucket.entries[e];
-      if (!PyDict_Next(row.state, &position, &key, &value) || key != entry.key.ptr()) {
+      const bool another = !entry.nested || e == 0 || !bucket.entries[e - 1].nested ||
+                           bucket.entries[e - 1].key.ptr() != entry.key.ptr();
+      entries += another;
+      if (another && (!PyDict_Next(row.state, &position, &key, &value) || key != entry.key.ptr())) {
         position = PY_SSIZE_T_MAX; // another order, or an equal key: from here on by hash
         value = PyDict_GetItemWithError(row.state, entry.key.ptr());
         if (!value)
           return "its state has other entries";
+      }
+      if (entry.nested) {
+        if (another) {
+          container = value;
+          size_t siblings = 1;
+          while (e + siblings < bucket.entries.size() && bucket.entries[e + siblings].nested &&
+                 bucket.entries[e + siblings].key.ptr() == entry.key.ptr())
+            ++siblings;
+          if (!(PyDict_Check(value) || PyList_CheckExact(value)) ||
+              static_cast<size_t>(PyObject_Size(value)) != siblings)
+            return "a container in its state has other entries";
+        }
+        value = within(container, entry.inner.ptr());
+        if (!value)
+          return "a container in its state has other entries";
       }
       switch (entry.kind) {
         case Entry::Kind::flag:
@@ -544,7 +580,7 @@ class BoundStep {
         }
       }
     }
-    const bool more = static_cast<size_t>(PyDict_GET_SIZE(row.state)) != bucket.entries.size();
+    const bool more = static_cast<size_t>(PyDict_GET_SIZE(row.state)) != entries;
     return more ? "its state has other entries" : nullptr;
   }
 
@@ -811,9 +847,14 @@ class BoundStep {
         prefetch(rows_[i + ahead], rows_[i + ahead].dict_lines);
       const Row& row = rows_[i];
       const Bucket& bucket = buckets_[row.bucket];
-      for (size_t k = 0; row.on && k < bucket.outputs.size(); ++k)
-        if (PyDict_SetItem(row.state, bucket.entries[bucket.outputs[k]].key.ptr(), sets_[row.set].made[k].ptr()) != 0)
+      for (size_t k = 0; row.on && k < bucket.outputs.size(); ++k) {
+        const Entry& entry = bucket.entries[bucket.outputs[k]];
+        PyObject* made = sets_[row.set].made[k].ptr();
+        const bool put = entry.nested ? put_within(within(row.state, entry.key.ptr()), entry.inner.ptr(), made)
+                                      : PyDict_SetItem(row.state, entry.key.ptr(), made) == 0;
+        if (!put)
           throw py::error_already_set();
+      }
     }
   }
 

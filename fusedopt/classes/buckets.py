@@ -20,6 +20,7 @@ from ..trace.signature import Signature, is_plain, structure_of
 from .check import difference
 from .host import Host
 from .shadow import NewState, Path, shown
+from .stores import flattened, put, stores_of, values_of, whole_of
 from .tracing import Options, trace_step
 
 
@@ -43,7 +44,7 @@ class ClassGroups:
         self._ref = weakref.ref(opt)
         self.numbers: dict[str, Any] = {"params": []}
         self._stateless: set[int] = set()
-        self._completed: tuple[Any, list[Any], dict[Any, Any]] | None = None
+        self._instead: tuple[list[tuple[Any, list[Any]]], dict[Any, Any]] | None = None
 
     @property
     def opt(self) -> torch.optim.Optimizer:
@@ -57,19 +58,27 @@ class ClassGroups:
 
     @property
     def state(self) -> dict[Any, Any]:
-        """The class's own; or, where parameters have no state, one with theirs, empty, as long as that is so."""
-        real = self.opt.state
-        if self._completed is not None:
-            known, dicts, completed = self._completed
-            if real is known and len(real) == len(dicts) and all(map(operator.is_, real.values(), dicts)):
-                return completed
-        return real
+        """The class's own; or a dict that has what it keeps of each parameter, as long as that is where it was.
+
+        The other is there where parameters have no state, and where several optimizers, one in another, have some.
+        """
+        if self._instead is not None:
+            known, instead = self._instead
+            stores = stores_of(self.opt)
+            if len(stores) == len(known) and all(
+                a is b and len(a) == len(values) and all(map(operator.is_, a.values(), values))
+                for a, (b, values) in zip(stores, known, strict=True)
+            ):
+                return instead
+            return {}
+        return stores_of(self.opt)[0]
 
     def numbers_of(self, group: int) -> int:
         return -1
 
-    def called(self, stored: str) -> str:
-        return stored
+    def entries(self, p: torch.Tensor) -> Iterator[tuple[Any, bool, Any, str, Any]]:
+        for name, (stored, nested, inner, value) in flattened(self.state[p]).items():
+            yield stored, nested, inner, name, value
 
     def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]:
         if group is self.numbers:
@@ -78,7 +87,7 @@ class ClassGroups:
                     yield name, -1, value, name, value, float("-inf")
 
     def hand_over(self, item: Item) -> Callable[[], None]:
-        return partial(self.state[item.home].update, item.state)
+        return partial(put, self.state[item.home], item.state)
 
     def keep(self, todo: list[Item]) -> None:
         """Nothing: state is the class's own."""
@@ -86,7 +95,7 @@ class ClassGroups:
     def items(self, scaling: Scaling) -> list[Item]:
         """The parameters with a gradient. Raises Untraceable for one that kernels cannot take."""
         todo: list[Item] = []
-        modes, real, without, empty = scaling.modes(False), self.opt.state, [], False
+        modes, whole = scaling.modes(False), self._looked_up()
         for g, group in enumerate(self.opt.param_groups):
             params = list(group["params"])
             leaf.settle(params)
@@ -95,33 +104,46 @@ class ClassGroups:
                     continue
                 if why := _strange(p) or _strange(p.grad):
                     raise Untraceable(f"parameter {i} of group {g} {why}")
-                state = dict(real[p]) if p in real else {}
-                without += [] if p in real else [p]
-                empty |= p in real and not state
+                state = values_of(whole[p])
                 todo.append(ClassItem(p, p.grad, state, (g, i), self.numbers, modes))
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
-        new = {id(p) for p in without}
-        if not new <= self._stateless:  # the class makes their state; if not, they need none
-            self._stateless |= new
-            raise NewState("state is new", traced=False)
-        if without and empty:  # the class looks it up, which makes an entry
-            raise NewState("a parameter gets its entry in the state", traced=False)
-        self._completed = (
-            (real, list(real.values()), {**real, **{p: {} for p in without}}) if without else None
-        )
         if len({id(item.owner) for item in todo}) < len(todo):
             raise Untraceable("a parameter is listed twice")
         return todo
 
+    def _looked_up(self) -> dict[Any, dict[Any, Any]]:
+        """What is kept of each parameter that has a gradient. Raises NewState if there is more to come."""
+        stores = stores_of(self.opt)
+        params = [p for group in self.opt.param_groups for p in group["params"] if p.grad is not None]
+        found = ((p, whole_of(stores, p)) for p in params)
+        whole = {p: kept for p, kept in found if kept is not None}
+        without = [p for p in params if p not in whole]
+        new = {id(p) for p in without}
+        if not new <= self._stateless:  # the class makes their state; if not, they need none
+            self._stateless |= new
+            raise NewState("state is new", traced=False)
+        if without and not all(whole.values()):  # the class looks it up, which makes an entry
+            raise NewState("a parameter gets its entry in the state", traced=False)
+        self._instead = None
+        if without or len(stores) > 1:
+            whole |= {p: {} for p in without}
+            resting = [p for p in self._all() if p.grad is None]
+            whole |= {p: kept for p in resting if (kept := whole_of(stores, p)) is not None}
+            self._instead = [(store, list(store.values())) for store in stores], {**stores[0], **whole}
+        return whole
+
+    def _all(self) -> list[torch.Tensor]:
+        return [p for group in self.opt.param_groups for p in group["params"]]
+
     def resting(self, stepped: list[Item]) -> list[Item]:
         """Parameters without a gradient now that had one before, as if theirs were zero."""
-        modes = stepped[0].modes
+        modes, state = stepped[0].modes, self.state
         return [
-            ClassItem(p, p.detach(), dict(self.opt.state[p]), (g, i), self.numbers, modes)
+            ClassItem(p, p.detach(), values_of(state[p]), (g, i), self.numbers, modes)
             for g, group in enumerate(self.opt.param_groups)
             for i, p in enumerate(group["params"])
-            if p.grad is None and p in self.opt.state and not _strange(p)
+            if p.grad is None and p in state and not _strange(p)
         ]
 
 

@@ -10,6 +10,7 @@ from ..ir.program import interpret
 from ..step.items import Item
 from ..trace.tracer import Trace
 from .shadow import Path, Shadow
+from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
 from .tracing import Options, StepTrace, plain_function
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -22,14 +23,19 @@ class Copies:
 
     def __init__(self, opt: torch.optim.Optimizer, params: list[torch.Tensor], closure: bool) -> None:
         self.tensors: dict[int, Any] = {}
-        self.states: dict[int, dict[str, Any]] = {}
+        self._stores = stores_of(opt)
+        self._states: dict[int, Any] = {}
+        known: dict[int, dict[int, Any]] = {id(store): {} for store in self._stores}
         for p in params:
             self._add(opt, p)
         for group in opt.param_groups:
             resting = [p for p in group["params"] if p.grad is None][:1]
             for p in resting:
                 self._add(opt, p)
-        self.shadow = Shadow(opt, type(opt), self.tensors, _clone, self.states)
+        for at, state in self._states.items():
+            for store, kept in in_stores(self._stores, state).items():
+                known[store][at] = kept
+        self.shadow = Shadow(opt, type(opt), self.tensors, _clone, known)
         plain_function(type(opt).step)(self.shadow.opt, *((lambda: torch.zeros(()),) if closure else ()))
 
     def _add(self, opt: torch.optim.Optimizer, p: torch.Tensor) -> None:
@@ -37,14 +43,17 @@ class Copies:
         self.tensors[id(p)] = copy
         if p.grad is not None:
             copy.grad = self.tensors[id(p.grad)] = p.grad.detach().clone()
-        if p in opt.state:
-            self.states[id(p)] = {
-                k: self.tensors.setdefault(id(v), v.detach().clone()) if isinstance(v, torch.Tensor) else v
-                for k, v in opt.state[p].items()
-            }
+        if (whole := whole_of(self._stores, p)) is not None:
+            self._states[id(p)] = rebuilt(whole, self._copied)
+
+    def _copied(self, name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return self.tensors.setdefault(id(value), value.detach().clone())
 
     def of(self, p: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        return self.tensors[id(p)], self.states.get(id(p), {})
+        """The copy of a parameter, and its state by name."""
+        return self.tensors[id(p)], values_of(self._states.get(id(p), {}))
 
 
 def difference(opt: torch.optim.Optimizer, step: StepTrace, options: Options) -> str | None:
@@ -72,8 +81,9 @@ class Sample:
             close = _closeness([p, p.grad, *state.values()])
             if not _close(p, copy.detach(), start, close):
                 return f"a parameter of shape {tuple(p.shape)}"
+            real = values_of(whole_of(stores_of(opt), p) or {})
             for key, value in state.items():
-                ours = opt.state[p].get(key)
+                ours: Any = real.get(key)
                 same = (
                     _close(ours, value, None, close)
                     if isinstance(value, torch.Tensor)

@@ -205,7 +205,7 @@ def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _outside(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """A function of no tensor of the shadow: a tensor of one number, or of several."""
-    if name in _GRAD_MODES:
+    if name.split(".")[0] in _GRAD_MODES:
         return func(*args, **kwargs)
     if any(isinstance(x, torch.Tensor) for x in flat((args, kwargs))):
         raise Untraceable(

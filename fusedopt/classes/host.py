@@ -165,7 +165,7 @@ def _looking(
         lines.append(f"    if not ({condition}): return {f'{shown(path)} {what}'!r}")
 
     for c in shadow.containers:
-        if c.path == (("item", "state"),):
+        if c.store:
             continue
         if any(not isinstance(k, (str, int, type(None))) for _, k in c.path):
             raise Untraceable(f"{shown(c.path[:1])} has keys of type {type(c.path[-1][1]).__name__}")

@@ -59,6 +59,8 @@ class Container:
     copy: Any
     put: dict[Any, Any]
     partial: bool = False
+    store: bool = False
+    """Whether it has state by parameter."""
 
 
 def is_own(name: str) -> bool:
@@ -67,7 +69,8 @@ def is_own(name: str) -> bool:
 
 class Shadow:
     """A copy of an optimizer. ``tensors`` are what stands for its tensors, by id; ``number(path, value)`` makes what
-    stands for a number, ``function(f)`` for a function. ``numbers`` and ``flags`` are the optimizer's, by path.
+    stands for a number, ``function(f)`` for a function; ``state`` has what stands for the entries of each store of
+    state, by the ids of store and parameter. ``numbers`` and ``flags`` are the optimizer's, by path.
     """
 
     def __init__(
@@ -76,11 +79,9 @@ class Shadow:
         kind: type,
         tensors: dict[int, Any],
         number: Callable[[Path, Any], Any],
-        state: dict[int, dict[str, Any]],
+        state: dict[int, dict[int, Any]],
         function: Callable[[Any], Any] = lambda f: f,
     ) -> None:
-        if "param_groups" not in vars(opt) or "state" not in vars(opt):
-            raise Untraceable("the optimizer keeps its groups or state in another object")
         self._number, self._tensors, self._function = number, tensors, function
         self.params = {id(p) for group in opt.param_groups for p in group["params"]}
         self._memo: dict[int, Any] = {}
@@ -92,24 +93,21 @@ class Shadow:
         """Objects that are found by another path too, which was taken first."""
         self.opt: Any = object.__new__(kind)
         self._memo[id(opt)] = self.opt
-        self.state: Any = collections.defaultdict(dict)
-        real = vars(opt)["state"]
-        self._memo[id(real)] = self.state
-        self._container((("item", "state"),), real, self.state, self._states(real, state), False)
+        self._stores = state
         own = {}
         # Groups first: their numbers have the shortest names.
         for name, value in sorted(vars(opt).items(), key=lambda entry: entry[0] != "param_groups"):
-            if name not in ("state", "step", "explain", "kernel_source", "_fusedopt"):
+            if name not in ("step", "explain", "kernel_source", "_fusedopt"):
                 own[name] = value if is_own(name) else self._copied(value, (("item", name),))
         self.opt.__dict__.update(own)
-        self.opt.__dict__["state"] = self.state
         kept = {k: v for k, v in vars(self.opt).items() if not is_own(k)}
         self.containers.append(Container((), vars(opt), vars(self.opt), kept))
 
-    def _states(self, real: Any, state: dict[int, dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
+    def _states(self, real: Any, path: Path) -> Iterator[tuple[Any, Any]]:
+        state = self._stores[id(real)]
         for key, value in real.items():
             if not isinstance(key, torch.Tensor):
-                yield key, self._copied(value, (("item", "state"), ("item", key)))
+                yield key, self._copied(value, (*path, ("item", key)))
             elif id(key) in state:
                 yield self._tensors[id(key)], state[id(key)]
 
@@ -162,6 +160,10 @@ class Shadow:
             factory = getattr(value, "default_factory", None)
             copy = collections.defaultdict(factory) if kind is collections.defaultdict else kind()
             self._memo[id(value)] = copy
+            if id(value) in self._stores:
+                made = self._container(path, value, copy, self._states(value, path), False)
+                self.containers[-1].store = True
+                return made
             return self._container(path, value, copy, self._entries(value, path), any(map(_is_tensor, value)))
         if kind in (set, frozenset):
             if any(isinstance(v, torch.Tensor) for v in value):
@@ -192,9 +194,6 @@ class Shadow:
 
     def _inner(self, kind: type, value: torch.optim.Optimizer, path: Path) -> Any:
         """An optimizer within the optimizer."""
-        state = vars(value).get("state")
-        if state and id(state) not in self._memo:
-            raise Untraceable(f"{shown(path)} is another optimizer, with state of its own")
         if any(vars(value).get(f"_optimizer_step_{when}_hooks") for when in ("pre", "post")):
             raise Untraceable(f"{shown(path)} is another optimizer, whose steps have hooks")
         return self._object(kind, value, path)
@@ -251,5 +250,6 @@ def shown(path: Path) -> str:
     for i, (kind, key) in enumerate(path):
         if kind == "dict":
             continue
-        text += f"self.{key}" if not i else f".{key}" if kind == "attr" else f"[{key!r}]"
+        what = "parameter" if isinstance(key, torch.Tensor) else repr(key)
+        text += f"self.{key}" if not i else f".{key}" if kind == "attr" else f"[{what}]"
     return text

@@ -19,7 +19,7 @@ from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph
 from ..step.items import Item
 from ..trace.number import ARITHMETIC, Number, ScalarProgram
-from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, load, merged
+from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, is_number, load, merged
 from ..trace.signals import NeedsAttribute, Untraceable, latest, line_now
 from ..trace.signature import FACTOR, PLAIN, Foreign, Signature, structure_of
 from ..trace.standins import StandIns
@@ -27,7 +27,8 @@ from ..trace.tensor import SymTensor
 from ..trace.tracer import Trace, program_of
 from .host import FILL, Host
 from .shadow import NewState, Path, Shadow, shown
-from .symbolic import Symbolic, made, parameter, tracing
+from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
+from .symbolic import Symbolic, made, parameter, place, tracing
 from .watch import Watch
 
 Bucket = tuple[list[Item], Signature]
@@ -57,8 +58,15 @@ class Representative:
     """A parameter that stands for those of its bucket."""
 
     def __init__(
-        self, index: int, bucket: int, item: Item, signature: Signature, scalars: ScalarProgram
+        self,
+        index: int,
+        bucket: int,
+        item: Item,
+        signature: Signature,
+        scalars: ScalarProgram,
+        stores: Sequence[dict[Any, Any]],
     ) -> None:
+        self.stores, self.whole = stores, whole_of(stores, item.owner)
         self.index, self.bucket, self.item, self.signature = index, bucket, item, signature
         self.graph, self.scalars = Graph(), scalars
         self.outcomes: Outcomes = {}
@@ -94,7 +102,7 @@ class Representative:
                 self.put[key] = value
             else:
                 raise Untraceable(f"the state {key!r} is a {type(value).__name__}")
-        self.state = dict(self.put)
+        self.state = None if self.whole is None else rebuilt(self.whole, lambda name, _: self.put[name])
 
     def tensors(self) -> dict[int, Any]:
         item = self.item
@@ -109,10 +117,11 @@ class Representative:
             raise Untraceable("the step drops a gradient")
         grad = self._place(self.param.__dict__["gradient"], "the gradient", self.item.grad)
         cells: dict[str, Any] = {PARAM: Cell(self.p.node, self.p.asked), GRAD: Cell(grad.node, grad.asked)}
-        if self.state.keys() != self.put.keys():
-            raise NewState(f"state {', '.join(map(str, self.state.keys() ^ self.put.keys()))} comes or goes")
+        state = values_of(self.state or {})
+        if state.keys() != self.put.keys():
+            raise NewState(f"state {', '.join(map(str, state.keys() ^ self.put.keys()))} comes or goes")
         taken = {id(self.p.place), id(self.g.place)}
-        for key, value in self.state.items():
+        for key, value in state.items():
             cells[key] = self._left(key, value, taken)
         path = tuple(self.run.taken)
         if path in self.outcomes:  # while others go along more of theirs
@@ -147,6 +156,12 @@ class Representative:
                     )
                 node = self.graph.op("expand", node)
             return Cell(node, sym.asked)
+        if isinstance(put, Symbolic) and self.run.taken and is_number(value) and put.meta.numel() == 1:
+            # On one side of a branch on a norm a number, on the other a tensor: which, only kernels know.
+            node = self.run.slot(value)
+            return Cell(
+                self.graph.op("expand", node) if place(put).kind == ELEMENT else node, place(put).asked
+            )
         if isinstance(put, Symbolic) or isinstance(value, torch.Tensor):
             raise NewState(f"the state {key!r} becomes another kind of thing")
         if type(value) is Number or isinstance(value, (int, float, *PLAIN)):
@@ -279,13 +294,13 @@ def trace_step(
     names: Callable[[Path], str],
 ) -> StepTrace:
     """Trace the step of these buckets. Raises Untraceable, NewState, NeedsAttribute, or what the class raises."""
-    scalars = ScalarProgram()
+    scalars, stores = ScalarProgram(), stores_of(opt)
     groups: list[list[Representative]] = []
     for b, (items, signature) in enumerate(buckets):
         chosen = sorted(items, key=lambda item: item.param.numel())[:2]
         first = sum(map(len, groups))
         groups.append(
-            [Representative(first + k, b, item, signature, scalars) for k, item in enumerate(chosen)]
+            [Representative(first + k, b, item, signature, scalars, stores) for k, item in enumerate(chosen)]
         )
     representatives = [r for group in groups for r in group]
     stand_ins = StandIns("torch.optim")
@@ -382,7 +397,10 @@ def _run(
     for r in representatives:
         r.begin()
         tensors |= r.tensors()
-    known = {id(r.item.owner): r.state for r in representatives}
+    known: dict[int, dict[int, Any]] = {id(store): {} for store in representatives[0].stores}
+    for r in representatives:
+        for store, kept in in_stores(r.stores, r.state).items() if r.state is not None else ():
+            known[store][id(r.item.owner)] = kept
     used: dict[Path, str] = {}
     hosted: list[tuple[Path, Symbolic, Number]] = []
 
@@ -399,7 +417,7 @@ def _run(
         plain = value if type(value) in (int, float) else float(np.float64(value))
         return scalars.number(("hyper", used[path]), plain)
 
-    _resting(opt, representatives, tensors, known)
+    _resting(opt, representatives[0].stores, tensors, known)
     shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of)
     given = _Closure()
     watch = Watch(stand_ins)
@@ -432,20 +450,20 @@ def _run(
 
 def _resting(
     opt: torch.optim.Optimizer,
-    representatives: list[Representative],
+    stores: Sequence[dict[Any, Any]],
     tensors: dict[int, Any],
-    known: dict[int, Any],
+    known: dict[int, dict[int, Any]],
 ) -> None:
     """One parameter of each group that has no gradient: the step must leave it alone."""
+    why = "a parameter without a gradient is used"
+
+    def poison(name: str, value: Any) -> Any:
+        return made(None, meta_of(value), why) if isinstance(value, torch.Tensor) else value
+
     for group in opt.param_groups:
-        for p in group["params"]:
-            if p.grad is None:
-                why = "a parameter without a gradient is used"
-                tensors[id(p)] = made(None, meta_of(p), why)
-                tensors[id(p)].__dict__.update(_is_param=True, gradient=None)
-                state = {}
-                for key, value in opt.state.get(p, {}).items():
-                    state[key] = made(None, meta_of(value), why) if isinstance(value, torch.Tensor) else value
-                if p in opt.state:
-                    known[id(p)] = state
-                break
+        for p in [p for p in group["params"] if p.grad is None][:1]:
+            tensors[id(p)] = made(None, meta_of(p), why)
+            tensors[id(p)].__dict__.update(_is_param=True, gradient=None)
+            if (whole := whole_of(stores, p)) is not None:
+                for store, kept in in_stores(stores, rebuilt(whole, poison)).items():
+                    known[store][id(p)] = kept

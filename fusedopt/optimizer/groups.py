@@ -86,6 +86,12 @@ class ParamGroups:
         """The callback argument that a key of ``opt.state[p]`` is handed to."""
         return self._called.get(stored, stored)
 
+    def entries(self, p: torch.Tensor) -> Iterator[tuple[Any, bool, Any, str, Any]]:
+        """What the state of a parameter has: the key, whether it is in a container there, under which key, the name
+        that callbacks have for it, and it."""
+        for stored, value in list(self.state[p].items()):
+            yield stored, False, None, self.called(stored), value
+
     def stored(self, name: str) -> str:
         """The key of ``opt.state[p]`` where what callbacks call this is kept."""
         return self._stored.get(name, name)

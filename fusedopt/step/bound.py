@@ -214,8 +214,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
     entries: list[Any] = []
     at: dict[str, int] = {}
     numbers: dict[str, int] = {}
-    for stored, value in list(groups.state[item.owner].items()):
-        key = groups.called(stored)
+    for stored, nested, inner, key, value in groups.entries(item.owner):
         what, buffer = seen.get(key), f"state.{key}"
         kind, kept = kinds.flag, value
         if key in groups.roles.never:
@@ -229,7 +228,13 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
         at[key] = len(entries)
         entries.append(
             native.Entry(
-                key=stored, kind=kind, value=kept, column=columns.get(buffer, -1), written=buffer in written
+                key=stored,
+                kind=kind,
+                value=kept,
+                column=columns.get(buffer, -1),
+                written=buffer in written,
+                nested=nested,
+                inner=inner,
             )
         )
     try:

@@ -180,7 +180,6 @@ class Number:
     """A number of this step that remembers how it was computed. Behaves as the int or float it holds."""
 
     __slots__ = ("index", "program", "value")
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, program: ScalarProgram, index: int, value: Scalar) -> None:
         self.program, self.index, self.value = program, index, value
@@ -201,6 +200,9 @@ class Number:
         if not isinstance(other, (int, float, np.generic, np.ndarray, torch.Tensor)):  # as Numbers are, too
             return NotImplemented
         return operate(op, other, self) if swapped else operate(op, self, other)
+
+    def __hash__(self) -> int:
+        return hash(self.escape())
 
     def __pos__(self) -> Number:
         return self

@@ -1,0 +1,73 @@
+"""Where a class keeps state by parameter: in its own dict, in those of optimizers within it, in containers in these."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+State = dict[Any, Any]
+"""What is kept of one parameter: its entry in the store; of several stores, by their number, each with its entry."""
+
+
+def stores_of(opt: Any) -> list[dict[Any, State]]:
+    """The dicts in which an optimizer, and those in it, keep state by parameter."""
+    found: dict[int, dict[Any, State]] = {}
+    todo, seen = [opt], set()
+    while todo:
+        each = todo.pop(0)
+        if id(each) not in seen:
+            seen.add(id(each))
+            for store in (vars(each).get("state"), getattr(each, "state", None)):
+                if isinstance(store, dict):
+                    found.setdefault(id(store), store)
+            todo += [v for v in vars(each).values() if isinstance(v, torch.optim.Optimizer)]
+    return list(found.values())
+
+
+def whole_of(stores: Sequence[dict[Any, State]], p: torch.Tensor) -> State | None:
+    """What they keep of a parameter; None if that is nothing."""
+    if len(stores) == 1:
+        return stores[0].get(p)
+    return {i: store[p] for i, store in enumerate(stores) if p in store} or None
+
+
+def flattened(state: State) -> dict[str, tuple[Any, bool, Any, Any]]:
+    """What a state has, by name: the key, whether it is in a container there, under which key, and it."""
+    out: dict[str, tuple[Any, bool, Any, Any]] = {}
+    for key, value in state.items():
+        parts = _parts(value)
+        for inner, part in parts:
+            name = f"{key}[{inner!r}]" if not isinstance(key, int) else str(inner)
+            out[name if name not in out else f"{name}@{key}"] = key, True, inner, part
+        if not parts:
+            out[str(key)] = key, False, None, value
+    return out
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    return list(value.items() if isinstance(value, dict) else enumerate(value) if type(value) is list else ())
+
+
+def values_of(state: State) -> dict[str, Any]:
+    return {name: value for name, (_, _, _, value) in flattened(state).items()}
+
+
+def put(state: State, values: dict[str, Any]) -> None:
+    """Put values where a state has these names."""
+    for name, (key, nested, inner, _) in flattened(state).items():
+        (state[key] if nested else state)[inner if nested else key] = values[name]
+
+
+def rebuilt(state: State, make: Callable[[str, Any], Any]) -> State:
+    """A copy of a state with other values: ``make(name, value)``."""
+    out = {key: copy.copy(value) if _parts(value) else value for key, value in state.items()}
+    put(out, {name: make(name, value) for name, value in values_of(state).items()})
+    return out
+
+
+def in_stores(stores: Sequence[dict[Any, State]], state: State) -> dict[int, State]:
+    """A copy of what is kept of a parameter, by the ids of the stores that it belongs in."""
+    return {id(stores[0]): state} if len(stores) == 1 else {id(stores[i]): kept for i, kept in state.items()}
