@@ -431,9 +431,11 @@ def classes(results: Sequence[ClassResult]) -> str:
             r.name,
             *(_number(r.accuracy[k], 1) for k in (OWN, FUSED)),
             *(_number(r.ms[k], 2) for k in (OWN, FUSED)),
+            _number(r.ms[OWN] / r.ms[FUSED], 2),
+            str(r.optimizer.explain().launches),
+            f"{r.gap(early):.1e}",
+            f"{r.gap():.1e}",
         ]
-        + [_number(r.ms[OWN] / r.ms[FUSED], 2), str(r.optimizer.explain().launches)]
-        + [f"{r.gap(early):.1e}", f"{r.gap():.1e}"]
         for r in results
     ]
     return "\n".join([title, *_aligned([head, *rows])[1]])

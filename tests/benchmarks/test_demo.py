@@ -60,7 +60,7 @@ def test_a_class_of_others_steps_in_kernels_and_learns_the_same(name):
     result = demo.train_class(name, demo.resnet(SMALL.widths), demo.Digits.load(), SMALL)
     assert result.optimizer.explain().launches == 1 and not result.optimizer.explain().eager
     assert result.gap() < 1e-5
-    title, head, line = demo.classes([result]).splitlines()
+    _, head, line = demo.classes([result]).splitlines()
     assert len(head) == len(line) and line.split()[0] == name and len(line.split()) == 9
 
 
