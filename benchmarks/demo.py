@@ -11,6 +11,9 @@ Adam with decoupled weight decay. Each rule is run by
 All of them start from the same weights, see the same batches and follow the same learning rate schedule. They take
 turns, batch by batch, so what else the machine does meets all alike; an optimizer's step is timed between a real
 backward pass and the next forward pass.
+
+Beside the rules there are classes that were written elsewhere, pytorch-optimizer's Lion and Adan: as they are, and with
+their ``step`` run by ``fusedopt.fuse``.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytorch_optimizer
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -159,6 +163,13 @@ RULES = (
     ),
 )
 
+CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "Lion": partial(pytorch_optimizer.Lion, lr=3e-4, weight_decay=0.1),
+    "Adan": partial(pytorch_optimizer.Adan, lr=3e-3, weight_decay=0.02),
+}
+"""Optimizers of others, for `fusedopt.fuse`."""
+OWN, FUSED = "as it is", "fused"
+
 # --
 # Training
 
@@ -259,11 +270,7 @@ def train(rule: Rule, model: nn.Module, digits: Digits, settings: Settings) -> R
     makers = rule.makers()
     runs = {name: Run.start(model, make) for name, make in makers.items()}
     runs[NUDGED] = Run.start(model, makers["eager"])
-    batches = digits.batches(settings.epochs, settings.batch_size, settings.seed)
-    for step, (x, y) in zip(_progress(settings.total, rule.name), batches, strict=False):
-        turn = list(runs.values())
-        for run in turn[step % len(turn) :] + turn[: step % len(turn)]:
-            run.step(x, y, one_cycle(step, settings.total))
+    for step in _in_turns(rule.name, list(runs.values()), digits, settings):
         nudge(runs[NUDGED].model, step)
         if step == 0:
             first_step = distance(runs["eager"].model, runs["fusedopt"].model)
@@ -275,6 +282,46 @@ def train(rule: Rule, model: nn.Module, digits: Digits, settings: Settings) -> R
         first_step,
         runs["fusedopt"].watch.samples[0] * 1e3,
         runs["fusedopt"].optimizer,
+    )
+
+
+def _in_turns(name: str, turn: list[Run], digits: Digits, settings: Settings) -> Iterator[int]:
+    """Let all of them take every step, each time beginning with another one; yields its number behind each."""
+    batches = digits.batches(settings.epochs, settings.batch_size, settings.seed)
+    for step, (x, y) in zip(_progress(settings.total, name), batches, strict=False):
+        for run in turn[step % len(turn) :] + turn[: step % len(turn)]:
+            run.step(x, y, one_cycle(step, settings.total))
+        yield step
+
+
+@dataclass
+class ClassResult:
+    """What came of a class of others: its own step, and the same in fused kernels."""
+
+    name: str
+    accuracy: dict[str, float]
+    ms: dict[str, float]
+    losses: dict[str, list[float]]
+    optimizer: Any
+
+    def gap(self, steps: int | None = None) -> float:
+        """The largest difference between the two loss curves over the first ``steps`` steps."""
+        pairs = list(zip(self.losses[OWN], self.losses[FUSED], strict=True))[:steps]
+        return max(abs(x - y) for x, y in pairs)
+
+
+def train_class(name: str, model: nn.Module, digits: Digits, settings: Settings) -> ClassResult:
+    """Train with a class of others as it is, and fused, in turns."""
+    make = CLASSES[name]
+    runs = {OWN: Run.start(model, make), FUSED: Run.start(model, fusedopt.fuse(make))}
+    for _ in _in_turns(name, list(runs.values()), digits, settings):
+        pass
+    return ClassResult(
+        name,
+        {k: run.accuracy(digits) for k, run in runs.items()},
+        {k: run.watch.median for k, run in runs.items()},
+        {k: run.losses for k, run in runs.items()},
+        runs[FUSED].optimizer,
     )
 
 
@@ -313,13 +360,7 @@ def table(results: Sequence[Result]) -> str:
         + [_number(r.speed_up(n), 2) for n in others]
         for r in results
     ]
-    width = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, width, strict=True))
-        )
-        for row in [head, *rows]
-    ]
+    width, lines = _aligned([head, *rows])
     groups = (
         ("", 0, 1),
         ("accuracy, %", 1, 5),
@@ -328,6 +369,18 @@ def table(results: Sequence[Result]) -> str:
     )
     spans = [text.center(sum(width[a:b]) + 2 * (b - a - 1), "-" if text else " ") for text, a, b in groups]
     return "\n".join(["  ".join(spans), *lines])
+
+
+def _aligned(rows: list[list[str]]) -> tuple[list[int], list[str]]:
+    """The widths of a table's columns, and its lines."""
+    width = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, width, strict=True))
+        )
+        for row in rows
+    ]
+    return width, lines
 
 
 def _number(x: float | None, digits: int) -> str:
@@ -364,6 +417,28 @@ def differences(results: Sequence[Result]) -> str:
         f"Largest difference of a weight after the first step, fusedopt against eager: {weights:.1e}."
     )
     return "\n".join([*lines, MEANING])
+
+
+def classes(results: Sequence[ClassResult]) -> str:
+    """Classes of others, as they are and fused."""
+    total = len(results[0].losses[OWN])
+    early = min(EARLY, total)
+    title = "Classes of pytorch-optimizer: their own step, and the same run by fusedopt.fuse"
+    head = ["class", "accuracy, %: own", "fused", "ms (median): own", "fused", "speed-up", "launches"]
+    head += [f"losses apart: first {early}", f"all {total}"]
+    rows = [
+        [
+            r.name,
+            *(_number(r.accuracy[k], 1) for k in (OWN, FUSED)),
+            *(_number(r.ms[k], 2) for k in (OWN, FUSED)),
+            _number(r.ms[OWN] / r.ms[FUSED], 2),
+            str(r.optimizer.explain().launches),
+            f"{r.gap(early):.1e}",
+            f"{r.gap():.1e}",
+        ]
+        for r in results
+    ]
+    return "\n".join([title, *_aligned([head, *rows])[1]])
 
 
 def compiled(results: Sequence[Result]) -> str:
@@ -453,10 +528,11 @@ def run(settings: Settings, rules: Sequence[Rule]) -> list[Result]:
         flush=True,
     )
     results = [train(rule, model, digits, settings) for rule in rules]
+    others = [train_class(name, model, digits, settings) for name in CLASSES]
     path = settings.out / "loss_curves.png"
     draw(results, path)
     shown = next((r for r in results if r.rule.name == "Adam"), results[-1])
-    print(f"\n{table(results)}\n\n{differences(results)}\n\nLoss curves: {path}")
+    print(f"\n{table(results)}\n\n{differences(results)}\n\n{classes(others)}\n\nLoss curves: {path}")
     print(f"{compiled(results)}\n\n{kernel(shown)}")
     return results
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn")
+pytest.importorskip("pytorch_optimizer")
 image = pytest.importorskip("matplotlib.image")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks is no installed package
 
@@ -54,6 +55,15 @@ def test_everybody_is_in_the_table(results):
     assert all(math.isfinite(result.ms["fusedopt"]) for result in results)
 
 
+@pytest.mark.parametrize("name", demo.CLASSES)
+def test_a_class_of_others_steps_in_kernels_and_learns_the_same(name):
+    result = demo.train_class(name, demo.resnet(SMALL.widths), demo.Digits.load(), SMALL)
+    assert result.optimizer.explain().launches == 1 and not result.optimizer.explain().eager
+    assert result.gap() < 1e-5
+    _, head, line = demo.classes([result]).splitlines()
+    assert len(head) == len(line) and line.split()[0] == name and len(line.split()) == 9
+
+
 def test_the_picture_is_not_blank(results, tmp_path):
     demo.draw(results, tmp_path / "curves.png")
     pixels = torch.tensor(image.imread(tmp_path / "curves.png"))[..., :3]
@@ -71,6 +81,7 @@ def test_the_command_prints_everything(tmp_path, capsys, monkeypatch):
     for text in (
         "speed-up of fusedopt",
         "Largest of all",
+        "run by fusedopt.fuse",
         "Kernels: 1",
         "1 launch",
         "store(param",
