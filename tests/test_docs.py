@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import doctest
 import io
+import linecache
 import re
 import warnings
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class Example:
     def run(self, namespace: dict) -> str:
         """What it prints."""
         with io.StringIO() as out, contextlib.redirect_stdout(out), _printed_warnings():
+            linecache.cache["example.py"] = len(self.code), None, self.code.splitlines(True), "example.py"
             exec(compile(self.code, "example.py", "exec"), namespace)
             return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
 
