@@ -68,6 +68,8 @@ _UNCHANGED = frozenset(
         "resolve_conj",
         "resolve_neg",
         "cpu",
+        "conj",
+        "conj_physical",
     ]
 )
 _READS = frozenset(["item", "__float__", "__int__", "__index__", "tolist"])
@@ -81,7 +83,7 @@ _GRAD_MODES = frozenset(
 _NAMES = (
     OPERATORS
     | IN_PLACE
-    | {"__rdiv__": "rdiv", "__div__": "div", "__idiv__": "div_", "__rdiv": "rdiv", "sgn": "sign"}
+    | {"__rdiv__": "rdiv", "__div__": "div", "__idiv__": "div_", "sgn": "sign", "sgn_": "sign_"}
 )
 _OF_DATA = frozenset({"tensor", "as_tensor", "scalar_tensor", "asarray"})
 _FACTORIES = _OF_DATA | {"zeros", "ones", "full", "empty"}
@@ -263,7 +265,7 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             if name.endswith("_")
             else made(None if x.sym is None else alias(x.sym), x.meta, x.why, x.number)
         )
-    if base in _CASTS and isinstance(x, Symbolic) and x.sym is not None:
+    if base in _CASTS and isinstance(x, Symbolic):
         return _cast(x, func, args[1:], kwargs)
     if base not in METHODS:
         _refuse(name)
@@ -331,9 +333,9 @@ def _as_stored(x: Any, dtype: torch.dtype, always: bool = False) -> Any:
 
 def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic:
     """A tensor in another dtype."""
-    sym = place(x)
+    sym = place(x) if x.number is None else None
     devices = [a for a in (*args, kwargs.get("device")) if isinstance(a, (str, torch.device))]
-    if any(torch.device(d) != sym.run.device for d in devices):
+    if sym is not None and any(torch.device(d) != sym.run.device for d in devices):
         raise Untraceable(f"a tensor is moved from {sym.run.device} to {devices[0]}")
     args = [_meta(a) for a in args if not isinstance(a, (str, torch.device))]
     kwargs = {k: v for k, v in kwargs.items() if k != "device"}
@@ -342,6 +344,8 @@ def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic
         _refuse("type")
     if meta is x.meta:
         return x
+    if sym is None:
+        return made(None, meta, number=x.number)
     if meta.dtype == torch.bool:
         return made(as_bool(sym), meta)
     if meta.dtype not in FLOATS or (meta.dtype == torch.float64 and sym.run.compute != torch.float64):
