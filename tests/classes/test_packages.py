@@ -8,6 +8,7 @@ import copy
 import itertools
 import os
 import pickle
+import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ import torch_optimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from factories import assert_equal, flat, give_gradients, parameters
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedopt
@@ -207,6 +209,12 @@ def test_a_comparison_can_fail():
         assert_agree(*opts)
 
 
+def seed() -> None:
+    """Some draw numbers, of torch and of Python."""
+    torch.manual_seed(0)
+    random.seed(0)
+
+
 UNFUSED = [
     case("torch", "Muon"),
     case("torch", "Adafactor"),
@@ -223,11 +231,11 @@ UNFUSED = [
 @pytest.mark.parametrize("make", UNFUSED)
 def test_what_has_no_fused_form_runs_as_it_was_written(make):
     pair = parameters(MATRICES), parameters(MATRICES)
-    torch.manual_seed(0)
+    seed()
     ours = fusedopt.fuse(train(make(pair[0])))
     with pytest.warns(RuntimeWarning, match=rf"fusedopt: {type(ours).__name__}\.step runs as it was written"):
         steps(ours, pair[0])
-    torch.manual_seed(0)
+    seed()
     theirs = train(make(pair[1]))
     steps(theirs, pair[1])
     assert not list(differences(result(ours), result(theirs), 0.0))
@@ -266,6 +274,39 @@ def test_a_step_that_calls_its_closure_in_between_runs_as_it_was_written(make):
     assert not list(differences(result(ours), result(theirs), 0.0))
     (eager,) = ours.explain().eager
     assert re.match(r"\w+\.py:\d+: \S", eager.reason)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a first step without a form counts as one of the traces that are too many"
+)
+def test_gradients_that_are_missing_early_are_no_reason_to_give_up():
+    """Amos takes a path of its own in its first step; then gradients go once and come back once."""
+    ours, theirs = pair_of(pytorch_optimizer.Amos)
+    for opt in (ours, theirs):
+        steps(opt, params_of(opt), missing=(2, 3))
+    assert_agree(ours, theirs)
+    assert_fused(ours)
+
+
+@pytest.mark.xfail(strict=True, reason="the warning is about a line of contextlib")
+def test_the_warning_is_about_the_line_that_steps():
+    opt = fusedopt.fuse(torch_optimizer.Shampoo(parameters(MATRICES)))
+    with pytest.warns(RuntimeWarning, match="runs as it was written") as found:
+        walk(opt)
+    assert {warning.filename for warning in found} == {__file__}
+
+
+@pytest.mark.xfail(strict=True, reason="it is in torch's wrapper around every class's step")
+@pytest.mark.parametrize("name", ["Lamb", "AggMo"])
+@pytest.mark.filterwarnings("ignore:fusedopt. .* runs as it was written")
+def test_the_place_of_a_reason_is_in_the_class_s_own_file(name):
+    opt = fusedopt.fuse(getattr(torch_optimizer, name)(parameters()))
+    walk(opt)
+    (eager,) = opt.explain().eager
+    assert eager.reason.startswith(f"{name.lower()}.py:")
+
+
+UNCLIPPED = pytest.mark.xfail(strict=True, reason="a step that runs as it was written is not clipped")
 
 
 # --
@@ -496,6 +537,138 @@ def test_clear_gradients_and_defaults_are_the_class_s_own():
     ours.zero_grad()
     assert all(p.grad is None for p in params_of(ours))
     assert ours.defaults == theirs.defaults and repr(ours) == repr(theirs)
+
+
+@pytest.mark.parametrize(
+    "make", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)], ids=["AdamW", "SGD"]
+)
+def test_a_schedule_of_rates_and_momenta(make):
+    opts = pair_of(make, lr=0.01)
+    schedules = [OneCycleLR(opt, 0.05, total_steps=STEPS) for opt in opts]
+    for t in range(STEPS):
+        for opt, schedule in zip(opts, schedules, strict=True):
+            give_gradients(params_of(opt), t)
+            opt.step()
+            if t < STEPS - 1:
+                schedule.step()
+    assert_agree(*opts)
+    assert_fused(opts[0])
+
+
+def test_what_is_replaced_under_it_is_seen():
+    """Parameters' data, state, gradients of another layout."""
+    opts = pair_of(lr=0.01)
+    walk(*opts, times=range(3))
+    for opt in opts:
+        a, b, _ = params_of(opt)
+        a.data = torch.ones(4)
+        opt.state[a]["exp_avg"] = torch.full((4,), 0.5)
+        opt.state[b]["exp_avg"].zero_()
+    walk(*opts, times=range(3, 6))
+    for opt in opts:
+        b = params_of(opt)[1]
+        give_gradients(params_of(opt), 6)
+        b.grad = torch.arange(15.0).reshape(5, 3).t() - 7
+        opt.step()
+    walk(*opts, times=range(7, 10))
+    assert_agree(*opts)
+    assert_fused(opts[0], 1)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a tuple that defaults and groups have in common is looked up in the defaults"
+)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("make", [Lion, torch.optim.AdamW], ids=lambda c: c.__name__)
+def test_betas_that_are_replaced_are_seen(make, groups):
+    opts = []
+    for finish in (fusedopt.fuse, lambda opt: opt):
+        a, b, c = parameters()
+        opts.append(finish(make([{"params": [a, b]}, {"params": [c]}] if groups == 2 else [a, b, c])))
+    walk(*opts, times=range(4))
+    for opt in opts:
+        opt.param_groups[-1]["betas"] = (0.8, 0.9)
+    walk(*opts, times=range(4, 7))
+    assert_agree(*opts)
+
+
+def test_a_parameter_that_is_frozen_stays():
+    opts = pair_of(lr=0.01, weight_decay=0.1)
+    for opt in opts:
+        params_of(opt)[1].requires_grad_(False)
+        for t in range(5):
+            give_gradients([params_of(opt)[0], params_of(opt)[2]], t)
+            opt.step()
+    assert torch.equal(params_of(opts[0])[1], parameters()[1])
+    assert_agree(*opts)
+    assert_fused(opts[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "taken"),
+    [
+        pytest.param(torch.optim.AdamW, 0, marks=UNCLIPPED, id="AdamW, from its first step"),
+        pytest.param(torch.optim.AdamW, 2, id="AdamW, with state"),
+        pytest.param(torch_optimizer.Shampoo, 0, marks=UNCLIPPED, id="Shampoo, unfused"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fusedopt. .* runs as it was written")
+def test_max_grad_norm_clips_as_torch_does(make, taken):
+    ours, theirs = make(parameters(MATRICES), lr=0.01), make(parameters(MATRICES), lr=0.01)
+    walk(ours, theirs, times=range(taken))
+    fusedopt.fuse(ours, max_grad_norm=0.7)
+    for t in range(6):
+        give_gradients(params_of(ours), t), give_gradients(params_of(theirs), t)
+        nn.utils.clip_grad_norm_(params_of(theirs), 0.7)
+        ours.step(), theirs.step()
+    assert_agree(ours, theirs)
+
+
+def test_a_profile_names_the_step():
+    ours, _ = pair_of()
+    walk(ours, times=range(3))
+    with torch.autograd.profiler.profile() as profile:
+        walk(ours, times=range(3, 4))
+    assert any(event.key == "Optimizer.step#Lion.step" for event in profile.key_averages())
+
+
+def test_hooks_for_all_optimizers_are_called():
+    log = []
+    handle = register_optimizer_step_post_hook(lambda opt, args, kwargs: log.append(type(opt)))
+    try:
+        walk(*pair_of(), times=range(2))
+    finally:
+        handle.remove()
+    assert log == [Lion] * 4
+
+
+@pytest.mark.xfail(strict=True, reason="torch notes the inner step for profiles, and that has no form")
+@pytest.mark.filterwarnings("ignore:fusedopt. .* runs as it was written")
+def test_a_class_of_ones_own_on_top_of_theirs():
+    """Its step does more before theirs."""
+
+    class Decayed(Lion):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(1 - group["lr"])
+            return super().step(closure)
+
+    opts = pair_of(Decayed, lr=0.01)
+    walk(*opts)
+    assert_agree(*opts)
+    assert_fused(opts[0], 1)
+
+
+def test_a_step_function_that_was_taken_before_a_checkpoint_still_steps():
+    ours, theirs = pair_of()
+    step = ours.step
+    walk(ours, theirs, times=range(3))
+    ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    give_gradients(params_of(ours), 3), give_gradients(params_of(theirs), 3)
+    step(), theirs.step()
+    assert_agree(ours, theirs)
 
 
 # --
