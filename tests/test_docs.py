@@ -24,7 +24,12 @@ from fusedopt.ir.ops import OPS
 from fusedopt.trace.tensor import METHODS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = {"classes_table.md"}
+"""By a command, and without examples."""
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in WRITTEN),
+]
 EXAMPLE = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\s*?^```(?:text|cpp)\n(?P<shown>.*?)^```$)?", re.M | re.S
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -21,6 +20,7 @@ from ..optimizer.core import Optimizer
 from ..optimizer.explain import Explanation, explanation
 from ..step import transforms
 from ..step.engine import Engine
+from ..step.items import Item
 from ..step.scaling import Scaling
 from ..step.verdicts import Eager
 from ..trace.signals import Untraceable
@@ -92,49 +92,60 @@ class Fused:
         return loss if host.returns_loss else host.returned
 
     def _own(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
-        """The class's own step."""
-        own = type(opt).step
+        """The class's own step, of clipped gradients."""
+        own, norm = type(opt).step, self.scaling.max_norm
         if getattr(own, "hooked", False):  # torch's hooks are run around all of this
             own = getattr(own, "__wrapped__", own)
-        return own(opt) if closure is None else own(opt, closure)
+        if norm is None:
+            return own(opt) if closure is None else own(opt, closure)
+
+        def clip() -> None:
+            torch.nn.utils.clip_grad_norm_([p for group in opt.param_groups for p in group["params"]], norm)
+
+        def clipped() -> Any:
+            assert closure is not None
+            loss = closure()
+            clip()
+            return loss
+
+        if closure is not None:
+            return own(opt, clipped)
+        clip()
+        return own(opt)
 
     def _can(self, opt: torch.optim.Optimizer) -> bool:
         """Whether the step calls its closure first, and once, so that we may."""
-        with self._noting(opt) as ok, torch.no_grad():
-            todo = self.groups.items(self.scaling)
-            if not todo:
-                raise NewState("no parameter has a gradient before the closure", traced=False)
-            self.buckets.prepare(todo)
-            self._calls_first = True
-        return ok[0]
+        self._calls_first = self._traceable(opt, self.buckets.prepare)
+        return self._calls_first
 
-    @torch.no_grad()
     def _anew(self, opt: torch.optim.Optimizer) -> bool:
         """A step of a structure that is not known; False if the class has to do it, nothing having changed."""
-        with self._noting(opt) as ok:
+        made = self.buckets.traces_made
+        if not self._traceable(
+            opt, lambda todo: self.engine.step(todo, self.scaling, self.groups, bind=True)
+        ):
+            return False
+        self.reason = ""
+        self._new_trace = self.buckets.traces_made > made
+        return True
+
+    @torch.no_grad()
+    def _traceable(self, opt: torch.optim.Optimizer, use: Callable[[list[Item]], Any]) -> bool:
+        """Use what there is to step. False, with the reason noted, if that has no trace."""
+        try:
             todo = self.groups.items(self.scaling)
             if not todo:
                 raise NewState("no parameter has a gradient", traced=False)
-            made = self.buckets.traces_made
-            self.engine.step(todo, self.scaling, self.groups, bind=True)
-            self.reason = ""
-            self._new_trace = self.buckets.traces_made > made
-        return ok[0]
-
-    @contextlib.contextmanager
-    def _noting(self, opt: torch.optim.Optimizer) -> Any:
-        """Note why a step has no trace."""
-        ok = [True]
-        try:
-            yield ok
-            return
+            use(todo)
+            return True
         except (Untraceable, Exception) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self.reason = self._described(opt, error)
-            if not (isinstance(error, NewState) and not error.traced):
-                self._miss(opt, self.reason)
-        ok[0] = False
+            missed = not isinstance(error, NewState) or error.traced
+        if missed:
+            self._miss(opt, self.reason)
+        return False
 
     def _miss(self, opt: torch.optim.Optimizer, why: str) -> None:
         self._misses += 1
@@ -144,11 +155,9 @@ class Fused:
             self._give_up(opt)
 
     def _described(self, opt: torch.optim.Optimizer, error: BaseException) -> str:
-        where = (
-            getattr(error, "where", "")
-            or _where_raised(error)
-            or place_of(inspect.unwrap(plain_function(type(opt).step)))
-        )
+        inside = getattr(error, "inside", False)  # the class's code, on its shadow
+        where = (inside and getattr(error, "where", "")) or (inside and _where_raised(error))
+        where = where or place_of(inspect.unwrap(plain_function(type(opt).step)))
         text = (
             str(error) if isinstance(error, (Untraceable, NewState)) else f"{type(error).__name__}: {error}"
         )

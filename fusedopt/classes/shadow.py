@@ -19,6 +19,7 @@ import torch
 from ..trace.number import Number
 from ..trace.signals import Untraceable
 from ..trace.signature import PLAIN
+from .watch import DRAWING
 
 OWN = frozenset({"step", "explain", "kernel_source", "_fusedopt", "_opt_called", "_zero_grad_profile_name"})
 """Names in an optimizer's ``__dict__`` that say nothing of what its class does: ours and torch's."""
@@ -89,6 +90,8 @@ class Shadow:
         self.containers: list[Container] = []
         self.numbers: dict[Path, Any] = {}
         self.flags: list[tuple[Path, Any]] = []
+        self.drawing: list[Any] = []
+        """Objects that random numbers are drawn from: the optimizer's own."""
         self.aliases: list[tuple[Path, Any]] = []
         """Objects that are found by another path too, which was taken first."""
         self.opt: Any = object.__new__(kind)
@@ -174,6 +177,9 @@ class Shadow:
             return self._inner(kind, value, path)
         if isinstance(value, types.MethodType) and id(value.__self__) in self._memo:
             return types.MethodType(value.__func__, self._memo[id(value.__self__)])
+        if isinstance(value, DRAWING):
+            self.drawing.append(value)
+            return value
         if isinstance(value, (types.FunctionType, functools.partial)):
             return self._function(value)
         if (

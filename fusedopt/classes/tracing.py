@@ -420,17 +420,18 @@ def _run(
     _resting(opt, representatives[0].stores, tensors, known)
     shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of)
     given = _Closure()
-    watch = Watch(stand_ins)
+    watch = Watch(stand_ins, shadow.drawing)
     latest()
     try:
-        with tracing(options.rounding == "each") as mode, watch:
+        with watch, tracing(options.rounding == "each") as mode:
             given.mode = mode
             returned = shadow.opt.step(given) if closure else shadow.opt.step()
     except NeedsAttribute:
         watch.check()
         raise
-    except BaseException:
+    except BaseException as error:
         watch.check()
+        error.inside = True  # type: ignore[attr-defined]
         raise
     watch.check()
     if (signal := latest()) is not None:

@@ -10,7 +10,7 @@ import random
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,51 @@ def _is_library(frame: types.FrameType) -> bool:
     return str(frame.f_globals.get("__name__", "")).split(".")[0] in _LIBRARIES
 
 
-class Watch:
-    """A context in which the code that is run is noted."""
+class Generators:
+    """The states of what draws random numbers: the libraries' own, and these objects."""
 
-    def __init__(self, stand_ins: StandIns) -> None:
-        self._stand_ins = stand_ins
+    def __init__(self, objects: Iterable[Any]) -> None:
+        self._objects = [random, np.random.mtrand._rand, torch.default_generator, *objects]
+        self._states = list(map(_state_of, self._objects))
+
+    def restored(self) -> bool:
+        """Whether one was drawn from; it is as it was now."""
+        drawn = [
+            (each, was)
+            for each, was in zip(self._objects, self._states, strict=True)
+            if repr(_state_of(each)) != repr(was)
+        ]
+        for each, was in drawn:
+            if isinstance(each, torch.Generator):
+                each.set_state(torch.tensor(was, dtype=torch.uint8))
+            elif isinstance(each, np.random.Generator):
+                each.bit_generator.state = was
+            elif isinstance(each, np.random.RandomState):
+                each.set_state(was)
+            else:
+                each.setstate(was)
+        return bool(drawn)
+
+
+DRAWING = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
+
+def _state_of(each: Any) -> Any:
+    if isinstance(each, torch.Generator):
+        return each.get_state().tolist()
+    if isinstance(each, np.random.Generator):
+        return each.bit_generator.state
+    if isinstance(each, np.random.RandomState):
+        name, key, *rest = each.get_state(legacy=True)
+        return (name, np.asarray(key).tolist(), *rest)
+    return each.getstate()
+
+
+class Watch:
+    """A context in which the code that is run is noted. ``drawing``: objects that random numbers may be drawn from."""
+
+    def __init__(self, stand_ins: StandIns, drawing: Iterable[Any]) -> None:
+        self._stand_ins, self._drawing = stand_ins, list(drawing)
         self._codes: set[types.CodeType] = set()
         self._refused: tuple[str, types.CodeType, int] | None = None
 
@@ -60,7 +100,8 @@ class Watch:
         values = [v for names in self._put.values() for k, v in names.items() if k[:2] != "__" and is_data(v)]
         cells = [content_of(c, "") for f in self._stand_ins.made for c in f.__closure__ or ()]
         self._snapshot = Snapshot([*values, *(c for c in cells if c is not ... and is_data(c))])
-        self._random = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+        around = [v for names in self._put.values() for v in names.values() if isinstance(v, DRAWING)]
+        self._generators = Generators([*self._drawing, *around])
         self._before = sys.getprofile()
         sys.setprofile(self._note)
         return self
@@ -93,17 +134,11 @@ class Watch:
     def check(self) -> None:
         """Raise Untraceable if the step did what a replay would not do again; what it changed is put back."""
         changed = self._snapshot.restored()
-        drawn = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
-        same = self._random[0] == drawn[0] and torch.equal(self._random[2], drawn[2])
-        same = same and repr(self._random[1]) == repr(drawn[1])
-        if not same:
-            random.setstate(self._random[0])
-            np.random.set_state(self._random[1])
-            torch.set_rng_state(self._random[2])
+        drawn = self._generators.restored()
         if self._refused is not None:
             what, code, line = self._refused
             raise _untraceable(f"the step {what}", place_of(code, line))
-        if not same:
+        if drawn:
             raise Untraceable("the step draws random numbers")
         if changed:
             raise Untraceable("the step changes a list, dict, set or tensor around it")
@@ -166,6 +201,7 @@ class Watch:
 def _untraceable(message: str, where: str) -> Untraceable:
     error = Untraceable(message)
     error.where = where
+    error.inside = True  # type: ignore[attr-defined]
     return error
 
 
