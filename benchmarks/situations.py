@@ -6,6 +6,8 @@ Rows with processes of their own are run as ``main``, in one or two of them.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -389,6 +391,40 @@ def _trained(name: str, network: Any) -> Situation:
     return Situation(name, _faster(9) + _within(1.5, "bare loop"), network=network, providers=providers)
 
 
+def _classes() -> list[Situation]:
+    """Classes of pytorch-optimizer, if it is there, fused: against their own step, and against callbacks."""
+    if importlib.util.find_spec("pytorch_optimizer") is None:
+        return []
+    module = importlib.import_module("pytorch_optimizer")
+    alike = {"Lion": RULES["Lion"], "AdaBelief": RULES["AdaBelief"]}
+    rows = []
+    for name in ("Lion", "AdaBelief", "Adan", "StableAdamW", "ScheduleFreeAdamW", "Prodigy"):
+        kind = partial(_in_training, getattr(module, name))
+        rule = Rule(name, fusedopt.fuse(kind), dict(lr=1e-3), kind)
+        plain = alike.get(name)
+        bounds = _faster(15, "torch default") + (_within(1.2, _PLAIN) if plain else ())
+        providers = ("torch default", "fusedopt")
+        rows.append(
+            Situation(
+                "a class, fused",
+                bounds,
+                None,
+                rule,
+                providers,
+                plain=plain,
+                plain_agrees=False,
+            )
+        )
+    return rows
+
+
+def _in_training(kind: Callable[..., Any], params: Any, **hypers: Any) -> Any:
+    opt = kind(params, **hypers)
+    if callable(getattr(opt, "train", None)):
+        opt.train()
+    return opt
+
+
 def _under_fsdp2(world: int) -> list[Situation]:
     name, row = f"FSDP2, processes: {world}", partial(Situation, bounds=_faster(1.5), world=world, checked=3)
     return [
@@ -438,6 +474,7 @@ SITUATIONS = (
         "a callback that does not fuse", _within(1.0, "eager"), nothing,
         _rule("Adam", cumulative, *ADAM_CBS, mom=0.9, sqr_mom=0.99, eps=1e-5, wd=0.01), _CHECKED,
     ),
+    *_classes(),
     Situation("a first step with loaded state", _at_most(5, "µs", "step per tensor"), another_optimizer),
     Situation("without the extension", _faster(1), nothing, extension=False),
     Situation("numbers change", _at_most(60, "µs", "host"), providers=("fusedopt",)),

@@ -88,7 +88,7 @@ struct Bucket {
   size_t group, launch;
   at::ScalarType param, grad;
   int64_t param_column, grad_column; // -1: kernels do not take it
-  bool param_written;
+  bool param_written, grad_written;
   bool looked_at; // callbacks ask for attributes of the parameter
   std::vector<Entry> entries;
   py::object owner; // of the program
@@ -507,12 +507,12 @@ class BoundStep {
       return "its gradient is of another layout, dtype, device or shape";
     if (const char* why = take(run, row, param_found, param, bucket.param_column, bucket.param_written))
       return why;
-    if (const char* why = take(run, row, grad_found, grad, bucket.grad_column, false))
+    if (const char* why = take(run, row, grad_found, grad, bucket.grad_column, bucket.grad_written))
       return why;
     // One in the parameter's own memory would change while kernels read it.
     const auto bytes = static_cast<intptr_t>(param.numel() * std::max(param.itemsize(), grad.itemsize()));
     row.copied = negative(grad) || !same_layout(grad, param) || std::abs(address(grad) - address(param)) < bytes;
-    if (row.copied && !run.native) // whose launch comes when the copy is gone
+    if (row.copied && (!run.native || bucket.grad_written)) // whose launch comes when the copy is gone
       return "its gradient is of another layout than its kernel takes";
     return check_state(row, bucket, run, param, state);
   }

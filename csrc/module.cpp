@@ -151,14 +151,14 @@ void bind_step(py::module_& m) {
            py::arg("nested"), py::arg("inner"));
   py::class_<Bucket>(m, "Bucket")
       .def(py::init([](size_t group, size_t launch, at::ScalarType param, at::ScalarType grad, int64_t param_column,
-                       int64_t grad_column, bool param_written, bool looked_at, std::vector<Entry> entries,
+                       int64_t grad_column, bool param_written, bool grad_written, bool looked_at, std::vector<Entry> entries,
                        py::object program, std::vector<std::pair<bool, size_t>> leaves, std::vector<size_t> outputs,
                        bool narrow) {
-             return Bucket{group, launch, param, grad, param_column, grad_column, param_written, looked_at,
+             return Bucket{group, launch, param, grad, param_column, grad_column, param_written, grad_written, looked_at,
                            std::move(entries), std::move(program), std::move(leaves), std::move(outputs), narrow};
            }),
            py::kw_only(), py::arg("group"), py::arg("launch"), py::arg("param"), py::arg("grad"),
-           py::arg("param_column"), py::arg("grad_column"), py::arg("param_written"), py::arg("looked_at"),
+           py::arg("param_column"), py::arg("grad_column"), py::arg("param_written"), py::arg("grad_written"), py::arg("looked_at"),
            py::arg("entries"), py::arg("program"), py::arg("leaves"), py::arg("outputs"), py::arg("narrow"));
   py::class_<Launch>(m, "Launch")
       .def(py::init<std::vector<uintptr_t>, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t,

@@ -12,11 +12,12 @@ import torch
 
 from ..extension import leaf
 from ..step.buckets import MAX_KNOWN, Bucket, Buckets, CompiledTrace, fit
-from ..step.items import Item, dense, walkable
+from ..step.items import Item, dense, same_layout, walkable
 from ..step.scaling import Scaling
 from ..trace.replay import Replay, can_replay
 from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, structure_of
+from ..trace.tracer import Trace
 from .check import difference
 from .host import Host
 from .shadow import NewState, Path, shown
@@ -216,6 +217,11 @@ class StepBuckets(Buckets):
         step = trace_step(opt, buckets, self.closure, self.options, self._name)
         if not any(trace.program.stores for trace in step.traces):
             raise Untraceable("the step changes no parameter and no tensor of its state")
+        for (items, _), trace in zip(buckets, step.traces, strict=True):
+            if _writes_elsewhere(trace, items):
+                raise Untraceable(
+                    "gradients, which the step writes to, are in another layout than their parameters"
+                )
         if self.options.check and (why := difference(opt, step, self.options)):
             raise Untraceable(f"what kernels would do differs from what the step does: {why}")
         compiled = [self._compiled(trace) for trace in step.traces]
@@ -248,6 +254,8 @@ class StepBuckets(Buckets):
 
     def _replayed(self, items: list[Item], signature: Signature, known: CompiledTrace) -> Bucket | None:
         assert known.replay is not None
+        if _writes_elsewhere(known.trace, items):
+            return None
         again = known.replay(self.groups.numbers, dict(signature.state))
         return Bucket(items, known, *again) if again and fit(again[0], signature.compute) else None
 
@@ -258,6 +266,12 @@ class StepBuckets(Buckets):
             which = f"group{path[1][1]}." if len(groups) > 1 else ""
             return which + str(path[2][1]) + "".join(f"[{key!r}]" for _, key in path[3:])
         return shown(path)
+
+
+def _writes_elsewhere(trace: Trace, items: list[Item]) -> bool:
+    """Whether what is written into gradients would be written to copies of them."""
+    writes = any(name == "grad" for name, _ in trace.program.stores)
+    return writes and not all(same_layout(item.grad, item.param) for item in items)
 
 
 def _key(items: list[Item], signature: Signature) -> tuple:

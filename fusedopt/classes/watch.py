@@ -40,7 +40,36 @@ _MODULES = {"logging": "logs", "os": "asks the operating system", "random": "dra
 _LIBRARIES = frozenset(
     {"torch", "numpy", "fusedopt", "importlib", "_frozen_importlib", *sys.stdlib_module_names}
 )
+_HARMLESS = frozenset(
+    """
+    abc bisect builtins collections contextlib copy dataclasses decimal enum fractions functools heapq importlib inspect
+    itertools keyword linecache math numbers operator re reprlib statistics string types typing warnings weakref
+    """.split()  # noqa: SIM905
+)
+"""Modules of the standard library whose functions do no more than compute."""
+_ACTING = (
+    "torch.distributed",
+    "torch.serialization",
+    "torch.utils.tensorboard",
+    "torch.utils.data",
+    "torch.cuda",
+)
+_ASKING = frozenset(
+    ["is_available", "is_initialized", "get_rank", "get_world_size", "is_torchelastic_launched"]
+)
 _ABSENT = object()
+
+
+def _beyond(module: str, frame: types.FrameType) -> str | None:
+    """What a library's function does that a replay would not do again, as far as that is known of its module."""
+    top = module.split(".")[0]
+    if top in _MODULES:
+        return _MODULES[top]
+    if module.startswith(_ACTING) and frame.f_code.co_name not in _ASKING:
+        return f"calls {module}.{frame.f_code.co_name}"
+    if top.strip("_") in sys.stdlib_module_names | {""} and top not in _HARMLESS and not top.startswith("_"):
+        return f"calls {module}.{frame.f_code.co_name}, which may do more than arithmetic"
+    return None
 
 
 def _is_library(frame: types.FrameType) -> bool:
@@ -123,13 +152,14 @@ class Watch:
             name = str(frame.f_globals.get("__name__", ""))
             if name.startswith("torch.optim"):
                 self._codes.add(frame.f_code)
-            what = _MODULES.get(name.split(".")[0])
-            if what is not None and frame.f_back is not None and not _is_library(frame.f_back):
+            if frame.f_back is not None and not _is_library(frame.f_back) and (what := _beyond(name, frame)):
                 self._refuse(what, frame.f_back)
 
     def _refuse(self, what: str, frame: types.FrameType) -> None:
+        """Raise Untraceable, before it is done; `check` does it again, should the class catch everything."""
         if self._refused is None:
             self._refused = what, frame.f_code, frame.f_lineno
+        raise _untraceable(f"the step {what}", place_of(frame.f_code, frame.f_lineno))
 
     def check(self) -> None:
         """Raise Untraceable if the step did what a replay would not do again; what it changed is put back."""
@@ -180,7 +210,7 @@ class Watch:
                 read = _of_cell(cell)
                 note(read, "", read("", None))
             for owner in kind.__mro__:
-                for name in function.__code__.co_names:
+                for name in ("step", *function.__code__.co_names):
                     value = vars(owner).get(name, _ABSENT)
                     if value is not _ABSENT and not isinstance(value, property):
                         note(vars(owner).get, name, value)

@@ -253,6 +253,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
         param_column=columns.get("param", -1),
         grad_column=columns.get("grad", -1),
         param_written="param" in written,
+        grad_written="grad" in written,
         looked_at=bool(signature.attributes),
         entries=entries,
         program=native.ScalarProgram(replay.instructions, replay.slots, replay.numbers, replay.guards),

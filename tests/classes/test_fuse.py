@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 import pickle
+import queue
 import random
 import time
 import types
@@ -16,6 +17,7 @@ import torch
 import fusedopt
 
 K, TABLE, LOG = 0.1, {"k": 1.0}, []
+MAIL = queue.Queue()
 SETTINGS = types.SimpleNamespace(factor=1.0)
 
 
@@ -270,6 +272,11 @@ def test_a_tensor_of_one_element_that_the_optimizer_keeps_is_a_number():
     assert torch.allclose(before - p, p.grad * opt.param_groups[0]["lr"] / (3 + opt.calls), atol=1e-6)
 
 
+def _with_generator(self, params):
+    Base.__init__(self, params)
+    self.own = random.Random(3)
+
+
 def _with_tensor(self, params):
     Base.__init__(self, params)
     self.tensor = torch.tensor(1.0)
@@ -279,6 +286,20 @@ def _with_tensor(self, params):
 @pytest.mark.parametrize("one", [adam, tensor_count, trust_ratio, replaces_state], ids=lambda f: f.__name__)
 def test_parameters_of_one_element(one, shape):
     assert not compared(rule(one), shapes=(shape, (3,))).explain().eager
+
+
+@pytest.mark.parametrize("one", [adam, flat_view, writes_gradient], ids=lambda f: f.__name__)
+def test_layouts(one):
+    """A channels_last parameter, whose gradients are not: to write to them has no form then."""
+
+    def channels_last(params):
+        params[0].data = params[0].data.to(memory_format=torch.channels_last)
+        return rule(one)(params)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = compared(channels_last, shapes=((4, 3, 2, 2), (3,)))
+    assert bool(opt.explain().eager) == (one is writes_gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -401,9 +422,26 @@ def another_index_in_each_step(self, p, g, s):
     p.add_(p.grad, alpha=-g["lr"] * [1, 2, 3, 4][g["step"] % 4])
 
 
+def passes_on(self, p, g, s):
+    p.add_(p.grad, alpha=-g["lr"])
+    MAIL.put(g["lr"])
+
+
+def draws_its_own(self, p, g, s):
+    p.add_(p.grad, alpha=-g["lr"] * self.own.random())
+
+
+def catches_everything(self, p, g, s):
+    try:
+        p.add_(p.grad, alpha=-g["lr"] * random.random())
+    except BaseException:  # what ends a trace is none of its business
+        p.add_(p.grad)
+
+
 EAGER = [
     rows, python_random, torch_random, logs, uses_logging, prints, clock, by_id, attribute_of_parameter, keeps_gradient,
-    order_matters, counts_parameters, shared_sum, another_index_in_each_step,
+    order_matters, counts_parameters, shared_sum, another_index_in_each_step, passes_on, draws_its_own,
+    catches_everything,
 ]  # fmt: skip
 
 
@@ -411,7 +449,7 @@ EAGER = [
 def test_what_does_not_fuse_is_the_classs_own_step_and_said_once(one):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        opt = compared(rule(one), steps=10)
+        opt = compared(rule(one, own=None, __init__=_with_generator), steps=10)
     (eager,) = opt.explain().eager
     assert eager.callback == f"{one.__name__}.step" and "Remedy: " in eager.reason
     if one is not another_index_in_each_step:
@@ -456,6 +494,12 @@ def poke_class(opt):
     type(opt).FACTOR = 3.0
 
 
+def poke_step(opt):
+    type(opt).step = lambda self, closure=None: (
+        [p.data.mul_(0.5) for p in self.param_groups[0]["params"]][:0] or None
+    )
+
+
 def poke_data(opt):
     opt.param_groups[0]["params"][1].data = torch.ones(3, 4)
 
@@ -482,6 +526,7 @@ POKES = [
     (momentum, poke_state),
     (momentum, lambda opt: opt.load_state_dict(copy.deepcopy(opt.state_dict()))),
     (plain, poke_data),
+    (plain, poke_step),
     (plain, poke_method),
     (plain, lambda opt: opt.param_groups[0].update(extra="new")),
 ]
@@ -492,8 +537,10 @@ def test_what_is_changed_between_steps_counts(case):
     one, poke = case
     kind = rule(one, FACTOR=1.0)
 
+    own = kind.step
+
     def fresh(params):
-        kind.FACTOR = 1.0
+        kind.FACTOR, kind.step = 1.0, own
         return kind(params)
 
     compared(fresh, poke=poke, steps=12)
