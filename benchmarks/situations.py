@@ -398,7 +398,7 @@ def _classes() -> list[Situation]:
     module = importlib.import_module("pytorch_optimizer")
     alike = {"Lion": RULES["Lion"], "AdaBelief": RULES["AdaBelief"]}
     rows = []
-    for name in ("Lion", "AdaBelief", "Adan", "StableAdamW", "ScheduleFreeAdamW", "Prodigy"):
+    for name in ("Lion", "AdaBelief", "Adan", "StableAdamW", "ScheduleFreeAdamW"):
         kind = partial(_in_training, getattr(module, name))
         rule = Rule(name, fusedopt.fuse(kind), dict(lr=1e-3), kind)
         plain = alike.get(name)
@@ -413,9 +413,15 @@ def _classes() -> list[Situation]:
                 providers,
                 plain=plain,
                 plain_agrees=False,
+                wrap=_not_compared if name == "ScheduleFreeAdamW" else Situation.wrap,
             )
         )
     return rows
+
+
+def _not_compared(runner: Runner, params: Sequence[Tensor]) -> None:
+    """For a class that writes into gradients, which all providers have in common."""
+    runner.comparable = False
 
 
 def _in_training(kind: Callable[..., Any], params: Any, **hypers: Any) -> Any:

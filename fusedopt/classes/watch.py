@@ -6,6 +6,7 @@ That is what it reads around it, and what it must not do in a step that is repla
 from __future__ import annotations
 
 import builtins
+import gc
 import random
 import sys
 import time
@@ -131,12 +132,15 @@ class Watch:
         self._snapshot = Snapshot([*values, *(c for c in cells if c is not ... and is_data(c))])
         around = [v for names in self._put.values() for v in names.values() if isinstance(v, DRAWING)]
         self._generators = Generators([*self._drawing, *around])
-        self._before = sys.getprofile()
+        self._collects, self._before = gc.isenabled(), sys.getprofile()
+        gc.disable()  # what others have called with each collection is none of the step's
         sys.setprofile(self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:
         sys.setprofile(self._before)
+        if self._collects:
+            gc.enable()
 
     def _note(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "c_call":
