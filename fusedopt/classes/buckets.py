@@ -44,6 +44,8 @@ class ClassGroups:
     def __init__(self, opt: torch.optim.Optimizer) -> None:
         self._ref = weakref.ref(opt)
         self.numbers: dict[str, Any] = {"params": []}
+        self._known: Any = None
+        """The store of state, where there is one."""
         self._stateless: set[int] = set()
         self._instead: tuple[list[tuple[Any, list[Any]]], dict[Any, Any]] | None = None
 
@@ -72,7 +74,10 @@ class ClassGroups:
             ):
                 return instead
             return {}
-        return stores_of(self.opt)[0]
+        own = vars(self.opt).get("state")
+        if own is None or own is not self._known:
+            self._known = stores_of(self.opt)[0]
+        return self._known
 
     def numbers_of(self, group: int) -> int:
         return -1

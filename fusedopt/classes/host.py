@@ -37,7 +37,7 @@ class Host:
         self.returned: Any = None
         self._writes: list[tuple[Callable[[Any], Any], Any, Any]] = []
         self._fills: list[tuple[Callable[[Any], torch.Tensor], Any]] = []
-        self._replay: Replay | None = None
+        self._function: Callable[..., Any] | None = None
         self._left: dict[Any, Any] = {}
         self.active: list[list[torch.Tensor]] = []
         self._look = _looking(shadow, names, tensors, self.numbers)
@@ -78,7 +78,9 @@ class Host:
         if self.leaves_something:
             numbers: dict[Any, Any] = dict(self._numbers)
             program = Trace(_NO_SIGNATURE, None, self._scalars, (), numbers, {}, {})  # type: ignore[arg-type]
-            self._replay = Replay(program)
+            replay = Replay(program)
+            self._inputs, self._keys = [name for _, name, *_ in replay.leaves], replay.number_keys
+            self._function = replay.function
 
     @property
     def leaves_something(self) -> bool:
@@ -87,11 +89,14 @@ class Host:
     def look(self, root: dict[str, Any]) -> str | None:
         """Read the numbers; or why this is another step than the one that was traced."""
         why = self._look(root) or self.around()
-        if why is None and self._replay is not None:
-            found = self._replay(self.numbers, {})
-            if found is None:
+        if why is None and self._function is not None:
+            try:
+                _, left, guards = self._function(*[self.numbers[name] for name in self._inputs])
+            except (ArithmeticError, ValueError) as error:
+                return f"what the step computes on the host has no result: {error}"
+            if not all(guards):
                 return "a branch that numbers decide goes another way now"
-            self._left = found[1]
+            self._left = dict(zip(self._keys, left, strict=True))
         if (
             why is None
             and self._writes

@@ -189,14 +189,25 @@ class Watch:
 
     def around(self, kind: type) -> Callable[[], str | None]:
         """What tells whether all that the step has read around it is still there: why not, or None."""
-        same: list[tuple[Callable[[str, Any], Any], str, Any]] = []
-        equal: list[tuple[Callable[[str, Any], Any], str, Any, Any]] = []
+        space: dict[str, Any] = {}
+        lines: list[str] = []
+        told: set[tuple[int, str]] = set()
 
-        def note(read: Callable[[str, Any], Any], name: str, value: Any) -> None:
+        def note(read: Callable[[str, Any], Any], name: str, value: Any, owner: Any) -> None:
+            if (id(owner), name) in told:
+                return
+            told.add((id(owner), name))
+            k = len(space)
+            space.update({f"r{k}": read, f"v{k}": value})
+            lines.append(f"  x = r{k}({name!r}, None)")
+            lines.append(
+                f"  if x is not v{k}: return {name or 'what a function closes over'!r} ' is another one now'"
+            )
             if is_data(value) and not is_constant(value) and type(value) in (dict, list, set, tuple):
-                equal.append((read, name, value, _copied(value)))
-            else:
-                same.append((read, name, value))
+                space[f"w{k}"] = _copied(value)
+                lines.append(
+                    f"  if x != w{k}: return {name or 'what a function closes over'!r} ' has changed'"
+                )
 
         for function in self._stand_ins.made:
             if function.__code__ not in self._codes:
@@ -204,32 +215,24 @@ class Watch:
             around = function.__globals__
             for name in loaded_names(function.__code__):
                 if name in around:
-                    note(around.get, name, around[name])
+                    note(around.get, name, around[name], around)
                     if isinstance(around[name], types.ModuleType) and not _of_library(around[name]):
                         inside = vars(around[name])
                         for attribute in function.__code__.co_names:
                             if attribute in inside:
-                                note(inside.get, attribute, inside[attribute])
+                                note(inside.get, attribute, inside[attribute], inside)
             for cell in function.__closure__ or ():
                 read = _of_cell(cell)
-                note(read, "", read("", None))
+                note(read, "", read("", None), cell)
             for owner in kind.__mro__:
                 for name in ("step", *function.__code__.co_names):
                     value = vars(owner).get(name, _ABSENT)
                     if value is not _ABSENT and not isinstance(value, property):
-                        note(vars(owner).get, name, value)
-            note(_of_code(function), "", function.__code__)
+                        note(vars(owner).get, name, value, owner)
+            note(_of_code(function), "the code of a function", function.__code__, function)
 
-        def why() -> str | None:
-            for read, name, value in same:
-                if read(name, None) is not value:
-                    return f"{name or 'what a function closes over'} is another one now"
-            for read, name, value, was in equal:
-                if read(name, None) is not value or value != was:
-                    return f"what is in {name or 'a container that a function closes over'} has changed"
-            return None
-
-        return why
+        exec("\n".join(["def why():", *lines, "  return None"]), space)
+        return space["why"]
 
 
 def _untraceable(message: str, where: str) -> Untraceable:
