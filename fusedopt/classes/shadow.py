@@ -19,7 +19,6 @@ import torch
 from ..trace.number import Number
 from ..trace.signals import Untraceable
 from ..trace.signature import PLAIN
-from .watch import DRAWING
 
 OWN = frozenset({"step", "explain", "kernel_source", "_fusedopt", "_opt_called", "_zero_grad_profile_name"})
 """Names in an optimizer's ``__dict__`` that say nothing of what its class does: ours and torch's."""
@@ -90,8 +89,9 @@ class Shadow:
         self.containers: list[Container] = []
         self.numbers: dict[Path, Any] = {}
         self.flags: list[tuple[Path, Any]] = []
-        self.drawing: list[Any] = []
-        """Objects that random numbers are drawn from: the optimizer's own."""
+        self.referred: list[Any] = []
+        """Objects that it has in common with the optimizer."""
+        self._sets: list[tuple[Path, Any, Any]] = []
         self.aliases: list[tuple[Path, Any]] = []
         """Objects that are found by another path too, which was taken first."""
         self.opt: Any = object.__new__(kind)
@@ -172,14 +172,14 @@ class Shadow:
             if any(isinstance(v, torch.Tensor) for v in value):
                 raise Untraceable(f"{shown(path)} is a set of tensors")
             self.flags.append((path, kind(value)))
-            return kind(value)
+            self._sets.append((path, copied := kind(value), kind(value)))
+            return copied
         if isinstance(value, torch.optim.Optimizer):
             return self._inner(kind, value, path)
         if isinstance(value, types.MethodType) and id(value.__self__) in self._memo:
             return types.MethodType(value.__func__, self._memo[id(value.__self__)])
-        if isinstance(value, DRAWING):
-            self.drawing.append(value)
-            return value
+        if isinstance(value, np.ndarray) or hasattr(kind, "__next__"):
+            raise Untraceable(f"{shown(path)} is a {kind.__name__}, which a step may change")
         if isinstance(value, (types.FunctionType, functools.partial)):
             return self._function(value)
         if (
@@ -187,6 +187,7 @@ class Shadow:
             or kind.__module__.split(".")[0] in _LIBRARIES
             or not hasattr(value, "__dict__")
         ):
+            self.referred.append(value)
             return value
         return self._object(kind, value, path)
 
@@ -223,6 +224,9 @@ class Shadow:
     def changes(self) -> list[tuple[Path, Any, Any]]:
         """What was left in containers: (path of the container, key, value). Raises NewState, Untraceable."""
         out: list[tuple[Path, Any, Any]] = []
+        for path, now, was in self._sets:
+            if now != was:
+                raise Untraceable(f"{shown(path)}, a set, is changed")
         for c in self.containers:
             now = dict(enumerate(c.copy)) if isinstance(c.copy, (list, collections.deque)) else dict(c.copy)
             put = dict(enumerate(c.put.values())) if isinstance(c.copy, (list, collections.deque)) else c.put

@@ -420,7 +420,7 @@ def _run(
     _resting(opt, representatives[0].stores, tensors, known)
     shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of)
     given = _Closure()
-    watch = Watch(stand_ins, shadow.drawing)
+    watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred)
     latest()
     try:
         with watch, tracing(options.rounding == "each") as mode:

@@ -11,7 +11,7 @@ import random
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -118,20 +118,27 @@ def _state_of(each: Any) -> Any:
 
 
 class Watch:
-    """A context in which the code that is run is noted. ``drawing``: objects that random numbers may be drawn from."""
+    """A context in which the code that is run is noted.
 
-    def __init__(self, stand_ins: StandIns, drawing: Iterable[Any]) -> None:
-        self._stand_ins, self._drawing = stand_ins, list(drawing)
+    ``owners``: the classes that it is of; ``referred``: objects that the optimizer has, and its shadow too.
+    """
+
+    def __init__(self, stand_ins: StandIns, owners: Iterable[type], referred: Iterable[Any]) -> None:
+        self._stand_ins, self._owners, self._referred = stand_ins, list(owners), list(referred)
         self._codes: set[types.CodeType] = set()
         self._refused: tuple[str, types.CodeType, int] | None = None
 
     def __enter__(self) -> Watch:
-        self._put = {f: dict(made.__globals__) for f, made in self._stand_ins.made.items()}
-        values = [v for names in self._put.values() for k, v in names.items() if k[:2] != "__" and is_data(v)]
-        cells = [content_of(c, "") for f in self._stand_ins.made for c in f.__closure__ or ()]
-        self._snapshot = Snapshot([*values, *(c for c in cells if c is not ... and is_data(c))])
-        around = [v for names in self._put.values() for v in names.values() if isinstance(v, DRAWING)]
-        self._generators = Generators([*self._drawing, *around])
+        functions = self._stand_ins.made
+        self._put = {
+            f: (dict(made.__globals__), dict(vars(made)), _contents(made)) for f, made in functions.items()
+        }
+        values = [v for names, _, _ in self._put.values() for k, v in names.items() if k[:2] != "__"]
+        values += [v for f in functions for v in (*_contents(f), *(f.__defaults__ or ()))]
+        values += [v for f in functions for v in (f.__kwdefaults__ or {}).values()]
+        self._objects = Objects([*self._owners, *self._referred, *values])
+        self._snapshot = Snapshot([v for v in (*values, *self._objects.values()) if is_data(v)])
+        self._generators = Generators(v for v in (*self._referred, *values) if isinstance(v, DRAWING))
         self._collects, self._before = gc.isenabled(), sys.getprofile()
         gc.disable()  # what others have called with each collection is none of the step's
         sys.setprofile(self._note)
@@ -168,7 +175,7 @@ class Watch:
     def check(self) -> None:
         """Raise Untraceable if the step did what a replay would not do again; what it changed is put back."""
         changed = self._snapshot.restored()
-        drawn = self._generators.restored()
+        drawn, set_ = self._generators.restored(), self._objects.restored()
         if self._refused is not None:
             what, code, line = self._refused
             raise _untraceable(f"the step {what}", place_of(code, line))
@@ -176,27 +183,27 @@ class Watch:
             raise Untraceable("the step draws random numbers")
         if changed:
             raise Untraceable("the step changes a list, dict, set or tensor around it")
+        if set_:
+            raise Untraceable(f"the step sets {set_}, which is none of the optimizer's own attributes")
         for function, made in self._stand_ins.made.items():
-            put = self._put[function]
-            if any(
-                made.__globals__.get(k, _ABSENT) is not v
-                for k, v in put.items()
-                if k != "__warningregistry__"
-            ):
-                raise _untraceable(
-                    "the step changes a global", place_of(function.__code__, function.__code__.co_firstlineno)
-                )
+            names, own, contents = self._put[function]
+            now = {k: v for k, v in made.__globals__.items() if k != "__warningregistry__"}
+            same = _same(now, names) and _same(vars(made), own) and _same_items(_contents(made), contents)
+            if not same:
+                place = place_of(function.__code__, function.__code__.co_firstlineno)
+                raise _untraceable("the step changes a global, or what a function closes over", place)
 
     def around(self, kind: type) -> Callable[[], str | None]:
         """What tells whether all that the step has read around it is still there: why not, or None."""
         space: dict[str, Any] = {}
         lines: list[str] = []
-        told: set[tuple[int, str]] = set()
+        told: set[tuple[Any, str]] = set()
 
         def note(read: Callable[[str, Any], Any], name: str, value: Any, owner: Any) -> None:
-            if (id(owner), name) in told:
+            where = (owner if isinstance(owner, tuple) else id(owner)), name
+            if where in told:
                 return
-            told.add((id(owner), name))
+            told.add(where)
             k = len(space)
             space.update({f"r{k}": read, f"v{k}": value})
             lines.append(f"  x = r{k}({name!r}, None)")
@@ -209,30 +216,85 @@ class Watch:
                     f"  if x != w{k}: return {name or 'what a function closes over'!r} ' has changed'"
                 )
 
+        def explore(owner: Any, names: Iterable[str], depth: int = 3) -> None:
+            """What is read of an object, and of what it has."""
+            inside = _inside(owner)
+            for name in names if inside is not None and depth else ():
+                value = inside.get(name, _ABSENT)
+                if value is not _ABSENT and not isinstance(value, property):
+                    note(inside.get, name, value, owner)
+                    explore(value, names, depth - 1)
+
         for function in self._stand_ins.made:
             if function.__code__ not in self._codes:
                 continue
-            around = function.__globals__
+            around, names = function.__globals__, function.__code__.co_names
             for name in loaded_names(function.__code__):
                 if name in around:
                     note(around.get, name, around[name], around)
-                    if isinstance(around[name], types.ModuleType) and not _of_library(around[name]):
-                        inside = vars(around[name])
-                        for attribute in function.__code__.co_names:
-                            if attribute in inside:
-                                note(inside.get, attribute, inside[attribute], inside)
+                    explore(around[name], names)
             for cell in function.__closure__ or ():
                 read = _of_cell(cell)
                 note(read, "", read("", None), cell)
-            for owner in kind.__mro__:
-                for name in ("step", *function.__code__.co_names):
-                    value = vars(owner).get(name, _ABSENT)
-                    if value is not _ABSENT and not isinstance(value, property):
-                        note(vars(owner).get, name, value, owner)
+                explore(read("", None), names)
+            for owner in (*kind.__mro__, *self._referred):
+                explore(owner, ("step", *names))
             note(_of_code(function), "the code of a function", function.__code__, function)
+            defaults = _of_defaults(function)
+            note(defaults, "the defaults of a function", defaults("", None), (function, "defaults"))
 
         exec("\n".join(["def why():", *lines, "  return None"]), space)
         return space["why"]
+
+
+class Objects:
+    """What objects have set on them: classes, modules and instances that are not a library's."""
+
+    def __init__(self, objects: Iterable[Any]) -> None:
+        found = {id(x): (x, inside) for x in objects if (inside := _inside(x)) is not None}
+        self._saved = [(x, inside, dict(inside)) for x, inside in found.values()]
+
+    def values(self) -> Iterator[Any]:
+        for _, _, was in self._saved:
+            yield from was.values()
+
+    def restored(self) -> str:
+        """The name of something that was set; all is as it was again."""
+        name = ""
+        for owner, inside, was in self._saved:
+            for key in [k for k in {**inside, **was} if inside.get(k, _ABSENT) is not was.get(k, _ABSENT)]:
+                name = name or key
+                if key in was:
+                    setattr(owner, key, was[key])
+                else:
+                    delattr(owner, key)
+        return name
+
+
+def _inside(x: Any) -> Any:
+    """An object's own attributes; None for libraries', and for what has none."""
+    if isinstance(x, types.ModuleType):
+        return None if _of_library(x) else vars(x)
+    if isinstance(x, type):
+        return None if x.__module__.split(".")[0] in _LIBRARIES else vars(x)
+    if isinstance(x, (types.FunctionType, torch.Tensor)):
+        return None
+    own = getattr(x, "__dict__", None)
+    return own if isinstance(own, dict) else None
+
+
+def _contents(function: types.FunctionType) -> list[Any]:
+    return [content_of(cell, "") for cell in function.__closure__ or ()]
+
+
+def _same(now: dict[str, Any], was: dict[str, Any]) -> bool:
+    return all(now.get(k, _ABSENT) is v for k, v in was.items() if k != "__warningregistry__") and len(
+        now
+    ) <= len(was)
+
+
+def _same_items(now: list[Any], was: list[Any]) -> bool:
+    return all(a is b for a, b in zip(now, was, strict=True))
 
 
 def _untraceable(message: str, where: str) -> Untraceable:
@@ -254,6 +316,10 @@ def _of_library(module: types.ModuleType) -> bool:
 
 def _of_cell(cell: Any) -> Callable[[str, Any], Any]:
     return lambda name, default: content_of(cell, name)
+
+
+def _of_defaults(function: types.FunctionType) -> Callable[[str, Any], Any]:
+    return lambda name, default: function.__defaults__
 
 
 def _of_code(function: types.FunctionType) -> Callable[[str, Any], Any]:

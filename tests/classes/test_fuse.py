@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import logging
 import math
 import pickle
@@ -11,6 +12,7 @@ import time
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,7 +118,8 @@ def reset():
     globals().update(K=0.1)
     TABLE.update(k=1.0)
     LOG.clear()
-    SETTINGS.factor = 1.0
+    vars(SETTINGS).update(factor=1.0, count=0)
+    vars(helped).pop("count", None)
     random.seed(0)
     torch.manual_seed(0)
 
@@ -272,9 +275,17 @@ def test_a_tensor_of_one_element_that_the_optimizer_keeps_is_a_number():
     assert torch.allclose(before - p, p.grad * opt.param_groups[0]["lr"] / (3 + opt.calls), atol=1e-6)
 
 
-def _with_generator(self, params):
+def _with_more(self, params):
     Base.__init__(self, params)
-    self.own = random.Random(3)
+    self.own, self.numbers, self.array, self.set = None, None, None, None
+    if type(self).one is draws_its_own:
+        self.own = random.Random(3)
+    if type(self).one is takes_the_next:
+        self.numbers = itertools.count(1)
+    if type(self).one is uses_an_array:
+        self.array = np.zeros(2)
+    if type(self).one is keeps_a_set:
+        self.set = set()
 
 
 def _with_tensor(self, params):
@@ -431,6 +442,52 @@ def draws_its_own(self, p, g, s):
     p.add_(p.grad, alpha=-g["lr"] * self.own.random())
 
 
+def counts_on_its_class(self, p, g, s):
+    type(self).count += 1
+    p.add_(p.grad, alpha=-g["lr"] / type(self).count)
+
+
+def counts_on_an_object(self, p, g, s):
+    SETTINGS.count += 1
+    p.add_(p.grad, alpha=-g["lr"] / SETTINGS.count)
+
+
+def counts_in_a_default(self, p, g, s, seen=[]):  # noqa: B006
+    seen.append(1)
+    p.add_(p.grad, alpha=-g["lr"])
+    SETTINGS.seen = len(seen)
+
+
+def counts_on_a_function(self, p, g, s):
+    helped.count = getattr(helped, "count", 0) + 1
+    helped(p, p.grad, g["lr"] / helped.count)
+
+
+def counts_in_a_closure():
+    count = 0
+
+    def counts(self, p, g, s):
+        nonlocal count
+        count = 1 if self.calls == 1 else count + 1
+        p.add_(p.grad, alpha=-g["lr"] / count)
+
+    return counts
+
+
+def takes_the_next(self, p, g, s):
+    p.add_(p.grad, alpha=-g["lr"] / next(self.numbers))
+
+
+def uses_an_array(self, p, g, s):
+    self.array[0] += 1
+    p.add_(p.grad, alpha=-g["lr"] / float(self.array[0]))
+
+
+def keeps_a_set(self, p, g, s):
+    self.set.add(self.calls)
+    p.add_(p.grad, alpha=-g["lr"] / len(self.set))
+
+
 def catches_everything(self, p, g, s):
     try:
         p.add_(p.grad, alpha=-g["lr"] * random.random())
@@ -441,7 +498,8 @@ def catches_everything(self, p, g, s):
 EAGER = [
     rows, python_random, torch_random, logs, uses_logging, prints, clock, by_id, attribute_of_parameter, keeps_gradient,
     order_matters, counts_parameters, shared_sum, another_index_in_each_step, passes_on, draws_its_own,
-    catches_everything,
+    catches_everything, counts_on_its_class, counts_on_an_object, counts_in_a_default, counts_on_a_function,
+    counts_in_a_closure(), takes_the_next, uses_an_array, keeps_a_set,
 ]  # fmt: skip
 
 
@@ -449,7 +507,8 @@ EAGER = [
 def test_what_does_not_fuse_is_the_classs_own_step_and_said_once(one):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        opt = compared(rule(one, own=None, __init__=_with_generator), steps=10)
+        kinds = [rule(one, count=0, __init__=_with_more) for _ in range(2)]
+        opt = compared(lambda params: kinds.pop()(params), steps=10)
     (eager,) = opt.explain().eager
     assert eager.callback == f"{one.__name__}.step" and "Remedy: " in eager.reason
     if one is not another_index_in_each_step:
@@ -482,6 +541,10 @@ def group_flag(self, p, g, s):
 
 def class_attribute(self, p, g, s):
     p.add_(p.grad, alpha=-g["lr"] * self.FACTOR)
+
+
+def seen(self, p, g, s):
+    p.add_(p.grad, alpha=-g["lr"] * SETTINGS.factor)
 
 
 def every_third(self, p, g, s):
@@ -522,6 +585,7 @@ POKES = [
     (group_flag, lambda opt: opt.param_groups[0].update(lr=torch.tensor(0.5))),
     (adam, lambda opt: opt.param_groups[0].update(betas=(0.5, 0.8))),
     (class_attribute, poke_class),
+    (seen, lambda opt: setattr(SETTINGS, "factor", 2.0)),
     (every_third, None),
     (momentum, poke_state),
     (momentum, lambda opt: opt.load_state_dict(copy.deepcopy(opt.state_dict()))),
@@ -547,7 +611,7 @@ def test_what_is_changed_between_steps_counts(case):
 
 
 def unseen(self, p, g, s):
-    p.add_(p.grad, alpha=-g["lr"] * SETTINGS.factor)
+    p.add_(p.grad, alpha=-g["lr"] * getattr(SETTINGS, "fac" + "tor"))
 
 
 def test_samples_of_steps_notice_what_no_guard_sees():
