@@ -65,7 +65,7 @@ class Fused:
         return other
 
     def step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        if self.given_up or transforms.active():
+        if self.given_up or transforms.active() or _captured():
             return self._own(opt, closure)
         loss = None
         self.buckets.closure = closure is not None
@@ -204,20 +204,30 @@ def _nothing() -> None:
     return None
 
 
+def _captured() -> bool:
+    """Whether a CUDA graph is being captured, which would repeat this step's numbers for ever."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
     """A step in fused kernels; see fusedopt.fuse."""
-    fused = vars(self).get("_fusedopt")
-    if fused is None:  # an unpickled copy
-        fused = vars(self)["_fusedopt"] = Fused(self, Options())
-    fused = fused.of(self)
-    if _observed(self):
+    if _observed(self) or torch.compiler.is_compiling():
         return _hooked(self, *(() if closure is None else (closure,)))
-    return fused.step(self, closure)
+    return _fused_of(self).step(self, closure)
 
 
+def _fused_of(opt: torch.optim.Optimizer) -> Fused:
+    fused = vars(opt)["_fusedopt"]
+    if fused is None:  # a copy of all that it has
+        fused = vars(opt)["_fusedopt"] = Fused(opt, Options())
+    return fused.of(opt)
+
+
+# Opaque to dynamo: a kernel launch is nothing it could trace.
+@torch._disable_dynamo
 @torch.optim.Optimizer.profile_hook_step
 def _hooked(self: torch.optim.Optimizer, *closure: Any) -> Any:
-    return vars(self)["_fusedopt"].step(self, *closure)
+    return _fused_of(self).step(self, *closure)
 
 
 def _scheduled(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
@@ -230,7 +240,7 @@ _scheduled._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 def _explain(self: torch.optim.Optimizer) -> Explanation:
-    return vars(self)["_fusedopt"].of(self).explain(self)
+    return _fused_of(self).explain(self)
 
 
 def _kernel_source(self: torch.optim.Optimizer) -> str:

@@ -827,3 +827,30 @@ def test_added_groups_and_frozen_parameters():
     (ours, opt), (theirs, eager) = both(True), both(False)
     assert alike(leaves(opt, ours), leaves(eager, theirs))
     assert opt.explain().launches and not opt.explain().eager
+
+
+def test_a_copy_of_all_that_it_has_is_fused():
+    class Whole(rule_at_top):
+        def __getstate__(self):
+            return self.__dict__.copy()
+
+    params, opt = run(Whole)
+    other = copy.deepcopy(opt)
+    mine, before = other.param_groups[0]["params"], [p.detach().clone() for p in params]
+    for p in mine:
+        p.grad = torch.ones_like(p)
+    for _ in range(3):
+        other.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+    assert not torch.equal(mine[0], params[0]) and other.explain().launches
+
+
+def test_compiled_code_calls_it():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = fusedopt.fuse(rule(plain)(params))
+    step = torch.compile(opt.step, backend="eager")
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.ones(3)
+        step()
+    assert opt.explain().launches and torch.allclose(params[0], torch.full((3,), 0.6))
