@@ -19,7 +19,7 @@ from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph
 from ..step.items import Item
 from ..trace.number import ARITHMETIC, Number, ScalarProgram
-from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, is_number, load, merged
+from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, alike, is_number, load, merged
 from ..trace.signals import NeedsAttribute, Untraceable, latest, line_now
 from ..trace.signature import FACTOR, PLAIN, Foreign, Signature, structure_of
 from ..trace.standins import StandIns
@@ -52,6 +52,13 @@ class Elements(Run):
     elements: int = 0
 
     where = staticmethod(line_now)
+
+    def slot(self, x: Any) -> int:
+        """As of a callback; but the same place has to give the same number in every run of the shadow."""
+        node = super().slot(x)
+        if type(x) is not Number and repr(self.scalars.values[self.graph.values[node].attr]) != repr(x):
+            raise Untraceable("a number depends on how many parameters there are, or on their order")
+        return node
 
 
 class Representative:
@@ -124,7 +131,15 @@ class Representative:
         for key, value in state.items():
             cells[key] = self._left(key, value, taken)
         path = tuple(self.run.taken)
-        if path in self.outcomes:  # while others go along more of theirs
+        if path in self.outcomes:  # while others go along more of theirs, or with fewer of them
+            if any(
+                not alike(v, cells[k])
+                for k, v in self.outcomes[path][1].items()
+                if not isinstance(v, Foreign)
+            ):
+                raise Untraceable(
+                    "what it does to a parameter depends on how many there are, or on their order"
+                )
             return
         self.outcomes[path] = self.run, cells
         self.todo += [(*path[:k], not path[k]) for k in range(len(self.run.decisions), len(path))]
@@ -316,8 +331,11 @@ def trace_step(
         raise Untraceable(
             "a branch on a number of a tensor decides what the optimizer keeps besides its state"
         )
-    if left[0] and any(len(group) > 1 for group in groups):
-        alone = _run(opt, kind, stand_ins, [group[0] for group in groups], scalars, closure, options, names)
+    if any(len(group) > 1 for group in groups):
+        fewer = [group[-1] for group in groups]
+        alone = _run(opt, kind, stand_ins, fewer, scalars, closure, options, names)
+        for r in fewer:
+            r.end()
         if alone.left() != left[0]:
             raise Untraceable(
                 "what the step leaves in the optimizer depends on how many parameters there are"
@@ -352,12 +370,16 @@ def trace_step(
 
 
 def _different(a: Trace, b: Trace) -> bool:
-    return (a.program, a.slots, a.scalars.entries, a.scalars.guards) != (
-        b.program,
-        b.slots,
-        [*b.scalars.entries],
-        b.scalars.guards,
-    ) or {k: _plain(v) for k, v in a.numbers.items()} != {k: _plain(v) for k, v in b.numbers.items()}
+    return any(
+        of(a) != of(b)
+        for of in (
+            lambda t: (t.program, t.slots, t.scalars.entries, t.scalars.guards),
+            lambda t: {k: _plain(v) for k, v in t.numbers.items()},
+            lambda t: [
+                repr(v) for e, v in zip(t.scalars.entries, t.scalars.values, strict=True) if e[0] == "raw"
+            ],
+        )
+    )
 
 
 def _plain(v: Any) -> Any:

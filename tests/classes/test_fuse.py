@@ -424,6 +424,18 @@ def counts_parameters(self, p, g, s):
     p.add_(p.grad, alpha=-g["lr"])
 
 
+def by_their_number(self, p, g, s):
+    p.add_(p.grad, alpha=-0.1 / len(g["params"]))
+
+
+def by_those_with_a_gradient(self, p, g, s):
+    p.add_(p.grad, alpha=-0.1 / len([q for q in g["params"] if q.grad is not None]))
+
+
+def by_position(self, p, g, s):
+    p.add_(p.grad, alpha=-0.1 * next(i for i, q in enumerate(g["params"], 1) if q is p))
+
+
 def shared_sum(self, p, g, s):
     self.total = getattr(self, "total", 0.0) + p.grad.abs().max().item()
     p.add_(p.grad, alpha=-g["lr"] / self.total)
@@ -499,7 +511,8 @@ EAGER = [
     rows, python_random, torch_random, logs, uses_logging, prints, clock, by_id, attribute_of_parameter, keeps_gradient,
     order_matters, counts_parameters, shared_sum, another_index_in_each_step, passes_on, draws_its_own,
     catches_everything, counts_on_its_class, counts_on_an_object, counts_in_a_default, counts_on_a_function,
-    counts_in_a_closure(), takes_the_next, uses_an_array, keeps_a_set,
+    counts_in_a_closure(), takes_the_next, uses_an_array, keeps_a_set, by_their_number, by_those_with_a_gradient,
+    by_position,
 ]  # fmt: skip
 
 
