@@ -8,7 +8,6 @@ import copy
 import itertools
 import os
 import pickle
-import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import torchvision_ops  # noqa: F401  Lightning imports torchvision if it is the
 # isort: split
 import accelerate
 import lightning
+import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
@@ -210,9 +210,9 @@ def test_a_comparison_can_fail():
 
 
 def seed() -> None:
-    """Some draw numbers, of torch and of Python."""
+    """Some draw numbers, of torch or of numpy."""
     torch.manual_seed(0)
-    random.seed(0)
+    np.random.seed(0)
 
 
 UNFUSED = [
