@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,8 @@ class Run:
             if isinstance(group.get("lr"), float):
                 group["lr"] *= (0.9, 1.0, 1.1)[t % 3]
         torch.manual_seed(t)
+        random.seed(t)
+        np.random.seed(t)
 
     def step(self) -> None:
         self.opt.step(*self.arguments)
