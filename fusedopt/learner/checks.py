@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from .. import env
+from .. import env, optim
 from .callback import Callback
 from .events import EVENTS, FIRST_EDITION
 from .loaders import DataLoaders
@@ -243,7 +243,6 @@ def as_optimizer(opt: Any) -> Any:
     """The optimizer. TypeError if its hyperparameters cannot be set in the way that schedules do."""
     if not hasattr(opt, "set_hypers"):
         name = type(opt).__name__
-        raise TypeError(
-            f"opt_func gave a {name} without set_hypers: take fusedopt.optim.{name}, or a fusedopt.Optimizer"
-        )
+        ours = f"take fusedopt.optim.{name}" if hasattr(optim, name) else "wrap it in fastai's OptimWrapper"
+        raise TypeError(f"opt_func gave a {name} without set_hypers: {ours}, or take a fusedopt.Optimizer")
     return opt

@@ -867,3 +867,25 @@ def test_compiled_code_calls_it():
             p.grad = torch.ones(3)
         step()
     assert opt.explain().launches and torch.allclose(params[0], torch.full((3,), 0.6))
+
+
+def shared_options(self, p, g, s):
+    p.add_(p.grad, alpha=-g["lr"] * g["options"]["scale"])
+
+
+def test_a_container_that_groups_have_in_common_is_read_in_each():
+    """Until one of them gets another."""
+
+    def two(params):
+        options = {"scale": 0.5}
+        return rule(shared_options)(
+            [dict(params=params[:2], options=options), dict(params=params[2:], options=options)]
+        )
+
+    def poke(opt):
+        opt.param_groups[1]["options"] = {"scale": 3.0}
+
+    assert not compared(two, poke=poke, steps=12).explain().eager
+    assert (
+        not compared(two, poke=lambda opt: opt.param_groups[0]["options"].update(scale=2.0)).explain().eager
+    )
