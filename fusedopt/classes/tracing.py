@@ -18,7 +18,7 @@ import torch
 from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph
 from ..step.items import Item
-from ..trace.number import ARITHMETIC, Number, ScalarProgram
+from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
 from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, alike, is_number, load, merged
 from ..trace.signals import NeedsAttribute, Untraceable, latest, line_now
 from ..trace.signature import FACTOR, PLAIN, Foreign, Signature, structure_of
@@ -190,7 +190,7 @@ class Representative:
             raise NewState(f"{what} gets another shape or dtype")
         return value.sym
 
-    def traced(self, guards: Sequence[Any], write_grads: bool) -> Trace:
+    def traced(self, guards: Sequence[Guard], write_grads: bool) -> Trace:
         """The trace of its bucket, by it."""
         cells = merged(self.graph, self.outcomes)
         grad = cells[GRAD].node != self.grad
@@ -325,7 +325,6 @@ def trace_step(
         runs.append(_run(opt, kind, stand_ins, representatives, scalars, closure, options, names))
         for r in representatives:
             r.end()
-    first_run = runs[0]
     left = [run.left() for run in runs]
     if any(x != left[0] for x in left):
         raise Untraceable(
@@ -340,13 +339,7 @@ def trace_step(
             raise Untraceable(
                 "what the step leaves in the optimizer depends on how many parameters there are"
             )
-    shared = [g for g in scalars.guards if not _owners(scalars, g.index)]
-    own = {
-        r.index: [g for g in scalars.guards if _owners(scalars, g.index) == {r.index}]
-        for r in representatives
-    }
-    if len(shared) + sum(map(len, own.values())) < len(scalars.guards):
-        raise Untraceable("a branch depends on numbers of several parameters")
+    shared, own = _guards(representatives, scalars)
     traces, examples = [], []
     for group in groups:
         found = [r.traced([*shared, *own[r.index]], options.write_grads) for r in group]
@@ -354,10 +347,29 @@ def trace_step(
             raise Untraceable("what it does to a parameter depends on the others, or on their order")
         traces.append(found[0])
         examples.append([(r.item, t) for r, t in zip(group, found, strict=True)])
-    ours = ScalarProgram()
+    host = _host(runs[0], shared, scalars, buckets)
+    return StepTrace(host, traces, examples, closure)
+
+
+def _guards(
+    representatives: Sequence[Representative], scalars: ScalarProgram
+) -> tuple[list[Guard], dict[int, list[Guard]]]:
+    """Those on numbers of the host alone, and those of each parameter."""
+    shared = [g for g in scalars.guards if not _owners(scalars, g.index)]
+    own = {
+        r.index: [g for g in scalars.guards if _owners(scalars, g.index) == {r.index}]
+        for r in representatives
+    }
+    if len(shared) + sum(map(len, own.values())) < len(scalars.guards):
+        raise Untraceable("a branch depends on numbers of several parameters")
+    return shared, own
+
+
+def _host(ran: _Ran, shared: Sequence[Guard], scalars: ScalarProgram, buckets: Sequence[Bucket]) -> Host:
+    """The host's half of a run, with what it leaves."""
+    host, ours = ran.host, ScalarProgram()
     move = mover(scalars, ours, None)
-    host = first_run.host
-    host.writes(first_run.changes, scalars, move, ours)
+    host.writes(ran.changes, scalars, move, ours)
     for guard in shared if host.leaves_something else ():
         ours.guard(move(guard.index), guard.value, guard.where)
     host.finish()
@@ -366,7 +378,7 @@ def trace_step(
         key = items[0].where[0], structure_of(signature)
         active.setdefault(key, []).extend(item.owner for item in items)
     host.active = list(active.values())
-    return StepTrace(host, traces, examples, closure)
+    return host
 
 
 def _different(a: Trace, b: Trace) -> bool:
