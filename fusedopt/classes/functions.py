@@ -52,11 +52,12 @@ _OF_SHAPE = {
 _OF_SHAPE |= {"nelement": "count", "__len__": "shape", "is_contiguous": "contiguous"}
 _OF_TYPE = frozenset(
     """
-    dtype is_floating_point is_complex is_sparse layout is_cuda is_cpu is_mps is_quantized is_meta itemsize
-    element_size is_signed is_mkldnn is_xpu is_xla is_sparse_csr is_nested is_conj is_neg is_inference
+    dtype is_floating_point is_complex is_sparse layout is_quantized itemsize
+    element_size is_signed is_mkldnn is_sparse_csr is_nested is_conj is_neg is_inference
     is_same_size names result_type promote_types can_cast is_storage is_tensor
     """.split()  # noqa: SIM905
 )
+_OF_DEVICE = frozenset(f"is_{kind}" for kind in ("cpu", "cuda", "meta", "mps", "xpu", "xla"))
 _UNCHANGED = frozenset(
     [
         "detach",
@@ -129,10 +130,11 @@ def _property(name: str, func: Any, args: Any) -> Any:
         return func(*args)
     if name in _OF_SHAPE or name in _OF_TYPE:
         return _fact(name, func, args, {})
-    if name == "device":
+    if name == "device" or name in _OF_DEVICE:
         if x.sym is None and x.why:
             raise Untraceable(x.why)
-        return torch.device("cpu") if x.sym is None else x.sym.run.device
+        device = torch.device("cpu") if x.sym is None else x.sym.run.device
+        return device if name == "device" else device.type == name.removeprefix("is_")
     if name == "is_leaf":
         return True
     if name in ("grad_fn", "_base"):
@@ -244,6 +246,14 @@ _SCALARS = frozenset({"alpha", "value", "min", "max"})
 """Arguments that torch takes the number of, where they are tensors."""
 
 
+def _run_of(operands: list[SymTensor]) -> Run | None:
+    """The run that they are of: that of one parameter."""
+    runs = {id(x.run): x.run for x in operands}
+    if len(runs) > 1:
+        raise Untraceable("the step mixes parameters, and a kernel sees one at a time")
+    return next(iter(runs.values()), None)
+
+
 def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     x = args[0]
     in_place = name.endswith("_") and not name.endswith("__")
@@ -270,14 +280,8 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if base not in METHODS:
         _refuse(name)
     meta = _like(func, args, kwargs)
-    run = next(
-        (
-            t.sym.run
-            for t in flat((args, kwargs))
-            if type(t) in (Symbolic, TensorNumber) and t.sym is not None
-        ),
-        None,
-    )
+    operands = [x for x in flat((args, kwargs)) if type(x) in (Symbolic, TensorNumber)]
+    run = _run_of([x.sym for x in operands if x.sym is not None])
     if run is None:
         return _on_numbers(base, in_place, meta, args, kwargs)
     if in_place and isinstance(x, Symbolic) and x.number is not None:

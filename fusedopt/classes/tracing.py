@@ -67,14 +67,13 @@ class Representative:
     def __init__(
         self,
         index: int,
-        bucket: int,
         item: Item,
         signature: Signature,
         scalars: ScalarProgram,
         stores: Sequence[dict[Any, Any]],
     ) -> None:
         self.stores, self.whole = stores, whole_of(stores, item.owner)
-        self.index, self.bucket, self.item, self.signature = index, bucket, item, signature
+        self.index, self.item, self.signature = index, item, signature
         self.graph, self.scalars = Graph(), scalars
         self.outcomes: Outcomes = {}
         self.todo: list[tuple[bool, ...]] = [()]
@@ -311,11 +310,11 @@ def trace_step(
     """Trace the step of these buckets. Raises Untraceable, NewState, NeedsAttribute, or what the class raises."""
     scalars, stores = ScalarProgram(), stores_of(opt)
     groups: list[list[Representative]] = []
-    for b, (items, signature) in enumerate(buckets):
+    for items, signature in buckets:
         chosen = sorted(items, key=lambda item: item.param.numel())[:2]
         first = sum(map(len, groups))
         groups.append(
-            [Representative(first + k, b, item, signature, scalars, stores) for k, item in enumerate(chosen)]
+            [Representative(first + k, item, signature, scalars, stores) for k, item in enumerate(chosen)]
         )
     representatives = [r for group in groups for r in group]
     stand_ins = StandIns("torch.optim")

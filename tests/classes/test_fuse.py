@@ -247,6 +247,11 @@ def helped(p, grad, lr):
     p.add_(grad, alpha=-lr * math.sqrt(2))
 
 
+def asks_for_its_device(self, p, g, s):
+    on_host = p.is_cpu and p.grad.is_cpu and not (p.is_cuda or p.is_meta) and p.device.type == "cpu"
+    p.add_(p.grad, alpha=-g["lr"] if on_host else g["lr"])
+
+
 def count_in_a_tensor(self, p, g, s):
     p.add_(p.grad, alpha=-g["lr"] / (self.tensor + self.calls).item())
 
@@ -254,7 +259,7 @@ def count_in_a_tensor(self, p, g, s):
 COMPLETE = [
     plain, operators, momentum, adam, tensor_count, count_in_group, count_on_self, own_schedule, float_and_int,
     trust_ratio, branch_on_norm, branch_on_read_number, read_number, replaces_state, number_in_state, writes_gradient,
-    writes_through_out, flat_view, mask, tensor_of_a_number, stacked_norms, nested_helper,
+    writes_through_out, flat_view, mask, tensor_of_a_number, stacked_norms, nested_helper, asks_for_its_device,
 ]  # fmt: skip
 
 
@@ -327,8 +332,6 @@ def test_rounding_once_is_closer_to_the_exact_result(dtype):
     (eager,), _ = run(rule(operators), shapes=shapes, dtype=dtype, fuse=False)
     (once,), _ = run(rule(operators), shapes=shapes, dtype=dtype, rounding="once")
     assert (each == eager).double().mean() > 0.99
-    start = torch.manual_seed(0) and torch.randn(shapes[0]).to(dtype).double() - torch.randn(1).double() * 0
-    assert start.shape == exact.shape
 
     def off(p):
         return (p.double() - exact).abs().mean()
@@ -528,6 +531,14 @@ def test_what_does_not_fuse_is_the_classs_own_step_and_said_once(one):
         assert "test_fuse.py:" in eager.reason, eager.reason
     mine = [str(w.message) for w in said if "runs as it was written" in str(w.message)]
     assert len(mine) == 1 and eager.reason in mine[0]
+
+
+@pytest.mark.filterwarnings("ignore:fusedopt")
+def test_a_step_that_mixes_parameters_is_told_so():
+    def mixes(self, p, g, s):
+        p.sub_(p.grad + g["params"][0].detach().sum() + g["params"][1].detach().sum(), alpha=g["lr"])
+
+    assert "the step mixes parameters" in compared(rule(mixes)).explain().eager[0].reason
 
 
 @pytest.mark.filterwarnings("ignore:fusedopt")
