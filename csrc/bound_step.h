@@ -109,23 +109,39 @@ struct Run {
   bool movable;        // addresses in the table may change, not only those of gradients
 };
 
+// A launch that leaves sums of rows that are a main launch's too: words of the table that it takes from there, and those
+// with the addresses of its sums.
+struct Summing {
+  py::object owner;
+  Launch* launch;
+  size_t of;
+  std::vector<std::pair<int64_t, int64_t>> words; // here, there
+  std::vector<int64_t> sums;
+};
+
+// What has to be known of all parameters before any is stepped: such launches, and the one that joins their sums, if
+// there is one.
+struct Round {
+  std::vector<Summing> summing;
+  py::object owner;
+  Launch* join;
+  bool limits; // whether it takes the largest norm
+};
+
 class BoundStep {
  public:
   // params, states, bucket_of, indices: of each row, in the order of tables, launch by launch, `indices` being their
-  // places in their groups. absent: parameters without a row, which never had a gradient. norm: for each launch the one
-  // that sums the squares of its gradients, then the one that makes a coefficient of all sums; empty where there is no
-  // norm, or the caller measures it.
+  // places in their groups. absent: parameters without a row, which never had a gradient. rounds: those before the
+  // launches; empty where there are none, or the caller runs them.
   BoundStep(std::vector<Group> groups, std::vector<Bucket> buckets, std::vector<Run> runs, const py::list& params,
             const py::list& states, const std::vector<size_t>& bucket_of, const std::vector<int64_t>& indices,
-            const py::list& absent, const py::list& norm, py::object owned)
-      : groups_(std::move(groups)), buckets_(std::move(buckets)), runs_(std::move(runs)), owner_(std::move(owned)) {
+            const py::list& absent, std::vector<Round> rounds)
+      : groups_(std::move(groups)), buckets_(std::move(buckets)), runs_(std::move(runs)), rounds_(std::move(rounds)) {
     for (Group& group : groups_)
       for (Hyper& hyper : group.hypers)
         read_hyper(hyper);
     for (const auto& p : absent)
       absent_.push_back(checked(p));
-    for (const auto& each : norm)
-      norm_.push_back(each.cast<Launch*>());
     for (Bucket& bucket : buckets_) {
       bucket.program = bucket.owner.cast<ScalarProgram*>();
       for (size_t e = 0; e < bucket.entries.size(); ++e) {
@@ -181,8 +197,9 @@ class BoundStep {
   }
 
   // Does the step as far as launches run here, and returns None; or why it is not a step of this structure, and has
-  // changed nothing. `state`: opt.state, which counts its changes. `limit`: the largest norm of all gradients; `measure` is called where the caller takes that norm,
-  // when gradients are in the tables and the step is known to be of this structure.
+  // changed nothing. `state`: opt.state, which counts its changes. `limit`: the largest norm of all gradients; `measure`
+  // is called where the caller runs the rounds, when tables and scalars are those of this step, which is known to be of
+  // this structure.
   py::object step(const py::list& groups, const py::dict& state, double limit, const py::object& measure) {
     if (running_) // in another thread, which uses the tables
       return py::str("another thread is stepping");
@@ -788,26 +805,37 @@ class BoundStep {
   }
 
   // -- what changes --
-  // Which rows are launched; the gradients whose squares are summed. Before anything changes: there may be no memory.
+  // Which rows are launched, and in rounds what they read. Before anything changes: there may be no memory.
   void arrange() {
     const int64_t threads = forked() ? 1 : at::get_num_threads();
     for (size_t k = 0; k < runs_.size(); ++k) {
       const auto on = [&](int64_t r) { return rows_[rows_of_[k][r]].on; };
       if (runs_[k].native)
         runs_[k].native->select(threads, on);
-      if (norm_.empty())
-        continue;
-      norm_[k]->select(threads, on);
-      for (int64_t r = 0; r < norm_[k]->size(); ++r) {
-        int64_t* words = norm_[k]->row(r) + word::head; // the gradient, the sum of its squares
-        const Row& row = rows_[rows_of_[k][r]];
-        words[0] = row.on ? row.words[buckets_[row.bucket].grad_column] : 0;
-        if (!row.on)
-          *reinterpret_cast<double*>(words[1]) = 0;
-      }
     }
-    if (!norm_.empty())
-      norm_.back()->select(threads, [](int64_t) { return true; });
+    for (const Round& round : rounds_) {
+      for (const Summing& summing : round.summing)
+        arrange(summing, threads);
+      if (round.join)
+        round.join->select(threads, [](int64_t) { return true; });
+    }
+  }
+
+  // The rows of a launch of sums: those of its main launch. A row that is off adds nothing.
+  void arrange(const Summing& summing, int64_t threads) {
+    const auto& rows = rows_of_[summing.of];
+    summing.launch->select(threads, [&](int64_t r) { return rows_[rows[r]].on; });
+    summing.launch->share_slots(*runs_[summing.of].native);
+    for (int64_t r = 0; r < summing.launch->size(); ++r) {
+      int64_t* words = summing.launch->row(r);
+      const Row& row = rows_[rows[r]];
+      if (row.on)
+        for (const auto& [here, there] : summing.words)
+          words[here] = row.words[there];
+      else
+        for (const int64_t sum : summing.sums)
+          *reinterpret_cast<double*>(words[sum]) = 0;
+    }
   }
 
   // References to everything that `commit` touches.
@@ -859,10 +887,13 @@ class BoundStep {
   }
 
   void launch(double limit) {
-    if (!norm_.empty()) {
-      norm_.back()->make_slots(1)[0] = limit;
-      for (const Launch* each : norm_)
-        each->run();
+    for (const Round& round : rounds_) {
+      for (const Summing& summing : round.summing)
+        summing.launch->run();
+      if (round.limits)
+        round.join->make_slots(1)[0] = limit;
+      if (round.join)
+        round.join->run();
     }
     for (const Run& run : runs_)
       if (run.native)
@@ -938,8 +969,7 @@ class BoundStep {
   std::vector<Bucket> buckets_;
   std::vector<Run> runs_;
   std::vector<PyObject*> absent_;
-  std::vector<Launch*> norm_;
-  py::object owner_; // of launches that take the norm
+  std::vector<Round> rounds_;
   std::vector<Row> rows_;
   std::vector<std::vector<size_t>> rows_of_; // each launch's, in the order of its table
   std::vector<Scalar> cells_, numbers_;

@@ -119,6 +119,9 @@ class Launch {
     return slots_.data();
   }
 
+  // Those of another launch, with the same rows.
+  void share_slots(const Launch& other) { tables_.slots = other.tables_.slots; }
+
   void run() const {
     if (!chunks_.empty()) {
       const Metered metered(stages_.size() + (scalars_ != 0));

@@ -173,13 +173,25 @@ void bind_step(py::module_& m) {
            }),
            py::kw_only(), py::arg("native"), py::arg("rows"), py::arg("row_words"), py::arg("slots"),
            py::arg("movable"));
+  py::class_<Summing>(m, "Summing")
+      .def(py::init([](py::object native, size_t of, std::vector<std::pair<int64_t, int64_t>> words,
+                       std::vector<int64_t> sums) {
+             auto* launch = native.cast<Launch*>();
+             return Summing{std::move(native), launch, of, std::move(words), std::move(sums)};
+           }),
+           py::kw_only(), py::arg("native"), py::arg("of"), py::arg("words"), py::arg("sums"));
+  py::class_<Round>(m, "Round")
+      .def(py::init([](std::vector<Summing> summing, py::object join, bool limits) {
+             auto* launch = join.is_none() ? nullptr : join.cast<Launch*>();
+             return Round{std::move(summing), std::move(join), launch, limits};
+           }),
+           py::kw_only(), py::arg("summing"), py::arg("join"), py::arg("limits"));
   py::class_<BoundStep>(m, "BoundStep")
       .def(py::init<std::vector<Group>, std::vector<Bucket>, std::vector<Run>, const py::list&, const py::list&,
-                    const std::vector<size_t>&, const std::vector<int64_t>&, const py::list&, const py::list&,
-                    py::object>(),
+                    const std::vector<size_t>&, const std::vector<int64_t>&, const py::list&, std::vector<Round>>(),
            py::kw_only(), py::arg("groups"), py::arg("buckets"), py::arg("runs"), py::arg("params"),
-           py::arg("states"), py::arg("bucket_of"), py::arg("indices"), py::arg("absent"), py::arg("norm"),
-           py::arg("owned"))
+           py::arg("states"), py::arg("bucket_of"), py::arg("indices"), py::arg("absent"),
+           py::arg("rounds"))
       .def("stepped", &BoundStep::stepped)
       .def("step", &BoundStep::step, py::arg("groups"), py::arg("state"), py::arg("limit"),
            py::arg("measure").none(true));

@@ -35,6 +35,7 @@ from .callbacks import (
 from .classes import fuse, unfuse
 from .optimizer import Optimizer, named, state
 from .optimizer.named import SGD, Adam, Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, ranger
+from .trace.totals import total
 
 # Where earlier pickles have them.
 _sys.modules.update({f"{__name__}.named": named, f"{__name__}.state": state})
@@ -71,6 +72,7 @@ __all__ = [
     "rms_prop_step",
     "sgd_step",
     "step_stat",
+    "total",
     "unfuse",
     "weight_decay",
 ]

@@ -293,7 +293,9 @@ _CALLED = frozenset(
 )
 LONGEST_NAME = 100
 """Characters of a name that generated code has in full."""
-_NUMBERED = re.compile(r"(hyper|at|of)_.*|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*|.*_", re.ASCII)
+_NUMBERED = re.compile(
+    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*|.*_", re.ASCII
+)
 
 
 def identifier(buffer: str) -> str:

@@ -277,6 +277,10 @@ class Optimizer(FastaiFace):
                 "a parameter is listed twice, and max_grad_norm takes each gradient's norm once. Remedy: list every "
                 "parameter once, or clip with torch.nn.utils.clip_grad_norm_"
             )
+        if again and self.engine.buckets.totalling:
+            raise RuntimeError(
+                "a parameter is listed twice, and fusedopt.total takes each once. Remedy: list every parameter once"
+            )
         self.engine.step(todo, self._scaling, self.groups, bind=not again)
         while again:  # one launch must not step a tensor twice
             todo, again = _apart(again)

@@ -10,7 +10,6 @@ from ..callback import name_of
 from ..extension import leaf
 from ..ir.passes import scalar_stores
 from ..ir.program import identifier
-from ..step.scaling import NORM_KERNEL as NORM
 from ..step.verdicts import Eager
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ class StageInfo:
     """One launch: its kernel, element buffers read and written, and bytes moved per element.
 
     A launch that moves none is over tensors: it stores what there is one of per tensor, such as a step count.
+    ``round``: of sums over all parameters, 0 for what comes after them, None for what joins their parts.
     """
 
     kernel: str
@@ -37,6 +37,7 @@ class StageInfo:
     reduces: int
     bytes_per_element: int
     tensors: int
+    round: int | None = 0
 
     def __str__(self) -> str:
         if not self.bytes_per_element:
@@ -89,14 +90,17 @@ class Explanation:
     def bytes_per_element(self) -> int:
         """The most that is read and written for any element in a step, over all stages of its kernels.
 
-        An element has one kernel, or several in turn where a callback runs eagerly between them. The gradients' norm
-        is read by one more.
+        An element has one kernel, or several in turn where a callback runs eagerly between them, and one in each round
+        of sums over all parameters.
         """
-        per_kernel: dict[str, int] = {}
+        rounds: dict[int, dict[str, int]] = {0: {}}
         for stage in self.stages:
-            per_kernel[stage.kernel] = per_kernel.get(stage.kernel, 0) + stage.bytes_per_element
-        norm = per_kernel.pop(NORM, 0)
-        return norm + (sum(per_kernel.values()) if self.eager else max(per_kernel.values(), default=0))
+            if stage.round is not None:
+                per_kernel = rounds.setdefault(stage.round, {})
+                per_kernel[stage.kernel] = per_kernel.get(stage.kernel, 0) + stage.bytes_per_element
+        main = rounds.pop(0).values()
+        sums = sum(max(per_kernel.values()) for per_kernel in rounds.values())
+        return sums + (sum(main) if self.eager else max(main, default=0))
 
     def __str__(self) -> str:
         lines = [
@@ -136,12 +140,20 @@ def explanation(
     """The explanation of an engine's last step, which launched these; ``without`` its C++ extension."""
     names = sorted({k.backend for k, _ in launched}) or ["reference"]
     used = {k: (label, why) for k, label, why in engine.buckets.history.used.values()}
-    used |= {k: (k.name, "max_grad_norm") for k, _ in (engine.norm.kernels if engine.norm else [])}
+    used |= {k: (k.name, each.why) for each in engine.rounds for k, _ in each.kernels if k not in used}
+    rounds = {one.kernel: r + 1 for r, each in enumerate(engine.rounds) for one in each.summing}
+    joins = {k for each in engine.rounds for k, _ in each.kernels if k not in rounds}
     return Explanation(
         optimizer=optimizer,
         backend=" and ".join(names),
         callbacks=callbacks,
-        stages=tuple(s for kernel, n in launched for s in _stages(kernel, used[kernel][0], n)),
+        stages=tuple(
+            stage
+            for kernel, n in launched
+            for stage in _stages(
+                kernel, used[kernel][0], n, None if kernel in joins else rounds.get(kernel, 0)
+            )
+        ),
         eager=eager,
         compiled=tuple(
             Compiled(label, why, k.source_path, k.seconds, k.cached) for k, (label, why) in used.items()
@@ -152,7 +164,7 @@ def explanation(
     )
 
 
-def _stages(kernel: Kernel, label: str, tensors: int) -> list[StageInfo]:
+def _stages(kernel: Kernel, label: str, tensors: int, round_: int | None) -> list[StageInfo]:
     program = kernel.program
     last = scalar_stores(program)
     return [
@@ -163,6 +175,7 @@ def _stages(kernel: Kernel, label: str, tensors: int) -> list[StageInfo]:
             reduces=len(stage.reductions),
             bytes_per_element=stage.bytes_per_element(program),
             tensors=tensors,
+            round=round_,
         )
         for stage in (*kernel.stages, *([last] if last.stores else []))
     ]

@@ -27,6 +27,7 @@ from . import sharded
 from .buckets import Bucket
 from .items import Groups, Item
 from .launching import Launched
+from .rounds import Round
 from .scaling import Norm, Scaling
 
 MOST = 6
@@ -42,8 +43,8 @@ class Unbound(Exception):
 class BoundStep:
     """One structure of steps. ``run`` does a step of it, or says why this is none, having changed nothing."""
 
-    def __init__(self, groups: Groups, launched: Sequence[Launched], norm: Norm | None) -> None:
-        self.groups, self.norm = groups, norm
+    def __init__(self, groups: Groups, launched: Sequence[Launched], rounds: list[Round]) -> None:
+        self.groups, self.rounds = groups, rounds
         self.resident: Any = None
         self.read: list[Any] = []
         described, cells = _described(groups, launched)
@@ -51,7 +52,12 @@ class BoundStep:
         self.launches = [entry.launch for entry in launched]
         self.kernels = [entry.kernel for entry in launched]
         self.slots = [np.zeros((entry.launch.n_sets, entry.kernel.program.slots)) for entry in launched]
+        if any(isinstance(each, Norm) for each in rounds) and any(column_of(e, "grad") < 0 for e in launched):
+            raise Unbound("a kernel reads no gradient, whose norm is taken")
         natives = [None if _exchanges(entry) else entry.launch.native() for entry in launched]
+        before = [each.native() for each in rounds] if None not in natives else [None for _ in rounds]
+        if None in before:  # rows and scalars are the caller's, then
+            natives = [None] * len(natives)
         native: Any = leaf.native
         runs: list[Any] = []
         buckets: list[Any] = []
@@ -81,11 +87,7 @@ class BoundStep:
             for entry, slots, one in zip(launched, self.slots, natives, strict=True)
             if one is None
         ]
-        measured = norm.native() if norm is not None and not self._others else []
-        self._measured = norm if not measured else None
-        self._gradients = (
-            [entry.launch.rows[:, column_of(entry, "grad")] for entry in launched] if norm else []
-        )
+        self._measured = None in before
         stepped = {id(item.owner) for item, _ in rows}
         self._bound = native.BoundStep(
             groups=described,
@@ -96,22 +98,20 @@ class BoundStep:
             bucket_of=[bucket for _, bucket in rows],
             indices=[item.where[1] for item, _ in rows],
             absent=[p for group in groups.live for p in group["params"] if id(p) not in stepped],
-            norm=measured,
-            owned=measured,
+            rounds=[] if self._measured else before,
         )
 
     def stepped(self) -> list[tuple[Kernel, int]]:
-        """The kernels of its last step, those for the norm first, and how many tensors each went over."""
+        """The kernels of its last step, those of rounds first, and how many tensors each went over."""
         counts = self._bound.stepped()
-        norm = self.norm.kernels if self.norm is not None else []
-        found = [(kernel, n) for (kernel, _), n in zip(norm, [*counts, 1], strict=False)]
+        found = [counted for each in self.rounds for counted in each.counted(counts)]
         return [*found, *((kernel, n) for kernel, n in zip(self.kernels, counts, strict=True) if n)]
 
     def run(self, scaling: Scaling) -> str | None:
         """Do the step if it is of this structure; else why not."""
-        if (scaling.max_norm is None) != (self.norm is None):
+        if (scaling.max_norm is None) == any(isinstance(each, Norm) for each in self.rounds):
             return "max_grad_norm was set or unset"
-        measure = self._measure if self._measured is not None else None
+        measure = self._measure if self._measured else None
         why = self._bound.step(self.groups.live, self.groups.state, scaling.max_norm or 0.0, measure)
         if why is None:
             for slots, run in self._others:
@@ -119,8 +119,10 @@ class BoundStep:
         return why
 
     def _measure(self) -> None:
-        assert self._measured is not None
-        self._measured.repeat(self._gradients)
+        tables = [launch.rows for launch in self.launches]
+        for each in self.rounds:
+            each.follow(tables)
+            each.run(self.slots)
 
 
 def unbindable(plans: Sequence[Bucket]) -> str | None:

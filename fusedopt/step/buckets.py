@@ -20,8 +20,9 @@ import torch
 from .. import backends
 from ..backends import Backend, Kernel
 from ..callback import identity, name_of, place_of
+from ..ir.program import Program
 from ..trace.number import Scalar
-from ..trace.purity import sources_of
+from ..trace.purity import calls_total, sources_of
 from ..trace.replay import Replay, can_replay
 from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, static_of, structure_of
@@ -45,7 +46,8 @@ MAX_KNOWN = 7
 class CompiledTrace:
     """A compiled trace, kept for later steps; ``replay`` is None if its callbacks have to be run each time: ``why``.
 
-    ``read`` is the data that the callbacks found around them: with other data the trace would be another.
+    ``read`` is the data that the callbacks found around them: with other data the trace would be another. ``rounds``
+    are the kernels of the trace's, see `totals`.
     """
 
     trace: Trace
@@ -54,6 +56,7 @@ class CompiledTrace:
     replay: Replay | None
     read: list[Any]
     why: str = ""
+    rounds: tuple[tuple[Backend, Kernel], ...] = ()
 
 
 @dataclass
@@ -73,12 +76,18 @@ class Bucket:
     def kernel(self) -> Kernel:
         return self.known.kernel
 
+    @property
+    def kernels(self) -> list[Kernel]:
+        """With those of rounds, in the order of their launches."""
+        return [*(kernel for _, kernel in self.known.rounds), self.kernel]
+
 
 class Buckets:
     """The buckets of one callback list's steps. It holds no tensors.
 
     ``history`` has the kernels used so far, ``verdicts`` which callbacks run eagerly, ``attributes`` what callbacks ask
-    of parameters, ``read`` the data that they found around them in the last step, ``known`` the traces by structure.
+    of parameters, ``read`` the data that they found around them in the last step, ``known`` the traces by structure,
+    ``totalling`` the callbacks that call ``fusedopt.total``.
     ``acted``: whether callbacks have been run eagerly in this step, so that none can be taken back.
     """
 
@@ -96,6 +105,7 @@ class Buckets:
         self.history = History()
         self.verdicts = Verdicts(self.callbacks, said)
         self._sources = sources_of(callbacks)
+        self.totalling = frozenset(i for i, cb in enumerate(callbacks) if calls_total(cb))
         self.read = self._sources.now()
         self.known = self._shared_traces()
         self.acted = False
@@ -103,6 +113,10 @@ class Buckets:
     def follow(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
         """Whether they still do what these callbacks do."""
         return self.callbacks == callbacks and self._sources.unchanged()
+
+    def around(self) -> list[Any]:
+        """The data around the callbacks that a call of one may change."""
+        return self._sources.values()
 
     def changed(self, data: list[Any]) -> str | None:
         """Why this (``read`` after an earlier step) is not the data that the callbacks find around them now."""
@@ -193,13 +207,14 @@ class Buckets:
             return traced
         if not fit(traced.slot_values(), signature.compute):
             return first  # torch knows which number is an error, and which makes infinity
-        compiled = self._compile(traced)
-        if compiled is None:
+        compiled, rounds = self._compile(traced), self._compile_rounds(traced)
+        if compiled is None or rounds is None:
             return first
         lasting = all(self.verdicts.lasting[first:stop]) and not self.changed(self.read)
         sound = plain and lasting and can_replay(traced)
         why = "" if sound else self._unsound(traced, first, stop)
-        entry = CompiledTrace(traced, *compiled, Replay(traced) if sound else None, self.read, why)
+        replay = Replay(traced) if sound else None
+        entry = CompiledTrace(traced, *compiled, replay, self.read, why, rounds)
         if sound:
             known[:] = [*known[-MAX_KNOWN:], entry]
         return self._planned(Bucket(bucket, entry, traced.slot_values(), traced.new_numbers()))
@@ -243,15 +258,28 @@ class Buckets:
         return traced
 
     def _planned(self, plan: Bucket) -> Bucket:
-        self.history.note(plan.items[0].where, plan.kernel, plan.trace)
+        self.history.note(plan.items[0].where, plan.kernels, plan.trace)
         self.verdicts.moved(plan.trace.moved)
         return plan
 
     def _compile(self, traced: Trace) -> tuple[Backend, Kernel] | None:
         """Backend and kernel, or None where no backend can compile and the reference has to step in."""
+        return self._compile_program(traced, traced.program, self.title)
+
+    def _compile_rounds(self, traced: Trace) -> tuple[tuple[Backend, Kernel], ...] | None:
+        """Those of its rounds."""
+        compiled = []
+        for k, program in enumerate(traced.rounds):
+            one = self._compile_program(traced, program, f"{self.title} round {k + 1}")
+            if one is None:
+                return None
+            compiled.append(one)
+        return tuple(compiled)
+
+    def _compile_program(self, traced: Trace, program: Program, title: str) -> tuple[Backend, Kernel] | None:
         names = [traced.scalars.expression(i) for i in traced.slots]
         device = traced.signature.device
-        compiled = backends.compile_program(self.backend, device, traced.program, self.title, names)
+        compiled = backends.compile_program(self.backend, device, program, title, names)
         if compiled is None:
             self.backend = "reference"  # said by compile_program; do not ask a broken compiler again
             return None

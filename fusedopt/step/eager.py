@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import torch
+
 from ..backends import Kernel
-from ..trace.signature import FACTOR
+from ..callback import Callback, name_of
+from ..trace.signature import FACTOR, is_plain
+from ..trace.snapshot import Snapshot
 from ..trace.sources import asks_for_dtypes
+from ..trace.totals import collect
 from . import items, launching, reference, sharded, transforms
 from .buckets import Bucket, Buckets
 from .items import Item
+from .lockstep import Known, Unasked, Unknown, throw_away
 from .scaling import Norm, Scaling
 
 _UNSCALED = Scaling(amp=False)
@@ -21,6 +29,7 @@ class Eager:
         self.norm: Norm | None = None
         self.launched: list[tuple[Kernel, int]] = []
         self._lent: reference.Lent | None = None
+        self._known: Known | None = None
 
     def run(self, plans: list[Bucket], unfused: list[Item], scaling: Scaling) -> list[tuple[Item, Item]]:
         """The items that plans leave with work copies on which every callback has been run; none if it is skipped."""
@@ -30,7 +39,7 @@ class Eager:
         work = [work for _, work in copies]
         self.norm = launching.norm_of(plans, work, scaling)
         if self.norm is not None:
-            self.norm.measure()
+            self.norm.run([])
         for item in work if scaling else ():
             item.grad.mul_(scaling.buffer(FACTOR, item.param.device))
         self.launched = list(self.norm.kernels) if self.norm else []
@@ -39,10 +48,17 @@ class Eager:
         count = len(buckets.callbacks)
         span = range(count) if buckets.backend == "reference" else buckets.verdicts.span()
         buckets.acted = False
-        self._advance(work, 0, span.start)
-        buckets.acted = bool(span)
-        self._run_eagerly(span, work)
-        self._advance(work, span.stop, count)
+        before = collect(Unasked())
+        try:
+            if buckets.totalling:
+                self._in_lockstep(work, span)
+                return copies
+            self._advance(work, 0, span.start)
+            buckets.acted = bool(span)
+            self._run_eagerly(span, work)
+            self._advance(work, span.stop, count)
+        finally:
+            collect(before)
         return copies
 
     def tidy(self) -> None:
@@ -56,7 +72,7 @@ class Eager:
         self._run_eagerly(range(first, last), [item for item in work if type(item) is sharded.Whole])
         found = self._fused_until([item for item in work if type(item) is Item], first, last)
         plans = [plan for plan, _, _ in found if plan is not None]
-        self.launched += launching.counts(launching.run(plans, _UNSCALED))
+        self.launched += launching.counts(launching.run(plans, _UNSCALED)[0])
         for plan in plans:
             for item in plan.items:
                 for key, dtype in plan.trace.asked.items():
@@ -65,6 +81,60 @@ class Eager:
             rest = [item for _, i, bucket in found if i == stop for item in bucket]
             self._run_eagerly(range(stop, stop + 1), rest)
             self._advance(rest, stop + 1, last)
+
+    def _in_lockstep(self, work: list[Item], span: range) -> None:
+        """Run callback by callback, each for all parameters: those that call ``total`` need the others to have come."""
+        buckets, i = self.buckets, 0
+        while i < len(buckets.callbacks):
+            stop = i + 1
+            if i in buckets.totalling:
+                self._run_with_totals(i, work)
+            elif i in span:
+                buckets.acted = True
+                self._run_eagerly(range(i, stop), work)
+            else:
+                apart = (k for k in range(i, len(buckets.callbacks)) if k in buckets.totalling or k in span)
+                stop = next(apart, len(buckets.callbacks))
+                self._advance(work, i, stop)
+            i = stop
+
+    def _run_with_totals(self, i: int, work: list[Item]) -> None:
+        """Run a callback on copies until its totals are known, and then for good."""
+        buckets = self.buckets
+        callback = buckets.callbacks[i]
+        if reason := buckets.verdicts.unseen.get(i):
+            raise RuntimeError(
+                f"the callback {name_of(callback)} calls fusedopt.total, so where it is not fused it is run several "
+                f"times, and it may do more than change its arguments: {reason}. Remedy: do that in a callback of its "
+                "own"
+            )
+        known = self._known = Known()
+        before = collect(known)
+        try:
+            while shares := self._shares(callback, work, known):
+                known.totals.append(torch.stack(shares).sum())
+            known.complete = True
+            self._run_eagerly(range(i, i + 1), work)
+        finally:
+            self._known = None
+            collect(before)
+
+    def _shares(self, callback: Callback, work: list[Item], known: Known) -> list[torch.Tensor]:
+        """What the parameters add to the first total that is not known; nothing if the callback asks for no other."""
+        found = []
+        held = [v for item in work for d in (item.state, item.hyper) for v in d.values() if not is_plain([v])]
+        around = Snapshot([*self.buckets.around(), *held])
+        try:
+            for item in map(throw_away, work):
+                known.begin()
+                lent = self._lent = reference.Lent(item.owner, item.param)
+                with contextlib.suppress(Unknown):
+                    reference.run_callback(callback, lent, item.state, item.hyper)
+                if known.share is not None:  # a parameter without elements has a stand-in with one
+                    found.append(known.share if item.owner.numel() else torch.zeros_like(known.share))
+        finally:
+            around.restored()
+        return [share.to(found[0].device) for share in found]
 
     def _fused_until(
         self, work: list[Item], first: int, last: int
@@ -86,6 +156,8 @@ class Eager:
         for item in work if span else ():
             item.alike = None  # whatever callbacks do to it
             for i in span:
+                if self._known is not None:
+                    self._known.begin()
                 lent = self._lent = reference.Lent(item.owner, item.param)
                 moved = reference.run_callback(callbacks[i], lent, item.state, item.hyper, watch[i])
                 item.param = lent.work

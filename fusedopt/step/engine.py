@@ -21,6 +21,7 @@ from .commit import Change
 from .eager import Eager
 from .items import Groups, Item
 from .launching import GraphScalars, Launched
+from .rounds import Round
 from .scaling import Norm, Scaling
 from .verdicts import ActsAfterAll
 
@@ -28,14 +29,14 @@ from .verdicts import ActsAfterAll
 class Engine:
     """Steps parameters by a callback list. It holds no tensors: state lives with the optimizer.
 
-    ``buckets`` has what callbacks are compiled to. ``norm`` says how the last step's norm was taken, ``resident`` its
-    launches whose scalars live on the device. ``bound`` are the structures of steps that were bound, the last one
+    ``buckets`` has what callbacks are compiled to. ``rounds`` are those of the last step, ``resident`` its launches
+    whose scalars live on the device. ``bound`` are the structures of steps that were bound, the last one
     first; without ``binds`` every step looks at each tensor; ``steps``: how they went.
     """
 
     def __init__(self, buckets: Buckets) -> None:
         self.buckets = buckets
-        self.norm: Norm | None = None
+        self.rounds: list[Round] = []
         self.resident: GraphScalars | None = None
         self.binds = True
         self.bound: list[BoundStep] = []
@@ -44,6 +45,11 @@ class Engine:
         self._launched: list[tuple[Kernel, int]] = []
         self._last: BoundStep | None = None
         self._why = ""
+
+    @property
+    def norm(self) -> Norm | None:
+        """How the last step's norm was taken."""
+        return next((each for each in self.rounds if isinstance(each, Norm)), None)
 
     @property
     def launched(self) -> list[tuple[Kernel, int]]:
@@ -83,7 +89,7 @@ class Engine:
         try:
             while True:
                 try:
-                    plans, unfused = self.buckets.prepare(sharded.localized(todo))
+                    plans, unfused = self._prepared(todo)
                     if not bind or groups is None:
                         self._note("")
                     elif self._bind(plans, unfused, scaling, groups):
@@ -104,15 +110,27 @@ class Engine:
             pairs += copied
             stores += [*changes, launching.handed(item, new, groups)]
         stores += items.copying(pairs, transforms.active())
-        launched = launching.run(plans, scaling, groups, stores)
-        self._last, self.norm = None, self._eager.norm
-        self._launched = [*self._eager.launched, *launching.counts(launched)]
-        self.resident = self._scalars(launched, self.norm)
-        if self.norm is not None:
-            self.norm.let_go()
+        launched, rounds = launching.run(plans, scaling, groups, stores)
+        norm = self._eager.norm
+        self._last, self.rounds = None, [*([norm] if norm else []), *rounds]
+        before = [counted for each in rounds for counted in each.kernels]
+        self._launched = [*self._eager.launched, *before, *launching.counts(launched)]
+        self.resident = self._scalars(launched, self.rounds)
+        if norm is not None:
+            norm.let_go()
         if groups is not None:  # those of other classes, whose state is a part of theirs
             kept = {id(item) for item in (*unfused, *(i for plan in plans for i in plan.items))}
             groups.keep([item for item in todo if id(item) not in kept])
+
+    def _prepared(self, todo: list[Item]) -> tuple[list[Bucket], list[Item]]:
+        """Plans, and the items that are stepped on work copies: all, where totals are to be taken and not all fuse."""
+        plans, unfused = self.buckets.prepare(sharded.localized(todo))
+        if unfused and self.buckets.totalling:
+            if self.buckets.backend != "reference":
+                self.buckets.verdicts.parted(self.buckets.totalling)
+            unfused += [sharded.unfused(item) for plan in plans for item in plan.items]
+            plans = []
+        return plans, unfused
 
     def _bind(self, plans: list[Bucket], unfused: list[Item], scaling: Scaling, groups: Groups) -> bool:
         """Bind a step of these plans and do it. If that cannot be, the reason is noted, and nothing has changed."""
@@ -134,17 +152,17 @@ class Engine:
             return False
         self._note(self._why)
         bound.read = self.buckets.read
-        bound.resident = self._scalars(launched, bound.norm)
+        bound.resident = self._scalars(launched, bound.rounds)
         self._take(bound)
         return True
 
-    def _scalars(self, launched: list[Launched], norm: Norm | None) -> GraphScalars:
-        return GraphScalars(launched, norm, functools.partial(self.buckets.changed, self.buckets.read))
+    def _scalars(self, launched: list[Launched], rounds: list[Round]) -> GraphScalars:
+        return GraphScalars(launched, rounds, functools.partial(self.buckets.changed, self.buckets.read))
 
     def _take(self, bound: BoundStep) -> None:
         """Note which structure the last step had; those that were longest not seen are dropped."""
         self.bound = [bound, *(b for b in self.bound if b is not bound)][:MOST]
-        self.norm, self.resident, self._last = bound.norm, bound.resident, bound
+        self.rounds, self.resident, self._last = bound.rounds, bound.resident, bound
 
     def _bound(
         self, plans: list[Bucket], scaling: Scaling, groups: Groups
@@ -152,22 +170,23 @@ class Engine:
         todo = [item for plan in plans for item in plan.items]
         if all(plan.known.backend.native for plan in plans) and not any(map(sharded.is_shard, todo)):
             plans = [*plans, *self._resting(groups.resting(todo), plans)]
-        tables = []
-        for group in launching.together(plans):
+        tables, shared = [], launching.together(plans)
+        for group in shared:
             for plan in group:
                 for item in plan.items:
                     item.lay_out()
             tables.append(Launched(group, launching.table(group, scaling)))
         norm = launching.norm_of(plans, [], scaling)
+        rounds = [*([norm] if norm else []), *launching.totals_of(shared, scaling)]
         try:
-            return BoundStep(groups, tables, norm), tables
+            return BoundStep(groups, tables, rounds), tables
         except ValueError as error:  # a number that only Python can hold
             raise Unbound(str(error)) from None
         finally:
             for entry in tables:
                 entry.launch.let_go()
-            if norm is not None:
-                norm.let_go()
+            for each in rounds:
+                each.let_go()
 
     def _resting(self, resting: list[Item], plans: list[Bucket]) -> list[Bucket]:
         """Plans for parameters that have no gradient now, as far as kernels of these plans step them when they have."""
@@ -200,8 +219,11 @@ class Engine:
         except ActsAfterAll:
             return self.foresee(todo)
         counts: dict[Kernel, int] = {}
-        for plan in plans:
-            counts[plan.kernel] = counts.get(plan.kernel, 0) + len(plan.items)
+        for k in range(max((len(plan.kernels) for plan in plans), default=0)):
+            for plan in plans:
+                if len(plan.kernels) > k:
+                    kernel = plan.kernels[k]
+                    counts[kernel] = counts.get(kernel, 0) + len(plan.items)
         return list(counts.items())
 
     def _say(self, plans: list[Bucket], copies: list[tuple[Item, Item]]) -> None:

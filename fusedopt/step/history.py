@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +29,15 @@ class History:
         self.used: dict[Kernel, Used] = {}
         self._last: dict[tuple[int, int], Trace] = {}
 
-    def note(self, where: tuple[int, int], kernel: Kernel, trace: Trace) -> None:
-        """The parameter at (group, position) is stepped by this kernel, according to this trace."""
-        if kernel not in self.used:
-            label = f"{kernel.name} #{len(self.used) + 1}"
-            self.used[kernel] = Used(kernel, label, self._why(self._last.get(where), trace))
-            env.debug(1, f"# {label}: {self.used[kernel].why}", trace.program)
+    def note(self, where: tuple[int, int], kernels: Sequence[Kernel], trace: Trace) -> None:
+        """The parameter at (group, position) is stepped by these kernels, according to this trace."""
+        if not all(kernel in self.used for kernel in kernels):
+            why = self._why(self._last.get(where), trace)
+            for kernel, program in zip(kernels, (*trace.rounds, trace.program), strict=True):
+                if kernel not in self.used:
+                    label = f"{kernel.name} #{len(self.used) + 1}"
+                    self.used[kernel] = Used(kernel, label, why)
+                    env.debug(1, f"# {label}: {why}", program)
         self._last[where] = trace
 
     def _why(self, old: Trace | None, new: Trace) -> str:

@@ -12,10 +12,11 @@ import torch
 
 from ..backends import Kernel, Launch
 from ..extension import leaf
-from . import items, sharded
+from . import items, sharded, totals
 from .buckets import Bucket
 from .commit import Change, commit
 from .items import Groups, Item
+from .rounds import Round
 from .scaling import Norm, Scaling
 
 
@@ -35,19 +36,23 @@ class GraphScalars:
     """Launches whose scalars live on the device, so that a CUDA graph of them can be replayed with others."""
 
     def __init__(
-        self, launched: list[Launched], norm: Norm | None, changed: Callable[[], str | None]
+        self, launched: list[Launched], rounds: Sequence[Round], changed: Callable[[], str | None]
     ) -> None:
-        self.norm, self._changed = norm, changed
+        self.rounds, self._changed = rounds, changed
+        summing = [one for each in rounds for one in each.summing if one.kernel.program.slots]
         self.launches = [
-            (entry.launch, [(plan.known.replay, plan.items[0].where[0]) for plan in entry.plans])
-            for entry in launched
+            (
+                [entry.launch, *(one.launch for one in summing if one.of == k)],
+                [(plan.known.replay, plan.items[0].where[0]) for plan in entry.plans],
+            )
+            for k, entry in enumerate(launched)
             if any(item.hyper.get("capturable") for plan in entry.plans for item in plan.items)
         ]
 
     def upload(self, hypers: list[dict[str, Any]]) -> None:
         """Send the scalars that follow from these hyperparameters of each group. Raises RuntimeError, sending none."""
         tables = []
-        for launch, sets in self.launches:
+        for launches, sets in self.launches:
             same = self._changed() is None
             found = [replay and same and replay(hypers[group], {}) for replay, group in sets]
             for (replay, group), one in zip(sets, found, strict=True):
@@ -63,11 +68,12 @@ class GraphScalars:
                         f"the captured step does not fit the hyperparameters of group {group}: {why}. Remedy: capture "
                         "the step again"
                     )
-            tables.append((launch, np.array([slots for slots, _ in found], dtype=np.float64)))  # type: ignore[misc]
-        for launch, slots in tables:
-            launch.upload(slots)
-        if self.norm is not None:
-            self.norm.upload()
+            tables.append((launches, np.array([slots for slots, _ in found], dtype=np.float64)))  # type: ignore[misc]
+        for launches, slots in tables:
+            for each in launches:
+                each.upload(slots)
+        for one in self.rounds:
+            one.upload()
 
 
 def run(
@@ -75,8 +81,8 @@ def run(
     scaling: Scaling,
     groups: Groups | None = None,
     stores: Sequence[Change] = (),
-) -> list[Launched]:
-    """Launch the plans; with that ``stores`` are made, what eager callbacks leave."""
+) -> tuple[list[Launched], list[Round]]:
+    """Launch the plans, after rounds of totals; with that ``stores`` are made, what eager callbacks leave."""
     shared = together(plans)
     # Before anything changes: a number may be too large for a float.
     tables = [np.array([plan.slots for plan in group], dtype=np.float64) for group in shared]
@@ -93,17 +99,27 @@ def run(
         changes += runs
     for plan, item in stepped:
         changes += _finishing(plan, item)
+    rounds = totals_of(shared, scaling)
+    for each in rounds:
+        each.run(tables)
     commit([*changes, *given, *stores])
     for entry in launched:
         entry.launch.let_go()
-    return launched
+    for each in rounds:
+        each.let_go()
+    return launched, rounds
+
+
+def totals_of(groups: list[list[Bucket]], scaling: Scaling) -> list[Round]:
+    """The rounds of totals before the launches of these plans."""
+    return totals.rounds(groups, scaling, _column)
 
 
 def together(plans: list[Bucket]) -> list[list[Bucket]]:
     """The plans of each launch."""
     found: dict[tuple, list[Bucket]] = {}
     for plan in plans:
-        found.setdefault((plan.kernel, plan.trace.signature.device), []).append(plan)
+        found.setdefault((*plan.kernels, plan.trace.signature.device), []).append(plan)
     return list(found.values())
 
 
@@ -125,7 +141,7 @@ def _column(name: str, rows: list[Item], scaling: Scaling) -> list[torch.Tensor]
     where, _, key = name.partition(".")
     if where in ("param", "grad"):
         return [getattr(item, where) for item in rows]
-    if where == "scaling":
+    if where in ("scaling", "total"):
         return [scaling.buffer(name, rows[0].param.device)] * len(rows)
     return [(item.hyper if where == "hyper" else item.state)[key] for item in rows]
 
@@ -181,6 +197,7 @@ def norm_of(plans: list[Bucket], work: list[Item], scaling: Scaling) -> Norm | N
         for item in plan.items:
             item.lay_out()
     launches = [
-        (group[0].known.backend, [item for plan in group for item in plan.items]) for group in together(plans)
+        (group[0].known.backend, [item for plan in group for item in plan.items], group[0].kernel.program)
+        for group in together(plans)
     ]
     return Norm(scaling, launches, work)

@@ -10,19 +10,19 @@ coefficient. They are compiled, launched and, for DTensors, joined over processe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..backends import Backend, Kernel, Launch
-from ..backends.base import HEAD
+from ..backends import Backend, Kernel
 from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph, Program, verify
 from ..trace.signature import FACTOR, FOUND_INF, Modes, compute_dtype
-from . import sharded
+from ..trace.totals import TOTAL
 from .items import Item
+from .rounds import Round, resident, space
 
 INVERSE, NORM = "scaling.inverse", "scaling.norm"
 NORM_KERNEL = "grad_norm"
@@ -53,7 +53,8 @@ class Scaling:
         if name == FACTOR and self.max_norm is None:
             name = INVERSE
         if (name, device) not in self._there:
-            there = torch.zeros((), dtype=torch.float32, device=device)
+            dtype = torch.float64 if name.startswith(TOTAL) else torch.float32
+            there = torch.zeros((), dtype=dtype, device=device)
             _set(there, self._received.get(name, 0.0))
             self._there[name, device] = there  # once it holds its number: a signal may come before
         return self._there[name, device]
@@ -87,94 +88,66 @@ def _set(there: torch.Tensor, value: torch.Tensor | float) -> None:
     there.copy_(value, non_blocking=True) if isinstance(value, torch.Tensor) else there.fill_(value)
 
 
-class Norm:
+class Norm(Round):
     """The global norm of one step's gradients, and the factor that follows.
 
-    launches: for each launch of the step its backend and rows; eager: the items that are stepped without one.
-    ``kernels`` are those that take it, and over how many tensors each.
+    launches: for each main launch of the step its backend, rows and program; eager: the items that are stepped without
+    one.
     """
 
     def __init__(
-        self, scaling: Scaling, launches: Sequence[tuple[Backend, list[Item]]], eager: Sequence[Item]
+        self,
+        scaling: Scaling,
+        launches: Sequence[tuple[Backend, list[Item], Program]],
+        eager: Sequence[Item],
     ) -> None:
+        rows = [*(items for _, items, _ in launches), *([item] for item in eager)]
+        on = [items[0].param.device for items in rows]
+        super().__init__("max_grad_norm", on[0], set(on))
         self.scaling = scaling
-        rows: list[tuple[Backend | None, list[Item]]] = [*launches, *((None, [item]) for item in eager)]
-        self.main = rows[0][1][0].param.device
-        self.devices = {item.param.device for _, items in rows for item in items}
-        sizes = [len(items) for _, items in rows]
-        self.squares = torch.zeros(sum(sizes), dtype=torch.float64, device=self.main)
-        """Zeros: a kernel writes no square of a gradient without elements."""
-        self.pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """Squares on other devices, and where they belong."""
-        self.resident = any(item.hyper.get("capturable") for _, items in rows for item in items)
-        self.launches: list[Launch] = []
-        self._measures: list[Callable[[], Any]] = []
-        self._spread = any(sharded.is_shard(item) for _, items in rows for item in items)
-        self._eager: list[tuple[torch.Tensor, Item]] = []
-        self.kernels: list[tuple[Kernel, int]] = []
-        for (backend, items), piece in zip(rows, self.squares.split(sizes), strict=True):
-            device = items[0].param.device
-            out = piece if device == self.main else torch.zeros_like(piece, device=device)
-            self.pieces += [] if out is piece else [(out, piece)]
-            if backend is None:
-                self._eager.append((out, items[0]))
-            else:
-                columns = {"grad": [item.grad for item in items], NORM: list(out.unbind())}
-                launch = self._prepared(backend, NORM_KERNEL, squares(items[0].grad.dtype), columns)
-                self._measures.append(functools.partial(sharded.runner(launch, items), _NONE))
-                self.launches.append(launch)
-        self.join = self._joining(launches[0][0]) if launches else None
+        self.squares, pieces = space(self.main, [(d, len(items)) for d, items in zip(on, rows, strict=True)])
+        self._resident = any(map(resident, rows))
+        for k, (backend, items, main) in enumerate(launches):
+            kernel = self._compiled(backend, NORM_KERNEL, squares(items[0].grad.dtype), on[k])
+            columns = {"grad": [item.grad for item in items], NORM: list(pieces[k][0].unbind())}
+            self.add(k, backend, kernel, items, columns, main, [pieces[k]])
+        self._eager = list(zip(pieces[len(launches) :], eager, strict=True))
+        self.pieces += [piece for piece, _ in self._eager]
+        if launches:
+            self._set_coefficient(launches[0][0])
 
-    def measure(self) -> None:
-        """Take the norm."""
-        for out, item in self._eager:
+    @property
+    def limits(self) -> bool:
+        return True
+
+    def run(self, slots: Sequence[np.ndarray]) -> None:
+        for (out, _), item in self._eager:
             out.fill_(_square(item.grad))
-        for measure in self._measures:
-            measure()
-        self._finish()
+        super().run(slots)
 
-    def repeat(self, gradients: Sequence[np.ndarray]) -> None:
-        """Take it of the gradients that are at these addresses now, those of each launch."""
-        for launch, addresses in zip(self.launches, gradients, strict=True):
-            launch.rows[:, HEAD] = addresses
-        self.measure()
-
-    def native(self) -> list[Any]:
-        """The launches that take it, the one that joins their sums last, for C++ to run; none if it cannot."""
-        launches = [*self.launches, *([self.join] if self.join else [])]
-        found = [launch.native() for launch in launches]
-        return found if None not in found and not self._eager and not self._spread else []
+    def native(self) -> Any:
+        return None if self._eager else super().native()
 
     def let_go(self) -> None:
-        """Keep no gradient's memory alive from here on."""
         self._eager = []
-        for launch in self.launches:
-            launch.let_go()
+        super().let_go()
 
     def upload(self) -> None:
         """Put the limit where captured launches read it."""
         if self.join is not None and self.scaling.max_norm is not None:
             self.join.upload(np.array([[self.scaling.max_norm]], dtype=np.float64))
 
-    def _joining(self, backend: Backend) -> Launch:
+    def _set_coefficient(self, backend: Backend) -> None:
         columns = {name: [self.scaling.buffer(name, self.main)] for name in (INVERSE, NORM, FACTOR)}
-        return self._prepared(backend, "clip", coefficient(), {"squares": [self.squares], **columns})
+        kernel = self._compiled(backend, "clip", coefficient(), self.main)
+        self.set_join(backend, kernel, {"squares": [self.squares], **columns}, self._resident)
 
-    def _prepared(
-        self, backend: Backend, name: str, program: Program, columns: dict[str, list[torch.Tensor]]
-    ) -> Launch:
-        sizes = [t.numel() for t in columns[program.buffers[0][0]]]
-        kernel = backend.compile(program, name, ["max_grad_norm"], columns[program.buffers[0][0]][0].device)
-        self.kernels.append((kernel, len(sizes)))
-        return backend.prepare(
-            kernel, columns, sizes, [0] * len(sizes), self.resident and name != NORM_KERNEL
-        )
+    def _compiled(self, backend: Backend, name: str, program: Program, device: torch.device) -> Kernel:
+        return backend.compile(program, name, ["max_grad_norm"], device)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         scaling, limit = self.scaling, self.scaling.max_norm
         assert limit is not None
-        for there, here in self.pieces:
-            here.copy_(there, non_blocking=True)
         norm, factor, inverse = (scaling.buffer(name, self.main) for name in (NORM, FACTOR, INVERSE))
         if self.join is not None:
             self.join.run(np.array([[limit]], dtype=np.float64))
@@ -184,9 +157,6 @@ class Norm:
             factor.copy_((limit / (exact + EPS)).clamp(max=1.0) * inverse)
         for device in self.devices - {self.main}:
             scaling.buffer(FACTOR, device).copy_(factor, non_blocking=True)
-
-
-_NONE = np.empty((1, 0))
 
 
 def _square(grad: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,8 @@ class Verdicts:
     """What is thought of each callback of a list.
 
     ``unfused`` are those with no fused form for parameters of some structure, by number and structure; ``acts`` those
-    that are never traced (see ``trace.purity``), by number; ``lasting`` says of each whether its trace may be replayed.
+    that are never traced (see ``trace.purity``), by number, ``unseen`` why, of those whose code shows it; ``lasting``
+    says of each whether its trace may be replayed.
     ``said`` is what was already warned of.
     """
 
@@ -47,6 +48,7 @@ class Verdicts:
         self._reads = [verdict.level in (READS, VARIES) for verdict in found]
         self.unfused: dict[tuple[int, Any], Eager] = {}
         self.acts: dict[int, Eager] = {}
+        self.unseen = {i: verdict.reason for i, verdict in enumerate(found) if verdict.level == ACTS}
         for i, verdict in enumerate(found):
             if verdict.level == ACTS:
                 self._act(i, verdict.reason)
@@ -102,6 +104,15 @@ class Verdicts:
             self.acts[i] = eager
             raise ActsAfterAll
         self.unfused[i, structure_of(signature)] = eager
+
+    def parted(self, totalling: Iterable[int]) -> None:
+        """Note that these, which call ``fusedopt.total``, run eagerly, because some callback of the list does."""
+        for i in totalling:
+            why = (
+                f"{place_of(self.callbacks[i])}: it calls fusedopt.total, and for some parameters a callback of the "
+                "list has no fused form, so sums are taken between callbacks. Remedy: make all callbacks fuse"
+            )
+            self.unfused.setdefault((i, None), Eager(name_of(self.callbacks[i]), why))
 
     def changed(self, callbacks: range, handed: Iterable[str]) -> None:
         """Note that a trace of these has changed something around them. Raises ActsAfterAll."""

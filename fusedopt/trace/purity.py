@@ -50,6 +50,7 @@ from .sources import (
     plain_attribute,
 )
 from .tensor import METHODS
+from .totals import total
 
 
 class Level(enum.IntEnum):
@@ -220,6 +221,11 @@ def sources_of(callbacks: Iterable[Callable[..., Any]]) -> Sources:
     return out
 
 
+def calls_total(callback: Callable[..., Any]) -> bool:
+    """Whether its code, or that of functions it calls, names ``fusedopt.total``."""
+    return any(found is total for found in sources_of([callback]).found)
+
+
 class _Acts(Exception):
     """The verdict is ACTS, for this reason."""
 
@@ -366,6 +372,8 @@ class _Examination:
         """Something from around the code that it holds in its hands."""
         if value is ... or is_data(value):
             self.at_least(READS if value is not ... and is_constant(value) else VARIES)
+        elif value is total:
+            return
         elif isinstance(value, types.FunctionType) and of_a_library(value):
             if not _known_method(value.__name__):
                 raise _Acts(f"{what} {_called(value)}, which may do more than arithmetic")

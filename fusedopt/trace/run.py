@@ -20,6 +20,7 @@ from .signals import Changes, NeedsAttribute, Untraceable, latest, where_now
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
 from .standins import StandIns
 from .tensor import SymParameter, SymTensor, lift
+from .totals import Total
 
 MAX_PATHS = 8
 PARAM, GRAD = ".param", ".grad"
@@ -36,13 +37,18 @@ class Cell:
 
 @dataclass
 class Run:
-    """One run of one callback along one path: what symbolic tensors need to build values."""
+    """One run of one callback along one path: what symbolic tensors need to build values.
+
+    ``callback`` is counted from number ``first`` of the optimizer's list on; ``totals`` are its shares of these.
+    """
 
     graph: Graph
     scalars: ScalarProgram
     signature: Signature
     callback: int
     decisions: tuple[bool, ...] = ()
+    first: int = 0
+    totals: list[int] = field(default_factory=list)
     conditions: list[int] = field(default_factory=list)
     taken: list[bool] = field(default_factory=list)
     raw: int = 0
@@ -97,7 +103,7 @@ class Run:
 class Pass:
     """One pass over the callback list. ``cells`` maps PARAM, GRAD and state keys to a Cell, Number or flag.
 
-    ``moved`` are the callbacks that did anything.
+    ``moved`` are the callbacks that did anything, ``totals`` the cells of what the parameter adds to each.
     """
 
     def __init__(
@@ -115,6 +121,7 @@ class Pass:
         self.lists: dict[str, tuple[list, tuple]] = {}
         self.hyper = {k: self._hyper(k, v) for k, v in hyper.items()}
         self.moved: set[int] = set()
+        self.totals: dict[Any, Cell] = {}
 
     def _hyper(self, name: str, value: Any) -> Any:
         """A number, or the cell of a tensor that kernels read."""
@@ -160,7 +167,7 @@ class Pass:
                 self.moved.add(self.first + i)
         if s.modes.on_device and not counting:
             cells = {k: self._on_device(v) if is_number(v) else v for k, v in cells.items()}
-        return self._per_element(cells) if s.zero_dim else cells
+        return (self._per_element(cells) if s.zero_dim else cells) | self.totals
 
     def _on_device(self, x: Any) -> Cell:
         """A number as a value that a kernel can store."""
@@ -209,14 +216,18 @@ class Pass:
         outcomes: Outcomes = {}
         todo: list[tuple[bool, ...]] = [()]
         while todo:
-            run = Run(self.graph, self.scalars, self.signature, i, todo.pop())
+            run = Run(self.graph, self.scalars, self.signature, i, todo.pop(), self.first)
             after = self._one_path(run, callback, dict(cells))
             taken = tuple(run.taken)
             outcomes[taken] = run, after
             todo += [(*taken[:k], not taken[k]) for k in range(len(run.decisions), len(taken))]
             if len(outcomes) + len(todo) > MAX_PATHS:
                 raise Untraceable(f"more than {MAX_PATHS} paths through branches on norms and means")
-        return merged(self.graph, outcomes)
+        return self._with_totals_apart(merged(self.graph, with_totals(self.graph, outcomes)))
+
+    def _with_totals_apart(self, cells: dict[Any, Any]) -> dict[str, Any]:
+        self.totals |= {key: cells.pop(key) for key in list(cells) if isinstance(key, Total)}
+        return cells
 
     def _one_path(self, run: Run, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
         boxes = {k: SymTensor(run, v.node, v.asked) for k, v in cells.items() if isinstance(v, Cell)}
@@ -262,7 +273,7 @@ class Pass:
         return value
 
 
-Outcomes = dict[tuple[bool, ...], tuple[Run, dict[str, Any]]]
+Outcomes = dict[tuple[bool, ...], tuple[Run, dict[Any, Any]]]
 """What each path through the branches on S values leaves."""
 
 
@@ -276,6 +287,23 @@ def merged(graph: Graph, outcomes: Outcomes, path: tuple[bool, ...] = ()) -> dic
         raise Untraceable("a branch on a norm or mean decides which state there is")
     condition = run.conditions[len(path)]
     return {k: either(graph, condition, yes[k], no[k], run.slot) for k in yes}
+
+
+def with_totals(graph: Graph, outcomes: Outcomes) -> Outcomes:
+    """The outcomes with what each adds to the totals: nothing to those that only other paths call for."""
+    nothing = graph.leaf("const", 0.0)
+    calls = max(len(run.totals) for run, _ in outcomes.values())
+    return {
+        path: (
+            run,
+            after | {Total(run.first + run.callback, k): _share(run, k, nothing) for k in range(calls)},
+        )
+        for path, (run, after) in outcomes.items()
+    }
+
+
+def _share(run: Run, call: int, nothing: int) -> Cell:
+    return Cell(run.totals[call] if call < len(run.totals) else nothing, torch.float64)
 
 
 def alike(a: Any, b: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Pass, alike, either, is_number, load
 from .signals import Untraceable
 from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
+from .totals import BUFFER, TOTAL, Total
 
 
 @dataclass
@@ -32,6 +33,9 @@ class Trace:
     (``scalars.values`` has its value) or a flag. ``created`` are state buffers that did not exist; they start as
     zeros, or, for counts on the device, at ``starts``; ``asked`` is the dtype the user would see for each tensor.
     ``shared`` says that the program is the later steps' too. ``moved`` are the callbacks that did anything.
+
+    ``rounds`` are the programs to run before: each stores what a parameter adds to some totals, and takes what it needs
+    of those of the rounds before. All take their slots from the same ones, and from buffers that ``program`` has too.
     """
 
     signature: Signature
@@ -44,6 +48,7 @@ class Trace:
     shared: bool = True
     starts: dict[str, float] = field(default_factory=dict)
     moved: frozenset[int] = frozenset()
+    rounds: tuple[Program, ...] = ()
 
     def slot_values(self) -> list[Scalar]:
         return [self.scalars.values[i] for i in self.slots]
@@ -112,9 +117,14 @@ def trace(
             shared = True
     created |= counts
     program, slots = program_of(graph, signature, hyper, cells, created, materialize_grad=work)
+    try:
+        program, rounds, slots = _cut(graph, signature, hyper, cells, created, program, slots)
+    except Untraceable as error:
+        error.callback = first  # type: ignore[attr-defined]
+        raise
     numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign))}
     moved = frozenset(passes[0].moved)
-    return Trace(signature, program, scalars, slots, numbers, created, asked, shared, starts, moved)
+    return Trace(signature, program, scalars, slots, numbers, created, asked, shared, starts, moved, rounds)
 
 
 def _again(run: Callable[..., dict[str, Any]], given: dict[str, Buffer]) -> dict[str, Any] | None:
@@ -149,8 +159,10 @@ def _starts(
     return out
 
 
-def _is_new(key: str, cell: Any, signature: Signature) -> bool:
+def _is_new(key: Any, cell: Any, signature: Signature) -> bool:
     known = dict(signature.state).get(key)
+    if isinstance(key, Total):
+        return False
     return isinstance(cell, Cell) and key not in (PARAM, GRAD) and not isinstance(known, Buffer)
 
 
@@ -217,23 +229,75 @@ def program_of(
     materialize_grad: bool,
 ) -> tuple[Program, tuple[int, ...]]:
     """The program for the final cells, in canonical numbering, and the scalar entries of its slots."""
-    buffers = {"param": Buffer(signature.param, ELEMENT), "grad": Buffer(signature.grad, ELEMENT)}
-    buffers |= {name: Buffer(torch.float32, TENSOR) for name in (FACTOR, FOUND_INF)}
-    buffers |= {
-        f"hyper.{k}": Buffer(v.dtype, TENSOR) for k, v in hyper.items() if isinstance(v, torch.Tensor)
-    }
+    buffers = _buffers(signature, hyper, cells, created)
     found = graph.leaf("load", FOUND_INF)
     skip = graph.op("ne", found, graph.leaf("const", 0.0)) if signature.modes.skips else None
     stores: dict[str, int] = {"param": cells[PARAM].node}
     if materialize_grad:
         stores["grad"] = cells[GRAD].node
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
-    for key, buffer in sorted((old | created).items()):
-        buffers[f"state.{key}"] = buffer
+    for key in sorted(old | created):
         if isinstance(cells[key], Cell):
             stores[f"state.{key}"] = cells[key].node
     program, slots = canonical(graph, signature.compute, buffers, stores, skip)
     return _optimized(program, tuple(v.where for v in program.values)), slots
+
+
+def _buffers(
+    signature: Signature, hyper: dict[str, Any], cells: dict[Any, Any], created: dict[str, Buffer]
+) -> dict[str, Buffer]:
+    """All that a program may read or write."""
+    buffers = {"param": Buffer(signature.param, ELEMENT), "grad": Buffer(signature.grad, ELEMENT)}
+    buffers |= {name: Buffer(torch.float32, TENSOR) for name in (FACTOR, FOUND_INF)}
+    buffers |= {
+        f"hyper.{k}": Buffer(v.dtype, TENSOR) for k, v in hyper.items() if isinstance(v, torch.Tensor)
+    }
+    buffers |= {str(k): BUFFER for k in cells if isinstance(k, Total)}
+    old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
+    return buffers | {f"state.{key}": buffer for key, buffer in sorted((old | created).items())}
+
+
+def _cut(
+    graph: Graph,
+    signature: Signature,
+    hyper: dict[str, Any],
+    cells: dict[Any, Any],
+    created: dict[str, Buffer],
+    program: Program,
+    slots: tuple[int, ...],
+) -> tuple[Program, tuple[Program, ...], tuple[int, ...]]:
+    """The program, those of the rounds before it, and the slots of all of them."""
+    shares = {k: v.node for k, v in cells.items() if isinstance(k, Total)}
+    if not shares:
+        return program, (), slots
+    buffers = _buffers(signature, hyper, cells, created)
+    rounds = []
+    for found in _rounds(graph, shares):
+        stores = {k.share: node for k, node in found.items()}
+        with_shares = buffers | dict.fromkeys(stores, BUFFER)
+        one, slots = canonical(graph, signature.compute, with_shares, stores, slots=slots)
+        rounds.append(_optimized(one, tuple(v.where for v in one.values)))
+    used = {name for one in (program, *rounds) for name, _ in one.buffers}
+    program = replace(
+        program, slots=len(slots), buffers=tuple((n, b) for n, b in buffers.items() if n in used)
+    )
+    return program, tuple(replace(one, slots=len(slots)) for one in rounds), slots
+
+
+def _rounds(graph: Graph, shares: dict[Total, int]) -> list[dict[Total, int]]:
+    """The totals, those of a round made of totals of earlier ones."""
+    named = {str(k): k for k in shares}
+    out: list[dict[Total, int]] = []
+    level: dict[Total, int] = {}
+    for known, node in sorted(shares.items()):  # those that are made of others are called for later
+        needed = [graph.values[i].attr for i in reachable(graph.values, [node])]
+        needs = [named[attr] for attr in needed if isinstance(attr, str) and attr.startswith(TOTAL)]
+        if any(other not in level for other in needs):
+            raise Untraceable("a total is made of one that the callback calls for later, or not every time")
+        level[known] = max((level[other] + 1 for other in needs), default=0)
+        out += [{}] * (level[known] == len(out))
+        out[level[known]] = out[level[known]] | {known: node}
+    return out
 
 
 @functools.lru_cache(maxsize=256)
@@ -248,11 +312,16 @@ def canonical(
     buffers: dict[str, Buffer],
     stores: dict[str, int],
     skip: int | None = None,
+    slots: Sequence[int] = (),
 ) -> tuple[Program, tuple[int, ...]]:
-    """Number the reachable values and the slots in order, so that equal structure is equal text."""
+    """Number the reachable values and the slots in order, so that equal structure is equal text.
+
+    ``slots``: those that have their numbers already.
+    """
     order = depth_first(graph.values, [*stores.values(), *([] if skip is None else [skip])])
     number = {old: new for new, old in enumerate(order)}
-    slots = list(dict.fromkeys(graph.values[i].attr for i in order if graph.values[i].op == "slot"))
+    found = (graph.values[i].attr for i in order if graph.values[i].op == "slot")
+    slots = list(dict.fromkeys([*slots, *found]))
     values = []
     for i in order:
         v = graph.values[i]
