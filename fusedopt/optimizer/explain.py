@@ -141,8 +141,10 @@ def explanation(
     names = sorted({k.backend for k, _ in launched}) or ["reference"]
     used = {k: (label, why) for k, label, why in engine.buckets.history.used.values()}
     used |= {k: (k.name, each.why) for each in engine.rounds for k, _ in each.kernels if k not in used}
-    rounds = {one.kernel: r + 1 for r, each in enumerate(engine.rounds) for one in each.summing}
-    joins = {k for each in engine.rounds for k, _ in each.kernels if k not in rounds}
+    rounds = engine.rounds_of()
+    foreseen = [k for k, _ in launched if k not in used]  # they join sums
+    used |= {k: (k.name, "fusedopt.total") for k in foreseen}
+    rounds |= dict.fromkeys(foreseen)
     return Explanation(
         optimizer=optimizer,
         backend=" and ".join(names),
@@ -150,9 +152,7 @@ def explanation(
         stages=tuple(
             stage
             for kernel, n in launched
-            for stage in _stages(
-                kernel, used[kernel][0], n, None if kernel in joins else rounds.get(kernel, 0)
-            )
+            for stage in _stages(kernel, used[kernel][0], n, rounds.get(kernel, 0))
         ),
         eager=eager,
         compiled=tuple(

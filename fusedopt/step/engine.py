@@ -14,7 +14,7 @@ import torch
 
 from ..backends import Kernel
 from ..extension import leaf
-from . import items, launching, sharded, transforms
+from . import items, launching, sharded, totals, transforms
 from .bound import MOST, RECENT, BoundStep, Steps, Unbound, unbindable
 from .buckets import Bucket, Buckets
 from .commit import Change
@@ -219,12 +219,28 @@ class Engine:
         except ActsAfterAll:
             return self.foresee(todo)
         counts: dict[Kernel, int] = {}
-        for k in range(max((len(plan.kernels) for plan in plans), default=0)):
-            for plan in plans:
-                if len(plan.kernels) > k:
-                    kernel = plan.kernels[k]
-                    counts[kernel] = counts.get(kernel, 0) + len(plan.items)
+        for round_ in range(max((len(plan.known.rounds) for plan in plans), default=0)):
+            found = [
+                (plan, plan.known.rounds[round_][1]) for plan in plans if len(plan.known.rounds) > round_
+            ]
+            for plan, kernel in found:
+                counts[kernel] = counts.get(kernel, 0) + len(plan.items)
+            join = totals.join_kernel(plans[0])
+            counts[join] = counts.get(join, 0) + len({name for _, k in found for name, _ in k.program.stores})
+        for plan in plans:
+            counts[plan.kernel] = counts.get(plan.kernel, 0) + len(plan.items)
         return list(counts.items())
+
+    def rounds_of(self) -> dict[Kernel, int | None]:
+        """Which round of sums a kernel is for, counted from 1; None if it joins sums. Others are not among them."""
+        known = [entry for found in self.buckets.known.values() for entry in found]
+        out: dict[Kernel, int | None] = {
+            kernel: r + 1 for entry in known for r, (_, kernel) in enumerate(entry.rounds)
+        }
+        for r, each in enumerate(self.rounds):
+            out |= dict.fromkeys((kernel for kernel, _ in each.kernels), None)
+            out |= dict.fromkeys((one.kernel for one in each.summing), r + 1)
+        return out
 
     def _say(self, plans: list[Bucket], copies: list[tuple[Item, Item]]) -> None:
         """Warn of what runs eagerly and of what does nothing."""

@@ -72,8 +72,8 @@ class GraphScalars:
         for launches, slots in tables:
             for each in launches:
                 each.upload(slots)
-        for one in self.rounds:
-            one.upload()
+        for before in self.rounds:
+            before.upload()
 
 
 def run(

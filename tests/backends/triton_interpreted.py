@@ -7,6 +7,7 @@ import math
 from unittest import mock
 
 import numpy as np
+import parameter_free
 import pytest
 import test_ops
 import torch
@@ -45,6 +46,35 @@ def run(program: Program, buffers: dict, slots=(), on: str = "triton", name: str
     chosen = backends.get(on)
     launch = chosen.prepare(chosen.compile(program, name, []), columns, [buffers["param"].numel()], [0])
     launch.run(np.array([list(slots)], dtype=np.float64))
+
+
+# ---------------------------------------------------------------- sums over all parameters
+
+
+def clip(p, **kwargs):
+    p.grad.mul_((1 / (fusedopt.total(p.grad**2).sqrt() + 1e-6)).clamp(max=1))
+
+
+@pytest.mark.parametrize(
+    "callbacks", [[clip, callbacks.sgd_step], [parameter_free.prodigy], [parameter_free.dog]]
+)
+def test_totals_are_those_of_the_cpu(callbacks):
+    """Sums are joined in another order, so not to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(n, generator=generator) for n in (1, 1031, 0, 70, 1024)]
+    found = []
+    for on in ("triton", "cpp", "reference"):
+        params = [p.clone().requires_grad_() for p in start]
+        opt = fusedopt.Optimizer(params, callbacks, lr=1.0, backend=on)
+        for t in range(4):
+            for i, p in enumerate(params):
+                p.grad = None if (t, i) == (2, 1) else torch.cos(p.detach() * (t + 1))
+            opt.step()
+        assert on == "reference" or opt.explain().eager == ()
+        found.append([p.detach() for p in params])
+    for others in found[1:]:
+        for p, q in zip(found[0], others, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------- named optimizers

@@ -184,6 +184,54 @@ def clipping_is_by_the_norm_of_the_whole_model(kind):
     assert opt.explain().eager == ()
 
 
+def clip_and_descend(p, lr, **kwargs):
+    norm = fusedopt.total(p.grad**2).sqrt()
+    scale = (0.05 / (norm + 1e-6)).clamp(max=1)
+    p.data.sub_(p.grad * (scale * lr))
+    return {"gain": fusedopt.total((p.data * p.grad).abs().mean() * scale)}
+
+
+def sorted_clip_and_descend(p, lr, **kwargs):
+    p.grad.copy_(p.grad.abs().sort(0).values)
+    return clip_and_descend(p, lr, **kwargs)
+
+
+@check(*((kind, limit) for kind in ("one", "two", "hybrid") for limit in (None, 0.5)))
+def totals_are_over_the_whole_model(kind_and_limit):
+    kind, limit = kind_and_limit
+    sharded, whole = sharded_and_whole(kind)
+    opt, twin = (
+        fusedopt.Optimizer(m.parameters(), clip_and_descend, lr=0.1, max_grad_norm=limit)
+        for m in (sharded, whole)
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fusedopt: the state 'gain'")
+        for t in range(4):
+            train(sharded, whole, opt, twin, steps=1, start=t)
+    gains = [opt.state[p]["gain"] for p in sharded.parameters()]
+    assert len({float(gain) for gain in gains}) == 1 and gains[0].dtype == torch.float64
+    for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(opt.state[p]["gain"], twin.state[q]["gain"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
+    found = [torch.empty_like(gains[0]) for _ in range(2)]
+    dist.all_gather(found, gains[0])
+    assert torch.equal(*found)
+    assert opt.explain().eager == () and opt.engine.steps.repeated >= 2
+
+
+@check()
+def totals_of_callbacks_that_run_eagerly_are_over_the_whole_model():
+    sharded, whole = sharded_and_whole("one")
+    opt, twin = (
+        fusedopt.Optimizer(m.parameters(), sorted_clip_and_descend, lr=0.1) for m in (sharded, whole)
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fusedopt: ")
+        train(sharded, whole, opt, twin, steps=2)
+    for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
+
+
 @check()
 def callbacks_that_run_eagerly_are_clipped_by_it_too():
     def eager(p, lr, **kwargs):
