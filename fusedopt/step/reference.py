@@ -116,21 +116,24 @@ class Lent:
     """The user's own parameter, for the time of a callback's call made of a work copy and its gradient.
 
     So a callback finds what it would in a plain loop: the parameter's identity and attributes. A tensor that cannot
-    be lent (of a wrapper that refuses other memory, or made under inference mode) is replaced by the work copy, which
-    has its attributes.
+    be lent (of a wrapper, whose memory is another tensor's, or made under inference mode) is replaced by the work copy,
+    which has its attributes. Of wrappers DTensors can be lent: their local tensor is known.
     """
 
     def __init__(self, owner: torch.Tensor, work: torch.Tensor) -> None:
         self.owner, self.work = owner, work
-        self.kept: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.kept: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
 
     def __enter__(self) -> torch.Tensor:
         owner, work = self.owner, self.work
         if owner is work:
             return work
-        self.kept = owner.data, owner.grad
+        if _is_wrapper(owner):
+            vars(work).update({k: v for k, v in vars(owner).items() if k not in vars(work)})
+            return work
+        self.kept = owner.data, owner.grad, _local(owner)
         try:
-            _become(owner, work.data, work.grad)
+            _become(owner, work.data, work.grad, _local(work))
             if is_marked(work):
                 mark(owner, asked(work))
         except (RuntimeError, TypeError, AttributeError):
@@ -163,9 +166,23 @@ def tidy(lent: Lent | None) -> None:
         lent.give_back()
 
 
-def _become(p: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> None:
+def _local(t: torch.Tensor) -> torch.Tensor | None:
+    """What a DTensor has its elements in; None for other tensors."""
+    return vars(t).get("_local_tensor")
+
+
+def _is_wrapper(t: torch.Tensor) -> bool:
+    """Whether its elements are in another tensor, nobody knows which."""
+    return type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and _local(t) is None
+
+
+def _become(
+    p: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None, local: torch.Tensor | None
+) -> None:
     p.grad = None  # which may not fit what is next
     p.data = data
+    if local is not None:  # a DTensor is not moved by that
+        p._local_tensor = local  # type: ignore[attr-defined]
     try:
         p.grad = grad
     except RuntimeError:  # its gradient's dtype is fixed

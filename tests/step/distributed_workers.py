@@ -233,6 +233,24 @@ def totals_of_callbacks_that_run_eagerly_are_over_the_whole_model():
 
 
 @check()
+def an_eager_callback_that_fails_leaves_the_parameter_as_it_was():
+    def failing(p, lr, **kwargs):
+        p.data.sub_(p.grad.abs().sort(0).values * lr)
+        raise ValueError("failed")
+
+    sharded, _ = sharded_and_whole("one")
+    opt = fusedopt.Optimizer(sharded.parameters(), failing, lr=0.1)
+    before = [full(p).clone() for p in sharded.parameters()]
+    locals_ = [p._local_tensor for p in sharded.parameters()]
+    sharded(torch.ones(6, 4)).square().mean().backward()
+    with contextlib.suppress(ValueError), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fusedopt: ")
+        opt.step()
+    for p, was, local in zip(sharded.parameters(), before, locals_, strict=True):
+        assert torch.equal(full(p), was) and p._local_tensor is local
+
+
+@check()
 def callbacks_that_run_eagerly_are_clipped_by_it_too():
     def eager(p, lr, **kwargs):
         p.data.sub_(p.grad.data.abs().sort(0).values * lr)
