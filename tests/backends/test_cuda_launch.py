@@ -6,6 +6,7 @@ NVRTC's place is taken by the system's compiler (see cuda_kernels.py), the GPU's
 import ctypes
 import subprocess
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -728,6 +729,34 @@ def test_the_norm_is_taken_by_kernels(fake):
         torch.testing.assert_close(a, b)
 
 
+def weighed(p, lr, step=0, **_):
+    """Steps by a sum over all parameters, of what depends on numbers of the group and of the state."""
+    step += 1
+    gain = fusedopt.total(p.grad.data * p.data * lr / step)
+    size = fusedopt.total((p.data - gain).abs())
+    p.data.sub_(p.grad.data * (lr * (gain.abs() + 1) / size.sqrt()))
+    return {"step": step}
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=["", "clipped"])
+def test_totals_are_taken_by_kernels(fake, options):
+    found = []
+    for on in ("cuda", "cpp"):
+        torch.manual_seed(0)
+        params = parameters(1031, 0, 70)
+        groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.3}]
+        opt = fusedopt.Optimizer(groups, weighed, lr=0.1, backend=on, **options)
+        for t in range(7):
+            give_gradients(params, seed=t)
+            if t == 2:
+                params[2].grad = None
+            opt.step()
+        assert opt.engine.steps.repeated >= 1 and opt.explain().eager == ()
+        found.append(params)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.fixture
 def graph(fake, monkeypatch):
     """A context in which launches are captured, and a function that replays them."""
@@ -787,6 +816,22 @@ def test_a_replayed_step_counts_and_follows_the_hyperparameters(graph, options):
         twin.step()
         for a, b in zip(ours, plain, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7) if options else assert_same_bits(a, b)
+    assert opt.state[ours[0]]["step"].item() == twin.state[plain[0]]["step"]
+
+
+def test_a_replayed_step_takes_totals_anew(graph):
+    opt, twin, ours, plain = ready(partial(fusedopt.Optimizer, cbs=weighed))
+    with graph.capture():
+        opt.step()
+    for t in range(4):
+        new_gradients(ours, plain)
+        for o in (opt, twin):
+            o.param_groups[0]["lr"] = 0.1 / (t + 1)
+        opt.upload_hypers()
+        graph.replay()
+        twin.step()
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert opt.state[ours[0]]["step"].item() == twin.state[plain[0]]["step"]
 
 
