@@ -392,6 +392,18 @@ def test_eager_callbacks_are_clipped_by_the_norm_of_all(compiled):
     assert torch.allclose(eager[0], twins[1] - 0.1 * twins[1].grad.sort().values, rtol=1e-6)
 
 
+def test_a_kernel_that_reads_no_gradient_is_no_reason_not_to_take_its_norm(compiled):
+    def decay(p, lr, **_):
+        p.data.mul_(1 - lr)
+
+    params = parameters()
+    opt = fusedopt.Optimizer(params, decay, lr=0.1, max_grad_norm=1.0, backend=compiled)
+    for grads in gradients(4):
+        give(params, grads)
+        opt.step()
+        assert opt.grad_norm.item() == pytest.approx(clip_grad_norm_(params, 1e9).item(), rel=1e-6)
+
+
 def test_without_gradients_there_is_no_norm_and_no_step():
     params = parameters()
     opt = optim.AdamW(params, max_grad_norm=1.0, amp_fused=True)
