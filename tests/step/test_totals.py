@@ -12,6 +12,7 @@ from factories import assert_equal
 
 import fusedopt
 from fusedopt.extension import leaf
+from fusedopt.step import totals
 
 SHAPES = [(3, 5), (7,), (), (130,), (0,), (6, 2, 4)]
 BACKENDS = [*COMPILED, "reference"]
@@ -44,14 +45,14 @@ def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
 
 
 def twins(params):
-    return [p.detach().double().requires_grad_() for p in params]
+    return [p.detach().to(torch.float64, copy=True).requires_grad_() for p in params]
 
 
 def give(params, others, seed, without=()):
     generator = torch.Generator().manual_seed(seed)
     for i, (p, q) in enumerate(zip(params, others, strict=True)):
         p.grad = None if i in without else torch.randn(p.shape, generator=generator).to(DEVICE, p.dtype)
-        q.grad = None if i in without else p.grad.double()
+        q.grad = None if i in without else p.grad.to(torch.float64, copy=True)
 
 
 def clipped(params, lr, limit=1.0):
@@ -91,7 +92,7 @@ def test_totals_are_over_all_groups(callbacks, plain, dtype, backend):
         give(ours, theirs, t, without={2: (1,), 4: (0, 3)}.get(t, ()))
         opt.step()
         plain(theirs, [0.1] * 2 + [0.2] * 4)
-        assert_near(ours, theirs, 2e-6 if dtype == torch.float32 else 1e-6)
+        assert_near(ours, theirs, 2e-6 if dtype == torch.float32 else 1e-12)
     if backend != "reference":
         assert opt.explain().eager == ()
     if backend == "cpp" and leaf.native is not None:
@@ -573,6 +574,28 @@ def test_captured_numbers_can_be_sent_anew(backend):
     opt.upload_hypers()
     launches = [launch for found, _ in opt.engine.resident.launches for launch in found]
     assert len(launches) == 2
+
+
+def test_sums_of_another_device_are_brought_to_the_first(monkeypatch):
+    """What is another device here is the same by another name. Python runs the rounds then, of bound steps too."""
+    other = torch.device("cpu", 1)
+
+    def device(group):
+        return other if group[0].trace.signature.param == torch.float64 else torch.device("cpu")
+
+    monkeypatch.setattr(totals, "_device", device)
+    ours = [*parameters(SHAPES[:4]), *parameters(SHAPES[:4], torch.float64, seed=1)]
+    theirs = twins(ours)
+    opt = fusedopt.Optimizer(ours, [chained], lr=0.1)
+    for t in range(5):
+        give(ours, theirs, t)
+        opt.step()
+        gained(theirs, [0.1] * len(ours))
+        assert_near(ours, theirs)
+    assert all(each.native() is None for each in opt.engine.rounds)
+    assert opt._scaling._there.keys() >= {("total.0.0", other), ("total.0.1", torch.device("cpu"))}
+    if leaf.native is not None:
+        assert opt.engine.steps.repeated == 3
 
 
 def test_totals_keep_their_order_where_structures_differ():
