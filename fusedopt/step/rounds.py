@@ -7,7 +7,7 @@ those of the main launches: a launch of a round takes over the words of their ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,13 +52,18 @@ def words_of(main: Program, program: Program) -> Words:
 
 @dataclass
 class Summing:
-    """A launch that leaves sums of each of its rows. ``of`` is the number of the main launch with the same rows."""
+    """A launch that leaves sums of each of its rows. ``of`` is the number of the main launch with the same rows.
+
+    It holds none of their tensors, as it may wait for its next run for long.
+    """
 
     of: int
     kernel: Kernel
     launch: Launch
-    items: list[Item]
     words: Words
+    runs: Callable[[np.ndarray], None]
+    spread: bool
+    """Whether processes exchange what they sum."""
 
     @property
     def sums(self) -> list[int]:
@@ -72,8 +77,7 @@ class Summing:
             self.launch.rows[:, here] = rows[:, there]
 
     def run(self, slots: Sequence[np.ndarray]) -> None:
-        own = slots[self.of] if self.kernel.program.slots else NO_SLOTS
-        sharded.runner(self.launch, self.items)(own)
+        self.runs(slots[self.of] if self.kernel.program.slots else NO_SLOTS)
 
 
 class Round:
@@ -105,7 +109,8 @@ class Round:
         sizes = [item.param.numel() for item in items]
         launch = backend.prepare(kernel, columns, sizes, sets or [0] * len(items), resident)
         self.pieces += left
-        self.summing.append(Summing(of, kernel, launch, items, words_of(main, kernel.program)))
+        runs, spread = sharded.runner(launch, items), any(map(sharded.is_shard, items))
+        self.summing.append(Summing(of, kernel, launch, words_of(main, kernel.program), runs, spread))
         self.kernels.append((kernel, len(items)))
 
     def set_join(
@@ -146,11 +151,11 @@ class Round:
 
     def native(self) -> Any:
         """The round for C++ to run (csrc/bound_step.h); None if it cannot."""
-        shards = any(sharded.is_shard(item) for summing in self.summing for item in summing.items)
         found = [summing.launch.native() for summing in self.summing]
         join = self.join and self.join.native()
         elsewhere = any(there is not here for there, here in self.pieces)
-        if elsewhere or shards or None in found or (self.join and join is None):
+        spread = any(summing.spread for summing in self.summing)
+        if elsewhere or spread or None in found or (self.join and join is None):
             return None
         native: Any = leaf.native
         return native.Round(

@@ -3,6 +3,7 @@
 import math
 import random
 import warnings
+import weakref
 
 import parameter_free
 import pytest
@@ -537,6 +538,20 @@ def test_explain_shows_the_rounds(backend):
     assert report.bytes_per_element == 4 + 8 + 12
     assert "total_0_0" in opt.kernel_source()
     assert [stage.round for stage in report.stages] == [1, 1, None, None, 2, 2, None, None, 0, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["", "clipped"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_has_been_summed_is_not_kept_alive(options, backend):
+    ours = parameters()
+    opt = fusedopt.Optimizer(ours, [clip, descend], lr=0.1, backend=backend, **options)
+    for t in range(3):
+        give(ours, twins(ours), t)
+        grads = [weakref.ref(p.grad) for p in ours]
+        opt.step()
+        for p in ours:
+            p.grad = None
+        assert not any(grad() is not None for grad in grads)
 
 
 @needs_extension
