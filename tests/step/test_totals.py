@@ -294,10 +294,34 @@ def test_a_total_of_one_number_per_tensor_and_a_branch_on_a_total(backend):
     assert len(rates) == 2
 
 
-def test_a_schedule_changes_what_totals_are_made_of(compiled_backend="cpp"):
-    def weighed(p, lr, **kwargs):
-        p.data.sub_(p.grad * fusedopt.total(p.grad * lr))
+def weighed(p, lr, **kwargs):
+    p.data.sub_(p.grad * fusedopt.total(p.grad * lr))
 
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rate_that_is_a_tensor_is_read_where_it_is_now(backend):
+    """Only the round reads it."""
+    ours = parameters()
+    theirs = twins(ours)
+    opt = fusedopt.Optimizer(ours, [weighed], lr=torch.tensor(0.1, device=DEVICE), backend=backend)
+    for t in range(6):
+        rate = 0.1 / (t + 1)
+        if t % 2:
+            opt.param_groups[0]["lr"] = torch.tensor(rate, device=DEVICE)
+        else:
+            opt.param_groups[0]["lr"].fill_(rate)
+        give(ours, theirs, t)
+        opt.step()
+        total = sum((p.grad * rate).sum() for p in theirs)
+        with torch.no_grad():
+            for p in theirs:
+                p.sub_(p.grad * total)
+        assert_near(ours, theirs)
+    if backend == "cpp" and leaf.native is not None:
+        assert opt.engine.steps.repeated == 5
+
+
+def test_a_schedule_changes_what_totals_are_made_of():
     ours = parameters()
     theirs = twins(ours)
     opt = fusedopt.Optimizer([{"params": ours[:3]}, {"params": ours[3:]}], [weighed], lr=0.1)
@@ -634,3 +658,23 @@ def test_totals_keep_their_order_where_structures_differ():
             for p in theirs:
                 p.sub_(p.grad * second, alpha=0.1)
         assert_near(ours, theirs)
+
+
+def test_totals_that_wait_for_one_another_are_refused():
+    def tangled(p, lr, chain=True, **kwargs):
+        total, one = fusedopt.total, (p.grad * 0 + 1).mean()
+        first = total(one)
+        second = total(one if chain else one / first)
+        third = total(one / second if chain else one)
+        fourth = total(one / third if chain else one)
+        fifth = total(one if chain else one / fourth)
+        p.data.sub_(p.grad, alpha=lr * fifth)
+
+    ours = parameters(SHAPES[:2])
+    before = [p.detach().clone() for p in ours]
+    groups = [{"params": ours[:1]}, {"params": ours[1:], "chain": False}]
+    opt = fusedopt.Optimizer(groups, [tangled], lr=0.1, chain=True)
+    give(ours, twins(ours), 0)
+    with pytest.raises(RuntimeError, match=r"of one another, in no order that would do.*Remedy"):
+        opt.step()
+    assert_equal(ours, before)
