@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ..backends import Kernel
 from ..callback import name_of
 from ..extension import leaf
-from ..ir.passes import scalar_stores
 from ..ir.program import identifier
+from ..ir.stages import scalar_stores
 from ..step.scaling import NORM_KERNEL as NORM
 from ..step.verdicts import Eager
 
