@@ -139,6 +139,7 @@ void bind_step(py::module_& m) {
       .value("flag", Entry::Kind::flag)
       .value("element", Entry::Kind::element)
       .value("whole", Entry::Kind::whole)
+      .value("part", Entry::Kind::part)
       .value("number", Entry::Kind::number)
       .value("other", Entry::Kind::other)
       .value("ignored", Entry::Kind::ignored);

@@ -195,7 +195,7 @@ class Representative:
         grad = cells[GRAD].node != self.grad
         if grad and self.signature.modes.scaled:
             raise Untraceable("the step writes to gradients, and max_grad_norm scales them")
-        program, slots = program_of(self.graph, self.signature, {}, cells, {}, grad and write_grads)
+        program, slots, axes = program_of(self.graph, self.signature, {}, cells, {}, grad and write_grads)
         ours = ScalarProgram()
         move = mover(self.scalars, ours, self.index)
         numbers = {
@@ -203,7 +203,7 @@ class Representative:
             for k, v in cells.items()
             if not isinstance(v, (Cell, Foreign))
         }
-        trace = Trace(self.signature, program, ours, tuple(map(move, slots)), numbers, {}, {})
+        trace = Trace(self.signature, program, ours, tuple(map(move, slots)), numbers, {}, {}, axes)
         for guard in guards:
             ours.guard(move(guard.index), guard.value, guard.where)
         return trace

@@ -73,6 +73,11 @@ class Bucket:
     def kernel(self) -> Kernel:
         return self.known.kernel
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether its kernel needs memory in the order of dimensions."""
+        return self.trace.signature.dims is not None
+
 
 class Buckets:
     """The buckets of one callback list's steps. It holds no tensors.
@@ -133,7 +138,7 @@ class Buckets:
         unfused: list[Item] = []
         for bucket, plan in self.traced(todo, 0, len(self.callbacks)):
             if isinstance(plan, Bucket):
-                fuses = [item.fuses(plan.known.backend) for item in bucket]
+                fuses = [item.fuses(plan.known.backend, plan.by_rows) for item in bucket]
                 plan.items = list(compress(bucket, fuses))
                 plans += [plan] if plan.items else []
                 bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]
