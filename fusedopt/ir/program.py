@@ -355,7 +355,7 @@ def _along(program: Program, kind: str, like: torch.Tensor) -> list[int]:
 
 
 def _reduced(program: Program, v: Value, x: torch.Tensor) -> torch.Tensor:
-    whole = OPS[v.op].torch
+    whole: Callable[..., torch.Tensor] = OPS[v.op].torch
     if not is_partial(v.kind):
         return whole(x)
     return whole(x, dim=[a for a in range(program.axes) if str(a) not in v.kind], keepdim=True)

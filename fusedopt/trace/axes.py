@@ -1,9 +1,9 @@
 """How the dimensions of a traced tensor are those of its parameter.
 
 ``dims`` has for each dimension of a tensor the parameter's dimensions that it goes along: ``((0,), (1,))`` for a
-matrix, ``((0,), ())`` for a sum along its rows with ``keepdim=True``, ``((0,),)`` without, ``((0,), (1, 2, 3))`` for the
-weights of a convolution seen as a matrix. Dimensions of length 1 go along none. Sizes say less: of a square matrix they
-do
+matrix, ``((0,), ())`` for a sum along its rows with ``keepdim=True``, ``((0,),)`` without, ``((0,), (1, 2, 3))`` for
+the weights of a convolution seen as a matrix. Dimensions of length 1 go along none. Sizes say less: of a square matrix
+they do not tell a sum of rows from one of columns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from .signals import Untraceable
+from .signals import Mismatched, Untraceable
 
 Dims = tuple[tuple[int, ...], ...]
 MOST = 10
@@ -35,16 +35,16 @@ def sizes(dims: Dims, shape: Sequence[int]) -> list[int]:
 
 
 def broadcast(a: Dims, b: Dims) -> Dims:
-    """Those of a result: as torch does it, from the last dimension on. Raises Untraceable where it would go along two
+    """Those of a result: as torch does it, from the last dimension on. Raises Mismatched where it would go along two
     dimensions at once."""
     out = []
     for x, y in itertools.zip_longest(reversed(a), reversed(b), fillvalue=()):
         if x and y and x != y:
-            raise Untraceable(f"dimensions {x} and {y} of the parameter are put side by side")
+            raise Mismatched(f"dimensions {x} and {y} of the parameter are put side by side")
         out.append(x or y)
     found = tuple(reversed(out))
     if len(along(found)) != len(set(along(found))):
-        raise Untraceable("one dimension of the parameter is put across itself")
+        raise Mismatched("one dimension of the parameter is put across itself")
     return found
 
 
@@ -91,7 +91,7 @@ def layouts(shape: Sequence[int], like: Sequence[int]) -> list[Dims]:
         same = all(n in (1, m) for n, m in zip(shape, like, strict=True))
         return [tuple(d if n != 1 else () for n, d in zip(shape, whole, strict=True))] if same else []
     places = [i for i, n in enumerate(shape) if n != 1]
-    found = []
+    found: list[Dims] = []
     for chosen in itertools.combinations([d for d, n in enumerate(like) if n != 1], len(places)):
         if all(shape[i] == like[d] for i, d in zip(places, chosen, strict=True)):
             at = dict(zip(places, chosen, strict=True))

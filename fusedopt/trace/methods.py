@@ -338,7 +338,8 @@ def _cosine_similarity(x: SymTensor, other: Any, dim: Any = 1, eps: Any = 1e-8) 
 # ---- the same elements in another shape ----------------------------------------------------------------------------
 
 
-def _seen(x: SymTensor, shown: Dims) -> SymTensor:
+def seen(x: SymTensor, shown: Dims) -> SymTensor:
+    """The same elements with other dimensions."""
     view = alias(x)
     view.__dict__["shown"] = plain(x.run, x.node, shown)
     return view
@@ -347,21 +348,21 @@ def _seen(x: SymTensor, shown: Dims) -> SymTensor:
 def _unsqueeze(x: SymTensor, dim: Any) -> SymTensor:
     dims = list(x.dims)
     dims.insert(axes.positive(operator.index(dim), len(dims) + 1), ())
-    return _seen(x, tuple(dims))
+    return seen(x, tuple(dims))
 
 
 def _squeeze(x: SymTensor, dim: Any = None) -> SymTensor:
     if dim is None:
-        return _seen(x, tuple(group for group in x.dims if group))
+        return seen(x, tuple(group for group in x.dims if group))
     which = [axes.positive(d, len(x.dims)) for d in (dim if isinstance(dim, (tuple, list)) else [dim])]
-    return _seen(x, tuple(group for d, group in enumerate(x.dims) if group or d not in which))
+    return seen(x, tuple(group for d, group in enumerate(x.dims) if group or d not in which))
 
 
 def _view(x: SymTensor, *shape: Any) -> SymTensor:
     if shape and isinstance(shape[0], torch.dtype):
         raise Untraceable("a tensor's memory is seen as another type")
     wanted = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    return _seen(
+    return seen(
         x, axes.regrouped(x.dims, x.run.attribute(ELEMENT, "shape"), [operator.index(n) for n in wanted])
     )
 
@@ -378,17 +379,17 @@ def _expand_as(x: SymTensor, other: SymTensor) -> SymTensor:
     return x
 
 
-def _max_min(pair: str, whole: str) -> Callable[..., SymTensor]:
-    def method(x: SymTensor, *args: Any, **kwargs: Any) -> SymTensor:
+def _max_min(pair: str, whole: str) -> Callable[..., Any]:
+    def method(x: SymTensor, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], (SymTensor, Number)):
             return _binary(pair)(x, args[0])
         result = _reduce(whole)(x, *args, **kwargs)
-        return _Extreme((result, None)) if args or "dim" in kwargs else result
+        return Extreme((result, None)) if args or "dim" in kwargs else result
 
     return method
 
 
-class _Extreme(tuple):
+class Extreme(tuple):
     """What ``max(dim)`` gives: values, and where they are, which no kernel says."""
 
     values = property(operator.itemgetter(0))

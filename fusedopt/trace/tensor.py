@@ -18,7 +18,7 @@ import torch
 from ..ir.ops import ELEMENT, TENSOR, axes_of
 from . import axes
 from .number import Number
-from .signals import Untraceable
+from .signals import Mismatched, Untraceable
 
 if TYPE_CHECKING:
     from .run import Run
@@ -197,6 +197,9 @@ def called(name: str, method: Callable[..., Any], x: SymTensor, *args: Any, **kw
         )
     try:
         return method(x, *args, **kwargs)
+    except Mismatched as error:
+        error.of = x.run.callback
+        raise
     except Exception as error:
         raise Untraceable(f"Tensor.{name}: {error}") from error
 
@@ -206,14 +209,23 @@ def rebind(box: SymTensor, value: Any) -> SymTensor:
     new = lift(box.run, value)
     if box.kind == TENSOR and new.kind == ELEMENT:
         raise Untraceable("an in-place result does not fit the 0-d tensor it is written to")
-    if box.shown != new.shown and axes.broadcast(box.dims, new.dims) != box.dims:
-        raise Untraceable("an in-place result does not fit the shape of the tensor it is written to")
+    if box.shown != new.shown and not _fits(box, new):
+        error = Mismatched("an in-place result does not fit the shape of the tensor it is written to")
+        error.of = box.run.callback
+        raise error
     if box.is_bool != new.is_bool:
         new = as_bool(new) if box.is_bool else as_float(new)
     if box.kind != new.kind:
         new = expand(new, box)
     box.place.node = new.node
     return box
+
+
+def _fits(box: SymTensor, new: SymTensor) -> bool:
+    try:
+        return axes.broadcast(box.dims, new.dims) == box.dims
+    except Mismatched:
+        return False
 
 
 def expand(x: SymTensor, like: SymTensor | None = None) -> SymTensor:

@@ -68,7 +68,7 @@ def trace(
     **kwargs: Any,
 ) -> Trace:
     """`traced`, for the first of the signatures that this may be which has a fused form."""
-    first: Exception | None = None
+    first: BaseException | None = None
     for found in signature.resolved():
         try:
             return traced(callbacks, found, *args, **kwargs)
