@@ -281,33 +281,38 @@ def interpret(
 ) -> dict[str, torch.Tensor]:
     """Run the program on one row's tensors with plain torch ops; returns the buffers it stores, as new tensors.
 
-    F buffers have one shape, S buffers are 0-d, others have their numbers in the order of their axes. Values have the
-    compute dtype, or are double; each result is rounded to its buffer's dtype once, at the end. Reductions are computed
-    in double. Where there are no elements, what there is one of per tensor stays as it is.
+    F buffers have as many numbers, S buffers one, others have theirs in the order of their axes. Values have the compute
+    dtype, or are double; each result is rounded to its buffer's dtype once, at the end. Reductions are computed in
+    double. Where there are no elements, what there is one of per tensor stays as it is.
 
     buffers: those of the program; if none of them is F, also "param", whose elements are counted
     sizes: the length of each axis, if there are several
     """
-    if program.axes > 1:
-        assert sizes is not None
-        block = {n: t.reshape(_block(program, n, sizes)) for n, t in buffers.items()}
-        found = _interpret(program, block, slots)
-        return {n: t.reshape(buffers[n].shape) for n, t in found.items()}
-    return _interpret(program, buffers, slots)
+    if program.axes == 1:
+        sizes = buffers[_shaped(program)].shape
+    assert sizes is not None
+    block = {n: t.reshape(_block(program, n, sizes)) for n, t in buffers.items()}
+    return {n: t.reshape(buffers[n].shape) for n, t in _interpret(program, block, slots).items()}
+
+
+def _shaped(program: Program) -> str:
+    """The buffer whose elements are counted."""
+    return next((n for n, b in program.buffers if b.kind == ELEMENT), "param")
 
 
 def _block(program: Program, name: str, sizes: Sequence[int]) -> list[int]:
     """A buffer's shape as a block with all axes, those along which it has one number of length 1."""
     kind = program.buffer[name].kind if name in program.buffer else ELEMENT
-    kept = axes_of(kind, program.all_axes)
-    return [n if str(a) in kept else 1 for a, n in enumerate(sizes)] if kind != TENSOR else []
+    if not is_partial(kind):
+        return [] if kind == TENSOR else list(sizes)
+    return [n if str(a) in kind else 1 for a, n in enumerate(sizes)]
 
 
 def _interpret(
     program: Program, buffers: Mapping[str, torch.Tensor], slots: Iterable[float]
 ) -> dict[str, torch.Tensor]:
     dtype = program.compute
-    like = buffers[next((n for n, b in program.buffers if b.kind == ELEMENT), "param")]
+    like = buffers[_shaped(program)]
     if not like.numel():
         return {name: buffers[name].clone() for name, _ in program.stores}
     types = {"f": dtype, "d": torch.float64}
