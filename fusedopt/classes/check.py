@@ -8,6 +8,7 @@ import torch
 
 from ..ir.program import interpret
 from ..step.items import Item
+from ..trace.axes import sizes
 from ..trace.tracer import Trace
 from .shadow import Path, Shadow
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
@@ -102,7 +103,8 @@ def _apart(item: Item, trace: Trace, p: torch.Tensor, state: dict[str, Any], gra
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
     given = {n: buffers.get(n, torch.ones(())) for n, _ in trace.program.buffers} | {"param": item.param}
     on_host = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    ours = interpret(trace.program, on_host, trace.slot_values())
+    lengths = sizes(trace.axes, item.param.shape)
+    ours = interpret(trace.program, on_host, trace.slot_values(), lengths)
     close = _closeness([item.param, item.grad, *item.state.values()])
     theirs = (
         {"param": p.detach()}

@@ -81,6 +81,11 @@ class Bucket:
         """With those of rounds, in the order of their launches."""
         return [*(kernel for _, kernel in self.known.rounds), self.kernel]
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether its kernel needs memory in the order of dimensions."""
+        return self.trace.signature.dims is not None
+
 
 class Buckets:
     """The buckets of one callback list's steps. It holds no tensors.
@@ -147,7 +152,7 @@ class Buckets:
         unfused: list[Item] = []
         for bucket, plan in self.traced(todo, 0, len(self.callbacks)):
             if isinstance(plan, Bucket):
-                fuses = [item.fuses(plan.known.backend) for item in bucket]
+                fuses = [item.fuses(plan.known.backend, plan.by_rows) for item in bucket]
                 plan.items = list(compress(bucket, fuses))
                 plans += [plan] if plan.items else []
                 bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]

@@ -174,7 +174,7 @@ class Engine:
         for group in shared:
             for plan in group:
                 for item in plan.items:
-                    item.lay_out()
+                    item.lay_out(plan.by_rows)
             tables.append(Launched(group, launching.table(group, scaling)))
         norm = launching.norm_of(plans, [], scaling)
         rounds = [*([norm] if norm else []), *launching.totals_of(shared, scaling)]

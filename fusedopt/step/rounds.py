@@ -104,10 +104,11 @@ class Round:
         left: Sequence[Piece],
         sets: Sequence[int] | None = None,
         resident: bool = False,
+        shapes: Sequence[tuple[int, ...]] = (),
     ) -> None:
         """Another launch of sums, over the rows of a main one of this program. ``left``: what it leaves there."""
         sizes = [item.param.numel() for item in items]
-        launch = backend.prepare(kernel, columns, sizes, sets or [0] * len(items), resident)
+        launch = backend.prepare(kernel, columns, sizes, sets or [0] * len(items), resident, shapes=shapes)
         self.pieces += left
         runs, spread = sharded.runner(launch, items), any(map(sharded.is_shard, items))
         self.summing.append(Summing(of, kernel, launch, words_of(main, kernel.program), runs, spread))

@@ -11,6 +11,7 @@ import torch
 from ..backends import Kernel
 from ..ir.ops import ELEMENT
 from ..ir.program import Buffer, Graph, Program, verify
+from ..trace.axes import sizes
 from ..trace.totals import BUFFER, SUM, TOTAL
 from .items import Item
 from .rounds import Piece, Round, resident, space
@@ -102,7 +103,9 @@ def _round(
         }
         sets = [k for k, plan in enumerate(group) for _ in plan.items]
         main = group[0].kernel.program
-        out.add(place[0], backend, kernel, items, columns, main, [*left.values()], sets, resident(items))
+        shapes = [tuple(sizes(plan.trace.axes, item.param.shape)) for plan in group for item in plan.items]
+        pieces = [*left.values()]
+        out.add(place[0], backend, kernel, items, columns, main, pieces, sets, resident(items), shapes)
     if done:
         first = groups[0][0]
         kernel = join_kernel(first)

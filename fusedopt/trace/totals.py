@@ -13,6 +13,7 @@ import torch
 
 from ..ir.ops import TENSOR
 from ..ir.program import Buffer
+from .signals import Untraceable
 from .tensor import METHODS, SymTensor, called
 
 TOTAL, SUM = "total.", "sum."
@@ -91,6 +92,8 @@ def summed(x: torch.Tensor) -> torch.Tensor:
 def _symbolic(x: SymTensor) -> SymTensor:
     run = x.run
     share = called("total", METHODS["sum"], x)
+    if share.kind != TENSOR:
+        raise Untraceable("a total of what is no number per tensor once it is summed")
     known = Total(run.first + run.callback, len(run.totals))
     run.totals.append(share.node)
     wide = run.compute != torch.float64

@@ -8,21 +8,25 @@ state. Parameters of one group with the same signature share a trace. ``trace`` 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..callback import Callback, arguments_of
-from ..ir.ops import ELEMENT, TENSOR
+from ..ir.ops import ELEMENT, TENSOR, is_partial
 from ..ir.passes import optimize
-from ..ir.program import Buffer, Graph, Program, depth_first, reachable
+from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
+from .axes import along
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Pass, alike, either, is_number, load
-from .signals import Untraceable
+from .signals import NeedsAttribute, Untraceable
 from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
 from .totals import BUFFER, TOTAL, Total
+
+Axes = tuple[tuple[int, ...], ...]
+"""The dimensions of a parameter that each axis of a program is; none if it has a single one."""
 
 
 @dataclass
@@ -32,10 +36,12 @@ class Trace:
     ``slots[i]`` is the scalar program's entry for slot i. ``numbers`` is the new scalar state: an entry's index
     (``scalars.values`` has its value) or a flag. ``created`` are state buffers that did not exist; they start as
     zeros, or, for counts on the device, at ``starts``; ``asked`` is the dtype the user would see for each tensor.
-    ``shared`` says that the program is the later steps' too. ``moved`` are the callbacks that did anything.
+    ``axes`` are the parameter's dimensions that each of the program's axes is, if it has several. ``shared`` says that
+    the program is the later steps' too. ``moved`` are the callbacks that did anything.
 
     ``rounds`` are the programs to run before: each stores what a parameter adds to some totals, and takes what it needs
-    of those of the rounds before. All take their slots from the same ones, and from buffers that ``program`` has too.
+    of those of the rounds before. All take their slots from the same ones, have the same axes if any, and no buffers
+    that ``program`` does not have too.
     """
 
     signature: Signature
@@ -45,6 +51,7 @@ class Trace:
     numbers: dict[str, Any]
     created: dict[str, Buffer]
     asked: dict[str, torch.dtype]
+    axes: Axes = ()
     shared: bool = True
     starts: dict[str, float] = field(default_factory=dict)
     moved: frozenset[int] = frozenset()
@@ -66,6 +73,25 @@ class Trace:
 def trace(
     callbacks: Sequence[Callback],
     signature: Signature,
+    *args: Any,
+    **kwargs: Any,
+) -> Trace:
+    """`traced`, for the first of the signatures that this may be which has a fused form."""
+    first: BaseException | None = None
+    for found in signature.resolved():
+        try:
+            return traced(callbacks, found, *args, **kwargs)
+        except NeedsAttribute:
+            raise
+        except (Untraceable, Exception) as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def traced(
+    callbacks: Sequence[Callback],
+    signature: Signature,
     hyper: dict[str, Any],
     *,
     first: int = 0,
@@ -79,7 +105,7 @@ def trace(
     Where steps may be skipped, a state flag on the device tells the two apart instead (see ``STARTED``).
     ``work``: for work copies, between eager callbacks, so a changed gradient is stored and new state is not rounded.
     """
-    graph, scalars = Graph(), ScalarProgram()
+    graph, scalars = Graph(along(signature.dims) if signature.dims else "0"), ScalarProgram()
     passes: list[Pass] = []
 
     def run(given: dict[str, Buffer], without: Sequence[str] = ()) -> dict[str, Any]:
@@ -101,7 +127,7 @@ def trace(
         if _is_new(k, v, signature) and k not in counts
     }
     created = {
-        k: Buffer(signature.compute if work else dtype, graph.values[a[k].node].kind)
+        k: Buffer(signature.compute if work else dtype, graph.values[a[k].node].kind, a[k].shown)
         for k, dtype in asked.items()
     }
     cells, shared = a, True
@@ -116,15 +142,19 @@ def trace(
             created |= {} if late else {flag: count}
             shared = True
     created |= counts
-    program, slots = program_of(graph, signature, hyper, cells, created, materialize_grad=work)
-    try:
-        program, rounds, slots = _cut(graph, signature, hyper, cells, created, program, slots)
-    except Untraceable as error:
-        error.callback = first  # type: ignore[attr-defined]
-        raise
+    program, slots, axes = program_of(graph, signature, hyper, cells, created, materialize_grad=work)
+    rounds: tuple[Program, ...] = ()
+    if any(isinstance(k, Total) for k in cells):
+        try:
+            program, rounds, slots, axes = _cut(graph, signature, hyper, cells, created, work)
+        except Untraceable as error:
+            error.callback = first  # type: ignore[attr-defined]
+            raise
     numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign))}
     moved = frozenset(passes[0].moved)
-    return Trace(signature, program, scalars, slots, numbers, created, asked, shared, starts, moved, rounds)
+    return Trace(
+        signature, program, scalars, slots, numbers, created, asked, axes, shared, starts, moved, rounds
+    )
 
 
 def _again(run: Callable[..., dict[str, Any]], given: dict[str, Buffer]) -> dict[str, Any] | None:
@@ -171,7 +201,7 @@ def _asked_dtype(
 ) -> torch.dtype:
     """The dtype of new state: as asked, or the policy's; one number per tensor keeps the type it is computed in."""
     value = graph.values[cell.node]
-    if value.kind == TENSOR:
+    if value.kind != ELEMENT:
         return torch.float64 if value.type == "d" else signature.compute
     # Made of a mask and numbers, it has torch's default.
     mixed = (signature.asked or (signature.param,))[0] if signature.zero_dim else torch.get_default_dtype()
@@ -207,17 +237,18 @@ def _same_from_zeros(
     for k, buffer in created.items():
         loaded = load(graph, signature, f"state.{k}", buffer)
         zero = graph.leaf("const", 0.0, type=graph.values[loaded].type)
-        replace[loaded] = graph.op("expand", zero) if buffer.kind == ELEMENT else zero
+        to = None if buffer.kind == ELEMENT else buffer.kind
+        replace[loaded] = graph.op("expand", zero, to=to) if buffer.kind != TENSOR else zero
     roots = [v.node for v in b.values() if isinstance(v, Cell)]
     for i in reachable(graph.values, roots):
         v = graph.values[i]
         if v.args:
-            replace[i] = graph.op(v.op, *[replace.get(x, x) for x in v.args])
+            replace[i] = graph.op(v.op, *[replace.get(x, x) for x in v.args], to=v.attr)
     return a.keys() == b.keys() and all(_same(a[k], b[k], replace) for k in a)
 
 
 def _same(a: Any, b: Any, replace: dict[int, int]) -> bool:
-    return alike(a, Cell(replace.get(b.node, b.node), b.asked) if isinstance(b, Cell) else b)
+    return alike(a, Cell(replace.get(b.node, b.node), b.asked, b.shown) if isinstance(b, Cell) else b)
 
 
 def program_of(
@@ -227,8 +258,9 @@ def program_of(
     cells: dict[str, Any],
     created: dict[str, Buffer],
     materialize_grad: bool,
-) -> tuple[Program, tuple[int, ...]]:
-    """The program for the final cells, in canonical numbering, and the scalar entries of its slots."""
+    axes: Axes | None = None,
+) -> tuple[Program, tuple[int, ...], Axes]:
+    """The program for the final cells, in canonical numbering, the scalar entries of its slots, and its axes."""
     buffers = _buffers(signature, hyper, cells, created)
     found = graph.leaf("load", FOUND_INF)
     skip = graph.op("ne", found, graph.leaf("const", 0.0)) if signature.modes.skips else None
@@ -239,8 +271,8 @@ def program_of(
     for key in sorted(old | created):
         if isinstance(cells[key], Cell):
             stores[f"state.{key}"] = cells[key].node
-    program, slots = canonical(graph, signature.compute, buffers, stores, skip)
-    return _optimized(program, tuple(v.where for v in program.values)), slots
+    program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip, axes=axes)
+    return _optimized(program, tuple(v.where for v in program.values)), slots, axes
 
 
 def _buffers(
@@ -263,25 +295,24 @@ def _cut(
     hyper: dict[str, Any],
     cells: dict[Any, Any],
     created: dict[str, Buffer],
-    program: Program,
-    slots: tuple[int, ...],
-) -> tuple[Program, tuple[Program, ...], tuple[int, ...]]:
-    """The program, those of the rounds before it, and the slots of all of them."""
+    materialize_grad: bool,
+) -> tuple[Program, tuple[Program, ...], tuple[int, ...], Axes]:
+    """The program, those of the rounds before it, and the slots and axes of all of them."""
     shares = {k: v.node for k, v in cells.items() if isinstance(k, Total)}
-    if not shares:
-        return program, (), slots
     buffers = _buffers(signature, hyper, cells, created)
+    everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
+    axes = axes_of(graph, everything, buffers)
+    program, slots, _ = program_of(graph, signature, hyper, cells, created, materialize_grad, axes)
     rounds = []
     for found in _rounds(graph, shares):
         stores = {k.share: node for k, node in found.items()}
         with_shares = buffers | dict.fromkeys(stores, BUFFER)
-        one, slots = canonical(graph, signature.compute, with_shares, stores, slots=slots)
+        one, slots, _ = canonical(graph, signature.compute, with_shares, stores, slots=slots, axes=axes)
         rounds.append(_optimized(one, tuple(v.where for v in one.values)))
-    used = {name for one in (program, *rounds) for name, _ in one.buffers}
-    program = replace(
-        program, slots=len(slots), buffers=tuple((n, b) for n, b in buffers.items() if n in used)
-    )
-    return program, tuple(replace(one, slots=len(slots)) for one in rounds), slots
+    there = dict(buffer for one in (program, *rounds) for buffer in one.buffers)
+    kept = tuple((name, there[name]) for name in buffers if name in there)
+    program = replace(program, slots=len(slots), buffers=kept)
+    return program, tuple(replace(one, slots=len(slots)) for one in rounds), slots, axes
 
 
 def _rounds(graph: Graph, shares: dict[Total, int]) -> list[dict[Total, int]]:
@@ -313,27 +344,57 @@ def canonical(
     stores: dict[str, int],
     skip: int | None = None,
     slots: Sequence[int] = (),
-) -> tuple[Program, tuple[int, ...]]:
-    """Number the reachable values and the slots in order, so that equal structure is equal text.
+    axes: Axes | None = None,
+) -> tuple[Program, tuple[int, ...], Axes]:
+    """Number the reachable values, the slots and the axes in order, so that equal structure is equal text.
 
-    ``slots``: those that have their numbers already.
+    ``slots`` and ``axes``: those that have their numbers already.
     """
     order = depth_first(graph.values, [*stores.values(), *([] if skip is None else [skip])])
     number = {old: new for new, old in enumerate(order)}
     found = (graph.values[i].attr for i in order if graph.values[i].op == "slot")
     slots = list(dict.fromkeys([*slots, *found]))
+    if axes is None:
+        axes = axes_of(graph, order, buffers)
+
+    def renamed(kind: Any) -> Any:
+        if not isinstance(kind, str) or not is_partial(kind):
+            return kind
+        return "".join(str(a) for a, group in enumerate(axes) if str(group[0]) in kind)
+
     values = []
     for i in order:
         v = graph.values[i]
-        attr = slots.index(v.attr) if v.op == "slot" else v.attr
-        values.append(type(v)(v.op, tuple(number[a] for a in v.args), attr, v.kind, v.type, v.where))
+        attr = slots.index(v.attr) if v.op == "slot" else renamed(v.attr) if v.args else v.attr
+        values.append(Value(v.op, tuple(number[a] for a in v.args), attr, renamed(v.kind), v.type, v.where))
     kept = tuple((n, number[i]) for n, i in stores.items())
     program = Program(
         compute,
-        tuple(buffers.items()),
+        tuple((n, Buffer(b.dtype, renamed(b.kind))) for n, b in buffers.items()),
         tuple(values),
         kept,
         len(slots),
         None if skip is None else number[skip],
+        max(len(axes), 1),
     )
-    return program, tuple(slots)
+    return program, tuple(slots), axes
+
+
+def axes_of(graph: Graph, values: Iterable[int], buffers: dict[str, Buffer]) -> Axes:
+    """The axes that these values and buffers need."""
+    return merged_axes(
+        graph.axes, {graph.values[i].kind for i in values} | {b.kind for b in buffers.values()}
+    )
+
+
+def merged_axes(dims: str, kinds: Iterable[str]) -> Axes:
+    """The dimensions of a parameter as axes: neighbours that no kind tells apart are one. None if no kind tells any."""
+    partial = sorted(filter(is_partial, kinds))
+    groups: list[list[int]] = []
+    for d in dims if partial else "":
+        last = str(groups[-1][-1]) if groups else ""
+        if groups and all((d in kind) == (last in kind) for kind in partial):
+            groups[-1].append(int(d))
+        else:
+            groups.append([int(d)])
+    return tuple(map(tuple, groups))
