@@ -637,6 +637,48 @@ def test_sums_of_another_device_are_brought_to_the_first(monkeypatch):
         assert opt.engine.steps.repeated == 3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_totals_of_what_is_reduced_along_dimensions(backend):
+    """Rounds with rows and columns: the programs before the cut and after it share their axes."""
+
+    def by_rows(p, lr, row=None, **kwargs):
+        if p.ndim > 1:
+            means = p.grad.mean(dim=1, keepdim=True)
+            largest = fusedopt.total((p.grad - means).abs().amax(dim=0))
+            row = (0.0 if row is None else row) + means / largest
+            size = fusedopt.total(row**2)
+            p.data.sub_(p.grad * row * lr / size.sqrt())
+            return {"row": row}
+        largest = fusedopt.total(p.grad.abs())
+        size = fusedopt.total(p.grad**2 / largest)
+        p.data.sub_(p.grad / size, alpha=lr)
+
+    shapes = [(3, 5), (7,), (6, 4), (130,), (5, 5)]
+    ours = parameters(shapes)
+    theirs, rows = twins(ours), [0.0] * len(shapes)
+    opt = fusedopt.Optimizer(ours, [by_rows], lr=0.1, backend=backend)
+    for t in range(4):
+        give(ours, theirs, t)
+        opt.step()
+        means = [p.grad.mean(dim=1, keepdim=True) if p.ndim > 1 else None for p in theirs]
+        largest = sum(
+            p.grad.abs().sum() if m is None else (p.grad - m).abs().amax(dim=0).sum()
+            for p, m in zip(theirs, means, strict=True)
+        )
+        rows = [None if m is None else r + m / largest for r, m in zip(rows, means, strict=True)]
+        size = sum(
+            (p.grad**2 / largest).sum() if r is None else (r**2).sum()
+            for p, r in zip(theirs, rows, strict=True)
+        )
+        with torch.no_grad():
+            for p, r in zip(theirs, rows, strict=True):
+                p.sub_(p.grad / size if r is None else p.grad * r / size.sqrt(), alpha=0.1)
+        rows = [0.0 if r is None else r for r in rows]
+        assert_near(ours, theirs, 1e-4)
+    if backend == "cpp":
+        assert opt.explain().eager == ()
+
+
 def test_totals_keep_their_order_where_structures_differ():
     """What one bucket makes of a total, another makes of none: the rounds still wait for one another."""
 
