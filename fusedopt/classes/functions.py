@@ -472,7 +472,7 @@ def _wrapped(name: str, result: Any, meta: Any, x: Any) -> Any:
     if isinstance(x, Symbolic) and x.sym is not None and result.place is x.sym.place and meta is x.meta:
         return made(result, meta)
     run: Any = result.run
-    if result.shown is not None:
+    if result.shown is not None and not callable(result.shown):
         fits = list(meta.shape) == sizes(result.shown, run.shape)
     else:
         fits = meta.numel() == (1 if result.kind == TENSOR else run.shape.numel())
@@ -491,7 +491,10 @@ def _view(name: str, meta: _Meta, x: Symbolic) -> Symbolic:
         raise Untraceable(f"Tensor.{name} shows a tensor's elements in another order or number")
     if sym.kind == TENSOR or meta.shape == x.meta.shape:
         return made(alias(sym), meta)
-    return made(seen(sym, regrouped(sym.dims, sym.run.attribute(ELEMENT, "shape"), meta.shape)), meta)
+    run: Any = sym.run
+    if sym.kind == ELEMENT and meta.shape == run.shape:
+        return made(seen(sym, None), meta)
+    return made(seen(sym, lambda: regrouped(sym.dims, run.attribute(ELEMENT, "shape"), meta.shape)), meta)
 
 
 def _broadcast(sym: SymTensor, meta: _Meta) -> Symbolic:

@@ -166,7 +166,7 @@ class Representative:
             taken.add(id(sym.place))
             buffer = dict(self.signature.state)[key]
             node = sym.node
-            if buffer.dims is not None and buffer.dims != sym.shown:
+            if buffer.dims is not None and sym.dims != buffer.dims:
                 error = Mismatched(f"the state {key!r} goes along other dimensions")
                 error.of = self.index
                 raise error
@@ -176,7 +176,7 @@ class Representative:
                         f"the state {key!r} changes between one number per element and one per tensor"
                     )
                 node = self.graph.op("expand", node, to=buffer.kind if buffer.dims else None)
-            return Cell(node, sym.asked, sym.shown)
+            return Cell(node, sym.asked, buffer.dims)
         if isinstance(put, Symbolic) and self.run.taken and is_number(value) and put.meta.numel() == 1:
             # On one side of a branch on a norm a number, on the other a tensor: which, only kernels know.
             node = self.run.slot(value)

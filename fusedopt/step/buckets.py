@@ -76,7 +76,7 @@ class Bucket:
     @property
     def by_rows(self) -> bool:
         """Whether its kernel needs memory in the order of dimensions."""
-        return self.trace.signature.dims is not None
+        return self.trace.contiguous
 
 
 class Buckets:

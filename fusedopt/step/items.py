@@ -115,6 +115,12 @@ class Item:
             return p.numel()
         if name == "dims":
             return axes.full(p.shape) if p.dim() <= axes.MOST else None
+        if name == "order":
+            return (
+                axes.memory_order(p.shape, p.stride())
+                if dense(p)
+                else axes.memory_order(p.shape, (0,) * p.dim())
+            )
         return getattr(self.owner if name == "requires_grad" else p, name)
 
     def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:

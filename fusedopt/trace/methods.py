@@ -17,6 +17,7 @@ from .signals import Untraceable
 from .tensor import (
     FLOATS,
     METHODS,
+    Shown,
     SymParameter,
     SymTensor,
     alias,
@@ -338,7 +339,7 @@ def _cosine_similarity(x: SymTensor, other: Any, dim: Any = 1, eps: Any = 1e-8) 
 # ---- the same elements in another shape ----------------------------------------------------------------------------
 
 
-def seen(x: SymTensor, shown: Dims) -> SymTensor:
+def seen(x: SymTensor, shown: Shown) -> SymTensor:
     """The same elements with other dimensions."""
     view = alias(x)
     view.__dict__["shown"] = plain(x.run, x.node, shown)

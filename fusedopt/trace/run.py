@@ -93,6 +93,8 @@ class Run:
         known = dict(self.signature.attributes)
         if name not in known:
             raise NeedsAttribute(name)
+        if name == "dims" and "order" not in known:
+            raise NeedsAttribute("order")
         if name == "dims" and known[name] is None:
             raise Untraceable(f"a reduction along dimensions of a tensor with more than {axes.MOST}")
         return known[name]
@@ -246,7 +248,7 @@ class Pass:
         cells[PARAM], cells[GRAD] = Cell(p.node, p.asked), Cell(p.grad.node, p.grad.asked)
         for key in state:
             if key in boxes:
-                cells[key] = Cell(boxes[key].node, boxes[key].asked, boxes[key].shown)
+                cells[key] = Cell(boxes[key].node, boxes[key].asked, cells[key].shown)
         for key, value in returned.items() if isinstance(returned, dict) else ():
             cells[key] = self._returned(run, key, value)
         return cells
@@ -254,7 +256,7 @@ class Pass:
     def _returned(self, run: Run, key: str, value: Any) -> Any:
         if isinstance(value, SymTensor):
             value = lift(run, value)
-            return Cell(value.node, value.asked, value.shown)
+            return Cell(value.node, value.asked, value.shown and value.dims)
         if isinstance(value, Number) and value.program is not self.scalars:
             return value.value
         if isinstance(value, torch.Tensor):

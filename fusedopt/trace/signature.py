@@ -111,6 +111,11 @@ class Signature:
         """The parameter's own, if some callback's tensors go along some of them only."""
         return dict(self.attributes).get("dims")
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Its dimensions as they follow one another in memory; known where ``dims`` is."""
+        return dict(self.attributes).get("order", ())
+
     def resolved(self) -> Iterator[Signature]:
         """The signatures that it may be, as sizes do not tell: see `Several`."""
         keys = [k for k, v in self.state if isinstance(v, Several)]

@@ -32,8 +32,9 @@ class Trace:
     ``slots[i]`` is the scalar program's entry for slot i. ``numbers`` is the new scalar state: an entry's index
     (``scalars.values`` has its value) or a flag. ``created`` are state buffers that did not exist; they start as
     zeros, or, for counts on the device, at ``starts``; ``asked`` is the dtype the user would see for each tensor.
-    ``axes`` are the parameter's dimensions that each of the program's axes is, if it has several. ``shared`` says that
-    the program is the later steps' too. ``moved`` are the callbacks that did anything.
+    ``axes`` are the parameter's dimensions that each of the program's axes is, if it has several; ``contiguous`` says
+    that kernels need them in their order, also where the parameter's memory has another. ``shared`` says that the
+    program is the later steps' too. ``moved`` are the callbacks that did anything.
     """
 
     signature: Signature
@@ -47,6 +48,12 @@ class Trace:
     shared: bool = True
     starts: dict[str, float] = field(default_factory=dict)
     moved: frozenset[int] = frozenset()
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether kernels need memory in the order of dimensions, and the parameter's has another."""
+        old = [v for _, v in self.signature.state if isinstance(v, Buffer)]
+        return in_memory(self.signature, [*old, *self.created.values()]) != list(self.signature.order)
 
     def slot_values(self) -> list[Scalar]:
         return [self.scalars.values[i] for i in self.slots]
@@ -255,7 +262,8 @@ def program_of(
         buffers[f"state.{key}"] = buffer
         if isinstance(cells[key], Cell):
             stores[f"state.{key}"] = cells[key].node
-    program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip)
+    dims = in_memory(signature, (old | created).values())
+    program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip, dims)
     return _optimized(program, tuple(v.where for v in program.values)), slots, axes
 
 
@@ -271,13 +279,17 @@ def canonical(
     buffers: dict[str, Buffer],
     stores: dict[str, int],
     skip: int | None = None,
+    dims: Sequence[int] = (),
 ) -> tuple[Program, tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Number the reachable values, the slots and the axes in order, so that equal structure is equal text."""
+    """Number the reachable values, the slots and the axes in order, so that equal structure is equal text.
+
+    dims: the parameter's dimensions as kernels walk them
+    """
     order = depth_first(graph.values, [*stores.values(), *([] if skip is None else [skip])])
     number = {old: new for new, old in enumerate(order)}
     slots = list(dict.fromkeys(graph.values[i].attr for i in order if graph.values[i].op == "slot"))
     kinds = {graph.values[i].kind for i in order} | {b.kind for b in buffers.values()}
-    axes = merged_axes(graph.axes, kinds)
+    axes = merged_axes(dims, kinds)
 
     def renamed(kind: Any) -> Any:
         if not isinstance(kind, str) or not is_partial(kind):
@@ -302,14 +314,23 @@ def canonical(
     return program, tuple(slots), axes
 
 
-def merged_axes(dims: str, kinds: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+def in_memory(signature: Signature, state: Iterable[Buffer]) -> list[int]:
+    """The order of dimensions that kernels walk: that of the parameter's memory, unless some state has another."""
+    order = list(signature.order)
+    for buffer in state:
+        mine = [d for group in buffer.dims or () for d in group]
+        if mine != [d for d in order if d in mine]:
+            return sorted(order)
+    return order
+
+
+def merged_axes(order: Sequence[int], kinds: Iterable[str]) -> tuple[tuple[int, ...], ...]:
     """The dimensions of a parameter as axes: neighbours that no kind tells apart are one. None if no kind tells any."""
     partial = sorted(filter(is_partial, kinds))
     groups: list[list[int]] = []
-    for d in dims if partial else "":
-        last = str(groups[-1][-1]) if groups else ""
-        if groups and all((d in kind) == (last in kind) for kind in partial):
-            groups[-1].append(int(d))
+    for d in order if partial else ():
+        if groups and all((str(d) in kind) == (str(groups[-1][-1]) in kind) for kind in partial):
+            groups[-1].append(d)
         else:
-            groups.append([int(d)])
+            groups.append([d])
     return tuple(map(tuple, groups))
