@@ -89,8 +89,8 @@ class Item:
             if not same_layout(value, self.param):
                 self.state[key] = with_layout(value, self.param)
 
-    def fuses(self, backend: Backend, by_rows: bool = False) -> bool:
-        """Whether the backend's kernels can step it."""
+    def fuses(self, backend: Backend, along: bool = False) -> bool:
+        """Whether the backend's kernels can step it; ``along``: they tell its dimensions apart."""
         return self.walkable()
 
     def walkable(self) -> bool:

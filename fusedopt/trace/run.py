@@ -91,10 +91,10 @@ class Run:
         if kind == TENSOR:
             return {"shape": torch.Size(()), "ndim": 0, "count": 1, "contiguous": True}[name]
         known = dict(self.signature.attributes)
+        if name == "dims":
+            self.signature.need_dims()
         if name not in known:
             raise NeedsAttribute(name)
-        if name == "dims" and "order" not in known:
-            raise NeedsAttribute("order")
         if name == "dims" and known[name] is None:
             raise Untraceable(f"a reduction along dimensions of a tensor with more than {axes.MOST}")
         return known[name]
@@ -150,8 +150,8 @@ class Pass:
             if key in without or key.startswith(STARTED):
                 continue
             if isinstance(value, Buffer):
-                if value.dims is not None and s.dims is None:
-                    raise NeedsAttribute("dims")
+                if value.dims is not None:
+                    s.need_dims()
                 cells[key] = Cell(load(self.graph, s, f"state.{key}", value), value.dtype, value.dims)
             elif type(value) in (int, float):
                 cells[key] = self._number(("state", key), value)
