@@ -22,7 +22,7 @@ from ..trace.axes import along
 from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
 from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, alike, is_number, load, merged
 from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest, line_now
-from ..trace.signature import FACTOR, PLAIN, Foreign, Signature, structure_of
+from ..trace.signature import FACTOR, PLAIN, Foreign, Signature
 from ..trace.standins import StandIns
 from ..trace.tensor import SymTensor
 from ..trace.tracer import Trace, program_of
@@ -166,7 +166,7 @@ class Representative:
             taken.add(id(sym.place))
             buffer = dict(self.signature.state)[key]
             node = sym.node
-            if buffer.dims is not None and buffer.dims != sym.shown:
+            if buffer.dims is not None and sym.dims != buffer.dims:
                 error = Mismatched(f"the state {key!r} goes along other dimensions")
                 error.of = self.index
                 raise error
@@ -176,7 +176,7 @@ class Representative:
                         f"the state {key!r} changes between one number per element and one per tensor"
                     )
                 node = self.graph.op("expand", node, to=buffer.kind if buffer.dims else None)
-            return Cell(node, sym.asked, sym.shown)
+            return Cell(node, sym.asked, buffer.dims)
         if isinstance(put, Symbolic) and self.run.taken and is_number(value) and put.meta.numel() == 1:
             # On one side of a branch on a norm a number, on the other a tensor: which, only kernels know.
             node = self.run.slot(value)
@@ -402,11 +402,7 @@ def _host(ran: _Ran, shared: Sequence[Guard], scalars: ScalarProgram, buckets: S
     for guard in shared if host.leaves_something else ():
         ours.guard(move(guard.index), guard.value, guard.where)
     host.finish()
-    active: dict[Any, list[torch.Tensor]] = {}
-    for items, signature in buckets:
-        key = items[0].where[0], structure_of(signature)
-        active.setdefault(key, []).extend(item.owner for item in items)
-    host.active = list(active.values())
+    host.meets(buckets)
     return host
 
 

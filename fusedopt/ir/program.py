@@ -281,9 +281,9 @@ def interpret(
 ) -> dict[str, torch.Tensor]:
     """Run the program on one row's tensors with plain torch ops; returns the buffers it stores, as new tensors.
 
-    F buffers have as many numbers, S buffers one, others have theirs in the order of their axes. Values have the compute
-    dtype, or are double; each result is rounded to its buffer's dtype once, at the end. Reductions are computed in
-    double. Where there are no elements, what there is one of per tensor stays as it is.
+    F buffers have as many numbers, S buffers one, others have theirs in the order of their axes. Values have the
+    compute dtype, or are double; each result is rounded to its buffer's dtype once, at the end. Reductions are computed
+    in double. Where there are no elements, what there is one of per tensor stays as it is.
 
     buffers: those of the program; if none of them is F, also "param", whose elements are counted
     sizes: the length of each axis, if there are several

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..backends import Kernel
 from ..callback import name_of
 from ..extension import leaf
+from ..ir.program import identifier
 from ..ir.stages import Stage, scalar_stores, schedule
 from ..step.verdicts import Eager
 
@@ -164,14 +165,18 @@ def explanation(
     )
 
 
+def _named(buffer: str) -> str:
+    return buffer.removeprefix("state.") if buffer.startswith("state.") else identifier(buffer)
+
+
 def _stages(kernel: Kernel, label: str, tensors: int, round_: int | None) -> list[StageInfo]:
     program, between = kernel.program, schedule(kernel.program).between
 
     def info(stage: Stage) -> StageInfo:
         return StageInfo(
             kernel=label,
-            reads=tuple(n.removeprefix("state.") for n in stage.loads(program)),
-            writes=tuple(n.removeprefix("state.") for n, _ in stage.stores),
+            reads=tuple(map(_named, stage.loads(program))),
+            writes=tuple(_named(n) for n, _ in stage.stores),
             reduces=len(stage.reductions),
             bytes_per_element=stage.bytes_per_element(program),
             tensors=tensors,

@@ -84,7 +84,7 @@ class Bucket:
     @property
     def by_rows(self) -> bool:
         """Whether its kernel needs memory in the order of dimensions."""
-        return self.trace.signature.dims is not None
+        return self.trace.contiguous
 
 
 class Buckets:
@@ -152,7 +152,8 @@ class Buckets:
         unfused: list[Item] = []
         for bucket, plan in self.traced(todo, 0, len(self.callbacks)):
             if isinstance(plan, Bucket):
-                fuses = [item.fuses(plan.known.backend, plan.by_rows) for item in bucket]
+                along = plan.trace.signature.dims is not None
+                fuses = [item.fuses(plan.known.backend, along) for item in bucket]
                 plan.items = list(compress(bucket, fuses))
                 plans += [plan] if plan.items else []
                 bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]

@@ -89,8 +89,8 @@ class Item:
             if not same_layout(value, self.param):
                 self.state[key] = with_layout(value, self.param)
 
-    def fuses(self, backend: Backend, by_rows: bool = False) -> bool:
-        """Whether the backend's kernels can step it."""
+    def fuses(self, backend: Backend, along: bool = False) -> bool:
+        """Whether the backend's kernels can step it; ``along``: they tell its dimensions apart."""
         return self.walkable()
 
     def walkable(self) -> bool:
@@ -115,6 +115,12 @@ class Item:
             return p.numel()
         if name == "dims":
             return axes.full(p.shape) if p.dim() <= axes.MOST else None
+        if name == "order":
+            return (
+                axes.memory_order(p.shape, p.stride())
+                if dense(p)
+                else axes.memory_order(p.shape, (0,) * p.dim())
+            )
         return getattr(self.owner if name == "requires_grad" else p, name)
 
     def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:

@@ -102,8 +102,8 @@ class Shard(Item):
         self.whole, self.owner = whole, whole.home
         self.known: dict[str, torch.Tensor] = {}
 
-    def fuses(self, backend: Backend, by_rows: bool = False) -> bool:
-        if by_rows:  # of which a part may be elsewhere
+    def fuses(self, backend: Backend, along: bool = False) -> bool:
+        if along:  # of whose rows or columns a part may be elsewhere
             return False
         tensors = (self.whole.grad, *(value for _, value in self.whole.tensors()))
         kind = _dtensor()

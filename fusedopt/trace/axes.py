@@ -24,6 +24,11 @@ def full(shape: Sequence[int]) -> Dims:
     return tuple((d,) if n != 1 else () for d, n in enumerate(shape))
 
 
+def memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """The dimensions of a dense tensor as they follow one another in memory, but for those of length 1."""
+    return tuple(sorted((d for d, n in enumerate(shape) if n != 1), key=lambda d: (-stride[d], d)))
+
+
 def along(dims: Dims) -> str:
     """The parameter's dimensions that a tensor goes along, a digit each."""
     return "".join(map(str, sorted(d for group in dims for d in group)))

@@ -97,6 +97,8 @@ class Run:
         if kind == TENSOR:
             return {"shape": torch.Size(()), "ndim": 0, "count": 1, "contiguous": True}[name]
         known = dict(self.signature.attributes)
+        if name == "dims":
+            self.signature.need_dims()
         if name not in known:
             raise NeedsAttribute(name)
         if name == "dims" and known[name] is None:
@@ -155,8 +157,8 @@ class Pass:
             if key in without or key.startswith(STARTED):
                 continue
             if isinstance(value, Buffer):
-                if value.dims is not None and s.dims is None:
-                    raise NeedsAttribute("dims")
+                if value.dims is not None:
+                    s.need_dims()
                 cells[key] = Cell(load(self.graph, s, f"state.{key}", value), value.dtype, value.dims)
             elif type(value) in (int, float):
                 cells[key] = self._number(("state", key), value)
@@ -257,7 +259,7 @@ class Pass:
         cells[PARAM], cells[GRAD] = Cell(p.node, p.asked), Cell(p.grad.node, p.grad.asked)
         for key in state:
             if key in boxes:
-                cells[key] = Cell(boxes[key].node, boxes[key].asked, boxes[key].shown)
+                cells[key] = Cell(boxes[key].node, boxes[key].asked, cells[key].shown)
         for key, value in returned.items() if isinstance(returned, dict) else ():
             cells[key] = self._returned(run, key, value)
         return cells
@@ -265,7 +267,7 @@ class Pass:
     def _returned(self, run: Run, key: str, value: Any) -> Any:
         if isinstance(value, SymTensor):
             value = lift(run, value)
-            return Cell(value.node, value.asked, value.shown)
+            return Cell(value.node, value.asked, value.shown and value.dims)
         if isinstance(value, Number) and value.program is not self.scalars:
             return value.value
         if isinstance(value, torch.Tensor):

@@ -12,7 +12,7 @@ import torch
 from ..ir.ops import TENSOR
 from ..ir.program import Buffer
 from .axes import Dims
-from .signals import Untraceable
+from .signals import NeedsAttribute, Untraceable
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,17 @@ class Signature:
     def dims(self) -> Dims | None:
         """The parameter's own, if some callback's tensors go along some of them only."""
         return dict(self.attributes).get("dims")
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Its dimensions as they follow one another in memory; known where ``dims`` is."""
+        return dict(self.attributes).get("order", ())
+
+    def need_dims(self) -> None:
+        """Raises NeedsAttribute for what has to be known of dimensions, and is not."""
+        for name in ("dims", "order"):
+            if name not in dict(self.attributes):
+                raise NeedsAttribute(name)
 
     def resolved(self) -> Iterator[Signature]:
         """The signatures that it may be, as sizes do not tell: see `Several`."""

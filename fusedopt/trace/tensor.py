@@ -32,6 +32,9 @@ def _is_ours(frame: types.FrameType) -> bool:
     return frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch", "numpy")
 
 
+Shown = axes.Dims | Callable[[], axes.Dims] | None
+
+
 class Place:
     """Where a value is: ``node`` is the value now, ``asked`` the dtype eager torch would give it."""
 
@@ -44,16 +47,14 @@ class Place:
 class SymTensor:
     """A tensor that builds graph values: a view of a place.
 
-    ``shown`` is how its dimensions are the parameter's (see axes.py); None: all of them, or none where there is one
-    number per tensor.
+    ``shown`` is how its dimensions are the parameter's (see axes.py), or what finds that out once it matters; None: all
+    of them, or none where there is one number per tensor.
     """
 
     place: Place
-    shown: axes.Dims | None
+    shown: Shown
 
-    def __init__(
-        self, run: Run, node: int, asked: torch.dtype | None, shown: axes.Dims | None = None
-    ) -> None:
+    def __init__(self, run: Run, node: int, asked: torch.dtype | None, shown: Shown = None) -> None:
         self.__dict__.update(run=run, place=Place(node, asked), shown=shown)
 
     # -- what it is --
@@ -80,15 +81,18 @@ class SymTensor:
     @property
     def dims(self) -> axes.Dims:
         """How its dimensions are the parameter's."""
-        if self.shown is not None:
-            return self.shown
+        shown = self.shown
+        if callable(shown):
+            self.__dict__["shown"] = shown = shown()
+        if shown is not None:
+            return shown
         return () if self.kind == TENSOR else self.run.attribute(ELEMENT, "dims")
 
     def fact(self, name: str) -> Any:
         """Its shape, number of dimensions or elements, as a callback asks for it."""
         if self.shown is None or name == "contiguous":
             return self.run.attribute(self.kind, name)
-        shape = torch.Size(axes.sizes(self.shown, self.run.attribute(ELEMENT, "shape")))
+        shape = torch.Size(axes.sizes(self.dims, self.run.attribute(ELEMENT, "shape")))
         return {"shape": shape, "ndim": len(shape), "count": shape.numel()}[name]
 
     @property
@@ -169,9 +173,11 @@ class SymTensor:
             "keep it a tensor: 0-d tensors fuse, and torch.where and comparisons take them",
         )
 
-    __float__ = __int__ = __index__ = __len__ = __iter__ = __getitem__ = __setitem__ = __format__ = (
-        __contains__
-    ) = _refuse
+    def __getitem__(self, index: Any) -> SymTensor:
+        """``x[:, None]`` and its like."""
+        return called("__getitem__", METHODS["__getitem__"], self, index)
+
+    __float__ = __int__ = __index__ = __len__ = __iter__ = __setitem__ = __format__ = __contains__ = _refuse
     item = tolist = numpy = _refuse
 
     def __repr__(self) -> str:
@@ -256,16 +262,21 @@ def lift(run: Run, x: Any) -> SymTensor:
 
 def new(like: SymTensor, op: str, *args: SymTensor) -> SymTensor:
     run = like.run
-    shown = None
-    if any(a.shown is not None for a in args):
+    shown: Shown = None
+    seen = [a.shown for a in args if a.shown is not None or a.kind != TENSOR]
+    if any(s is not seen[0] for s in seen):
         shown = functools.reduce(axes.broadcast, (a.dims for a in args))
+    elif seen:
+        shown = seen[0]
     node = run.graph.op(op, *[a.node for a in args], where=run.where)
     return SymTensor(run, node, _promote(args), plain(run, node, shown))
 
 
-def plain(run: Run, node: int, shown: axes.Dims | None) -> axes.Dims | None:
+def plain(run: Run, node: int, shown: Shown) -> Shown:
     """The dimensions of a value, None if they are what its kind says."""
     kind = run.graph.values[node].kind
+    if callable(shown):
+        return shown
     if shown is None or (kind == TENSOR and shown == ()):
         return None
     return None if kind == ELEMENT and shown == run.attribute(ELEMENT, "dims") else shown

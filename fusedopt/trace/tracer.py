@@ -36,8 +36,9 @@ class Trace:
     ``slots[i]`` is the scalar program's entry for slot i. ``numbers`` is the new scalar state: an entry's index
     (``scalars.values`` has its value) or a flag. ``created`` are state buffers that did not exist; they start as
     zeros, or, for counts on the device, at ``starts``; ``asked`` is the dtype the user would see for each tensor.
-    ``axes`` are the parameter's dimensions that each of the program's axes is, if it has several. ``shared`` says that
-    the program is the later steps' too. ``moved`` are the callbacks that did anything.
+    ``axes`` are the parameter's dimensions that each of the program's axes is, if it has several; ``contiguous`` says
+    that kernels need them in their order, also where the parameter's memory has another. ``shared`` says that the
+    program is the later steps' too. ``moved`` are the callbacks that did anything.
 
     ``rounds`` are the programs to run before: each stores what a parameter adds to some totals, and takes what it needs
     of those of the rounds before. All take their slots from the same ones, have the same axes if any, and no buffers
@@ -56,6 +57,12 @@ class Trace:
     starts: dict[str, float] = field(default_factory=dict)
     moved: frozenset[int] = frozenset()
     rounds: tuple[Program, ...] = ()
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether kernels need memory in the order of dimensions, and the parameter's has another."""
+        old = [v for _, v in self.signature.state if isinstance(v, Buffer)]
+        return in_memory(self.signature, [*old, *self.created.values()]) != list(self.signature.order)
 
     def slot_values(self) -> list[Scalar]:
         return [self.scalars.values[i] for i in self.slots]
@@ -271,7 +278,8 @@ def program_of(
     for key in sorted(old | created):
         if isinstance(cells[key], Cell):
             stores[f"state.{key}"] = cells[key].node
-    program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip, axes=axes)
+    dims = in_memory(signature, (old | created).values())
+    program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip, axes=axes, dims=dims)
     return _optimized(program, tuple(v.where for v in program.values)), slots, axes
 
 
@@ -301,7 +309,8 @@ def _cut(
     shares = {k: v.node for k, v in cells.items() if isinstance(k, Total)}
     buffers = _buffers(signature, hyper, cells, created)
     everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
-    axes = axes_of(graph, everything, buffers)
+    old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
+    axes = axes_of(graph, everything, buffers, in_memory(signature, (old | created).values()))
     program, slots, _ = program_of(graph, signature, hyper, cells, created, materialize_grad, axes)
     rounds = []
     for found in _rounds(graph, shares):
@@ -345,17 +354,19 @@ def canonical(
     skip: int | None = None,
     slots: Sequence[int] = (),
     axes: Axes | None = None,
+    dims: Sequence[int] = (),
 ) -> tuple[Program, tuple[int, ...], Axes]:
     """Number the reachable values, the slots and the axes in order, so that equal structure is equal text.
 
-    ``slots`` and ``axes``: those that have their numbers already.
+    ``slots`` and ``axes``: those that have their numbers already. ``dims``: the parameter's dimensions as kernels walk
+    them.
     """
     order = depth_first(graph.values, [*stores.values(), *([] if skip is None else [skip])])
     number = {old: new for new, old in enumerate(order)}
     found = (graph.values[i].attr for i in order if graph.values[i].op == "slot")
     slots = list(dict.fromkeys([*slots, *found]))
     if axes is None:
-        axes = axes_of(graph, order, buffers)
+        axes = axes_of(graph, order, buffers, dims)
 
     def renamed(kind: Any) -> Any:
         if not isinstance(kind, str) or not is_partial(kind):
@@ -380,21 +391,29 @@ def canonical(
     return program, tuple(slots), axes
 
 
-def axes_of(graph: Graph, values: Iterable[int], buffers: dict[str, Buffer]) -> Axes:
-    """The axes that these values and buffers need."""
-    return merged_axes(
-        graph.axes, {graph.values[i].kind for i in values} | {b.kind for b in buffers.values()}
-    )
+def axes_of(graph: Graph, values: Iterable[int], buffers: dict[str, Buffer], dims: Sequence[int]) -> Axes:
+    """The axes that these values and buffers need; ``dims`` are the parameter's dimensions as kernels walk them."""
+    kinds = {graph.values[i].kind for i in values} | {b.kind for b in buffers.values()}
+    return merged_axes(dims, kinds)
 
 
-def merged_axes(dims: str, kinds: Iterable[str]) -> Axes:
+def in_memory(signature: Signature, state: Iterable[Buffer]) -> list[int]:
+    """The order of dimensions that kernels walk: that of the parameter's memory, unless some state has another."""
+    order = list(signature.order)
+    for buffer in state:
+        mine = [d for group in buffer.dims or () for d in group]
+        if mine != [d for d in order if d in mine]:
+            return sorted(order)
+    return order
+
+
+def merged_axes(order: Sequence[int], kinds: Iterable[str]) -> Axes:
     """The dimensions of a parameter as axes: neighbours that no kind tells apart are one. None if no kind tells any."""
     partial = sorted(filter(is_partial, kinds))
     groups: list[list[int]] = []
-    for d in dims if partial else "":
-        last = str(groups[-1][-1]) if groups else ""
-        if groups and all((d in kind) == (last in kind) for kind in partial):
-            groups[-1].append(int(d))
+    for d in order if partial else ():
+        if groups and all((str(d) in kind) == (str(groups[-1][-1]) in kind) for kind in partial):
+            groups[-1].append(d)
         else:
-            groups.append([int(d)])
+            groups.append([d])
     return tuple(map(tuple, groups))
