@@ -1,6 +1,5 @@
 """Programs with several axes: the compiled kernels against the interpreter, in float64, whatever the sizes."""
 
-
 import numpy as np
 import pytest
 import torch
