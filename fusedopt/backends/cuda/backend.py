@@ -107,9 +107,7 @@ class Cuda(Compiler):
         if BIG not in capacities:
             source = SMALL_ONLY + source
         entry = nvrtc.compile_cubin(name, source, self.arch(index), key_parts=[renderer.VERSION])
-        found = renderer.entries(program)
-        stages, scalars = found.stages, found.scalars
-        symbols = [*stages, *([scalars] if scalars else [])]
+        symbols = renderer.entries(program).all
         module, functions = self._load(
             name, entry, index, [s + v for s in symbols for v in _suffixes(capacities)]
         )
@@ -177,23 +175,21 @@ class Launch(Rows):
 
     def _prepared(self, handle: Handle) -> Any:
         """The launches of a step. Tables are sent once, and kept."""
-        chunks = self.layout.chunks
-        self._tables = [Upload(self.device).of(t) for t in (self.rows, chunks, chunking.tiles(chunks))]
-        rows, chunks_there, tiles = self._tables
+        rows, chunks, tiles = self._tables = [Upload(self.device).of(t) for t in self._host_tables()]
         self._partials = torch.empty(
             (len(chunks), self.n_reductions), dtype=torch.float64, device=self.device
         )
         suffix = _suffixes(handle.capacities)[handle.capacities.index(self.carried.capacity)]
         found = renderer.entries(self.kernel.program)
-        stages, scalars = found.stages, found.scalars
-        pieces = [tiles if tiled else chunks_there for tiled in handle.tiled]
-        todo = [(s, p.data_ptr(), len(p)) for s, p in zip(stages, pieces, strict=True)]
-        if scalars:
-            todo.append((scalars, 0, len(rows)))
+        todo: list[tuple[str | None, torch.Tensor, int]] = []
+        for before, stage, tiled in zip(found.before, found.stages, handle.tiled, strict=True):
+            pieces = tiles if tiled else chunks
+            todo += [(before, chunks, len(rows)), (stage, pieces, len(pieces))]
         kernels = []
-        for symbol, address, n in todo:
-            function, blocks = handle.functions[symbol + suffix]
-            kernels.append((function, min(n, blocks), address, n))
+        for symbol, pieces, n in (*todo, (found.scalars, chunks, len(rows))):
+            if symbol is not None:
+                function, blocks = handle.functions[symbol + suffix]
+                kernels.append((function, min(n, blocks), pieces.data_ptr(), n))
         gradients = self._gradients
         return leaf.native.Launcher(  # type: ignore[union-attr]
             handle.module,
@@ -204,6 +200,21 @@ class Launch(Rows):
             self.carried.capacity,
             THREADS,
         )
+
+    def _host_tables(self) -> list[np.ndarray]:
+        """Rows, chunks and tiles as kernels read them: with several axes they say where results are, and not only which
+        of all results those are."""
+        rows, chunks, program = self.rows, self.layout.chunks, self.kernel.program
+        if program.axes == 1:
+            return [rows, chunks, chunking.tiles(chunks)]
+        self._results = torch.empty(self.n_results, dtype=torch.float64, device=self.device)
+        address, size = self._results.data_ptr(), self._results.element_size()
+        lengths = HEAD + len(program.buffers)
+        rows, chunks = rows.copy(), chunks.copy()
+        for words in (rows[:, lengths + program.axes :], chunks[:, chunking.CHUNK_WORDS :]):
+            words[...] = address + size * words
+        lines = rows[chunks[:, 0], lengths + program.axes - 1]
+        return [rows, chunks, chunking.tiles(chunks, lines)]
 
     def run(self, slots: np.ndarray) -> None:
         """Run all stages with these scalars: float64, scalar sets × slots. Nothing here waits for the device.

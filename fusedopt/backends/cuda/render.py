@@ -9,6 +9,7 @@ from ...ir.program import Program, identifier
 from ...ir.stages import Stage
 from .. import c_family
 from ..c_family import TYPES, entries, indent
+from .blocks import Blocks
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
 
@@ -18,7 +19,8 @@ SLOT = '#include "cuda_example.inc"'
 
 def render(program: Program, slot_names: Sequence[str] = (), title: str = "") -> str:
     """The generated body. ``slot_names`` are the scalars' expressions, for the comments."""
-    head, rest = c_family.render(_Body, program, slot_names, title).split("\n\n", 1)
+    language = _Body if program.axes == 1 else _Blocks
+    head, rest = c_family.render(language, program, slot_names, title).split("\n\n", 1)
     # Powers in double need registers that the assembler, aiming at more blocks, would rather spill.
     blocks = 2 if any(v.type == "d" for v in program.values) else 0
     return f"{head}\nconstexpr int resident_blocks = {blocks};\n\n{rest}"
@@ -65,3 +67,7 @@ class _Body(c_family.Body):
             ),
             *totals,
         ]
+
+
+class _Blocks(Blocks, _Body):
+    """Of a program with several axes."""
