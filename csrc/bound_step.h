@@ -112,13 +112,14 @@ struct Run {
 class BoundStep {
  public:
   // params, states, bucket_of, indices: of each row, in the order of tables, launch by launch, `indices` being their
-  // places in their groups. absent: parameters without a row, which never had a gradient. norm: for each launch the one
-  // that sums the squares of its gradients, then the one that makes a coefficient of all sums; empty where there is no
-  // norm, or the caller measures it.
+  // places in their groups. absent: parameters without a row, which never had a gradient. graded: rows without a
+  // gradient are left out; else no gradient is looked at. norm: for each launch the one that sums the squares of its
+  // gradients, then the one that makes a coefficient of all sums; empty where there is no norm, or the caller measures it.
   BoundStep(std::vector<Group> groups, std::vector<Bucket> buckets, std::vector<Run> runs, const py::list& params,
             const py::list& states, const std::vector<size_t>& bucket_of, const std::vector<int64_t>& indices,
-            const py::list& absent, const py::list& norm, py::object owned)
-      : groups_(std::move(groups)), buckets_(std::move(buckets)), runs_(std::move(runs)), owner_(std::move(owned)) {
+            const py::list& absent, const py::list& norm, py::object owned, bool graded)
+      : graded_(graded), groups_(std::move(groups)), buckets_(std::move(buckets)), runs_(std::move(runs)),
+        owner_(std::move(owned)) {
     for (Group& group : groups_)
       for (Hyper& hyper : group.hypers)
         read_hyper(hyper);
@@ -489,12 +490,12 @@ class BoundStep {
     const Bucket& bucket = buckets_[row.bucket];
     const Run& run = runs_[bucket.launch];
     row.copied = false;
-    row.on = its_grad.defined();
+    row.on = !graded_ || its_grad.defined();
     if (!row.on)
       return run.native ? nullptr : "it has no gradient";
-    if (!its_grad.use_count()) // another thread is freeing it, see `settle`
+    if (graded_ && !its_grad.use_count()) // another thread is freeing it, see `settle`
       return "its gradient is being dropped";
-    at::TensorImpl &param = *whole.unsafeGetTensorImpl(), &grad = *its_grad.unsafeGetTensorImpl();
+    at::TensorImpl& param = *whole.unsafeGetTensorImpl();
     const bool as_it_was = row.distributed || (equal(param.sizes(), row.sizes) && equal(param.strides(), row.strides));
     if (!strided(param, row.keys) || negative(param) || scalar_type(param) != bucket.param ||
         (!as_it_was && (!equal(param.sizes(), row.sizes) || !param.is_non_overlapping_and_dense())))
@@ -502,11 +503,17 @@ class BoundStep {
     if (bucket.looked_at && (!equal(param.strides(), row.strides) ||
                              tensor(row.param).requires_grad() != row.requires_grad))
       return "an attribute that callbacks ask for may have changed";
+    if (const char* why = take(run, row, param_found, param, bucket.param_column, bucket.param_written))
+      return why;
+    if (const char* why = graded_ ? check_gradient(row, bucket, run, param, *its_grad.unsafeGetTensorImpl()) : nullptr)
+      return why;
+    return check_state(row, bucket, run, param, state);
+  }
+
+  const char* check_gradient(Row& row, const Bucket& bucket, const Run& run, at::TensorImpl& param, at::TensorImpl& grad) {
     if (!strided(grad, row.keys) || scalar_type(grad) != bucket.grad || grad.device() != param.device() ||
         !equal(grad.sizes(), param.sizes()))
       return "its gradient is of another layout, dtype, device or shape";
-    if (const char* why = take(run, row, param_found, param, bucket.param_column, bucket.param_written))
-      return why;
     if (const char* why = take(run, row, grad_found, grad, bucket.grad_column, bucket.grad_written))
       return why;
     // One in the parameter's own memory would change while kernels read it.
@@ -514,7 +521,7 @@ class BoundStep {
     row.copied = negative(grad) || !same_layout(grad, param) || std::abs(address(grad) - address(param)) < bytes;
     if (row.copied && (!run.native || bucket.grad_written)) // whose launch comes when the copy is gone
       return "its gradient is of another layout than its kernel takes";
-    return check_state(row, bucket, run, param, state);
+    return nullptr;
   }
 
   template <class State>
@@ -625,14 +632,15 @@ class BoundStep {
     if (whole.sizes() != at::IntArrayRef(row.sizes))
       return "it is of another shape";
     const at::Tensor& grad = grad_of(whole);
-    if (grad.defined() && !grad.use_count())
+    const bool graded = graded_ && grad.defined();
+    if (graded && !grad.use_count())
       return "its gradient is being dropped";
     const at::Tensor* param = local(row, row.param);
     if (!param)
       return "it is spread in another way";
     wrappers_.push_back(whole.unsafeGetTensorImpl());
     at::Tensor mine;
-    if (grad.defined()) {
+    if (graded) {
       if (grad.sizes() != whole.sizes())
         return "its gradient is of another shape";
       const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
@@ -934,6 +942,7 @@ class BoundStep {
     remember(row, counter, 24);
   }
 
+  bool graded_;
   std::vector<Group> groups_;
   std::vector<Bucket> buckets_;
   std::vector<Run> runs_;

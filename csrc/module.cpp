@@ -176,10 +176,10 @@ void bind_step(py::module_& m) {
   py::class_<BoundStep>(m, "BoundStep")
       .def(py::init<std::vector<Group>, std::vector<Bucket>, std::vector<Run>, const py::list&, const py::list&,
                     const std::vector<size_t>&, const std::vector<int64_t>&, const py::list&, const py::list&,
-                    py::object>(),
+                    py::object, bool>(),
            py::kw_only(), py::arg("groups"), py::arg("buckets"), py::arg("runs"), py::arg("params"),
            py::arg("states"), py::arg("bucket_of"), py::arg("indices"), py::arg("absent"), py::arg("norm"),
-           py::arg("owned"))
+           py::arg("owned"), py::arg("graded") = true)
       .def("stepped", &BoundStep::stepped)
       .def("step", &BoundStep::step, py::arg("groups"), py::arg("state"), py::arg("limit"),
            py::arg("measure").none(true));

@@ -79,8 +79,8 @@ class ClassGroups:
             self._known = stores_of(self.opt)[0]
         return self._known
 
-    def numbers_of(self, group: int) -> int:
-        return -1
+    def numbers_of(self, group: int) -> tuple[int, ...]:
+        return (-1,)
 
     def entries(self, p: torch.Tensor) -> Iterator[tuple[Any, bool, Any, str, Any]]:
         for name, (stored, nested, inner, value) in flattened(self.state[p]).items():

@@ -21,7 +21,7 @@ from .state import COUNTERS, FLAGS
 
 
 def as_callbacks(cbs: Any) -> list[Callable]:
-    found = [cbs] if callable(cbs) else list(cbs)
+    found = list(cbs) if isinstance(cbs, Iterable) and not callable(cbs) else [cbs]
     for cb in found:
         if not callable(cb):
             raise TypeError(f"callbacks must be callable; {cb!r} is not")

@@ -20,6 +20,7 @@ from ..step.items import Item
 from ..step.scaling import NORM, Scaling
 from . import checkpoint, names
 from .accepted import as_callbacks, as_param_groups, check_known, default_of, is_listed
+from .apply import Applications
 from .explain import Explanation, explain
 from .fastai import FastaiFace
 from .groups import ParamGroups
@@ -132,6 +133,7 @@ class Optimizer(FastaiFace):
         """What is derived from callbacks and options, and so never saved."""
         self.groups = ParamGroups(self, list(hypers), self.hyper_names, self.state_names, self._closed)
         self._engine: Engine | None = None
+        self._applications = Applications()
         self._captured: list[GraphScalars] = []
         tracer = transforms.tracer()
         self._made_in = None if tracer is None else weakref.ref(tracer)
@@ -220,6 +222,42 @@ class Optimizer(FastaiFace):
 
     step.hooked = True  # type: ignore[attr-defined]
 
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def apply(self, cbs: Callable[..., Any] | Sequence[Any], **hypers: Any) -> None:
+        """Run callbacks once, outside of a step, over the same parameters, state and groups, as fused as a step is.
+
+        For what is not done in each step: changing between training and evaluation weights, averages of weights,
+        setting state up. State that they return is kept in ``opt.state``; counts of steps are what callbacks make of
+        them. Callbacks whose code does not name ``grad`` are run on every parameter; if one of them does, all are run
+        on those that have a gradient, and ``p.grad`` is as it is: neither clipped nor unscaled. Hooks of ``step`` are
+        not called.
+
+        Args:
+            cbs: a callback or several, as in the constructor. Hand over the same ones each time: a function that is
+                made anew is traced anew.
+            hypers: hyperparameters of this call, in place of the groups' own.
+
+        Raises:
+            TypeError: a callback that cannot be called; a hyperparameter that no callback takes.
+            ValueError: a hyperparameter that is NaN, or negative where it must not be.
+            RuntimeError: the callbacks read gradients and no parameter has one; a CUDA graph is being captured.
+
+        If anything is raised, nothing has changed.
+        """
+        found = as_callbacks(cbs)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "apply() cannot be captured into a CUDA graph: it would repeat this call's numbers. Remedy: call it "
+                "before or after the graph is replayed"
+            )
+        applied = self._applications.of(self, found)
+        applied.take(hypers)
+        if transforms.active():
+            self._run_transformed(applied.items(), found, Scaling(amp=False))
+        else:
+            applied.run()
+
     def upload_hypers(self) -> None:
         """Send the hyperparameters of ``param_groups`` to where a step captured into a CUDA graph reads them.
 
@@ -287,15 +325,17 @@ class Optimizer(FastaiFace):
     @torch.no_grad()
     def _step_transformed(self) -> None:
         """A step that a transform or a dispatch mode sees: see `transforms`."""
+        self._run_transformed(self.groups.items(self._scaling), self.cbs, self._scaling.fresh())
+
+    def _run_transformed(self, todo: list[Item], cbs: list[Callable[..., Any]], scaling: Scaling) -> None:
         made_in = self._made_in and self._made_in()
-        todo, again = _apart(transforms.prepared(self.groups.items(self._scaling), made_in))
+        todo, again = _apart(transforms.prepared(todo, made_in))
         if again:
             raise RuntimeError("a parameter is listed twice, and stepped within a transform; list it once")
         if made_in is None and (names := transforms.names()):
             what = f"operations go through {names}, so parameters are stepped unfused, by operations that it sees"
             self.engine.buckets.verdicts.warn("transformed", what)
-        engine = Engine(Buckets(self.cbs, "reference", "transformed", self.state_dtype))
-        engine.step(todo, self._scaling.fresh())
+        Engine(Buckets(cbs, "reference", "transformed", self.state_dtype)).step(todo, scaling)
         self.groups.keep(todo)
 
     def state_dict(self) -> dict[str, Any]:
@@ -336,11 +376,15 @@ class Optimizer(FastaiFace):
             hooks.callback(self.register_load_state_dict_pre_hook(load.prepare).remove)
             hooks.callback(self.register_load_state_dict_post_hook(load.finish, prepend=True).remove)
             super().load_state_dict(state_dict)
-            self.engine.bound.clear()  # they are of the old tensors
+            self._forget_bound()  # they are of the old tensors
 
     def clear_state(self) -> None:
-        self.engine.bound.clear()
+        self._forget_bound()
         super().clear_state()
+
+    def _forget_bound(self) -> None:
+        for engine in (self.engine, *(applied.engine for applied in self._applications)):
+            engine.bound.clear()
 
     def to_fastai_state_dict(self) -> dict[str, Any]:
         """The state as fastai's own optimizers save and load it (fastai cannot read torch's schema)."""
@@ -373,6 +417,11 @@ class Optimizer(FastaiFace):
     def kernel_source(self) -> str:
         """The generated kernels' source, one after another (without the fixed skeleton around them)."""
         return explain(self).source
+
+    @property
+    def applications(self) -> Applications:
+        """The callbacks that were applied, and what became of them."""
+        return self._applications
 
 
 def _apart(todo: list[Item]) -> tuple[list[Item], list[Item]]:

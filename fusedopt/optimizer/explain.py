@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..backends import Kernel
@@ -15,6 +15,7 @@ from ..step.verdicts import Eager
 
 if TYPE_CHECKING:
     from ..step.engine import Engine
+    from .apply import Applied
     from .core import Optimizer
 
 
@@ -68,7 +69,7 @@ class Explanation:
 
     ``steps`` says how steps went so far: how many needed Python work for each tensor, and why the last of them did; ""
     before the first. ``extension`` says why the host's side of a step runs without the C++ extension; "" where it does
-    not.
+    not. ``applied`` explains the last call of each ``opt.apply``, ``over`` what such a call goes over.
     """
 
     optimizer: str
@@ -80,6 +81,8 @@ class Explanation:
     source: str
     steps: str = ""
     extension: str = ""
+    applied: tuple[Explanation, ...] = ()
+    over: str = ""
 
     @property
     def launches(self) -> int:
@@ -99,15 +102,17 @@ class Explanation:
         return norm + (sum(per_kernel.values()) if self.eager else max(per_kernel.values(), default=0))
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.optimizer} on the {self.backend} backend: {_count(self.launches, 'launch')} per step, "
-            f"{self.bytes_per_element} bytes per element",
-            f"callbacks: {', '.join(self.callbacks)}",
-        ]
+        launches = f"on the {self.backend} backend: {_count(self.launches, 'launch')}"
+        moved, callbacks = f"{self.bytes_per_element} bytes per element", ", ".join(self.callbacks)
+        if self.over:
+            lines = [f"applied {callbacks} {launches}, {moved}, {self.over}"]
+        else:
+            lines = [f"{self.optimizer} {launches} per step, {moved}", f"callbacks: {callbacks}"]
         lines += [f"stage {k + 1}: {stage}" for k, stage in enumerate(self.stages)]
         lines += [f"runs eagerly: {e.callback}: {e.reason}" for e in self.eager]
         lines += [f"kernel {c}" for c in self.compiled]
-        lines += [f"steps: {self.steps}"] if self.steps else []
+        lines += [f"{'calls' if self.over else 'steps'}: {self.steps}"] if self.steps else []
+        lines += map(str, self.applied)
         lines += [f"without the C++ extension: {self.extension}"] if self.extension else []
         return "\n".join(lines)
 
@@ -120,9 +125,20 @@ def explain(opt: Optimizer) -> Explanation:
     launched = engine.launched or engine.foresee(opt.groups.items(opt._scaling, pretend=True))
     eager = engine.buckets.verdicts.all() if engine.buckets.backend != "reference" else ()
     title, callbacks = opt.title or type(opt).__name__, tuple(map(name_of, opt.cbs))
-    return explanation(
-        engine, title, callbacks, launched, eager, not leaf.native and opt.backend != "reference"
-    )
+    without = not leaf.native and opt.backend != "reference"
+    found = explanation(engine, title, callbacks, launched, eager, without)
+    applied = tuple(_explain_applied(each, title) for each in opt.applications)
+    source = "\n".join(part for part in (found.source, *(each.source for each in applied)) if part)
+    return replace(found, applied=applied, source=source)
+
+
+def _explain_applied(applied: Applied, optimizer: str) -> Explanation:
+    engine, graded = applied.engine, applied.graded
+    eager = engine.buckets.verdicts.all() if engine.buckets.backend != "reference" else ()
+    where = f", as {name_of(graded)} reads gradients" if graded is not None else ""
+    over = f"over the parameters with a gradient{where}" if where else "over all parameters"
+    found = explanation(engine, optimizer, tuple(map(name_of, applied.cbs)), engine.launched, eager, False)
+    return replace(found, over=over)
 
 
 def explanation(

@@ -19,6 +19,7 @@ from ..step import transforms
 from ..step.items import Item
 from ..step.memory import check_memory
 from ..step.scaling import Scaling
+from ..trace.signature import Modes
 from .accepted import Roles, check_gradient, check_state, hyper_of, roles_of, warn_of_misspelt
 from .names import HyperNames, Place, lowest
 from .state import COUNTERS, State, count, counts_to
@@ -42,7 +43,7 @@ class ParamGroups:
 
     ``given``: names of hyperparameters given to the optimizer, by either vocabulary; ``declared``: places of its own
     (see `names`); ``stored``: callback argument → key in ``opt.state[p]`` where they differ; ``closed``: whether the
-    hyperparameters given are all there are to our own callbacks.
+    hyperparameters given are all there are to our own callbacks; ``others``: callbacks besides the optimizer's own.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class ParamGroups:
         declared: Mapping[str, Place],
         stored: Mapping[str, str],
         closed: bool,
+        others: Sequence[Callable[..., Any]] = (),
     ) -> None:
         self._ref, self._closed = weakref.ref(held), closed  # or it would wait for the garbage collector
+        self._others, self.given, self.declared = list(others), list(given), declared
         names = {*given, *(name for cb in held.cbs for name in defaults_of(cb))}
-        self.names = HyperNames(names, declared, {name for cb in held.cbs for name in arguments_of(cb)})
+        self.names = HyperNames(names, declared, {name for cb in self.callbacks for name in arguments_of(cb)})
         self._stored = dict(stored)
         self._called = {key: name for name, key in self._stored.items()}
         self._roles: tuple[list[Any], Roles] | None = None
@@ -69,6 +72,11 @@ class ParamGroups:
         return held
 
     @property
+    def callbacks(self) -> list[Callable[..., Any]]:
+        """All that names mean something to."""
+        return [*self._held.cbs, *self._others]
+
+    @property
     def live(self) -> list[dict[str, Any]]:
         """The list itself."""
         return self._held.param_groups
@@ -77,9 +85,13 @@ class ParamGroups:
     def state(self) -> State:
         return self._held.state
 
-    def numbers_of(self, group: int) -> int:
-        """The group whose numbers this group's callbacks get."""
-        return group
+    def numbers_of(self, group: int) -> tuple[int, ...]:
+        """The groups whose numbers this group's callbacks get; a later one's replace an earlier one's."""
+        return (group,)
+
+    def modes(self, group: dict[str, Any], scaling: Scaling) -> Modes:
+        """What of a step of the group's parameters is known to the device only."""
+        return scaling.modes(bool(group.get("capturable")))
 
     # -- names --
     def called(self, stored: str) -> str:
@@ -99,9 +111,10 @@ class ParamGroups:
     @property
     def roles(self) -> Roles:
         """What names mean to the callbacks."""
-        if self._roles is None or self._roles[0] != self._held.cbs:
+        callbacks = self.callbacks
+        if self._roles is None or self._roles[0] != callbacks:
             stored = (*self._stored, *self._called)
-            self._roles = list(self._held.cbs), roles_of(self._held.cbs, stored, self._closed)
+            self._roles = callbacks, roles_of(callbacks, stored, self._closed)
         return self._roles[1]
 
     # -- hyperparameters --
@@ -151,14 +164,15 @@ class ParamGroups:
         """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it)."""
         todo: list[Item] = []
         apart: list[Item] = []  # those that were not known to be like an earlier one
-        for g, group in enumerate(self.live):
-            modes = scaling.modes(bool(group.get("capturable")))
+        for g, group in enumerate(self._held.param_groups):
+            modes = self.modes(group, scaling)
             hyper, params = self.hypers(group), list(group["params"])
             leaf.settle(params)
             names: dict[int, list[str]] = {}  # of the state of parameters of each kind
-            for i, (p, kind, grad, state) in enumerate(self._surveyed(params, pretend or modes.on_device)):
+            instead = pretend or modes.bare
+            for i, (p, kind, grad, state) in enumerate(self._surveyed(params, instead or modes.on_device)):
                 if kind < 0:
-                    grad = p if pretend else None if kind == _ABSENT else p.grad
+                    grad = p if instead else None if kind == _ABSENT else p.grad
                 if grad is None:
                     continue
                 if kind in names:

@@ -25,7 +25,7 @@ from ..ir.program import Buffer
 from ..trace.signature import PLAIN, Foreign
 from . import sharded
 from .buckets import Bucket
-from .items import Groups, Item
+from .items import Groups, Item, dense
 from .launching import Launched
 from .scaling import Norm, Scaling
 
@@ -98,6 +98,7 @@ class BoundStep:
             absent=[p for group in groups.live for p in group["params"] if id(p) not in stepped],
             norm=measured,
             owned=measured,
+            graded=not any(item.modes.bare for item, _ in rows),
         )
 
     def stepped(self) -> list[tuple[Kernel, int]]:
@@ -141,7 +142,7 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
         for item in plan.items:
             if item.alike is not None:
                 continue
-            if item.param is not item.home:
+            if item.param is not item.home or not dense(item.param):
                 return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory"
             if type(item.owner).grad is not torch.Tensor.grad:
                 return (
@@ -206,7 +207,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
     replay, program, item = plan.known.replay, plan.kernel.program, plan.items[0]
     assert replay is not None
     signature, group = plan.trace.signature, item.where[0]
-    cells = places[groups.numbers_of(group)]
+    cells = {name: cell for g in groups.numbers_of(group) for name, cell in places[g].items()}
     seen = dict(signature.state)
     columns = {name: HEAD + k for k, (name, _) in enumerate(program.buffers)}
     written = {name for name, _ in program.stores}

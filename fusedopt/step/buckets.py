@@ -79,7 +79,8 @@ class Buckets:
 
     ``history`` has the kernels used so far, ``verdicts`` which callbacks run eagerly, ``attributes`` what callbacks ask
     of parameters, ``read`` the data that they found around them in the last step, ``known`` the traces by structure.
-    ``acted``: whether callbacks have been run eagerly in this step, so that none can be taken back.
+    ``acted``: whether callbacks have been run eagerly in this step, so that none can be taken back. ``beside``:
+    callbacks that are run over the same state at other times, if there may be such.
     """
 
     def __init__(
@@ -89,12 +90,13 @@ class Buckets:
         title: str,
         state_dtype: torch.dtype | None,
         said: set[Any] | None = None,
+        beside: Sequence[Callable[..., Any]] | None = None,
     ) -> None:
         self.callbacks, self.backend = list(callbacks), backend
         self.title, self.state_dtype = title, state_dtype
         self.attributes: tuple[str, ...] = ()
         self.history = History()
-        self.verdicts = Verdicts(self.callbacks, said)
+        self.verdicts = Verdicts(self.callbacks, said, beside)
         self._sources = sources_of(callbacks)
         self.read = self._sources.now()
         self.known = self._shared_traces()

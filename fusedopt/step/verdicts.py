@@ -37,11 +37,16 @@ class Verdicts:
 
     ``unfused`` are those with no fused form for parameters of some structure, by number and structure; ``acts`` those
     that are never traced (see ``trace.purity``), by number; ``lasting`` says of each whether its trace may be replayed.
-    ``said`` is what was already warned of.
+    ``said`` is what was already warned of; ``beside``: see `Buckets`.
     """
 
-    def __init__(self, callbacks: Sequence[Callable[..., Any]], said: set[Any] | None = None) -> None:
-        self.callbacks = callbacks
+    def __init__(
+        self,
+        callbacks: Sequence[Callable[..., Any]],
+        said: set[Any] | None = None,
+        beside: Sequence[Callable[..., Any]] | None = None,
+    ) -> None:
+        self.callbacks, self.beside = callbacks, beside
         found = [examine(cb) for cb in callbacks]
         self.lasting = [verdict.level <= READS for verdict in found]
         self._reads = [verdict.level in (READS, VARIES) for verdict in found]
@@ -141,14 +146,16 @@ class Verdicts:
         if moved is None:
             return
         for i, callback in enumerate(self.callbacks):
-            if i not in moved and uses_parameter(callback) and not (moved and branches(callback)):
+            excused = bool(moved) or self.beside is not None
+            if i not in moved and uses_parameter(callback) and not (excused and branches(callback)):
                 self.warn(
                     ("idle", i),
                     f"the callback {name_of(callback)} ({place_of(callback)}) changed nothing. A callback changes its "
                     "arguments in place or returns state: p.data.sub_(lr * p.grad), not p = p - lr * p.grad",
                 )
         for key in new:
-            if not key.startswith(STARTED) and not any(may_take(key, cb, True) for cb in self.callbacks):
+            taken = any(may_take(key, cb, True) for cb in (*self.callbacks, *(self.beside or ())))
+            if not key.startswith(STARTED) and not taken:
                 known = {name for cb in self.callbacks for name in arguments_of(cb)}
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f" (is it {near[0]!r}?)" if near else ""

@@ -220,7 +220,8 @@ class Pass:
 
     def _one_path(self, run: Run, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
         boxes = {k: SymTensor(run, v.node, v.asked) for k, v in cells.items() if isinstance(v, Cell)}
-        p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, boxes[GRAD])
+        grad = None if self.signature.modes.bare else boxes[GRAD]
+        p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, grad)
         state = {k: boxes.get(k, v) for k, v in cells.items() if k not in (PARAM, GRAD)}
         given = state | {
             k: SymTensor(run, v.node, v.asked) if isinstance(v, Cell) else v for k, v in self.hyper.items()
@@ -239,7 +240,9 @@ class Pass:
         for name, (numbers, were) in self.lists.items():
             if len(numbers) != len(were) or any(x is not y for x, y in zip(numbers, were, strict=True)):
                 raise Changes(f"the hyperparameter {name!r} is a list, which is changed")
-        cells[PARAM], cells[GRAD] = Cell(p.node, p.asked), Cell(p.grad.node, p.grad.asked)
+        cells[PARAM] = Cell(p.node, p.asked)
+        if grad is not None:
+            cells[GRAD] = Cell(p.grad.node, p.grad.asked)
         for key in state:
             if key in boxes:
                 cells[key] = Cell(boxes[key].node, boxes[key].asked)

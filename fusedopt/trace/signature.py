@@ -49,11 +49,13 @@ class Modes(NamedTuple):
     on_device: numbers in the state (step counts) are float64 tensors there, which kernels read and advance
     scaled: gradients are multiplied by the 0-d buffer FACTOR (one over the loss scale, the clip coefficient)
     skips: where the 0-d buffer FOUND_INF is not zero, nothing is stored
+    bare: gradients are not looked at, and p.grad is None
     """
 
     on_device: bool = False
     scaled: bool = False
     skips: bool = False
+    bare: bool = False
 
 
 HOST = Modes()

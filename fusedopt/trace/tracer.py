@@ -111,7 +111,8 @@ def trace(
             created |= {} if late else {flag: count}
             shared = True
     created |= counts
-    program, slots = program_of(graph, signature, hyper, cells, created, materialize_grad=work)
+    graded = work and not signature.modes.bare
+    program, slots = program_of(graph, signature, hyper, cells, created, materialize_grad=graded)
     numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign))}
     moved = frozenset(passes[0].moved)
     return Trace(signature, program, scalars, slots, numbers, created, asked, shared, starts, moved)

@@ -448,6 +448,39 @@ def callbacks_that_do_not_fuse_run_on_whole_tensors(backend):
     assert sum("centralize runs eagerly" in s for s in said) == (backend == "auto"), said
 
 
+def averaged(p, decay=0.5, avg=None, **kwargs):
+    if avg is None:
+        return {"avg": p.data.clone()}
+    return {"avg": avg.mul_(decay).add_(p.data, alpha=1 - decay)}
+
+
+def nudged(p, lr, **kwargs):
+    p.data.sub_(p.grad, alpha=lr)
+
+
+def normalized(p, **kwargs):
+    p.data.div_(p.data.square().mean().sqrt() + 1)
+
+
+@check("auto", "reference")
+def what_is_applied_is_applied_to_the_whole(backend):
+    for kind in ("one", "two", "hybrid"):
+        sharded, whole = sharded_and_whole(kind)
+        opt, twin = (fusedopt.optim.AdamW(m.parameters(), lr=0.1, backend=backend) for m in (sharded, whole))
+        for t in range(4):
+            for each in (opt, twin):
+                each.apply(averaged)
+                each.apply([normalized, averaged])
+            train(sharded, whole, opt, twin, steps=1, start=t)
+        for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+            p.grad, q.grad = p.detach().clone(), q.detach().clone()
+        for each in (opt, twin):
+            each.apply(nudged)
+        assert_same_training(sharded.parameters(), whole.parameters(), opt, twin, exact=False)
+        repeated = [each.engine.steps.repeated for each in opt.applications]
+        assert repeated == ([2, 2, 0] if backend == "auto" else [0, 0, 0]), repeated
+
+
 # --
 # Checkpoints
 
