@@ -6,7 +6,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -33,7 +33,10 @@ class ClassItem(Item):
 
 
 class _Roles:
-    never: ClassVar[frozenset[str]] = frozenset()
+    @staticmethod
+    def ignores(name: str) -> bool:
+        """Nothing that a class keeps: it looks after its state itself."""
+        return False
 
 
 class ClassGroups:
@@ -195,7 +198,7 @@ class StepBuckets(Buckets):
             except NeedsAttribute as need:
                 self.attributes += (need.name,)
 
-    def traced(self, todo: list[Item], first: int, stop: int, work: bool = False) -> list[Any]:
+    def traced(self, todo: list[Item], span: range | None = None, work: bool = False) -> list[Any]:
         """Each bucket with its plan in the step that was prepared last; -1 if it is none of that."""
         found: list[Any] = []
         for items, signature in self._sorted(todo):
@@ -247,7 +250,7 @@ class StepBuckets(Buckets):
         return plans
 
     def _compiled(self, trace: Any) -> CompiledTrace:
-        compiled = self._compile(trace)
+        compiled = self._compile(trace, self.title)
         if compiled is None:
             raise Untraceable("no compiled backend can be used here; python -m fusedopt doctor says why")
         replay = Replay(trace) if can_replay(trace) else None

@@ -28,6 +28,12 @@ def as_callbacks(cbs: Any) -> list[Callable]:
     return found
 
 
+def list_of(group: Mapping[str, Any], own: list[Callable]) -> list[Callable]:
+    """The callbacks of a param group: its own, else the optimizer's."""
+    found = group.get(callback.GROUPS_OWN)
+    return own if found is None else as_callbacks(found)
+
+
 COMMON = (
     "lr", "mom", "sqr_mom", "wd", "eps", "dampening", "maximize", "foreach", "fused", "capturable", "differentiable",
 )  # fmt: skip
@@ -60,6 +66,10 @@ class Roles(NamedTuple):
     state: frozenset[str]
     taken: frozenset[str] | None
     never: frozenset[str]
+
+    def ignores(self, name: Any) -> bool:
+        """Whether what is kept in the state under this name is handed to no callback."""
+        return name in self.never or callback.is_temporary(name)
 
     def hands(self, name: str, own: Iterable[str]) -> bool:
         """Whether a key of a param group goes to callbacks; ``own``: the hyperparameters the optimizer was given."""

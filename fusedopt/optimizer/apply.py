@@ -40,7 +40,7 @@ class AppliedGroups(ParamGroups):
 
     def __init__(self, opt: Optimizer, cbs: Sequence[Callable[..., Any]], bare: bool) -> None:
         own = opt.groups
-        super().__init__(opt, own.given, own.declared, opt.state_names, False, cbs)
+        super().__init__(opt, own.given, own.declared, opt.state_names, own.closed, own.theirs, cbs)
         self.brought = _numbers({k: v for cb in cbs for k, v in defaults_of(cb).items()})
         self.now = _numbers({})
         self._bare, self._amp = bare, opt._scaling.amp
@@ -84,15 +84,15 @@ class Applied:
     """A list of callbacks that is applied, with what became of it. ``graded``: a callback that reads gradients."""
 
     def __init__(self, opt: Optimizer, cbs: Sequence[Callable[..., Any]]) -> None:
-        self.cbs, self.beside = list(cbs), opt.groups.callbacks
+        self.cbs, self.own = list(cbs), list(opt.cbs)
         self.graded = next((cb for cb in cbs if reads_gradient(cb)), None)
         self.groups = AppliedGroups(opt, cbs, self.graded is None)
         title = name_of(cbs[-1]) if cbs else "nothing"
-        self.engine = Engine(Buckets(cbs, opt.backend, title, opt.state_dtype, beside=self.beside))
+        self.engine = Engine(Buckets(cbs, opt.backend, title, opt.state_dtype, beside=opt.groups.callbacks))
 
     def fits(self, opt: Optimizer) -> bool:
         """Whether it is still what its callbacks do, beside the optimizer's."""
-        return self.beside == opt.groups.callbacks and self.engine.buckets.follow(self.cbs)
+        return self.own == opt.cbs and self.engine.buckets.follow(self.cbs)
 
     def take(self, hypers: Mapping[str, Any]) -> None:
         """Take the hyperparameters of this call. Raises TypeError for one that no callback takes."""
@@ -113,6 +113,7 @@ class Applied:
 
     def items(self) -> list[Item]:
         """What there is to run them on. Raises RuntimeError if they read gradients and there is none."""
+        self.groups.look()
         todo = self.groups.items(_UNSCALED)
         if not todo and self.graded is not None:
             raise RuntimeError(

@@ -12,14 +12,14 @@ import torch
 import torch.optim.optimizer as _torch_optimizer
 
 from .. import backends, env
-from ..callback import defaults_of, name_of
+from ..callback import GROUPS_OWN, defaults_of, name_of
 from ..step import transforms
 from ..step.buckets import Buckets
 from ..step.engine import Engine, GraphScalars
 from ..step.items import Item
 from ..step.scaling import NORM, Scaling
 from . import checkpoint, names
-from .accepted import as_callbacks, as_param_groups, check_known, default_of, is_listed
+from .accepted import as_callbacks, as_param_groups, check_known, default_of, is_listed, list_of
 from .apply import Applications
 from .explain import Explanation, explain
 from .fastai import FastaiFace
@@ -46,9 +46,11 @@ class Optimizer(FastaiFace):
     """Steps parameters by a list of callbacks, compiled into one fused kernel.
 
     Args:
-        params: parameters; or several groups: torch's dicts, or a list of lists as fastai's splitters give.
+        params: parameters; or several groups: torch's dicts, or a list of lists as fastai's splitters give. A dict's
+            ``cbs`` are the group's own callbacks, in place of the optimizer's.
         cbs: callbacks ``cb(p, **state, **hypers)``, run in order; ``p`` has ``.data`` and ``.grad``; a returned dict is
-            kept in ``opt.state[p]`` and handed back on the next step. ``cb.defaults`` gives hyperparameter defaults.
+            kept in ``opt.state[p]`` and handed back on the next step, but for keys that begin with an underscore, which
+            are handed to the later callbacks of the step alone. ``cb.defaults`` gives hyperparameter defaults.
         backend: ``"auto"`` (by device), ``"cpp"``, ``"cuda"``, ``"triton"``, or ``"reference"`` (the callbacks run
             eagerly). Default: the environment's ``FUSEDOPT_BACKEND``, else auto.
         state_dtype: storage dtype of new state buffers, whatever dtype the callbacks ask for.
@@ -99,7 +101,8 @@ class Optimizer(FastaiFace):
                 UserWarning,
                 stacklevel=env.caller_level(),
             )
-        self.cbs = as_callbacks(cbs)
+        self.cbs, params = as_callbacks(cbs), as_param_groups(params)
+        theirs = [cb for group in params if isinstance(group, dict) for cb in list_of(group, [])]
         self.backend = backends.check_name(backend)
         if state_dtype is not None and not (
             isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point
@@ -114,10 +117,11 @@ class Optimizer(FastaiFace):
         self.frozen_idx = 0
         self._scaling = Scaling(bool(amp_fused))
         self.max_grad_norm = max_grad_norm
-        self._set_up(hypers)
+        self._set_up(hypers, theirs)
         defaults: dict[str, Any] = {}
         values = self.hyper_map.to_fastai(hypers)
-        check_known(values, self.cbs)
+        check_known(values, [*self.cbs, *theirs])
+        self._given = frozenset(values)
         values = {k: v for cb in self.cbs for k, v in defaults_of(cb).items()} | values
         listed = {k: v for k, v in values.items() if is_listed(k, v)}
         for name, value in values.items():
@@ -125,13 +129,15 @@ class Optimizer(FastaiFace):
             names.check(name, value)
             self.hyper_map.write(defaults, name, value)
         defaults.setdefault("differentiable", False)
-        super().__init__(as_param_groups(params), defaults)
+        super().__init__(params, defaults)
         for name, value in listed.items():
             self.set_hyper(name, value)
 
-    def _set_up(self, hypers: Mapping[str, Any]) -> None:
-        """What is derived from callbacks and options, and so never saved."""
-        self.groups = ParamGroups(self, list(hypers), self.hyper_names, self.state_names, self._closed)
+    def _set_up(self, hypers: Mapping[str, Any], theirs: Sequence[Callable[..., Any]]) -> None:
+        """What is derived from callbacks (``theirs``: of param groups) and options, and so never saved."""
+        self.groups = ParamGroups(
+            self, list(hypers), self.hyper_names, self.state_names, self._closed, theirs
+        )
         self._engine: Engine | None = None
         self._applications = Applications()
         self._captured: list[GraphScalars] = []
@@ -176,8 +182,19 @@ class Optimizer(FastaiFace):
             if title == "Optimizer":
                 title = name_of(self.cbs[-1]) if self.cbs else "nothing"
             said = self._engine.buckets.verdicts.said if self._engine else None
-            self._engine = Engine(Buckets(self.cbs, self.backend, title, self.state_dtype, said))
+            spans, own = self.groups.look(), len(self.cbs)
+            buckets = Buckets(self.groups.callbacks, self.backend, title, self.state_dtype, said, own=own)
+            buckets.spans = spans if self.groups.theirs else ()
+            self._engine = Engine(buckets)
         return self._engine
+
+    def look_at_groups(self) -> Engine:
+        """The engine, for the lists of callbacks that groups have now. (Bound steps are guarded for that.)"""
+        spans = self.groups.look()
+        if self.engine.buckets.callbacks != self.groups.callbacks:
+            self._engine = None
+        self.engine.buckets.spans = spans if self.groups.theirs else ()
+        return self.engine
 
     # -- torch.optim --
     def __setattr__(self, name: str, value: Any) -> None:
@@ -189,15 +206,16 @@ class Optimizer(FastaiFace):
         """Add a group: ``{"params": ..., **hypers}`` with hypers by either vocabulary. See torch.optim."""
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, not {type(param_group).__name__}")
-        group = {k: v for k, v in param_group.items() if k in ("params", "param_names")}
+        group = {k: v for k, v in param_group.items() if k in names.NO_HYPERS}
         values = self.hyper_map.to_fastai({k: v for k, v in param_group.items() if k not in group})
+        theirs = self._take_list(group)
+        brought = {k: v for cb in theirs for k, v in defaults_of(cb).items() if k not in self._given}
         # torch fills in the defaults of a group that sets nothing itself
-        filled = self.hyper_map.of_group(self.defaults) | values if values else {}
+        filled = self.hyper_map.of_group(self.defaults) | brought | values if brought or values else {}
+        roles, own = self.groups.roles, self.groups.own()
         for name, value in filled.items():
             value = names.plain(value)
-            if self.groups.roles.hands(
-                name, self.groups.own()
-            ):  # other libraries' keys are not ours to check
+            if roles.hands(name, own):  # other libraries' keys are not ours to check
                 names.check(name, value)
             self.hyper_map.write(group, name, value)
         super().add_param_group(group)
@@ -208,6 +226,19 @@ class Optimizer(FastaiFace):
                 wrong = "complex; use torch.view_as_real(p) as the parameter instead"
                 raise ValueError(f"parameter {i} of group {index} is {wrong}")
         self.groups.handed(self.param_groups[index])
+
+    def _take_list(self, group: dict[str, Any]) -> list[Callable[..., Any]]:
+        """Make the callbacks that a group has of its own a list there, and known by their names."""
+        if group.get(GROUPS_OWN) is None:
+            group.pop(GROUPS_OWN, None)
+            return []
+        found = group[GROUPS_OWN] = as_callbacks(group[GROUPS_OWN])
+        if not found:
+            raise ValueError(
+                f"the {GROUPS_OWN!r} of a param group is empty. Remedy: name callbacks, or leave its parameters out"
+            )
+        self.groups.theirs += [cb for cb in found if cb not in self.groups.callbacks]
+        return found
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient; returns what the closure returns, if there is one.
@@ -254,7 +285,8 @@ class Optimizer(FastaiFace):
         applied = self._applications.of(self, found)
         applied.take(hypers)
         if transforms.active():
-            self._run_transformed(applied.items(), found, Scaling(amp=False))
+            buckets = Buckets(found, "reference", "transformed", self.state_dtype)
+            self._run_transformed(applied.items(), buckets, Scaling(amp=False))
         else:
             applied.run()
 
@@ -309,6 +341,7 @@ class Optimizer(FastaiFace):
     @torch.no_grad()
     def _step_anew(self) -> None:
         """A step of a structure that is not known: looks at every tensor."""
+        self.look_at_groups()
         todo, again = _apart(self.groups.items(self._scaling))
         if again and self.max_grad_norm is not None:
             raise RuntimeError(
@@ -325,9 +358,12 @@ class Optimizer(FastaiFace):
     @torch.no_grad()
     def _step_transformed(self) -> None:
         """A step that a transform or a dispatch mode sees: see `transforms`."""
-        self._run_transformed(self.groups.items(self._scaling), self.cbs, self._scaling.fresh())
+        buckets = self.look_at_groups().buckets
+        own = Buckets(buckets.callbacks, "reference", "transformed", self.state_dtype)
+        own.spans = buckets.spans
+        self._run_transformed(self.groups.items(self._scaling), own, self._scaling.fresh())
 
-    def _run_transformed(self, todo: list[Item], cbs: list[Callable[..., Any]], scaling: Scaling) -> None:
+    def _run_transformed(self, todo: list[Item], buckets: Buckets, scaling: Scaling) -> None:
         made_in = self._made_in and self._made_in()
         todo, again = _apart(transforms.prepared(todo, made_in))
         if again:
@@ -335,7 +371,7 @@ class Optimizer(FastaiFace):
         if made_in is None and (names := transforms.names()):
             what = f"operations go through {names}, so parameters are stepped unfused, by operations that it sees"
             self.engine.buckets.verdicts.warn("transformed", what)
-        Engine(Buckets(cbs, "reference", "transformed", self.state_dtype)).step(todo, scaling)
+        Engine(buckets).step(todo, scaling)
         self.groups.keep(todo)
 
     def state_dict(self) -> dict[str, Any]:
@@ -348,6 +384,7 @@ class Optimizer(FastaiFace):
         def complete(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             state_dict.update({checkpoint.EXTRA: found} if (found := checkpoint.extra(self, live)) else {})
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+                saved.pop(GROUPS_OWN, None)  # which are no data
                 if saved.get("capturable") and all(p.device.type == "cpu" for p in group["params"]):
                     saved["capturable"] = False  # torch's own optimizers have it on accelerators only
 
@@ -392,7 +429,12 @@ class Optimizer(FastaiFace):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("cbs", "backend", "state_dtype", "state_names", "hyper_names", "frozen_idx", "title")
-        own = {k: getattr(self, k) for k in kept} | {"max_grad_norm": self.max_grad_norm}
+        own = {k: getattr(self, k) for k in kept} | {
+            "max_grad_norm": self.max_grad_norm,
+            "_given": self._given,
+        }
+        if self.groups.theirs:
+            own["hyper_names"] = self.hyper_map.place  # which theirs have a part in
         if self._scaling.amp:
             own["_step_supports_amp_scaling"] = True
         return super().__getstate__() | own
@@ -402,7 +444,9 @@ class Optimizer(FastaiFace):
             self._scaling = Scaling(state.get("_step_supports_amp_scaling", False))
         super().__setstate__({k: v for k, v in state.items() if k != "max_grad_norm"})
         if "cbs" in state:
-            self._set_up(self.defaults)
+            self._given = state.get("_given", frozenset())
+            theirs = [cb for group in self.param_groups for cb in list_of(group, [])]
+            self._set_up(self.defaults, theirs)
             self.max_grad_norm = state.get("max_grad_norm")
         self.state = State(self.state) if not isinstance(self.state, State) else self.state
         for group in self.param_groups:

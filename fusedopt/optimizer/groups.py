@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 import torch
 
-from ..callback import arguments_of, defaults_of
+from ..callback import GROUPS_OWN, arguments_of, defaults_of
 from ..extension import leaf
 from ..step import transforms
 from ..step.items import Item
 from ..step.memory import check_memory
 from ..step.scaling import Scaling
 from ..trace.signature import Modes
-from .accepted import Roles, check_gradient, check_state, hyper_of, roles_of, warn_of_misspelt
+from .accepted import Roles, check_gradient, check_state, hyper_of, list_of, roles_of, warn_of_misspelt
 from .names import HyperNames, Place, lowest
 from .state import COUNTERS, State, count, counts_to
 
@@ -43,7 +43,8 @@ class ParamGroups:
 
     ``given``: names of hyperparameters given to the optimizer, by either vocabulary; ``declared``: places of its own
     (see `names`); ``stored``: callback argument → key in ``opt.state[p]`` where they differ; ``closed``: whether the
-    hyperparameters given are all there are to our own callbacks; ``others``: callbacks besides the optimizer's own.
+    hyperparameters given are all there are to our own callbacks; ``theirs``: callbacks of groups that have their own;
+    ``others``: callbacks besides those.
     """
 
     def __init__(
@@ -53,12 +54,16 @@ class ParamGroups:
         declared: Mapping[str, Place],
         stored: Mapping[str, str],
         closed: bool,
+        theirs: Sequence[Callable[..., Any]] = (),
         others: Sequence[Callable[..., Any]] = (),
     ) -> None:
-        self._ref, self._closed = weakref.ref(held), closed  # or it would wait for the garbage collector
-        self._others, self.given, self.declared = list(others), list(given), declared
-        names = {*given, *(name for cb in held.cbs for name in defaults_of(cb))}
-        self.names = HyperNames(names, declared, {name for cb in self.callbacks for name in arguments_of(cb)})
+        self._ref, self.closed = weakref.ref(held), closed  # or it would wait for the garbage collector
+        self._others, self.theirs = list(others), list(theirs)
+        self.given, self.declared = list(given), declared
+        known = held.cbs if closed else [*held.cbs, *theirs]
+        names = {*given, *(name for cb in known for name in defaults_of(cb))}
+        taken = {name for cb in [*known, *others] for name in arguments_of(cb)}
+        self.names = HyperNames(names, declared, taken)
         self._stored = dict(stored)
         self._called = {key: name for name, key in self._stored.items()}
         self._roles: tuple[list[Any], Roles] | None = None
@@ -74,7 +79,30 @@ class ParamGroups:
     @property
     def callbacks(self) -> list[Callable[..., Any]]:
         """All that names mean something to."""
-        return [*self._held.cbs, *self._others]
+        return [*self._held.cbs, *self.theirs, *self._others]
+
+    def list_of(self, group: dict[str, Any]) -> list[Callable[..., Any]]:
+        """The callbacks of a group: its own, else the optimizer's."""
+        return list_of(group, self._held.cbs)
+
+    def look(self) -> list[range]:
+        """Look which callbacks groups have of their own: ``theirs``, each list once.
+
+        Returns for each group which of the optimizer's callbacks and ``theirs`` are its list.
+        """
+        own = self._held.cbs
+        every, spans = list(own), []
+        known = [(every[:], range(len(every)))]
+        for group in self._held.param_groups:
+            found = self.list_of(group)
+            span = known[0][1] if found is own else next((span for cbs, span in known if cbs == found), None)
+            if span is None:
+                span = range(len(every), len(every) + len(found))
+                every += found
+                known.append((found, span))
+            spans.append(span)
+        self.theirs = every[len(own) :]
+        return spans
 
     @property
     def live(self) -> list[dict[str, Any]]:
@@ -114,7 +142,7 @@ class ParamGroups:
         callbacks = self.callbacks
         if self._roles is None or self._roles[0] != callbacks:
             stored = (*self._stored, *self._called)
-            self._roles = callbacks, roles_of(callbacks, stored, self._closed)
+            self._roles = callbacks, roles_of(callbacks, stored, self.closed)
         return self._roles[1]
 
     # -- hyperparameters --
@@ -135,7 +163,7 @@ class ParamGroups:
     def own(self) -> set[str]:
         """The hyperparameters the optimizer was given, by callbacks' names."""
         defaults = self.names.of_group(self._held.defaults)
-        return {*defaults, *(k for cb in self._held.cbs for k in defaults_of(cb))}
+        return {*defaults, *(k for cb in [*self._held.cbs, *self.theirs] for k in defaults_of(cb))}
 
     def hypers(self, group: dict[str, Any]) -> dict[str, Any]:
         """Those of a group as callbacks get them: numbers, flags, and tensors that kernels read."""
@@ -153,6 +181,10 @@ class ParamGroups:
             if key == "params" or self.names.shadowed(key, group):
                 continue
             several = type(value) in (tuple, list) and len(value) > 0
+            if key == GROUPS_OWN:
+                for i, cb in enumerate(value) if several else [(-1, value)]:
+                    yield key, i, cb, (key, i), cb, 0.0
+                continue
             whole = self.names.name.get(key, key)
             for i, part in enumerate(value) if several else [(-1, value)]:
                 name: Any = self.names.name.get((key, i), (whole, i)) if several else whole
@@ -230,10 +262,8 @@ class ParamGroups:
             # written by hand or, in torch's schema, by ZeroRedundancyOptimizer
             if isinstance(value := live.get(key), torch.Tensor) and value.numel() == 1:
                 live[key] = count(value)
-        never = self.roles.never  # an entry of that name is somebody's note, and no argument
-        if not self._called and never.isdisjoint(live):
-            return dict(live)
-        return {self._called.get(k, k): v for k, v in dict(live).items() if k not in never}
+        roles = self.roles  # an entry that they ignore is somebody's note, and no argument
+        return {self._called.get(k, k): v for k, v in dict(live).items() if not roles.ignores(k)}
 
     def hand_over(self, item: Item) -> Callable[[], None]:
         """What puts an item's state into ``opt.state``."""

@@ -19,6 +19,7 @@ import torch
 
 from ..backends import Kernel
 from ..backends.base import HEAD
+from ..callback import GROUPS_OWN
 from ..extension import leaf
 from ..ir.ops import ELEMENT
 from ..ir.program import Buffer
@@ -180,7 +181,7 @@ def _described(groups: Groups, launched: Sequence[Launched]) -> tuple[list[Any],
                 words = [w for entry in launched for w in _words(entry, g, name)]
             elif type(seen) in (int, float):
                 place[name] = cell = next(cells)
-            elif type(part) not in PLAIN:
+            elif type(part) not in PLAIN and not (key == GROUPS_OWN and callable(part)):
                 raise Unbound(f"group {g}: {key!r} is of type {type(part).__name__}")
             kind = type(group[key])
             hypers.append(
@@ -218,7 +219,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
     for stored, nested, inner, key, value in groups.entries(item.owner):
         what, buffer = seen.get(key), f"state.{key}"
         kind, kept = kinds.flag, value
-        if key in groups.roles.never:
+        if groups.roles.ignores(key):
             kind = kinds.ignored
         elif isinstance(what, Buffer):
             kind, kept = (kinds.element if what.kind == ELEMENT else kinds.whole), what.dtype

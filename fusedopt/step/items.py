@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ..callback import is_temporary
 from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer
 from ..trace.signature import (
@@ -316,6 +317,8 @@ def stored(
     if not empty:
         pairs.append((item.home, work.param))
     for key, value in work.state.items():
+        if is_temporary(key):
+            continue
         old = item.state.get(key)
         if not isinstance(value, torch.Tensor):
             new[key] = value

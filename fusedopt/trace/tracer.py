@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..callback import Callback, arguments_of
+from ..callback import Callback, arguments_of, is_temporary
 from ..ir.ops import ELEMENT, TENSOR
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, depth_first, reachable
@@ -66,6 +66,7 @@ def trace(
     first: int = 0,
     state_dtype: torch.dtype | None = None,
     work: bool = False,
+    keeps: bool = False,
 ) -> Trace:
     """Trace ``callbacks`` (the optimizer's list from number ``first`` on) for parameters with this signature.
 
@@ -73,12 +74,13 @@ def trace(
     fed zeros, is the first, the first step and all later ones share a program, and the buffers start as zeros.
     Where steps may be skipped, a state flag on the device tells the two apart instead (see ``STARTED``).
     ``work``: for work copies, between eager callbacks, so a changed gradient is stored and new state is not rounded.
+    ``keeps``: other callbacks follow, so temporary values are stored, too.
     """
     graph, scalars = Graph(), ScalarProgram()
     passes: list[Pass] = []
 
     def run(given: dict[str, Buffer], without: Sequence[str] = ()) -> dict[str, Any]:
-        passes.append(Pass(callbacks, signature, hyper, graph, scalars, first))
+        passes.append(Pass(callbacks, signature, hyper, graph, scalars, first, keeps))
         return passes[-1].run(given, without)
 
     starts = _starts(callbacks, signature, hyper, first) if signature.modes.on_device else {}
@@ -133,7 +135,7 @@ def _starts(
     cells = Pass(callbacks, signature, hyper, Graph(), ScalarProgram(), first).run({}, counting=True)
     known = dict(signature.state)
     out = {}
-    for key in (k for k, v in cells.items() if is_number(v) and k not in known):
+    for key in (k for k, v in cells.items() if is_number(v) and k not in known and not is_temporary(k)):
         # Whoever takes it first starts it. What nobody takes is only written.
         i, default = next(
             ((i, arguments_of(cb)[key]) for i, cb in enumerate(callbacks) if key in arguments_of(cb)),
@@ -231,8 +233,8 @@ def program_of(
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
     for key, buffer in sorted((old | created).items()):
         buffers[f"state.{key}"] = buffer
-        if isinstance(cells[key], Cell):
-            stores[f"state.{key}"] = cells[key].node
+        if isinstance(cell := cells.get(key), Cell):
+            stores[f"state.{key}"] = cell.node
     program, slots = canonical(graph, signature.compute, buffers, stores, skip)
     return _optimized(program, tuple(v.where for v in program.values)), slots
 
