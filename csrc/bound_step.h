@@ -65,7 +65,8 @@ struct Entry {
   int64_t column;   // of its address in the table; -1: kernels do not take it
   bool written;
   bool nested = false;
-  py::object inner;
+  py::object inner{};
+  int64_t extra = -1; // which of the step's extra tensors it is, and none of the state; these entries come last
   Scalar::Type type = Scalar::Type::real;
   std::optional<at::ScalarType> dtype;
 };
@@ -144,6 +145,9 @@ class BoundStep {
     size_t numbers = 0, tensors = 0;
     for (size_t i = 0; i < params.size(); ++i) {
       Row row{checked(params[i]), nullptr, nullptr, bucket_of[i], none, indices[i]};
+      row.place = row.index;
+      for (size_t g = 0; g < buckets_[row.bucket].group; ++g)
+        row.place += static_cast<int64_t>(groups_[g].params.size());
       const Bucket& bucket = buckets_[row.bucket];
       const Run& run = runs_[bucket.launch];
       row.words = run.rows + run.row_words * static_cast<int64_t>(rows_of_[bucket.launch].size());
@@ -184,9 +188,12 @@ class BoundStep {
   // Does the step as far as launches run here, and returns None; or why it is not a step of this structure, and has
   // changed nothing. `state`: opt.state, which counts its changes. `limit`: the largest norm of all gradients; `measure` is called where the caller takes that norm,
   // when gradients are in the tables and the step is known to be of this structure.
-  py::object step(const py::list& groups, const py::dict& state, double limit, const py::object& measure) {
+  // `extras`: lists of tensors that callbacks get besides, each with one for every parameter, or None.
+  py::object step(const py::list& groups, const py::dict& state, double limit, const py::object& measure,
+                  const std::vector<py::list>& extras) {
     if (running_) // in another thread, which uses the tables
       return py::str("another thread is stepping");
+    extras_ = &extras;
     const Running running(*this, !measure.is_none() || elements_ > brief);
     where_.clear();
     if (!check(groups, state) || !evaluate())
@@ -237,7 +244,8 @@ class BoundStep {
     PyObject* state;
     int64_t* words;
     size_t bucket, set;
-    int64_t index; // of the parameter in its group
+    int64_t index;     // of the parameter in its group
+    int64_t place = 0; // among all parameters
     at::DimVector sizes{}, strides{};
     c10::DispatchKeySet keys{};
     bool requires_grad = false, distributed = false;
@@ -524,6 +532,19 @@ class BoundStep {
     return nullptr;
   }
 
+  static bool overlap(const at::TensorImpl& a, const at::TensorImpl& b) {
+    const auto bytes = static_cast<intptr_t>(std::max(a.numel() * a.itemsize(), b.numel() * b.itemsize()));
+    return std::abs(address(a) - address(b)) < bytes;
+  }
+
+  // Null if there is none; None is one.
+  PyObject* extra_of(const Row& row, const Entry& entry) const {
+    if (entry.extra >= static_cast<int64_t>(extras_->size()))
+      return nullptr;
+    PyObject* given = (*extras_)[entry.extra].ptr();
+    return row.place < PyList_GET_SIZE(given) ? PyList_GET_ITEM(given, row.place) : nullptr;
+  }
+
   template <class State>
   const char* check_state(Row& row, const Bucket& bucket, const Run& run, const at::TensorImpl& param, const State& state) {
     Py_ssize_t position = 0;
@@ -532,9 +553,11 @@ class BoundStep {
     size_t number = row.first_number, entries = 0;
     for (size_t e = 0; e < bucket.entries.size(); ++e) {
       const Entry& entry = bucket.entries[e];
-      const bool another = !entry.nested || e == 0 || !bucket.entries[e - 1].nested ||
-                           bucket.entries[e - 1].key.ptr() != entry.key.ptr();
+      const bool another = entry.extra < 0 && (!entry.nested || e == 0 || !bucket.entries[e - 1].nested ||
+                                               bucket.entries[e - 1].key.ptr() != entry.key.ptr());
       entries += another;
+      if (entry.extra >= 0 && !(value = extra_of(row, entry)))
+        return "there are too few extra tensors";
       if (another && (!PyDict_Next(row.state, &position, &key, &value) || key != entry.key.ptr())) {
         position = PY_SSIZE_T_MAX; // another order, or an equal key: from here on by hash
         value = PyDict_GetItemWithError(row.state, entry.key.ptr());
@@ -584,6 +607,9 @@ class BoundStep {
             return "a tensor in its state is of another dtype, shape or layout";
           if (const char* why = take(run, row, state_found + e, t, entry.column, entry.written))
             return why;
+          for (size_t k = 0; entry.extra >= 0 && k < state_found + e; ++k)
+            if (const at::TensorImpl* other = found_[row.first_tensor + k]; other && overlap(t, *other))
+              return "an extra tensor lies in memory that is written to";
         }
       }
     }
@@ -942,6 +968,7 @@ class BoundStep {
     remember(row, counter, 24);
   }
 
+  const std::vector<py::list>* extras_ = nullptr; // while a step runs
   bool graded_;
   std::vector<Group> groups_;
   std::vector<Bucket> buckets_;

@@ -6,7 +6,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -43,6 +43,7 @@ class ClassGroups:
     """A class's groups and state as the runtime sees them. Numbers of the host are in a group of their own."""
 
     roles = _Roles()
+    extra: ClassVar[dict[str, list[torch.Tensor | None]]] = {}
 
     def __init__(self, opt: torch.optim.Optimizer) -> None:
         self._ref = weakref.ref(opt)

@@ -240,22 +240,37 @@ class Optimizer(FastaiFace):
         self.groups.theirs += [cb for cb in found if cb not in self.groups.callbacks]
         return found
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, extra: Mapping[str, Any] | None = None
+    ) -> Any:
         """Step every parameter that has a gradient; returns what the closure returns, if there is one.
 
-        If a callback raises, or a gradient is refused (sparse, of another shape or device), nothing has changed.
+        Args:
+            closure: as in torch.optim.
+            extra: tensors that callbacks get in this step besides, by the names of their arguments: each a list with
+                one per parameter, in the order of the groups (None: this one has none), or a dict by parameter; of the
+                parameter's shape, or 0-d. They are read where they are, and never changed or kept.
+
+        If a callback raises, or a gradient is refused (sparse, of another shape or device), or an extra tensor is
+        (TypeError, ValueError), nothing has changed.
         """
         # torch would wrap this method, to run hooks and to name it in profiles, at a cost on every step that exceeds
         # the step's own. So its wrapper is used only when it has something to do. A subclass's own step torch wraps.
         if type(self).step is Optimizer.step and (_observed(self) or torch.compiler.is_compiling()):
-            return _observed_step(self, closure)
-        return self._step(closure)
+            return _observed_step(self, closure, **({} if extra is None else {"extra": extra}))
+        return self._step(closure, extra)
 
     step.hooked = True  # type: ignore[attr-defined]
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def apply(self, cbs: Callable[..., Any] | Sequence[Any], **hypers: Any) -> None:
+    def apply(
+        self,
+        cbs: Callable[..., Any] | Sequence[Any],
+        *,
+        extra: Mapping[str, Any] | None = None,
+        **hypers: Any,
+    ) -> None:
         """Run callbacks once, outside of a step, over the same parameters, state and groups, as fused as a step is.
 
         For what is not done in each step: changing between training and evaluation weights, averages of weights,
@@ -267,11 +282,12 @@ class Optimizer(FastaiFace):
         Args:
             cbs: a callback or several, as in the constructor. Hand over the same ones each time: a function that is
                 made anew is traced anew.
+            extra: tensors that callbacks get in this call besides, see `step`.
             hypers: hyperparameters of this call, in place of the groups' own.
 
         Raises:
-            TypeError: a callback that cannot be called; a hyperparameter that no callback takes.
-            ValueError: a hyperparameter that is NaN, or negative where it must not be.
+            TypeError: a callback that cannot be called; a hyperparameter or extra tensors that no callback takes.
+            ValueError: a hyperparameter that is NaN, or negative where it must not be; extra tensors that do not fit.
             RuntimeError: the callbacks read gradients and no parameter has one; a CUDA graph is being captured.
 
         If anything is raised, nothing has changed.
@@ -284,11 +300,12 @@ class Optimizer(FastaiFace):
             )
         applied = self._applications.of(self, found)
         applied.take(hypers)
-        if transforms.active():
-            buckets = Buckets(found, "reference", "transformed", self.state_dtype)
-            self._run_transformed(applied.items(), buckets, Scaling(amp=False))
-        else:
-            applied.run()
+        with applied.groups.with_extra(extra):
+            if transforms.active():
+                buckets = Buckets(found, "reference", "transformed", self.state_dtype)
+                self._run_transformed(applied.items(), buckets, Scaling(amp=False))
+            else:
+                applied.run()
 
     def upload_hypers(self) -> None:
         """Send the hyperparameters of ``param_groups`` to where a step captured into a CUDA graph reads them.
@@ -322,21 +339,28 @@ class Optimizer(FastaiFace):
         if resident is not None and resident not in self._captured:
             self._captured.append(resident)
 
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None = None, extra: Mapping[str, Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._scaling.amp:  # GradScaler sets these attributes for the time of its call
             self._scaling.receive(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if transforms.active():
-            self._step_transformed()
-        elif not self.engine.repeat(self._scaling):
-            self._step_anew()
+        if extra:
+            with self.groups.with_extra(extra):
+                self._step_now()
+        else:
+            self._step_now()
         # Nothing is captured before CUDA is initialised, and asking would need a driver.
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._keep_captured()
         return loss
+
+    def _step_now(self) -> None:
+        if transforms.active():
+            self._step_transformed()
+        elif not self.engine.repeat(self._scaling):
+            self._step_anew()
 
     @torch.no_grad()
     def _step_anew(self) -> None:
@@ -347,6 +371,10 @@ class Optimizer(FastaiFace):
             raise RuntimeError(
                 "a parameter is listed twice, and max_grad_norm takes each gradient's norm once. Remedy: list every "
                 "parameter once, or clip with torch.nn.utils.clip_grad_norm_"
+            )
+        if again and self.groups.extra:
+            raise RuntimeError(
+                "a parameter is listed twice, and extra tensors are one per parameter; list it once"
             )
         self.engine.step(todo, self._scaling, self.groups, bind=not again)
         while again:  # one launch must not step a tensor twice

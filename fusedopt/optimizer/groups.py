@@ -5,6 +5,7 @@ Callbacks call hyperparameters and state what fastai calls them; param groups an
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,18 @@ from ..step.items import Item
 from ..step.memory import check_memory
 from ..step.scaling import Scaling
 from ..trace.signature import Modes
-from .accepted import Roles, check_gradient, check_state, hyper_of, list_of, roles_of, warn_of_misspelt
+from .accepted import (
+    Roles,
+    check_extra,
+    check_gradient,
+    check_known,
+    check_state,
+    hyper_of,
+    list_of,
+    one_each,
+    roles_of,
+    warn_of_misspelt,
+)
 from .names import HyperNames, Place, lowest
 from .state import COUNTERS, State, count, counts_to
 
@@ -67,6 +79,8 @@ class ParamGroups:
         self._stored = dict(stored)
         self._called = {key: name for name, key in self._stored.items()}
         self._roles: tuple[list[Any], Roles] | None = None
+        self.extra: dict[str, list[torch.Tensor | None]] = {}
+        """Tensors that callbacks get in this step besides, by their names for them: one per parameter, or None."""
         self._strange: set[str] = set()
         """Keys of groups that nobody takes, and that were looked at."""
 
@@ -202,7 +216,8 @@ class ParamGroups:
             leaf.settle(params)
             names: dict[int, list[str]] = {}  # of the state of parameters of each kind
             instead = pretend or modes.bare
-            for i, (p, kind, grad, state) in enumerate(self._surveyed(params, instead or modes.on_device)):
+            each = instead or modes.on_device or bool(self.extra)
+            for i, (p, kind, grad, state) in enumerate(self._surveyed(params, each)):
                 if kind < 0:
                     grad = p if instead else None if kind == _ABSENT else p.grad
                 if grad is None:
@@ -214,7 +229,9 @@ class ParamGroups:
                 check_gradient(p, grad, g, i)
                 found = self.state_of(p, modes.on_device)
                 check_state(p, dict(self.state.get(p, {})), g, i)
-                item = Item(p.detach() if pretend else p, grad, found, (g, i), hyper, modes)
+                given = self._given(p, g, i, {**found, **hyper})
+                own = modes._replace(given=tuple(given)) if given else modes
+                item = Item(p.detach() if pretend else p, grad, {**found, **given}, (g, i), hyper, own)
                 todo.append(item)
                 apart.append(item)
                 if kind < 0 or len(found) != len(state):
@@ -238,6 +255,33 @@ class ParamGroups:
         kinds, grads, states = leaf.native.survey(params, list(map(self.state.get, params)))
         return zip(params, kinds, grads, states, strict=True)
 
+    @contextlib.contextmanager
+    def with_extra(self, extra: Mapping[str, Any] | None) -> Iterator[None]:
+        """With these extra tensors. Raises TypeError or ValueError, naming them, unless they are one per parameter."""
+        self.extra = self._listed(extra) if extra else {}
+        try:
+            yield
+        finally:
+            self.extra = {}
+
+    def _listed(self, extra: Mapping[str, Any]) -> dict[str, list[torch.Tensor | None]]:
+        """Each as a list of our own, with one for every parameter."""
+        if not isinstance(extra, Mapping):
+            raise TypeError(f"extra is a dict from names to tensors, not a {type(extra).__name__}")
+        params = [p for group in self._held.param_groups for p in group["params"]]
+        check_known(extra, self.callbacks, "extra tensors", ())
+        return {name: one_each(name, given, params) for name, given in extra.items()}
+
+    def _given(self, p: torch.Tensor, g: int, i: int, taken: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The extra tensors of a parameter; ``taken``: the names of other arguments."""
+        if not self.extra:
+            return {}
+        place = sum(len(group["params"]) for group in self._held.param_groups[:g]) + i
+        found = {name: value for name, given in self.extra.items() if (value := given[place]) is not None}
+        for name, value in found.items():
+            check_extra(p, name, value, g, i, name in taken)
+        return found
+
     def resting(self, stepped: list[Item]) -> list[Item]:
         """Parameters without a gradient now that had one before, as if theirs were zero; the groups' hyperparameters
         are taken from those that are stepped."""
@@ -250,6 +294,10 @@ class ParamGroups:
                 if p.grad is None and (state := self.state.get(p)):
                     modes, hyper = like[g].modes, like[g].hyper
                     state = self.state_of(p, modes.on_device)
+                    given = self._given(p, g, i, {})
+                    if tuple(given) != modes.given:
+                        continue
+                    state |= given
                     found.append(Item(p, p.detach(), state, (g, i), hyper, modes))
         return found
 
@@ -267,7 +315,8 @@ class ParamGroups:
 
     def hand_over(self, item: Item) -> Callable[[], None]:
         """What puts an item's state into ``opt.state``."""
-        return partial(self.state[item.home].update, {self.stored(k): v for k, v in item.state.items()})
+        kept = {self.stored(k): v for k, v in item.state.items() if k not in item.modes.given}
+        return partial(self.state[item.home].update, kept)
 
     def keep(self, todo: list[Item]) -> None:
         """Put what their state dicts lack into them."""

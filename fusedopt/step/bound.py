@@ -46,6 +46,7 @@ class BoundStep:
     def __init__(self, groups: Groups, launched: Sequence[Launched], norm: Norm | None) -> None:
         self.groups, self.norm = groups, norm
         self.resident: Any = None
+        self._extra = list(groups.extra)
         self.read: list[Any] = []
         described, cells = _described(groups, launched)
         state = groups.state
@@ -113,8 +114,13 @@ class BoundStep:
         """Do the step if it is of this structure; else why not."""
         if (scaling.max_norm is None) != (self.norm is None):
             return "max_grad_norm was set or unset"
+        extra = self.groups.extra
+        if list(extra) != self._extra:
+            return "other extra tensors are given"
         measure = self._measure if self._measured is not None else None
-        why = self._bound.step(self.groups.live, self.groups.state, scaling.max_norm or 0.0, measure)
+        why = self._bound.step(
+            self.groups.live, self.groups.state, scaling.max_norm or 0.0, measure, list(extra.values())
+        )
         if why is None:
             for slots, run in self._others:
                 run(slots)
@@ -237,6 +243,23 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
                 written=buffer in written,
                 nested=nested,
                 inner=inner,
+            )
+        )
+    for which, key in enumerate(groups.extra):
+        what = seen.get(key)
+        kind = kinds.flag
+        if isinstance(what, Buffer):
+            kind = kinds.element if what.kind == ELEMENT else kinds.whole
+        entries.append(
+            native.Entry(
+                key=key,
+                kind=kind,
+                value=what.dtype if isinstance(what, Buffer) else None,
+                column=columns.get(f"state.{key}", -1),
+                written=False,
+                nested=False,
+                inner=None,
+                extra=which,
             )
         )
     try:

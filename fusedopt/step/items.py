@@ -83,6 +83,11 @@ class Item:
         for key, value in list(self.tensors()):
             if not same_layout(value, self.param):
                 self.state[key] = with_layout(value, self.param)
+        for key in self.modes.given:  # which is read while the others are written
+            value = self.state[key]
+            others = [self.param, *(v for k, v in self.tensors() if k not in self.modes.given)]
+            if any(overlap(value, other) for other in others):
+                self.state[key] = with_layout(value, value.contiguous())
 
     def fuses(self, backend: Backend) -> bool:
         """Whether the backend's kernels can step it."""
@@ -136,6 +141,8 @@ class Groups(Protocol):
     def state(self) -> dict[Any, Any]: ...
     @property
     def roles(self) -> Any: ...
+    @property
+    def extra(self) -> dict[str, list[torch.Tensor | None]]: ...
     def numbers_of(self, group: int) -> Sequence[int]: ...
     def entries(self, p: torch.Tensor) -> Iterator[tuple[Any, bool, Any, str, Any]]: ...
     def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]: ...
@@ -269,7 +276,7 @@ def _is_ordinary(item: Item) -> bool:
 
 def _of_copy(modes: Modes) -> Modes:
     """Those of a work copy, whose gradient is scaled and whose step is not skipped."""
-    return Modes(on_device=modes.on_device, bare=modes.bare)
+    return Modes(on_device=modes.on_device, bare=modes.bare, given=modes.given)
 
 
 def _tensors(item: Item) -> list[torch.Tensor]:
@@ -317,7 +324,7 @@ def stored(
     if not empty:
         pairs.append((item.home, work.param))
     for key, value in work.state.items():
-        if is_temporary(key):
+        if is_temporary(key) or key in item.modes.given:
             continue
         old = item.state.get(key)
         if not isinstance(value, torch.Tensor):

@@ -160,7 +160,7 @@ class Pass:
             if before.keys() != cells.keys() or any(not alike(before[k], v) for k, v in cells.items()):
                 self.moved.add(self.first + i)
         if not self.keeps:
-            cells = {k: v for k, v in cells.items() if not is_temporary(k)}
+            cells = {k: v for k, v in cells.items() if not is_temporary(k) and k not in s.modes.given}
         if s.modes.on_device and not counting:
             stays = {k for k, v in cells.items() if not is_number(v) or is_temporary(k)}
             cells = {k: v if k in stays else self._on_device(v) for k, v in cells.items()}

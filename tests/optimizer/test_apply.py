@@ -220,8 +220,8 @@ def test_without_any_gradient_what_reads_them_is_refused(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hyperparameters_are_the_callbacks_the_groups_or_the_calls(backend):
-    def note(p, lr, wd, decay, extra=7.0, **kwargs):
-        p.data.fill_(0.0).add_(lr * 1000 + wd * 100 + decay * 10 + extra)
+    def note(p, lr, wd, decay, more=7.0, **kwargs):
+        p.data.fill_(0.0).add_(lr * 1000 + wd * 100 + decay * 10 + more)
 
     note.defaults = dict(decay=0.25)
     params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
@@ -234,7 +234,7 @@ def test_hyperparameters_are_the_callbacks_the_groups_or_the_calls(backend):
     for hypers, expected in [
         ({}, [1000 + 50 + 2.5 + 7, 2000 + 50 + 2.5 + 7, 1000 + 50 + 5 + 7]),
         ({"lr": 3.0}, [3059.5, 3059.5, 3062]),
-        ({"weight_decay": 0.0, "extra": 1}, [1003.5, 2003.5, 1006]),
+        ({"weight_decay": 0.0, "more": 1}, [1003.5, 2003.5, 1006]),
         ({"decay": torch.tensor(1.0)}, [1067, 2067, 1067]),
         ({}, [1059.5, 2059.5, 1062]),
     ]:

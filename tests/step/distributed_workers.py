@@ -481,6 +481,37 @@ def what_is_applied_is_applied_to_the_whole(backend):
         assert repeated == ([2, 2, 0] if backend == "auto" else [0, 0, 0]), repeated
 
 
+def sophia(p, lr, hess=None, slow=None, **kwargs):
+    if slow is None:
+        slow = torch.zeros_like(p)
+    if hess is not None:
+        slow.mul_(0.5).add_(hess.abs(), alpha=0.5)
+    p.data.sub_(p.grad / (slow + 1), alpha=lr)
+    return {"slow": slow}
+
+
+@check("auto", "reference")
+def extra_tensors_are_spread_as_their_parameters(backend):
+    sharded, whole = sharded_and_whole("two")
+    opt, twin = (
+        fusedopt.Optimizer(m.parameters(), sophia, lr=0.1, backend=backend) for m in (sharded, whole)
+    )
+    for t in range(5):
+        gen = torch.Generator().manual_seed(t)
+        for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+            q.grad = torch.randn(q.shape, generator=gen)
+            p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+        plain = [torch.randn(q.shape, generator=gen) for q in whole.parameters()]
+        spread = [
+            distribute_tensor(h, p.device_mesh, p.placements)
+            for h, p in zip(plain, sharded.parameters(), strict=True)
+        ]
+        opt.step(extra={"hess": spread if t != 3 else plain})
+        twin.step(extra={"hess": plain})
+    assert_same_training(sharded.parameters(), whole.parameters(), opt, twin)
+    assert opt.engine.steps.repeated == (2 if backend == "auto" else 0), opt.engine.steps
+
+
 # --
 # Checkpoints
 
