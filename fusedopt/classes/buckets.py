@@ -32,17 +32,9 @@ class ClassItem(Item):
     one_is_whole = True
 
 
-class _Roles:
-    @staticmethod
-    def ignores(name: str) -> bool:
-        """Nothing that a class keeps: it looks after its state itself."""
-        return False
-
-
 class ClassGroups:
     """A class's groups and state as the runtime sees them. Numbers of the host are in a group of their own."""
 
-    roles = _Roles()
     extra: ClassVar[dict[str, list[torch.Tensor | None]]] = {}
 
     def __init__(self, opt: torch.optim.Optimizer) -> None:
@@ -82,6 +74,10 @@ class ClassGroups:
         if own is None or own is not self._known:
             self._known = stores_of(self.opt)[0]
         return self._known
+
+    def ignores(self, group: int, name: Any) -> bool:
+        """Nothing: a class looks after its state itself."""
+        return False
 
     def numbers_of(self, group: int) -> tuple[int, ...]:
         return (-1,)

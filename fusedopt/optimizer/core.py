@@ -212,7 +212,7 @@ class Optimizer(FastaiFace):
         brought = {k: v for cb in theirs for k, v in defaults_of(cb).items() if k not in self._given}
         # torch fills in the defaults of a group that sets nothing itself
         filled = self.hyper_map.of_group(self.defaults) | brought | values if brought or values else {}
-        roles, own = self.groups.roles, self.groups.own()
+        roles, own = self.groups.roles(group), self.groups.own()
         for name, value in filled.items():
             value = names.plain(value)
             if roles.hands(name, own):  # other libraries' keys are not ours to check
@@ -380,7 +380,8 @@ class Optimizer(FastaiFace):
         while again:  # one launch must not step a tensor twice
             todo, again = _apart(again)
             for item in () if self._looks_first else todo:
-                item.state, item.alike = self.groups.state_of(item.home, item.modes.on_device), None
+                item.state = self.groups.state_of(item.home, item.where[0], item.modes.on_device)
+                item.alike = None
             self.engine.step(todo, self._scaling, self.groups, bind=False)
 
     @torch.no_grad()
@@ -412,7 +413,8 @@ class Optimizer(FastaiFace):
         def complete(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             state_dict.update({checkpoint.EXTRA: found} if (found := checkpoint.extra(self, live)) else {})
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-                saved.pop(GROUPS_OWN, None)  # which are no data
+                if GROUPS_OWN in saved:  # which are no data, but for what they are called
+                    saved[GROUPS_OWN] = [name_of(cb) for cb in list_of(group, [])]
                 if saved.get("capturable") and all(p.device.type == "cpu" for p in group["params"]):
                     saved["capturable"] = False  # torch's own optimizers have it on accelerators only
 

@@ -46,6 +46,8 @@ class Held(Protocol):
     cbs: list[Callable[..., Any]]
 
 
+MOST = 16
+"""Lists of callbacks whose roles are kept."""
 _ABSENT = -2
 """The kind of a parameter without a gradient."""
 
@@ -78,7 +80,7 @@ class ParamGroups:
         self.names = HyperNames(names, declared, taken)
         self._stored = dict(stored)
         self._called = {key: name for name, key in self._stored.items()}
-        self._roles: tuple[list[Any], Roles] | None = None
+        self._roles: list[tuple[list[Any], Roles]] = []
         self.extra: dict[str, list[torch.Tensor | None]] = {}
         """Tensors that callbacks get in this step besides, by their names for them: one per parameter, or None."""
         self._strange: set[str] = set()
@@ -150,14 +152,22 @@ class ParamGroups:
         """The key of ``opt.state[p]`` where what callbacks call this is kept."""
         return self._stored.get(name, name)
 
-    @property
-    def roles(self) -> Roles:
-        """What names mean to the callbacks."""
-        callbacks = self.callbacks
-        if self._roles is None or self._roles[0] != callbacks:
+    def roles(self, group: dict[str, Any]) -> Roles:
+        """What names mean to the callbacks of a group, and to the others."""
+        callbacks = [*self.list_of(group), *self._others]
+        known = next((roles for cbs, roles in self._roles if cbs == callbacks), None)
+        if known is None:
             stored = (*self._stored, *self._called)
-            self._roles = callbacks, roles_of(callbacks, stored, self.closed)
-        return self._roles[1]
+            closed = self.closed and callbacks == self._held.cbs  # others may be told what these were not
+            known = roles_of(callbacks, stored, closed)
+            if self._others:  # which alone are called
+                known = known._replace(never=roles_of(self._others, (), False).never)
+            self._roles = [*self._roles, (callbacks, known)][-MOST:]
+        return known
+
+    def ignores(self, group: int, name: Any) -> bool:
+        """Whether what the state of a group's parameter has under this name is handed to no callback."""
+        return self.roles(self._held.param_groups[group]).ignores(name)
 
     # -- hyperparameters --
     def handed(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +177,7 @@ class ParamGroups:
         callback takes and that are neither state, nor the parameter, nor bound by a partial. Whatever else the group
         holds is carried and saved, and nobody is handed it: as in torch.
         """
-        found, roles, own = self.names.of_group(group), self.roles, self.own()
+        found, roles, own = self.names.of_group(group), self.roles(group), self.own()
         strange = [k for k in found if not roles.hands(k, own)]
         if unseen := [k for k in strange if isinstance(k, str) and k not in self._strange]:
             self._strange.update(unseen)
@@ -227,7 +237,7 @@ class ParamGroups:
                     todo.append(Item(p, grad, state, (g, i), hyper, modes, (g, kind)))
                     continue
                 check_gradient(p, grad, g, i)
-                found = self.state_of(p, modes.on_device)
+                found = self.state_of(p, g, modes.on_device)
                 check_state(p, dict(self.state.get(p, {})), g, i)
                 given = self._given(p, g, i, {**found, **hyper})
                 own = modes._replace(given=tuple(given)) if given else modes
@@ -293,7 +303,7 @@ class ParamGroups:
             for i, p in enumerate(group["params"]) if g in like else ():
                 if p.grad is None and (state := self.state.get(p)):
                     modes, hyper = like[g].modes, like[g].hyper
-                    state = self.state_of(p, modes.on_device)
+                    state = self.state_of(p, g, modes.on_device)
                     given = self._given(p, g, i, {})
                     if tuple(given) != modes.given:
                         continue
@@ -301,7 +311,7 @@ class ParamGroups:
                     found.append(Item(p, p.detach(), state, (g, i), hyper, modes))
         return found
 
-    def state_of(self, p: torch.Tensor, on_device: bool) -> dict[str, Any]:
+    def state_of(self, p: torch.Tensor, group: int, on_device: bool) -> dict[str, Any]:
         """The parameter's state by the names callbacks use: a copy, as other threads may change the dict meanwhile."""
         live: dict[str, Any] = self.state.get(p, {})
         if on_device:
@@ -310,7 +320,9 @@ class ParamGroups:
             # written by hand or, in torch's schema, by ZeroRedundancyOptimizer
             if isinstance(value := live.get(key), torch.Tensor) and value.numel() == 1:
                 live[key] = count(value)
-        roles = self.roles  # an entry that they ignore is somebody's note, and no argument
+        roles = self.roles(
+            self._held.param_groups[group]
+        )  # an entry that they ignore is somebody's note, and no argument
         return {self._called.get(k, k): v for k, v in dict(live).items() if not roles.ignores(k)}
 
     def hand_over(self, item: Item) -> Callable[[], None]:

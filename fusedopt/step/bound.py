@@ -225,7 +225,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
     for stored, nested, inner, key, value in groups.entries(item.owner):
         what, buffer = seen.get(key), f"state.{key}"
         kind, kept = kinds.flag, value
-        if groups.roles.ignores(key):
+        if groups.ignores(group, key):
             kind = kinds.ignored
         elif isinstance(what, Buffer):
             kind, kept = (kinds.element if what.kind == ELEMENT else kinds.whole), what.dtype

@@ -148,7 +148,7 @@ def test_checkpoints_go_on(how):
         params = copy.deepcopy([*matrices, *rest])
         other = both(params[:2], params[2:])
         saved = opt.state_dict()
-        assert all("cbs" not in group for group in saved["param_groups"])
+        assert [group.get("cbs") for group in saved["param_groups"]] == [["lion_step"], None]
         if how == "file":
             file = io.BytesIO()
             torch.save(saved, file)
@@ -377,6 +377,17 @@ def test_named_optimizers_take_groups_with_callbacks_too():
         torch.testing.assert_close(p, q)
     assert opt.state[matrices[0]].keys() == {"slow"}
     assert opt.state_dict()["param_groups"][1].keys() == twin.state_dict()["param_groups"][0].keys()
+
+
+def test_flags_of_a_group_reach_its_callbacks_whatever_the_optimizer_was_given():
+    p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    cbs = [fusedopt.average_grad, callbacks.momentum_step]
+    opt = optim.AdamW(
+        [{"params": [p], "cbs": cbs, "dampening": True}, {"params": [q]}], lr=1.0, betas=(0.5, 0.9)
+    )
+    p.grad = torch.ones(3)
+    opt.step()
+    assert p[0].item() == -0.5
 
 
 def test_what_is_applied_is_applied_to_all_groups():

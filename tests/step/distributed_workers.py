@@ -490,6 +490,28 @@ def sophia(p, lr, hess=None, slow=None, **kwargs):
     return {"slow": slow}
 
 
+def two_rules(params):
+    params = list(params)
+    matrices = {"params": [p for p in params if p.dim() == 2], "cbs": [sophia], "lr": 0.01}
+    return fusedopt.optim.AdamW([matrices, {"params": [p for p in params if p.dim() != 2]}], lr=0.1)
+
+
+@check("default", "flattened", "full")
+def groups_with_callbacks_of_their_own_are_saved_and_loaded(mode):
+    options = dcp_state.StateDictOptions(**MODES[mode])
+    sharded, whole = sharded_and_whole("two")
+    opt, twin = two_rules(sharded.parameters()), two_rules(whole.parameters())
+    train(sharded, whole, opt, twin)
+    saved = copy.deepcopy(dcp_state.get_optimizer_state_dict(sharded, opt, options=options))
+    other, _ = sharded_and_whole("two")
+    other.load_state_dict(sharded.state_dict())
+    fresh = two_rules(other.parameters())
+    dcp_state.set_optimizer_state_dict(other, fresh, saved, options=options)
+    train(other, whole, fresh, twin, start=3)
+    assert_same_training(other.parameters(), whole.parameters(), fresh, twin)
+    assert fresh.param_groups[0]["cbs"] == [sophia] and "cbs" not in fresh.param_groups[1]
+
+
 @check("auto", "reference")
 def extra_tensors_are_spread_as_their_parameters(backend):
     sharded, whole = sharded_and_whole("two")
