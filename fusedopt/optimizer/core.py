@@ -178,23 +178,26 @@ class Optimizer(FastaiFace):
     def engine(self) -> Engine:
         """The compiler and runtime behind ``step``; made anew when callbacks, or what they read, are changed."""
         if self._engine is None or not self._engine.buckets.follow(self.cbs):
-            title = self.title or type(self).__name__
-            if title == "Optimizer":
-                title = name_of(self.cbs[-1]) if self.cbs else "nothing"
-            said = self._engine.buckets.verdicts.said if self._engine else None
-            spans, own = self.groups.look(), len(self.cbs)
-            buckets = Buckets(self.groups.callbacks, self.backend, title, self.state_dtype, said, own=own)
-            buckets.spans = spans if self.groups.theirs else ()
-            self._engine = Engine(buckets)
+            self._engine = self._new_engine()
         return self._engine
 
     def look_at_groups(self) -> Engine:
         """The engine, for the lists of callbacks that groups have now. (Bound steps are guarded for that.)"""
         spans = self.groups.look()
         if self.engine.buckets.callbacks != self.groups.callbacks:
-            self._engine = None
+            self._engine = self._new_engine()
         self.engine.buckets.spans = spans if self.groups.theirs else ()
         return self.engine
+
+    def _new_engine(self) -> Engine:
+        title = self.title or type(self).__name__
+        if title == "Optimizer":
+            title = name_of(self.cbs[-1]) if self.cbs else "nothing"
+        said = self._engine.buckets.verdicts.said if self._engine else None
+        spans, own = self.groups.look(), len(self.cbs)
+        buckets = Buckets(self.groups.callbacks, self.backend, title, self.state_dtype, said, own=own)
+        buckets.spans = spans if self.groups.theirs else ()
+        return Engine(buckets)
 
     # -- torch.optim --
     def __setattr__(self, name: str, value: Any) -> None:

@@ -92,6 +92,10 @@ def trace(
     flag = next((k for k, _ in signature.state if k.startswith(STARTED)), None)
     late = flag.removeprefix(STARTED).split(",") if flag else []
     a = run(counts, late)
+    old = dict(signature.state)
+    waits = bool(late) and not any(k in a for k in late)
+    if waits:  # these callbacks start nothing: what is there stays as it is
+        a |= {k: Cell(load(graph, signature, f"state.{k}", old[k]), old[k].dtype) for k in late if k in old}
     asked = {
         k: _asked_dtype(k, v, graph, signature, state_dtype)
         for k, v in a.items()
@@ -109,7 +113,7 @@ def trace(
             cells = b
         elif late or signature.modes.skips:
             flag = flag or STARTED + ",".join(created)
-            cells = _until_started(graph, signature, flag, count, a, b, first)
+            cells = _until_started(graph, signature, flag, count, a, b, first, waits)
             created |= {} if late else {flag: count}
             shared = True
     created |= counts
@@ -178,13 +182,20 @@ def _until_started(
     a: dict[str, Any],
     b: dict[str, Any] | None,
     first: int,
+    waits: bool,
 ) -> dict[str, Any]:
-    """Trace a until a step has not been skipped, and then trace b, by a flag on the device."""
+    """Trace a until a step has not been skipped, and then trace b, by a flag on the device.
+
+    ``waits``: these callbacks do not start what the flag is for, so it stays as it is.
+    """
     if b is None or a.keys() != b.keys():
         error = Untraceable("its first step and the later ones differ by more than a select can tell apart")
         error.callback = first  # type: ignore[attr-defined]
         raise error
-    yes = graph.op("ne", load(graph, signature, f"state.{flag}", buffer), graph.leaf("const", 0.0))
+    now = load(graph, signature, f"state.{flag}", buffer)
+    yes = graph.op("ne", now, graph.leaf("const", 0.0))
+    if waits:
+        return {k: either(graph, yes, b[k], a[k]) for k in b} | {flag: Cell(now, None)}
     one = graph.leaf("const", 1.0)
     started = Cell(graph.op("expand", one) if buffer.kind == ELEMENT else one, None)
     return {k: either(graph, yes, b[k], a[k]) for k in b} | {flag: started}

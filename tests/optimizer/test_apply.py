@@ -413,6 +413,33 @@ def test_counts_on_the_device_stay_there(options):
     assert all(opt.state[p]["step"].item() == 4 for p in params if p.numel())
 
 
+def test_state_of_skipped_steps_is_not_there_yet():
+    """The first steps find infinities, so that what they would have started from is still to come."""
+
+    def anchored(p, lr, anchor=None, **kwargs):
+        if anchor is None:
+            anchor = p.data.clone()
+        p.data.sub_(p.grad, alpha=lr)
+        return {"anchor": anchor}
+
+    def back(p, anchor=None, **kwargs):
+        if anchor is not None:
+            p.data.lerp_(anchor, 0.5)
+
+    p = nn.Parameter(torch.ones(3))
+    opt = fusedopt.Optimizer([p], anchored, lr=0.5, amp_fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    opt.apply(back)
+    for t, expected in enumerate([1.0, 1.0, 0.75, 0.625]):
+        opt.zero_grad()
+        scaler.scale(p.sum() * (float("inf") if t < 2 else 1.0)).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.apply(back)
+        assert p[0].item() == expected
+    assert not opt.explain().applied[0].eager
+
+
 def test_parameters_that_are_not_dense_or_listed_twice():
     whole = torch.arange(12.0).reshape(3, 4)
     p = nn.Parameter(whole[:, :2])
