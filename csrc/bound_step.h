@@ -58,7 +58,8 @@ struct Group {
 // An entry of a parameter's state.
 struct Entry {
   // The object itself, or what a dict or list there has under the key `inner`; its entries follow one another.
-  enum class Kind { flag, number, element, whole, other, ignored }; // tensors: a number per element, one for all, others
+  // Of tensors: a number per element, one for all, one for each place along some dimensions, others.
+  enum class Kind { flag, number, element, whole, part, other, ignored };
   py::object key;
   Kind kind;
   py::object value; // a flag's; a number's, for its type; of tensors the dtype
@@ -251,6 +252,7 @@ class BoundStep {
     bool requires_grad = false, distributed = false;
     bool on = false, copied = false; // whether it has a gradient, and one in another layout
     py::object spec{};               // how a DTensor is spread
+    std::vector<at::DimVector> parts{}; // the sizes of state with one number for each place along some dimensions
     size_t first_number = 0, first_tensor = 0;
     size_t first_line = 0, dict_lines = 0, lines = 0; // of cache, to fetch early: its dict's, then all others
   };
@@ -550,7 +552,7 @@ class BoundStep {
     Py_ssize_t position = 0;
     PyObject *key, *value;
     PyObject* container = nullptr;
-    size_t number = row.first_number, entries = 0;
+    size_t number = row.first_number, entries = 0, part = 0;
     for (size_t e = 0; e < bucket.entries.size(); ++e) {
       const Entry& entry = bucket.entries[e];
       const bool another = entry.extra < 0 && (!entry.nested || e == 0 || !bucket.entries[e - 1].nested ||
@@ -601,10 +603,10 @@ class BoundStep {
               return "a tensor in its state is of another dtype or shape";
             break;
           }
-          const bool whole = entry.kind == Entry::Kind::whole;
-          if (!strided(t, row.keys) || negative(t) || scalar_type(t) != *entry.dtype || t.device() != param.device() ||
-              (whole ? t.numel() != 1 : !equal(t.sizes(), param.sizes()) || !same_layout(t, param)))
-            return "a tensor in its state is of another dtype, shape or layout";
+          if (!strided(t, row.keys) || negative(t) || scalar_type(t) != *entry.dtype || t.device() != param.device())
+            return "a tensor in its state is of another dtype or device";
+          if (!fits(row, entry.kind, t, param, part))
+            return "a tensor in its state is of another shape or layout";
           if (const char* why = take(run, row, state_found + e, t, entry.column, entry.written))
             return why;
           for (size_t k = 0; entry.extra >= 0 && k < state_found + e; ++k)
@@ -615,6 +617,17 @@ class BoundStep {
     }
     const bool more = static_cast<size_t>(PyDict_GET_SIZE(row.state)) != entries;
     return more ? "its state has other entries" : nullptr;
+  }
+
+  // Whether a tensor in the state has the shape that it had. `part` counts those along some dimensions.
+  static bool fits(Row& row, Entry::Kind kind, const at::TensorImpl& t, const at::TensorImpl& param, size_t& part) {
+    if (kind == Entry::Kind::whole)
+      return t.numel() == 1;
+    if (kind == Entry::Kind::element)
+      return equal(t.sizes(), param.sizes()) && same_layout(t, param);
+    if (row.parts.size() == part) // the first step: what it was bound for
+      row.parts.emplace_back(t.sizes());
+    return t.is_contiguous() && equal(t.sizes(), row.parts[part++]);
   }
 
   // -- DTensors: kernels take their local tensors --

@@ -23,6 +23,8 @@ struct Tables {
   double* partials;     // chunks x reductions
   const double* slots;  // scalar sets x slots
   int64_t row_words, n_slots, n_reductions;
+  double* results;
+  int64_t chunk_words;
 };
 
 // A compiled stage: items [begin, end) of what the tables describe. It cannot throw.
@@ -60,11 +62,14 @@ inline void run_stage(uintptr_t entry, const void* tables, const std::vector<int
 // The launch of one kernel. `rows` and `all_chunks` are tables in the caller's memory, as fusedopt/backends/base.py makes them.
 class Launch {
  public:
-  Launch(std::vector<uintptr_t> stages, uintptr_t scalars, uintptr_t rows, int64_t n_rows, int64_t row_words,
-         uintptr_t chunks, int64_t n_chunks, int64_t n_slots, int64_t n_reductions)
-      : stages_(std::move(stages)), scalars_(scalars), rows_(reinterpret_cast<int64_t*>(rows)), n_rows_(n_rows),
-        all_chunks_(reinterpret_cast<const int64_t*>(chunks)), n_chunks_(n_chunks),
-        tables_{rows_, nullptr, nullptr, nullptr, row_words, n_slots, n_reductions} {
+  // before: for each stage what is done once per row before it; 0: nothing
+  Launch(std::vector<uintptr_t> stages, std::vector<uintptr_t> before, uintptr_t scalars, uintptr_t rows, int64_t n_rows,
+         int64_t row_words, uintptr_t chunks, int64_t n_chunks, int64_t chunk_words, int64_t n_slots,
+         int64_t n_reductions, int64_t n_results)
+      : stages_(std::move(stages)), before_(std::move(before)), scalars_(scalars),
+        rows_(reinterpret_cast<int64_t*>(rows)), n_rows_(n_rows),
+        all_chunks_(reinterpret_cast<const int64_t*>(chunks)), n_chunks_(n_chunks), results_(n_results),
+        tables_{rows_, nullptr, nullptr, nullptr, row_words, n_slots, n_reductions, results_.data(), chunk_words} {
     for (int64_t r = 0; r < n_rows_; ++r)
       numel_.push_back(row(r)[word::numel]);
   }
@@ -92,22 +97,22 @@ class Launch {
     const auto begin = [&](int64_t row_of_chunk) { // rows in order, those without chunks too
       for (; r <= row_of_chunk && r < n_rows_; ++r) {
         row(r)[word::numel] = on_[r] ? numel_[r] : 0;
-        row(r)[word::first_chunk] = static_cast<int64_t>(chunks_.size()) / chunk_words;
+        row(r)[word::first_chunk] = static_cast<int64_t>(chunks_.size()) / tables_.chunk_words;
         row(r)[word::chunks] = 0;
       }
     };
     for (int64_t c = 0; c < n_chunks_; ++c) {
-      const int64_t* chunk = all_chunks_ + c * chunk_words;
+      const int64_t* chunk = all_chunks_ + c * tables_.chunk_words;
       begin(chunk[0]);
       if (on_[chunk[0]]) {
-        chunks_.insert(chunks_.end(), chunk, chunk + chunk_words);
+        chunks_.insert(chunks_.end(), chunk, chunk + tables_.chunk_words);
         ++row(chunk[0])[word::chunks];
       }
     }
     begin(n_rows_);
-    const auto count = static_cast<int64_t>(chunks_.size()) / chunk_words;
+    const auto count = static_cast<int64_t>(chunks_.size()) / tables_.chunk_words;
     partials_.resize(count * tables_.n_reductions);
-    bounds_ = splits(chunks_.data(), count, threads);
+    bounds_ = splits(chunks_.data(), count, threads, tables_.chunk_words);
     tables_.chunks = chunks_.data();
     tables_.partials = partials_.data();
   }
@@ -121,21 +126,26 @@ class Launch {
 
   void run() const {
     if (!chunks_.empty()) {
-      const Metered metered(stages_.size() + (scalars_ != 0));
-      for (const uintptr_t stage : stages_)
-        run_stage(stage, &tables_, bounds_);
+      const auto extra = std::count_if(before_.begin(), before_.end(), [](uintptr_t f) { return f != 0; });
+      const Metered metered(stages_.size() + extra + (scalars_ != 0));
+      for (size_t k = 0; k < stages_.size(); ++k) {
+        if (before_[k] != 0)
+          run_stage(before_[k], &tables_, {0, n_rows_});
+        run_stage(stages_[k], &tables_, bounds_);
+      }
       if (scalars_ != 0)
         run_stage(scalars_, &tables_, {0, n_rows_});
     }
   }
 
  private:
-  std::vector<uintptr_t> stages_;
+  std::vector<uintptr_t> stages_, before_;
   uintptr_t scalars_; // of what there is one number of per row; 0: nothing
   int64_t* rows_;
   int64_t n_rows_;
   const int64_t* all_chunks_;
   int64_t n_chunks_;
+  std::vector<double> results_;
   Tables tables_;
   std::vector<int64_t> numel_, chunks_, bounds_;
   std::vector<uint8_t> on_;

@@ -139,6 +139,7 @@ void bind_step(py::module_& m) {
       .value("flag", Entry::Kind::flag)
       .value("element", Entry::Kind::element)
       .value("whole", Entry::Kind::whole)
+      .value("part", Entry::Kind::part)
       .value("number", Entry::Kind::number)
       .value("other", Entry::Kind::other)
       .value("ignored", Entry::Kind::ignored);
@@ -161,10 +162,11 @@ void bind_step(py::module_& m) {
            py::arg("param_column"), py::arg("grad_column"), py::arg("param_written"), py::arg("grad_written"), py::arg("looked_at"),
            py::arg("entries"), py::arg("program"), py::arg("leaves"), py::arg("outputs"), py::arg("narrow"));
   py::class_<Launch>(m, "Launch")
-      .def(py::init<std::vector<uintptr_t>, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t,
-                    int64_t>(),
-           py::kw_only(), py::arg("stages"), py::arg("scalars"), py::arg("rows"), py::arg("n_rows"),
-           py::arg("row_words"), py::arg("chunks"), py::arg("n_chunks"), py::arg("n_slots"), py::arg("n_reductions"));
+      .def(py::init<std::vector<uintptr_t>, std::vector<uintptr_t>, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t,
+                    int64_t, int64_t, int64_t, int64_t, int64_t>(),
+           py::kw_only(), py::arg("stages"), py::arg("before"), py::arg("scalars"), py::arg("rows"), py::arg("n_rows"),
+           py::arg("row_words"), py::arg("chunks"), py::arg("n_chunks"), py::arg("chunk_words"), py::arg("n_slots"),
+           py::arg("n_reductions"), py::arg("n_results"));
   py::class_<Run>(m, "Run")
       .def(py::init([](py::object native, uintptr_t rows, int64_t row_words, uintptr_t slots, bool movable) {
              auto* launch = native.is_none() ? nullptr : native.cast<Launch*>();

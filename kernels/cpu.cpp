@@ -28,6 +28,8 @@ struct Launch {
   double* partials;     // chunks x reductions
   const double* slots;  // scalar sets x slots
   int64_t row_words, n_slots, n_reductions;
+  double* results;      // of reductions along some axes, and what is made of them
+  int64_t chunk_words;  // with several axes: the three of a chunk, then where its part results begin
 };
 
 constexpr int head_words = 4, chunk_words = 3, lanes = 16;
@@ -144,6 +146,45 @@ inline double combine(const Launch& launch, Row row, int k) {
     x = R::join(x, launch.partials[c * launch.n_reductions + k]);
   return x;
 }
+
+// Part results of a reduction along some axes are added up where a chunk says: in the result itself if the chunk is the
+// only one for it, else apart. Its first number is that of the chunk's first element: `inside` elements have `tail`.
+template <class R>
+inline void clear(double* parts, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) parts[i] = R::init;
+}
+template <class R>
+inline void join_chunks(const Launch& launch, Row row, int k, int64_t result, int64_t inside, int64_t tail, int64_t count) {
+  double* __restrict whole = launch.results + result;
+  const int64_t* chunk = launch.chunks + row.words[2] * launch.chunk_words;
+  const int64_t* const end = chunk + row.words[3] * launch.chunk_words;
+  if (chunk == end || chunk[chunk_words + k] == result) return;
+  clear<R>(whole, 0, count);
+  for (; chunk != end; chunk += launch.chunk_words) {
+    const double* __restrict part = launch.results + chunk[chunk_words + k];
+    const int64_t first = chunk[1] / inside * tail, last = ((chunk[2] - 1) / inside + 1) * tail;
+    FUSEDOPT_INDEPENDENT
+    for (int64_t i = first; i < last; ++i) whole[i] = R::join(whole[i], part[i]);
+  }
+}
+
+#define FUSEDOPT_BLOCK_STAGE(k)                                                                                    \
+  extern "C" void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                           \
+    for (int64_t c = begin; c < end; ++c) {                                                                        \
+      const int64_t* chunk = launch->chunks + c * launch->chunk_words;                                             \
+      const Row row{launch->rows + chunk[0] * launch->row_words};                                                  \
+      stage_##k(*launch, row, chunk[1], chunk[2], launch->partials + c * launch->n_reductions,                     \
+                chunk + chunk_words);                                                                              \
+    }                                                                                                              \
+  }
+
+#define FUSEDOPT_BETWEEN(k)                                                                                        \
+  extern "C" void fusedopt_before_##k(const Launch* launch, int64_t begin, int64_t end) {                          \
+    for (int64_t r = begin; r < end; ++r) {                                                                        \
+      const Row row{launch->rows + r * launch->row_words};                                                         \
+      if (row.numel() > 0) before_##k(*launch, row);                                                               \
+    }                                                                                                              \
+  }
 
 #define FUSEDOPT_STAGE(k)                                                                                          \
   extern "C" void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                           \

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ..extension import leaf
-from ..ir.passes import Stage, stages
 from ..ir.program import Program
+from ..ir.stages import Stage, regions, schedule, stages, wholes
 from . import chunking
 
 
@@ -83,11 +83,13 @@ class Backend(Protocol):
         sizes: Sequence[int],
         sets: Sequence[int],
         resident: bool = False,
+        shapes: Sequence[tuple[int, ...]] = (),
     ) -> Launch:
         """Tables for launching the kernel over rows of tensors.
 
         columns: for each buffer of the program one tensor per row; sizes: elements per row; sets: each row's scalar
-        set; resident: scalars stay in the device's memory, so that a launch in a CUDA graph sees later ones.
+        set; resident: scalars stay in the device's memory, so that a launch in a CUDA graph sees later ones; shapes:
+        the lengths of each row's axes, if the program has several.
         """
 
 
@@ -126,9 +128,16 @@ class Compiler(ABC):
         """Compile it, or find it in the cache."""
 
 
+def _blocks(program: Program, shapes: Sequence[tuple[int, ...]]) -> chunking.Blocks:
+    """How tensors of a program with several axes are cut."""
+    mine, kinds = regions(program), [v.kind for v in program.values]
+    others = [i for i in schedule(program).results if i not in mine]
+    return chunking.blocks(tuple(shapes), tuple(kinds[i] for i in mine), tuple(kinds[i] for i in others))
+
+
 class Rows(ABC):
     """A launch. Here the row table on the host: element count, scalar set, first chunk, number of chunks, a pointer per
-    buffer; the rest is the backend's."""
+    buffer, and with several axes their lengths and where results begin; the rest is the backend's."""
 
     def __init__(
         self,
@@ -137,14 +146,23 @@ class Rows(ABC):
         sizes: Sequence[int],
         sets: Sequence[int],
         resident: bool = False,
+        shapes: Sequence[tuple[int, ...]] = (),
     ) -> None:
         self.kernel, self.sizes, self.resident = kernel, tuple(sizes), resident
-        self.layout = chunking.layout(self.sizes)
+        program, buffers = kernel.program, kernel.program.buffers
+        blocks = _blocks(program, shapes) if program.axes > 1 else None
+        self.layout = blocks.layout if blocks else chunking.layout(self.sizes)
+        self.n_results = blocks.total if blocks else 0
         self.n_sets = max(sets, default=-1) + 1
-        self.n_reductions = sum(len(s.reductions) for s in kernel.stages)
-        buffers = kernel.program.buffers
-        self.rows = rows = np.empty((len(sizes), HEAD + len(buffers)), np.int64)
+        self.n_reductions = len(wholes(program))
+        tail = (
+            np.concatenate([np.array(shapes), blocks.results], axis=1)
+            if blocks
+            else np.empty((len(sizes), 0))
+        )
+        self.rows = rows = np.empty((len(sizes), HEAD + len(buffers) + tail.shape[1]), np.int64)
         rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, self.layout.first, self.layout.count
+        rows[:, HEAD + len(buffers) :] = tail
         # Of the tensors' memory. Other threads may give tensors other memory, or drop them, while kernels run.
         self.kept: list[object] = [
             leaf.write_pointers(columns[name], rows.ctypes.data, *rows.shape, HEAD + k)

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ..ir.comments import one_line
 from ..ir.ops import LEAVES, OPS, TENSOR, Op, Reduction, is_reduction, reduction
-from ..ir.passes import Stage, scalar_stores, stages
 from ..ir.program import Program, Value, argument_type, identifier
+from ..ir.stages import Stage, scalar_stores, schedule, wholes
 
 
-def entries(program: Program, prefix: str = "") -> tuple[list[str], str | None]:
-    """The kernels' names: one per stage, and the one for scalar stores if there are any."""
-    names = [f"{prefix}stage_{k}" for k in range(len(stages(program)))]
-    return names, f"{prefix}scalars" if scalar_stores(program).stores else None
+@dataclass(frozen=True)
+class Entries:
+    """The names of a program's kernels: of each stage, of what is done once per tensor before it, if anything is, and
+    of what is done after all of them."""
+
+    stages: list[str]
+    before: list[str | None]
+    scalars: str | None
+
+    @property
+    def all(self) -> list[str]:
+        return [name for name in (*self.stages, *self.before, self.scalars) if name is not None]
+
+
+def entries(program: Program, prefix: str = "") -> Entries:
+    found = schedule(program)
+    names = [f"{prefix}stage_{k}" for k in range(len(found.stages))]
+    before = [f"{prefix}before_{k}" if between else None for k, between in enumerate(found.between[:-1])]
+    last = found.between[-1] or scalar_stores(program).stores
+    return Entries(names, before, f"{prefix}scalars" if last else None)
 
 
 def summary(program: Program, stage: Stage) -> str:
@@ -42,12 +59,13 @@ class Body(ABC):
 
     def __init__(self, program: Program, slot_names: Sequence[str]) -> None:
         self.program, self.slot_names = program, slot_names
-        self.reductions = [i for stage in stages(program) for i in stage.reductions]
+        self.reductions = wholes(program)
         self.buffer_index = {n: k for k, (n, _) in enumerate(program.buffers)}
 
     def reduces(self) -> list[Reduction]:
         """The table's reductions that the program has."""
-        return [reduction(op) for op in dict.fromkeys(self.program.values[i].op for i in self.reductions)]
+        ops = (v.op for v in self.program.values if is_reduction(v.op))
+        return [reduction(op) for op in dict.fromkeys(ops)]
 
     @abstractmethod
     def constant(self, x: float, type_: str) -> str:
@@ -63,7 +81,7 @@ class Body(ABC):
             return f"{'d' if v.type == 'd' else 's'}{v.attr}"
         if v.op == "const":
             return self.constant(v.attr, self.types[v.type])
-        if is_reduction(v.op):
+        if i in self.reductions:
             return f"r{self.reductions.index(i)}"
         return f"v{i}"
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..ir.ops import TENSOR
 
 CHUNK = 1 << 16
 """Elements in a chunk, unless the tensor would have more than MAX_CHUNKS."""
@@ -21,7 +25,7 @@ GRAIN = 1 << 14
 """Below this cost a thread is not worth waking."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The chunk table (row, begin, end) as int64, and each row's first chunk and chunk count."""
 
@@ -47,6 +51,78 @@ def layout(sizes: tuple[int, ...]) -> Layout:
     return Layout(np.ascontiguousarray(np.stack([row, begin, end], axis=1)), first, count)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A layout of tensors with several axes, whose chunks are whole lines.
+
+    Chunks also say where in the results the part of each reduction along axes begins, less the place of its first
+    number there; ``results`` says for each row and result where it begins; ``total`` is how many numbers there are.
+    """
+
+    layout: Layout
+    results: np.ndarray
+    total: int
+
+
+SHARED = 64
+"""At least as many elements go into each part result that several chunks have."""
+
+
+@functools.lru_cache(maxsize=64)
+def blocks(shapes: tuple[tuple[int, ...], ...], regions: tuple[str, ...], kept: tuple[str, ...]) -> Blocks:
+    """Cut tensors with axes of these lengths.
+
+    regions: the kinds of the reductions along axes, which are the first of the results; kept: those of the others
+    """
+    chunks: list[np.ndarray] = []
+    results = np.empty((len(shapes), len(regions) + len(kept)), np.int64)
+    count = np.zeros(len(shapes), np.int64)
+    total = 0
+    for row, shape in enumerate(shapes):
+        for k, kind in enumerate((*regions, *kept)):
+            results[row, k] = total
+            total += _places(shape, kind)
+        size = math.prod(shape)
+        if not size:
+            continue
+        prefixes = [_prefix(shape, kind) for kind in regions]
+        length = _chunk_length(shape, prefixes)
+        begin = np.arange(0, size, length, dtype=np.int64)
+        end = np.minimum(begin + length, size)
+        count[row] = len(begin)
+        words = [np.full(len(begin), row, np.int64), begin, end]
+        for k, (inside, tail) in enumerate(prefixes):
+            if len(begin) == 1 or length % inside == 0:
+                words.append(np.full(len(begin), results[row, k]))
+                continue
+            first, last = begin // inside * tail, ((end - 1) // inside + 1) * tail
+            sizes = last - first
+            words.append(total + np.cumsum(sizes) - sizes - first)
+            total += int(sizes.sum())
+        chunks.append(np.stack(words, axis=1))
+    table = np.concatenate(chunks) if chunks else np.empty((0, 3 + len(regions)), np.int64)
+    return Blocks(Layout(np.ascontiguousarray(table), np.cumsum(count) - count, count), results, total)
+
+
+def _places(shape: tuple[int, ...], kind: str) -> int:
+    return 1 if kind == TENSOR else math.prod(shape[int(a)] for a in kind)
+
+
+def _prefix(shape: tuple[int, ...], kind: str) -> tuple[int, int]:
+    """How many elements, and how many numbers of this kind, each place along the axes before its first gap has."""
+    gap = next(a for a in range(len(shape)) if str(a) not in kind)
+    return math.prod(shape[gap:]), math.prod(n for a, n in enumerate(shape) if a > gap and str(a) in kind)
+
+
+def _chunk_length(shape: tuple[int, ...], prefixes: Sequence[tuple[int, int]]) -> int:
+    """Whole lines; where it is not much more, whole places of what is reduced, so that no other chunk has a part."""
+    line = shape[-1]
+    length = max(CHUNK, -(-math.prod(shape) // MAX_CHUNKS), line)
+    length = max([length, *(SHARED * tail for inside, tail in prefixes if inside > length)])
+    unit = max([line, *(inside for inside, _ in prefixes if inside <= length)])
+    return -(-length // unit) * unit
+
+
 def tiles(chunks: np.ndarray) -> np.ndarray:
     """Chunks cut further, for more programs to share a tensor: the same table with more rows."""
     begin, end = chunks[:, 1], chunks[:, 2]
@@ -57,9 +133,9 @@ def tiles(chunks: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def splits(sizes: tuple[int, ...], threads: int) -> tuple[int, ...]:
+def splits(layout: Layout, threads: int) -> tuple[int, ...]:
     """Bounds of the chunk ranges, one per thread, of nearly equal cost: by prefix sum, not by count."""
-    chunks = layout(sizes).chunks
+    chunks = layout.chunks
     cost = np.cumsum(chunks[:, 2] - chunks[:, 1] + CHUNK_COST)
     total = int(cost[-1]) if len(cost) else 0
     parts = max(1, min(threads, total // GRAIN))

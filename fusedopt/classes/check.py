@@ -8,6 +8,7 @@ import torch
 
 from ..ir.program import interpret
 from ..step.items import Item
+from ..trace.axes import sizes
 from ..trace.tracer import Trace
 from .shadow import Path, Shadow
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
@@ -98,11 +99,23 @@ def _clone(path: Path, value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
+def _interpreted(trace: Trace, item: Item, buffers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the program leaves; it sees dimensions in the order of memory."""
+    order, lengths = [d for group in trace.axes for d in group], sizes(trace.axes, item.param.shape)
+    if order == sorted(order):
+        return interpret(trace.program, buffers, trace.slot_values(), lengths)
+    order += [d for d in range(item.param.dim()) if d not in order]  # those of length 1
+    turned = {n: t.permute(order) if t.shape == item.param.shape else t for n, t in buffers.items()}
+    found = interpret(trace.program, turned, trace.slot_values(), lengths)
+    back = [order.index(d) for d in range(len(order))]
+    return {n: t.permute(back) if turned[n] is not buffers[n] else t for n, t in found.items()}
+
+
 def _apart(item: Item, trace: Trace, p: torch.Tensor, state: dict[str, Any], grads: bool) -> str | None:
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
     given = {n: buffers.get(n, torch.ones(())) for n, _ in trace.program.buffers} | {"param": item.param}
     on_host = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    ours = interpret(trace.program, on_host, trace.slot_values())
+    ours = _interpreted(trace, item, on_host)
     close = _closeness([item.param, item.grad, *item.state.values()])
     theirs = (
         {"param": p.detach()}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..ir.ops import ELEMENT, TENSOR
-from ..trace import methods  # noqa: F401  (fills the table of tensor methods)
+from ..trace.axes import regrouped, sizes
+from ..trace.methods import Extreme, seen
 from ..trace.number import Number
 from ..trace.run import Run
 from ..trace.signals import Untraceable
@@ -88,11 +89,7 @@ _NAMES = (
 )
 _OF_DATA = frozenset({"tensor", "as_tensor", "scalar_tensor", "asarray"})
 _FACTORIES = _OF_DATA | {"zeros", "ones", "full", "empty"}
-_DIMENSIONAL = frozenset(
-    """
-    sum mean amax amin max min any all norm vector_norm std var
-    """.split()  # noqa: SIM905
-)
+_DIMENSIONAL = frozenset("sum mean amax amin max min any all norm vector_norm std var".split())  # noqa: SIM905
 
 
 def flat(x: Any) -> Iterator[Any]:
@@ -145,8 +142,8 @@ def _property(name: str, func: Any, args: Any) -> Any:
 def _fact(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What a tensor says of itself. What depends on its shape splits the parameters by it."""
     for x in flat(args):
-        if isinstance(x, Symbolic) and name in _OF_SHAPE and x.sym is not None and x.sym.kind == ELEMENT:
-            known = x.sym.run.attribute(ELEMENT, _OF_SHAPE[name])
+        if isinstance(x, Symbolic) and name in _OF_SHAPE and x.sym is not None and x.sym.kind != TENSOR:
+            known = x.sym.fact(_OF_SHAPE[name])
             if name == "is_contiguous":
                 if known is None or any(m != torch.contiguous_format for m in (*args[1:], *kwargs.values())):
                     raise Untraceable("is_contiguous() of tensors with several layouts")
@@ -193,7 +190,7 @@ def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if args[0].number is not None:
             return bool(args[0].number)
         x = place(args[0])
-        if x.kind == ELEMENT:
+        if x.kind != TENSOR:
             return bool(TensorNumber.read(args[0]))
         return x.run.branch(as_bool(x))
     name = _NAMES.get(name, name)
@@ -286,8 +283,6 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _on_numbers(base, in_place, meta, args, kwargs)
     if in_place and isinstance(x, Symbolic) and x.number is not None:
         _place_number(x, run)
-    if base in _DIMENSIONAL and isinstance(x, Symbolic):
-        args, kwargs = _over_all(x, args, kwargs)
     operands, options = (
         [_operand(a) for a in args],
         {_WORDS.get(k, k): _operand(v) for k, v in kwargs.items()},
@@ -332,7 +327,7 @@ def _as_stored(x: Any, dtype: torch.dtype, always: bool = False) -> Any:
     if not wanted or x.run.graph.values[x.node].op in _EXACT:
         return x
     out = new(x, _ROUNDS[dtype], x)
-    return SymTensor(x.run, out.node, dtype)
+    return SymTensor(x.run, out.node, dtype, x.shown)
 
 
 def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic:
@@ -354,7 +349,7 @@ def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic
         return made(as_bool(sym), meta)
     if meta.dtype not in FLOATS or (meta.dtype == torch.float64 and sym.run.compute != torch.float64):
         raise Untraceable(f"a cast to {meta.dtype}; values are {sym.run.compute}")
-    value = SymTensor(sym.run, as_float(sym).node, meta.dtype)
+    value = SymTensor(sym.run, as_float(sym).node, meta.dtype, sym.shown)
     return made(_as_stored(value, meta.dtype, always=True) if meta.dtype != x.meta.dtype else value, meta)
 
 
@@ -366,7 +361,7 @@ def _place_number(x: Symbolic, run: Run) -> None:
     if x.hosted:
         raise Untraceable("a tensor of the optimizer itself gets a number from a parameter")
     sym = lift(run, x.number)
-    if x.meta.numel() != 1 or run.elements == 1:  # type: ignore[attr-defined]
+    if x.meta.numel() != 1 or run.shape.numel() == 1:  # type: ignore[attr-defined]
         sym = expand(sym)
     x.__dict__.update(sym=SymTensor(run, sym.node, x.meta.dtype), number=None)
 
@@ -427,7 +422,10 @@ def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _refuse(name)
     copies = [
         made(
-            None if p.sym is None else SymTensor(p.sym.run, p.sym.node, p.sym.asked), p.meta, p.why, p.number
+            None if p.sym is None else SymTensor(p.sym.run, p.sym.node, p.sym.asked, p.sym.shown),
+            p.meta,
+            p.why,
+            p.number,
         )
         for p in parts
     ]
@@ -464,37 +462,46 @@ def _refuse(name: str) -> Any:
 
 def _wrapped(name: str, result: Any, meta: Any, x: Any) -> Any:
     """A result as the class sees it."""
+    if isinstance(result, Extreme):
+        where = made(None, meta[1], "where a tensor is largest or smallest has no fused form")
+        return type(meta)((_wrapped(name, result.values, meta[0], x), where))
     if not isinstance(result, SymTensor):
         return result
     if not isinstance(meta, torch.Tensor):
         _refuse(name)
     if isinstance(x, Symbolic) and x.sym is not None and result.place is x.sym.place and meta is x.meta:
         return made(result, meta)
-    elements = result.run.elements
-    if (result.kind == ELEMENT and meta.numel() != elements) or (result.kind == TENSOR and meta.numel() != 1):
+    run: Any = result.run
+    if result.shown is not None and not callable(result.shown):
+        fits = list(meta.shape) == sizes(result.shown, run.shape)
+    else:
+        fits = meta.numel() == (1 if result.kind == TENSOR else run.shape.numel())
+    if not fits:
         raise Untraceable(f"torch.{name} makes a tensor of another shape than the parameter's")
     return made(result, meta)
 
 
 def _view(name: str, meta: _Meta, x: Symbolic) -> Symbolic:
     sym = place(x)
-    if sym.kind == ELEMENT and name not in ("unsqueeze", "squeeze"):
+    if sym.kind != TENSOR and name not in ("unsqueeze", "squeeze"):
         sym.run.attribute(ELEMENT, "contiguous")
+    if name.startswith("expand") and meta.shape != x.meta.shape:
+        return _broadcast(sym, meta)
     if meta.numel() != x.meta.numel() or not (meta.is_contiguous() and x.meta.is_contiguous()):
         raise Untraceable(f"Tensor.{name} shows a tensor's elements in another order or number")
-    return made(alias(sym), meta)
+    if sym.kind == TENSOR or meta.shape == x.meta.shape:
+        return made(alias(sym), meta)
+    run: Any = sym.run
+    if sym.kind == ELEMENT and meta.shape == run.shape:
+        return made(seen(sym, None), meta)
+    return made(seen(sym, lambda: regrouped(sym.dims, run.attribute(ELEMENT, "shape"), meta.shape)), meta)
 
 
-def _over_all(x: Symbolic, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A reduction over all dimensions, each named, is one over everything."""
-    dim = kwargs.get("dim")
-    if dim is None or kwargs.get("keepdim") or place(x).kind != ELEMENT:
-        return args, kwargs
-    ndim = len(place(x).run.attribute(ELEMENT, "shape"))
-    named = {d % max(ndim, 1) for d in (dim if isinstance(dim, (tuple, list)) else (dim,))}
-    if len(named) == ndim and x.meta.dim() == ndim:
-        return args, {k: v for k, v in kwargs.items() if k != "dim"}
-    return args, kwargs
+def _broadcast(sym: SymTensor, meta: _Meta) -> Symbolic:
+    """A tensor as large as another, which whatever takes both makes of it anyway. Nothing may be written to it."""
+    view = alias(sym)
+    view.__dict__["shown"] = (*[()] * (meta.dim() - len(sym.dims)), *sym.dims)
+    return made(view, meta)
 
 
 def _write(to: Any, value: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..ir.ops import ELEMENT
+from ..ir.ops import ELEMENT, TENSOR
 from ..trace import methods  # noqa: F401  (fills the table of tensor methods)
 from ..trace.number import Number, operate
 from ..trace.run import Run
@@ -160,7 +160,7 @@ class TensorNumber:
         if x.number is not None:
             return x.number
         run, one = place(x).run, as_float(place(x))
-        if one.kind == ELEMENT:
+        if one.kind != TENSOR:
             if x.meta.numel() != 1:
                 raise ValueError(f"a Tensor with {x.meta.numel()} elements cannot be converted to Scalar")
             run.attribute(ELEMENT, "count")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ import torch
 from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph
 from ..step.items import Item
+from ..trace.axes import along
 from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
 from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, alike, is_number, load, merged
-from ..trace.signals import NeedsAttribute, Untraceable, latest, line_now
+from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest, line_now
 from ..trace.signature import FACTOR, PLAIN, Foreign, Signature, structure_of
 from ..trace.standins import StandIns
 from ..trace.tensor import SymTensor
@@ -32,6 +33,8 @@ from .symbolic import Symbolic, made, parameter, place, tracing
 from .watch import Watch
 
 Bucket = tuple[list[Item], Signature]
+REPRESENTATIVES = 2
+"""Parameters of each bucket that a step is traced with."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class Options:
 
 @dataclass
 class Elements(Run):
-    """A run whose parameter has this many elements."""
+    """A run whose parameter has this shape."""
 
-    elements: int = 0
+    shape: torch.Size = field(default_factory=lambda: torch.Size(()))
 
     where = staticmethod(line_now)
 
@@ -74,7 +77,7 @@ class Representative:
     ) -> None:
         self.stores, self.whole = stores, whole_of(stores, item.owner)
         self.index, self.item, self.signature = index, item, signature
-        self.graph, self.scalars = Graph(), scalars
+        self.graph, self.scalars = Graph(along(signature.dims) if signature.dims else "0"), scalars
         self.outcomes: Outcomes = {}
         self.todo: list[tuple[bool, ...]] = [()]
         grad = self.graph.leaf("load", "grad", kind=ELEMENT)
@@ -87,7 +90,7 @@ class Representative:
         decisions = self.todo.pop() if self.todo else ()
         item, signature = self.item, self.signature
         self.run = run = Elements(self.graph, self.scalars, signature, self.index, decisions)
-        run.elements = item.param.numel()
+        run.shape = item.param.shape
         self.p = SymTensor(run, self.graph.leaf("load", "param", kind=ELEMENT), signature.param)
         self.g = SymTensor(run, self.grad, signature.grad)
         self.gradient = made(self.g, meta_of(item.grad))
@@ -97,7 +100,9 @@ class Representative:
         for key, value in item.state.items():
             what = known[key]
             if isinstance(what, Buffer):
-                sym = SymTensor(run, load(self.graph, signature, f"state.{key}", what), what.dtype)
+                if what.dims is not None:
+                    run.attribute(ELEMENT, "dims")
+                sym = SymTensor(run, load(self.graph, signature, f"state.{key}", what), what.dtype, what.dims)
                 self.put[key] = made(sym, meta_of(value))
             elif isinstance(what, Foreign):
                 why = f"the state {key!r} is a {what.dtype} tensor of another shape than the parameter, or of integers"
@@ -159,17 +164,19 @@ class Representative:
             if id(sym.place) in taken:
                 raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
             taken.add(id(sym.place))
-            kind = self.graph.values[
-                load(self.graph, self.signature, f"state.{key}", dict(self.signature.state)[key])
-            ].kind
+            buffer = dict(self.signature.state)[key]
             node = sym.node
-            if kind != sym.kind:
-                if kind == TENSOR or not self.signature.zero_dim:
+            if buffer.dims is not None and sym.dims != buffer.dims:
+                error = Mismatched(f"the state {key!r} goes along other dimensions")
+                error.of = self.index
+                raise error
+            if buffer.kind != sym.kind:
+                if buffer.kind == TENSOR or not (self.signature.zero_dim or buffer.dims):
                     raise Untraceable(
                         f"the state {key!r} changes between one number per element and one per tensor"
                     )
-                node = self.graph.op("expand", node)
-            return Cell(node, sym.asked)
+                node = self.graph.op("expand", node, to=buffer.kind if buffer.dims else None)
+            return Cell(node, sym.asked, buffer.dims)
         if isinstance(put, Symbolic) and self.run.taken and is_number(value) and put.meta.numel() == 1:
             # On one side of a branch on a norm a number, on the other a tensor: which, only kernels know.
             node = self.run.slot(value)
@@ -195,7 +202,7 @@ class Representative:
         grad = cells[GRAD].node != self.grad
         if grad and self.signature.modes.scaled:
             raise Untraceable("the step writes to gradients, and max_grad_norm scales them")
-        program, slots = program_of(self.graph, self.signature, {}, cells, {}, grad and write_grads)
+        program, slots, axes = program_of(self.graph, self.signature, {}, cells, {}, grad and write_grads)
         ours = ScalarProgram()
         move = mover(self.scalars, ours, self.index)
         numbers = {
@@ -203,7 +210,7 @@ class Representative:
             for k, v in cells.items()
             if not isinstance(v, (Cell, Foreign))
         }
-        trace = Trace(self.signature, program, ours, tuple(map(move, slots)), numbers, {}, {})
+        trace = Trace(self.signature, program, ours, tuple(map(move, slots)), numbers, {}, {}, axes)
         for guard in guards:
             ours.guard(move(guard.index), guard.value, guard.where)
         return trace
@@ -307,11 +314,34 @@ def trace_step(
     options: Options,
     names: Callable[[Path], str],
 ) -> StepTrace:
-    """Trace the step of these buckets. Raises Untraceable, NewState, NeedsAttribute, or what the class raises."""
+    """Trace the step of these buckets. Raises Untraceable, NewState, NeedsAttribute, or what the class raises.
+
+    Where sizes leave open along which dimensions a state goes, the first choice is taken that fits.
+    """
+    choices = [list(signature.resolved()) for _, signature in buckets]
+    while True:
+        chosen = [(items, found[0]) for (items, _), found in zip(buckets, choices, strict=True)]
+        try:
+            return _trace_step(opt, chosen, closure, options, names)
+        except Mismatched as error:
+            bucket_of = [b for b, (items, _) in enumerate(buckets) for _ in items[:REPRESENTATIVES]]
+            found = choices[bucket_of[error.of]] if error.of is not None else []
+            if len(found) < 2:
+                raise
+            found.pop(0)
+
+
+def _trace_step(
+    opt: torch.optim.Optimizer,
+    buckets: Sequence[Bucket],
+    closure: bool,
+    options: Options,
+    names: Callable[[Path], str],
+) -> StepTrace:
     scalars, stores = ScalarProgram(), stores_of(opt)
     groups: list[list[Representative]] = []
     for items, signature in buckets:
-        chosen = sorted(items, key=lambda item: item.param.numel())[:2]
+        chosen = sorted(items, key=lambda item: item.param.numel())[:REPRESENTATIVES]
         first = sum(map(len, groups))
         groups.append(
             [Representative(first + k, item, signature, scalars, stores) for k, item in enumerate(chosen)]

@@ -25,7 +25,25 @@ import numpy as np
 import torch
 
 ELEMENT, TENSOR = "F", "S"
-"""The kinds of values: one number per element, as programs print it, and one per tensor."""
+"""The kinds of values, as programs print them: one number per element, and one per tensor. Between the two are those
+of a tensor with several axes: one number for each place along some of them, printed as their numbers. Of a matrix "0"
+is one number per row, "1" one per column."""
+
+
+def is_partial(kind: str) -> bool:
+    """Whether it is one number for each place along some axes, not along all of them."""
+    return kind not in (ELEMENT, TENSOR)
+
+
+def axes_of(kind: str, axes: str) -> str:
+    """The axes along which a kind has numbers, of those that there are."""
+    return axes if kind == ELEMENT else "" if kind == TENSOR else kind
+
+
+def kind_of(kept: Iterable[str], axes: str) -> str:
+    """The kind that has numbers along these axes."""
+    kept = "".join(sorted(set(kept)))
+    return TENSOR if not kept else ELEMENT if kept == axes else kept
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A whole-tensor reduction: one float per tensor from one float per element.
+    """A reduction of all elements to one float per tensor, or along some axes to one for each place along the others.
 
     Partial results are doubles, one per chunk, joined in chunk order. ``init`` and ``join`` spell the monoid, in C++
     and Triton alike; ``numpy`` is that join on the host, for parts from several processes; ``torch`` is the meaning,
@@ -174,7 +192,7 @@ LEAVES = ("load", "slot", "const", "numel")
 
 
 def is_reduction(name: str) -> bool:
-    """Whether the op turns one value per element into one per tensor."""
+    """Whether the op turns many values into fewer."""
     return isinstance(OPS.get(name), Reduction)
 
 
@@ -184,8 +202,15 @@ def reduction(name: str) -> Reduction:
     return op
 
 
-def result_kind(name: str, kinds: Iterable[str]) -> str:
-    """A reduction gives one per tensor, ``expand`` one per element; so does any other op as soon as one argument is."""
+def result_kind(name: str, kinds: Iterable[str], to: str | None = None, axes: str = "0") -> str:
+    """A reduction gives one per tensor, ``expand`` one per element, or both what they say: ``to``.
+
+    Any other op has numbers along all the axes that one of its arguments has: the kinds are a lattice, and this their
+    join.
+    """
     if is_reduction(name):
-        return TENSOR
-    return ELEMENT if name == "expand" or ELEMENT in kinds else TENSOR
+        return to or TENSOR
+    if name == "expand":
+        return to or ELEMENT
+    kinds = list(kinds)
+    return ELEMENT if ELEMENT in kinds else kind_of("".join(axes_of(k, axes) for k in kinds), axes)

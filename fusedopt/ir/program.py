@@ -2,17 +2,21 @@
 
 Grammar::
 
-    program ::= compute buffer* value* store*
+    program ::= compute axes buffer* value* store*
     buffer  ::= name dtype kind             # 'param', 'grad', 'state.<key>'
     value   ::= leaf | op(value, ...)       # numbered; arguments stand before their use
     leaf    ::= load(buffer) | slot(i) | const(x) | numel
     store   ::= buffer <- value
-    kind    ::= F (one number per element) | S (one number per tensor)
+    kind    ::= F (one number per element) | S (one number per tensor) | axis+ (one for each place along these axes)
     type    ::= f (float, of the compute type) | b (bool) | d (double, of kind S only)
 
 An F value may use S values (they are broadcast), an S value is made from S values only, or by a reduction from an F
-value. Slots are the step's scalars (learning rate, bias corrections): numbers the host computes and hands over, so a
-schedule changes no program.
+value. The same holds between kinds with fewer and more axes: a tensor is seen as a block with ``axes`` axes, the last
+one contiguous in memory, and a sum along axis 1 of two is of kind "0", one number per row. Most programs have one axis,
+which is all elements.
+
+Slots are the step's scalars (learning rate, bias corrections): numbers the host computes and hands over, so a schedule
+changes no program.
 
 As in torch, one double among S values makes the result double, and beside an F value it is rounded to the compute type.
 Step counts that live on the device are doubles, and with them bias corrections. Where the compute type is double
@@ -27,14 +31,25 @@ import keyword
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .comments import one_line
-from .ops import ELEMENT, LEAVES, OPS, TENSOR, Reduction, is_reduction, result_kind
+from .ops import (
+    ELEMENT,
+    LEAVES,
+    OPS,
+    TENSOR,
+    Reduction,
+    axes_of,
+    is_partial,
+    is_reduction,
+    kind_of,
+    result_kind,
+)
 
 
 class ProgramError(AssertionError):
@@ -64,16 +79,25 @@ def _is_negative_zero(x: Any) -> bool:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor the program reads or writes: its storage dtype and its kind."""
+    """A tensor the program reads or writes: its storage dtype and its kind.
+
+    dims: outside of programs, how the dimensions of a tensor with fewer numbers than elements are those of its
+    parameter (see `trace.axes`)
+    """
 
     dtype: torch.dtype
     kind: str
+    dims: tuple[tuple[int, ...], ...] | None = None
 
 
 class Graph:
-    """Builds values; the same op on the same arguments is the same value."""
+    """Builds values; the same op on the same arguments is the same value.
 
-    def __init__(self) -> None:
+    axes: the axes that there are, a digit each
+    """
+
+    def __init__(self, axes: str = "0") -> None:
+        self.axes = axes
         self.values: list[Value] = []
         self._known: dict[tuple, int] = {}
 
@@ -85,16 +109,22 @@ class Graph:
             self.values.append(Value(op, (), attr, kind, type))
         return index
 
-    def op(self, name: str, *args: int, where: Callable[[], str] = str) -> int:
-        """The value ``name(*args)``; ``where`` is asked for the callback's line when the value is new."""
-        if _result(name, [self.values[a] for a in args])[1] == "d":
+    def op(self, name: str, *args: int, where: Callable[[], str] = str, to: str | None = None) -> int:
+        """The value ``name(*args)``; ``where`` is asked for the callback's line when the value is new.
+
+        to: the kind of a reduction along some axes, or that of ``expand``
+        """
+        if self._result(name, args, to)[1] == "d":
             args = tuple(map(self._wide, args))
-        index = self._known.get((name, args))
+        index = self._known.get((name, args, to))
         if index is None:
-            kind, type = _result(name, [self.values[a] for a in args])
-            index = self._known[name, args] = len(self.values)
-            self.values.append(Value(name, args, None, kind, type, where()))
+            kind, type = self._result(name, args, to)
+            index = self._known[name, args, to] = len(self.values)
+            self.values.append(Value(name, args, to, kind, type, where()))
         return index
+
+    def _result(self, name: str, args: Iterable[int], to: str | None) -> tuple[str, str]:
+        return _result(name, [self.values[a] for a in args], to, self.axes)
 
     def _wide(self, i: int) -> int:
         """Numbers of the host are doubles before they are anything else."""
@@ -102,10 +132,10 @@ class Graph:
         return self.leaf(v.op, v.attr, type="d") if v.op in ("slot", "const", "numel") else i
 
 
-def _result(name: str, args: Iterable[Value]) -> tuple[str, str]:
+def _result(name: str, args: Iterable[Value], to: str | None, axes: str) -> tuple[str, str]:
     """Kind and type of an op's result."""
     args = list(args)
-    kind = result_kind(name, [a.kind for a in args])
+    kind = result_kind(name, [a.kind for a in args], to, axes)
     wide = kind == TENSOR and OPS[name].result == "f" and any(a.type == "d" for a in args)
     return kind, "d" if wide else OPS[name].result
 
@@ -125,6 +155,12 @@ class Program:
     stores: tuple[tuple[str, int], ...]
     slots: int
     skip: int | None = None
+    axes: int = 1
+
+    @property
+    def all_axes(self) -> str:
+        """Its axes, a digit each."""
+        return "".join(map(str, range(self.axes)))
 
     @property
     def roots(self) -> list[int]:
@@ -181,8 +217,11 @@ def verify(program: Program) -> None:
             raise ProgramError(f"store of v{index}, which is not there, to {name!r}")
         if program.values[index].type == "b":
             raise ProgramError(f"store of the bool v{index} to {name!r}")
-        if buffers[name].kind == TENSOR and program.values[index].kind != TENSOR:
-            raise ProgramError(f"store of v{index}, one number per element, to the 0-d {name!r}")
+        kinds = buffers[name].kind, program.values[index].kind
+        if not set(axes_of(kinds[1], program.all_axes)) <= set(axes_of(kinds[0], program.all_axes)):
+            raise ProgramError(
+                f"store of v{index}, of kind {kinds[1]}, to {name!r}, which is of kind {kinds[0]}"
+            )
     if program.skip is not None and (
         program.values[program.skip].kind,
         program.values[program.skip].type,
@@ -198,7 +237,7 @@ def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value)
         if v.args:
             raise ProgramError(f"v{i}: {v.op} takes no arguments")
         types = "fd" if v.kind == TENSOR and program.compute != torch.float64 else "f"
-        if v.type not in types or (v.op != "load" and v.kind != TENSOR):
+        if v.type not in types or (v.op != "load" and v.kind != TENSOR) or not _known(v.kind, program):
             raise ProgramError(f"v{i}: {v.op} is no {v.type} of kind {v.kind}")
         if v.op == "load" and (v.attr not in buffers or buffers[v.attr].kind != v.kind):
             raise ProgramError(f"v{i}: load of {v.attr!r}, which is no {v.kind} buffer of this program")
@@ -214,27 +253,66 @@ def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value)
     got = "".join(a.type for a in args) + ">" + v.type
     if got.replace("d", "f") != op.types:
         raise ProgramError(f"v{i}: {v.op} is {op.types}, not {got}")
-    if (v.kind, v.type) != _result(v.op, args):
-        kinds = {a.kind for a in args}
+    kinds = {a.kind for a in args}
+    if v.op == "expand" or is_reduction(v.op):
+        small, large = (args[0].kind, v.kind) if v.op == "expand" else (v.kind, args[0].kind)
+        inside = set(axes_of(small, program.all_axes)) <= set(axes_of(large, program.all_axes))
+        if not inside or not _known(v.kind, program):
+            raise ProgramError(f"v{i}: {v.op} of {kinds} cannot be of kind {v.kind}")
+    if (v.kind, v.type) != _result(v.op, args, v.attr, program.all_axes):
         raise ProgramError(f"v{i}: {v.op} of {kinds}, {got}, cannot be of kind {v.kind}")
+
+
+def _known(kind: str, program: Program) -> bool:
+    """Whether there is such a kind: axes are listed once, in order, and all of them are F."""
+    return not is_partial(kind) or (
+        set(kind) < set(program.all_axes) and kind_of(kind, program.all_axes) == kind
+    )
 
 
 # ---- the interpreter: the living definition of what a program means -----------------------------------------------
 
 
 def interpret(
-    program: Program, buffers: Mapping[str, torch.Tensor], slots: Iterable[float]
+    program: Program,
+    buffers: Mapping[str, torch.Tensor],
+    slots: Iterable[float],
+    sizes: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Run the program on one row's tensors with plain torch ops; returns the buffers it stores, as new tensors.
 
-    F buffers have one shape, S buffers are 0-d. Values have the compute dtype, or are double; each result is rounded to
-    its buffer's dtype once, at the end. Reductions are computed in double. Where there are no elements, what there is
-    one of per tensor stays as it is.
+    F buffers have as many numbers, S buffers one, others have theirs in the order of their axes. Values have the
+    compute dtype, or are double; each result is rounded to its buffer's dtype once, at the end. Reductions are computed
+    in double. Where there are no elements, what there is one of per tensor stays as it is.
 
     buffers: those of the program; if none of them is F, also "param", whose elements are counted
+    sizes: the length of each axis, if there are several
     """
+    if program.axes == 1:
+        sizes = buffers[_shaped(program)].shape
+    assert sizes is not None
+    block = {n: t.reshape(_block(program, n, sizes)) for n, t in buffers.items()}
+    return {n: t.reshape(buffers[n].shape) for n, t in _interpret(program, block, slots).items()}
+
+
+def _shaped(program: Program) -> str:
+    """The buffer whose elements are counted."""
+    return next((n for n, b in program.buffers if b.kind == ELEMENT), "param")
+
+
+def _block(program: Program, name: str, sizes: Sequence[int]) -> list[int]:
+    """A buffer's shape as a block with all axes, those along which it has one number of length 1."""
+    kind = program.buffer[name].kind if name in program.buffer else ELEMENT
+    if not is_partial(kind):
+        return [] if kind == TENSOR else list(sizes)
+    return [n if str(a) in kind else 1 for a, n in enumerate(sizes)]
+
+
+def _interpret(
+    program: Program, buffers: Mapping[str, torch.Tensor], slots: Iterable[float]
+) -> dict[str, torch.Tensor]:
     dtype = program.compute
-    like = buffers[next((n for n, b in program.buffers if b.kind == ELEMENT), "param")]
+    like = buffers[_shaped(program)]
     if not like.numel():
         return {name: buffers[name].clone() for name, _ in program.stores}
     types = {"f": dtype, "d": torch.float64}
@@ -253,7 +331,14 @@ def interpret(
         wanted = types[argument_type(v, [program.values[a] for a in v.args])]
         args = [x if x.dtype == torch.bool else x.to(wanted) for x in (results[a] for a in v.args)]
         if is_reduction(v.op):
-            results.append(OPS[v.op].torch(args[0].expand(like.shape).to(torch.float64)).to(dtype))
+            source = program.values[v.args[0]].kind
+            results.append(
+                _reduced(program, v, args[0].expand(_along(program, source, like)).to(torch.float64)).to(
+                    dtype
+                )
+            )
+        elif v.op == "expand":
+            results.append(args[0].expand(_along(program, v.kind, like)))
         else:
             out = OPS[v.op].torch(*args)
             results.append(out if v.type == "b" else out.to(types[v.type]))
@@ -262,9 +347,23 @@ def interpret(
     out = {}
     for name, i in program.stores:
         buffer = program.buffer[name]
-        value = results[i] if buffer.kind == TENSOR else results[i].expand(like.shape)
+        value = results[i].expand(_along(program, buffer.kind, like))
         out[name] = value.to(buffer.dtype, copy=True)
     return out
+
+
+def _along(program: Program, kind: str, like: torch.Tensor) -> list[int]:
+    """The shape of values of this kind."""
+    if not is_partial(kind):
+        return [] if kind == TENSOR else list(like.shape)
+    return [n if str(a) in kind else 1 for a, n in enumerate(like.shape)]
+
+
+def _reduced(program: Program, v: Value, x: torch.Tensor) -> torch.Tensor:
+    whole: Callable[..., torch.Tensor] = OPS[v.op].torch
+    if not is_partial(v.kind):
+        return whole(x)
+    return whole(x, dim=[a for a in range(program.axes) if str(a) not in v.kind], keepdim=True)
 
 
 # ---- the printer ---------------------------------------------------------------------------------------------------
@@ -360,7 +459,10 @@ def _spell(program: Program, v: Value, label: list[str]) -> str:
     if v.op == "neg":
         return f"-{args[0]}"
     if v.op == "expand":
-        return f"torch.full_like(param, {args[0]})"
+        return f"torch.full_like(param, {args[0]})" if v.kind == ELEMENT else f"{args[0]}.expand({v.kind!r})"
+    if is_partial(v.kind) and is_reduction(v.op):
+        gone = tuple(a for a in range(program.axes) if str(a) not in v.kind)
+        return f"{args[0]}.{v.op}({gone}, keepdim=True)"
     if v.op == "as_float":
         return f"{args[0]}.to(param.dtype)"
     args = [

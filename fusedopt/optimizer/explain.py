@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ..backends import Kernel
 from ..callback import name_of
 from ..extension import leaf
-from ..ir.passes import scalar_stores
 from ..ir.program import identifier
+from ..ir.stages import Stage, scalar_stores, schedule
 from ..step.scaling import NORM_KERNEL as NORM
 from ..step.verdicts import Eager
 
@@ -41,7 +41,8 @@ class StageInfo:
 
     def __str__(self) -> str:
         if not self.bytes_per_element:
-            return f"{self.kernel}, {_count(self.tensors, 'tensor')}: writes {', '.join(self.writes)}, once per tensor"
+            what = f"writes {', '.join(self.writes)}" if self.writes else "joins sums along dimensions"
+            return f"{self.kernel}, {_count(self.tensors, 'tensor')}: {what}, once per tensor"
         reduces = f"{_count(self.reduces, 'reduction')} per tensor"
         work = f"writes {', '.join(self.writes)}" if self.writes else reduces
         what = f"reads {', '.join(self.reads)}; {work}; {self.bytes_per_element} bytes per element"
@@ -181,17 +182,25 @@ def explanation(
     )
 
 
+def _named(buffer: str) -> str:
+    return buffer.removeprefix("state.") if buffer.startswith("state.") else identifier(buffer)
+
+
 def _stages(kernel: Kernel, label: str, tensors: int) -> list[StageInfo]:
-    program = kernel.program
-    last = scalar_stores(program)
-    return [
-        StageInfo(
+    program, between = kernel.program, schedule(kernel.program).between
+
+    def info(stage: Stage) -> StageInfo:
+        return StageInfo(
             kernel=label,
-            reads=tuple(identifier(n) for n in stage.loads(program)),
-            writes=tuple(identifier(n) for n, _ in stage.stores),
+            reads=tuple(map(_named, stage.loads(program))),
+            writes=tuple(_named(n) for n, _ in stage.stores),
             reduces=len(stage.reductions),
             bytes_per_element=stage.bytes_per_element(program),
             tensors=tensors,
         )
-        for stage in (*kernel.stages, *([last] if last.stores else []))
-    ]
+
+    out = []
+    for before, stage in zip(between[:-1], kernel.stages, strict=True):
+        out += [*([info(Stage(()))] if before else []), info(stage)]
+    last = [s for nest in between[-1].nests for s in nest.stores] + list(scalar_stores(program).stores)
+    return [*out, *([info(Stage((), (), tuple(last)))] if last else [])]

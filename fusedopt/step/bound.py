@@ -21,7 +21,7 @@ from ..backends import Kernel
 from ..backends.base import HEAD
 from ..callback import GROUPS_OWN
 from ..extension import leaf
-from ..ir.ops import ELEMENT
+from ..ir.ops import TENSOR
 from ..ir.program import Buffer
 from ..trace.signature import PLAIN, Foreign
 from . import sharded
@@ -150,7 +150,8 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
             if item.alike is not None:
                 continue
             if item.param is not item.home or not dense(item.param):
-                return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory"
+                order = " in the order of its dimensions" if plan.by_rows else ""
+                return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory{order}"
             if type(item.owner).grad is not torch.Tensor.grad:
                 return (
                     f"parameter {item.where[1]} of group {item.where[0]}: its class has gradients of its own"
@@ -228,7 +229,8 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
         if groups.ignores(group, key):
             kind = kinds.ignored
         elif isinstance(what, Buffer):
-            kind, kept = (kinds.element if what.kind == ELEMENT else kinds.whole), what.dtype
+            plain = kinds.part if what.dims is not None else kinds.element
+            kind, kept = (kinds.whole if what.kind == TENSOR else plain), what.dtype
         elif isinstance(what, Foreign):
             kind, kept = kinds.other, what.dtype
         elif type(value) in (int, float):
@@ -249,7 +251,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
         what = seen.get(key)
         kind = kinds.flag
         if isinstance(what, Buffer):
-            kind = kinds.element if what.kind == ELEMENT else kinds.whole
+            kind = kinds.whole if what.kind == TENSOR else kinds.element
         entries.append(
             native.Entry(
                 key=key,

@@ -73,6 +73,11 @@ class Bucket:
     def kernel(self) -> Kernel:
         return self.known.kernel
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether its kernel needs memory in the order of dimensions."""
+        return self.trace.contiguous
+
 
 class Buckets:
     """The buckets of one callback list's steps. It holds no tensors.
@@ -152,7 +157,8 @@ class Buckets:
         unfused: list[Item] = []
         for bucket, plan in self.traced(todo):
             if isinstance(plan, Bucket):
-                fuses = [item.fuses(plan.known.backend) for item in bucket]
+                along = plan.trace.signature.dims is not None
+                fuses = [item.fuses(plan.known.backend, along) for item in bucket]
                 plan.items = list(compress(bucket, fuses))
                 plans += [plan] if plan.items else []
                 bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]

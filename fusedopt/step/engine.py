@@ -156,7 +156,7 @@ class Engine:
         for group in launching.together(plans):
             for plan in group:
                 for item in plan.items:
-                    item.lay_out()
+                    item.lay_out(plan.by_rows)
             tables.append(Launched(group, launching.table(group, scaling)))
         norm = launching.norm_of(plans, [], scaling)
         try:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..callback import is_temporary
-from ..ir.ops import ELEMENT, TENSOR
+from ..ir.ops import ELEMENT, TENSOR, kind_of
 from ..ir.program import Buffer
+from ..trace import axes
 from ..trace.signature import (
     HOST,
     PLAIN,
@@ -20,6 +21,7 @@ from ..trace.signature import (
     Foreign,
     Modes,
     Opaque,
+    Several,
     Signature,
     compute_dtype,
     stored_dtype,
@@ -70,8 +72,14 @@ class Item:
             if isinstance(value, torch.Tensor) and per_element(value, self.param, self.modes):
                 yield key, value
 
-    def lay_out(self) -> None:
-        """Give gradient and state the parameter's memory order, so that kernels can walk all of them flat."""
+    def lay_out(self, rows: bool = False) -> None:
+        """Give gradient and state the parameter's memory order, so that kernels can walk all of them flat.
+
+        rows: kernels tell rows and columns apart, so memory has to be in the order of the dimensions
+        """
+        if rows and not self.param.is_contiguous():
+            self.param = self.param.detach().contiguous().resolve_neg()
+            self.laid_out, self.alike = False, None
         if self.laid_out or self.alike is not None:
             return
         self.laid_out = True
@@ -89,8 +97,8 @@ class Item:
             if any(overlap(value, other) for other in others):
                 self.state[key] = with_layout(value, value.contiguous())
 
-    def fuses(self, backend: Backend) -> bool:
-        """Whether the backend's kernels can step it."""
+    def fuses(self, backend: Backend, along: bool = False) -> bool:
+        """Whether the backend's kernels can step it; ``along``: they tell its dimensions apart."""
         return self.walkable()
 
     def walkable(self) -> bool:
@@ -113,6 +121,14 @@ class Item:
             return found.pop() if len(found) == 1 else None
         if name == "count":
             return p.numel()
+        if name == "dims":
+            return axes.full(p.shape) if p.dim() <= axes.MOST else None
+        if name == "order":
+            return (
+                axes.memory_order(p.shape, p.stride())
+                if dense(p)
+                else axes.memory_order(p.shape, (0,) * p.dim())
+            )
         return getattr(self.owner if name == "requires_grad" else p, name)
 
     def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:
@@ -155,12 +171,26 @@ def _visible(value: Any, p: torch.Tensor, modes: Modes, one_is_whole: bool) -> A
         return Opaque(value)
     whole = per_element(value, p, modes)
     several = value.numel() != 1 if one_is_whole else value.dim()
+    if value.dtype in reference.FLOATS and not whole and several and value.is_contiguous():
+        found = _along(value.dtype, value.shape, p.shape)
+        if found is not None:
+            return found
     if value.dtype not in reference.FLOATS or (not whole and several):
         return Foreign(value.dtype, value.shape)
     return _buffer(value.dtype, ELEMENT if whole else TENSOR)
 
 
 _buffer = functools.lru_cache(Buffer)
+
+
+@functools.lru_cache(maxsize=4096)
+def _along(dtype: torch.dtype, shape: torch.Size, like: torch.Size) -> Buffer | Several | None:
+    """State that goes along some dimensions of its parameter."""
+    if len(like) > axes.MOST or 0 in shape:
+        return None
+    whole = axes.along(axes.full(like))
+    found = tuple(Buffer(dtype, kind_of(axes.along(d), whole), d) for d in axes.layouts(shape, like))
+    return None if not found else found[0] if len(found) == 1 else Several(found)
 
 
 def per_element(value: torch.Tensor, p: torch.Tensor, modes: Modes) -> bool:
@@ -205,7 +235,9 @@ def allocate(item: Item, created: dict[str, Buffer], starts: dict[str, float]) -
     """New state buffers, as zeros: skipped steps never leave uninitialised memory behind. Counts have ``starts``."""
     p, made = item.param, {}
     for key, buffer in created.items():
-        if buffer.kind == ELEMENT and key not in starts:
+        if buffer.dims is not None:
+            made[key] = torch.zeros(axes.sizes(buffer.dims, p.shape), dtype=buffer.dtype, device=p.device)
+        elif buffer.kind == ELEMENT and key not in starts:
             made[key] = torch.zeros_like(p, dtype=buffer.dtype, requires_grad=False)
         else:
             made[key] = torch.full((), starts.get(key, 0.0), dtype=buffer.dtype, device=p.device)

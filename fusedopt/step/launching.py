@@ -12,6 +12,7 @@ import torch
 
 from ..backends import Kernel, Launch
 from ..extension import leaf
+from ..trace.axes import sizes as sizes_of
 from . import items, sharded
 from .buckets import Bucket
 from .commit import Change, commit
@@ -82,7 +83,7 @@ def run(
     tables = [np.array([plan.slots for plan in group], dtype=np.float64) for group in shared]
     for plan in plans:
         for item in plan.items:
-            item.lay_out()
+            item.lay_out(plan.by_rows)
     stepped = [(plan, item) for plan in plans for item in plan.items]
     changed = [_allocated(plan, item) | plan.numbers for plan, item in stepped]
     given = [handed(item, new, groups) for (_, item), new in zip(stepped, changed, strict=True)]
@@ -159,7 +160,8 @@ def table(plans: list[Bucket], scaling: Scaling) -> Launch:
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
     sizes = [item.param.numel() for item in rows]
     resident = any(item.hyper.get("capturable") for item in rows)
-    return plans[0].known.backend.prepare(kernel, columns, sizes, sets, resident)
+    shapes = [tuple(sizes_of(plan.trace.axes, item.param.shape)) for plan in plans for item in plan.items]
+    return plans[0].known.backend.prepare(kernel, columns, sizes, sets, resident, shapes=shapes)
 
 
 def launch(plans: list[Bucket], slots: np.ndarray, scaling: Scaling) -> tuple[Launch, list[Change]]:
@@ -179,7 +181,7 @@ def norm_of(plans: list[Bucket], work: list[Item], scaling: Scaling) -> Norm | N
         return None
     for plan in plans:
         for item in plan.items:
-            item.lay_out()
+            item.lay_out(plan.by_rows)
     launches = [
         (group[0].known.backend, [item for plan in group for item in plan.items]) for group in together(plans)
     ]

@@ -69,7 +69,7 @@ class Whole(Item):
 
     __slots__ = ()
 
-    def lay_out(self) -> None:
+    def lay_out(self, rows: bool = False) -> None:
         kind = _dtensor()
         if kind is None or not isinstance(self.param, kind):  # a stand-in for one without elements is none
             return
@@ -102,7 +102,9 @@ class Shard(Item):
         self.whole, self.owner = whole, whole.home
         self.known: dict[str, torch.Tensor] = {}
 
-    def fuses(self, backend: Backend) -> bool:
+    def fuses(self, backend: Backend, along: bool = False) -> bool:
+        if along:  # of whose rows or columns a part may be elsewhere
+            return False
         tensors = (self.whole.grad, *(value for _, value in self.whole.tensors()))
         kind = _dtensor()
         plain = all(walkable(_local(t) if isinstance(t, kind) else t) for t in tensors)
@@ -114,7 +116,7 @@ class Shard(Item):
     def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
         return self.whole.visible(attributes, work)
 
-    def lay_out(self) -> None:
+    def lay_out(self, rows: bool = False) -> None:
         p = self.whole.home
         self.grad = _local(_placed(self.whole.grad, p))
         for key, value in self.whole.tensors():

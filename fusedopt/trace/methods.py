@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..ir.ops import ELEMENT, OPS, TENSOR, Op, Reduction
+from . import axes
+from .axes import Dims
 from .number import Number
 from .signals import Untraceable
 from .tensor import (
     FLOATS,
     METHODS,
+    Shown,
     SymParameter,
     SymTensor,
     alias,
+    along,
     as_bool,
     as_float,
     expand,
     lift,
     new,
+    plain,
 )
 
 
@@ -184,9 +191,9 @@ def _full_like(x: SymTensor, value: Any, *, dtype: torch.dtype | None = None, **
     if dtype is not None and dtype not in FLOATS:
         raise Untraceable(f"a new tensor of {dtype}; fused state is floating point")
     filled = as_float(lift(x.run, value))
-    if x.kind == ELEMENT:
-        filled = expand(filled)
-    return SymTensor(x.run, filled.node, dtype or x.asked)
+    if x.kind != TENSOR:
+        filled = expand(filled, x)
+    return SymTensor(x.run, filled.node, dtype or x.asked, x.shown)
 
 
 def _constant_like(value: float) -> Callable[..., SymTensor]:
@@ -224,7 +231,7 @@ def _cast_to(x: SymTensor, dtype: torch.dtype | None, copy: bool = False) -> Sym
     if dtype == torch.bool:
         return as_bool(x)
     if dtype == x.dtype or (x.is_bool and dtype in FLOATS):
-        return SymTensor(x.run, as_float(x).node, dtype)
+        return SymTensor(x.run, as_float(x).node, dtype, x.shown)
     raise Untraceable(f"a cast to {dtype}; inside a callback tensors are {x.run.compute}")
 
 
@@ -243,67 +250,160 @@ def _requires_grad(x: SymTensor, value: bool = True) -> SymTensor:
 
 
 def _clone(x: SymTensor, **_: Any) -> SymTensor:
-    return SymTensor(x.run, x.node, x.asked)
+    return SymTensor(x.run, x.node, x.asked, x.shown)
 
 
-def _whole(x: SymTensor, dims: tuple, kwargs: dict) -> SymTensor:
-    """The operand of a reduction over everything, or Untraceable."""
-    wanted = [d for d in (*dims, kwargs.get("dim")) if d is not None and d != ()]
-    if wanted or kwargs.get("keepdim"):
-        raise Untraceable("a reduction over some dimensions; whole-tensor reductions fuse")
-    return as_float(x)
+# ---- reductions, of all elements or along some dimensions ----------------------------------------------------------
+
+
+def _left(x: SymTensor, dim: Any, keepdim: bool) -> Dims:
+    """The dimensions that a reduction along ``dim`` leaves."""
+    if dim is None or (isinstance(dim, (tuple, list)) and not dim):
+        return tuple(() for _ in range(x.fact("ndim"))) if keepdim else ()
+    which = dim if isinstance(dim, (tuple, list)) else [dim]
+    return axes.reduced(x.dims, [operator.index(d) for d in which], keepdim)
 
 
 def _reduce(op: str) -> Callable[..., SymTensor]:
-    def method(x: SymTensor, *dims: Any, **kwargs: Any) -> SymTensor:
-        x = _whole(x, dims, kwargs)
-        if x.kind == TENSOR:
-            return x
-        return new(x, op, x)
+    def method(
+        x: SymTensor, dim: Any = None, keepdim: bool = False, *, axis: Any = None, dtype: Any = None
+    ) -> SymTensor:
+        dim = axis if dim is None else dim
+        out = along(as_float(x), op, _left(x, dim, keepdim))
+        return out if dtype is None else _cast_to(out, dtype)
 
     return method
 
 
-def _norm(x: SymTensor, p: Any = 2, dim: Any = None, **kwargs: Any) -> SymTensor:
+def _norm(x: SymTensor, p: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> SymTensor:
     p = kwargs.pop("ord", p)
     p = 2 if p in ("fro", None) else p
     p = p.escape() if isinstance(p, Number) else p
-    x = _whole(x, (dim,), kwargs)
+    x = as_float(x)
+
+    def total(x: SymTensor, op: str = "sum") -> SymTensor:
+        return _reduce(op)(x, dim, keepdim)
+
     if p == float("inf"):
-        return _reduce("amax")(_unary("abs")(x))
+        return total(_unary("abs")(x), "amax")
     if p == float("-inf"):
-        return _reduce("amin")(_unary("abs")(x))
+        return total(_unary("abs")(x), "amin")
     if p == 1:
-        return _reduce("sum")(_unary("abs")(x))
+        return total(_unary("abs")(x))
     if p == 2:
-        return _unary("sqrt")(_reduce("sum")(STRUCTURAL_POWERS[2](x)))
+        return _unary("sqrt")(total(STRUCTURAL_POWERS[2](x)))
     if p == 0:
-        return _reduce("sum")(as_float(_binary("ne")(x, 0)))
-    return _pow(_reduce("sum")(_pow(_unary("abs")(x), p)), 1 / p)
+        return total(as_float(_binary("ne")(x, 0)))
+    return _pow(total(_pow(_unary("abs")(x), p)), 1 / p)
 
 
 def _std(square_root: bool) -> Callable[..., SymTensor]:
     def method(
-        x: SymTensor, *dims: Any, unbiased: bool = True, correction: int | None = None, **kwargs: Any
+        x: SymTensor,
+        dim: Any = None,
+        unbiased: bool = True,
+        keepdim: bool = False,
+        *,
+        correction: int | None = None,
     ) -> SymTensor:
-        if dims and isinstance(dims[0], bool):
-            unbiased, dims = dims[0], ()
-        x = _whole(x, dims, kwargs)
-        total = _reduce("sum")(STRUCTURAL_POWERS[2](_sub(x, _reduce("mean")(x))))
+        if isinstance(dim, bool):
+            unbiased, dim = dim, None
+        x = as_float(x)
+        total = _reduce("sum")(STRUCTURAL_POWERS[2](_sub(x, _reduce("mean")(x, dim, True))), dim, keepdim)
         correction = int(unbiased) if correction is None else correction
-        count = _sub(SymTensor(x.run, x.run.graph.leaf("numel"), x.asked), correction)
+        if dim is None:
+            count = SymTensor(x.run, x.run.graph.leaf("numel"), x.asked)
+        else:
+            count = lift(x.run, x.fact("count") // max(SymTensor.fact(total, "count"), 1))
+        count = _sub(count, correction)
         return _unary("sqrt")(_div(total, count)) if square_root else _div(total, count)
 
     return method
 
 
-def _max_min(pair: str, whole: str) -> Callable[..., SymTensor]:
-    def method(x: SymTensor, *args: Any, **kwargs: Any) -> SymTensor:
+def _any_all(op: str) -> Callable[..., SymTensor]:
+    return lambda x, dim=None, keepdim=False: as_bool(_reduce(op)(as_float(as_bool(x)), dim, keepdim))
+
+
+def _normalize(x: SymTensor, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: None = None) -> SymTensor:
+    """``torch.nn.functional.normalize``."""
+    return _div(x, _clamp(_norm(x, p, dim, True), min=eps))
+
+
+def _cosine_similarity(x: SymTensor, other: Any, dim: Any = 1, eps: Any = 1e-8) -> SymTensor:
+    """``torch.nn.functional.cosine_similarity``: of vectors that are made unit vectors first."""
+    units = [_div(v, _clamp(_norm(v, 2, dim, True), min=eps)) for v in (x, lift(x.run, other))]
+    return _reduce("sum")(_binary("mul")(*units), dim)
+
+
+# ---- the same elements in another shape ----------------------------------------------------------------------------
+
+
+def seen(x: SymTensor, shown: Shown) -> SymTensor:
+    """The same elements with other dimensions."""
+    view = alias(x)
+    view.__dict__["shown"] = plain(x.run, x.node, shown)
+    return view
+
+
+def _unsqueeze(x: SymTensor, dim: Any) -> SymTensor:
+    dims = list(x.dims)
+    dims.insert(axes.positive(operator.index(dim), len(dims) + 1), ())
+    return seen(x, tuple(dims))
+
+
+def _squeeze(x: SymTensor, dim: Any = None) -> SymTensor:
+    if dim is None:
+        return seen(x, tuple(group for group in x.dims if group))
+    which = [axes.positive(d, len(x.dims)) for d in (dim if isinstance(dim, (tuple, list)) else [dim])]
+    return seen(x, tuple(group for d, group in enumerate(x.dims) if group or d not in which))
+
+
+def _view(x: SymTensor, *shape: Any) -> SymTensor:
+    if shape and isinstance(shape[0], torch.dtype):
+        raise Untraceable("a tensor's memory is seen as another type")
+    wanted = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    return seen(
+        x, axes.regrouped(x.dims, x.run.attribute(ELEMENT, "shape"), [operator.index(n) for n in wanted])
+    )
+
+
+def _flatten(x: SymTensor, start_dim: int = 0, end_dim: int = -1) -> SymTensor:
+    shape = list(x.fact("shape")) or [1]
+    first, last = axes.positive(start_dim, len(shape)), axes.positive(end_dim, len(shape))
+    return _view(x, *shape[:first], math.prod(shape[first : last + 1]), *shape[last + 1 :])
+
+
+def _expand_as(x: SymTensor, other: SymTensor) -> SymTensor:
+    """x beside the other: whatever takes both broadcasts it."""
+    axes.broadcast(x.dims, lift(x.run, other).dims)
+    return x
+
+
+def _max_min(pair: str, whole: str) -> Callable[..., Any]:
+    def method(x: SymTensor, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], (SymTensor, Number)):
             return _binary(pair)(x, args[0])
-        return _reduce(whole)(x, *args, **kwargs)
+        result = _reduce(whole)(x, *args, **kwargs)
+        return Extreme((result, None)) if args or "dim" in kwargs else result
 
     return method
+
+
+class Extreme(tuple):
+    """What ``max(dim)`` gives: values, and where they are, which no kernel says."""
+
+    values = property(operator.itemgetter(0))
+
+    def __getitem__(self, i: Any) -> Any:
+        if i != 0:
+            raise Untraceable("where a tensor is largest or smallest has no fused form")
+        return super().__getitem__(0)
+
+    def __iter__(self) -> Any:
+        raise Untraceable("where a tensor is largest or smallest has no fused form")
+
+    indices = property(lambda self: self[1])
 
 
 def _cast(dtype: torch.dtype) -> Callable[..., SymTensor]:
@@ -358,8 +458,18 @@ METHODS |= {
     "vector_norm": _norm,
     "std": _std(True),
     "var": _std(False),
-    "any": lambda x: as_bool(_reduce("amax")(as_float(as_bool(x)))),
-    "all": lambda x: as_bool(_reduce("amin")(as_float(as_bool(x)))),
+    "any": _any_all("amax"),
+    "all": _any_all("amin"),
+    "normalize": _normalize,
+    "cosine_similarity": _cosine_similarity,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "view": _view,
+    "reshape": _view,
+    "flatten": _flatten,
+    "view_as": lambda x, other: _view(x, *other.shape),
+    "reshape_as": lambda x, other: _view(x, *other.shape),
+    "expand_as": _expand_as,
     "dot": lambda x, other: _reduce("sum")(_binary("mul")(x, other)),
     "zeros_like": _constant_like(0.0),
     "ones_like": _constant_like(1.0),
@@ -379,12 +489,10 @@ METHODS |= {
     "half": _cast(torch.float16),
     "bfloat16": _cast(torch.bfloat16),
     "bool": _cast(torch.bool),
-    "size": lambda x, dim=None: (
-        x.run.attribute(x.kind, "shape") if dim is None else x.run.attribute(x.kind, "shape")[dim]
-    ),
-    "dim": lambda x: x.run.attribute(x.kind, "ndim"),
-    "numel": lambda x: x.run.attribute(x.kind, "count"),
-    "nelement": lambda x: x.run.attribute(x.kind, "count"),
+    "size": lambda x, dim=None: x.fact("shape") if dim is None else x.fact("shape")[dim],
+    "dim": lambda x: x.fact("ndim"),
+    "numel": lambda x: x.fact("count"),
+    "nelement": lambda x: x.fact("count"),
     "is_floating_point": lambda x: not x.is_bool,
     "is_complex": lambda x: False,
     "element_size": lambda x: x.itemsize,

@@ -14,7 +14,8 @@ import torch
 from ..callback import Callback, arguments_of, call, is_temporary
 from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph
-from . import methods  # noqa: F401  (fills the table of tensor methods)
+from . import axes, methods  # noqa: F401  (fills the table of tensor methods)
+from .axes import Dims
 from .number import Number, Scalar, ScalarProgram
 from .signals import Changes, NeedsAttribute, Untraceable, latest, where_now
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
@@ -28,10 +29,11 @@ PARAM, GRAD = ".param", ".grad"
 
 @dataclass(frozen=True)
 class Cell:
-    """The tensor value of a location: its node, and the dtype eager torch would have given it."""
+    """The tensor value of a location: its node, the dtype eager torch would have given it, and its dimensions."""
 
     node: int
     asked: torch.dtype | None
+    shown: Dims | None = None
 
 
 @dataclass
@@ -89,8 +91,12 @@ class Run:
         if kind == TENSOR:
             return {"shape": torch.Size(()), "ndim": 0, "count": 1, "contiguous": True}[name]
         known = dict(self.signature.attributes)
+        if name == "dims":
+            self.signature.need_dims()
         if name not in known:
             raise NeedsAttribute(name)
+        if name == "dims" and known[name] is None:
+            raise Untraceable(f"a reduction along dimensions of a tensor with more than {axes.MOST}")
         return known[name]
 
 
@@ -145,7 +151,9 @@ class Pass:
             if key in without or key.startswith(STARTED):
                 continue
             if isinstance(value, Buffer):
-                cells[key] = Cell(load(self.graph, s, f"state.{key}", value), value.dtype)
+                if value.dims is not None:
+                    s.need_dims()
+                cells[key] = Cell(load(self.graph, s, f"state.{key}", value), value.dtype, value.dims)
             elif type(value) in (int, float):
                 cells[key] = self._number(("state", key), value)
             else:
@@ -194,10 +202,8 @@ class Pass:
                 value = self.graph.values[cell.node]
                 if value.kind != buffer.kind and self.signature.zero_dim:
                     cells[key] = Cell(self.graph.op("expand", cell.node), cell.asked)
-                elif value.kind != buffer.kind:
-                    raise Untraceable(
-                        f"the state {key!r} changes between one number per element and one per tensor"
-                    )
+                elif (value.kind, cell.shown) != (buffer.kind, buffer.dims):
+                    raise Untraceable(f"the state {key!r} changes its shape")
 
     def _number(self, key: tuple, value: Any) -> Any:
         if type(value) in (int, float):
@@ -224,7 +230,7 @@ class Pass:
         return merged(self.graph, outcomes)
 
     def _one_path(self, run: Run, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
-        boxes = {k: SymTensor(run, v.node, v.asked) for k, v in cells.items() if isinstance(v, Cell)}
+        boxes = {k: SymTensor(run, v.node, v.asked, v.shown) for k, v in cells.items() if isinstance(v, Cell)}
         grad = None if self.signature.modes.bare else boxes[GRAD]
         p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, grad)
         state = {k: boxes.get(k, v) for k, v in cells.items() if k not in (PARAM, GRAD)}
@@ -250,7 +256,7 @@ class Pass:
             cells[GRAD] = Cell(p.grad.node, p.grad.asked)
         for key in state:
             if key in boxes:
-                cells[key] = Cell(boxes[key].node, boxes[key].asked)
+                cells[key] = Cell(boxes[key].node, boxes[key].asked, cells[key].shown)
         for key, value in returned.items() if isinstance(returned, dict) else ():
             cells[key] = self._returned(run, key, value)
         return cells
@@ -258,7 +264,7 @@ class Pass:
     def _returned(self, run: Run, key: str, value: Any) -> Any:
         if isinstance(value, SymTensor):
             value = lift(run, value)
-            return Cell(value.node, value.asked)
+            return Cell(value.node, value.asked, value.shown and value.dims)
         if isinstance(value, Number) and value.program is not self.scalars:
             return value.value
         if isinstance(value, torch.Tensor):
@@ -289,7 +295,7 @@ def merged(graph: Graph, outcomes: Outcomes, path: tuple[bool, ...] = ()) -> dic
 def alike(a: Any, b: Any) -> bool:
     """Whether two values of a location are the same. Zeros of both signs are equal, and not the same."""
     if isinstance(a, Cell) and isinstance(b, Cell):
-        return a.node == b.node
+        return (a.node, a.shown) == (b.node, b.shown)
     if isinstance(a, Number) and isinstance(b, Number):
         return a.index == b.index
     return a is b or (type(a) is type(b) and repr(a) == repr(b) and bool(a == b))
@@ -315,7 +321,10 @@ def either(graph: Graph, condition: int, yes: Any, no: Any, slot: Callable[[Any]
     nodes = [x.node if isinstance(x, Cell) else slot(x) if slot and is_number(x) else None for x in (yes, no)]
     if nodes[0] is None or nodes[1] is None:
         raise Untraceable("a branch on a norm or mean decides about a flag in the state")
-    return Cell(select(graph, condition, nodes[0], nodes[1]), _asked(yes, no))
+    shown = {x.shown for x in (yes, no) if isinstance(x, Cell)}
+    if len(shown) > 1:
+        raise Untraceable("a branch on a norm or mean decides about a tensor's shape")
+    return Cell(select(graph, condition, nodes[0], nodes[1]), _asked(yes, no), *shown)
 
 
 def _asked(a: Any, b: Any) -> torch.dtype | None:

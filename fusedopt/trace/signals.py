@@ -46,6 +46,15 @@ class Changes(Untraceable):
     """A callback changes what it was handed and does not own: how often it is called matters."""
 
 
+class Mismatched(Untraceable):
+    """Tensors meet along different dimensions of their parameter. ``of`` is the number of the run that met it.
+
+    If sizes left open along which a state goes, another choice may fit.
+    """
+
+    of: int | None = None
+
+
 class NeedsAttribute(Signal):
     """A callback read an attribute that the signature does not hold yet: sign again with it."""
 

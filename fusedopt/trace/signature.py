@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from ..ir.ops import ELEMENT
+from ..ir.ops import TENSOR
 from ..ir.program import Buffer
-from .signals import Untraceable
+from .axes import Dims
+from .signals import NeedsAttribute, Untraceable
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,14 @@ class Foreign:
         raise Untraceable(
             f"a {self.dtype} state tensor of another shape than the parameter's, or of integers"
         )
+
+
+@dataclass(frozen=True)
+class Several:
+    """A state tensor whose sizes do not say along which dimensions of its parameter it goes, as two of them are equal.
+    Which it is, how it is used says."""
+
+    buffers: tuple[Buffer, ...]
 
 
 PLAIN = (type(None), bool, int, float, str, bytes, type(...), torch.dtype, torch.memory_format)
@@ -83,7 +93,8 @@ a first step may be skipped."""
 class Signature:
     """What callbacks can see of a parameter besides its elements; equal signatures give equal traces.
 
-    ``state`` maps each key to a ``Buffer`` (a tensor), to the number, flag or None itself, or to an ``Opaque``.
+    ``state`` maps each key to a ``Buffer`` or ``Several`` (a tensor), to the number, flag or None itself, or to an
+    ``Opaque``.
     ``attributes`` are the attributes of the parameter that some callback reads. ``asked`` are the parameter's and the
     gradient's dtypes as the user sees them, where these differ from the buffers' (work copies in the compute dtype).
     ``zero_dim``: the parameter is 0-d, so that its state cannot be told apart into one number per element and one per
@@ -100,8 +111,35 @@ class Signature:
     modes: Modes = HOST
 
     @property
+    def dims(self) -> Dims | None:
+        """The parameter's own, if some callback's tensors go along some of them only."""
+        return dict(self.attributes).get("dims")
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Its dimensions as they follow one another in memory; known where ``dims`` is."""
+        return dict(self.attributes).get("order", ())
+
+    def need_dims(self) -> None:
+        """Raises NeedsAttribute for what has to be known of dimensions, and is not."""
+        for name in ("dims", "order"):
+            if name not in dict(self.attributes):
+                raise NeedsAttribute(name)
+
+    def resolved(self) -> Iterator[Signature]:
+        """The signatures that it may be, as sizes do not tell: see `Several`."""
+        keys = [k for k, v in self.state if isinstance(v, Several)]
+        if not keys:
+            yield self
+            return
+        state = dict(self.state)
+        for chosen in itertools.product(*(state[k].buffers for k in keys)):
+            now = state | dict(zip(keys, chosen, strict=True))
+            yield replace(self, state=tuple(now.items()))
+
+    @property
     def compute(self) -> torch.dtype:
-        buffers = [v.dtype for _, v in self.state if isinstance(v, Buffer) and v.kind == ELEMENT]
+        buffers = [v.dtype for _, v in self.state if isinstance(v, Buffer) and v.kind != TENSOR]
         return compute_dtype(self.param, self.grad, *buffers)
 
 
@@ -133,7 +171,7 @@ def _shape_of(value: Any) -> Any:
 def is_plain(values: Iterable[Any]) -> bool:
     """Whether they are tensors, numbers and flags, in tuples or lists at most."""
     return all(
-        type(v) in (Buffer, Foreign, *PLAIN)
+        type(v) in (Buffer, Several, Foreign, *PLAIN)
         or isinstance(v, torch.Tensor)
         or (type(v) in (tuple, list) and is_plain(v))
         for v in values

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..ir.ops import ELEMENT, TENSOR
+from ..ir.ops import ELEMENT, TENSOR, axes_of
+from . import axes
 from .number import Number
-from .signals import Untraceable
+from .signals import Mismatched, Untraceable
 
 if TYPE_CHECKING:
     from .run import Run
@@ -31,6 +32,9 @@ def _is_ours(frame: types.FrameType) -> bool:
     return frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch", "numpy")
 
 
+Shown = axes.Dims | Callable[[], axes.Dims] | None
+
+
 class Place:
     """Where a value is: ``node`` is the value now, ``asked`` the dtype eager torch would give it."""
 
@@ -41,12 +45,17 @@ class Place:
 
 
 class SymTensor:
-    """A tensor that builds graph values: a view of a place."""
+    """A tensor that builds graph values: a view of a place.
+
+    ``shown`` is how its dimensions are the parameter's (see axes.py), or what finds that out once it matters; None: all
+    of them, or none where there is one number per tensor.
+    """
 
     place: Place
+    shown: Shown
 
-    def __init__(self, run: Run, node: int, asked: torch.dtype | None) -> None:
-        self.__dict__.update(run=run, place=Place(node, asked))
+    def __init__(self, run: Run, node: int, asked: torch.dtype | None, shown: Shown = None) -> None:
+        self.__dict__.update(run=run, place=Place(node, asked), shown=shown)
 
     # -- what it is --
     @property  # type: ignore[misc]
@@ -70,6 +79,23 @@ class SymTensor:
         return self.run.graph.values[self.node].kind
 
     @property
+    def dims(self) -> axes.Dims:
+        """How its dimensions are the parameter's."""
+        shown = self.shown
+        if callable(shown):
+            self.__dict__["shown"] = shown = shown()
+        if shown is not None:
+            return shown
+        return () if self.kind == TENSOR else self.run.attribute(ELEMENT, "dims")
+
+    def fact(self, name: str) -> Any:
+        """Its shape, number of dimensions or elements, as a callback asks for it."""
+        if self.shown is None or name == "contiguous":
+            return self.run.attribute(self.kind, name)
+        shape = torch.Size(axes.sizes(self.dims, self.run.attribute(ELEMENT, "shape")))
+        return {"shape": shape, "ndim": len(shape), "count": shape.numel()}[name]
+
+    @property
     def is_bool(self) -> bool:
         return self.run.graph.values[self.node].type == "b"
 
@@ -90,7 +116,8 @@ class SymTensor:
     def _replacement(self, value: Any) -> SymTensor:
         """What takes the place of this tensor's memory: another of the same kind."""
         other = lift(self.run, value)
-        if not isinstance(value, SymTensor) or (other.kind, other.is_bool) != (self.kind, self.is_bool):
+        mine = self.kind, self.is_bool, self.shown
+        if not isinstance(value, SymTensor) or (other.kind, other.is_bool, other.shown) != mine:
             raise Untraceable("a tensor is replaced by one of another shape or type")
         return other
 
@@ -103,7 +130,7 @@ class SymTensor:
         if name.endswith("_") and not name.endswith("__") and base in METHODS:
             return lambda *args, **kwargs: rebind(self, called(name, METHODS[base], self, *args, **kwargs))
         if name in _SHAPE:
-            return self.run.attribute(self.kind, name)
+            return self.fact(name)
         if name == "device":
             return self.run.device
         if name.startswith("__"):
@@ -134,7 +161,7 @@ class SymTensor:
 
     # -- what leaves the graph --
     def __bool__(self) -> bool:
-        if self.kind == ELEMENT:
+        if self.kind != TENSOR:
             raise Untraceable(
                 "a branch on element values; use torch.where, or a reduction such as .any() or .mean()"
             )
@@ -160,7 +187,7 @@ class SymTensor:
 
 def alias(x: SymTensor) -> SymTensor:
     """Another view of the same place."""
-    view = SymTensor(x.run, x.node, x.asked)
+    view = SymTensor(x.run, x.node, x.asked, x.shown)
     view.__dict__["place"] = x.place
     return view
 
@@ -174,6 +201,9 @@ def called(name: str, method: Callable[..., Any], x: SymTensor, *args: Any, **kw
         )
     try:
         return method(x, *args, **kwargs)
+    except Mismatched as error:
+        error.of = x.run.callback
+        raise
     except Exception as error:
         raise Untraceable(f"Tensor.{name}: {error}") from error
 
@@ -183,18 +213,32 @@ def rebind(box: SymTensor, value: Any) -> SymTensor:
     new = lift(box.run, value)
     if box.kind == TENSOR and new.kind == ELEMENT:
         raise Untraceable("an in-place result does not fit the 0-d tensor it is written to")
+    if box.shown != new.shown and not _fits(box, new):
+        error = Mismatched("an in-place result does not fit the shape of the tensor it is written to")
+        error.of = box.run.callback
+        raise error
     if box.is_bool != new.is_bool:
         new = as_bool(new) if box.is_bool else as_float(new)
-    if box.kind == ELEMENT and new.kind == TENSOR:
-        new = expand(new)
+    if box.kind != new.kind:
+        new = expand(new, box)
     box.place.node = new.node
     return box
 
 
-def expand(x: SymTensor) -> SymTensor:
+def _fits(box: SymTensor, new: SymTensor) -> bool:
+    try:
+        return axes.broadcast(box.dims, new.dims) == box.dims
+    except Mismatched:
+        return False
+
+
+def expand(x: SymTensor, like: SymTensor | None = None) -> SymTensor:
+    """x with as many numbers as another tensor, else as the parameter."""
     if x.is_bool:
         raise Untraceable("a 0-d mask is written to a tensor with elements")
-    return new(x, "expand", x)
+    kind, shown = (ELEMENT, None) if like is None else (like.kind, like.shown)
+    node = x.run.graph.op("expand", x.node, where=x.run.where, to=None if kind == ELEMENT else kind)
+    return SymTensor(x.run, node, x.asked, shown)
 
 
 def lift(run: Run, x: Any) -> SymTensor:
@@ -216,14 +260,43 @@ def lift(run: Run, x: Any) -> SymTensor:
 
 def new(like: SymTensor, op: str, *args: SymTensor) -> SymTensor:
     run = like.run
+    shown: Shown = None
+    seen = [a.shown for a in args if a.shown is not None or a.kind != TENSOR]
+    if any(s is not seen[0] for s in seen):
+        shown = functools.reduce(axes.broadcast, (a.dims for a in args))
+    elif seen:
+        shown = seen[0]
     node = run.graph.op(op, *[a.node for a in args], where=run.where)
-    return SymTensor(run, node, _promote(args))
+    return SymTensor(run, node, _promote(args), plain(run, node, shown))
+
+
+def plain(run: Run, node: int, shown: Shown) -> Shown:
+    """The dimensions of a value, None if they are what its kind says."""
+    kind = run.graph.values[node].kind
+    if callable(shown):
+        return shown
+    if shown is None or (kind == TENSOR and shown == ()):
+        return None
+    return None if kind == ELEMENT and shown == run.attribute(ELEMENT, "dims") else shown
+
+
+def along(x: SymTensor, op: str, shown: axes.Dims) -> SymTensor:
+    """A reduction of x that leaves these dimensions."""
+    run = x.run
+    kept, had = axes.along(shown), axes_of(x.kind, run.graph.axes)
+    if kept == had and kept:
+        node = x.node
+    else:
+        node = run.graph.op(op, x.node, where=run.where, to=kept or None) if x.kind != TENSOR else x.node
+    return SymTensor(run, node, x.asked, plain(run, node, shown))
 
 
 def _promote(args: tuple[SymTensor, ...]) -> torch.dtype | None:
     """The dtype eager torch gives the result: 0-d tensors and numbers do not widen tensors with elements."""
-    floats = [(a.kind, a.asked) for a in args if not a.is_bool and a.asked is not None]
-    strong = [asked for kind, asked in floats if kind == ELEMENT] or [asked for _, asked in floats]
+    floats = [
+        (a.kind != TENSOR or bool(a.shown), a.asked) for a in args if not a.is_bool and a.asked is not None
+    ]
+    strong = [asked for large, asked in floats if large] or [asked for _, asked in floats]
     return functools.reduce(torch.promote_types, strong) if strong else None
 
 

@@ -8,19 +8,20 @@ state. Parameters of one group with the same signature share a trace. ``trace`` 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..callback import Callback, arguments_of, is_temporary
-from ..ir.ops import ELEMENT, TENSOR
+from ..ir.ops import ELEMENT, TENSOR, is_partial
 from ..ir.passes import optimize
-from ..ir.program import Buffer, Graph, Program, depth_first, reachable
+from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
+from .axes import along
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Pass, alike, either, is_number, load
-from .signals import Untraceable
+from .signals import NeedsAttribute, Untraceable
 from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
 
 
@@ -31,7 +32,9 @@ class Trace:
     ``slots[i]`` is the scalar program's entry for slot i. ``numbers`` is the new scalar state: an entry's index
     (``scalars.values`` has its value) or a flag. ``created`` are state buffers that did not exist; they start as
     zeros, or, for counts on the device, at ``starts``; ``asked`` is the dtype the user would see for each tensor.
-    ``shared`` says that the program is the later steps' too. ``moved`` are the callbacks that did anything.
+    ``axes`` are the parameter's dimensions that each of the program's axes is, if it has several; ``contiguous`` says
+    that kernels need them in their order, also where the parameter's memory has another. ``shared`` says that the
+    program is the later steps' too. ``moved`` are the callbacks that did anything.
     """
 
     signature: Signature
@@ -41,9 +44,16 @@ class Trace:
     numbers: dict[str, Any]
     created: dict[str, Buffer]
     asked: dict[str, torch.dtype]
+    axes: tuple[tuple[int, ...], ...] = ()
     shared: bool = True
     starts: dict[str, float] = field(default_factory=dict)
     moved: frozenset[int] = frozenset()
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether kernels need memory in the order of dimensions, and the parameter's has another."""
+        old = [v for _, v in self.signature.state if isinstance(v, Buffer)]
+        return in_memory(self.signature, [*old, *self.created.values()]) != list(self.signature.order)
 
     def slot_values(self) -> list[Scalar]:
         return [self.scalars.values[i] for i in self.slots]
@@ -61,6 +71,25 @@ class Trace:
 def trace(
     callbacks: Sequence[Callback],
     signature: Signature,
+    *args: Any,
+    **kwargs: Any,
+) -> Trace:
+    """`traced`, for the first of the signatures that this may be which has a fused form."""
+    first: BaseException | None = None
+    for found in signature.resolved():
+        try:
+            return traced(callbacks, found, *args, **kwargs)
+        except NeedsAttribute:
+            raise
+        except (Untraceable, Exception) as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def traced(
+    callbacks: Sequence[Callback],
+    signature: Signature,
     hyper: dict[str, Any],
     *,
     first: int = 0,
@@ -76,7 +105,7 @@ def trace(
     ``work``: for work copies, between eager callbacks, so a changed gradient is stored and new state is not rounded.
     ``keeps``: other callbacks follow, so temporary values are stored, too.
     """
-    graph, scalars = Graph(), ScalarProgram()
+    graph, scalars = Graph(along(signature.dims) if signature.dims else "0"), ScalarProgram()
     passes: list[Pass] = []
 
     def run(given: dict[str, Buffer], without: Sequence[str] = ()) -> dict[str, Any]:
@@ -95,14 +124,15 @@ def trace(
     old = dict(signature.state)
     waits = bool(late) and not any(k in a for k in late)
     if waits:  # these callbacks start nothing: what is there stays as it is
-        a |= {k: Cell(load(graph, signature, f"state.{k}", old[k]), old[k].dtype) for k in late if k in old}
+        kept = {k: (load(graph, signature, f"state.{k}", old[k]), old[k]) for k in late if k in old}
+        a |= {k: Cell(node, buffer.dtype, buffer.dims) for k, (node, buffer) in kept.items()}
     asked = {
         k: _asked_dtype(k, v, graph, signature, state_dtype)
         for k, v in a.items()
         if _is_new(k, v, signature) and k not in counts
     }
     created = {
-        k: Buffer(signature.compute if work else dtype, graph.values[a[k].node].kind)
+        k: Buffer(signature.compute if work else dtype, graph.values[a[k].node].kind, a[k].shown)
         for k, dtype in asked.items()
     }
     cells, shared = a, True
@@ -118,10 +148,10 @@ def trace(
             shared = True
     created |= counts
     graded = work and not signature.modes.bare
-    program, slots = program_of(graph, signature, hyper, cells, created, materialize_grad=graded)
+    program, slots, axes = program_of(graph, signature, hyper, cells, created, materialize_grad=graded)
     numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign))}
     moved = frozenset(passes[0].moved)
-    return Trace(signature, program, scalars, slots, numbers, created, asked, shared, starts, moved)
+    return Trace(signature, program, scalars, slots, numbers, created, asked, axes, shared, starts, moved)
 
 
 def _again(run: Callable[..., dict[str, Any]], given: dict[str, Buffer]) -> dict[str, Any] | None:
@@ -166,7 +196,7 @@ def _asked_dtype(
 ) -> torch.dtype:
     """The dtype of new state: as asked, or the policy's; one number per tensor keeps the type it is computed in."""
     value = graph.values[cell.node]
-    if value.kind == TENSOR:
+    if value.kind != ELEMENT:
         return torch.float64 if value.type == "d" else signature.compute
     # Made of a mask and numbers, it has torch's default.
     mixed = (signature.asked or (signature.param,))[0] if signature.zero_dim else torch.get_default_dtype()
@@ -209,17 +239,18 @@ def _same_from_zeros(
     for k, buffer in created.items():
         loaded = load(graph, signature, f"state.{k}", buffer)
         zero = graph.leaf("const", 0.0, type=graph.values[loaded].type)
-        replace[loaded] = graph.op("expand", zero) if buffer.kind == ELEMENT else zero
+        to = None if buffer.kind == ELEMENT else buffer.kind
+        replace[loaded] = graph.op("expand", zero, to=to) if buffer.kind != TENSOR else zero
     roots = [v.node for v in b.values() if isinstance(v, Cell)]
     for i in reachable(graph.values, roots):
         v = graph.values[i]
         if v.args:
-            replace[i] = graph.op(v.op, *[replace.get(x, x) for x in v.args])
+            replace[i] = graph.op(v.op, *[replace.get(x, x) for x in v.args], to=v.attr)
     return a.keys() == b.keys() and all(_same(a[k], b[k], replace) for k in a)
 
 
 def _same(a: Any, b: Any, replace: dict[int, int]) -> bool:
-    return alike(a, Cell(replace.get(b.node, b.node), b.asked) if isinstance(b, Cell) else b)
+    return alike(a, Cell(replace.get(b.node, b.node), b.asked, b.shown) if isinstance(b, Cell) else b)
 
 
 def program_of(
@@ -229,8 +260,8 @@ def program_of(
     cells: dict[str, Any],
     created: dict[str, Buffer],
     materialize_grad: bool,
-) -> tuple[Program, tuple[int, ...]]:
-    """The program for the final cells, in canonical numbering, and the scalar entries of its slots."""
+) -> tuple[Program, tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The program for the final cells, in canonical numbering, the scalar entries of its slots, and its axes."""
     buffers = {"param": Buffer(signature.param, ELEMENT), "grad": Buffer(signature.grad, ELEMENT)}
     buffers |= {name: Buffer(torch.float32, TENSOR) for name in (FACTOR, FOUND_INF)}
     buffers |= {
@@ -246,8 +277,9 @@ def program_of(
         buffers[f"state.{key}"] = buffer
         if isinstance(cell := cells.get(key), Cell):
             stores[f"state.{key}"] = cell.node
-    program, slots = canonical(graph, signature.compute, buffers, stores, skip)
-    return _optimized(program, tuple(v.where for v in program.values)), slots
+    dims = in_memory(signature, (old | created).values())
+    program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip, dims)
+    return _optimized(program, tuple(v.where for v in program.values)), slots, axes
 
 
 @functools.lru_cache(maxsize=256)
@@ -262,23 +294,58 @@ def canonical(
     buffers: dict[str, Buffer],
     stores: dict[str, int],
     skip: int | None = None,
-) -> tuple[Program, tuple[int, ...]]:
-    """Number the reachable values and the slots in order, so that equal structure is equal text."""
+    dims: Sequence[int] = (),
+) -> tuple[Program, tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Number the reachable values, the slots and the axes in order, so that equal structure is equal text.
+
+    dims: the parameter's dimensions as kernels walk them
+    """
     order = depth_first(graph.values, [*stores.values(), *([] if skip is None else [skip])])
     number = {old: new for new, old in enumerate(order)}
     slots = list(dict.fromkeys(graph.values[i].attr for i in order if graph.values[i].op == "slot"))
+    kinds = {graph.values[i].kind for i in order} | {b.kind for b in buffers.values()}
+    axes = merged_axes(dims, kinds)
+
+    def renamed(kind: Any) -> Any:
+        if not isinstance(kind, str) or not is_partial(kind):
+            return kind
+        return "".join(str(a) for a, group in enumerate(axes) if str(group[0]) in kind)
+
     values = []
     for i in order:
         v = graph.values[i]
-        attr = slots.index(v.attr) if v.op == "slot" else v.attr
-        values.append(type(v)(v.op, tuple(number[a] for a in v.args), attr, v.kind, v.type, v.where))
+        attr = slots.index(v.attr) if v.op == "slot" else renamed(v.attr) if v.args else v.attr
+        values.append(Value(v.op, tuple(number[a] for a in v.args), attr, renamed(v.kind), v.type, v.where))
     kept = tuple((n, number[i]) for n, i in stores.items())
     program = Program(
         compute,
-        tuple(buffers.items()),
+        tuple((n, Buffer(b.dtype, renamed(b.kind))) for n, b in buffers.items()),
         tuple(values),
         kept,
         len(slots),
         None if skip is None else number[skip],
+        max(len(axes), 1),
     )
-    return program, tuple(slots)
+    return program, tuple(slots), axes
+
+
+def in_memory(signature: Signature, state: Iterable[Buffer]) -> list[int]:
+    """The order of dimensions that kernels walk: that of the parameter's memory, unless some state has another."""
+    order = list(signature.order)
+    for buffer in state:
+        mine = [d for group in buffer.dims or () for d in group]
+        if mine != [d for d in order if d in mine]:
+            return sorted(order)
+    return order
+
+
+def merged_axes(order: Sequence[int], kinds: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+    """The dimensions of a parameter as axes: neighbours that no kind tells apart are one. None if no kind tells any."""
+    partial = sorted(filter(is_partial, kinds))
+    groups: list[list[int]] = []
+    for d in order if partial else ():
+        if groups and all((str(d) in kind) == (str(groups[-1][-1]) in kind) for kind in partial):
+            groups[-1].append(d)
+        else:
+            groups.append([d])
+    return tuple(map(tuple, groups))

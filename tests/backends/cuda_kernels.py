@@ -22,8 +22,8 @@ from fusedopt.backends.cpp import backend as cpu
 from fusedopt.backends.cuda import backend as runtime
 from fusedopt.backends.cuda import render as cuda
 from fusedopt.compile import cache, toolchain
-from fusedopt.ir.passes import scalar_stores, stages
 from fusedopt.ir.program import Program
+from fusedopt.ir.stages import scalar_stores, stages
 from fusedopt.kernels import source as skeleton
 
 EXAMPLE = golden.EXAMPLE.with_name("cuda_example.inc")

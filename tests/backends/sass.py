@@ -25,8 +25,8 @@ import golden
 
 from fusedopt.backends.cuda import backend as cuda
 from fusedopt.backends.cuda import nvrtc
-from fusedopt.ir.passes import Stage, scalar_stores, stages
 from fusedopt.ir.program import Program
+from fusedopt.ir.stages import Stage, scalar_stores, stages
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 GATES = golden.FOLDER / "cuda_gates.txt"

@@ -53,7 +53,7 @@ class Toy:
         kernel = backends.Kernel(self.name, name, program, str(program), "", 0.0, False, None)
         return self.kernels.setdefault(program, kernel)
 
-    def prepare(self, kernel, columns, sizes, sets, resident=False):
+    def prepare(self, kernel, columns, sizes, sets, resident=False, shapes=()):
         return ToyLaunch(kernel, columns, sizes, sets)
 
 

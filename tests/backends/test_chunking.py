@@ -94,7 +94,7 @@ def test_a_tensors_chunks_depend_on_nothing_but_its_size():
 
 def check_splits(sizes, threads):
     """Ranges that cover all chunks in order; none costs more than its share and one chunk."""
-    bounds, chunks = splits(sizes, threads), layout(sizes).chunks
+    bounds, chunks = splits(layout(tuple(sizes)), threads), layout(tuple(sizes)).chunks
     assert bounds[0] == 0 and bounds[-1] == len(chunks)
     assert list(bounds) == sorted(bounds) and 2 <= len(bounds) <= threads + 1
     cost = chunks[:, 2] - chunks[:, 1] + CHUNK_COST
@@ -127,7 +127,7 @@ def test_splits_go_by_cost_and_not_by_count():
 
 
 def test_little_work_wakes_no_second_thread():
-    assert splits((100, 100), 8) == (0, 2)
-    assert splits((GRAIN,), 8) == (0, 1)
-    assert splits((CHUNK,) * 8, 8) == tuple(range(9))
-    assert splits((), 4) == (0, 0) and splits((0, 0), 4) == (0, 0)
+    assert splits(layout((100, 100)), 8) == (0, 2)
+    assert splits(layout((GRAIN,)), 8) == (0, 1)
+    assert splits(layout((CHUNK,) * 8), 8) == tuple(range(9))
+    assert splits(layout(()), 4) == (0, 0) and splits(layout((0, 0)), 4) == (0, 0)

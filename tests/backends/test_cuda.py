@@ -21,8 +21,8 @@ from fusedopt.backends import chunking as plan
 from fusedopt.backends.cpp import render as cpp
 from fusedopt.backends.cuda import render as cuda
 from fusedopt.ir.ops import OPS, Op
-from fusedopt.ir.passes import stages
 from fusedopt.ir.program import Buffer, Graph, Program, interpret, verify
+from fusedopt.ir.stages import stages
 from fusedopt.kernels import source as skeleton
 
 SIZES = (1, 3, 0, 127, 128, 4097, 65536 + 5)

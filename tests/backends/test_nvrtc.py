@@ -14,7 +14,7 @@ from triton_programs import traced
 from fusedopt.backends.cuda import nvrtc
 from fusedopt.backends.cuda import render as cuda
 from fusedopt.compile import BuildError
-from fusedopt.ir.passes import stages
+from fusedopt.ir.stages import stages
 from fusedopt.kernels import source as skeleton
 
 try:

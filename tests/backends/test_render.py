@@ -155,12 +155,13 @@ def lamb_with_state():
 def test_every_stage_and_the_scalar_stores_have_a_symbol():
     program = lamb_with_state()
     body = cpp.render(program)
-    symbols, scalars = cpp.entries(program)
+    found = cpp.entries(program)
+    symbols, scalars = found.stages, found.scalars
     assert symbols == ["fusedopt_stage_0", "fusedopt_stage_1"] and scalars == "fusedopt_scalars"
     assert re.findall(r"^FUSEDOPT_STAGE\((\d)\)", body, flags=re.MULTILINE) == ["0", "1"]
     assert body.count("\nFUSEDOPT_SCALARS\n") == 1
     plain = trace([callbacks.sgd_step], signature(), dict(lr=0.1)).program
-    assert cpp.entries(plain) == (["fusedopt_stage_0"], None) and "FUSEDOPT_SCALARS" not in cpp.render(plain)
+    assert cpp.entries(plain).all == ["fusedopt_stage_0"] and "FUSEDOPT_SCALARS" not in cpp.render(plain)
 
 
 def test_rendering_is_a_pure_function_of_the_program():

@@ -24,8 +24,8 @@ from fusedopt.backends.triton import backend
 from fusedopt.backends.triton import render as renderer
 from fusedopt.compile import BuildError
 from fusedopt.ir.ops import OPS, Reduction, is_reduction
-from fusedopt.ir.passes import Stage, stages
 from fusedopt.ir.program import Buffer, Graph, Program
+from fusedopt.ir.stages import Stage, stages
 from fusedopt.kernels import source as skeleton
 
 triton = pytest.importorskip("triton")
@@ -110,7 +110,8 @@ HERE = ("float32", 90)
 def test_named_optimizers_compile_to_what_they_should(dtype, arch):
     for title, made in gates.programs(dtype).items():
         kernels = gates.compiled(made, arch)
-        names, scalars = renderer.entries(made.program)
+        found = renderer.entries(made.program)
+        names, scalars = found.stages, found.scalars
         assert list(kernels) == [*names, *([scalars] if scalars else [])]
         for name, kernel in kernels.items():
             try:

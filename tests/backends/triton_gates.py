@@ -27,8 +27,8 @@ from triton_programs import DTYPES, NAMED, Traced, traced
 
 from fusedopt.backends.triton import backend
 from fusedopt.backends.triton import render as renderer
-from fusedopt.ir.passes import Stage, scalar_stores, stages
 from fusedopt.ir.program import Program
+from fusedopt.ir.stages import Stage, scalar_stores, stages
 from fusedopt.kernels import source as skeleton
 
 ARCHS = (80, 90, 100)

@@ -16,10 +16,9 @@ from fusedopt.ir.passes import (
     drop_unchanged_stores,
     drop_unused_buffers,
     optimize,
-    scalar_stores,
-    stages,
 )
 from fusedopt.ir.program import Buffer, Graph, Program, ProgramError, interpret, verify
+from fusedopt.ir.stages import scalar_stores, stages
 from fusedopt.trace.tracer import trace
 
 F32 = torch.float32

@@ -87,7 +87,7 @@ MALFORMED = {
     "store of a mask": (lambda p: replace(p, stores=(("param", at(p, "gt")),)), "store of the bool"),
     "store per element to a 0-d buffer": (
         lambda p: replace(p, stores=(("state.norm", at(p, "mul")),)),
-        "to the 0-d 'state.norm'",
+        "to 'state.norm', which is of kind S",
     ),
     "store of a value that is not there": (lambda p: replace(p, stores=(("param", 99),)), "not there"),
     "store of a negative number": (lambda p: replace(p, stores=(("param", -1),)), "not there"),

@@ -1034,13 +1034,15 @@ def no_kernels(monkeypatch):
     class NoKernels:
         name, device, native = "cpp", "cpu", False
 
-        def prepare(self, *args):
+        def prepare(self, *args, **how):
             return cpu.Launch(*args[:2], tuple(args[2]), args[3])
 
     def compile_program(backend, device, program, title, names):
         log.compiled.append(program)
         if program not in kernels:
-            kernels[program] = backends.Kernel("cpp", title, program, "", "", 0.0, True, ([], None))
+            kernels[program] = backends.Kernel(
+                "cpp", title, program, "", "", 0.0, True, cpu.Handle([], [], 0)
+            )
         return NoKernels(), kernels[program]
 
     monkeypatch.setattr(backends, "compile_program", compile_program)

@@ -15,8 +15,8 @@ from helpers import Stepper, assert_as_eager, signature
 
 import fusedopt
 from fusedopt import callbacks, table
-from fusedopt.ir.passes import stages
 from fusedopt.ir.program import Buffer
+from fusedopt.ir.stages import stages
 from fusedopt.trace.methods import STRUCTURAL_POWERS
 from fusedopt.trace.run import MAX_PATHS, NeedsAttribute
 from fusedopt.trace.signals import Untraceable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,8 +17,13 @@ from .. import chunking
 from ..base import Compiler, Kernel, Planned, Rows
 from . import render as cpp
 
-Handle = tuple[list[int], int | None]
-"""Addresses of the stages, and of the function that stores scalar state."""
+
+class Handle(NamedTuple):
+    """Addresses of the stages, and of what is done once per tensor before each and after all of them; 0: nothing."""
+
+    stages: list[int]
+    before: list[int]
+    scalars: int
 
 
 class Cpp(Compiler):
@@ -31,15 +36,18 @@ class Cpp(Compiler):
         self, program: Program, name: str, slot_names: Sequence[str], device: torch.device
     ) -> Kernel:
         body = cpp.render(program, slot_names, name)
-        symbols, scalars = cpp.entries(program)
+        entries = cpp.entries(program)
         library = toolchain.compile_library(
             name,
             cpp.source(skeleton("cpu.cpp"), body),
-            symbols=[*symbols, *([scalars] if scalars else [])],
+            symbols=entries.all,
             key_parts=[cpp.VERSION],
         )
         leaf.seek()
-        handle = [library.address(s) for s in symbols], scalars and library.address(scalars)
+        stages, before, scalars = (
+            [library.address(s) if s else 0 for s in names]
+            for names in (entries.stages, entries.before, [entries.scalars])
+        )
         return Kernel(
             self.name,
             name,
@@ -48,7 +56,7 @@ class Cpp(Compiler):
             str(library.source_path),
             library.seconds,
             not library.built,
-            handle,
+            Handle(stages, before, *scalars),
         )
 
     def prepare(self, *rows: Any, **how: Any) -> Launch:
@@ -59,11 +67,14 @@ class Launch(Rows):
     """A kernel's tables, ready to run: a row per tensor, the chunk list, space for part results."""
 
     def _get_ready(self) -> None:
-        self.stages, self.scalars = cast(Handle, self.kernel.handle)
+        self.handle = cast(Handle, self.kernel.handle)
         self.partials = np.empty((len(self.layout), self.n_reductions))
+        self.results = np.empty(self.n_results)
         tables = [t.ctypes.data for t in (self.rows, self.layout.chunks, self.partials)]
         widths = [self.rows.shape[1], self.kernel.program.slots, self.n_reductions]
-        self.head = np.array([*tables, 0, *widths], np.int64)
+        self.head = np.array(
+            [*tables, 0, *widths, self.results.ctypes.data, self.layout.chunks.shape[1]], np.int64
+        )
         self.address = self.head.ctypes.data
         self.slots: np.ndarray | None = None
 
@@ -72,13 +83,16 @@ class Launch(Rows):
     def native(self) -> Any:
         rows, chunks = self.rows, self.layout.chunks
         return leaf.native.Launch(  # type: ignore[union-attr]
-            stages=self.stages,
-            scalars=self.scalars or 0,
+            stages=self.handle.stages,
+            before=self.handle.before,
+            scalars=self.handle.scalars,
             rows=rows.ctypes.data,
             n_rows=len(rows),
             row_words=rows.shape[1],
             chunks=chunks.ctypes.data,
             n_chunks=len(chunks),
+            chunk_words=chunks.shape[1],
+            n_results=self.n_results,
             n_slots=self.kernel.program.slots,
             n_reductions=self.n_reductions,
         )
@@ -101,11 +115,13 @@ class Launch(Rows):
             self.slots, self.head[3] = slots, slots.ctypes.data
         if not len(self.layout):
             return [], self.address, []
-        split = list(chunking.splits(self.sizes, leaf.thread_count()))
-        entries, splits = [*self.stages], [split] * len(self.stages)
-        if self.scalars:
-            entries, splits = [*entries, self.scalars], [*splits, [0, len(self.sizes)]]
-        return entries, self.address, splits
+        by_chunk = list(chunking.splits(self.layout, leaf.thread_count()))
+        by_row = [0, len(self.sizes)]
+        calls = []
+        for stage, before in zip(self.handle.stages, self.handle.before, strict=True):
+            calls += [(before, by_row), (stage, by_chunk)]
+        calls = [call for call in (*calls, (self.handle.scalars, by_row)) if call[0]]
+        return [entry for entry, _ in calls], self.address, [split for _, split in calls]
 
     def run_parts(
         self,
@@ -123,9 +139,9 @@ class Launch(Rows):
         partials = np.empty((n_chunks + n_rows, self.partials.shape[1]))
         self.rows[:, 0], self.rows[:, 2], self.rows[:, 3] = counts, n_chunks + np.arange(n_rows), 1
         self.partials, self.head[2], self.head[3] = partials, partials.ctypes.data, slots.ctypes.data
-        splits = list(chunking.splits(self.sizes, leaf.thread_count()))
+        splits = list(chunking.splits(self.layout, leaf.thread_count()))
         done = 0
-        for stage, address in zip(self.kernel.stages, self.stages, strict=True):
+        for stage, address in zip(self.kernel.stages, self.handle.stages, strict=True):
             leaf.run_cpu([address], self.address, [splits])
             if stage.reductions:
                 ops = [self.kernel.program.values[i].op for i in stage.reductions]
@@ -134,8 +150,8 @@ class Launch(Rows):
                 exchange(ops, totals)
                 partials[n_chunks:, mine] = totals
                 done += len(ops)
-        if self.scalars:
-            leaf.run_cpu([self.scalars], self.address, [[0, n_rows]])
+        if self.handle.scalars:
+            leaf.run_cpu([self.handle.scalars], self.address, [[0, n_rows]])
 
 
 def joined(ops: Sequence[str], parts: np.ndarray, where: np.ndarray, n: int) -> np.ndarray:

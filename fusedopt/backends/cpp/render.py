@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 
 from ...ir.ops import OPS, Op
-from ...ir.passes import Stage
 from ...ir.program import Program
+from ...ir.stages import Stage
 from .. import c_family
 from ..c_family import TYPES, entries, indent
+from .blocks import Blocks
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
 
@@ -19,7 +20,7 @@ SLOT = '#include "cpu_example.inc"'
 
 def render(program: Program, slot_names: Sequence[str] = (), title: str = "") -> str:
     """The generated body. ``slot_names`` are the scalars' expressions, for the comments."""
-    return c_family.render(_Body, program, slot_names, title)
+    return c_family.render(_Body if program.axes == 1 else _Blocks, program, slot_names, title)
 
 
 def source(skeleton: str, body: str) -> str:
@@ -57,3 +58,7 @@ class _Body(c_family.Body):
             "for_lanes(begin, end, element);",
             *totals,
         ]
+
+
+class _Blocks(Blocks, _Body):
+    """Of a program with several axes."""

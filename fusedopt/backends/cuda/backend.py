@@ -107,7 +107,8 @@ class Cuda(Compiler):
         if BIG not in capacities:
             source = SMALL_ONLY + source
         entry = nvrtc.compile_cubin(name, source, self.arch(index), key_parts=[renderer.VERSION])
-        stages, scalars = renderer.entries(program)
+        found = renderer.entries(program)
+        stages, scalars = found.stages, found.scalars
         symbols = [*stages, *([scalars] if scalars else [])]
         module, functions = self._load(
             name, entry, index, [s + v for s in symbols for v in _suffixes(capacities)]
@@ -183,7 +184,8 @@ class Launch(Rows):
             (len(chunks), self.n_reductions), dtype=torch.float64, device=self.device
         )
         suffix = _suffixes(handle.capacities)[handle.capacities.index(self.carried.capacity)]
-        stages, scalars = renderer.entries(self.kernel.program)
+        found = renderer.entries(self.kernel.program)
+        stages, scalars = found.stages, found.scalars
         pieces = [tiles if tiled else chunks_there for tiled in handle.tiled]
         todo = [(s, p.data_ptr(), len(p)) for s, p in zip(stages, pieces, strict=True)]
         if scalars:

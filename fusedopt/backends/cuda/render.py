@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from ...ir.passes import Stage
 from ...ir.program import Program, identifier
+from ...ir.stages import Stage
 from .. import c_family
 from ..c_family import TYPES, entries, indent
 

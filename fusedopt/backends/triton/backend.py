@@ -60,7 +60,8 @@ class Triton(Compiler):
             raise BuildError(f"kernel {name!r}: {error}. Remedy: {FALLBACK}.") from None
         entry = _store(name, renderer.source(skeleton("triton.py.in"), body), version)
         module = load(entry.source_path)
-        symbols, scalars = renderer.entries(program)
+        found = renderer.entries(program)
+        symbols, scalars = found.stages, found.scalars
         handle = Handle(
             [module[s] for s in symbols],
             [not s.reductions and not renderer.joins_parts(program, s) for s in renderer.stages(program)],

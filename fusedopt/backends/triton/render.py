@@ -20,8 +20,8 @@ import torch
 from ...compile.cache import BuildError
 from ...ir.comments import one_line
 from ...ir.ops import ELEMENT, OPS, TENSOR, Op, Reduction, is_reduction, reduction
-from ...ir.passes import Stage, scalar_stores, stages
 from ...ir.program import Program, Value, identifier
+from ...ir.stages import Stage, scalar_stores, stages
 from ..body import Body, element_op, entries, summary
 
 __all__ = ["entries", "joins_parts", "render", "source"]
@@ -45,6 +45,8 @@ def render(program: Program, slot_names: Sequence[str] = (), title: str = "") ->
 
     Raises BuildError, naming the op, for one without a Triton spelling.
     """
+    if program.axes > 1:
+        raise BuildError("Triton kernels have no sums along some dimensions yet")
     for v in program.values:
         op = OPS.get(v.op)
         wide = program.compute == torch.float64

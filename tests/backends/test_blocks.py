@@ -1,0 +1,163 @@
+"""Programs with several axes: the compiled kernels against the interpreter, in float64, whatever the sizes."""
+
+import numpy as np
+import pytest
+import torch
+
+from fusedopt import backends
+from fusedopt.ir.ops import axes_of
+from fusedopt.ir.passes import optimize
+from fusedopt.ir.program import Buffer, Graph, Program, interpret
+
+F32 = torch.float32
+
+
+def build(axes, make, dtype=F32, **kinds):
+    """A program with these axes: ``make(graph, loads)`` returns the stores by name."""
+    g = Graph("".join(map(str, range(axes))))
+    names = {name: name if name in ("param", "grad") else f"state.{name}" for name in kinds}
+    buffers = tuple((names[name], Buffer(dtype, kind)) for name, kind in kinds.items())
+    loads = {name: g.leaf("load", names[name], kind=kind) for name, kind in kinds.items()}
+    stores = tuple((names[name], i) for name, i in make(g, loads).items())
+    return optimize(Program(dtype, buffers, tuple(g.values), stores, 1, axes=axes))
+
+
+def factored(g, x):
+    """Adafactor's step of a matrix, or of a batch of them."""
+    batch, last = g.axes[:-2], g.axes[-1]
+    s = g.leaf("slot", 0)
+    square = g.op("add", g.op("mul", x["grad"], x["grad"]), g.leaf("const", 1e-30))
+    row = g.op("add", g.op("mul", x["row"], s), g.op("mean", square, to=g.axes[:-1]))
+    col = g.op("add", g.op("mul", x["col"], s), g.op("mean", square, to=batch + last))
+    factor = g.op("sqrt", g.op("div", row, g.op("mean", row, to=batch or None)))
+    update = g.op("div", x["grad"], g.op("mul", factor, g.op("sqrt", col)))
+    size = g.op("sqrt", g.op("mean", g.op("mul", update, update)))
+    scaled = g.op("div", update, g.op("maximum", size, g.leaf("const", 1.0)))
+    return {"param": g.op("sub", x["param"], scaled), "row": row, "col": col}
+
+
+def centred(g, x):
+    """A gradient less the mean of each line."""
+    less = g.op("sub", x["grad"], g.op("mean", x["grad"], to=g.axes[:-1]))
+    return {"param": g.op("sub", x["param"], g.op("mul", less, g.leaf("slot", 0)))}
+
+
+def by_rows(g, x):
+    """One second moment per row, kept while the row is in cache."""
+    mean = g.op("mean", g.op("mul", x["grad"], x["grad"]), to=g.axes[:-1])
+    v = g.op("add", g.op("mul", x["v"], g.leaf("slot", 0)), mean)
+    return {"param": g.op("sub", x["param"], g.op("div", x["grad"], g.op("sqrt", v))), "v": v}
+
+
+def centred_twice(g, x):
+    """Less the mean of each line, over the norm of that, over that of all."""
+    less = g.op("sub", x["grad"], g.op("mean", x["grad"], to=g.axes[:-1]))
+    norm = g.op("sqrt", g.op("sum", g.op("mul", less, less), to=g.axes[:-1]))
+    scaled = g.op("div", less, norm)
+    total = g.op("sqrt", g.op("sum", g.op("mul", scaled, scaled)))
+    return {"param": g.op("sub", x["param"], g.op("div", scaled, total))}
+
+
+def covered(g, x):
+    """SM3: the largest along each axis."""
+    least = None
+    for a in g.axes:
+        held = x[f"m{a}"]
+        least = held if least is None else g.op("minimum", least, held)
+    new = g.op("add", least, g.op("mul", x["grad"], x["grad"]))
+    stores = {f"m{a}": g.op("amax", new, to=a) for a in g.axes}
+    return {"param": g.op("sub", x["param"], g.op("div", x["grad"], g.op("sqrt", new))), **stores}
+
+
+def scalars_of_rows(g, x):
+    """Sums of rows and of columns that only numbers per tensor need, and a column that is stored in another's place."""
+    row = g.op("sum", x["grad"], to="0")
+    col = g.op("amax", g.op("abs", x["grad"]), to="1")
+    both = g.op("add", g.op("amax", row), g.op("sum", x["col"]))
+    return {"param": g.op("add", x["param"], both), "size": both, "col": g.op("add", col, both)}
+
+
+PROGRAMS = {
+    "factored matrix": (build(2, factored, param="F", grad="F", row="0", col="1"), 2),
+    "factored batch": (build(3, factored, param="F", grad="F", row="01", col="02"), 3),
+    "factored batch of batches": (build(4, factored, param="F", grad="F", row="012", col="013"), 4),
+    "centred": (build(2, centred, param="F", grad="F"), 2),
+    "by rows": (build(2, by_rows, param="F", grad="F", v="0"), 2),
+    "by rows, of three axes": (build(3, by_rows, param="F", grad="F", v="01"), 3),
+    "centred twice": (build(2, centred_twice, param="F", grad="F"), 2),
+    "covered": (build(2, covered, param="F", grad="F", m0="0", m1="1"), 2),
+    "covered, of four axes": (build(4, covered, param="F", grad="F", m0="0", m1="1", m2="2", m3="3"), 4),
+    "numbers of rows": (build(2, scalars_of_rows, param="F", grad="F", col="1", size="S"), 2),
+    "double": (build(2, factored, torch.float64, param="F", grad="F", row="0", col="1"), 2),
+    "half": (build(2, by_rows, torch.float32, param="F", grad="F", v="0"), 2),
+}
+SHAPES = {
+    2: [
+        (1, 1),
+        (3, 5),
+        (64, 64),
+        (1, 1000),
+        (1000, 1),
+        (7, 100_003),
+        (100_003, 3),
+        (300, 700),
+        (0, 4),
+        (2, 0),
+        (17, 16),
+    ],
+    3: [(1, 1, 1), (2, 3, 5), (40_000, 3, 3), (2, 500, 300), (5, 1, 7), (3, 300, 401), (0, 2, 2)],
+    4: [(2, 3, 4, 5), (20, 30, 3, 3), (64, 3, 7, 7), (2, 2, 300, 300), (1, 70_000, 1, 2)],
+}
+
+
+def tensors(program, shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, buffer in program.buffers:
+        kept = axes_of(buffer.kind, program.all_axes)
+        size = [n for a, n in enumerate(shape) if str(a) in kept]
+        value = torch.randn(size, generator=generator, dtype=torch.float64)
+        made[name] = (value if name in ("param", "grad") else value.abs() + 0.1).to(buffer.dtype)
+    return made
+
+
+def run(program, rows, shapes, backend="cpp", slots=(0.9,)):
+    kernel = backends.get(backend).compile(program, "blocks", ["s"])
+    columns = {name: [row[name] for row in rows] for name, _ in program.buffers}
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    launch = backends.get(backend).prepare(
+        kernel, columns, sizes, [0] * len(sizes), shapes=[tuple(s) for s in shapes]
+    )
+    launch.run(np.array([slots]))
+
+
+def wide(program):
+    """The same program in float64: what is right."""
+    from dataclasses import replace
+
+    f64 = tuple((n, Buffer(torch.float64, b.kind)) for n, b in program.buffers)
+    return replace(program, compute=torch.float64, buffers=f64)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_do_what_the_program_says(name):
+    program, axes = PROGRAMS[name]
+    shapes = SHAPES[axes]
+    rows = [tensors(program, shape, seed) for seed, shape in enumerate(shapes)]
+    right = [
+        interpret(wide(program), {n: t.double() for n, t in row.items()}, [0.9], shape)
+        for row, shape in zip(rows, shapes, strict=True)
+    ]
+    narrow = [interpret(program, row, [0.9], shape) for row, shape in zip(rows, shapes, strict=True)]
+    before = [{n: t.clone() for n, t in row.items()} for row in rows]
+    run(program, rows, shapes)
+    for row, exact, plain, old, shape in zip(rows, right, narrow, before, shapes, strict=True):
+        for n, t in row.items():
+            if n not in exact:
+                assert torch.equal(t, old[n])
+                continue
+            error, allowed = (t.double() - exact[n]).abs(), (plain[n].double() - exact[n]).abs()
+            eps = torch.finfo(program.compute).eps
+            scale = exact[n].abs().amax() if exact[n].numel() else 0
+            limit = 4 * (allowed.amax() if allowed.numel() else 0) + 8 * eps * scale
+            assert (error <= limit).all() or torch.equal(t.isnan(), exact[n].isnan()), (n, shape, error.max())
