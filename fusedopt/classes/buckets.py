@@ -168,12 +168,13 @@ _ORDINARY = (torch.Tensor.__torch_function__, torch.nn.Parameter.__torch_functio
 
 
 class StepBuckets(Buckets):
-    """``closure``: whether the next step is given one; ``found`` is what the last step was traced to."""
+    """``closure``: whether the next step is given one; ``known_kinds``: whether the last trace was of parameters of the
+    same kinds as one before."""
 
     def __init__(self, groups: ClassGroups, title: str, options: Options) -> None:
         super().__init__([], options.backend, title, None)
         self.groups, self.options = groups, options
-        self.closure, self.traces_made = False, 0
+        self.closure, self.traces_made, self.known_kinds = False, 0, False
         self.read: Any = None
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
         self._current: list[tuple[tuple, CompiledTrace]] = []
@@ -210,6 +211,7 @@ class StepBuckets(Buckets):
         keys = [_key(*bucket) for bucket in buckets]
         known = self._hosts.setdefault((self.closure, *keys), [])
         for host, compiled in known:
+            host.meets(buckets)
             if not self.changed(host):
                 plans = [self._replayed(*b, c) for b, c in zip(buckets, compiled, strict=True)]
                 if all(plans):
@@ -219,6 +221,7 @@ class StepBuckets(Buckets):
             if not is_plain(v for _, v in signature.state):
                 raise Untraceable("the state holds other things than tensors, numbers and flags")
         self.traces_made += 1
+        self.known_kinds = bool(known)
         step = trace_step(opt, buckets, self.closure, self.options, self._name)
         if not any(trace.program.stores for trace in step.traces):
             raise Untraceable("the step changes no parameter and no tensor of its state")

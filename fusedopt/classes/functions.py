@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..ir.ops import ELEMENT, TENSOR
-from ..trace.axes import regrouped, sizes
+from ..trace.axes import Dims, regrouped, sizes
 from ..trace.methods import Extreme, seen
 from ..trace.number import Number
 from ..trace.run import Run
@@ -272,6 +272,8 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             if name.endswith("_")
             else made(None if x.sym is None else alias(x.sym), x.meta, x.why, x.number)
         )
+    if name == "__getitem__" and x.sym is not None and _adds_dimensions(args[1]):
+        return _view(name, _like(func, args, kwargs), x)
     if base in _CASTS and isinstance(x, Symbolic):
         return _cast(x, func, args[1:], kwargs)
     if base not in METHODS:
@@ -301,6 +303,9 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise Untraceable(f"Tensor.{name} writes to a tensor from outside")
         rebind(place(x), _as_stored(result, x.meta.dtype))
         return x
+    if isinstance(result, Extreme):
+        where = made(None, meta[1], "where a tensor is largest or smallest has no fused form")
+        return type(meta)((_wrapped(name, result.values, meta[0], x), where))
     return _wrapped(name, _as_stored(result, meta.dtype), meta, x)
 
 
@@ -462,9 +467,6 @@ def _refuse(name: str) -> Any:
 
 def _wrapped(name: str, result: Any, meta: Any, x: Any) -> Any:
     """A result as the class sees it."""
-    if isinstance(result, Extreme):
-        where = made(None, meta[1], "where a tensor is largest or smallest has no fused form")
-        return type(meta)((_wrapped(name, result.values, meta[0], x), where))
     if not isinstance(result, SymTensor):
         return result
     if not isinstance(meta, torch.Tensor):
@@ -483,7 +485,7 @@ def _wrapped(name: str, result: Any, meta: Any, x: Any) -> Any:
 
 def _view(name: str, meta: _Meta, x: Symbolic) -> Symbolic:
     sym = place(x)
-    if sym.kind != TENSOR and name not in ("unsqueeze", "squeeze"):
+    if sym.kind != TENSOR and name not in ("unsqueeze", "squeeze", "__getitem__"):
         sym.run.attribute(ELEMENT, "contiguous")
     if name.startswith("expand") and meta.shape != x.meta.shape:
         return _broadcast(sym, meta)
@@ -494,7 +496,18 @@ def _view(name: str, meta: _Meta, x: Symbolic) -> Symbolic:
     run: Any = sym.run
     if sym.kind == ELEMENT and meta.shape == run.shape:
         return made(seen(sym, None), meta)
-    return made(seen(sym, lambda: regrouped(sym.dims, run.attribute(ELEMENT, "shape"), meta.shape)), meta)
+
+    def shown() -> Dims:
+        return regrouped(sym.dims, run.attribute(ELEMENT, "shape"), meta.shape)
+
+    # To ask for the shape has a price, a trace for each, and most that is seen flat goes back to its shape.
+    return made(seen(sym, shown if sym.kind == ELEMENT else shown()), meta)
+
+
+def _adds_dimensions(index: Any) -> bool:
+    """Whether it is that of ``x[:, None]`` and its like."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
 
 
 def _broadcast(sym: SymTensor, meta: _Meta) -> Symbolic:

@@ -32,6 +32,8 @@ from .tracing import Options, plain_function
 
 RETRACES = 3
 """Steps in a row that have to be traced anew, or that have no trace, after which none is tried any more."""
+KINDS = 12
+"""The same where each has gradients of other kinds of parameters, of which there are only so many."""
 REMEDY = "nothing is wrong, it is as fast as without fusedopt; docs/classes.md says what fuses"
 
 Opt = TypeVar("Opt", bound=torch.optim.Optimizer)
@@ -77,13 +79,13 @@ class Fused:
         self._steps += 1
         sampled = self.options.check > 1 and self._steps % self.options.check == 0
         sample = Sample(opt, closure is not None) if sampled else None
-        if self.engine.repeat(self.scaling):
-            self._misses = 0
-        elif not self._anew(opt):
+        if not self.engine.repeat(self.scaling) and not self._anew(opt):
             return self._own(opt, None if closure is None else lambda: loss)
         host: Any = self.engine.read
         host.write(vars(opt))
-        if self._new_trace:  # now that the step is done, as warnings may be errors
+        if not self._new_trace:
+            self._misses = 0
+        else:  # now that the step is done, as warnings may be errors
             self._new_trace = False
             self._miss(opt, self.engine.steps.why)
         if sample is not None and (why := sample.difference(opt)):
@@ -149,7 +151,7 @@ class Fused:
 
     def _miss(self, opt: torch.optim.Optimizer, why: str) -> None:
         self._misses += 1
-        if self._misses >= RETRACES:
+        if self._misses >= (RETRACES if self.buckets.known_kinds or self.reason else KINDS):
             if not self.reason:
                 self.reason = f"each step is another one: {why}. Remedy: {REMEDY}"
             self._give_up(opt)

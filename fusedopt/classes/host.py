@@ -5,15 +5,16 @@ Made once for each trace, as one generated function: a step asks it whether all 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ..step.items import Item
 from ..trace.number import Number, ScalarProgram
 from ..trace.replay import Replay
 from ..trace.signals import Untraceable
-from ..trace.signature import PLAIN, Signature
+from ..trace.signature import PLAIN, Signature, structure_of
 from ..trace.snapshot import is_constant
 from ..trace.tracer import Trace
 from .shadow import Container, Path, Shadow, is_own, shown
@@ -39,7 +40,8 @@ class Host:
         self._fills: list[tuple[Callable[[Any], torch.Tensor], Any]] = []
         self._function: Callable[..., Any] | None = None
         self._left: dict[Any, Any] = {}
-        self.active: list[list[torch.Tensor]] = []
+        self._met: dict[Any, dict[int, torch.Tensor]] = {}
+        """The parameters that were met, by their bucket: of each some have a gradient."""
         self._look = _looking(shadow, names, tensors, self.numbers)
 
     def writes(
@@ -82,6 +84,12 @@ class Host:
             self._inputs, self._keys = [name for _, name, *_ in replay.leaves], replay.number_keys
             self._function = replay.function
 
+    def meets(self, buckets: Sequence[tuple[list[Item], Signature]]) -> None:
+        """Note the parameters of a step that is of these buckets."""
+        for items, signature in buckets:
+            met = self._met.setdefault((items[0].where[0], structure_of(signature)), {})
+            met.update((id(item.owner), item.owner) for item in items)
+
     @property
     def leaves_something(self) -> bool:
         return bool(self._writes or self._fills)
@@ -100,7 +108,7 @@ class Host:
         if (
             why is None
             and self._writes
-            and not all(any(p.grad is not None for p in ps) for ps in self.active)
+            and not all(any(p.grad is not None for p in ps.values()) for ps in self._met.values())
         ):
             return "other parameters have gradients"
         return why

@@ -22,7 +22,7 @@ from ..trace.axes import along
 from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
 from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, alike, is_number, load, merged
 from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest, line_now
-from ..trace.signature import FACTOR, PLAIN, Foreign, Signature, structure_of
+from ..trace.signature import FACTOR, PLAIN, Foreign, Signature
 from ..trace.standins import StandIns
 from ..trace.tensor import SymTensor
 from ..trace.tracer import Trace, program_of
@@ -402,11 +402,7 @@ def _host(ran: _Ran, shared: Sequence[Guard], scalars: ScalarProgram, buckets: S
     for guard in shared if host.leaves_something else ():
         ours.guard(move(guard.index), guard.value, guard.where)
     host.finish()
-    active: dict[Any, list[torch.Tensor]] = {}
-    for items, signature in buckets:
-        key = items[0].where[0], structure_of(signature)
-        active.setdefault(key, []).extend(item.owner for item in items)
-    host.active = list(active.values())
+    host.meets(buckets)
     return host
 
 

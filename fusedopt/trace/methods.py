@@ -309,7 +309,8 @@ def _std(square_root: bool) -> Callable[..., SymTensor]:
         if isinstance(dim, bool):
             unbiased, dim = dim, None
         x = as_float(x)
-        total = _reduce("sum")(STRUCTURAL_POWERS[2](_sub(x, _reduce("mean")(x, dim, True))), dim, keepdim)
+        less = _sub(x, _reduce("mean")(x, dim, dim is not None))
+        total = _reduce("sum")(STRUCTURAL_POWERS[2](less), dim, keepdim)
         correction = int(unbiased) if correction is None else correction
         if dim is None:
             count = SymTensor(x.run, x.run.graph.leaf("numel"), x.asked)
@@ -350,6 +351,20 @@ def _unsqueeze(x: SymTensor, dim: Any) -> SymTensor:
     dims = list(x.dims)
     dims.insert(axes.positive(operator.index(dim), len(dims) + 1), ())
     return seen(x, tuple(dims))
+
+
+def _getitem(x: SymTensor, index: Any) -> SymTensor:
+    """All elements, with new dimensions of length 1 where the index is None."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(part is not None and part is not Ellipsis and part != slice(None) for part in parts):
+        x._refuse()
+    left = list(x.dims)
+    rest = len(left) - sum(part == slice(None) for part in parts if part is not None)
+    out: list[tuple[int, ...]] = []
+    for part in parts:
+        count = 1 if part is not Ellipsis else rest
+        out += [()] if part is None else [left.pop(0) for _ in range(count)]
+    return seen(x, (*out, *left))
 
 
 def _squeeze(x: SymTensor, dim: Any = None) -> SymTensor:
@@ -462,6 +477,7 @@ METHODS |= {
     "all": _any_all("amin"),
     "normalize": _normalize,
     "cosine_similarity": _cosine_similarity,
+    "__getitem__": _getitem,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "view": _view,

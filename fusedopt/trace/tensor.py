@@ -173,9 +173,11 @@ class SymTensor:
             "keep it a tensor: 0-d tensors fuse, and torch.where and comparisons take them",
         )
 
-    __float__ = __int__ = __index__ = __len__ = __iter__ = __getitem__ = __setitem__ = __format__ = (
-        __contains__
-    ) = _refuse
+    def __getitem__(self, index: Any) -> SymTensor:
+        """``x[:, None]`` and its like."""
+        return called("__getitem__", METHODS["__getitem__"], self, index)
+
+    __float__ = __int__ = __index__ = __len__ = __iter__ = __setitem__ = __format__ = __contains__ = _refuse
     item = tolist = numpy = _refuse
 
     def __repr__(self) -> str:

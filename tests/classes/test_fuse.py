@@ -256,7 +256,50 @@ def count_in_a_tensor(self, p, g, s):
     p.add_(p.grad, alpha=-g["lr"] / (self.tensor + self.calls).item())
 
 
+def rows(self, p, g, s):
+    p.sub_(p.grad / (p.grad.norm(dim=-1, keepdim=True) + 1), alpha=g["lr"])
+
+
+def factored(self, p, g, s):
+    if p.dim() < 2:
+        return p.sub_(p.grad, alpha=g["lr"])
+    if not s:
+        s["row"] = torch.zeros(p.shape[:-1])
+        s["col"] = torch.zeros(p.shape[:-2] + p.shape[-1:])
+    square = p.grad.square().add_(1e-8)
+    s["row"].lerp_(square.mean(-1), 0.1)
+    s["col"].lerp_(square.mean(dim=-2), 0.1)
+    row = (s["row"] / s["row"].mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+    return p.sub_(p.grad * row * s["col"].unsqueeze(-2).rsqrt(), alpha=g["lr"])
+
+
+def centralized(self, p, g, s):
+    grad = p.grad
+    if grad.dim() > 1:
+        grad = grad - grad.mean(dim=tuple(range(1, grad.dim())), keepdim=True)
+    p.sub_(grad, alpha=g["lr"])
+
+
+def as_matrix(self, p, g, s):
+    if p.dim() > 1:
+        flat = p.grad.view(p.size(0), -1)
+        flat = flat / flat.norm(dim=1)[:, None].clamp_(min=1e-3)
+        p.sub_(flat.view_as(p), alpha=g["lr"])
+
+
+def largest_of_rows(self, p, g, s):
+    if p.dim() > 1:
+        largest, _ = p.grad.abs().max(dim=-1, keepdim=True)
+        p.sub_(torch.where(p.grad.abs() < largest, p.grad, largest), alpha=g["lr"])
+
+
+def spread_of_columns(self, p, g, s):
+    if p.dim() > 1:
+        p.sub_(torch.nn.functional.normalize(p.grad, dim=0) + p.grad.std(dim=0), alpha=g["lr"])
+
+
 COMPLETE = [
+    rows, factored, centralized, as_matrix, largest_of_rows, spread_of_columns,
     plain, operators, momentum, adam, tensor_count, count_in_group, count_on_self, own_schedule, float_and_int,
     trust_ratio, branch_on_norm, branch_on_read_number, read_number, replaces_state, number_in_state, writes_gradient,
     writes_through_out, flat_view, mask, tensor_of_a_number, stacked_norms, nested_helper, asks_for_its_device,
@@ -369,10 +412,6 @@ def test_the_source_has_the_lines_of_the_class():
 
 
 # ---------------------------------------------------------------- what does not fuse is the class's own step
-
-
-def rows(self, p, g, s):
-    p.sub_(p.grad / (p.grad.norm(dim=-1, keepdim=True) + 1), alpha=g["lr"])
 
 
 def python_random(self, p, g, s):
@@ -511,7 +550,7 @@ def catches_everything(self, p, g, s):
 
 
 EAGER = [
-    rows, python_random, torch_random, logs, uses_logging, prints, clock, by_id, attribute_of_parameter, keeps_gradient,
+    python_random, torch_random, logs, uses_logging, prints, clock, by_id, attribute_of_parameter, keeps_gradient,
     order_matters, counts_parameters, shared_sum, another_index_in_each_step, passes_on, draws_its_own,
     catches_everything, counts_on_its_class, counts_on_an_object, counts_in_a_default, counts_on_a_function,
     counts_in_a_closure(), takes_the_next, uses_an_array, keeps_a_set, by_their_number, by_those_with_a_gradient,

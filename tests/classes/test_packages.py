@@ -218,11 +218,8 @@ def seed() -> None:
 UNFUSED = [
     case("torch", "Muon"),
     case("torch", "Adafactor"),
-    case("po", "AdaFactor"),
     case("po", "Shampoo"),
-    case("po", "CAME"),
     case("po", "Kron"),
-    case("po", "AdamP"),
     case("to", "SWATS", lr=0.01),
     case("to", "Shampoo"),
 ]
