@@ -13,6 +13,13 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 Callback = Callable[..., Any]
+GROUPS_OWN = "cbs"
+"""The key of a param group for callbacks of its own, in place of the optimizer's."""
+
+
+def is_temporary(key: Any) -> bool:
+    """Whether what callbacks return under this key is handed to later callbacks of the same step and to no other."""
+    return isinstance(key, str) and key.startswith("_")
 
 
 def function_of(callback: Callback) -> Callback:

@@ -291,7 +291,8 @@ def interpret(
     if program.axes == 1:
         sizes = buffers[_shaped(program)].shape
     assert sizes is not None
-    block = {n: t.reshape(_block(program, n, sizes)) for n, t in buffers.items()}
+    used = {*program.buffer, _shaped(program)}
+    block = {n: buffers[n].reshape(_block(program, n, sizes)) for n in used}
     return {n: t.reshape(buffers[n].shape) for n, t in _interpret(program, block, slots).items()}
 
 

@@ -4,18 +4,14 @@ A stand-in for the driver runs them, with blocks of 1, 8 or 64 threads: teams of
 runs one block after another, so of what blocks must not do to each other nothing is seen here.
 """
 
-from types import SimpleNamespace
-
 import cuda_kernels
 import pytest
 import test_blocks
-import torch
 from helpers import needs_extension
-from test_blocks import PROGRAMS, build, by_rows, compared, factored, tensors
+from test_blocks import PROGRAMS, build, compared
 from test_cuda_launch import DEFAULTS, built  # noqa: F401
 
 from fusedopt import backends
-from fusedopt.backends import chunking
 from fusedopt.backends.cuda import backend as cuda
 from fusedopt.backends.cuda import nvrtc
 from fusedopt.backends.cuda import render as renderer
@@ -31,7 +27,10 @@ def columns_of_centred(g, x):
     norm = g.op("sqrt", g.op("sum", g.op("mul", less, less), to=g.axes[:-1]))
     scaled = g.op("div", less, g.op("add", norm, g.leaf("slot", 0)))
     stores = {f"m{a}": g.op("amax", scaled, to=a) for a in g.axes}
-    return {"param": g.op("sub", x["param"], g.op("mul", scaled, g.op("mean", scaled, to=g.axes[-1]))), **stores}
+    return {
+        "param": g.op("sub", x["param"], g.op("mul", scaled, g.op("mean", scaled, to=g.axes[-1]))),
+        **stores,
+    }
 
 
 MORE = {
