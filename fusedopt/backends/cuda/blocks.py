@@ -59,10 +59,7 @@ class Blocks(blocks.Blocks):
             *(f"double* const {self._q(i)} = regions[{self._region(i)}];" for i in mine),
             *self.accumulators(stage),
             *body,
-            *(
-                f"{self._lanes(i)}.finish(partial + {self.reductions.index(i)});"
-                for i in self._whole(stage)
-            ),
+            *(f"{self._lanes(i)}.finish(partial + {self.reductions.index(i)});" for i in self._whole(stage)),
         ]
         return out or ["(void)row, (void)begin, (void)end;  // only numbers per tensor are stored"]
 
@@ -90,9 +87,7 @@ class Blocks(blocks.Blocks):
             "}",
         ]
 
-    def _in_parts(
-        self, along: Stage, across: Sequence[int], sums: Sequence[int], chunk: Range
-    ) -> list[str]:
+    def _in_parts(self, along: Stage, across: Sequence[int], sums: Sequence[int], chunk: Range) -> list[str]:
         """Some lines after others: as many as there is shared memory for the sums that places need of each."""
         values, length = self.program.values, f"n{chunk.axes[-1]}"
         count = SHARED // (8 * len(sums))
@@ -138,7 +133,9 @@ class Blocks(blocks.Blocks):
         for n, i in stage.stores:
             kind = self.program.buffer[n].kind
             place = "i" if kind == ELEMENT else self._place(kind)
-            (inner if kind == ELEMENT else written).append(f"store({identifier(n)}, {place}, {self.name(i)});")
+            (inner if kind == ELEMENT else written).append(
+                f"store({identifier(n)}, {place}, {self.name(i)});"
+            )
         return [
             *map(self._accumulator, mine),
             *(self.over(inner, bool(stage.reductions)) if inner else []),
@@ -355,5 +352,3 @@ class Blocks(blocks.Blocks):
     def _given(self, values: Iterable[int]) -> list[str]:
         lines = super()._given(values)
         return [line.replace(" __restrict", "") if self.nested else line for line in lines]
-
-
