@@ -391,8 +391,9 @@ struct Team {
     return {blockDim.x / n, n, threadIdx.x / n, threadIdx.x % n, n};
   }
 
-  // Neighbours up to a warp may go around a loop another number of times than others do.
+  // Teams of neighbours up to a warp go around a loop as often as they have lines, and wait for nobody else.
   __device__ inline void sync() const {
+    if (size == 1) return;
     if (stride == 1 && size <= 32) __syncwarp();
     else __syncthreads();
   }

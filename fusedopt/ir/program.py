@@ -380,6 +380,7 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     typename union unsigned using virtual void volatile wchar_t while and_eq bitand bitor not_eq or_eq xor xor_eq
     param grad launch row begin end partial i lane element load store combine for_lanes std
     half bfloat16 int64_t torch numel Lanes Launch Row infinity
+    line first regions c team place places start member before stop held part
     scaling_factor scaling_found_inf
     triton tl rows chunk chunks piece slots lanes partials address at rounded whole_blocks
     """.split()  # noqa: SIM905
@@ -394,7 +395,7 @@ _CALLED = frozenset(
 LONGEST_NAME = 100
 """Characters of a name that generated code has in full."""
 _NUMBERED = re.compile(
-    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*|.*_", re.ASCII
+    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(v|s|d|r|acc|n|i|o|q|sums)\d+|[A-Z_\d]+|.*__.*|_.*|.*_", re.ASCII
 )
 
 

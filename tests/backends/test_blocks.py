@@ -168,3 +168,22 @@ def compared(program, shapes, backend="cpp"):
 def test_kernels_do_what_the_program_says(name):
     program, axes = PROGRAMS[name]
     compared(program, SHAPES[axes])
+
+
+OURS = ["line", "first", "regions", "c", "n0", "i0", "o0", "q0"]
+"""Names that generated code has for itself."""
+
+
+def named(name):
+    """A program with a number per row in a state buffer of this name."""
+
+    def make(g, x):
+        return by_rows(g, {**x, "v": x[name]}) | {name: g.op("mul", x[name], g.leaf("slot", 0))}
+
+    kinds = {"param": "F", "grad": "F", name: "0"}
+    return build(2, lambda g, x: {n: i for n, i in make(g, x).items() if n != "v"}, **kinds)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_state_may_be_called_what_generated_code_calls_its_own(name):
+    compared(named(name), [(3, 5)])

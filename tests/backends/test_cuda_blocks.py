@@ -5,13 +5,18 @@ runs one block after another, so of what blocks must not do to each other nothin
 """
 
 import cuda_kernels
+import numpy as np
 import pytest
+import sass
 import test_blocks
 from helpers import needs_extension
-from test_blocks import PROGRAMS, build, compared
+from test_blocks import PROGRAMS, build, compared, tensors
 from test_cuda_launch import DEFAULTS, built  # noqa: F401
+from test_nvrtc import REGISTERS, needs_cuobjdump, needs_nvrtc
 
 from fusedopt import backends
+from fusedopt.backends import chunking
+from fusedopt.backends.base import HEAD
 from fusedopt.backends.cuda import backend as cuda
 from fusedopt.backends.cuda import nvrtc
 from fusedopt.backends.cuda import render as renderer
@@ -43,7 +48,20 @@ MORE = {
         3,
     ),
 }
-ALL = PROGRAMS | MORE
+OURS = [
+    *test_blocks.OURS,
+    "team",
+    "place",
+    "places",
+    "start",
+    "member",
+    "before",
+    "stop",
+    "held",
+    "part",
+    "sums2",
+]
+ALL = PROGRAMS | MORE | {f"state called {name}": (test_blocks.named(name), 2) for name in OURS}
 SMALL = {
     2: [(1, 1), (3, 5), (64, 33), (1, 1100), (90, 1), (5, 1025), (401, 3), (0, 4), (2, 0), (17, 16)],
     3: [(1, 1, 1), (2, 3, 5), (300, 3, 3), (2, 40, 35), (5, 1, 7), (3, 2, 1030), (0, 2, 2)],
@@ -92,9 +110,142 @@ def test_kernels_do_what_the_program_says(fake, name):
     compared(program, test_blocks.SHAPES[axes], "cuda")
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Tensors of some thousand elements have many chunks, several of them for one place."""
+    for name, value in dict(CHUNK=256, SHARED=4, TILE=64).items():
+        monkeypatch.setattr(chunking, name, value)
+    chunking.blocks.cache_clear()
+    yield
+    chunking.blocks.cache_clear()
+
+
 @pytest.mark.parametrize("threads", [8, 64])
 @pytest.mark.parametrize("name", ALL)
 def test_blocks_of_several_threads_do_the_same(fake, name, threads):
     program, axes = ALL[name]
     fake.threads = threads
     compared(program, SMALL[axes], "cuda")
+
+
+@pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.parametrize("name", ALL)
+def test_many_chunks_are_joined(fake, small_chunks, name, threads):
+    program, axes = ALL[name]
+    fake.threads = threads
+    compared(program, SMALL[axes], "cuda")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_results_do_not_depend_on_how_many_blocks_there_are(fake, small_chunks, name):
+    program, axes = ALL[name]
+    found = []
+    fake.threads = 8
+    for blocks in (1, 3, 100):
+        fake.blocks = blocks
+        backends.made["cuda"]._kernels.clear()
+        rows = [tensors(program, shape, seed) for seed, shape in enumerate(SMALL[axes])]
+        test_blocks.run(program, rows, SMALL[axes], "cuda")
+        found.append(rows)
+    for row, *others in zip(*found, strict=True):
+        for n, t in row.items():
+            assert all(torch.equal(t.nan_to_num(7), other[n].nan_to_num(7)) for other in others)
+
+
+def rows_of(program, shapes):
+    return [tensors(program, shape, seed) for seed, shape in enumerate(shapes)]
+
+
+def test_a_step_is_launched_in_order_over_chunks_and_tensors(fake):
+    """Before a stage and after all of them a block per tensor, a stage with a block per chunk or piece of one."""
+    fake.blocks = 1000
+    program, shapes = PROGRAMS["factored matrix"][0], [(300, 700), (3, 5), (0, 4)]
+    test_blocks.run(program, rows_of(program, shapes), shapes, "cuda")
+    chunks, pieces = 4 + 1, 3 * 8 + 2 + 1  # of 94 lines, the last one of 18; those are cut into twelves
+    assert [launch[:3] for launch in fake.launches] == [
+        ("fusedopt_stage_0", chunks, 256),
+        ("fusedopt_before_1", 3, 256),
+        ("fusedopt_stage_1", chunks, 256),
+        ("fusedopt_stage_2", pieces, 256),
+        ("fusedopt_scalars", 3, 256),
+    ]
+    fake.clear()
+    program = PROGRAMS["centred"][0]
+    test_blocks.run(program, rows_of(program, [(0, 4), (2, 0)]), [(0, 4), (2, 0)], "cuda")
+    assert fake.launches == []
+
+
+def test_what_goes_by_value_and_what_by_table(fake):
+    """Many tensors, with small kernels, big ones and tables; then scalars that stay on the device."""
+    program = PROGRAMS["factored matrix"][0]
+    for count, ending, kinds in (
+        (cuda.SMALL - 1, "", (1, 1)),
+        (cuda.SMALL, "_big", (1, 1)),
+        (cuda.BIG, "", (1, 0)),
+    ):
+        fake.clear()
+        compared(program, [(1, 2)] * count, "cuda")
+        assert {launch[0] for launch in fake.launches} == {
+            f"fusedopt_{k}{ending}" for k in ("stage_0", "before_1", "stage_1", "stage_2", "scalars")
+        }
+        assert {launch[4:] for launch in fake.launches} == {kinds}
+
+
+def prepared(program, rows, shapes, **how):
+    backend = backends.get("cuda")
+    kernel = backend.compile(program, "blocks", ["s"])
+    columns = {name: [row[name] for row in rows] for name, _ in program.buffers}
+    sizes = [a * b for a, b in shapes]
+    return backend.prepare(kernel, columns, sizes, [0] * len(sizes), shapes=shapes, **how)
+
+
+def test_a_captured_step_reads_later_scalars_and_can_be_replayed(fake):
+    """The launches of a graph: the same tables and results, with what was uploaded since."""
+    program, shapes = PROGRAMS["by rows"][0], [(3, 5), (64, 33), (70_000, 3)]
+    replayed, plain = rows_of(program, shapes), rows_of(program, shapes)
+    launch = prepared(program, replayed, shapes, resident=True)
+    launch.upload(np.array([[0.9]]))
+    fake.capturing = 1
+    launch.run(np.array([[0.9]]))
+    fake.capturing = 0
+    other = prepared(program, plain, shapes)
+    for s in (0.9, 0.5, 0.5):
+        launch.upload(np.array([[s]]))
+        fake.library.fake_replay()
+        other.run(np.array([[s]]))
+    for a, b in zip(replayed, plain, strict=True):
+        assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_gradients_may_be_elsewhere_in_every_step(fake):
+    program, shapes = PROGRAMS["centred"][0], [(3, 5), (64, 33)]
+    moved, plain = rows_of(program, shapes), rows_of(program, shapes)
+    launch, other = prepared(program, moved, shapes), prepared(program, plain, shapes)
+    place = HEAD + [name for name, _ in program.buffers].index("grad")
+    kept = []
+    for step in range(3):
+        for k, row in enumerate(plain):
+            row["grad"].mul_(step)
+            kept.append(row["grad"].clone())
+            launch.rows[k, place] = kept[-1].data_ptr()
+        launch.run(np.array([[0.9]]))
+        other.run(np.array([[0.9]]))
+    assert all(torch.equal(a["param"], b["param"]) for a, b in zip(moved, plain, strict=True))
+
+
+# ---------------------------------------------------------------- NVRTC
+
+
+@needs_nvrtc
+@needs_cuobjdump
+def test_nvrtc_compiles_all_of_them_without_spills():
+    bodies = {f"p{k}": renderer.render(p, ["s"], "blocks") for k, (p, _) in enumerate(ALL.values())}
+    source = cuda.SMALL_ONLY + cuda_kernels.together(bodies)
+    found = sass.functions(nvrtc.compile_cubin("blocks", source, "sm_90").path)
+    programs = [p for p, _ in ALL.values()]
+    assert len(found) == sum(len(renderer.entries(p).all) for p in programs)
+    for name, f in found.items():
+        assert f.registers <= REGISTERS and (f.stack, f.local) == (0, 0), name
+        assert f.count(r"(RED|ATOM\w*)(\..*)?") == 0, name
+        # What a kernel has written it also reads, so not through a cache that does not hear of it.
+        assert f.count(r"LDG\..*CONSTANT.*") == 0 or "stage" in name, name

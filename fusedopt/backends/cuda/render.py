@@ -21,8 +21,9 @@ def render(program: Program, slot_names: Sequence[str] = (), title: str = "") ->
     """The generated body. ``slot_names`` are the scalars' expressions, for the comments."""
     language = _Body if program.axes == 1 else _Blocks
     head, rest = c_family.render(language, program, slot_names, title).split("\n\n", 1)
-    # Powers in double need registers that the assembler, aiming at more blocks, would rather spill.
-    blocks = 2 if any(v.type == "d" for v in program.values) else 0
+    # Powers in double, and divisions of places, need registers that the assembler, aiming at more blocks, would rather
+    # spill.
+    blocks = 2 if program.axes > 1 or any(v.type == "d" for v in program.values) else 0
     return f"{head}\nconstexpr int resident_blocks = {blocks};\n\n{rest}"
 
 
