@@ -25,7 +25,6 @@ from .schedulefree import (
     SGDScheduleFree,
     divide_by_rms,
     schedule_free_step,
-    schedule_free_weight,
 )
 from .signum import Signum, sign_step
 from .sophia import SophiaG, sophia_step
@@ -75,7 +74,6 @@ __all__ = [
     "novograd_step",
     "qhm_step",
     "schedule_free_step",
-    "schedule_free_weight",
     "sign_step",
     "sophia_step",
     "stable_adamw_step",

@@ -44,15 +44,15 @@ def novograd_step(
     Deviations: none; `grad_averaging` is of the authors' code.
     """
     grad = p.grad.data
-    sqr_norm = (grad**2).sum()
+    later = 1 - first_step(step)
+    sqr_norm = (grad**2 * (1 - sqr_mom * later)).sum()
     if grad_avg is None:
         grad_avg, layer_sqr_avg = torch.zeros_like(grad), torch.zeros_like(sqr_norm)
-    first = first_step(step)
-    layer_sqr_avg = layer_sqr_avg * sqr_mom + sqr_norm * (1 - sqr_mom * (1 - first))
+    layer_sqr_avg = layer_sqr_avg * sqr_mom + sqr_norm
     update = grad / (layer_sqr_avg.sqrt() + eps)
     if do_wd and wd != 0:
         update.add_(p.data, alpha=wd)
-    grad_avg.mul_(mom).add_(update, alpha=1 - mom * (1 - first) if grad_averaging else 1)
+    grad_avg.mul_(mom).add_(update, alpha=1 - mom * later if grad_averaging else 1)
     p.data.sub_(grad_avg, alpha=lr)
     return {"grad_avg": grad_avg, "layer_sqr_avg": layer_sqr_avg}
 

@@ -19,60 +19,45 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def schedule_free_weight(
-    p, lr, step, warmup_steps, r, weight_lr_power, lr_max=0.0, weight_sum=0.0, train_mode=True, **kwargs
-):
-    """Warm the learning rate up, and find how much of the new iterate the average takes in.
+def schedule_free_step(
+    p, lr, mom, wd, step, warmup_steps, r, weight_lr_power, train_mode=True, do_wd=True, z=None, lr_max=0.0,
+    weight_sum=0.0, **kwargs
+):  # fmt: skip
+    """Schedule-Free: step the iterate z, and move y, where gradients are taken, along with it and with the average.
 
     Formula: ``η = lr·min(t / warmup_steps, 1)``; ``η_max ← max(η_max, η)``; ``w = t^r · η_max^weight_lr_power``;
-    ``W ← W + w``; ``c = w / W``, or 0 where W is.
-    Args: `lr`, `warmup_steps` (steps), `r`, `weight_lr_power`, `lr_max`, `weight_sum` numbers; `step` int; `train_mode`
-    flag.
-    State: ``lr_max`` (η_max), ``weight_sum`` (W), ``free_lr`` (η), ``free_weight`` (c), numbers; reads ``step``.
+    ``W ← W + w``; ``c = w / W``, or 0 where W is; ``u = g + wd·y``; ``y ← y + c·(z - y) + η·(mom·(1 - c) - 1)·u``;
+    ``z ← z - η·u``. The parameter is y, z starts as it; the average ``x = y + (1 - 1/mom)·(z - y)`` is not stored.
+    Args: `lr`, `mom` (in (0, 1), y's share of x), `wd`, `warmup_steps` (steps), `r`, `weight_lr_power` numbers; `step`
+    int; `train_mode` flag; `do_wd` per-parameter flag; `z` tensor; `lr_max`, `weight_sum` numbers.
+    State: ``z``, in parameter units, ``lr_max`` (η_max), ``weight_sum`` (W); reads ``step`` and the flag ``do_wd``.
     Raises: RuntimeError unless `train_mode`.
     Source: Defazio et al., "The Road Less Scheduled", arXiv:2405.15682, and its authors' code.
-    Deviations: the sums belong to each parameter, so that one that misses gradients has its own; the code keeps them in
-    the group.
+    Deviations: η_max and W belong to each parameter, so that one that misses gradients has its own; in the code to the
+    group. z is stored as zeros before the first step, which then finds the parameter in its place.
     """
     if not train_mode:
         raise RuntimeError(
             "the parameters are the averaged ones of eval(); call the optimizer's train() before it steps"
         )
+    if z is None:
+        z = torch.zeros_like(p.data)
     if warmup_steps:
         lr = lr * min(step / warmup_steps, 1.0)
     lr_max = max(lr_max, lr)
     weight = step**r * lr_max**weight_lr_power
     weight_sum = weight_sum + weight
-    free_weight = weight / weight_sum if weight_sum else 0.0
-    return {"lr_max": lr_max, "weight_sum": weight_sum, "free_lr": lr, "free_weight": free_weight}
-
-
-schedule_free_weight.defaults = dict(warmup_steps=0, r=0.0, weight_lr_power=2.0)
-
-
-def schedule_free_step(p, mom, wd, step, free_lr, free_weight, z=None, do_wd=True, **kwargs):
-    """Schedule-Free: step the iterate z, and move y, where gradients are taken, along with it and with the average.
-
-    Formula: ``u = g + wd·y``; ``y ← y + c·(z - y) + η·(mom·(1 - c) - 1)·u``; ``z ← z - η·u``. The parameter is y, z
-    starts as the same. The average x is never stored: ``x = y + (1 - 1/mom)·(z - y)``.
-    Args: `mom` number in (0, 1), y's share of x; `wd` number; `step` int; `free_lr` (η), `free_weight` (c) numbers; `z`
-    tensor; `do_wd` per-parameter flag.
-    State: ``z``, in parameter units; reads ``free_lr``, ``free_weight``, ``step`` and the flag ``do_wd``.
-    Source: see `schedule_free_weight`.
-    Deviations: none. z is stored as zeros before the first step, which then finds the parameter in its place.
-    """
-    if z is None:
-        z = torch.zeros_like(p.data)
+    new = weight / weight_sum if weight_sum else 0.0
     z.add_(p.data, alpha=first_step(step))
     update = p.grad.data
     if do_wd and wd != 0:
         update = update + wd * p.data
-    p.data.lerp_(z, free_weight).add_(update, alpha=free_lr * (mom * (1 - free_weight) - 1))
-    z.sub_(update, alpha=free_lr)
-    return {"z": z}
+    p.data.lerp_(z, new).add_(update, alpha=lr * (mom * (1 - new) - 1))
+    z.sub_(update, alpha=lr)
+    return {"z": z, "lr_max": lr_max, "weight_sum": weight_sum}
 
 
-schedule_free_step.defaults = dict(mom=0.9, wd=0.0)
+schedule_free_step.defaults = dict(mom=0.9, wd=0.0, warmup_steps=0, r=0.0, weight_lr_power=2.0)
 
 
 def divide_by_rms(p, sqr_mom, sqr_avg, eps, step, **kwargs):
@@ -90,13 +75,12 @@ def divide_by_rms(p, sqr_mom, sqr_avg, eps, step, **kwargs):
 divide_by_rms.defaults = dict(eps=1e-8)
 
 
-_SGD = [callbacks.maximize_grad, callbacks.step_stat, schedule_free_weight, schedule_free_step]
+_SGD = [callbacks.maximize_grad, callbacks.step_stat, schedule_free_step]
 _ADAMW = [
     callbacks.maximize_grad,
     callbacks.average_sqr_grad,
     callbacks.step_stat,
     divide_by_rms,
-    schedule_free_weight,
     schedule_free_step,
 ]
 
@@ -135,7 +119,7 @@ def _check_momentum(mom: float) -> None:
 class SGDScheduleFree(_ScheduleFree):
     """Schedule-Free SGD: see `schedule_free_step`. Needs `train` and `eval` calls, as a model does.
 
-    State: ``step``, ``z``, and the numbers of `schedule_free_weight`.
+    State: ``step``, ``z``, ``lr_max``, ``weight_sum``.
     """
 
     def __init__(
@@ -158,7 +142,7 @@ class SGDScheduleFree(_ScheduleFree):
 class AdamWScheduleFree(_ScheduleFree):
     """Schedule-Free AdamW: see `schedule_free_step`. Needs `train` and `eval` calls, as a model does.
 
-    State: ``step``, ``z``, ``exp_avg_sq``, and the numbers of `schedule_free_weight`.
+    State: ``step``, ``z``, ``exp_avg_sq``, ``lr_max``, ``weight_sum``.
     """
 
     state_names: ClassVar[dict[str, str]] = {"sqr_avg": "exp_avg_sq"}
