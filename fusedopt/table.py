@@ -396,7 +396,7 @@ _RULES = (
             36,
             dict(),
             dict(**_DECAY, betas=(0.8, 0.95, 0.99), alpha=5.0, eps=1e-3),
-            dict(lr=0.01, beta3_warmup=20, alpha_warmup=30),
+            dict(lr=0.01, betas=(0.9, 0.99, 0.999), beta3_warmup=20, alpha_warmup=30),
         ),
     ),
     Row(
@@ -418,7 +418,7 @@ _RULES = (
         "rules",
         _cautious_adamw,
         None,
-        _variants(_EXP, 44, dict(), dict(**_DECAY, betas=(0.8, 0.95), maximize=True)),
+        _variants(_EXP, 44, dict(), dict(**_DECAY, betas=(0.7, 0.95), maximize=True)),
         reductions=True,
     ),
     Row(
@@ -426,7 +426,7 @@ _RULES = (
         "rules",
         _grokfast_adamw,
         None,
-        _variants((*_EXP, "grok_avg"), 36, dict(), dict(**_DECAY, alpha=0.8, lamb=5.0)),
+        _variants((*_EXP, "grok_avg"), 36, dict(), dict(**_DECAY, alpha=0.9, lamb=3.0)),
     ),
     Row(
         "LaProp",
