@@ -36,7 +36,7 @@ def novograd_step(
 
     Formula: ``v ← sqr_mom·v + (1 - sqr_mom)·‖g‖²``, the first time ``v ← ‖g‖²``;
     ``m ← mom·m + a·(g / (√v + eps) + wd·p)`` from zero; ``p ← p - lr·m``; ``a = 1``, or ``1 - mom`` with
-    `grad_averaging`, but 1 the first time.
+    `grad_averaging`.
     Args: `lr`, `mom`, `sqr_mom`, `eps` (gradient units), `wd` numbers; `step` int; `grad_averaging` flag; `do_wd`
     per-parameter flag; `grad_avg` tensor; `layer_sqr_avg` one number per tensor (0-d tensor).
     State: ``grad_avg`` (m), ``layer_sqr_avg`` (v); reads ``step`` and the flag ``do_wd``.
@@ -52,7 +52,7 @@ def novograd_step(
     update = grad / (layer_sqr_avg.sqrt() + eps)
     if do_wd and wd != 0:
         update.add_(p.data, alpha=wd)
-    grad_avg.mul_(mom).add_(update, alpha=1 - mom * later if grad_averaging else 1)
+    grad_avg.mul_(mom).add_(update, alpha=1 - mom if grad_averaging else 1)
     p.data.sub_(grad_avg, alpha=lr)
     return {"grad_avg": grad_avg, "layer_sqr_avg": layer_sqr_avg}
 

@@ -300,12 +300,12 @@ def novograd(
 ) -> Steps:
     """arXiv:1905.11286, algorithm 1; ``grad_averaging`` as in the authors' code."""
     b1, b2 = betas
-    m = v = None
+    m, v = torch.zeros_like(p), None
     for t, g in enumerate(grads, 1):
         square = (g * g).sum()
         v = square if v is None else b2 * v + (1 - b2) * square
         u = g / (v.sqrt() + eps) + weight_decay * p
-        m = u if m is None else b1 * m + (1 - b1 if grad_averaging else 1) * u
+        m = b1 * m + (1 - b1 if grad_averaging else 1) * u
         p.sub_(lr * schedule(t) * m)
         yield
 
