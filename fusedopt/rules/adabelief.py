@@ -53,6 +53,8 @@ def adabelief_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, rectify=Fa
         adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps)
 
 
+adabelief_step.defaults = dict(eps=1e-16)
+
 _CBS = [
     callbacks.maximize_grad,
     callbacks.weight_decay,

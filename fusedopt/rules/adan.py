@@ -38,7 +38,8 @@ def adan_step(
     """
     grad = p.grad.data
     if grad_avg is None:
-        grad_avg, diff_avg, sqr_avg, last_grad = (torch.zeros_like(grad) for _ in range(4))
+        grad_avg, diff_avg = torch.zeros_like(grad), torch.zeros_like(grad)
+        sqr_avg, last_grad = torch.zeros_like(grad), torch.zeros_like(grad)
     diff = (grad - last_grad) * (1 - first_step(step))
     grad_avg.mul_(mom).add_(grad, alpha=1 - mom)
     diff_avg.mul_(diff_mom).add_(diff, alpha=1 - diff_mom)

@@ -40,7 +40,7 @@ def cautious(rule: Callable[..., Any]) -> Callable[..., Any]:
     Args: `rule`, a callback that changes the parameter: ``[weight_decay, cautious(lion_step)]``.
     """
     made = partial(cautious_step, rule=rule)
-    made.defaults = defaults_of(rule)  # type: ignore[attr-defined]
+    made.defaults = defaults_of(rule)
     return made
 
 

@@ -97,7 +97,7 @@ class MARS(TorchFace):
     ) -> None:
         if not isinstance(lr, (int, float)):
             raise TypeError(f"MARS compares lr with lr_1d, so lr must be one number, not {lr!r}")
-        betas_1d = check_betas(betas_1d, name="beta_1d")  # type: ignore[assignment]
+        betas_1d = check_betas(betas_1d, name="beta_1d")
         check_numbers(lr_1d=lr_1d)
         lr_1d_factor = lr_1d / lr if lr else 1.0
         self._start(
