@@ -34,8 +34,9 @@ def name_of(callback: Callback) -> str:
 
 
 def is_ours(callback: Callback) -> bool:
-    """Whether it is one of ``fusedopt.callbacks``."""
-    return getattr(function_of(callback), "__module__", "") == f"{__package__}.callbacks"
+    """Whether it is one of ``fusedopt.callbacks`` or ``fusedopt.rules``."""
+    module = getattr(function_of(callback), "__module__", None) or ""
+    return module == f"{__package__}.callbacks" or module.startswith(f"{__package__}.rules.")
 
 
 def arguments_of(callback: Callback) -> Mapping[str, Any]:
@@ -154,9 +155,10 @@ def _loads(code: types.CodeType) -> collections.Counter[str]:
 
 
 def defaults_of(callback: Callback) -> dict[str, Any]:
-    """Its hyperparameter defaults; a partial has its function's, but for what it sets itself."""
+    """Its hyperparameter defaults; a partial has its function's, but for what it sets itself, and its own."""
     if isinstance(callback, functools.partial):
-        return {k: v for k, v in defaults_of(callback.func).items() if k not in callback.keywords}
+        functions = {k: v for k, v in defaults_of(callback.func).items() if k not in callback.keywords}
+        return functions | vars(callback).get("defaults", {})
     return dict(getattr(callback, "defaults", {}))
 
 

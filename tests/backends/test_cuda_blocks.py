@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sass
 import test_blocks
+import torch
 from helpers import needs_extension
 from test_blocks import PROGRAMS, build, compared, tensors
 from test_cuda_launch import DEFAULTS, built  # noqa: F401

@@ -129,7 +129,7 @@ class Blocks(blocks.Blocks):
         mine = [i for i in stage.reductions if i not in self.reductions]
         alone = [f"{self._q(i)}[{self._place(values[i].kind)}] = {self.name(i)};" for i in mine]
         alone += [f"sums{i}[line - held] = {self.name(i)};" for i in self.held]
-        written = []
+        written: list[str] = []
         for n, i in stage.stores:
             kind = self.program.buffer[n].kind
             place = "i" if kind == ELEMENT else self._place(kind)
