@@ -35,6 +35,7 @@ from .callbacks import (
 from .classes import fuse, unfuse
 from .optimizer import Optimizer, named, state
 from .optimizer.named import SGD, Adam, Lamb, Larc, Lookahead, QHAdam, RAdam, RMSProp, ranger
+from .trace.draws import normal, uniform
 from .trace.totals import total
 
 # Where earlier pickles have them.
@@ -65,6 +66,7 @@ __all__ = [
     "lookahead",
     "lookahead_slow",
     "momentum_step",
+    "normal",
     "optim",
     "qhadam_step",
     "radam_step",
@@ -75,5 +77,6 @@ __all__ = [
     "step_stat",
     "total",
     "unfuse",
+    "uniform",
     "weight_decay",
 ]

@@ -5,6 +5,7 @@
 // A row is a tensor: element count, scalar set, first chunk, number of chunks, then a pointer per buffer.
 // A chunk is a piece of a row: row, first element, one past the last.
 using int64_t = __INT64_TYPE__;
+using uint64_t = __UINT64_TYPE__;
 using uint32_t = __UINT32_TYPE__;
 using uint16_t = __UINT16_TYPE__;
 
@@ -79,6 +80,20 @@ inline T to_bfloat16(T x) {
   store(&rounded, 0, x);
   return load<T>(&rounded, 0);
 }
+
+// -- what random numbers are made with --
+#define FUSEDOPT_DEVICE static inline
+inline float float_from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t bits_from_float(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float root(float x) { return __builtin_sqrtf(x); }
 
 // -- torch's rules for NaN --
 template <class T>

@@ -135,6 +135,11 @@ __device__ inline T to_bfloat16(T x) {
   return widen<T>(rounded);
 }
 
+// -- what random numbers are made with --
+#define FUSEDOPT_DEVICE static __device__ inline
+__device__ inline uint32_t bits_from_float(float x) { return __builtin_bit_cast(uint32_t, x); }
+__device__ inline float root(float x) { return ::sqrtf(x); }
+
 // -- torch's rules for NaN --
 template <class T>
 __device__ inline T maximum(T a, T b) {
@@ -274,6 +279,19 @@ struct Buffer<Written<E>> {
   __device__ static inline E* pointer(Written<E> b) { return b.p; }
 };
 
+// The numbers of elements: what `walk` is given beside buffers, and no memory. It looks like 128 bits for each, aligned.
+struct alignas(16) Numbered {
+  char none[16];
+};
+struct Numbers {};
+template <>
+struct Buffer<Numbers> {
+  using Element = Numbered;
+  static constexpr bool reads = false, writes = false;
+  __device__ static inline const Numbered* pointer(Numbers) { return nullptr; }
+};
+__device__ inline int64_t number_of(const Numbered*, int64_t i) { return i; }
+
 template <class E>
 struct alignas(16) Pack {
   E value[16 / sizeof(E)];
@@ -308,6 +326,16 @@ struct Tile {
   __device__ inline const E& at(int64_t i) const { return pack[i / width][i % width / per_pack].value[i % per_pack]; }
   __device__ inline E& at(int64_t i) { return pack[i / width][i % width / per_pack].value[i % per_pack]; }
 };
+template <int width, int unroll>
+struct Tile<Numbers, width, unroll> {
+  int64_t first;
+  __device__ inline void fetch(Numbers, int64_t at, unsigned) { first = at; }
+  __device__ inline void flush(Numbers, int64_t, int) const {}
+};
+template <int width, int unroll>
+__device__ inline int64_t number_of(const Tile<Numbers, width, unroll>& tile, int64_t i) {
+  return tile.first + i / width * (int64_t(blockDim.x) * width) + i % width;
+}
 template <class T, class B, int width, int unroll>
 __device__ inline T load(const Tile<B, width, unroll>& tile, int64_t i) {
   return widen<T>(tile.at(i));

@@ -84,12 +84,14 @@ class Backend(Protocol):
         sets: Sequence[int],
         resident: bool = False,
         shapes: Sequence[tuple[int, ...]] = (),
+        places: Sequence[int] = (),
     ) -> Launch:
         """Tables for launching the kernel over rows of tensors.
 
         columns: for each buffer of the program one tensor per row; sizes: elements per row; sets: each row's scalar
         set; resident: scalars stay in the device's memory, so that a launch in a CUDA graph sees later ones; shapes:
-        the lengths of each row's axes, if the program has several.
+        the lengths of each row's axes, if the program has several; places: which parameter each row is, where the
+        program draws (`ir.random.place`).
         """
 
 
@@ -135,9 +137,16 @@ def _blocks(program: Program, shapes: Sequence[tuple[int, ...]]) -> chunking.Blo
     return chunking.blocks(tuple(shapes), tuple(kinds[i] for i in mine), tuple(kinds[i] for i in others))
 
 
+def place_word(program: Program) -> int:
+    """Which word of a row says which parameter it is (`ir.random.place`), where the program draws: the last one."""
+    several = program.axes + len(schedule(program).results) if program.axes > 1 else 0
+    return HEAD + len(program.buffers) + several
+
+
 class Rows(ABC):
     """A launch. Here the row table on the host: element count, scalar set, first chunk, number of chunks, a pointer per
-    buffer, and with several axes their lengths and where results begin; the rest is the backend's."""
+    buffer, with several axes their lengths and where results begin, and for random numbers the parameter's place; the
+    rest is the backend's."""
 
     def __init__(
         self,
@@ -147,6 +156,7 @@ class Rows(ABC):
         sets: Sequence[int],
         resident: bool = False,
         shapes: Sequence[tuple[int, ...]] = (),
+        places: Sequence[int] = (),
     ) -> None:
         self.kernel, self.sizes, self.resident = kernel, tuple(sizes), resident
         program, buffers = kernel.program, kernel.program.buffers
@@ -160,6 +170,9 @@ class Rows(ABC):
             if blocks
             else np.empty((len(sizes), 0))
         )
+        if program.draws:
+            mine = np.array(places or [0] * len(sizes), np.int64).reshape(-1, 1)
+            tail = np.concatenate([tail.astype(np.int64), mine], axis=1)
         self.rows = rows = np.empty((len(sizes), HEAD + len(buffers) + tail.shape[1]), np.int64)
         rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3] = sizes, sets, self.layout.first, self.layout.count
         rows[:, HEAD + len(buffers) :] = tail

@@ -13,10 +13,12 @@ from typing import ClassVar
 import torch
 
 from ..ir.comments import one_line
-from ..ir.ops import ELEMENT, TENSOR, is_reduction, reduction
+from ..ir.ops import DRAWS, ELEMENT, TENSOR, is_reduction, reduction
 from ..ir.program import Program, Value, identifier
 from ..ir.stages import Between, Stage, scalar_stores, schedule, stages
+from ..kernels import source as text_of
 from . import body
+from .base import place_word
 from .body import Entries, element_op, summary
 
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16", torch.float16: "half"}
@@ -62,16 +64,20 @@ class Body(body.Body):
 
     types: ClassVar = {"f": "T", "d": "double", "b": "bool"}
     qualifiers: str
+    number = "i"
+    """The element's number in the tensor, where an element is computed."""
 
     @abstractmethod
     def loop(self, stage: Stage) -> list[str]:
         """The lines that do a stage's elements, and finish its reductions."""
 
     def declarations(self) -> list[str]:
-        """What the op table says of the reductions that the program has."""
-        return [
+        """What the op table says of the reductions that the program has, and what draws random numbers."""
+        random = text_of("random.inc").splitlines() if self.program.draws else []
+        reductions = [
             f"FUSEDOPT_REDUCTION({op.name}_, {op.init}, {op.join.format('a', 'b')})" for op in self.reduces()
         ]
+        return [*random, *reductions]
 
     def stage(self, k: int, stage: Stage) -> list[str]:
         return [
@@ -168,6 +174,9 @@ class Body(body.Body):
         if v.op == "load":
             type_ = TYPES[self.program.buffer[v.attr].dtype]
             return f"load<{self.types[v.type]}>(row.buffer<const {type_}>({self.buffer_index[v.attr]}), 0)"
+        if v.op in DRAWS:
+            where = f"row.words[{place_word(self.program)}], {self.number}"
+            return f"T({v.op}({', '.join(self.arguments(v))}, {v.attr}, {where}))"
         if is_reduction(v.op):
             scale = " / double(row.numel())" if reduction(v.op).averaged else ""
             return f"T(combine<{v.op}_>(launch, row, {self.reductions.index(i)}){scale})"

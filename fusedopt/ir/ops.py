@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import random
+
 ELEMENT, TENSOR = "F", "S"
 """The kinds of values, as programs print them: one number per element, and one per tensor. Between the two are those
 of a tensor with several axes: one number for each place along some of them, printed as their numbers. Of a matrix "0"
@@ -94,14 +96,6 @@ class Reduction:
     result = "f"
 
 
-def _sqrt(x: torch.Tensor) -> torch.Tensor:
-    """Correctly rounded, as hardware does it. On CPU ``torch.sqrt`` may be MKL's: 1 in 120 results is off by an ulp."""
-    if x.device.type != "cpu":
-        return torch.sqrt(x)
-    with np.errstate(invalid="ignore"):
-        return torch.from_numpy(np.asarray(np.sqrt(x.detach().numpy())))
-
-
 def _maximum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Of two equal numbers the second. Of two zeros ``torch.maximum`` gives either, by their place in the tensor."""
     return torch.where((a > b) | (a != a), a, b)
@@ -150,7 +144,7 @@ OPS: dict[str, Op | Reduction] = {
         _unary("neg", "-{0}", "{0} * -1.0"),
         _unary("abs", "::fabs({0})", "tl.abs({0})"),
         _unary("sign", "sign({0})", "sign({0})"),
-        Op("sqrt", "f>f", _sqrt, "::sqrt({0})", "sqrt({0})"),
+        Op("sqrt", "f>f", random.root, "::sqrt({0})", "sqrt({0})"),
         _unary("exp", "::exp({0})", "exp({0})"),
         _unary("expm1", "::expm1({0})", "expm1({0})"),
         _unary("log", "::log({0})", "tl.log({0})"),
@@ -187,6 +181,28 @@ OPS: dict[str, Op | Reduction] = {
     )
 }
 
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers, one per element: a function of a seed and a step (one number per tensor each), of the stream
+    (attr: a whole number), of the parameter's place among all, and of the element's number in the parameter.
+
+    ``torch`` is the meaning, ``(count, seed, step, stream, place)``. In every language it is a function of its name,
+    ``(seed, step, stream, place, element)``, which its skeleton has.
+    """
+
+    name: str
+    torch: Callable[..., torch.Tensor]
+
+    types = "ff>f"
+    arity = 2
+    result = "f"
+
+
+DRAWS: dict[str, Draw] = {op.name: op for op in (Draw("uniform", random.uniform), Draw("normal", random.normal))}
+"""What is random: see random.py, which says what it computes."""
+
 LEAVES = ("load", "slot", "const", "numel")
 """Values without arguments: a buffer (attr: its name), a scalar slot (its index), a constant, the element count."""
 
@@ -202,8 +218,13 @@ def reduction(name: str) -> Reduction:
     return op
 
 
-def result_kind(name: str, kinds: Iterable[str], to: str | None = None, axes: str = "0") -> str:
-    """A reduction gives one per tensor, ``expand`` one per element, or both what they say: ``to``.
+def op_of(name: str) -> Op | Reduction | Draw:
+    return DRAWS[name] if name in DRAWS else OPS[name]
+
+
+def result_kind(name: str, kinds: Iterable[str], to: Any = None, axes: str = "0") -> str:
+    """A reduction gives one per tensor, ``expand`` one per element, or both what they say: ``to``. What is drawn is one
+    per element.
 
     Any other op has numbers along all the axes that one of its arguments has: the kinds are a lattice, and this their
     join.
@@ -212,5 +233,7 @@ def result_kind(name: str, kinds: Iterable[str], to: str | None = None, axes: st
         return to or TENSOR
     if name == "expand":
         return to or ELEMENT
+    if name in DRAWS:
+        return ELEMENT
     kinds = list(kinds)
     return ELEMENT if ELEMENT in kinds else kind_of("".join(axes_of(k, axes) for k in kinds), axes)

@@ -5,6 +5,7 @@ Grammar::
     program ::= compute axes buffer* value* store*
     buffer  ::= name dtype kind             # 'param', 'grad', 'state.<key>'
     value   ::= leaf | op(value, ...)       # numbered; arguments stand before their use
+              | draw(seed, step, stream)    # random numbers; seed and step are values of kind S
     leaf    ::= load(buffer) | slot(i) | const(x) | numel
     store   ::= buffer <- value
     kind    ::= F (one number per element) | S (one number per tensor) | axis+ (one for each place along these axes)
@@ -39,6 +40,7 @@ import torch
 
 from .comments import one_line
 from .ops import (
+    DRAWS,
     ELEMENT,
     LEAVES,
     OPS,
@@ -48,8 +50,10 @@ from .ops import (
     is_partial,
     is_reduction,
     kind_of,
+    op_of,
     result_kind,
 )
+from .random import STREAMS
 
 
 class ProgramError(AssertionError):
@@ -109,13 +113,13 @@ class Graph:
             self.values.append(Value(op, (), attr, kind, type))
         return index
 
-    def op(self, name: str, *args: int, where: Callable[[], str] = str, to: str | None = None) -> int:
+    def op(self, name: str, *args: int, where: Callable[[], str] = str, to: Any = None) -> int:
         """The value ``name(*args)``; ``where`` is asked for the callback's line when the value is new.
 
-        to: the kind of a reduction along some axes, or that of ``expand``
+        to: the kind of a reduction along some axes, or that of ``expand``; the stream of what is drawn
         """
         if self._result(name, args, to)[1] == "d":
-            args = tuple(map(self._wide, args))
+            args = tuple(map(self.wide, args))
         index = self._known.get((name, args, to))
         if index is None:
             kind, type = self._result(name, args, to)
@@ -123,26 +127,27 @@ class Graph:
             self.values.append(Value(name, args, to, kind, type, where()))
         return index
 
-    def _result(self, name: str, args: Iterable[int], to: str | None) -> tuple[str, str]:
+    def _result(self, name: str, args: Iterable[int], to: Any) -> tuple[str, str]:
         return _result(name, [self.values[a] for a in args], to, self.axes)
 
-    def _wide(self, i: int) -> int:
+    def wide(self, i: int) -> int:
         """Numbers of the host are doubles before they are anything else."""
         v = self.values[i]
         return self.leaf(v.op, v.attr, type="d") if v.op in ("slot", "const", "numel") else i
 
 
-def _result(name: str, args: Iterable[Value], to: str | None, axes: str) -> tuple[str, str]:
+def _result(name: str, args: Iterable[Value], to: Any, axes: str) -> tuple[str, str]:
     """Kind and type of an op's result."""
     args = list(args)
     kind = result_kind(name, [a.kind for a in args], to, axes)
-    wide = kind == TENSOR and OPS[name].result == "f" and any(a.type == "d" for a in args)
-    return kind, "d" if wide else OPS[name].result
+    result = op_of(name).result
+    wide = kind == TENSOR and result == "f" and any(a.type == "d" for a in args)
+    return kind, "d" if wide else result
 
 
 def argument_type(v: Value, args: Iterable[Value]) -> str:
     """The type, f or d, in which an op takes its floats."""
-    return "d" if v.kind == TENSOR and any(a.type == "d" for a in args) else "f"
+    return "d" if (v.kind == TENSOR or v.op in DRAWS) and any(a.type == "d" for a in args) else "f"
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,11 @@ class Program:
     def roots(self) -> list[int]:
         """The values that have to be computed."""
         return [*(i for _, i in self.stores), *([] if self.skip is None else [self.skip])]
+
+    @property
+    def draws(self) -> bool:
+        """Whether there are random numbers in it, so that rows say which parameter they are."""
+        return any(v.op in DRAWS for v in self.values)
 
     @property
     def buffer(self) -> dict[str, Buffer]:
@@ -244,7 +254,7 @@ def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value)
         if v.op == "slot" and not 0 <= v.attr < program.slots:
             raise ProgramError(f"v{i}: slot {v.attr} of {program.slots}")
         return
-    op = OPS.get(v.op)
+    op = DRAWS.get(v.op) or OPS.get(v.op)
     if op is None or len(v.args) != op.arity:
         raise ProgramError(f"v{i}: no op {v.op} with {len(v.args)} arguments")
     if any(not 0 <= a < i for a in v.args):
@@ -254,6 +264,8 @@ def _check_value(program: Program, buffers: dict[str, Buffer], i: int, v: Value)
     if got.replace("d", "f") != op.types:
         raise ProgramError(f"v{i}: {v.op} is {op.types}, not {got}")
     kinds = {a.kind for a in args}
+    if v.op in DRAWS and (kinds != {TENSOR} or type(v.attr) is not int or not 0 <= v.attr < STREAMS):
+        raise ProgramError(f"v{i}: {v.op} of {kinds}, stream {v.attr!r}")
     if v.op == "expand" or is_reduction(v.op):
         small, large = (args[0].kind, v.kind) if v.op == "expand" else (v.kind, args[0].kind)
         inside = set(axes_of(small, program.all_axes)) <= set(axes_of(large, program.all_axes))
@@ -278,6 +290,7 @@ def interpret(
     buffers: Mapping[str, torch.Tensor],
     slots: Iterable[float],
     sizes: Sequence[int] | None = None,
+    place: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Run the program on one row's tensors with plain torch ops; returns the buffers it stores, as new tensors.
 
@@ -287,13 +300,14 @@ def interpret(
 
     buffers: those of the program; if none of them is F, also "param", whose elements are counted
     sizes: the length of each axis, if there are several
+    place: the parameter's among all, for what is drawn: see `random.place`
     """
     if program.axes == 1:
         sizes = buffers[_shaped(program)].shape
     assert sizes is not None
     used = {*program.buffer, _shaped(program)}
     block = {n: buffers[n].reshape(_block(program, n, sizes)) for n in used}
-    return {n: t.reshape(buffers[n].shape) for n, t in _interpret(program, block, slots).items()}
+    return {n: t.reshape(buffers[n].shape) for n, t in _interpret(program, block, slots, place).items()}
 
 
 def _shaped(program: Program) -> str:
@@ -310,7 +324,7 @@ def _block(program: Program, name: str, sizes: Sequence[int]) -> list[int]:
 
 
 def _interpret(
-    program: Program, buffers: Mapping[str, torch.Tensor], slots: Iterable[float]
+    program: Program, buffers: Mapping[str, torch.Tensor], slots: Iterable[float], place: int
 ) -> dict[str, torch.Tensor]:
     dtype = program.compute
     like = buffers[_shaped(program)]
@@ -340,6 +354,10 @@ def _interpret(
             )
         elif v.op == "expand":
             results.append(args[0].expand(_along(program, v.kind, like)))
+        elif v.op in DRAWS:
+            seed, step = (x.to(like.device) for x in args)
+            drawn = DRAWS[v.op].torch(like.numel(), seed, step, v.attr, place)
+            results.append(drawn.reshape(like.shape).to(dtype))
         else:
             out = OPS[v.op].torch(*args)
             results.append(out if v.type == "b" else out.to(types[v.type]))
@@ -382,6 +400,7 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     half bfloat16 int64_t torch numel Lanes Launch Row infinity
     line first regions c team place places start member before stop held part
     scaling_factor scaling_found_inf
+    uniform normal numbers
     triton tl rows chunk chunks piece slots lanes partials address at rounded whole_blocks
     """.split()  # noqa: SIM905
 )
@@ -432,11 +451,14 @@ def _literal(x: float) -> str:
     return repr(x) if abs(x) < float("inf") else f"float('{x}')"
 
 
+_OF_PARAM = {"expand", "as_float", *DRAWS}
+
+
 def render_python(program: Program) -> str:
     """The program as Python that runs: ``program(param, grad, ..., s0, s1, ...)`` returns the stored buffers."""
     label = names(program)
     arguments = [identifier(b) for b, _ in program.buffers] + [f"s{i}" for i in range(program.slots)]
-    if "param" not in arguments and any(v.op in ("expand", "as_float") for v in program.values):
+    if "param" not in arguments and any(v.op in _OF_PARAM for v in program.values):
         arguments.insert(0, "param")  # for its shape and dtype
     if any(v.op == "numel" for v in program.values):
         arguments.append("numel")
@@ -460,6 +482,8 @@ def _spell(program: Program, v: Value, label: list[str]) -> str:
     args = [label[a] for a in v.args]
     if v.op in _INFIX:
         return f"{args[0]} {_INFIX[v.op]} {args[1]}"
+    if v.op in DRAWS:
+        return f"fusedopt.{v.op}(param, seed={args[0]}, step={args[1]}, stream={v.attr})"
     if v.op == "neg":
         return f"-{args[0]}"
     if v.op == "expand":

@@ -9,6 +9,7 @@ import torch
 from ..backends import Kernel
 from ..callback import Callback, name_of
 from ..trace.signature import FACTOR, is_plain
+from ..trace import draws
 from ..trace.snapshot import Snapshot
 from ..trace.sources import asks_for_dtypes
 from ..trace.totals import collect
@@ -68,6 +69,7 @@ class Eager:
                 self._advance(lists[whole], span.stop, whole.stop)
         finally:
             collect(before)
+            draws.of()
         return copies
 
     def tidy(self) -> None:
@@ -137,6 +139,7 @@ class Eager:
             for item in map(throw_away, work):
                 known.begin()
                 lent = self._lent = reference.Lent(item.owner, item.param)
+                draws.of(*item.where)
                 with contextlib.suppress(Unknown):
                     reference.run_callback(callback, lent, item.state, item.hyper)
                 if known.share is not None:  # a parameter without elements has a stand-in with one
@@ -167,6 +170,7 @@ class Eager:
         for item, span in work:
             if span:
                 item.alike = None  # whatever callbacks do to it
+            draws.of(*item.where)
             for i in span:
                 if self._known is not None:
                     self._known.begin()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..callback import is_temporary
+from ..ir import random
 from ..ir.ops import ELEMENT, TENSOR, kind_of
 from ..ir.program import Buffer
 from ..trace import axes
@@ -30,7 +31,7 @@ from . import reference
 from .commit import Change
 
 if TYPE_CHECKING:
-    from ..backends import Backend
+    from ..backends import Backend, Kernel
 
 State = dict[str, Any]
 _first = operator.itemgetter(0)
@@ -121,6 +122,8 @@ class Item:
             return found.pop() if len(found) == 1 else None
         if name == "count":
             return p.numel()
+        if name == "in_order":  # what is not dense is copied, and then is
+            return (p.is_contiguous() or not dense(p)) if walkable(p) else None
         if name == "dims":
             return axes.full(p.shape) if p.dim() <= axes.MOST else None
         if name == "order":
@@ -146,6 +149,11 @@ class Item:
         read = tuple([(name, self.attribute(name)) for name in attributes])
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None
         return p.device, p.dtype, self.grad.dtype, tuple(state), read, asked, p.dim() == 0, modes
+
+
+def places(kernel: Kernel, rows: Sequence[Item]) -> list[int]:
+    """Which parameters these are, if the kernel draws random numbers for them."""
+    return [random.place(*item.where) for item in rows] if kernel.program.draws else []
 
 
 class Groups(Protocol):

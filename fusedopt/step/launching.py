@@ -177,7 +177,8 @@ def table(plans: list[Bucket], scaling: Scaling) -> Launch:
     sizes = [item.param.numel() for item in rows]
     resident = any(item.hyper.get("capturable") for item in rows)
     shapes = [tuple(sizes_of(plan.trace.axes, item.param.shape)) for plan in plans for item in plan.items]
-    return plans[0].known.backend.prepare(kernel, columns, sizes, sets, resident, shapes=shapes)
+    prepare = plans[0].known.backend.prepare
+    return prepare(kernel, columns, sizes, sets, resident, shapes=shapes, places=items.places(kernel, rows))
 
 
 def launch(plans: list[Bucket], slots: np.ndarray, scaling: Scaling) -> tuple[Launch, list[Change]]:

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional
 
 from . import methods  # noqa: F401  (fills the table)
+from .draws import normal, uniform
 from .signals import place_of
 from .signature import PLAIN as CONSTANTS
 from .snapshot import CONTAINERS, is_constant, is_data
@@ -372,7 +373,7 @@ class _Examination:
         """Something from around the code that it holds in its hands."""
         if value is ... or is_data(value):
             self.at_least(READS if value is not ... and is_constant(value) else VARIES)
-        elif value is total:
+        elif value is total or value is uniform or value is normal:
             return
         elif isinstance(value, types.FunctionType) and of_a_library(value):
             if not _known_method(value.__name__):

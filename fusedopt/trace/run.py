@@ -365,11 +365,11 @@ def select(graph: Graph, condition: int, yes: int, no: int) -> int:
     if yes == no:
         return yes
     a, b = graph.values[yes], graph.values[no]
-    if a.op == b.op and a.args and a.kind == b.kind == ELEMENT:
+    if a.op == b.op and a.attr == b.attr and a.args and a.kind == b.kind == ELEMENT:
         different = [k for k, (x, y) in enumerate(zip(a.args, b.args, strict=True)) if x != y]
         if len(different) == 1 and graph.values[a.args[different[0]]].type == "f":
             k = different[0]
             args = list(a.args)
             args[k] = select(graph, condition, a.args[k], b.args[k])
-            return graph.op(a.op, *args, where=lambda: a.where)
+            return graph.op(a.op, *args, where=lambda: a.where, to=a.attr)
     return graph.op("where", condition, yes, no, where=lambda: a.where or b.where)

@@ -120,6 +120,11 @@ class Signature:
         """Its dimensions as they follow one another in memory; known where ``dims`` is."""
         return dict(self.attributes).get("order", ())
 
+    @property
+    def in_order(self) -> bool:
+        """Whether they follow one another in memory as they are; True where nobody has asked."""
+        return dict(self.attributes).get("in_order", True) is not False
+
     def need_dims(self) -> None:
         """Raises NeedsAttribute for what has to be known of dimensions, and is not."""
         for name in ("dims", "order"):

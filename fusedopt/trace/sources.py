@@ -20,8 +20,8 @@ MODULES = (torch, math, torch.nn, torch.nn.functional, torch.linalg, torch.speci
 """Modules whose attributes stay what they are."""
 MAX_KNOWN = 512
 NOTHING = object()
-TOTALS = "fusedopt.trace.totals"
-"""The module of ``fusedopt.total``, which code reads as it does torch's functions."""
+OURS = ("fusedopt.trace.totals", "fusedopt.trace.draws")
+"""The modules of ``fusedopt.total`` and the like, which code reads as it does torch's functions."""
 
 
 class Sources:
@@ -184,7 +184,7 @@ def method_of(callback: Any) -> Any:
 
 def of_a_library(function: types.FunctionType) -> bool:
     module = function.__module__ or ""
-    return module.split(".")[0] in ("torch", "math") or module == TOTALS
+    return module.split(".")[0] in ("torch", "math") or module in OURS
 
 
 @functools.lru_cache(maxsize=MAX_KNOWN)

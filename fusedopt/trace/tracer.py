@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..callback import Callback, arguments_of, is_temporary
-from ..ir.ops import ELEMENT, TENSOR, is_partial
+from ..ir.ops import DRAWS, ELEMENT, TENSOR, is_partial
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
 from .axes import along
@@ -61,8 +61,10 @@ class Trace:
     @property
     def contiguous(self) -> bool:
         """Whether kernels need memory in the order of dimensions, and the parameter's has another."""
+        if any(program.draws for program in (self.program, *self.rounds)) and not self.signature.in_order:
+            return True
         old = [v for _, v in self.signature.state if isinstance(v, Buffer)]
-        return in_memory(self.signature, [*old, *self.created.values()]) != list(self.signature.order)
+        return _in_memory(self.signature, [*old, *self.created.values()]) != list(self.signature.order)
 
     def slot_values(self) -> list[Scalar]:
         return [self.scalars.values[i] for i in self.slots]
@@ -293,7 +295,7 @@ def program_of(
     for key in sorted(old | created):
         if isinstance(cell := cells.get(key), Cell):
             stores[f"state.{key}"] = cell.node
-    dims = in_memory(signature, (old | created).values())
+    dims = in_memory(signature, (old | created).values(), graph, cells)
     program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip, axes=axes, dims=dims)
     return _optimized(program, tuple(v.where for v in program.values)), slots, axes
 
@@ -325,7 +327,7 @@ def _cut(
     buffers = _buffers(signature, hyper, cells, created)
     everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
-    axes = axes_of(graph, everything, buffers, in_memory(signature, (old | created).values()))
+    axes = axes_of(graph, everything, buffers, in_memory(signature, (old | created).values(), graph, cells))
     program, slots, _ = program_of(graph, signature, hyper, cells, created, materialize_grad, axes)
     rounds = []
     for found in _rounds(graph, shares):
@@ -412,8 +414,17 @@ def axes_of(graph: Graph, values: Iterable[int], buffers: dict[str, Buffer], dim
     return merged_axes(dims, kinds)
 
 
-def in_memory(signature: Signature, state: Iterable[Buffer]) -> list[int]:
-    """The order of dimensions that kernels walk: that of the parameter's memory, unless some state has another."""
+def in_memory(
+    signature: Signature, state: Iterable[Buffer], graph: Graph, cells: dict[Any, Any]
+) -> list[int]:
+    """The order of dimensions that kernels walk: that of the parameter's memory, unless some state has another, or
+    elements are numbered in that of the dimensions, for random numbers."""
+    nodes = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
+    drawn = any(graph.values[i].op in DRAWS for i in nodes)
+    return sorted(signature.order) if drawn else _in_memory(signature, state)
+
+
+def _in_memory(signature: Signature, state: Iterable[Buffer]) -> list[int]:
     order = list(signature.order)
     for buffer in state:
         mine = [d for group in buffer.dims or () for d in group]

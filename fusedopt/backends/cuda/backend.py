@@ -18,7 +18,7 @@ from ...extension import leaf
 from ...ir.program import Program
 from ...kernels import source as skeleton
 from .. import chunking
-from ..base import HEAD, Compiler, Kernel, Rows
+from ..base import HEAD, Compiler, Kernel, Rows, place_word
 from ..upload import Upload, capturing
 from . import nvrtc
 from . import render as renderer
@@ -211,7 +211,8 @@ class Launch(Rows):
         address, size = self._results.data_ptr(), self._results.element_size()
         lengths = HEAD + len(program.buffers)
         rows, chunks = rows.copy(), chunks.copy()
-        for words in (rows[:, lengths + program.axes :], chunks[:, chunking.CHUNK_WORDS :]):
+        results = slice(lengths + program.axes, place_word(program))
+        for words in (rows[:, results], chunks[:, chunking.CHUNK_WORDS :]):
             words[...] = address + size * words
         lines = rows[chunks[:, 0], lengths + program.axes - 1]
         return [rows, chunks, chunking.tiles(chunks, lines)]

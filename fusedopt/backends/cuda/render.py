@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from ...ir.ops import DRAWS
 from ...ir.program import Program, identifier
 from ...ir.stages import Stage
 from .. import c_family
@@ -34,6 +35,7 @@ def source(skeleton: str, body: str) -> str:
 
 class _Body(c_family.Body):
     qualifiers = "static __device__"
+    number = "::number_of(numbers, i)"
 
     def pointer(self, name: str, type_: str) -> str:
         """The gradient's comes with each launch: it is another one in every step."""
@@ -53,6 +55,8 @@ class _Body(c_family.Body):
         names = [identifier(n) for n in self.touched(stage)]
         read = {identifier(n) for n in stage.loads(self.program)}
         walked = [n if n in read else f"::written({n})" for n in names]
+        if any(self.program.values[i].op in DRAWS for i in stage.values):
+            names, walked = [*names, "numbers"], [*walked, "::Numbers()"]
         numbers = ["int64_t i" if names else "int64_t", "int lane" if stage.reductions else "int"]
         arguments = ", ".join([*(f"auto& {n}" for n in names), *numbers])
         totals = [
@@ -72,3 +76,5 @@ class _Body(c_family.Body):
 
 class _Blocks(Blocks, _Body):
     """Of a program with several axes."""
+
+    number = "i"

@@ -19,9 +19,10 @@ import torch
 
 from ...compile.cache import BuildError
 from ...ir.comments import one_line
-from ...ir.ops import ELEMENT, OPS, TENSOR, Op, Reduction, is_reduction, reduction
+from ...ir.ops import DRAWS, ELEMENT, OPS, TENSOR, Op, Reduction, is_reduction, reduction
 from ...ir.program import Program, Value, identifier
 from ...ir.stages import Stage, scalar_stores, stages
+from ..base import place_word
 from ..body import Body, element_op, entries, summary
 
 __all__ = ["entries", "joins_parts", "render", "source"]
@@ -36,7 +37,7 @@ POINTERS = {
     torch.float16: "HALF",
 }
 _SPELLED = {word for op in OPS.values() for word in re.findall(r"[a-z_]\w*", op.triton or "")}
-_TAKEN = frozenset({"triton", "at", "end", "load", "store", "rounded", "spread", "infinity"} | _SPELLED)
+_TAKEN = frozenset({"triton", "at", "end", "load", "store", "rounded", "spread", "infinity", *DRAWS} | _SPELLED)
 """Names that a generated element function uses itself."""
 
 
@@ -109,6 +110,7 @@ class _Body(Body):
     # -- the work on a block --
     def element(self, k: int, stage: Stage) -> list[str]:
         arguments = ["at", "end", *(self.pointer[n] for n in self._buffers(stage)), *self._uniform(stage)]
+        arguments += ["place", "first"] if self._draws(stage) else []
         lines = [self._line(i) for i in stage.values if self.program.values[i].kind == ELEMENT]
         lines += [f"store({self.pointer[n]}, at, end, {self.name(i)}, WHOLE)" for n, i in stage.stores]
         if stage.reductions:
@@ -116,6 +118,9 @@ class _Body(Body):
                 f"return {', '.join(self.name(self.program.values[i].args[0]) for i in stage.reductions)}"
             )
         return _function(f"element_{k}", [*arguments, "WHOLE: tl.constexpr"], lines or ["pass"])
+
+    def _draws(self, stage: Stage) -> bool:
+        return any(self.program.values[i].op in DRAWS for i in stage.values)
 
     def _buffers(self, stage: Stage) -> list[str]:
         """The buffers with a number per element that it reads or writes."""
@@ -154,6 +159,7 @@ class _Body(Body):
                 else []
             ),
             *(f"{a} = tl.load(row + HEAD + {a[1:]})" for a in addresses),
+            *([f"place = tl.load(row + {place_word(self.program)})"] if self._draws(stage) else []),
             *(
                 f"acc{j} = tl.full((BLOCK,), {reduction(self.program.values[i].op).init}, tl.float64)"
                 for j, i in enumerate(stage.reductions)
@@ -176,9 +182,8 @@ class _Body(Body):
 
     def _visit(self, k: int, stage: Stage, pointers: list[str], whole: bool) -> list[str]:
         """The call of the element function, and what becomes of its results."""
-        call = _call(
-            f"element_{k}", ["at", "BLOCK" if whole else "left", *pointers, *self._uniform(stage), str(whole)]
-        )
+        numbers = [*self._uniform(stage), *(["place", "i"] if self._draws(stage) else [])]
+        call = _call(f"element_{k}", ["at", "BLOCK" if whole else "left", *pointers, *numbers, str(whole)])
         if not stage.reductions:
             return call
         targets = ", ".join(f"x{j}" for j in range(len(stage.reductions)))
@@ -203,7 +208,7 @@ class _Body(Body):
     # -- the once-per-tensor part --
     @property
     def _width(self) -> str:
-        return f"(HEAD + {len(self.program.buffers)})"
+        return f"(HEAD + {len(self.program.buffers) + self.program.draws})"
 
     def _prologue(self, stage: Stage) -> list[str]:
         lines = []
@@ -249,6 +254,8 @@ class _Body(Body):
             return (
                 f"tl.load({self._at(v.attr)})" if v.type == "d" else f"load({self._at(v.attr)}, 0, 1, True)"
             )
+        if v.op in DRAWS:
+            return f"{v.op}({', '.join(self.arguments(v))}, {v.attr}, place, first + at).to(T)"
         spelling = element_op(v).triton
         assert spelling is not None
         return spelling.format(*self.arguments(v))
@@ -256,7 +263,7 @@ class _Body(Body):
     def arguments(self, v: Value) -> list[str]:
         """Masks that meet in a block are blocks."""
         texts = super().arguments(v)
-        if element_op(v).types != "bb>b" or v.kind == TENSOR:
+        if v.op in DRAWS or element_op(v).types != "bb>b" or v.kind == TENSOR:
             return texts
         return [
             t if self.program.values[i].kind == ELEMENT else f"spread({t}, at)"
