@@ -149,9 +149,10 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
             if type(value) is not type(old[key]) or (type(value) not in (int, float) and value != old[key]):
                 return f"{where}: the state {key!r} becomes another flag, or a number of another type"
         for item in plan.items:
-            if item.alike is not None:
+            reordered = plan.by_rows and not item.param.is_contiguous()
+            if item.alike is not None and not reordered:
                 continue
-            if item.param is not item.home or not dense(item.param):
+            if reordered or item.param is not item.home or not dense(item.param):
                 order = " in the order of its dimensions" if plan.by_rows else ""
                 return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory{order}"
             if type(item.owner).grad is not torch.Tensor.grad:
