@@ -182,7 +182,6 @@ OPS: dict[str, Op | Reduction] = {
 }
 
 
-
 @dataclass(frozen=True)
 class Draw:
     """Random numbers, one per element: a function of a seed and a step (one number per tensor each), of the stream
@@ -200,7 +199,9 @@ class Draw:
     result = "f"
 
 
-DRAWS: dict[str, Draw] = {op.name: op for op in (Draw("uniform", random.uniform), Draw("normal", random.normal))}
+DRAWS: dict[str, Draw] = {
+    op.name: op for op in (Draw("uniform", random.uniform), Draw("normal", random.normal))
+}
 """What is random: see random.py, which says what it computes."""
 
 LEAVES = ("load", "slot", "const", "numel")

@@ -66,7 +66,9 @@ def normal(count: int, seed: torch.Tensor, step: torch.Tensor, stream: int, plac
     return _of_elements(pairs, count)
 
 
-def _blocks(count: int, seed: torch.Tensor, step: torch.Tensor, stream: int, place: int, normal: int) -> Words:
+def _blocks(
+    count: int, seed: torch.Tensor, step: torch.Tensor, stream: int, place: int, normal: int
+) -> Words:
     """Those of all elements."""
     block, seed = torch.arange((count + 3) // 4, device=seed.device), whole(seed)
     tag = (block >> 32 & 0xFF) | stream << 8 | (place >> 32) << 16 | normal << 31

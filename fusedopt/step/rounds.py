@@ -109,7 +109,13 @@ class Round:
         """Another launch of sums, over the rows of a main one of this program. ``left``: what it leaves there."""
         sizes = [item.param.numel() for item in items]
         launch = backend.prepare(
-            kernel, columns, sizes, sets or [0] * len(items), resident, shapes=shapes, places=places(kernel, items)
+            kernel,
+            columns,
+            sizes,
+            sets or [0] * len(items),
+            resident,
+            shapes=shapes,
+            places=places(kernel, items),
         )
         self.pieces += left
         runs, spread = sharded.runner(launch, items), any(map(sharded.is_shard, items))

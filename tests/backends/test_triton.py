@@ -16,6 +16,7 @@ from typing import Any
 import golden
 import pytest
 import torch
+from random_programs import drawing
 from triton_programs import EXAMPLE_OF, NAMED, Traced, all_ops, traced
 
 import fusedopt
@@ -195,6 +196,15 @@ def test_every_op_with_a_spelling_compiles(dtype):
     kernel = gates.compile_body(renderer.render(program), 90)["stage_0"]
     found, expected = kernel.accesses(), expected_accesses(program, stages(program)[0])
     assert all(found[key] == n for key, n in expected.items())
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_random_numbers_are_made_in_registers_and_nothing_is_contracted(arch):
+    kernels = gates.compile_body(renderer.render(drawing()), arch)
+    for name in ("stage_0", "stage_1"):
+        kernel = kernels[name]
+        assert kernel.registers <= REGISTERS and (kernel.stack, kernel.local) == (0, 0)
+        assert all(re.match(r"(add|sub|mul|sqrt)\.rn\.", i) for i in kernel.arithmetic()), kernel.arithmetic()
 
 
 # ---------------------------------------------------------------- the source

@@ -10,6 +10,7 @@ import numpy as np
 import parameter_free
 import pytest
 import test_ops
+import test_random
 import torch
 from helpers import (
     SLOT,
@@ -21,6 +22,7 @@ from helpers import (
     signature,
     ulp_distance,
 )
+from random_programs import drawing, interpreted, launched
 from triton_programs import DTYPES, INPUTS, NAMED, SPELLED, all_ops, made
 
 import fusedopt
@@ -595,3 +597,23 @@ def test_numbers_per_tensor_and_constants_stand_wherever_an_op_takes_them(op, ki
     expected = interpret(program, tensors, [0.3, 0.6])["state.out"]
     run(program, tensors, [0.3, 0.6])
     assert ulp_distance(tensors["state.out"], expected).max() <= test_ops.LIBRARY_ULP
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+@pytest.mark.parametrize(("dtype", "storage"), test_random.DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_random_numbers_have_the_interpreters_bits(dtype, storage, offset):
+    program, shapes = drawing(dtype, storage), [(1,), (1029,), (2500,)]
+    test_random.assert_same(launched(program, shapes, "triton", offset=offset), interpreted(program, shapes))
+
+
+@pytest.mark.parametrize("seed", [math.nan, math.inf, -math.inf, 3.9, -3.9, 2.0**53])
+def test_any_seed_is_that_of_the_interpreter(seed):
+    program = drawing()
+    found = {n: torch.zeros(() if b.kind == "S" else (9,), dtype=b.dtype) for n, b in program.buffers}
+    expected = interpret(program, found, [seed, 1.0, -seed])
+    run(program, found, [seed, 1.0, -seed])
+    for name, value in expected.items():
+        assert_same_bits(found[name], value)

@@ -37,7 +37,9 @@ POINTERS = {
     torch.float16: "HALF",
 }
 _SPELLED = {word for op in OPS.values() for word in re.findall(r"[a-z_]\w*", op.triton or "")}
-_TAKEN = frozenset({"triton", "at", "end", "load", "store", "rounded", "spread", "infinity", *DRAWS} | _SPELLED)
+_TAKEN = frozenset(
+    {"triton", "at", "end", "load", "store", "rounded", "spread", "infinity", *DRAWS} | _SPELLED
+)
 """Names that a generated element function uses itself."""
 
 
