@@ -83,3 +83,12 @@ SHAPES = {
     2: [(1, 1), (3, 5), (64, 33), (3, 1030)],
     3: [(2, 3, 5), (1, 4, 1), (5, 30, 3), (2, 40, 35)],
 }
+
+
+def noisy(name: str) -> Program:
+    """A parameter with random numbers added."""
+    g = Graph()
+    drawn = g.op(name, *(g.leaf("slot", i, type="d") for i in range(2)), to=0)
+    total = g.op("add", g.leaf("load", "param", kind="F"), g.op("mul", drawn, g.leaf("slot", 2)))
+    buffers = (("param", Buffer(torch.float32, "F")),)
+    return Program(torch.float32, buffers, tuple(g.values), (("param", total),), 3)

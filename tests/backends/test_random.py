@@ -5,10 +5,12 @@ import math
 import cuda_kernels
 import numpy as np
 import pytest
+import sass
 import torch
 from helpers import assert_same_bits, needs_extension
 from random_programs import PLACES, SHAPES, drawing, interpreted, launched
 from test_cuda_launch import DEFAULTS, built  # noqa: F401
+from test_nvrtc import REGISTERS, needs_cuobjdump, needs_nvrtc
 
 from fusedopt import backends
 from fusedopt.backends import chunking
@@ -298,6 +300,15 @@ def test_cuda_has_them_where_memory_is_not_aligned(fake, monkeypatch):
     monkeypatch.setattr(cuda, "THREADS", 4)
     program, _ = CUDA["1 axes, torch.float32"]
     assert_same(launched(program, CUDA_SHAPES[1], "cuda", offset=1), interpreted(program, CUDA_SHAPES[1]))
+
+
+@needs_nvrtc
+@needs_cuobjdump
+def test_nvrtc_makes_them_in_registers():
+    bodies = {f"p{k}": renderer.render(p, [], "drawing") for k, (p, _) in enumerate(CUDA.values())}
+    source = cuda.SMALL_ONLY + cuda_kernels.together(bodies)
+    for name, f in sass.functions(nvrtc.compile_cubin("drawing", source, "sm_90").path).items():
+        assert f.registers <= REGISTERS and (f.stack, f.local) == (0, 0), name
 
 
 # ---------------------------------------------------------------- the grammar

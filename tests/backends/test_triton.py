@@ -16,7 +16,7 @@ from typing import Any
 import golden
 import pytest
 import torch
-from random_programs import drawing
+from random_programs import noisy
 from triton_programs import EXAMPLE_OF, NAMED, Traced, all_ops, traced
 
 import fusedopt
@@ -24,7 +24,7 @@ from fusedopt.backends import chunking as plan
 from fusedopt.backends.triton import backend
 from fusedopt.backends.triton import render as renderer
 from fusedopt.compile import BuildError
-from fusedopt.ir.ops import OPS, Reduction, is_reduction
+from fusedopt.ir.ops import DRAWS, OPS, Reduction, is_reduction
 from fusedopt.ir.program import Buffer, Graph, Program
 from fusedopt.ir.stages import Stage, stages
 from fusedopt.kernels import source as skeleton
@@ -198,13 +198,14 @@ def test_every_op_with_a_spelling_compiles(dtype):
     assert all(found[key] == n for key, n in expected.items())
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_random_numbers_are_made_in_registers_and_nothing_is_contracted(arch):
-    kernels = gates.compile_body(renderer.render(drawing()), arch)
-    for name in ("stage_0", "stage_1"):
-        kernel = kernels[name]
-        assert kernel.registers <= REGISTERS and (kernel.stack, kernel.local) == (0, 0)
-        assert all(re.match(r"(add|sub|mul|sqrt)\.rn\.", i) for i in kernel.arithmetic()), kernel.arithmetic()
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_are_made_in_registers_and_nothing_is_contracted(name):
+    program = noisy(name)
+    kernel = gates.compile_body(renderer.render(program), 90)["stage_0"]
+    assert kernel.registers <= REGISTERS and (kernel.stack, kernel.local) == (0, 0)
+    assert all(re.match(r"(add|sub|mul|sqrt)\.rn\.", i) for i in kernel.arithmetic()), kernel.arithmetic()
+    found, expected = kernel.accesses(), expected_accesses(program, stages(program)[0])
+    assert all(found[key] == n for key, n in expected.items() if key[2] == 128)
 
 
 # ---------------------------------------------------------------- the source

@@ -640,3 +640,26 @@ def test_a_scalar_parameter_steps_as_a_vector_of_one(state_dtype, capturable, ba
             opt.step()
         found.append(p.item())
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_memory_in_another_order_than_that_of_state_along_some_dimensions(backend):
+    """Its kernel needs memory in the order of dimensions, in every step: what is bound walks the parameter's own."""
+
+    def lines(p, lr, mean=None, **kwargs):
+        mean = torch.zeros_like(p.grad.sum(3)) if mean is None else mean
+        mean = mean * 0.5 + p.grad.sum(3)
+        p.data.sub_((p.grad - mean.unsqueeze(3)) * lr)
+        return {"mean": mean}
+
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = (torch.randn(2, 3, 4, 5, generator=generator).to(DEVICE) for _ in range(5))
+    found = []
+    for name in (backend, "reference"):
+        p = start.clone(memory_format=torch.channels_last).requires_grad_()
+        opt = fusedopt.Optimizer([p], [lines], lr=0.1, backend=name)
+        for grad in grads:
+            p.grad = grad
+            opt.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found)
