@@ -8,8 +8,8 @@ import torch
 
 from ..backends import Kernel
 from ..callback import Callback, name_of
-from ..trace.signature import FACTOR, is_plain
 from ..trace import draws
+from ..trace.signature import FACTOR, is_plain
 from ..trace.snapshot import Snapshot
 from ..trace.sources import asks_for_dtypes
 from ..trace.totals import collect

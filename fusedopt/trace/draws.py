@@ -36,8 +36,8 @@ def uniform(p: Any, *, seed: Any, step: Any, stream: int = 0) -> Any:
     hyperparameter and a step count in the state, most often. ``stream`` (0 to 255, always the same at one place in the
     code) tells numbers for one purpose from those for another: the same call twice gives the same numbers twice.
 
-    Numbers are multiples of 2⁻²⁴ in any dtype that callbacks compute in. In memory of another order than the
-    dimensions', they are the same for the same element. Of a DTensor, all processes take theirs from those of the whole.
+    Numbers are multiples of 2⁻²⁴ in any dtype that callbacks compute in. They are the same for the same element in
+    whatever order memory has the dimensions. Of a DTensor, all processes take theirs from those of the whole.
 
     Outside of callbacks the numbers are those of the first parameter of the first group, rounded to p's dtype.
 

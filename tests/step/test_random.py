@@ -243,7 +243,7 @@ def test_outside_of_callbacks_it_is_the_first_parameter():
     p = torch.zeros(4, 3, dtype=torch.float64).t()
     assert_same_bits(fusedopt.normal(p, seed=1, step=2), expected_noise(p, 1, 2, 0).double().cpu())
     u = fusedopt.uniform(torch.zeros(1000), seed=torch.tensor(1), step=2, stream=3)
-    assert u.dtype == torch.float32 and 0 <= u.min() and u.max() < 1 and not u.requires_grad
+    assert u.dtype == torch.float32 and u.min() >= 0 and u.max() < 1 and not u.requires_grad
     assert_same_bits(u, fusedopt.uniform(torch.ones(1000), seed=1.0, step=torch.tensor(2.0), stream=3))
     assert fusedopt.uniform(torch.zeros(0, 3), seed=0, step=0).shape == (0, 3)
 
