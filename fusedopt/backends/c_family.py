@@ -109,7 +109,14 @@ class Body(body.Body):
 
     # -- the once-per-tensor part --
     def _prologue(self, stage: Stage) -> list[str]:
-        return [self._line(i) for i in stage.values if self.program.values[i].kind == TENSOR]
+        lines = [self._line(i) for i in stage.values if self.program.values[i].kind == TENSOR]
+        # What random numbers of a tensor have in common: in the loop it would cost more than they do.
+        place = f"row.words[{place_word(self.program)}]"
+        for i in stage.values:
+            if (v := self.program.values[i]).op in DRAWS:
+                given = f"{', '.join(self.arguments(v))}, {v.attr}, {place}, {int(v.op == 'normal')}"
+                lines.append(f"const Drawing D{i} = drawing({given});")
+        return lines
 
     def _skip(self, stage: Stage) -> list[str]:
         skip = self.program.skip
@@ -175,8 +182,7 @@ class Body(body.Body):
             type_ = TYPES[self.program.buffer[v.attr].dtype]
             return f"load<{self.types[v.type]}>(row.buffer<const {type_}>({self.buffer_index[v.attr]}), 0)"
         if v.op in DRAWS:
-            where = f"row.words[{place_word(self.program)}], {self.number}"
-            return f"T({v.op}({', '.join(self.arguments(v))}, {v.attr}, {where}))"
+            return f"T({v.op}(D{i}, {self.number}))"
         if is_reduction(v.op):
             scale = " / double(row.numel())" if reduction(v.op).averaged else ""
             return f"T(combine<{v.op}_>(launch, row, {self.reductions.index(i)}){scale})"

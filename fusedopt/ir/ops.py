@@ -187,8 +187,8 @@ class Draw:
     """Random numbers, one per element: a function of a seed and a step (one number per tensor each), of the stream
     (attr: a whole number), of the parameter's place among all, and of the element's number in the parameter.
 
-    ``torch`` is the meaning, ``(count, seed, step, stream, place)``. In every language it is a function of its name,
-    ``(seed, step, stream, place, element)``, which its skeleton has.
+    ``torch`` is the meaning, for all elements of a tensor: ``(count, seed, step, stream, place)``. Every language has a
+    function of the same name for one of them; how that is called is the renderers' part.
     """
 
     name: str
