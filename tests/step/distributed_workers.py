@@ -336,6 +336,23 @@ def any_placement_steps_like_the_whole_tensor(name):
             assert_same_training(*by_hand(mesh, PLACEMENTS[name], make), exact=False)
 
 
+def noise(p, lr, seed=3, step=0, **kwargs):
+    p.data.add_(fusedopt.normal(p, seed=seed, step=step)).sub_(p.grad * lr)
+    return {"step": step + 1}
+
+
+@check(*PLACEMENTS)
+def random_numbers_are_those_of_the_whole_tensor(name):
+    for shape in ((2, 1), (1, 2)):
+        mesh = init_device_mesh("cpu", shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it runs eagerly
+            assert_same_training(
+                *by_hand(mesh, PLACEMENTS[name], lambda ps: fusedopt.Optimizer(ps, noise, lr=0.1)),
+                exact=False,
+            )
+
+
 @check()
 def a_shard_may_have_many_chunks():
     torch.set_num_threads(2)
