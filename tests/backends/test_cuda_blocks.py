@@ -15,6 +15,7 @@ from test_blocks import PROGRAMS, build, compared, tensors
 from test_cuda_launch import DEFAULTS, built  # noqa: F401
 from test_nvrtc import REGISTERS, needs_cuobjdump, needs_nvrtc
 
+import fusedopt
 from fusedopt import backends
 from fusedopt.backends import chunking
 from fusedopt.backends.base import HEAD
@@ -98,6 +99,10 @@ def fake(built, images, monkeypatch):  # noqa: F811
 
     def compiled(name, source, arch, key_parts):
         body = source.removeprefix(cuda.SMALL_ONLY).removeprefix(before).removesuffix(after)
+        if body not in images:
+            library = cuda_kernels.emulation(cuda_kernels.together({"k": body}))
+            images[body] = built.folder / f"{abs(hash(body))}.image"
+            images[body].write_text(f"{library._name} k_")
         return cache.Entry(images[body], images[body], True, 0.0, "", "")
 
     monkeypatch.setattr(nvrtc, "compile_cubin", compiled)
@@ -116,6 +121,7 @@ def small_chunks(monkeypatch):
     """Tensors of some thousand elements have many chunks, several of them for one place."""
     for name, value in dict(CHUNK=256, SHARED=4, TILE=64).items():
         monkeypatch.setattr(chunking, name, value)
+    monkeypatch.setattr(cuda, "SLICE", 16)
     chunking.blocks.cache_clear()
     yield
     chunking.blocks.cache_clear()
@@ -165,6 +171,7 @@ def test_a_step_is_launched_in_order_over_chunks_and_tensors(fake):
     chunks, pieces = 4 + 1, 3 * 8 + 2 + 1  # of 94 lines, the last one of 18; those are cut into twelves
     assert [launch[:3] for launch in fake.launches] == [
         ("fusedopt_stage_0", chunks, 256),
+        ("fusedopt_join_1", 1, 256),  # of a tensor's 2,800 parts of columns
         ("fusedopt_before_1", 3, 256),
         ("fusedopt_stage_1", chunks, 256),
         ("fusedopt_stage_2", pieces, 256),
@@ -234,6 +241,31 @@ def test_gradients_may_be_elsewhere_in_every_step(fake):
     assert all(torch.equal(a["param"], b["param"]) for a, b in zip(moved, plain, strict=True))
 
 
+def centre(p, lr, **kwargs):
+    less = p.grad.data - p.grad.data.mean(dim=-1, keepdim=True)
+    p.data.sub_(lr * less / less.pow(2).sum(dim=0, keepdim=True).sqrt())
+
+
+def test_an_optimizer_of_callbacks_computes_what_cpp_does(fake):
+    fake.threads = 8
+    found = []
+    for on in ("cuda", "cpp"):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(3, 5), (64, 33), (40, 1100)]]
+        opt = fusedopt.Optimizer(params, centre, lr=0.1, backend=on)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            opt.step()
+        assert {kernel.backend for kernel, _ in opt.engine.launched} == {on} and not opt.explain().eager
+        found.append([p.detach() for p in params])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert {"fusedopt_stage_0", "fusedopt_before_1", "fusedopt_stage_1"} >= {
+        launch[0] for launch in fake.launches
+    }
+
+
 # ---------------------------------------------------------------- NVRTC
 
 
@@ -244,7 +276,7 @@ def test_nvrtc_compiles_all_of_them_without_spills():
     source = cuda.SMALL_ONLY + cuda_kernels.together(bodies)
     found = sass.functions(nvrtc.compile_cubin("blocks", source, "sm_90").path)
     programs = [p for p, _ in ALL.values()]
-    assert len(found) == sum(len(renderer.entries(p).all) for p in programs)
+    assert len(found) == sum(len(renderer.launches(p)) for p in programs)
     for name, f in found.items():
         assert f.registers <= REGISTERS and (f.stack, f.local) == (0, 0), name
         assert f.count(r"(RED|ATOM\w*)(\..*)?") == 0, name
