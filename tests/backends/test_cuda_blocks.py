@@ -159,6 +159,28 @@ def test_results_do_not_depend_on_how_many_blocks_there_are(fake, small_chunks, 
             assert all(torch.equal(t.nan_to_num(7), other[n].nan_to_num(7)) for other in others)
 
 
+MUTATIONS = {
+    "half a team is not joined": ("for (unsigned n = size / 2; n > 0; n /= 2) {", "n > 0", "n > 1"),
+    "the last chunk is not joined": ("(first + inside - 1) / length + 1, [&]", "+ 1, [&]", ", [&]"),
+    "a place begins too late": ("return x < 0 ? 0 : x < last", "x < 0 ? 0", "x < 1 ? 1"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_comparison_notices(fake, images, small_chunks, name, tmp_path, monkeypatch):
+    line, old, new = MUTATIONS[name]
+    program, axes = PROGRAMS["factored matrix"]
+    body = renderer.render(program, ["s"], "blocks")
+    source = cuda_kernels.together({"wrong": body})
+    assert source.count(line) == 1
+    library = cuda_kernels.emulation(source.replace(line, line.replace(old, new)))
+    (tmp_path / "wrong.image").write_text(f"{library._name} wrong_")
+    monkeypatch.setitem(images, body, tmp_path / "wrong.image")
+    fake.threads = 64
+    with pytest.raises(AssertionError, match=r"state\.row|state\.col|param"):
+        compared(program, SMALL[axes], "cuda")
+
+
 def rows_of(program, shapes):
     return [tensors(program, shape, seed) for seed, shape in enumerate(shapes)]
 
