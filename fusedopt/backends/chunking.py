@@ -106,6 +106,13 @@ def blocks(shapes: tuple[tuple[int, ...], ...], regions: tuple[str, ...], kept: 
     return Blocks(Layout(np.ascontiguousarray(table), np.cumsum(count) - count, count), results, total)
 
 
+def parts(shape: tuple[int, ...], kind: str, chunks: np.ndarray) -> int:
+    """How many part results of a reduction to this kind a tensor's chunks leave."""
+    inside, tail = _prefix(shape, kind)
+    first, last = chunks[:, 1] // inside, (chunks[:, 2] - 1) // inside
+    return int((last - first + 1).sum()) * tail
+
+
 def _places(shape: tuple[int, ...], kind: str) -> int:
     return 1 if kind == TENSOR else math.prod(shape[int(a)] for a in kind)
 
