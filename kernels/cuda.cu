@@ -5,7 +5,7 @@
 // gradient lies changes from step to step, and comes with the launch.
 // A piece is a part of a row: row, first element, one past the last. Chunks are pieces that leave partial results;
 // stages that leave none get smaller pieces. With several axes pieces are whole lines, and say too where the part results
-// of each reduction along axes are.
+// of each reduction along axes are; these are joined, and loops between stages done, by kernels of their own.
 // A launch carries words by value: the scalars and the gradients' addresses, as far as they fit.
 #ifdef __CUDACC_RTC__
 using int64_t = long long;
