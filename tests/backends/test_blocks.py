@@ -1,6 +1,5 @@
 """Programs with several axes: the compiled kernels against the interpreter, in float64, whatever the sizes."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -78,6 +77,15 @@ def scalars_of_rows(g, x):
     return {"param": g.op("add", x["param"], both), "size": both, "col": g.op("add", col, both)}
 
 
+def columns_of_centred(g, x):
+    """One second moment per column, of gradients less the mean of each line."""
+    less = g.op("sub", x["grad"], g.op("mean", x["grad"], to=g.axes[:-1]))
+    square = g.op("mul", less, less)
+    col = g.op("add", g.op("mul", x["col"], g.leaf("slot", 0)), g.op("mean", square, to=g.axes[-1]))
+    step = g.op("div", g.op("mul", less, g.op("amax", g.op("abs", less))), g.op("sqrt", col))
+    return {"param": g.op("sub", x["param"], step), "col": col}
+
+
 PROGRAMS = {
     "factored matrix": (build(2, factored, param="F", grad="F", row="0", col="1"), 2),
     "factored batch": (build(3, factored, param="F", grad="F", row="01", col="02"), 3),
@@ -89,6 +97,8 @@ PROGRAMS = {
     "covered": (build(2, covered, param="F", grad="F", m0="0", m1="1"), 2),
     "covered, of four axes": (build(4, covered, param="F", grad="F", m0="0", m1="1", m2="2", m3="3"), 4),
     "numbers of rows": (build(2, scalars_of_rows, param="F", grad="F", col="1", size="S"), 2),
+    "columns of centred": (build(2, columns_of_centred, param="F", grad="F", col="1"), 2),
+    "columns of centred, of three axes": (build(3, columns_of_centred, param="F", grad="F", col="2"), 3),
     "double": (build(2, factored, torch.float64, param="F", grad="F", row="0", col="1"), 2),
     "half": (build(2, by_rows, torch.float32, param="F", grad="F", v="0"), 2),
 }
@@ -140,10 +150,8 @@ def wide(program):
     return replace(program, compute=torch.float64, buffers=f64)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_kernels_do_what_the_program_says(name):
-    program, axes = PROGRAMS[name]
-    shapes = SHAPES[axes]
+def check(program, shapes, backend="cpp"):
+    """One launch over tensors of these shapes does what the program says."""
     rows = [tensors(program, shape, seed) for seed, shape in enumerate(shapes)]
     right = [
         interpret(wide(program), {n: t.double() for n, t in row.items()}, [0.9], shape)
@@ -151,7 +159,7 @@ def test_kernels_do_what_the_program_says(name):
     ]
     narrow = [interpret(program, row, [0.9], shape) for row, shape in zip(rows, shapes, strict=True)]
     before = [{n: t.clone() for n, t in row.items()} for row in rows]
-    run(program, rows, shapes)
+    run(program, rows, shapes, backend)
     for row, exact, plain, old, shape in zip(rows, right, narrow, before, shapes, strict=True):
         for n, t in row.items():
             if n not in exact:
@@ -162,3 +170,9 @@ def test_kernels_do_what_the_program_says(name):
             scale = exact[n].abs().amax() if exact[n].numel() else 0
             limit = 4 * (allowed.amax() if allowed.numel() else 0) + 8 * eps * scale
             assert (error <= limit).all() or torch.equal(t.isnan(), exact[n].isnan()), (n, shape, error.max())
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_do_what_the_program_says(name):
+    program, axes = PROGRAMS[name]
+    check(program, SHAPES[axes])

@@ -108,10 +108,14 @@ class Blocks(Body):
 
     # -- kernels --
     def joins(self) -> list[str]:
-        """What joins two results of each reduction."""
+        """What joins two results of each reduction; and those of each column, where chunks have parts."""
+        parts = {self.program.values[i].op for i in regions(self.program)}
         lines = []
         for op in self.reduces():
             lines += ["", "", *function(f"{op.name}_", ["a", "b"], [f"return {op.join.format('a', 'b')}"])]
+            if op.name in parts:
+                total = f"return {self._joined_block(op, 'a', 0)}"
+                lines += ["", "", *function(f"{op.name}_total", ["a"], [total])]
         return lines
 
     def stage(self, k: int, stage: Stage) -> list[str]:
@@ -156,7 +160,8 @@ class Blocks(Body):
                 "join_chunks(",
                 f"    results, row, chunks, {self._chunk_words}, {3 + self._region(i)}, "
                 f"tl.load(row + {self._word(i)}),",
-                f"    {inside}, {tail}, {self._count(v.kind)}, {reduction(v.op).init}, {v.op}_,",
+                f"    {inside}, {tail}, {self._count(v.kind)}, {reduction(v.op).init}, "
+                f"{v.op}_, {v.op}_total,",
                 ")",
             ]
         return function(f"join_{k}", ARGUMENTS, lines)
