@@ -87,15 +87,15 @@ def test_16_bit_tensors(dtype, small):
             torch.testing.assert_close(ours[n], other[n])
 
 
-@pytest.mark.parametrize("where", [0, 100, 2099])
+@pytest.mark.parametrize("where", [0, 100, 399])
 def test_reductions_pass_on_nan(where, small):
     program, _ = PROGRAMS["covered"]
-    row = test_blocks.tensors(program, (30, 70), 1)
+    row = test_blocks.tensors(program, (10, 40), 1)
     row["grad"].view(-1)[where] = torch.nan
-    test_blocks.run(program, [row], [(30, 70)], "triton")
+    test_blocks.run(program, [row], [(10, 40)], "triton")
     assert [row[f"state.m{a}"].isnan().nonzero().tolist() for a in range(2)] == [
-        [[where // 70]],
-        [[where % 70]],
+        [[where // 40]],
+        [[where % 40]],
     ]
 
 
@@ -118,7 +118,7 @@ def adafactor(p, lr, row=None, col=None, beta=0.9, **kwargs):
     row = (torch.zeros_like(square.mean(-1)) if row is None else row) * beta + square.mean(-1) * (1 - beta)
     col = (torch.zeros_like(square.mean(-2)) if col is None else col) * beta + square.mean(-2) * (1 - beta)
     factor = (row / row.mean()).sqrt()
-    p.data.sub_(p.grad / (factor[:, None] * col.sqrt()[None, :]), alpha=lr)
+    p.data.sub_(p.grad / (factor.unsqueeze(-1) * col.sqrt().unsqueeze(-2)), alpha=lr)
     return {"row": row, "col": col}
 
 

@@ -1040,7 +1040,9 @@ def no_kernels(monkeypatch):
     def compile_program(backend, device, program, title, names):
         log.compiled.append(program)
         if program not in kernels:
-            kernels[program] = backends.Kernel("cpp", title, program, "", "", 0.0, True, cpu.Handle([], [], 0))
+            kernels[program] = backends.Kernel(
+                "cpp", title, program, "", "", 0.0, True, cpu.Handle([], [], 0)
+            )
         return NoKernels(), kernels[program]
 
     monkeypatch.setattr(backends, "compile_program", compile_program)

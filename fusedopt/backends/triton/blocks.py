@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ...ir.ops import ELEMENT, TENSOR, Reduction, axes_of, is_partial, is_reduction, reduction
+from ...ir.ops import ELEMENT, TENSOR, Reduction, axes_of, is_reduction, reduction
 from ...ir.program import Program, Value
 from ...ir.stages import Between, Nest, Split, Stage, regions, schedule
 from ..body import element_op
@@ -174,12 +174,13 @@ class Blocks(Body):
         stored = [s for nest in nests for s in nest.stores]
         done: set[int] = set()
         lines = [f"row = rows + tl.program_id(0).to(tl.int64) * {self._width}", *self._lengths()]
-        if any(self.program.values[i].op == "slot" for i in values):
+        skip = self.program.skip if name == "scalars" else None
+        early = () if skip is None else self.split.needed([skip])
+        if any(self.program.values[i].op == "slot" for i in (*values, *early)):
             lines.append(f"numbers = slots + tl.load(row + 1) * {self.program.slots}")
         lines.append("live = tl.load(row) > 0")
-        if name == "scalars" and self.program.skip is not None:
-            skip = self.program.skip
-            lines += [*self._uniform(self.split.needed([skip]), done), f"live = live & ~{self.name(skip)}"]
+        if skip is not None:
+            lines += [*self._given(early), *self._uniform(early, done), f"live = live & ~{self.name(skip)}"]
         made = [i for nest in nests for i in (*nest.kept, *nest.reductions)]
         lines += [
             *self._addresses(values, stored),
