@@ -180,15 +180,19 @@ class Blocks(Body):
             lines.append(f"numbers = slots + tl.load(row + 1) * {self.program.slots}")
         lines.append("live = tl.load(row) > 0")
         if skip is not None:
-            lines += [*self._given(early), *self._uniform(early, done), f"live = live & ~{self.name(skip)}"]
+            lines += [
+                *self._given(early),
+                *self._once_per_tensor(early, done),
+                f"live = live & ~{self.name(skip)}",
+            ]
         made = [i for nest in nests for i in (*nest.kept, *nest.reductions)]
         lines += [
             *self._addresses(values, stored),
             *self._given(values | set(made)),
         ]
         for nest in nests:
-            lines += [*self._uniform(nest.values, done), *self._nest(nest), BARRIER]
-        lines += self._uniform(last.values, done)
+            lines += [*self._once_per_tensor(nest.values, done), *self._nest(nest), BARRIER]
+        lines += self._once_per_tensor(last.values, done)
         if stores:
             lines += [BARRIER, "if live:"]
             lines += [f"    store({self._at(n)}, 0, 1, {self.name(i)}, True)" for n, i in stores]
@@ -228,7 +232,7 @@ class Blocks(Body):
         body += [self._accumulator(i) for i in mine]
         inner = [self._line(i) for i in self._varying(roots)]
         inner += [self._added(i) for i in (*whole, *mine)]
-        per_line = []
+        per_line: list[str] = []
         for n, i in stage.stores:
             kind = self.program.buffer[n].kind
             (per_line if self._fixed_kind(kind) else inner).append(self._stored(n, i))
@@ -360,7 +364,7 @@ class Blocks(Body):
         out = [*map(self._accumulator, whole), *self._loop(self.now.inner, lines, kinds)]
         return out + [f"tl.store({self._q(i)}, {self._total_of(i, 0)})" for i in whole]
 
-    def _uniform(self, values: Iterable[int], done: set[int]) -> list[str]:
+    def _once_per_tensor(self, values: Iterable[int], done: set[int]) -> list[str]:
         """What there is one of per tensor, unless it is there."""
         new = [i for i in values if self.program.values[i].kind == TENSOR and i not in done]
         done.update(new)
