@@ -147,6 +147,18 @@ def tiles(chunks: np.ndarray, lines: np.ndarray | None = None) -> np.ndarray:
     return out
 
 
+def line_tiles(chunks: np.ndarray, lines: np.ndarray) -> np.ndarray:
+    """Chunks of whole lines, of these lengths, cut into fewer: the same table with more rows."""
+    begin, end = chunks[:, 1], chunks[:, 2]
+    step = np.maximum(TILE // lines, 1) * lines
+    count = -(-(end - begin) // step)
+    chunk = np.repeat(np.arange(len(chunks)), count)
+    cut = chunks[chunk]
+    cut[:, 1] += (np.arange(len(chunk)) - (np.cumsum(count) - count)[chunk]) * step[chunk]
+    cut[:, 2] = np.minimum(cut[:, 1] + step[chunk], cut[:, 2])
+    return cut
+
+
 @functools.lru_cache(maxsize=64)
 def splits(layout: Layout, threads: int) -> tuple[int, ...]:
     """Bounds of the chunk ranges, one per thread, of nearly equal cost: by prefix sum, not by count."""

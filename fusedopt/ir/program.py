@@ -333,11 +333,8 @@ def _interpret(
         args = [x if x.dtype == torch.bool else x.to(wanted) for x in (results[a] for a in v.args)]
         if is_reduction(v.op):
             source = program.values[v.args[0]].kind
-            results.append(
-                _reduced(program, v, args[0].expand(_along(program, source, like)).to(torch.float64)).to(
-                    dtype
-                )
-            )
+            over = _along(program, ELEMENT if source == TENSOR else source, like)
+            results.append(_reduced(program, v, args[0].expand(over).to(torch.float64)).to(dtype))
         elif v.op == "expand":
             results.append(args[0].expand(_along(program, v.kind, like)))
         else:

@@ -14,7 +14,7 @@ from ..trace.signals import Changes, Untraceable
 from ..trace.signature import STARTED, Opaque, Signature, is_plain, structure_of
 from ..trace.snapshot import is_data
 
-FUSES = "arithmetic on whole tensors fuses, with reductions of them and along dimensions (docs/compiler.md has the list)"
+FUSES = "arithmetic on whole tensors and reductions fuse (docs/compiler.md has the list)"
 ARGUMENTS_ALONE = (
     "nothing is wrong, but it is slow; what depends on the arguments alone fuses: pass numbers as hyperparameters, and "
     "keep what lasts in the state that it returns"
