@@ -138,6 +138,8 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
     for plan in plans:
         item = plan.items[0]
         where = f"group {item.where[0]}"
+        if plan.by_rows:
+            return f"parameter {item.where[1]} of {where}: its state has dimensions in another order than its memory"
         if plan.trace.created:
             return f"{where}: state is new"
         if plan.known.replay is None:
@@ -152,8 +154,7 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
             if item.alike is not None:
                 continue
             if item.param is not item.home or not dense(item.param):
-                order = " in the order of its dimensions" if plan.by_rows else ""
-                return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory{order}"
+                return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory"
             if type(item.owner).grad is not torch.Tensor.grad:
                 return (
                     f"parameter {item.where[1]} of group {item.where[0]}: its class has gradients of its own"

@@ -20,7 +20,7 @@ from .number import Number, Scalar, ScalarProgram
 from .signals import Changes, NeedsAttribute, Untraceable, latest, where_now
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
 from .standins import StandIns
-from .tensor import SymParameter, SymTensor, lift
+from .tensor import SymParameter, SymTensor, expand, lift
 from .totals import Total
 
 MAX_PATHS = 8
@@ -276,6 +276,9 @@ class Pass:
     def _returned(self, run: Run, key: str, value: Any) -> Any:
         if isinstance(value, SymTensor):
             value = lift(run, value)
+            if value.shown is not None and value.dims == self.signature.dims:  # the parameter's own shape
+                value = expand(value) if value.kind != ELEMENT else value
+                return Cell(value.node, value.asked)
             return Cell(value.node, value.asked, value.shown and value.dims)
         if isinstance(value, Number) and value.program is not self.scalars:
             return value.value
