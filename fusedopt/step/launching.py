@@ -13,6 +13,7 @@ import torch
 from ..backends import Kernel, Launch
 from ..extension import leaf
 from ..trace.axes import sizes as sizes_of
+from ..trace.cuts import CALLED, GIVEN
 from . import items, sharded, totals
 from .buckets import Bucket
 from .commit import Change, commit
@@ -113,7 +114,7 @@ def run(
 
 def totals_of(groups: list[list[Bucket]], scaling: Scaling) -> list[Round]:
     """The rounds of totals before the launches of these plans."""
-    return totals.rounds(groups, scaling, _column)
+    return totals.rounds(groups, scaling, _columns)
 
 
 def together(plans: list[Bucket]) -> list[list[Bucket]]:
@@ -147,6 +148,13 @@ def _column(name: str, rows: list[Item], scaling: Scaling) -> list[torch.Tensor]
     return [(item.hyper if where == "hyper" else item.state)[key] for item in rows]
 
 
+def _columns(name: str, plans: list[Bucket], scaling: Scaling) -> list[torch.Tensor]:
+    """That of all rows of these plans."""
+    if name.startswith((GIVEN, CALLED)):
+        return [row for plan in plans for row in plan.memory[name].unbind()]
+    return _column(name, [item for plan in plans for item in plan.items], scaling)
+
+
 def handed(item: Item, new: dict[str, Any], groups: Groups | None) -> Change:
     """What gives the user new state, which the item has at once."""
     seen, item.state = item.state, item.state | new
@@ -172,7 +180,7 @@ def counts(launched: Sequence[Launched]) -> list[tuple[Kernel, int]]:
 def table(plans: list[Bucket], scaling: Scaling) -> Launch:
     """The launch of plans that share a program, each a scalar set."""
     kernel, rows = plans[0].kernel, [item for plan in plans for item in plan.items]
-    columns = {name: _column(name, rows, scaling) for name, _ in kernel.program.buffers}
+    columns = {name: _columns(name, plans, scaling) for name, _ in kernel.program.buffers}
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
     sizes = [item.param.numel() for item in rows]
     resident = any(item.hyper.get("capturable") for item in rows)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..callback import Callback, arguments_of, call
-from ..ir.ops import ELEMENT, TENSOR
+from ..ir.ops import ELEMENT, OPS, TENSOR
 from ..ir.program import Buffer, Graph
 from . import axes, methods  # noqa: F401  (fills the table of tensor methods)
 from .axes import Dims
@@ -20,7 +20,7 @@ from .number import Number, Scalar, ScalarProgram
 from .signals import Changes, NeedsAttribute, Untraceable, latest, where_now
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
 from .standins import StandIns
-from .tensor import SymParameter, SymTensor, lift
+from .tensor import SymParameter, SymTensor, is_extern, lift
 from .totals import Total
 
 MAX_PATHS = 8
@@ -42,6 +42,8 @@ class Run:
     """One run of one callback along one path: what symbolic tensors need to build values.
 
     ``callback`` is counted from number ``first`` of the optimizer's list on; ``totals`` are its shares of these.
+    ``calls``: where torch calls that have no fused form are recorded (see externs.py); None if they may not be made.
+    ``spots``: weak references to where results of those are.
     """
 
     graph: Graph
@@ -55,6 +57,8 @@ class Run:
     taken: list[bool] = field(default_factory=list)
     raw: int = 0
     finished: bool = False
+    calls: Any = None
+    spots: list[Any] = field(default_factory=list)
 
     where = staticmethod(where_now)
     """What is said of the code that a new value comes from."""
@@ -120,8 +124,9 @@ class Pass:
         graph: Graph,
         scalars: ScalarProgram,
         first: int,
+        calls: Any = None,
     ) -> None:
-        self.callbacks, self.signature, self.first = callbacks, signature, first
+        self.callbacks, self.signature, self.first, self.calls = callbacks, signature, first, calls
         self.stand_ins = list(map(StandIns().callback, callbacks))
         self.graph, self.scalars = graph, scalars
         self.lists: dict[str, tuple[list, tuple]] = {}
@@ -222,7 +227,7 @@ class Pass:
         outcomes: Outcomes = {}
         todo: list[tuple[bool, ...]] = [()]
         while todo:
-            run = Run(self.graph, self.scalars, self.signature, i, todo.pop(), self.first)
+            run = Run(self.graph, self.scalars, self.signature, i, todo.pop(), self.first, calls=self.calls)
             after = self._one_path(run, callback, dict(cells))
             taken = tuple(run.taken)
             outcomes[taken] = run, after
@@ -265,7 +270,7 @@ class Pass:
         return cells
 
     def _returned(self, run: Run, key: str, value: Any) -> Any:
-        if isinstance(value, SymTensor):
+        if isinstance(value, SymTensor) or is_extern(value):
             value = lift(run, value)
             return Cell(value.node, value.asked, value.shown and value.dims)
         if isinstance(value, Number) and value.program is not self.scalars:
@@ -356,7 +361,7 @@ def select(graph: Graph, condition: int, yes: int, no: int) -> int:
     if yes == no:
         return yes
     a, b = graph.values[yes], graph.values[no]
-    if a.op == b.op and a.args and a.kind == b.kind == ELEMENT:
+    if a.op == b.op and a.op in OPS and a.kind == b.kind == ELEMENT:
         different = [k for k, (x, y) in enumerate(zip(a.args, b.args, strict=True)) if x != y]
         if len(different) == 1 and graph.values[a.args[different[0]]].type == "f":
             k = different[0]
