@@ -66,7 +66,8 @@ struct Entry {
   int64_t column;   // of its address in the table; -1: kernels do not take it
   bool written;
   bool nested = false;
-  py::object inner;
+  py::object inner{};
+  int64_t extra = -1; // which of the step's extra tensors it is, and none of the state; these entries come last
   Scalar::Type type = Scalar::Type::real;
   std::optional<at::ScalarType> dtype;
 };
@@ -132,12 +133,14 @@ struct Round {
 class BoundStep {
  public:
   // params, states, bucket_of, indices: of each row, in the order of tables, launch by launch, `indices` being their
-  // places in their groups. absent: parameters without a row, which never had a gradient. rounds: those before the
-  // launches; empty where there are none, or the caller runs them.
+  // places in their groups. absent: parameters without a row, which never had a gradient. graded: rows without a
+  // gradient are left out; else no gradient is looked at. rounds: those before the launches; empty where there are none,
+  // or the caller runs them.
   BoundStep(std::vector<Group> groups, std::vector<Bucket> buckets, std::vector<Run> runs, const py::list& params,
             const py::list& states, const std::vector<size_t>& bucket_of, const std::vector<int64_t>& indices,
-            const py::list& absent, std::vector<Round> rounds)
-      : groups_(std::move(groups)), buckets_(std::move(buckets)), runs_(std::move(runs)), rounds_(std::move(rounds)) {
+            const py::list& absent, std::vector<Round> rounds, bool graded)
+      : graded_(graded), groups_(std::move(groups)), buckets_(std::move(buckets)), runs_(std::move(runs)),
+        rounds_(std::move(rounds)) {
     for (Group& group : groups_)
       for (Hyper& hyper : group.hypers)
         read_hyper(hyper);
@@ -160,6 +163,9 @@ class BoundStep {
     size_t numbers = 0, tensors = 0;
     for (size_t i = 0; i < params.size(); ++i) {
       Row row{checked(params[i]), nullptr, nullptr, bucket_of[i], none, indices[i]};
+      row.place = row.index;
+      for (size_t g = 0; g < buckets_[row.bucket].group; ++g)
+        row.place += static_cast<int64_t>(groups_[g].params.size());
       const Bucket& bucket = buckets_[row.bucket];
       const Run& run = runs_[bucket.launch];
       row.words = run.rows + run.row_words * static_cast<int64_t>(rows_of_[bucket.launch].size());
@@ -200,10 +206,12 @@ class BoundStep {
   // Does the step as far as launches run here, and returns None; or why it is not a step of this structure, and has
   // changed nothing. `state`: opt.state, which counts its changes. `limit`: the largest norm of all gradients; `measure`
   // is called where the caller runs the rounds, when tables and scalars are those of this step, which is known to be of
-  // this structure.
-  py::object step(const py::list& groups, const py::dict& state, double limit, const py::object& measure) {
+  // this structure. `extras`: lists of tensors that callbacks get besides, each with one for every parameter, or None.
+  py::object step(const py::list& groups, const py::dict& state, double limit, const py::object& measure,
+                  const std::vector<py::list>& extras) {
     if (running_) // in another thread, which uses the tables
       return py::str("another thread is stepping");
+    extras_ = &extras;
     const Running running(*this, !measure.is_none() || elements_ > brief);
     where_.clear();
     if (!check(groups, state) || !evaluate())
@@ -254,7 +262,8 @@ class BoundStep {
     PyObject* state;
     int64_t* words;
     size_t bucket, set;
-    int64_t index; // of the parameter in its group
+    int64_t index;     // of the parameter in its group
+    int64_t place = 0; // among all parameters
     at::DimVector sizes{}, strides{};
     c10::DispatchKeySet keys{};
     bool requires_grad = false, distributed = false;
@@ -508,12 +517,12 @@ class BoundStep {
     const Bucket& bucket = buckets_[row.bucket];
     const Run& run = runs_[bucket.launch];
     row.copied = false;
-    row.on = its_grad.defined();
+    row.on = !graded_ || its_grad.defined();
     if (!row.on)
       return run.native ? nullptr : "it has no gradient";
-    if (!its_grad.use_count()) // another thread is freeing it, see `settle`
+    if (graded_ && !its_grad.use_count()) // another thread is freeing it, see `settle`
       return "its gradient is being dropped";
-    at::TensorImpl &param = *whole.unsafeGetTensorImpl(), &grad = *its_grad.unsafeGetTensorImpl();
+    at::TensorImpl& param = *whole.unsafeGetTensorImpl();
     const bool as_it_was = row.distributed || (equal(param.sizes(), row.sizes) && equal(param.strides(), row.strides));
     if (!strided(param, row.keys) || negative(param) || scalar_type(param) != bucket.param ||
         (!as_it_was && (!equal(param.sizes(), row.sizes) || !param.is_non_overlapping_and_dense())))
@@ -521,11 +530,17 @@ class BoundStep {
     if (bucket.looked_at && (!equal(param.strides(), row.strides) ||
                              tensor(row.param).requires_grad() != row.requires_grad))
       return "an attribute that callbacks ask for may have changed";
+    if (const char* why = take(run, row, param_found, param, bucket.param_column, bucket.param_written))
+      return why;
+    if (const char* why = graded_ ? check_gradient(row, bucket, run, param, *its_grad.unsafeGetTensorImpl()) : nullptr)
+      return why;
+    return check_state(row, bucket, run, param, state);
+  }
+
+  const char* check_gradient(Row& row, const Bucket& bucket, const Run& run, at::TensorImpl& param, at::TensorImpl& grad) {
     if (!strided(grad, row.keys) || scalar_type(grad) != bucket.grad || grad.device() != param.device() ||
         !equal(grad.sizes(), param.sizes()))
       return "its gradient is of another layout, dtype, device or shape";
-    if (const char* why = take(run, row, param_found, param, bucket.param_column, bucket.param_written))
-      return why;
     if (const char* why = take(run, row, grad_found, grad, bucket.grad_column, bucket.grad_written))
       return why;
     // One in the parameter's own memory would change while kernels read it.
@@ -533,7 +548,20 @@ class BoundStep {
     row.copied = negative(grad) || !same_layout(grad, param) || std::abs(address(grad) - address(param)) < bytes;
     if (row.copied && (!run.native || bucket.grad_written)) // whose launch comes when the copy is gone
       return "its gradient is of another layout than its kernel takes";
-    return check_state(row, bucket, run, param, state);
+    return nullptr;
+  }
+
+  static bool overlap(const at::TensorImpl& a, const at::TensorImpl& b) {
+    const auto bytes = static_cast<intptr_t>(std::max(a.numel() * a.itemsize(), b.numel() * b.itemsize()));
+    return std::abs(address(a) - address(b)) < bytes;
+  }
+
+  // Null if there is none; None is one.
+  PyObject* extra_of(const Row& row, const Entry& entry) const {
+    if (entry.extra >= static_cast<int64_t>(extras_->size()))
+      return nullptr;
+    PyObject* given = (*extras_)[entry.extra].ptr();
+    return row.place < PyList_GET_SIZE(given) ? PyList_GET_ITEM(given, row.place) : nullptr;
   }
 
   template <class State>
@@ -544,9 +572,11 @@ class BoundStep {
     size_t number = row.first_number, entries = 0, part = 0;
     for (size_t e = 0; e < bucket.entries.size(); ++e) {
       const Entry& entry = bucket.entries[e];
-      const bool another = !entry.nested || e == 0 || !bucket.entries[e - 1].nested ||
-                           bucket.entries[e - 1].key.ptr() != entry.key.ptr();
+      const bool another = entry.extra < 0 && (!entry.nested || e == 0 || !bucket.entries[e - 1].nested ||
+                                               bucket.entries[e - 1].key.ptr() != entry.key.ptr());
       entries += another;
+      if (entry.extra >= 0 && !(value = extra_of(row, entry)))
+        return "there are too few extra tensors";
       if (another && (!PyDict_Next(row.state, &position, &key, &value) || key != entry.key.ptr())) {
         position = PY_SSIZE_T_MAX; // another order, or an equal key: from here on by hash
         value = PyDict_GetItemWithError(row.state, entry.key.ptr());
@@ -596,6 +626,9 @@ class BoundStep {
             return "a tensor in its state is of another shape or layout";
           if (const char* why = take(run, row, state_found + e, t, entry.column, entry.written))
             return why;
+          for (size_t k = 0; entry.extra >= 0 && k < state_found + e; ++k)
+            if (const at::TensorImpl* other = found_[row.first_tensor + k]; other && overlap(t, *other))
+              return "an extra tensor lies in memory that is written to";
         }
       }
     }
@@ -655,14 +688,15 @@ class BoundStep {
     if (whole.sizes() != at::IntArrayRef(row.sizes))
       return "it is of another shape";
     const at::Tensor& grad = grad_of(whole);
-    if (grad.defined() && !grad.use_count())
+    const bool graded = graded_ && grad.defined();
+    if (graded && !grad.use_count())
       return "its gradient is being dropped";
     const at::Tensor* param = local(row, row.param);
     if (!param)
       return "it is spread in another way";
     wrappers_.push_back(whole.unsafeGetTensorImpl());
     at::Tensor mine;
-    if (grad.defined()) {
+    if (graded) {
       if (grad.sizes() != whole.sizes())
         return "its gradient is of another shape";
       const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
@@ -978,6 +1012,8 @@ class BoundStep {
     remember(row, counter, 24);
   }
 
+  const std::vector<py::list>* extras_ = nullptr; // while a step runs
+  bool graded_;
   std::vector<Group> groups_;
   std::vector<Bucket> buckets_;
   std::vector<Run> runs_;

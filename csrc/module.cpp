@@ -145,11 +145,11 @@ void bind_step(py::module_& m) {
       .value("ignored", Entry::Kind::ignored);
   py::class_<Entry>(m, "Entry")
       .def(py::init([](py::object key, Entry::Kind kind, py::object value, int64_t column, bool written, bool nested,
-                       py::object inner) {
-             return Entry{std::move(key), kind, std::move(value), column, written, nested, std::move(inner)};
+                       py::object inner, int64_t extra) {
+             return Entry{std::move(key), kind, std::move(value), column, written, nested, std::move(inner), extra};
            }),
            py::kw_only(), py::arg("key"), py::arg("kind"), py::arg("value"), py::arg("column"), py::arg("written"),
-           py::arg("nested"), py::arg("inner"));
+           py::arg("nested"), py::arg("inner"), py::arg("extra") = -1);
   py::class_<Bucket>(m, "Bucket")
       .def(py::init([](size_t group, size_t launch, at::ScalarType param, at::ScalarType grad, int64_t param_column,
                        int64_t grad_column, bool param_written, bool grad_written, bool looked_at, std::vector<Entry> entries,
@@ -190,13 +190,13 @@ void bind_step(py::module_& m) {
            py::kw_only(), py::arg("summing"), py::arg("join"), py::arg("limits"));
   py::class_<BoundStep>(m, "BoundStep")
       .def(py::init<std::vector<Group>, std::vector<Bucket>, std::vector<Run>, const py::list&, const py::list&,
-                    const std::vector<size_t>&, const std::vector<int64_t>&, const py::list&, std::vector<Round>>(),
+                    const std::vector<size_t>&, const std::vector<int64_t>&, const py::list&, std::vector<Round>, bool>(),
            py::kw_only(), py::arg("groups"), py::arg("buckets"), py::arg("runs"), py::arg("params"),
-           py::arg("states"), py::arg("bucket_of"), py::arg("indices"), py::arg("absent"),
-           py::arg("rounds"))
+           py::arg("states"), py::arg("bucket_of"), py::arg("indices"), py::arg("absent"), py::arg("rounds"),
+           py::arg("graded") = true)
       .def("stepped", &BoundStep::stepped)
       .def("step", &BoundStep::step, py::arg("groups"), py::arg("state"), py::arg("limit"),
-           py::arg("measure").none(true));
+           py::arg("measure").none(true), py::arg("extras") = std::vector<py::list>());
 }
 
 } // namespace

@@ -12,7 +12,7 @@ __path__ = [
     *([] if _Path(__file__).with_name("kernels").is_dir() else [str(_Path(__file__).parents[1])]),
 ]
 
-from . import callbacks, optim
+from . import callbacks, optim, rules
 from .callbacks import (
     adam_step,
     average_grad,
@@ -70,6 +70,7 @@ __all__ = [
     "radam_step",
     "ranger",
     "rms_prop_step",
+    "rules",
     "sgd_step",
     "step_stat",
     "total",

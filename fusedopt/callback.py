@@ -13,6 +13,13 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 Callback = Callable[..., Any]
+GROUPS_OWN = "cbs"
+"""The key of a param group for callbacks of its own, in place of the optimizer's."""
+
+
+def is_temporary(key: Any) -> bool:
+    """Whether what callbacks return under this key is handed to later callbacks of the same step and to no other."""
+    return isinstance(key, str) and key.startswith("_")
 
 
 def function_of(callback: Callback) -> Callback:
@@ -27,8 +34,9 @@ def name_of(callback: Callback) -> str:
 
 
 def is_ours(callback: Callback) -> bool:
-    """Whether it is one of ``fusedopt.callbacks``."""
-    return getattr(function_of(callback), "__module__", "") == f"{__package__}.callbacks"
+    """Whether it is one of ``fusedopt.callbacks`` or ``fusedopt.rules``."""
+    module = getattr(function_of(callback), "__module__", None) or ""
+    return module == f"{__package__}.callbacks" or module.startswith(f"{__package__}.rules.")
 
 
 def arguments_of(callback: Callback) -> Mapping[str, Any]:
@@ -147,9 +155,10 @@ def _loads(code: types.CodeType) -> collections.Counter[str]:
 
 
 def defaults_of(callback: Callback) -> dict[str, Any]:
-    """Its hyperparameter defaults; a partial has its function's, but for what it sets itself."""
+    """Its hyperparameter defaults; a partial has its function's, but for what it sets itself, and its own."""
     if isinstance(callback, functools.partial):
-        return {k: v for k, v in defaults_of(callback.func).items() if k not in callback.keywords}
+        functions = {k: v for k, v in defaults_of(callback.func).items() if k not in callback.keywords}
+        return functions | vars(callback).get("defaults", {})
     return dict(getattr(callback, "defaults", {}))
 
 

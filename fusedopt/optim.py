@@ -6,7 +6,7 @@ own object.
 
 What differs from torch.optim, for all of them:
 - ``foreach`` and ``fused`` are accepted and kept; they choose nothing, since every step is one fused kernel.
-- ``differentiable=True`` is refused: see `_refuse_modes`.
+- ``differentiable=True`` is refused: see `fusedopt.optimizer.torch_face`.
 - ``capturable=True`` keeps all numbers of the state on the device, also on a CPU, and graphs can be replayed with other
   hyperparameters: see `Optimizer.upload_hypers`. Every class takes it.
 - Every class takes `Optimizer`'s own options: see `fusedopt.optimizer.Options`.
@@ -18,7 +18,6 @@ What differs from torch.optim, for all of them:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,17 +42,13 @@ from .callbacks import (
     step_stat,
 )
 from .optimizer import AllOptions, Options
-from .optimizer import Optimizer as _Optimizer  # the plain name belongs to torch.optim.Optimizer here
+from .optimizer.torch_face import TorchFace
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [*torch.optim.__all__]
 
-_NOT_NEGATIVE = (
-    "eps", "weight_decay", "momentum", "alpha", "lr_decay", "initial_accumulator_value", "momentum_decay", "lr",
-)  # fmt: skip
-_LABELS = {"lr": "learning rate", "eps": "epsilon value"}
 _MOMENTS = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
 _dampened = partial(average_grad, dampening=True)
 _radam_step = partial(radam_step, beta=0.0, eps_before_debias=True)
@@ -61,94 +56,10 @@ _ADAM = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-def _each(value: Any) -> Iterator[Any]:
-    """The numbers in a hyperparameter: itself, or those of a slice, list or array (one per param group)."""
-    if isinstance(value, slice):
-        yield from (v for v in (value.start, value.stop) if v is not None)
-    elif not isinstance(value, Tensor) and hasattr(value, "__iter__") and getattr(value, "ndim", None) != 0:
-        yield from value
-    else:
-        yield value
-
-
-def _plain(name: str, value: Any) -> Any:
-    """A one-element tensor as a Python number, anything else as it is."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"Tensor {name} must be 1-element")
-        return value.item()
-    return value
-
-
-def _check_numbers(**values: Any) -> None:
-    """Raise torch's ValueError for a number below zero, or NaN."""
-    for name, value in values.items():
-        for v in _each(value):
-            if not _plain(name, v) >= 0.0:
-                raise ValueError(f"Invalid {_LABELS.get(name, f'{name} value')}: {v}")
-
-
-def _check_betas(betas: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Both betas as numbers in [0, 1); torch's ValueError for any other."""
-    plain = tuple(_plain(f"betas[{i}]", b) for i, b in enumerate(betas))
-    if len(plain) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas!r}")
-    for i, b in enumerate(plain):
-        if not 0.0 <= b < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {b}")
-    return plain
-
-
-def _refuse_modes(name: str, group: dict[str, Any]) -> None:
-    """Raise for the torch.optim modes that a fused kernel cannot honour."""
-    if group.get("differentiable"):
-        raise ValueError(
-            f"{name}(differentiable=True) asks for a step() that autograd can differentiate through. A fused "
-            "kernel writes the parameters in place and leaves no graph. Leave differentiable=False, or use "
-            f"torch.optim.{name}(differentiable=True)."
-        )
-    if group.get("fused") and group.get("foreach"):
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-
-class _TorchFace(_Optimizer):
-    """An Optimizer whose constructor speaks torch.optim's names."""
-
-    _closed = True
-
-    def _start(self, cbs: list[Any], arguments: dict[str, Any], **fixed: Any) -> None:
-        """Set up from a constructor's ``locals()``, when these are its arguments: the groups' numbers and flags."""
-        given = {
-            k: v for k, v in arguments.items() if k not in ("self", "__class__", "params", "options")
-        } | fixed
-        if "betas" in given:
-            given["betas"] = _check_betas(given["betas"])
-        _check_numbers(**{name: given[name] for name in _NOT_NEGATIVE if name in given})
-        given |= {name: _plain(name, given[name]) for name in ("eps", "weight_decay") if name in given}
-        _refuse_modes(type(self).__name__, given)
-        params = arguments["params"]
-        if isinstance(params, Tensor):
-            raise TypeError(
-                "params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
-                f"{params.type()}; put it into a list"
-            )
-        super().__init__(params, cbs, **given, **arguments["options"])
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's add_param_group; a group's own flags are checked as the constructor's are."""
-        if isinstance(param_group, dict):
-            _refuse_modes(type(self).__name__, param_group)
-        super().add_param_group(param_group)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The optimizers
 
 
-class SGD(_TorchFace):
+class SGD(TorchFace):
     """torch.optim.SGD: see `callbacks.sgd_momentum_step`.
 
     State: ``momentum_buffer`` while momentum is not 0.
@@ -179,7 +90,7 @@ class SGD(_TorchFace):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
 
-class RMSprop(_TorchFace):
+class RMSprop(TorchFace):
     """torch.optim.RMSprop: see `callbacks.rms_momentum_step`.
 
     State: ``step``, ``square_avg``, ``momentum_buffer`` while momentum is not 0, ``grad_avg`` if centered.
@@ -206,7 +117,7 @@ class RMSprop(_TorchFace):
         self._start([maximize_grad, l2_reg, step_stat, average_sqr_grad, rms_momentum_step], locals())
 
 
-class Adam(_TorchFace):
+class Adam(TorchFace):
     """torch.optim.Adam: see `callbacks.adam_step`.
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, and ``max_exp_avg_sq`` if amsgrad.
@@ -261,7 +172,7 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
-class Adagrad(_TorchFace):
+class Adagrad(TorchFace):
     """torch.optim.Adagrad: see `callbacks.adagrad_step`. State: ``step``, ``sum``, from the first step on."""
 
     state_names: ClassVar[dict[str, str]] = {"sqr_sum": "sum"}
@@ -291,7 +202,7 @@ class Adagrad(_TorchFace):
         )
 
 
-class Adamax(_TorchFace):
+class Adamax(TorchFace):
     """torch.optim.Adamax: see `callbacks.adamax_step`. State: ``step``, ``exp_avg``, ``exp_inf``."""
 
     state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "inf_avg": "exp_inf"}
@@ -313,7 +224,7 @@ class Adamax(_TorchFace):
         self._start([maximize_grad, l2_reg, _dampened, step_stat, adamax_step], locals())
 
 
-class NAdam(_TorchFace):
+class NAdam(TorchFace):
     """torch.optim.NAdam: see `callbacks.nadam_step`.
 
     State: ``step``, ``mu_product`` (both numbers), ``exp_avg``, ``exp_avg_sq``.
@@ -343,7 +254,7 @@ class NAdam(_TorchFace):
         )
 
 
-class RAdam(_TorchFace):
+class RAdam(TorchFace):
     """torch.optim.RAdam: `callbacks.radam_step` with eps inside the bias correction.
 
     State: ``step``, ``exp_avg``, ``exp_avg_sq``.
@@ -372,7 +283,7 @@ class RAdam(_TorchFace):
         )
 
 
-class Adadelta(_TorchFace):
+class Adadelta(TorchFace):
     """torch.optim.Adadelta: see `callbacks.adadelta_step`. State: ``step``, ``square_avg``, ``acc_delta``."""
 
     state_names: ClassVar[dict[str, str]] = {"sqr_avg": "square_avg", "sqr_delta": "acc_delta"}

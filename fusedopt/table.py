@@ -1,4 +1,4 @@
-"""One table of all named optimizers. It drives the tests, the documentation and the benchmarks.
+"""One table of all named optimizers and rules. It drives the tests, the documentation and the benchmarks.
 
 Nothing in the package imports this module, so the table costs nothing to those who do not ask for it.
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import optim
+from . import optim, rules
 from .optimizer import named
 
 
@@ -47,10 +47,10 @@ class Row:
 
     name: str
     face: str
-    """'fastai' or 'torch': whose signature, defaults and results."""
+    """'fastai' or 'torch': whose signature, defaults and results; 'rules': one of `fusedopt.rules`."""
     factory: Callable[..., Any]
     peer: str | None
-    """Dotted name of the optimizer it must agree with, None if there is none."""
+    """Dotted name of the optimizer it must agree with, None if there is none. A rule's has other arguments."""
     variants: tuple[Variant, ...]
     reductions: bool = False
     """Needs a number per tensor (a norm): two stages instead of one."""
@@ -58,6 +58,10 @@ class Row:
     """Stores a number per tensor: a launch more, over tensors."""
     changes_structure: bool = False
     """Some steps run another kernel: RAdam's first steps, Lookahead's every k-th."""
+    rests_first: bool = False
+    """The first step changes the state alone, and no parameter."""
+    swaps: bool = False
+    """It has ``train()`` and ``eval()``, as its parameters are not the weights to use; accelerate calls them."""
     torch_fused: bool = False
     """torch.optim has a fused version of it."""
 
@@ -316,13 +320,231 @@ _TORCH = (
     ),
 )
 
+
+def _cautious_adamw(params: Any, **kwargs: Any) -> Any:
+    return rules.Cautious(optim.AdamW(params, **kwargs))
+
+
+def _grokfast_adamw(params: Any, alpha: float = 0.98, lamb: float = 2.0, **kwargs: Any) -> Any:
+    return rules.GrokFast(optim.AdamW(params, **kwargs), alpha, lamb)
+
+
+_DECAY = dict(lr=0.01, weight_decay=0.1)
+
+_RULES = (
+    Row(
+        "AdaBelief",
+        "rules",
+        rules.AdaBelief,
+        "pytorch_optimizer.AdaBelief",
+        _variants(
+            ("exp_avg", "exp_avg_var"),
+            28,
+            dict(),
+            dict(**_DECAY, rectify=False),
+            dict(lr=0.01, betas=(0.8, 0.95), eps=1e-8, rectify=False, maximize=True),
+        ),
+        changes_structure=True,
+    ),
+    Row(
+        "AdaBound",
+        "rules",
+        rules.AdaBound,
+        "pytorch_optimizer.AdaBound",
+        _variants(_EXP, 28, dict(), dict(**_DECAY, betas=(0.8, 0.95), final_lr=0.3, gamma=0.1, eps=1e-3)),
+    ),
+    Row(
+        "AdaMod",
+        "rules",
+        rules.AdaMod,
+        "torch_optimizer.AdaMod",
+        _variants((*_EXP, "exp_avg_lr"), 36, dict(), dict(**_DECAY, betas=(0.8, 0.95), beta3=0.9, eps=1e-3)),
+    ),
+    Row(
+        "AdamWScheduleFree",
+        "rules",
+        rules.AdamWScheduleFree,
+        "pytorch_optimizer.ScheduleFreeAdamW",
+        _variants(
+            ("exp_avg_sq", "z"),
+            28,
+            dict(),
+            dict(**_DECAY, betas=(0.95, 0.9), warmup_steps=5, r=1.0, weight_lr_power=1.0),
+        ),
+        swaps=True,
+    ),
+    Row(
+        "Adan",
+        "rules",
+        rules.Adan,
+        "pytorch_optimizer.Adan",
+        _variants(
+            (*_EXP, "exp_avg_diff", "previous_grad"),
+            44,
+            dict(),
+            dict(**_DECAY, betas=(0.9, 0.8, 0.95)),
+            dict(**_DECAY, eps=1e-3, no_prox=True, maximize=True),
+        ),
+    ),
+    Row(
+        "AdEMAMix",
+        "rules",
+        rules.AdEMAMix,
+        "pytorch_optimizer.AdEMAMix",
+        _variants(
+            (*_EXP, "exp_avg_slow"),
+            36,
+            dict(),
+            dict(**_DECAY, betas=(0.8, 0.95, 0.99), alpha=5.0, eps=1e-3),
+            dict(lr=0.01, betas=(0.9, 0.99, 0.999), beta3_warmup=20, alpha_warmup=30),
+        ),
+    ),
+    Row(
+        "ADOPT",
+        "rules",
+        rules.ADOPT,
+        "pytorch_optimizer.ADOPT",
+        _variants(
+            _EXP,
+            28,
+            dict(),
+            dict(**_DECAY, betas=(0.8, 0.95), eps=1e-3),
+            dict(**_DECAY, decouple=True, clip_exp=0.5, maximize=True),
+        ),
+        rests_first=True,
+    ),
+    Row(
+        "Cautious",
+        "rules",
+        _cautious_adamw,
+        None,
+        _variants(_EXP, 44, dict(), dict(**_DECAY, betas=(0.7, 0.95), maximize=True)),
+        reductions=True,
+    ),
+    Row(
+        "GrokFast",
+        "rules",
+        _grokfast_adamw,
+        None,
+        _variants((*_EXP, "grok_avg"), 36, dict(), dict(**_DECAY, alpha=0.9, lamb=3.0)),
+    ),
+    Row(
+        "LaProp",
+        "rules",
+        rules.LaProp,
+        "pytorch_optimizer.LaProp",
+        _variants(_EXP, 28, dict(), dict(**_DECAY, betas=(0.8, 0.95), eps=1e-3)),
+    ),
+    Row(
+        "LARS",
+        "rules",
+        rules.LARS,
+        "pytorch_optimizer.LARS",
+        _variants(
+            _MOMENTUM,
+            28,
+            dict(),
+            dict(lr=1.0, momentum=0.8, weight_decay=0.1, trust_coefficient=0.02, eps=1e-3, maximize=True),
+        ),
+        reductions=True,
+    ),
+    Row(
+        "Lion",
+        "rules",
+        rules.Lion,
+        "pytorch_optimizer.Lion",
+        _variants(("exp_avg",), 20, dict(), dict(**_DECAY, betas=(0.8, 0.95), maximize=True)),
+    ),
+    Row(
+        "MARS",
+        "rules",
+        rules.MARS,
+        "pytorch_optimizer.MARS",
+        _variants(
+            (*_EXP, "last_grad"),
+            44,
+            dict(optimize_1d=True),
+            dict(**_DECAY, betas=(0.9, 0.95), gamma=0.1, eps=1e-3, optimize_1d=True),
+        ),
+        reductions=True,
+    ),
+    Row(
+        "NovoGrad",
+        "rules",
+        rules.NovoGrad,
+        "torch_optimizer.NovoGrad",
+        _variants(
+            ("exp_avg",),
+            24,
+            dict(),
+            dict(lr=0.003, betas=(0.9, 0.8), weight_decay=0.1, grad_averaging=True, maximize=True),
+        ),
+        reductions=True,
+        keeps_numbers=True,
+    ),
+    Row(
+        "QHM",
+        "rules",
+        rules.QHM,
+        "torch_optimizer.QHM",
+        _variants(_MOMENTUM, 20, dict(), dict(**_DECAY, momentum=0.9, nu=0.5)),
+    ),
+    Row(
+        "SGDScheduleFree",
+        "rules",
+        rules.SGDScheduleFree,
+        "pytorch_optimizer.ScheduleFreeSGD",
+        _variants(
+            ("z",), 20, dict(lr=0.1), dict(lr=0.1, weight_decay=0.1, momentum=0.8, warmup_steps=5, r=1.0)
+        ),
+        swaps=True,
+    ),
+    Row(
+        "Signum",
+        "rules",
+        rules.Signum,
+        "pytorch_optimizer.Tiger",
+        _variants(_MOMENTUM, 20, dict(), dict(**_DECAY, momentum=0.0)),
+    ),
+    Row(
+        "SophiaG", "rules", rules.SophiaG, None, _variants(("exp_avg", "hessian"), 24, dict(), dict(rho=0.1))
+    ),
+    Row(
+        "StableAdamW",
+        "rules",
+        rules.StableAdamW,
+        "pytorch_optimizer.StableAdamW",
+        _variants(_EXP, 36, dict(), dict(**_DECAY, betas=(0.8, 0.95), eps=1e-3)),
+        reductions=True,
+    ),
+    Row(
+        "Tiger",
+        "rules",
+        rules.Tiger,
+        "pytorch_optimizer.Tiger",
+        _variants(("exp_avg",), 20, dict(), dict(**_DECAY, beta=0.8)),
+    ),
+    Row(
+        "Yogi",
+        "rules",
+        rules.Yogi,
+        "torch_optimizer.Yogi",
+        _variants(
+            _EXP, 28, dict(), dict(**_DECAY, betas=(0.8, 0.95), eps=1e-2, initial_accumulator_value=0.1)
+        ),
+    ),
+)
+
 TABLE: tuple[Row, ...] = _FASTAI + _TORCH
-"""Every named optimizer, fastai's face first."""
+"""Every named optimizer that is another library's too, fastai's face first."""
+
+RULES: tuple[Row, ...] = _RULES
+"""Every rule of `fusedopt.rules`."""
 
 
 def rows(face: str | None = None) -> tuple[Row, ...]:
-    """The rows of one face ('fastai' or 'torch'), or all of them."""
-    return tuple(r for r in TABLE if face in (None, r.face))
+    """The rows of one face ('fastai', 'torch' or 'rules'), or all of them."""
+    return tuple(r for r in TABLE + RULES if face in (None, r.face))
 
 
 def row(face: str, name: str) -> Row:

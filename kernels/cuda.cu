@@ -4,7 +4,8 @@
 // A row is a tensor: element count, scalar set, first chunk, number of chunks, then a pointer per buffer; but where its
 // gradient lies changes from step to step, and comes with the launch.
 // A piece is a part of a row: row, first element, one past the last. Chunks are pieces that leave partial results;
-// stages that leave none get smaller pieces.
+// stages that leave none get smaller pieces. With several axes pieces are whole lines, and say too where the part results
+// of each reduction along axes are.
 // A launch carries words by value: the scalars and the gradients' addresses, as far as they fit.
 #ifdef __CUDACC_RTC__
 using int64_t = long long;
@@ -195,6 +196,13 @@ struct Lanes {
     x = join_threads<R>(x);
     if (threadIdx.x == 0) *partial = x;
   }
+  template <class Team>
+  __device__ double total(const Team& team) const {
+    double x = lane[0];
+#pragma unroll
+    for (int k = 1; k < lanes; ++k) x = R::join(x, lane[k]);
+    return team.template join<R>(x);
+  }
 };
 
 struct Row {
@@ -213,6 +221,8 @@ struct Row {
   __device__ E* buffer(int k) const {
     return global(reinterpret_cast<E*>(words[head_words + k]));
   }
+  // Of a reduction along some axes, or what is made of such.
+  __device__ double* result(int k) const { return buffer<double>(k - head_words); }
   template <class E>
   __device__ E* gradient(const Launch& launch) const {
     const int64_t* at = launch.gradients;
@@ -360,6 +370,93 @@ __device__ inline void walk(int64_t begin, int64_t end, const F& element, B... b
         if (i + k < end) with_pointers(element, i + k, k, Buffer<B>::pointer(buffer)...);
 }
 
+// -- lines, and places along axes --
+__device__ inline int64_t clamped(int64_t x, int64_t last) { return x < 0 ? 0 : x < last ? x : last; }
+
+// Threads that do one thing together, of `count` such teams in a block: neighbours, or every so many-th. What each of
+// them does, and how their results are joined, depends on sizes and on the number of threads in a block alone.
+struct Team {
+  unsigned size, stride, lane, index, count;
+
+  // For a line, or whatever else has this many elements one after another.
+  __device__ static Team neighbours(int64_t elements) {
+    const unsigned size = elements <= 32 ? 1 : elements <= 1024 && blockDim.x > 32 ? 32 : blockDim.x;
+    return {size, 1, threadIdx.x % size, threadIdx.x / size, blockDim.x / size};
+  }
+  // For places that are neighbours and have this many elements in all, each of them far apart: neighbouring threads are
+  // for neighbouring places, and there are as many for each as leave every one of them some work.
+  __device__ static Team across(int64_t places, int64_t elements) {
+    unsigned n = 1;
+    while (n < blockDim.x && (n < 32 ? n < places : elements < 16 * places * int64_t(blockDim.x / n))) n *= 2;
+    return {blockDim.x / n, n, threadIdx.x / n, threadIdx.x % n, n};
+  }
+
+  // Teams of neighbours up to a warp go around a loop as often as they have lines, and wait for nobody else.
+  __device__ inline void sync() const {
+    if (size == 1) return;
+    if (stride == 1 && size <= 32) __syncwarp();
+    else __syncthreads();
+  }
+  // The results of all of them joined by a tree; every one gets it.
+  template <class R>
+  __device__ inline double join(double x) const {
+    if (size == 1) return x;
+    double* const mine = scratch() + threadIdx.x;
+    *mine = x;
+    sync();
+    for (unsigned n = size / 2; n > 0; n /= 2) {
+      if (lane < n) *mine = R::join(*mine, mine[n * stride]);
+      sync();
+    }
+    x = mine[-int64_t(lane * stride)];
+    sync();  // before somebody writes there again
+    return x;
+  }
+  // Call `element` for all from `first` up to `last`: this thread's are `size` apart.
+  template <class F>
+  __device__ inline void each(int64_t first, int64_t last, const F& element) const {
+    for (int64_t i = first + lane; i < last; i += lanes * int64_t(size))
+#pragma unroll
+      for (int k = 0; k < lanes; ++k)
+        if (k == 0 || i + k * int64_t(size) < last) element(i + k * int64_t(size), k);
+  }
+};
+
+// Where the part results of a chunk are: in the result itself if the chunk is the only one for it, else apart.
+template <int n>
+struct Regions {
+  const int64_t* words;
+  __device__ double* operator[](int k) const { return global(reinterpret_cast<double*>(words[k])); }
+};
+
+// Some of a row's places, for which a block joins part results: every `slices`-th, from number `slice` on.
+struct Join {
+  int64_t slice, slices;
+  const int64_t* chunks;
+};
+
+// The part results of reduction k along some axes, joined in chunk order: every place has its team. All chunks but the
+// last are of one length; `inside` elements have `tail` numbers, there are `count` of them.
+template <class R, int n>
+__device__ inline void join_chunks(Row row, Join join, int k, int word, int64_t inside, int64_t tail, int64_t count) {
+  constexpr int words = piece_words + n;
+  const int64_t* const chunks = join.chunks;
+  if (chunks[piece_words + k] == row.words[word]) return;
+  double* const whole = row.result(word);
+  const int64_t length = chunks[2] - chunks[1];
+  const Team team = Team::across(count, count * ((inside - 1) / length + 1));
+  for (int64_t start = join.slice * team.count; start < count; start += join.slices * team.count) {
+    const int64_t place = start + team.index, first = place / tail * inside;
+    Lanes<R> parts;
+    if (place < count)
+      team.each(first / length, (first + inside - 1) / length + 1, [&](int64_t c, int lane) {
+        parts.add(lane, Regions<n>{chunks + c * words + piece_words}[k][place]);
+      });
+    const double x = parts.total(team);
+    if (team.lane == 0 && place < count) whole[place] = x;
+  }
+}
+
 // -- entries --
 // Blocks take turns at the pieces. While one is worked on, the next one's row is on its way.
 template <void stage(const Launch&, Row, int64_t, int64_t, double*)>
@@ -372,11 +469,36 @@ __device__ inline void each_piece(const Launch& launch, int64_t n, const int64_t
   }
 }
 
+template <int n>
+__device__ constexpr int regions_of(void (*)(const Launch&, Row, int64_t, int64_t, double*, Regions<n>)) {
+  return n;
+}
+template <auto stage>
+__device__ inline void each_block(const Launch& launch, int64_t n, const int64_t* inlined) {
+  constexpr int regions = regions_of(stage), words = piece_words + regions;
+  for (unsigned c = blockIdx.x; c < n; c += gridDim.x) {
+    const int64_t* piece = launch.pieces + int64_t(c) * words;
+    if (c + gridDim.x < n && threadIdx.x < unsigned(launch.row_words))
+      prefetch(launch.rows + piece[int64_t(gridDim.x) * words] * launch.row_words + threadIdx.x);
+    stage(launch, Row(launch, piece[0], inlined), piece[1], piece[2], launch.partials + c * launch.n_reductions,
+          Regions<regions>{piece + piece_words});
+  }
+}
+
 template <void scalars(const Launch&, Row)>
 __device__ inline void each_row(const Launch& launch, int64_t n, const int64_t* inlined) {
   for (int64_t r = blockIdx.x; r < n; r += gridDim.x) {
     const Row row(launch, r, inlined);
     if (row.numel() > 0) scalars(launch, row);
+  }
+}
+
+// A piece here is a row, which of its places, and the address of its first chunk.
+template <void joined(const Launch&, Row, Join)>
+__device__ inline void each_join(const Launch& launch, int64_t n, const int64_t* inlined) {
+  for (int64_t c = blockIdx.x; c < n; c += gridDim.x) {
+    const int64_t* piece = launch.pieces + c * 4;
+    joined(launch, Row(launch, piece[0], inlined), {piece[1], piece[2], reinterpret_cast<const int64_t*>(piece[3])});
   }
 }
 
@@ -394,6 +516,9 @@ __device__ inline void each_row(const Launch& launch, int64_t n, const int64_t* 
 #endif
 
 #define FUSEDOPT_STAGE(k) FUSEDOPT_ENTRIES(fusedopt_stage_##k, each_piece, stage_##k)
+#define FUSEDOPT_BLOCK_STAGE(k) FUSEDOPT_ENTRIES(fusedopt_stage_##k, each_block, stage_##k)
+#define FUSEDOPT_JOIN(k) FUSEDOPT_ENTRIES(fusedopt_join_##k, each_join, join_##k)
+#define FUSEDOPT_BETWEEN(k) FUSEDOPT_ENTRIES(fusedopt_before_##k, each_row, before_##k)
 #define FUSEDOPT_SCALARS FUSEDOPT_ENTRIES(fusedopt_scalars, each_row, scalars)
 
 #include "cuda_example.inc"

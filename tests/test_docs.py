@@ -24,7 +24,7 @@ from fusedopt.ir.ops import OPS
 from fusedopt.trace.tensor import METHODS
 
 ROOT = Path(__file__).parents[1]
-WRITTEN = {"classes_table.md"}
+WRITTEN = {"classes_table.md", "rules_table.md"}
 """By a command, and without examples."""
 DOCUMENTS = [
     ROOT / "README.md",

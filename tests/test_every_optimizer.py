@@ -25,7 +25,7 @@ FLIPPED = 0.05
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [
     pytest.param(row, variant, dtype, id=f"{row.face}-{row.name}-{variant.id}-{str(dtype)[6:]}")
-    for row in table.TABLE
+    for row in table.rows()
     for k, variant in enumerate(row.variants)
     for dtype in DTYPES
     if k == 0 or dtype == torch.float32

@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "fusedopt"
-STOREYS = ["ir", "trace", "compile", "extension", "backends", "step", "optimizer", "classes", "learner"]
+STOREYS = [
+    "ir",
+    "trace",
+    "compile",
+    "extension",
+    "backends",
+    "step",
+    "optimizer",
+    "rules",
+    "classes",
+    "learner",
+]
 """Folders from the ground up: each may import those before it."""
 GROUND = {"env", "callback", "kernels", "callbacks"}
 """Modules beside the folders that import none of them, and are for all."""

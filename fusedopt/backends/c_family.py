@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import torch
 
-from ..compile.cache import BuildError
 from ..ir.comments import one_line
 from ..ir.ops import ELEMENT, TENSOR, is_reduction, reduction
 from ..ir.program import Program, Value, identifier
@@ -99,8 +98,8 @@ class Body(body.Body):
         return lines
 
     def between(self, k: int, between: Between) -> list[str]:
-        """The function of what is done once per tensor before stage k."""
-        raise BuildError("this backend has no sums along some dimensions yet")
+        """The function of what is done once per tensor before stage k: nothing, unless there are several axes."""
+        raise NotImplementedError
 
     # -- the once-per-tensor part --
     def _prologue(self, stage: Stage) -> list[str]:

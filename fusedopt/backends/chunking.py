@@ -15,6 +15,8 @@ CHUNK = 1 << 16
 """Elements in a chunk, unless the tensor would have more than MAX_CHUNKS."""
 MAX_CHUNKS = 1024
 """Chunks, and so part results of a reduction, per tensor."""
+CHUNK_WORDS = 3
+"""Words of a chunk: row, first element, one past the last. With several axes there are more."""
 ALIGN = 64
 """Chunks start at multiples of this many elements: full vectors, whole cache lines."""
 CHUNK_COST = 64
@@ -104,6 +106,13 @@ def blocks(shapes: tuple[tuple[int, ...], ...], regions: tuple[str, ...], kept: 
     return Blocks(Layout(np.ascontiguousarray(table), np.cumsum(count) - count, count), results, total)
 
 
+def parts(shape: tuple[int, ...], kind: str, chunks: np.ndarray) -> int:
+    """How many part results of a reduction to this kind a tensor's chunks leave."""
+    inside, tail = _prefix(shape, kind)
+    first, last = chunks[:, 1] // inside, (chunks[:, 2] - 1) // inside
+    return int((last - first + 1).sum()) * tail
+
+
 def _places(shape: tuple[int, ...], kind: str) -> int:
     return 1 if kind == TENSOR else math.prod(shape[int(a)] for a in kind)
 
@@ -123,13 +132,19 @@ def _chunk_length(shape: tuple[int, ...], prefixes: Sequence[tuple[int, int]]) -
     return -(-length // unit) * unit
 
 
-def tiles(chunks: np.ndarray) -> np.ndarray:
-    """Chunks cut further, for more programs to share a tensor: the same table with more rows."""
+def tiles(chunks: np.ndarray, lines: np.ndarray | None = None) -> np.ndarray:
+    """Chunks cut further, for more programs to share a tensor: the same table with more rows.
+
+    lines: of each chunk's tensor the length of a line, if pieces have to be whole lines
+    """
     begin, end = chunks[:, 1], chunks[:, 2]
-    count = -(-(end - begin) // TILE)
+    length = np.full(len(chunks), TILE) if lines is None else -(-TILE // lines) * lines
+    count = -(-(end - begin) // length)
     chunk = np.repeat(np.arange(len(chunks)), count)
-    start = begin[chunk] + (np.arange(len(chunk)) - (np.cumsum(count) - count)[chunk]) * TILE
-    return np.stack([chunks[chunk, 0], start, np.minimum(start + TILE, end[chunk])], axis=1)
+    start = begin[chunk] + (np.arange(len(chunk)) - (np.cumsum(count) - count)[chunk]) * length[chunk]
+    out = chunks[chunk]
+    out[:, 1], out[:, 2] = start, np.minimum(start + length[chunk], end[chunk])
+    return out
 
 
 @functools.lru_cache(maxsize=64)

@@ -32,14 +32,10 @@ class ClassItem(Item):
     one_is_whole = True
 
 
-class _Roles:
-    never: ClassVar[frozenset[str]] = frozenset()
-
-
 class ClassGroups:
     """A class's groups and state as the runtime sees them. Numbers of the host are in a group of their own."""
 
-    roles = _Roles()
+    extra: ClassVar[dict[str, list[torch.Tensor | None]]] = {}
 
     def __init__(self, opt: torch.optim.Optimizer) -> None:
         self._ref = weakref.ref(opt)
@@ -79,8 +75,12 @@ class ClassGroups:
             self._known = stores_of(self.opt)[0]
         return self._known
 
-    def numbers_of(self, group: int) -> int:
-        return -1
+    def ignores(self, group: int, name: Any) -> bool:
+        """Nothing: a class looks after its state itself."""
+        return False
+
+    def numbers_of(self, group: int) -> tuple[int, ...]:
+        return (-1,)
 
     def entries(self, p: torch.Tensor) -> Iterator[tuple[Any, bool, Any, str, Any]]:
         for name, (stored, nested, inner, value) in flattened(self.state[p]).items():
@@ -196,7 +196,7 @@ class StepBuckets(Buckets):
             except NeedsAttribute as need:
                 self.attributes += (need.name,)
 
-    def traced(self, todo: list[Item], first: int, stop: int, work: bool = False) -> list[Any]:
+    def traced(self, todo: list[Item], span: range | None = None, work: bool = False) -> list[Any]:
         """Each bucket with its plan in the step that was prepared last; -1 if it is none of that."""
         found: list[Any] = []
         for items, signature in self._sorted(todo):
@@ -250,7 +250,7 @@ class StepBuckets(Buckets):
         return plans
 
     def _compiled(self, trace: Any) -> CompiledTrace:
-        compiled = self._compile(trace)
+        compiled = self._compile(trace, self.title)
         if compiled is None:
             raise Untraceable("no compiled backend can be used here; python -m fusedopt doctor says why")
         replay = Replay(trace) if can_replay(trace) else None

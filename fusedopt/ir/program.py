@@ -300,7 +300,8 @@ def interpret(
     if program.axes == 1:
         sizes = buffers[_shaped(program)].shape
     assert sizes is not None
-    block = {n: t.reshape(_block(program, n, sizes)) for n, t in buffers.items()}
+    used = {*program.buffer, _shaped(program)}
+    block = {n: buffers[n].reshape(_block(program, n, sizes)) for n in used}
     return {n: t.reshape(buffers[n].shape) for n, t in _interpret(program, block, slots).items()}
 
 
@@ -388,6 +389,7 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     typename union unsigned using virtual void volatile wchar_t while and_eq bitand bitor not_eq or_eq xor xor_eq
     param grad launch row begin end partial i lane element load store combine for_lanes std
     half bfloat16 int64_t torch numel Lanes Launch Row infinity
+    line first regions c team place places start member before stop held part
     scaling_factor scaling_found_inf
     triton tl rows chunk chunks piece slots lanes partials address at rounded whole_blocks
     """.split()  # noqa: SIM905
@@ -402,7 +404,8 @@ _CALLED = frozenset(
 LONGEST_NAME = 100
 """Characters of a name that generated code has in full."""
 _NUMBERED = re.compile(
-    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(given|called)_\d+|(v|s|d|r|acc)\d+|[A-Z_\d]+|.*__.*|_.*|.*_", re.ASCII
+    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(given|called)_\d+|(v|s|d|r|acc|n|i|o|q|sums)\d+|[A-Z_\d]+|.*__.*|_.*|.*_",
+    re.ASCII,
 )
 
 

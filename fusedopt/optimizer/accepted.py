@@ -21,11 +21,17 @@ from .state import COUNTERS, FLAGS
 
 
 def as_callbacks(cbs: Any) -> list[Callable]:
-    found = [cbs] if callable(cbs) else list(cbs)
+    found = list(cbs) if isinstance(cbs, Iterable) and not callable(cbs) else [cbs]
     for cb in found:
         if not callable(cb):
             raise TypeError(f"callbacks must be callable; {cb!r} is not")
     return found
+
+
+def list_of(group: Mapping[str, Any], own: list[Callable]) -> list[Callable]:
+    """The callbacks of a param group: its own, else the optimizer's."""
+    found = group.get(callback.GROUPS_OWN)
+    return own if found is None else as_callbacks(found)
 
 
 COMMON = (
@@ -34,9 +40,14 @@ COMMON = (
 """Hyperparameters that are accepted whether or not a callback takes them."""
 
 
-def check_known(hypers: Iterable[str], cbs: Sequence[Callable]) -> None:
+def check_known(
+    hypers: Iterable[str],
+    cbs: Sequence[Callable],
+    what: str = "hyperparameter",
+    common: Sequence[str] = (*COMMON, "backend", "state_dtype", "title"),
+) -> None:
     """Raise TypeError for a hyperparameter that no callback takes: most likely a typing error."""
-    taken = set(COMMON)
+    taken = set(common)
     for cb in cbs:
         found = callback.looked_up(cb)
         if found is None:
@@ -44,9 +55,9 @@ def check_known(hypers: Iterable[str], cbs: Sequence[Callable]) -> None:
         taken |= found | arguments_of(cb).keys() | defaults_of(cb).keys()
     for name in hypers:
         if name not in taken:
-            near = difflib.get_close_matches(name, [*taken, "backend", "state_dtype", "title"], 1)
+            near = difflib.get_close_matches(name, taken, 1)
             hint = f"did you mean {near[0]!r}?" if near else "name it among a callback's arguments"
-            raise TypeError(f"no callback takes the hyperparameter {name!r}; {hint}")
+            raise TypeError(f"no callback takes the {what} {name!r}; {hint}")
 
 
 class Roles(NamedTuple):
@@ -60,6 +71,10 @@ class Roles(NamedTuple):
     state: frozenset[str]
     taken: frozenset[str] | None
     never: frozenset[str]
+
+    def ignores(self, name: Any) -> bool:
+        """Whether what is kept in the state under this name is handed to no callback."""
+        return name in self.never or callback.is_temporary(name)
 
     def hands(self, name: str, own: Iterable[str]) -> bool:
         """Whether a key of a param group goes to callbacks; ``own``: the hyperparameters the optimizer was given."""
@@ -203,6 +218,50 @@ def check_state(p: torch.Tensor, state: Mapping[str, Any], group: int, i: int) -
                 f"the state {key!r} of parameter {i} of group {group} is on {value.device}, the parameter on "
                 f"{p.device}; move the model before the state dict is loaded, or the state with it"
             )
+
+
+def one_each(name: str, given: Any, params: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Extra tensors as a list, one for every parameter, or None where there is none."""
+    if isinstance(given, Mapping):
+        known = set(params)
+        if strange := [p for p in given if not isinstance(p, torch.Tensor) or p not in known]:
+            shown = tuple(strange[0].shape) if isinstance(strange[0], torch.Tensor) else repr(strange[0])
+            raise ValueError(
+                f"the extra tensors {name!r} are by parameter, and {shown} is no parameter of this optimizer"
+            )
+        return [given.get(p) for p in params]
+    if isinstance(given, torch.Tensor) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"the extra tensors {name!r} are a list with one per parameter, or a dict by parameter, not a "
+            f"{type(given).__name__}"
+        )
+    found = list(given)
+    if len(found) != len(params):
+        raise ValueError(
+            f"the extra tensors {name!r} are {len(found)}, the parameters {len(params)}. Remedy: a list with one per "
+            "parameter, None where there is none, or a dict by parameter"
+        )
+    return found
+
+
+def check_extra(p: torch.Tensor, name: str, value: Any, group: int, i: int, taken: bool) -> None:
+    what = f"the extra tensor {name!r} of parameter {i} of group {group}"
+    if taken:
+        raise ValueError(f"{what} has the name of its state, or of a hyperparameter; choose another")
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.dtype not in FLOATS:
+        kind = (
+            f"{value.layout} {value.dtype} tensor"
+            if isinstance(value, torch.Tensor)
+            else type(value).__name__
+        )
+        raise TypeError(f"{what} must be a dense floating point tensor; it is a {kind}")
+    if value.device != p.device:
+        raise ValueError(f"{what} is on {value.device}, the parameter on {p.device}")
+    if value.shape not in (p.shape, ()):
+        raise ValueError(
+            f"{what} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}. Remedy: that shape, or one number "
+            "for the parameter, of shape ()"
+        )
 
 
 def check_gradient(p: torch.Tensor, grad: torch.Tensor, group: int, i: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..callback import arguments_of
+from ..callback import GROUPS_OWN, arguments_of
 from ..step.items import begun
 from . import loadable
 from .loadable import LOOKAHEAD, Pair
@@ -159,6 +159,7 @@ class Load:
                 "fastai and steps in torch.optim; it starts again from zero",
                 stacklevel=5,
             )
+        self.lists = [group.get(GROUPS_OWN) for group in opt.param_groups]
         groups = [
             _group(live, theirs, [state for _, (k, _), state in pairs if k == g])
             for g, (live, theirs) in enumerate(zip(opt.param_groups, saved, strict=True))
@@ -171,6 +172,8 @@ class Load:
     def finish(self, _: Any) -> None:
         """Put in place what ``prepare`` has made."""
         self.opt.state.update(self.state)
+        for group, cbs in zip(self.opt.param_groups, self.lists, strict=True):
+            group.update({} if cbs is None else {GROUPS_OWN: cbs})
         if self.opt.frozen_idx != self.frozen_idx:
             self.opt.frozen_idx = self.frozen_idx
             self.opt.apply_freezing()
@@ -217,7 +220,7 @@ def _group(
     Counts that the states lack were kept in the group, as apex does, and are the states' own now.
     """
     moved = {k for k in COUNTERS if any(state and k not in state for state in states)}
-    kept = {k: v for k, v in saved.items() if k not in moved}
+    kept = {k: v for k, v in saved.items() if k not in moved and k != GROUPS_OWN}
     return {**kept, **{k: v for k, v in live.items() if k in OWN}}
 
 
@@ -254,7 +257,7 @@ def _from_fastai(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def _takes(opt: Optimizer, name: str) -> bool:
     """Whether some callback has an argument of this name."""
-    return any(name in arguments_of(cb) for cb in opt.cbs)
+    return any(name in arguments_of(cb) for cb in opt.groups.callbacks)
 
 
 def _foreign_momentum(group: Mapping[str, Any], state: Mapping[str, Any], *, torchs: bool) -> set[str]:

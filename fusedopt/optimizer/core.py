@@ -12,14 +12,15 @@ import torch
 import torch.optim.optimizer as _torch_optimizer
 
 from .. import backends, env
-from ..callback import defaults_of, name_of
+from ..callback import GROUPS_OWN, defaults_of, name_of
 from ..step import transforms
 from ..step.buckets import Buckets
 from ..step.engine import Engine, GraphScalars
 from ..step.items import Item
 from ..step.scaling import NORM, Scaling
 from . import checkpoint, names
-from .accepted import as_callbacks, as_param_groups, check_known, default_of, is_listed
+from .accepted import as_callbacks, as_param_groups, check_known, default_of, is_listed, list_of
+from .apply import Applications
 from .explain import Explanation, explain
 from .fastai import FastaiFace
 from .groups import ParamGroups
@@ -45,9 +46,11 @@ class Optimizer(FastaiFace):
     """Steps parameters by a list of callbacks, compiled into one fused kernel.
 
     Args:
-        params: parameters; or several groups: torch's dicts, or a list of lists as fastai's splitters give.
+        params: parameters; or several groups: torch's dicts, or a list of lists as fastai's splitters give. A dict's
+            ``cbs`` are the group's own callbacks, in place of the optimizer's.
         cbs: callbacks ``cb(p, **state, **hypers)``, run in order; ``p`` has ``.data`` and ``.grad``; a returned dict is
-            kept in ``opt.state[p]`` and handed back on the next step. ``cb.defaults`` gives hyperparameter defaults.
+            kept in ``opt.state[p]`` and handed back on the next step, but for keys that begin with an underscore, which
+            are handed to the later callbacks of the step alone. ``cb.defaults`` gives hyperparameter defaults.
         backend: ``"auto"`` (by device), ``"cpp"``, ``"cuda"``, ``"triton"``, or ``"reference"`` (the callbacks run
             eagerly). Default: the environment's ``FUSEDOPT_BACKEND``, else auto.
         state_dtype: storage dtype of new state buffers, whatever dtype the callbacks ask for.
@@ -98,7 +101,8 @@ class Optimizer(FastaiFace):
                 UserWarning,
                 stacklevel=env.caller_level(),
             )
-        self.cbs = as_callbacks(cbs)
+        self.cbs, params = as_callbacks(cbs), as_param_groups(params)
+        theirs = [cb for group in params if isinstance(group, dict) for cb in list_of(group, [])]
         self.backend = backends.check_name(backend)
         if state_dtype is not None and not (
             isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point
@@ -113,10 +117,11 @@ class Optimizer(FastaiFace):
         self.frozen_idx = 0
         self._scaling = Scaling(bool(amp_fused))
         self.max_grad_norm = max_grad_norm
-        self._set_up(hypers)
+        self._set_up(hypers, theirs)
         defaults: dict[str, Any] = {}
         values = self.hyper_map.to_fastai(hypers)
-        check_known(values, self.cbs)
+        check_known(values, [*self.cbs, *theirs])
+        self._given = frozenset(values)
         values = {k: v for cb in self.cbs for k, v in defaults_of(cb).items()} | values
         listed = {k: v for k, v in values.items() if is_listed(k, v)}
         for name, value in values.items():
@@ -124,14 +129,17 @@ class Optimizer(FastaiFace):
             names.check(name, value)
             self.hyper_map.write(defaults, name, value)
         defaults.setdefault("differentiable", False)
-        super().__init__(as_param_groups(params), defaults)
+        super().__init__(params, defaults)
         for name, value in listed.items():
             self.set_hyper(name, value)
 
-    def _set_up(self, hypers: Mapping[str, Any]) -> None:
-        """What is derived from callbacks and options, and so never saved."""
-        self.groups = ParamGroups(self, list(hypers), self.hyper_names, self.state_names, self._closed)
+    def _set_up(self, hypers: Mapping[str, Any], theirs: Sequence[Callable[..., Any]]) -> None:
+        """What is derived from callbacks (``theirs``: of param groups) and options, and so never saved."""
+        self.groups = ParamGroups(
+            self, list(hypers), self.hyper_names, self.state_names, self._closed, theirs
+        )
         self._engine: Engine | None = None
+        self._applications = Applications()
         self._captured: list[GraphScalars] = []
         tracer = transforms.tracer()
         self._made_in = None if tracer is None else weakref.ref(tracer)
@@ -170,12 +178,26 @@ class Optimizer(FastaiFace):
     def engine(self) -> Engine:
         """The compiler and runtime behind ``step``; made anew when callbacks, or what they read, are changed."""
         if self._engine is None or not self._engine.buckets.follow(self.cbs):
-            title = self.title or type(self).__name__
-            if title == "Optimizer":
-                title = name_of(self.cbs[-1]) if self.cbs else "nothing"
-            said = self._engine.buckets.verdicts.said if self._engine else None
-            self._engine = Engine(Buckets(self.cbs, self.backend, title, self.state_dtype, said))
+            self._engine = self._new_engine()
         return self._engine
+
+    def look_at_groups(self) -> Engine:
+        """The engine, for the lists of callbacks that groups have now. (Bound steps are guarded for that.)"""
+        spans = self.groups.look()
+        if self.engine.buckets.callbacks != self.groups.callbacks:
+            self._engine = self._new_engine()
+        self.engine.buckets.spans = spans if self.groups.theirs else ()
+        return self.engine
+
+    def _new_engine(self) -> Engine:
+        title = self.title or type(self).__name__
+        if title == "Optimizer":
+            title = name_of(self.cbs[-1]) if self.cbs else "nothing"
+        said = self._engine.buckets.verdicts.said if self._engine else None
+        spans, own = self.groups.look(), len(self.cbs)
+        buckets = Buckets(self.groups.callbacks, self.backend, title, self.state_dtype, said, own=own)
+        buckets.spans = spans if self.groups.theirs else ()
+        return Engine(buckets)
 
     # -- torch.optim --
     def __setattr__(self, name: str, value: Any) -> None:
@@ -187,15 +209,16 @@ class Optimizer(FastaiFace):
         """Add a group: ``{"params": ..., **hypers}`` with hypers by either vocabulary. See torch.optim."""
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, not {type(param_group).__name__}")
-        group = {k: v for k, v in param_group.items() if k in ("params", "param_names")}
+        group = {k: v for k, v in param_group.items() if k in names.NO_HYPERS}
         values = self.hyper_map.to_fastai({k: v for k, v in param_group.items() if k not in group})
+        theirs = self._take_list(group)
+        brought = {k: v for cb in theirs for k, v in defaults_of(cb).items() if k not in self._given}
         # torch fills in the defaults of a group that sets nothing itself
-        filled = self.hyper_map.of_group(self.defaults) | values if values else {}
+        filled = self.hyper_map.of_group(self.defaults) | brought | values if brought or values else {}
+        roles, own = self.groups.roles(group), self.groups.own()
         for name, value in filled.items():
             value = names.plain(value)
-            if self.groups.roles.hands(
-                name, self.groups.own()
-            ):  # other libraries' keys are not ours to check
+            if roles.hands(name, own):  # other libraries' keys are not ours to check
                 names.check(name, value)
             self.hyper_map.write(group, name, value)
         super().add_param_group(group)
@@ -207,18 +230,85 @@ class Optimizer(FastaiFace):
                 raise ValueError(f"parameter {i} of group {index} is {wrong}")
         self.groups.handed(self.param_groups[index])
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _take_list(self, group: dict[str, Any]) -> list[Callable[..., Any]]:
+        """Make the callbacks that a group has of its own a list there, and known by their names."""
+        if group.get(GROUPS_OWN) is None:
+            group.pop(GROUPS_OWN, None)
+            return []
+        found = group[GROUPS_OWN] = as_callbacks(group[GROUPS_OWN])
+        if not found:
+            raise ValueError(
+                f"the {GROUPS_OWN!r} of a param group is empty. Remedy: name callbacks, or leave its parameters out"
+            )
+        self.groups.theirs += [cb for cb in found if cb not in self.groups.callbacks]
+        return found
+
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, extra: Mapping[str, Any] | None = None
+    ) -> Any:
         """Step every parameter that has a gradient; returns what the closure returns, if there is one.
 
-        If a callback raises, or a gradient is refused (sparse, of another shape or device), nothing has changed.
+        Args:
+            closure: as in torch.optim.
+            extra: tensors that callbacks get in this step besides, by the names of their arguments: each a list with
+                one per parameter, in the order of the groups (None: this one has none), or a dict by parameter; of the
+                parameter's shape, or 0-d. They are read where they are, and never changed or kept.
+
+        If a callback raises, or a gradient is refused (sparse, of another shape or device), or an extra tensor is
+        (TypeError, ValueError), nothing has changed.
         """
         # torch would wrap this method, to run hooks and to name it in profiles, at a cost on every step that exceeds
         # the step's own. So its wrapper is used only when it has something to do. A subclass's own step torch wraps.
         if type(self).step is Optimizer.step and (_observed(self) or torch.compiler.is_compiling()):
-            return _observed_step(self, closure)
-        return self._step(closure)
+            return _observed_step(self, closure, **({} if extra is None else {"extra": extra}))
+        return self._step(closure, extra)
 
     step.hooked = True  # type: ignore[attr-defined]
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def apply(
+        self,
+        cbs: Callable[..., Any] | Sequence[Any],
+        *,
+        extra: Mapping[str, Any] | None = None,
+        **hypers: Any,
+    ) -> None:
+        """Run callbacks once, outside of a step, over the same parameters, state and groups, as fused as a step is.
+
+        For what is not done in each step: changing between training and evaluation weights, averages of weights,
+        setting state up. State that they return is kept in ``opt.state``; counts of steps are what callbacks make of
+        them. Callbacks whose code does not name ``grad`` are run on every parameter; if one of them does, all are run
+        on those that have a gradient, and ``p.grad`` is as it is: neither clipped nor unscaled. Hooks of ``step`` are
+        not called.
+
+        Args:
+            cbs: a callback or several, as in the constructor. Hand over the same ones each time: a function that is
+                made anew is traced anew.
+            extra: tensors that callbacks get in this call besides, see `step`.
+            hypers: hyperparameters of this call, in place of the groups' own.
+
+        Raises:
+            TypeError: a callback that cannot be called; a hyperparameter or extra tensors that no callback takes.
+            ValueError: a hyperparameter that is NaN, or negative where it must not be; extra tensors that do not fit.
+            RuntimeError: the callbacks read gradients and no parameter has one; a CUDA graph is being captured.
+
+        If anything is raised, nothing has changed.
+        """
+        found = as_callbacks(cbs)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "apply() cannot be captured into a CUDA graph: it would repeat this call's numbers. Remedy: call it "
+                "before or after the graph is replayed"
+            )
+        applied = self._applications.of(self, found)
+        applied.take(hypers)
+        with applied.groups.with_extra(extra):
+            if transforms.active():
+                buckets = Buckets(found, "reference", "transformed", self.state_dtype)
+                self._run_transformed(applied.items(), buckets, Scaling(amp=False))
+            else:
+                applied.run()
 
     def upload_hypers(self) -> None:
         """Send the hyperparameters of ``param_groups`` to where a step captured into a CUDA graph reads them.
@@ -252,25 +342,33 @@ class Optimizer(FastaiFace):
         if resident is not None and resident not in self._captured:
             self._captured.append(resident)
 
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None = None, extra: Mapping[str, Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._scaling.amp:  # GradScaler sets these attributes for the time of its call
             self._scaling.receive(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if transforms.active():
-            self._step_transformed()
-        elif not self.engine.repeat(self._scaling):
-            self._step_anew()
+        if extra:
+            with self.groups.with_extra(extra):
+                self._step_now()
+        else:
+            self._step_now()
         # Nothing is captured before CUDA is initialised, and asking would need a driver.
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._keep_captured()
         return loss
 
+    def _step_now(self) -> None:
+        if transforms.active():
+            self._step_transformed()
+        elif not self.engine.repeat(self._scaling):
+            self._step_anew()
+
     @torch.no_grad()
     def _step_anew(self) -> None:
         """A step of a structure that is not known: looks at every tensor."""
+        self.look_at_groups()
         todo, again = _apart(self.groups.items(self._scaling))
         if again and self.max_grad_norm is not None:
             raise RuntimeError(
@@ -281,25 +379,35 @@ class Optimizer(FastaiFace):
             raise RuntimeError(
                 "a parameter is listed twice, and fusedopt.total takes each once. Remedy: list every parameter once"
             )
+        if again and self.groups.extra:
+            raise RuntimeError(
+                "a parameter is listed twice, and extra tensors are one per parameter; list it once"
+            )
         self.engine.step(todo, self._scaling, self.groups, bind=not again)
         while again:  # one launch must not step a tensor twice
             todo, again = _apart(again)
             for item in () if self._looks_first else todo:
-                item.state, item.alike = self.groups.state_of(item.home, item.modes.on_device), None
+                item.state = self.groups.state_of(item.home, item.where[0], item.modes.on_device)
+                item.alike = None
             self.engine.step(todo, self._scaling, self.groups, bind=False)
 
     @torch.no_grad()
     def _step_transformed(self) -> None:
         """A step that a transform or a dispatch mode sees: see `transforms`."""
+        buckets = self.look_at_groups().buckets
+        own = Buckets(buckets.callbacks, "reference", "transformed", self.state_dtype)
+        own.spans = buckets.spans
+        self._run_transformed(self.groups.items(self._scaling), own, self._scaling.fresh())
+
+    def _run_transformed(self, todo: list[Item], buckets: Buckets, scaling: Scaling) -> None:
         made_in = self._made_in and self._made_in()
-        todo, again = _apart(transforms.prepared(self.groups.items(self._scaling), made_in))
+        todo, again = _apart(transforms.prepared(todo, made_in))
         if again:
             raise RuntimeError("a parameter is listed twice, and stepped within a transform; list it once")
         if made_in is None and (names := transforms.names()):
             what = f"operations go through {names}, so parameters are stepped unfused, by operations that it sees"
             self.engine.buckets.verdicts.warn("transformed", what)
-        engine = Engine(Buckets(self.cbs, "reference", "transformed", self.state_dtype))
-        engine.step(todo, self._scaling.fresh())
+        Engine(buckets).step(todo, scaling)
         self.groups.keep(todo)
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,6 +420,8 @@ class Optimizer(FastaiFace):
         def complete(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             state_dict.update({checkpoint.EXTRA: found} if (found := checkpoint.extra(self, live)) else {})
             for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+                if GROUPS_OWN in saved:  # which are no data, but for what they are called
+                    saved[GROUPS_OWN] = [name_of(cb) for cb in list_of(group, [])]
                 if saved.get("capturable") and all(p.device.type == "cpu" for p in group["params"]):
                     saved["capturable"] = False  # torch's own optimizers have it on accelerators only
 
@@ -340,11 +450,15 @@ class Optimizer(FastaiFace):
             hooks.callback(self.register_load_state_dict_pre_hook(load.prepare).remove)
             hooks.callback(self.register_load_state_dict_post_hook(load.finish, prepend=True).remove)
             super().load_state_dict(state_dict)
-            self.engine.bound.clear()  # they are of the old tensors
+            self._forget_bound()  # they are of the old tensors
 
     def clear_state(self) -> None:
-        self.engine.bound.clear()
+        self._forget_bound()
         super().clear_state()
+
+    def _forget_bound(self) -> None:
+        for engine in (self.engine, *(applied.engine for applied in self._applications)):
+            engine.bound.clear()
 
     def to_fastai_state_dict(self) -> dict[str, Any]:
         """The state as fastai's own optimizers save and load it (fastai cannot read torch's schema)."""
@@ -352,7 +466,12 @@ class Optimizer(FastaiFace):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("cbs", "backend", "state_dtype", "state_names", "hyper_names", "frozen_idx", "title")
-        own = {k: getattr(self, k) for k in kept} | {"max_grad_norm": self.max_grad_norm}
+        own = {k: getattr(self, k) for k in kept} | {
+            "max_grad_norm": self.max_grad_norm,
+            "_given": self._given,
+        }
+        if self.groups.theirs:
+            own["hyper_names"] = self.hyper_map.place  # which theirs have a part in
         if self._scaling.amp:
             own["_step_supports_amp_scaling"] = True
         return super().__getstate__() | own
@@ -362,7 +481,9 @@ class Optimizer(FastaiFace):
             self._scaling = Scaling(state.get("_step_supports_amp_scaling", False))
         super().__setstate__({k: v for k, v in state.items() if k != "max_grad_norm"})
         if "cbs" in state:
-            self._set_up(self.defaults)
+            self._given = state.get("_given", frozenset())
+            theirs = [cb for group in self.param_groups for cb in list_of(group, [])]
+            self._set_up(self.defaults, theirs)
             self.max_grad_norm = state.get("max_grad_norm")
         self.state = State(self.state) if not isinstance(self.state, State) else self.state
         for group in self.param_groups:
@@ -377,6 +498,11 @@ class Optimizer(FastaiFace):
     def kernel_source(self) -> str:
         """The generated kernels' source, one after another (without the fixed skeleton around them)."""
         return explain(self).source
+
+    @property
+    def applications(self) -> Applications:
+        """The callbacks that were applied, and what became of them."""
+        return self._applications
 
 
 def _apart(todo: list[Item]) -> tuple[list[Item], list[Item]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..backends import Kernel
@@ -14,6 +14,7 @@ from ..step.verdicts import Eager
 
 if TYPE_CHECKING:
     from ..step.engine import Engine
+    from .apply import Applied
     from .core import Optimizer
 
 
@@ -70,7 +71,8 @@ class Explanation:
 
     ``steps`` says how steps went so far: how many needed Python work for each tensor, and why the last of them did; ""
     before the first. ``extension`` says why the host's side of a step runs without the C++ extension; "" where it does
-    not.
+    not. ``applied`` explains the last call of each ``opt.apply``, ``over`` what such a call goes over. ``lists``: where
+    param groups have callbacks of their own, the numbers of the groups that share a list, and that.
     """
 
     optimizer: str
@@ -82,6 +84,9 @@ class Explanation:
     source: str
     steps: str = ""
     extension: str = ""
+    applied: tuple[Explanation, ...] = ()
+    lists: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = ()
+    over: str = ""
 
     @property
     def launches(self) -> int:
@@ -104,15 +109,21 @@ class Explanation:
         return sums + (sum(main) if self.eager else max(main, default=0))
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.optimizer} on the {self.backend} backend: {_count(self.launches, 'launch')} per step, "
-            f"{self.bytes_per_element} bytes per element",
-            f"callbacks: {', '.join(self.callbacks)}",
-        ]
+        launches = f"on the {self.backend} backend: {_count(self.launches, 'launch')}"
+        moved, callbacks = f"{self.bytes_per_element} bytes per element", ", ".join(self.callbacks)
+        if self.over:
+            lines = [f"applied {callbacks} {launches}, {moved}, {self.over}"]
+        else:
+            lines = [f"{self.optimizer} {launches} per step, {moved}"]
+            lines += [] if self.lists else [f"callbacks: {callbacks}"]
+        for groups, names in self.lists:
+            which = f"group{'s' * (len(groups) > 1)} {', '.join(map(str, groups))}"
+            lines.append(f"callbacks of {which}: {', '.join(names)}")
         lines += [f"stage {k + 1}: {stage}" for k, stage in enumerate(self.stages)]
         lines += [f"runs eagerly: {e.callback}: {e.reason}" for e in self.eager]
         lines += [f"kernel {c}" for c in self.compiled]
-        lines += [f"steps: {self.steps}"] if self.steps else []
+        lines += [f"{'calls' if self.over else 'steps'}: {self.steps}"] if self.steps else []
+        lines += map(str, self.applied)
         lines += [f"without the C++ extension: {self.extension}"] if self.extension else []
         return "\n".join(lines)
 
@@ -121,13 +132,31 @@ class Explanation:
 
 def explain(opt: Optimizer) -> Explanation:
     """Explain the last step, or, before the first, the step that would be if every parameter had a gradient."""
-    engine = opt.engine
+    engine = opt.engine if opt.engine.launched else opt.look_at_groups()
     launched = engine.launched or engine.foresee(opt.groups.items(opt._scaling, pretend=True))
     eager = engine.buckets.verdicts.all() if engine.buckets.backend != "reference" else ()
-    title, callbacks = opt.title or type(opt).__name__, tuple(map(name_of, opt.cbs))
-    return explanation(
-        engine, title, callbacks, launched, eager, not leaf.native and opt.backend != "reference"
-    )
+    title, callbacks = opt.title or type(opt).__name__, tuple(map(name_of, engine.buckets.callbacks))
+    without = not leaf.native and opt.backend != "reference"
+    found = explanation(engine, title, callbacks, launched, eager, without)
+    applied = tuple(_explain_applied(each, title) for each in opt.applications)
+    source = "\n".join(part for part in (found.source, *(each.source for each in applied)) if part)
+    return replace(found, applied=applied, source=source, lists=_lists(engine, callbacks))
+
+
+def _lists(engine: Engine, callbacks: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], tuple[str, ...]], ...]:
+    groups: dict[range, list[int]] = {}
+    for g, span in enumerate(engine.buckets.spans):
+        groups.setdefault(span, []).append(g)
+    return tuple((tuple(found), callbacks[span.start : span.stop]) for span, found in groups.items())
+
+
+def _explain_applied(applied: Applied, optimizer: str) -> Explanation:
+    engine, graded = applied.engine, applied.graded
+    eager = engine.buckets.verdicts.all() if engine.buckets.backend != "reference" else ()
+    where = f", as {name_of(graded)} reads gradients" if graded is not None else ""
+    over = f"over the parameters with a gradient{where}" if where else "over all parameters"
+    found = explanation(engine, optimizer, tuple(map(name_of, applied.cbs)), engine.launched, eager, False)
+    return replace(found, over=over)
 
 
 def explanation(

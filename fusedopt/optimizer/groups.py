@@ -5,6 +5,7 @@ Callbacks call hyperparameters and state what fastai calls them; param groups an
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +14,25 @@ from typing import Any, Protocol
 
 import torch
 
-from ..callback import arguments_of, defaults_of
+from ..callback import GROUPS_OWN, arguments_of, defaults_of
 from ..extension import leaf
 from ..step import transforms
 from ..step.items import Item
 from ..step.memory import check_memory
 from ..step.scaling import Scaling
-from .accepted import Roles, check_gradient, check_state, hyper_of, roles_of, warn_of_misspelt
+from ..trace.signature import Modes
+from .accepted import (
+    Roles,
+    check_extra,
+    check_gradient,
+    check_known,
+    check_state,
+    hyper_of,
+    list_of,
+    one_each,
+    roles_of,
+    warn_of_misspelt,
+)
 from .names import HyperNames, Place, lowest
 from .state import COUNTERS, State, count, counts_to
 
@@ -33,6 +46,8 @@ class Held(Protocol):
     cbs: list[Callable[..., Any]]
 
 
+MOST = 16
+"""Lists of callbacks whose roles are kept."""
 _ABSENT = -2
 """The kind of a parameter without a gradient."""
 
@@ -42,7 +57,8 @@ class ParamGroups:
 
     ``given``: names of hyperparameters given to the optimizer, by either vocabulary; ``declared``: places of its own
     (see `names`); ``stored``: callback argument → key in ``opt.state[p]`` where they differ; ``closed``: whether the
-    hyperparameters given are all there are to our own callbacks.
+    hyperparameters given are all there are to our own callbacks; ``theirs``: callbacks of groups that have their own;
+    ``others``: callbacks besides those.
     """
 
     def __init__(
@@ -52,13 +68,21 @@ class ParamGroups:
         declared: Mapping[str, Place],
         stored: Mapping[str, str],
         closed: bool,
+        theirs: Sequence[Callable[..., Any]] = (),
+        others: Sequence[Callable[..., Any]] = (),
     ) -> None:
-        self._ref, self._closed = weakref.ref(held), closed  # or it would wait for the garbage collector
-        names = {*given, *(name for cb in held.cbs for name in defaults_of(cb))}
-        self.names = HyperNames(names, declared, {name for cb in held.cbs for name in arguments_of(cb)})
+        self._ref, self.closed = weakref.ref(held), closed  # or it would wait for the garbage collector
+        self._others, self.theirs = list(others), list(theirs)
+        self.given, self.declared = list(given), declared
+        known = held.cbs if closed else [*held.cbs, *theirs]
+        names = {*given, *(name for cb in known for name in defaults_of(cb))}
+        taken = {name for cb in [*known, *others] for name in arguments_of(cb)}
+        self.names = HyperNames(names, declared, taken)
         self._stored = dict(stored)
         self._called = {key: name for name, key in self._stored.items()}
-        self._roles: tuple[list[Any], Roles] | None = None
+        self._roles: list[tuple[list[Any], Roles]] = []
+        self.extra: dict[str, list[torch.Tensor | None]] = {}
+        """Tensors that callbacks get in this step besides, by their names for them: one per parameter, or None."""
         self._strange: set[str] = set()
         """Keys of groups that nobody takes, and that were looked at."""
 
@@ -69,6 +93,34 @@ class ParamGroups:
         return held
 
     @property
+    def callbacks(self) -> list[Callable[..., Any]]:
+        """All that names mean something to."""
+        return [*self._held.cbs, *self.theirs, *self._others]
+
+    def list_of(self, group: dict[str, Any]) -> list[Callable[..., Any]]:
+        """The callbacks of a group: its own, else the optimizer's."""
+        return list_of(group, self._held.cbs)
+
+    def look(self) -> list[range]:
+        """Look which callbacks groups have of their own: ``theirs``, each list once.
+
+        Returns for each group which of the optimizer's callbacks and ``theirs`` are its list.
+        """
+        own = self._held.cbs
+        every, spans = list(own), []
+        known = [(every[:], range(len(every)))]
+        for group in self._held.param_groups:
+            found = self.list_of(group)
+            span = known[0][1] if found is own else next((span for cbs, span in known if cbs == found), None)
+            if span is None:
+                span = range(len(every), len(every) + len(found))
+                every += found
+                known.append((found, span))
+            spans.append(span)
+        self.theirs = every[len(own) :]
+        return spans
+
+    @property
     def live(self) -> list[dict[str, Any]]:
         """The list itself."""
         return self._held.param_groups
@@ -77,9 +129,13 @@ class ParamGroups:
     def state(self) -> State:
         return self._held.state
 
-    def numbers_of(self, group: int) -> int:
-        """The group whose numbers this group's callbacks get."""
-        return group
+    def numbers_of(self, group: int) -> tuple[int, ...]:
+        """The groups whose numbers this group's callbacks get; a later one's replace an earlier one's."""
+        return (group,)
+
+    def modes(self, group: dict[str, Any], scaling: Scaling) -> Modes:
+        """What of a step of the group's parameters is known to the device only."""
+        return scaling.modes(bool(group.get("capturable")))
 
     # -- names --
     def called(self, stored: str) -> str:
@@ -96,13 +152,22 @@ class ParamGroups:
         """The key of ``opt.state[p]`` where what callbacks call this is kept."""
         return self._stored.get(name, name)
 
-    @property
-    def roles(self) -> Roles:
-        """What names mean to the callbacks."""
-        if self._roles is None or self._roles[0] != self._held.cbs:
+    def roles(self, group: dict[str, Any]) -> Roles:
+        """What names mean to the callbacks of a group, and to the others."""
+        callbacks = [*self.list_of(group), *self._others]
+        known = next((roles for cbs, roles in self._roles if cbs == callbacks), None)
+        if known is None:
             stored = (*self._stored, *self._called)
-            self._roles = list(self._held.cbs), roles_of(self._held.cbs, stored, self._closed)
-        return self._roles[1]
+            closed = self.closed and callbacks == self._held.cbs  # others may be told what these were not
+            known = roles_of(callbacks, stored, closed)
+            if self._others:  # which alone are called
+                known = known._replace(never=roles_of(self._others, (), False).never)
+            self._roles = [*self._roles, (callbacks, known)][-MOST:]
+        return known
+
+    def ignores(self, group: int, name: Any) -> bool:
+        """Whether what the state of a group's parameter has under this name is handed to no callback."""
+        return self.roles(self._held.param_groups[group]).ignores(name)
 
     # -- hyperparameters --
     def handed(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +177,7 @@ class ParamGroups:
         callback takes and that are neither state, nor the parameter, nor bound by a partial. Whatever else the group
         holds is carried and saved, and nobody is handed it: as in torch.
         """
-        found, roles, own = self.names.of_group(group), self.roles, self.own()
+        found, roles, own = self.names.of_group(group), self.roles(group), self.own()
         strange = [k for k in found if not roles.hands(k, own)]
         if unseen := [k for k in strange if isinstance(k, str) and k not in self._strange]:
             self._strange.update(unseen)
@@ -122,7 +187,7 @@ class ParamGroups:
     def own(self) -> set[str]:
         """The hyperparameters the optimizer was given, by callbacks' names."""
         defaults = self.names.of_group(self._held.defaults)
-        return {*defaults, *(k for cb in self._held.cbs for k in defaults_of(cb))}
+        return {*defaults, *(k for cb in [*self._held.cbs, *self.theirs] for k in defaults_of(cb))}
 
     def hypers(self, group: dict[str, Any]) -> dict[str, Any]:
         """Those of a group as callbacks get them: numbers, flags, and tensors that kernels read."""
@@ -140,6 +205,10 @@ class ParamGroups:
             if key == "params" or self.names.shadowed(key, group):
                 continue
             several = type(value) in (tuple, list) and len(value) > 0
+            if key == GROUPS_OWN:
+                for i, cb in enumerate(value) if several else [(-1, value)]:
+                    yield key, i, cb, (key, i), cb, 0.0
+                continue
             whole = self.names.name.get(key, key)
             for i, part in enumerate(value) if several else [(-1, value)]:
                 name: Any = self.names.name.get((key, i), (whole, i)) if several else whole
@@ -151,14 +220,16 @@ class ParamGroups:
         """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it)."""
         todo: list[Item] = []
         apart: list[Item] = []  # those that were not known to be like an earlier one
-        for g, group in enumerate(self.live):
-            modes = scaling.modes(bool(group.get("capturable")))
+        for g, group in enumerate(self._held.param_groups):
+            modes = self.modes(group, scaling)
             hyper, params = self.hypers(group), list(group["params"])
             leaf.settle(params)
             names: dict[int, list[str]] = {}  # of the state of parameters of each kind
-            for i, (p, kind, grad, state) in enumerate(self._surveyed(params, pretend or modes.on_device)):
+            instead = pretend or modes.bare
+            each = instead or modes.on_device or bool(self.extra)
+            for i, (p, kind, grad, state) in enumerate(self._surveyed(params, each)):
                 if kind < 0:
-                    grad = p if pretend else None if kind == _ABSENT else p.grad
+                    grad = p if instead else None if kind == _ABSENT else p.grad
                 if grad is None:
                     continue
                 if kind in names:
@@ -166,9 +237,11 @@ class ParamGroups:
                     todo.append(Item(p, grad, state, (g, i), hyper, modes, (g, kind)))
                     continue
                 check_gradient(p, grad, g, i)
-                found = self.state_of(p, modes.on_device)
+                found = self.state_of(p, g, modes.on_device)
                 check_state(p, dict(self.state.get(p, {})), g, i)
-                item = Item(p.detach() if pretend else p, grad, found, (g, i), hyper, modes)
+                given = self._given(p, g, i, {**found, **hyper})
+                own = modes._replace(given=tuple(given)) if given else modes
+                item = Item(p.detach() if pretend else p, grad, {**found, **given}, (g, i), hyper, own)
                 todo.append(item)
                 apart.append(item)
                 if kind < 0 or len(found) != len(state):
@@ -192,6 +265,33 @@ class ParamGroups:
         kinds, grads, states = leaf.native.survey(params, list(map(self.state.get, params)))
         return zip(params, kinds, grads, states, strict=True)
 
+    @contextlib.contextmanager
+    def with_extra(self, extra: Mapping[str, Any] | None) -> Iterator[None]:
+        """With these extra tensors. Raises TypeError or ValueError, naming them, unless they are one per parameter."""
+        self.extra = self._listed(extra) if extra else {}
+        try:
+            yield
+        finally:
+            self.extra = {}
+
+    def _listed(self, extra: Mapping[str, Any]) -> dict[str, list[torch.Tensor | None]]:
+        """Each as a list of our own, with one for every parameter."""
+        if not isinstance(extra, Mapping):
+            raise TypeError(f"extra is a dict from names to tensors, not a {type(extra).__name__}")
+        params = [p for group in self._held.param_groups for p in group["params"]]
+        check_known(extra, self.callbacks, "extra tensors", ())
+        return {name: one_each(name, given, params) for name, given in extra.items()}
+
+    def _given(self, p: torch.Tensor, g: int, i: int, taken: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The extra tensors of a parameter; ``taken``: the names of other arguments."""
+        if not self.extra:
+            return {}
+        place = sum(len(group["params"]) for group in self._held.param_groups[:g]) + i
+        found = {name: value for name, given in self.extra.items() if (value := given[place]) is not None}
+        for name, value in found.items():
+            check_extra(p, name, value, g, i, name in taken)
+        return found
+
     def resting(self, stepped: list[Item]) -> list[Item]:
         """Parameters without a gradient now that had one before, as if theirs were zero; the groups' hyperparameters
         are taken from those that are stepped."""
@@ -203,11 +303,15 @@ class ParamGroups:
             for i, p in enumerate(group["params"]) if g in like else ():
                 if p.grad is None and (state := self.state.get(p)):
                     modes, hyper = like[g].modes, like[g].hyper
-                    state = self.state_of(p, modes.on_device)
+                    state = self.state_of(p, g, modes.on_device)
+                    given = self._given(p, g, i, {})
+                    if tuple(given) != modes.given:
+                        continue
+                    state |= given
                     found.append(Item(p, p.detach(), state, (g, i), hyper, modes))
         return found
 
-    def state_of(self, p: torch.Tensor, on_device: bool) -> dict[str, Any]:
+    def state_of(self, p: torch.Tensor, group: int, on_device: bool) -> dict[str, Any]:
         """The parameter's state by the names callbacks use: a copy, as other threads may change the dict meanwhile."""
         live: dict[str, Any] = self.state.get(p, {})
         if on_device:
@@ -216,14 +320,15 @@ class ParamGroups:
             # written by hand or, in torch's schema, by ZeroRedundancyOptimizer
             if isinstance(value := live.get(key), torch.Tensor) and value.numel() == 1:
                 live[key] = count(value)
-        never = self.roles.never  # an entry of that name is somebody's note, and no argument
-        if not self._called and never.isdisjoint(live):
-            return dict(live)
-        return {self._called.get(k, k): v for k, v in dict(live).items() if k not in never}
+        roles = self.roles(
+            self._held.param_groups[group]
+        )  # an entry that they ignore is somebody's note, and no argument
+        return {self._called.get(k, k): v for k, v in dict(live).items() if not roles.ignores(k)}
 
     def hand_over(self, item: Item) -> Callable[[], None]:
         """What puts an item's state into ``opt.state``."""
-        return partial(self.state[item.home].update, {self.stored(k): v for k, v in item.state.items()})
+        kept = {self.stored(k): v for k, v in item.state.items() if k not in item.modes.given}
+        return partial(self.state[item.home].update, kept)
 
     def keep(self, todo: list[Item]) -> None:
         """Put what their state dicts lack into them."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..callback import arguments_of, function_of, is_ours
+from ..callback import arguments_of, function_of, identity, is_ours
 from ..callbacks import step_stat
 from ..ir.ops import TENSOR
 from ..ir.program import Buffer
@@ -102,7 +102,7 @@ def _fits(shape: torch.Size, param: torch.Size) -> bool:
 
 def _counts_steps(opt: Optimizer) -> bool:
     """Whether ``step`` is a count of steps, and not what a callback of the user's makes of the name."""
-    return all(is_ours(cb) for cb in opt.cbs if "step" in arguments_of(cb))
+    return all(is_ours(cb) for cb in opt.groups.callbacks if "step" in arguments_of(cb))
 
 
 def _check_step(value: Any, what: str) -> None:
@@ -130,13 +130,15 @@ def check_complete(
     for g, (live, saved) in enumerate(zip(opt.param_groups, groups, strict=True)):
         group = {**opt.defaults, **saved, "params": live["params"]}
         hyper = opt.groups.hypers(group)
-        kind = tuple((k, type(v), not isinstance(v, torch.Tensor) and bool(v)) for k, v in hyper.items())
+        cbs = opt.groups.list_of(live)
+        hypers = tuple((k, type(v), not isinstance(v, torch.Tensor) and bool(v)) for k, v in hyper.items())
+        kind = tuple(map(identity, cbs)), hypers
         for i, p in enumerate(live["params"]):
             state = loaded.get(p, {})
             if not any(k in LEARNT and v is not None for k, v in state.items()):
                 continue
             if kind not in known:
-                known[kind] = _first_state(opt, p, hyper)
+                known[kind] = _first_state(opt, cbs, p, hyper)
             for key in known[kind].keys() - {*LOOKAHEAD, *optional}:
                 _check_entry(key, known[kind][key], state, p, f"parameter {i} of group {g}")
 
@@ -157,15 +159,17 @@ def _check_entry(key: str, first: Any, state: Mapping[str, Any], p: torch.Tensor
     )
 
 
-def _first_state(opt: Optimizer, p: torch.Tensor, hyper: dict[str, Any]) -> dict[str, Any]:
+def _first_state(
+    opt: Optimizer, cbs: list[Callable[..., Any]], p: torch.Tensor, hyper: dict[str, Any]
+) -> dict[str, Any]:
     """What a first step leaves in the state, by the names it is stored under: buffers and numbers. Empty if unknown."""
     if not all(opt.engine.buckets.verdicts.lasting):
         return {}  # calling such a callback would do something
-    takers = [function_of(cb) for cb in opt.cbs]
+    takers = [function_of(cb) for cb in cbs]
     item, attributes = Item(p.detach(), p.detach(), {}, (0, 0), hyper), opt.engine.buckets.attributes
     while True:
         try:
-            traced = trace(opt.cbs, item.signature(attributes, False), hyper, state_dtype=opt.state_dtype)
+            traced = trace(cbs, item.signature(attributes, False), hyper, state_dtype=opt.state_dtype)
         except NeedsAttribute as need:
             attributes += (need.name,)
             continue

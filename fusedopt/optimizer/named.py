@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..callback import GROUPS_OWN
 from ..callbacks import (
     adam_step,
     average_grad,
@@ -30,6 +31,7 @@ from ..callbacks import (
     step_stat,
     weight_decay,
 )
+from .accepted import list_of
 from .core import AllOptions, Optimizer
 
 if TYPE_CHECKING:
@@ -261,6 +263,9 @@ def Lookahead(opt: Optimizer, k: int = 6, alpha: float = 0.5) -> Optimizer:
     if lookahead in opt.cbs:
         raise ValueError("this optimizer looks ahead already")
     opt.cbs = [lookahead_slow, *opt.cbs, lookahead]
+    for group in opt.param_groups:
+        if (cbs := list_of(group, [])) != []:
+            group[GROUPS_OWN] = [lookahead_slow, *cbs, lookahead]
     opt.title = f"Lookahead_{opt.title or type(opt).__name__}"
     for name, value in dict(lookahead_k=k, lookahead_alpha=alpha).items():
         opt.defaults[name] = value

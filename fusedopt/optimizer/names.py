@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..callback import GROUPS_OWN
+
 Place = str | tuple[str, int]
 TORCH = {"weight_decay": ("wd",), "betas": ("mom", "sqr_mom"), "momentum": ("mom",), "alpha": ("sqr_mom",)}
 """torch's names, and what callbacks call the same."""
 NOT_NEGATIVE = ("lr", "eps", "wd", "mom", "sqr_mom")
+NO_HYPERS = ("params", "param_names", GROUPS_OWN)
 ROUNDING = 1e-7
 """What a schedule that ends at zero may be below it: torch's LinearLR often ends at -1e-18, or -1e-8 in float32."""
 
@@ -46,7 +49,7 @@ class HyperNames:
         """A param group's hyperparameters by the names callbacks use."""
         out: dict[str, Any] = {}
         for key, value in group.items():
-            if key in ("params", "param_names") or self.shadowed(key, group):
+            if key in NO_HYPERS or self.shadowed(key, group):
                 continue
             if (key, 0) in self.name and isinstance(value, (tuple, list)):
                 out.update((self.name[key, i], v) for i, v in enumerate(value) if (key, i) in self.name)

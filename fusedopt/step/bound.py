@@ -19,13 +19,14 @@ import torch
 
 from ..backends import Kernel
 from ..backends.base import HEAD
+from ..callback import GROUPS_OWN
 from ..extension import leaf
 from ..ir.ops import TENSOR
 from ..ir.program import Buffer
 from ..trace.signature import PLAIN, Foreign
 from . import sharded
 from .buckets import Bucket
-from .items import Groups, Item
+from .items import Groups, Item, dense
 from .launching import Launched
 from .rounds import Round
 from .scaling import Norm, Scaling
@@ -46,6 +47,7 @@ class BoundStep:
     def __init__(self, groups: Groups, launched: Sequence[Launched], rounds: list[Round]) -> None:
         self.groups, self.rounds = groups, rounds
         self.resident: Any = None
+        self._extra = list(groups.extra)
         self.read: list[Any] = []
         described, cells = _described(groups, launched)
         state = groups.state
@@ -99,6 +101,7 @@ class BoundStep:
             indices=[item.where[1] for item, _ in rows],
             absent=[p for group in groups.live for p in group["params"] if id(p) not in stepped],
             rounds=[] if self._measured else before,
+            graded=not any(item.modes.bare for item, _ in rows),
         )
 
     def stepped(self) -> list[tuple[Kernel, int]]:
@@ -111,8 +114,13 @@ class BoundStep:
         """Do the step if it is of this structure; else why not."""
         if (scaling.max_norm is None) == any(isinstance(each, Norm) for each in self.rounds):
             return "max_grad_norm was set or unset"
+        extra = self.groups.extra
+        if list(extra) != self._extra:
+            return "other extra tensors are given"
         measure = self._measure if self._measured else None
-        why = self._bound.step(self.groups.live, self.groups.state, scaling.max_norm or 0.0, measure)
+        why = self._bound.step(
+            self.groups.live, self.groups.state, scaling.max_norm or 0.0, measure, list(extra.values())
+        )
         if why is None:
             for slots, run in self._others:
                 run(slots)
@@ -143,7 +151,7 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
         for item in plan.items:
             if item.alike is not None:
                 continue
-            if item.param is not item.home:
+            if item.param is not item.home or not dense(item.param):
                 order = " in the order of its dimensions" if plan.by_rows else ""
                 return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory{order}"
             if type(item.owner).grad is not torch.Tensor.grad:
@@ -182,7 +190,7 @@ def _described(groups: Groups, launched: Sequence[Launched]) -> tuple[list[Any],
                 words = [w for entry in launched for w in _words(entry, g, name)]
             elif type(seen) in (int, float):
                 place[name] = cell = next(cells)
-            elif type(part) not in PLAIN:
+            elif type(part) not in PLAIN and not (key == GROUPS_OWN and callable(part)):
                 raise Unbound(f"group {g}: {key!r} is of type {type(part).__name__}")
             kind = type(group[key])
             hypers.append(
@@ -209,7 +217,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
     replay, program, item = plan.known.replay, plan.kernel.program, plan.items[0]
     assert replay is not None
     signature, group = plan.trace.signature, item.where[0]
-    cells = places[groups.numbers_of(group)]
+    cells = {name: cell for g in groups.numbers_of(group) for name, cell in places[g].items()}
     seen = dict(signature.state)
     columns = {name: HEAD + k for k, (name, _) in enumerate(program.buffers)}
     written = {name for name, _ in program.stores}
@@ -220,7 +228,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
     for stored, nested, inner, key, value in groups.entries(item.owner):
         what, buffer = seen.get(key), f"state.{key}"
         kind, kept = kinds.flag, value
-        if key in groups.roles.never:
+        if groups.ignores(group, key):
             kind = kinds.ignored
         elif isinstance(what, Buffer):
             plain = kinds.part if what.dims is not None else kinds.element
@@ -239,6 +247,23 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
                 written=buffer in written,
                 nested=nested,
                 inner=inner,
+            )
+        )
+    for which, key in enumerate(groups.extra):
+        what = seen.get(key)
+        kind = kinds.flag
+        if isinstance(what, Buffer):
+            kind = kinds.whole if what.kind == TENSOR else kinds.element
+        entries.append(
+            native.Entry(
+                key=key,
+                kind=kind,
+                value=what.dtype if isinstance(what, Buffer) else None,
+                column=columns.get(f"state.{key}", -1),
+                written=False,
+                nested=False,
+                inner=None,
+                extra=which,
             )
         )
     try:

@@ -99,7 +99,9 @@ class Buckets:
     ``history`` has the kernels used so far, ``verdicts`` which callbacks run eagerly, ``attributes`` what callbacks ask
     of parameters, ``read`` the data that they found around them in the last step, ``known`` the traces by structure,
     ``totalling`` the callbacks that call ``fusedopt.total``.
-    ``acted``: whether callbacks have been run eagerly in this step, so that none can be taken back.
+    ``acted``: whether callbacks have been run eagerly in this step, so that none can be taken back. ``beside``:
+    callbacks that are run over the same state at other times, if there may be such. ``own``: how
+    many of them are the optimizer's own list, if param groups have others.
     """
 
     def __init__(
@@ -109,21 +111,38 @@ class Buckets:
         title: str,
         state_dtype: torch.dtype | None,
         said: set[Any] | None = None,
+        beside: Sequence[Callable[..., Any]] | None = None,
+        own: int | None = None,
     ) -> None:
         self.callbacks, self.backend = list(callbacks), backend
         self.title, self.state_dtype = title, state_dtype
         self.attributes: tuple[str, ...] = ()
         self.history = History()
-        self.verdicts = Verdicts(self.callbacks, said)
+        self.verdicts = Verdicts(self.callbacks, said, beside)
         self._sources = sources_of(callbacks)
         self.totalling = frozenset(i for i, cb in enumerate(callbacks) if calls_total(cb))
         self.read = self._sources.now()
         self.known = self._shared_traces()
         self.acted = False
+        self._own = len(self.callbacks) if own is None else own
+        self._spans: Sequence[range] = ()
+
+    @property
+    def spans(self) -> Sequence[range]:
+        """For each param group which of the callbacks are its list; none where all are."""
+        return self._spans
+
+    @spans.setter
+    def spans(self, spans: Sequence[range]) -> None:
+        self._spans, self.verdicts.lists = spans, list(dict.fromkeys(spans))
+
+    def span_of(self, item: Item) -> range:
+        """The callbacks that step it, by number."""
+        return self._spans[item.where[0]] if self._spans else range(len(self.callbacks))
 
     def follow(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
-        """Whether they still do what these callbacks do."""
-        return self.callbacks == callbacks and self._sources.unchanged()
+        """Whether they still do what these callbacks do, which are the first list if there are several."""
+        return self.callbacks[: self._own] == callbacks and self._sources.unchanged()
 
     def around(self) -> list[Any]:
         """The data around the callbacks that a call of one may change."""
@@ -156,7 +175,7 @@ class Buckets:
         self.read = self._sources.now()
         plans: list[Bucket] = []
         unfused: list[Item] = []
-        for bucket, plan in self.traced(todo, 0, len(self.callbacks)):
+        for bucket, plan in self.traced(todo):
             if isinstance(plan, Bucket):
                 along = plan.trace.signature.dims is not None or plan.trace.externs is not None
                 fuses = [item.fuses(plan.known.backend, along) for item in bucket]
@@ -167,15 +186,23 @@ class Buckets:
         return plans, unfused
 
     def traced(
-        self, todo: list[Item], first: int, stop: int, work: bool = False
+        self, todo: list[Item], span: range | None = None, work: bool = False
     ) -> list[tuple[list[Item], Bucket | int]]:
-        """Each bucket with its plan, or the number of its first callback that has no fused form."""
+        """Each bucket with its plan, or the number of its first callback that has no fused form.
+
+        ``span``: the callbacks, if not the whole list of each.
+        """
         while True:
             try:
-                buckets = self._sorted(todo, work)
+                found = [
+                    (items, signature, self.span_of(items[0]) if span is None else span)
+                    for items, signature in self._sorted(todo, work)
+                ]
                 if self.backend == "reference":
-                    return [(bucket, first) for bucket, _ in buckets]
-                return [(bucket, self._fuse(bucket, signature, first, stop)) for bucket, signature in buckets]
+                    return [(bucket, own.start) for bucket, _, own in found]
+                return [
+                    (bucket, self._fuse(bucket, seen, own.start, own.stop)) for bucket, seen, own in found
+                ]
             except NeedsAttribute as need:
                 self.attributes += (need.name,)
             except ActsAfterAll:
@@ -214,12 +241,14 @@ class Buckets:
             again = candidate.replay(hyper, dict(signature.state))
             if again and fit(again[0], signature.compute):
                 return self._planned(Bucket(bucket, candidate, *again))
-        traced = self._trace(signature, hyper, first, stop, plain)
+        keeps = stop < self.span_of(bucket[0]).stop
+        traced = self._trace(signature, hyper, range(first, stop), plain, keeps)
         if isinstance(traced, int):
             return traced
         if not fit(traced.slot_values(), signature.compute):
             return first  # torch knows which number is an error, and which makes infinity
-        compiled, rounds = self._compile(traced), self._compile_rounds(traced)
+        title = self.title if stop <= self._own else name_of(self.callbacks[stop - 1])
+        compiled, rounds = self._compile(traced, title), self._compile_rounds(traced, title)
         if compiled is None or rounds is None:
             return first
         lasting = all(self.verdicts.lasting[first:stop]) and not self.changed(self.read)
@@ -244,24 +273,24 @@ class Buckets:
         return "state or hyperparameters hold other objects than tensors, numbers and flags"
 
     def _trace(
-        self, signature: Signature, hyper: dict[str, Any], first: int, stop: int, plain: bool
+        self, signature: Signature, hyper: dict[str, Any], callbacks: range, plain: bool, keeps: bool
     ) -> Trace | int:
         """The trace, or the number of the callback that has none, with the verdict on it noted."""
-        callbacks = range(first, stop)
         handed = {} if plain else self.verdicts.handed(signature, hyper, callbacks)
         snapshot = Snapshot([*self._sources.values(), *handed.values()])
         traced: Trace | int
         try:
             traced = trace(
-                self.callbacks[first:stop],
+                self.callbacks[callbacks.start : callbacks.stop],
                 signature,
                 hyper,
-                first=first,
+                first=callbacks.start,
                 state_dtype=self.state_dtype,
                 work=signature.asked is not None,
+                keeps=keeps,
             )
         except (Untraceable, Exception) as error:
-            traced = getattr(error, "callback", first)
+            traced = getattr(error, "callback", callbacks.start)
             self.verdicts.untraceable(traced, error, signature, handed)
         finally:
             changed = snapshot.restored()
@@ -274,15 +303,15 @@ class Buckets:
         self.verdicts.moved(plan.trace.moved)
         return plan
 
-    def _compile(self, traced: Trace) -> tuple[Backend, Kernel] | None:
+    def _compile(self, traced: Trace, title: str) -> tuple[Backend, Kernel] | None:
         """Backend and kernel, or None where no backend can compile and the reference has to step in."""
-        return self._compile_program(traced, traced.program, self.title)
+        return self._compile_program(traced, traced.program, title)
 
-    def _compile_rounds(self, traced: Trace) -> tuple[tuple[Backend, Kernel], ...] | None:
+    def _compile_rounds(self, traced: Trace, title: str) -> tuple[tuple[Backend, Kernel], ...] | None:
         """Those of its rounds."""
         compiled = []
         for k, program in enumerate(traced.rounds):
-            one = self._compile_program(traced, program, f"{self.title} round {k + 1}")
+            one = self._compile_program(traced, program, f"{title} round {k + 1}")
             if one is None:
                 return None
             compiled.append(one)

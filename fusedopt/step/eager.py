@@ -45,18 +45,27 @@ class Eager:
         self.launched = list(self.norm.kernels) if self.norm else []
         if copies and scaling.amp and scaling.skipped({item.param.device for item in unfused}):
             return []
-        count = len(buckets.callbacks)
-        span = range(count) if buckets.backend == "reference" else buckets.verdicts.span()
+        lists: dict[range, list[Item]] = {}
+        for item in work:
+            lists.setdefault(buckets.span_of(item), []).append(item)
+        as_loop = {
+            whole: whole if buckets.backend == "reference" else buckets.verdicts.span(whole.start)
+            for whole in lists
+            if whole
+        }
         buckets.acted = False
         before = collect(Unasked())
         try:
             if buckets.totalling:
-                self._in_lockstep(work, span)
+                for whole, span in as_loop.items():
+                    self._in_lockstep(lists[whole], whole, span)
                 return copies
-            self._advance(work, 0, span.start)
-            buckets.acted = bool(span)
-            self._run_eagerly(span, work)
-            self._advance(work, span.stop, count)
+            for whole, span in as_loop.items():
+                self._advance(lists[whole], whole.start, span.start)
+            buckets.acted = any(as_loop.values())
+            self._run_eagerly([(item, as_loop.get(buckets.span_of(item), range(0))) for item in work])
+            for whole, span in as_loop.items():
+                self._advance(lists[whole], span.stop, whole.stop)
         finally:
             collect(before)
         return copies
@@ -69,7 +78,7 @@ class Eager:
         """Run callbacks ``first`` up to ``last`` over work copies: a program as far as it goes, one eagerly, and on."""
         if first == last:
             return
-        self._run_eagerly(range(first, last), [item for item in work if type(item) is sharded.Whole])
+        self._run_eagerly([(item, range(first, last)) for item in work if type(item) is sharded.Whole])
         found = self._fused_until([item for item in work if type(item) is Item], first, last)
         plans = [plan for plan, _, _ in found if plan is not None]
         self.launched += launching.counts(launching.run(plans, _UNSCALED)[0])
@@ -79,22 +88,22 @@ class Eager:
                     reference.mark(item.state[key], dtype)
         for stop in sorted({stop for _, stop, _ in found} - {last}):
             rest = [item for _, i, bucket in found if i == stop for item in bucket]
-            self._run_eagerly(range(stop, stop + 1), rest)
+            self._run_eagerly([(item, range(stop, stop + 1)) for item in rest])
             self._advance(rest, stop + 1, last)
 
-    def _in_lockstep(self, work: list[Item], span: range) -> None:
+    def _in_lockstep(self, work: list[Item], whole: range, span: range) -> None:
         """Run callback by callback, each for all parameters: those that call ``total`` need the others to have come."""
-        buckets, i = self.buckets, 0
-        while i < len(buckets.callbacks):
+        buckets, i = self.buckets, whole.start
+        while i < whole.stop:
             stop = i + 1
             if i in buckets.totalling:
                 self._run_with_totals(i, work)
             elif i in span:
                 buckets.acted = True
-                self._run_eagerly(range(i, stop), work)
+                self._run_eagerly([(item, range(i, stop)) for item in work])
             else:
-                apart = (k for k in range(i, len(buckets.callbacks)) if k in buckets.totalling or k in span)
-                stop = next(apart, len(buckets.callbacks))
+                apart = (k for k in range(i, whole.stop) if k in buckets.totalling or k in span)
+                stop = next(apart, whole.stop)
                 self._advance(work, i, stop)
             i = stop
 
@@ -114,7 +123,7 @@ class Eager:
             while shares := self._shares(callback, work, known):
                 known.totals.append(torch.stack(shares).sum())
             known.complete = True
-            self._run_eagerly(range(i, i + 1), work)
+            self._run_eagerly([(item, range(i, i + 1)) for item in work])
         finally:
             self._known = None
             collect(before)
@@ -141,7 +150,7 @@ class Eager:
     ) -> list[tuple[Bucket | None, int, list[Item]]]:
         """For each bucket the plan of the longest run of callbacks from ``first`` on that fuses, and where it ends."""
         done: list[tuple[Bucket | None, int, list[Item]]] = []
-        for bucket, plan in self.buckets.traced(work, first, last, work=True):
+        for bucket, plan in self.buckets.traced(work, range(first, last), work=True):
             if isinstance(plan, Bucket):
                 done.append((plan, last, bucket))
             elif plan == first:
@@ -150,11 +159,14 @@ class Eager:
                 done += self._fused_until(bucket, first, plan)
         return done
 
-    def _run_eagerly(self, span: range, work: list[Item]) -> None:
+    def _run_eagerly(self, work: list[tuple[Item, range]]) -> None:
+        """Run callbacks on items, one item after another."""
         verdicts, callbacks = self.buckets.verdicts, self.buckets.callbacks
-        watch = {i: verdicts.watching or asks_for_dtypes(callbacks[i]) for i in span if work}
-        for item in work if span else ():
-            item.alike = None  # whatever callbacks do to it
+        used = {i for span in {span for _, span in work} for i in span}
+        watch = {i: verdicts.watching or asks_for_dtypes(callbacks[i]) for i in used}
+        for item, span in work:
+            if span:
+                item.alike = None  # whatever callbacks do to it
             for i in span:
                 if self._known is not None:
                     self._known.begin()

@@ -194,7 +194,7 @@ class Engine:
         """Plans for parameters that have no gradient now, as far as kernels of these plans step them when they have."""
         known = {id(plan.known) for plan in plans}
         usable = [item for item in resting if items.dense(item.param) and item.walkable()]
-        found = [plan for _, plan in self.buckets.traced(usable, 0, len(self.buckets.callbacks))]
+        found = [plan for _, plan in self.buckets.traced(usable)]
         return [
             plan
             for plan in found
@@ -260,4 +260,7 @@ class Engine:
         if plans or copies:
             states = [(plan.items[0], plan.trace.asked | plan.numbers) for plan in plans]
             states += [(item, work.state) for item, work in copies]
-            verdicts.say_idle(dict.fromkeys(k for item, new in states for k in new if k not in item.state))
+            ran = {i for item, _ in states for i in self.buckets.span_of(item)}
+            verdicts.say_idle(
+                dict.fromkeys(k for item, new in states for k in new if k not in item.state), ran
+            )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ..callback import is_temporary
 from ..ir.ops import ELEMENT, TENSOR, kind_of
 from ..ir.program import Buffer
 from ..trace import axes
@@ -41,9 +42,10 @@ class Item:
     ``param`` is another tensor than ``home`` for a parameter that is not dense in memory (a slice of a larger one).
     ``owner`` is the user's parameter, also where ``home`` is a work copy of it. ``where`` is the index of its param
     group and its own in there, ``hyper`` the group's hyperparameters, ``state`` its state by the names callbacks use,
-    ``modes`` what only the device knows. ``laid_out``: nothing was put in its place since it was last laid out.
-    ``alike``: equal for items that callbacks and kernels cannot tell apart, which have dense tensors of their own in
-    one layout (csrc/survey.h); None where that is not known.
+    ``modes`` what only the device knows; where they are bare, ``grad`` is the parameter itself.
+    ``laid_out``: nothing was put in its place since it was last laid out. ``alike``: equal for items that callbacks and
+    kernels cannot tell apart, which have dense tensors of their own in one layout (csrc/survey.h); None where that is
+    not known.
     """
 
     one_is_whole = False
@@ -83,11 +85,17 @@ class Item:
         self.laid_out = True
         if not dense(self.param):
             self.param = self.param.detach().contiguous().resolve_neg()
-        if not same_layout(self.grad, self.param) or overlap(self.grad, self.param):
+        graded = not self.modes.bare
+        if graded and (not same_layout(self.grad, self.param) or overlap(self.grad, self.param)):
             self.grad = with_layout(self.grad, self.param)
         for key, value in list(self.tensors()):
             if not same_layout(value, self.param):
                 self.state[key] = with_layout(value, self.param)
+        for key in self.modes.given:  # which is read while the others are written
+            value = self.state[key]
+            others = [self.param, *(v for k, v in self.tensors() if k not in self.modes.given)]
+            if any(overlap(value, other) for other in others):
+                self.state[key] = with_layout(value, value.contiguous())
 
     def fuses(self, backend: Backend, along: bool = False) -> bool:
         """Whether the backend's kernels can step it; ``along``: they tell its dimensions apart."""
@@ -148,8 +156,9 @@ class Groups(Protocol):
     @property
     def state(self) -> dict[Any, Any]: ...
     @property
-    def roles(self) -> Any: ...
-    def numbers_of(self, group: int) -> int: ...
+    def extra(self) -> dict[str, list[torch.Tensor | None]]: ...
+    def ignores(self, group: int, name: Any) -> bool: ...
+    def numbers_of(self, group: int) -> Sequence[int]: ...
     def entries(self, p: torch.Tensor) -> Iterator[tuple[Any, bool, Any, str, Any]]: ...
     def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]: ...
     def hand_over(self, item: Item) -> Callable[[], None]: ...
@@ -251,8 +260,9 @@ def work_copy(item: Item) -> Item:
         return t.detach().clone() if one and t.dtype == compute else reference.upcast(t, compute)
 
     state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in begun(item.state).items()}
-    modes = Modes(item.modes.on_device)
-    work = type(item)(copy(item.param), copy(item.grad), state, item.where, item.hyper, modes)
+    param = copy(item.param)
+    grad = param if item.modes.bare else copy(item.grad)
+    work = type(item)(param, grad, state, item.where, item.hyper, _of_copy(item.modes))
     work.owner = item.owner
     attach_gradient(work)
     return work
@@ -272,9 +282,10 @@ def work_copies(todo: list[Item], transformed: bool) -> list[tuple[Item, Item]]:
         if not ordinary:
             out.append((item, work_copy(item)))
             continue
-        param, grad = next(made), next(made)
+        param = next(made)
+        grad = param if item.modes.bare else next(made)
         state = {k: next(made) if isinstance(v, torch.Tensor) else v for k, v in item.state.items()}
-        work = Item(param, grad, state, item.where, item.hyper, Modes(item.modes.on_device), item.alike)
+        work = Item(param, grad, state, item.where, item.hyper, _of_copy(item.modes), item.alike)
         work.owner = item.owner
         attach_gradient(work)
         out.append((item, work))
@@ -294,8 +305,14 @@ def _is_ordinary(item: Item) -> bool:
     return all(t.dtype == dtype and type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(item))
 
 
+def _of_copy(modes: Modes) -> Modes:
+    """Those of a work copy, whose gradient is scaled and whose step is not skipped."""
+    return Modes(on_device=modes.on_device, bare=modes.bare, given=modes.given)
+
+
 def _tensors(item: Item) -> list[torch.Tensor]:
-    return [item.param, item.grad, *(v for v in item.state.values() if isinstance(v, torch.Tensor))]
+    own = [item.param] if item.modes.bare else [item.param, item.grad]
+    return [*own, *(v for v in item.state.values() if isinstance(v, torch.Tensor))]
 
 
 def _clones(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -320,7 +337,7 @@ def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:
         work.grad = grad
     work.laid_out = False  # which `alike` overrules: copies of tensors in one layout are in one
     work.lay_out()
-    if work.param.grad is not work.grad:
+    if not work.modes.bare and work.param.grad is not work.grad:
         work.param.grad = work.grad
 
 
@@ -338,6 +355,8 @@ def stored(
     if not empty:
         pairs.append((item.home, work.param))
     for key, value in work.state.items():
+        if is_temporary(key) or key in item.modes.given:
+            continue
         old = item.state.get(key)
         if not isinstance(value, torch.Tensor):
             new[key] = value

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .. import env
-from ..callback import arguments_of, branches, may_take, name_of, place_of, uses_parameter
+from ..callback import arguments_of, branches, is_temporary, may_take, name_of, place_of, uses_parameter
 from ..trace.purity import ACTS, READS, VARIES, examine
 from ..trace.signals import Changes, Untraceable
 from ..trace.signature import STARTED, Opaque, Signature, is_plain, structure_of
@@ -37,12 +37,18 @@ class Verdicts:
 
     ``unfused`` are those with no fused form for parameters of some structure, by number and structure; ``acts`` those
     that are never traced (see ``trace.purity``), by number, ``unseen`` why, of those whose code shows it; ``lasting``
-    says of each whether its trace may be replayed.
-    ``said`` is what was already warned of.
+    says of each whether its trace may be replayed. ``said`` is what was already warned of; ``beside``: see `Buckets`.
     """
 
-    def __init__(self, callbacks: Sequence[Callable[..., Any]], said: set[Any] | None = None) -> None:
-        self.callbacks = callbacks
+    def __init__(
+        self,
+        callbacks: Sequence[Callable[..., Any]],
+        said: set[Any] | None = None,
+        beside: Sequence[Callable[..., Any]] | None = None,
+    ) -> None:
+        self.callbacks, self.beside = callbacks, beside
+        self.lists: list[range] = []
+        """The lists that they are of, if these are several."""
         found = [examine(cb) for cb in callbacks]
         self.lasting = [verdict.level <= READS for verdict in found]
         self._reads = [verdict.level in (READS, VARIES) for verdict in found]
@@ -63,19 +69,19 @@ class Verdicts:
         self.unfused, self.acts = saved
 
     # -- which, and in what order --
-    def span(self) -> range:
+    def span(self, first: int = 0) -> range:
         """The callbacks that run as in a plain loop: for one parameter one after another, then for the next.
 
-        These are the ones that act, all between them, and those that read what the others may change.
+        These are, in the list that callback ``first`` is of, the ones that act, all between them, and those that read
+        what others may change.
         """
-        if not self.acts:
-            return range(len(self.callbacks), len(self.callbacks))
-        inside = [i for i, reads in enumerate(self._reads) if reads or i in self.acts]
-        return range(inside[0], inside[-1] + 1)
+        own = next((each for each in self.lists if first in each), range(len(self.callbacks)))
+        inside = [i for i in own if self._reads[i] or i in self.acts] if self.acts else []
+        return range(inside[0], inside[-1] + 1) if inside else range(own.stop, own.stop)
 
     def first_eager(self, first: int, stop: int, signature: Signature) -> int | None:
         """The first of these callbacks that is known to run eagerly, for parameters with this signature."""
-        structure, span = structure_of(signature), self.span()
+        structure, span = structure_of(signature), self.span(first)
         return next((i for i in range(first, stop) if i in span or (i, structure) in self.unfused), None)
 
     def handed(self, signature: Signature, hyper: dict[str, Any], callbacks: range) -> dict[str, Any]:
@@ -146,20 +152,25 @@ class Verdicts:
         if self._moved is not None:
             self._moved |= {*callbacks}
 
-    def say_idle(self, new: Iterable[str]) -> None:
-        """Warn, after the first step, of callbacks that did nothing, and of ``new`` state that nobody takes."""
+    def say_idle(self, new: Iterable[str], ran: Iterable[int]) -> None:
+        """Warn, after the first step, of callbacks that ``ran`` and did nothing, and of ``new`` state nobody takes."""
         moved, self._moved = self._moved, None
         if moved is None:
             return
-        for i, callback in enumerate(self.callbacks):
-            if i not in moved and uses_parameter(callback) and not (moved and branches(callback)):
+        for i in sorted(ran):
+            callback = self.callbacks[i]
+            excused = bool(moved) or self.beside is not None
+            if i not in moved and uses_parameter(callback) and not (excused and branches(callback)):
                 self.warn(
                     ("idle", i),
                     f"the callback {name_of(callback)} ({place_of(callback)}) changed nothing. A callback changes its "
                     "arguments in place or returns state: p.data.sub_(lr * p.grad), not p = p - lr * p.grad",
                 )
         for key in new:
-            if not key.startswith(STARTED) and not any(may_take(key, cb, True) for cb in self.callbacks):
+            if is_temporary(key):
+                continue
+            taken = any(may_take(key, cb, True) for cb in (*self.callbacks, *(self.beside or ())))
+            if not key.startswith(STARTED) and not taken:
                 known = {name for cb in self.callbacks for name in arguments_of(cb)}
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f" (is it {near[0]!r}?)" if near else ""

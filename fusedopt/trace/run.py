@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..callback import Callback, arguments_of, call
+from ..callback import Callback, arguments_of, call, is_temporary
 from ..ir.ops import ELEMENT, OPS, TENSOR
 from ..ir.program import Buffer, Graph
 from . import axes, methods  # noqa: F401  (fills the table of tensor methods)
@@ -113,7 +113,8 @@ class Run:
 class Pass:
     """One pass over the callback list. ``cells`` maps PARAM, GRAD and state keys to a Cell, Number or flag.
 
-    ``moved`` are the callbacks that did anything, ``totals`` the cells of what the parameter adds to each.
+    ``moved`` are the callbacks that did anything, ``totals`` the cells of what the parameter adds to each; ``keeps``:
+    others follow, which temporary values are kept for.
     """
 
     def __init__(
@@ -124,9 +125,11 @@ class Pass:
         graph: Graph,
         scalars: ScalarProgram,
         first: int,
+        keeps: bool = False,
         calls: Any = None,
     ) -> None:
-        self.callbacks, self.signature, self.first, self.calls = callbacks, signature, first, calls
+        self.callbacks, self.signature, self.first, self.keeps = callbacks, signature, first, keeps
+        self.calls = calls
         self.stand_ins = list(map(StandIns().callback, callbacks))
         self.graph, self.scalars = graph, scalars
         self.lists: dict[str, tuple[list, tuple]] = {}
@@ -178,8 +181,11 @@ class Pass:
                 raise
             if before.keys() != cells.keys() or any(not alike(before[k], v) for k, v in cells.items()):
                 self.moved.add(self.first + i)
+        if not self.keeps:
+            cells = {k: v for k, v in cells.items() if not is_temporary(k) and k not in s.modes.given}
         if s.modes.on_device and not counting:
-            cells = {k: self._on_device(v) if is_number(v) else v for k, v in cells.items()}
+            stays = {k for k, v in cells.items() if not is_number(v) or is_temporary(k)}
+            cells = {k: v if k in stays else self._on_device(v) for k, v in cells.items()}
         return (self._per_element(cells) if s.zero_dim else cells) | self.totals
 
     def _on_device(self, x: Any) -> Cell:
@@ -201,7 +207,8 @@ class Pass:
     def _check_kinds(self, cells: dict[str, Any]) -> None:
         """State is floating point and keeps its kind. For a 0-d parameter everything is one number per element."""
         for key, cell in cells.items():
-            if isinstance(cell, Cell) and self.graph.values[cell.node].type == "b":
+            handed = is_temporary(key) and not self.keeps
+            if isinstance(cell, Cell) and self.graph.values[cell.node].type == "b" and not handed:
                 raise Untraceable(f"the state {key!r} is a mask; fused state is floating point")
         for key, buffer in self.signature.state:
             cell = cells.get(key)
@@ -242,7 +249,8 @@ class Pass:
 
     def _one_path(self, run: Run, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
         boxes = {k: SymTensor(run, v.node, v.asked, v.shown) for k, v in cells.items() if isinstance(v, Cell)}
-        p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, boxes[GRAD])
+        grad = None if self.signature.modes.bare else boxes[GRAD]
+        p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, grad)
         state = {k: boxes.get(k, v) for k, v in cells.items() if k not in (PARAM, GRAD)}
         given = state | {
             k: SymTensor(run, v.node, v.asked) if isinstance(v, Cell) else v for k, v in self.hyper.items()
@@ -261,7 +269,9 @@ class Pass:
         for name, (numbers, were) in self.lists.items():
             if len(numbers) != len(were) or any(x is not y for x, y in zip(numbers, were, strict=True)):
                 raise Changes(f"the hyperparameter {name!r} is a list, which is changed")
-        cells[PARAM], cells[GRAD] = Cell(p.node, p.asked), Cell(p.grad.node, p.grad.asked)
+        cells[PARAM] = Cell(p.node, p.asked)
+        if grad is not None:
+            cells[GRAD] = Cell(p.grad.node, p.grad.asked)
         for key in state:
             if key in boxes:
                 cells[key] = Cell(boxes[key].node, boxes[key].asked, cells[key].shown)

@@ -54,16 +54,20 @@ class Opaque:
 
 
 class Modes(NamedTuple):
-    """What of a step is known to the device only.
+    """What kind of step it is: what of it is known to the device only, and what it is given.
 
     on_device: numbers in the state (step counts) are float64 tensors there, which kernels read and advance
     scaled: gradients are multiplied by the 0-d buffer FACTOR (one over the loss scale, the clip coefficient)
     skips: where the 0-d buffer FOUND_INF is not zero, nothing is stored
+    bare: gradients are not looked at, and p.grad is None
+    given: names of the state that is handed over for this step only (extra tensors), and never stored
     """
 
     on_device: bool = False
     scaled: bool = False
     skips: bool = False
+    bare: bool = False
+    given: tuple[str, ...] = ()
 
 
 HOST = Modes()

@@ -199,14 +199,25 @@ _DTYPES |= {str(v).removeprefix("torch.") for v in vars(torch).values() if isins
 
 def asks_for_dtypes(callback: Callable[..., Any]) -> bool:
     """Whether it, or a function that it calls, may ask what dtype something has, or for a certain one."""
+    return _names_any(callback, _DTYPES)
+
+
+def reads_gradient(callback: Callable[..., Any]) -> bool:
+    """Whether it, or a function that it calls, may ask for a gradient."""
+    return _names_any(callback, {"grad"})
+
+
+def _names_any(callback: Callable[..., Any], names: set[str]) -> bool:
+    """Whether its code, or that of a function that it calls, has one of these names; True if it cannot be seen."""
     functions = Sources([callback]).functions
-    return not functions or any(_names_dtypes(code) for _, code, _ in functions)
+    return not functions or any(not names.isdisjoint(_named(code)) for _, code, _ in functions)
 
 
 @functools.lru_cache(maxsize=MAX_KNOWN)
-def _names_dtypes(code: types.CodeType) -> bool:
+def _named(code: types.CodeType) -> frozenset[str]:
+    """The names and texts in the code."""
     used = [x for inner in codes(code) for x in (*inner.co_names, *inner.co_consts)]
-    return not _DTYPES.isdisjoint(x for y in used for x in (y if type(y) is tuple else (y,)))
+    return frozenset(x for y in used for x in (y if type(y) is tuple else (y,)) if isinstance(x, str))
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -390,7 +390,7 @@ _install()
 class SymParameter(SymTensor):
     """The parameter: a symbolic tensor with a gradient."""
 
-    def __init__(self, run: Run, node: int, asked: torch.dtype | None, grad: SymTensor) -> None:
+    def __init__(self, run: Run, node: int, asked: torch.dtype | None, grad: SymTensor | None) -> None:
         super().__init__(run, node, asked)
         self.__dict__["grad"] = grad
 
@@ -399,7 +399,7 @@ class SymParameter(SymTensor):
         return self.run.attribute(self.kind, "requires_grad")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "grad":
+        if name == "grad" and self.grad is not None:
             self.__dict__["grad"] = self.grad._replacement(value)
         else:
             super().__setattr__(name, value)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..callback import Callback, arguments_of
+from ..callback import Callback, arguments_of, is_temporary
 from ..ir.ops import ELEMENT, TENSOR, is_partial
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
@@ -109,6 +109,7 @@ def traced(
     first: int = 0,
     state_dtype: torch.dtype | None = None,
     work: bool = False,
+    keeps: bool = False,
 ) -> Trace:
     """Trace ``callbacks`` (the optimizer's list from number ``first`` on) for parameters with this signature.
 
@@ -116,13 +117,14 @@ def traced(
     fed zeros, is the first, the first step and all later ones share a program, and the buffers start as zeros.
     Where steps may be skipped, a state flag on the device tells the two apart instead (see ``STARTED``).
     ``work``: for work copies, between eager callbacks, so a changed gradient is stored and new state is not rounded.
+    ``keeps``: other callbacks follow, so temporary values are stored, too.
     """
     graph, scalars = Graph(along(signature.dims) if signature.dims else "0"), ScalarProgram()
     calls = Calls(graph, signature.device)
     passes: list[Pass] = []
 
     def run(given: dict[str, Buffer], without: Sequence[str] = ()) -> dict[str, Any]:
-        passes.append(Pass(callbacks, signature, hyper, graph, scalars, first, calls))
+        passes.append(Pass(callbacks, signature, hyper, graph, scalars, first, keeps, calls))
         return passes[-1].run(given, without)
 
     starts = _starts(callbacks, signature, hyper, first) if signature.modes.on_device else {}
@@ -134,6 +136,11 @@ def traced(
     flag = next((k for k, _ in signature.state if k.startswith(STARTED)), None)
     late = flag.removeprefix(STARTED).split(",") if flag else []
     a = run(counts, late)
+    old = dict(signature.state)
+    waits = bool(late) and not any(k in a for k in late)
+    if waits:  # these callbacks start nothing: what is there stays as it is
+        kept = {k: (load(graph, signature, f"state.{k}", old[k]), old[k]) for k in late if k in old}
+        a |= {k: Cell(node, buffer.dtype, buffer.dims) for k, (node, buffer) in kept.items()}
     asked = {
         k: _asked_dtype(k, v, graph, signature, state_dtype)
         for k, v in a.items()
@@ -151,18 +158,19 @@ def traced(
             cells = b
         elif late or signature.modes.skips:
             flag = flag or STARTED + ",".join(created)
-            cells = _until_started(graph, signature, flag, count, a, b, first)
+            cells = _until_started(graph, signature, flag, count, a, b, first, waits)
             created |= {} if late else {flag: count}
             shared = True
     created |= counts
+    graded = work and not signature.modes.bare
     rounds: tuple[Program, ...] = ()
     externs = None
     if not calls.calls and not any(isinstance(k, Total) for k in cells):
-        program, slots, axes = program_of(graph, signature, hyper, cells, created, materialize_grad=work)
+        program, slots, axes = program_of(graph, signature, hyper, cells, created, materialize_grad=graded)
     else:
         try:
             program, rounds, slots, axes, externs = _cut(
-                graph, calls, signature, hyper, cells, created, work
+                graph, calls, signature, hyper, cells, created, graded
             )
         except Untraceable as error:
             error.callback = first  # type: ignore[attr-defined]
@@ -200,10 +208,10 @@ def _starts(
     """The numbers that callbacks leave in the state for the first time, and where they start: arguments' defaults."""
     graph = Graph(along(signature.dims) if signature.dims else "0")
     calls = Calls(graph, signature.device)
-    cells = Pass(callbacks, signature, hyper, graph, ScalarProgram(), first, calls).run({}, counting=True)
+    cells = Pass(callbacks, signature, hyper, graph, ScalarProgram(), first, calls=calls).run({}, counting=True)
     known = dict(signature.state)
     out = {}
-    for key in (k for k, v in cells.items() if is_number(v) and k not in known):
+    for key in (k for k, v in cells.items() if is_number(v) and k not in known and not is_temporary(k)):
         # Whoever takes it first starts it. What nobody takes is only written.
         i, default = next(
             ((i, arguments_of(cb)[key]) for i, cb in enumerate(callbacks) if key in arguments_of(cb)),
@@ -248,13 +256,20 @@ def _until_started(
     a: dict[str, Any],
     b: dict[str, Any] | None,
     first: int,
+    waits: bool,
 ) -> dict[str, Any]:
-    """Trace a until a step has not been skipped, and then trace b, by a flag on the device."""
+    """Trace a until a step has not been skipped, and then trace b, by a flag on the device.
+
+    ``waits``: these callbacks do not start what the flag is for, so it stays as it is.
+    """
     if b is None or a.keys() != b.keys():
         error = Untraceable("its first step and the later ones differ by more than a select can tell apart")
         error.callback = first  # type: ignore[attr-defined]
         raise error
-    yes = graph.op("ne", load(graph, signature, f"state.{flag}", buffer), graph.leaf("const", 0.0))
+    now = load(graph, signature, f"state.{flag}", buffer)
+    yes = graph.op("ne", now, graph.leaf("const", 0.0))
+    if waits:
+        return {k: either(graph, yes, b[k], a[k]) for k in b} | {flag: Cell(now, None)}
     one = graph.leaf("const", 1.0)
     started = Cell(graph.op("expand", one) if buffer.kind == ELEMENT else one, None)
     return {k: either(graph, yes, b[k], a[k]) for k in b} | {flag: started}
@@ -318,8 +333,8 @@ def _stores(
         stores["grad"] = cells[GRAD].node
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
     for key in sorted(old | created):
-        if isinstance(cells[key], Cell):
-            stores[f"state.{key}"] = cells[key].node
+        if isinstance(cell := cells.get(key), Cell):
+            stores[f"state.{key}"] = cell.node
     return stores
 
 

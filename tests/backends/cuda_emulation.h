@@ -25,9 +25,11 @@ struct Index {
 inline thread_local Index threadIdx{0}, blockIdx{0};
 inline Index blockDim{1}, gridDim{1};
 inline std::unique_ptr<std::barrier<>> barrier;
+inline std::vector<std::unique_ptr<std::barrier<>>> warps;
 inline void __syncthreads() {
   if (blockDim.x > 1) barrier->arrive_and_wait();
 }
+inline void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
 
 inline float float_from_bits(uint32_t bits) {
   float x;
@@ -65,6 +67,9 @@ template <class... P>
 void emulate(void (*kernel)(P...), unsigned blocks, unsigned threads, const P&... parameter) {
   gridDim.x = blocks, blockDim.x = threads;
   barrier = std::make_unique<std::barrier<>>(threads);
+  warps.clear();
+  for (unsigned t = 0; t < threads; t += 32)
+    warps.push_back(std::make_unique<std::barrier<>>(threads - t < 32 ? threads - t : 32));
   for (unsigned b = 0; b < blocks; ++b) {
     const auto run = [&](unsigned t) {
       blockIdx.x = b, threadIdx.x = t;

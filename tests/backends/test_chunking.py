@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedopt.backends.chunking import ALIGN, CHUNK, CHUNK_COST, GRAIN, MAX_CHUNKS, layout, splits
+from fusedopt.backends.chunking import (
+    ALIGN,
+    CHUNK,
+    CHUNK_COST,
+    GRAIN,
+    MAX_CHUNKS,
+    TILE,
+    blocks,
+    layout,
+    splits,
+    tiles,
+)
 
 CASES = {
     "nothing": (),
@@ -131,3 +142,25 @@ def test_little_work_wakes_no_second_thread():
     assert splits(layout((GRAIN,)), 8) == (0, 1)
     assert splits(layout((CHUNK,) * 8), 8) == tuple(range(9))
     assert splits(layout(()), 4) == (0, 0) and splits(layout((0, 0)), 4) == (0, 0)
+
+
+# ---------------------------------------------------------------- pieces of chunks
+
+
+def test_pieces_of_chunks_are_whole_lines_where_they_have_to_be():
+    shapes = ((300, 700), (1000, 1), (3, 100_003), (0, 4), (5, 3, TILE - 1))
+    chunks = blocks(shapes, ("1",), ()).layout.chunks
+    lines = np.array([shape[-1] for shape in shapes])[chunks[:, 0]]
+    pieces = tiles(chunks, lines)
+    for row, begin, end, *words in chunks.tolist():
+        mine = pieces[(pieces[:, 0] == row) & (begin <= pieces[:, 1]) & (pieces[:, 2] <= end)]
+        assert mine[0, 1] == begin and mine[-1, 2] == end and (mine[1:, 1] == mine[:-1, 2]).all()
+        line = shapes[row][-1]
+        assert (mine[:, 1:3] % line == 0).all() and (mine[:, 2] - mine[:, 1] < TILE + line).all()
+        assert (mine[:, 3:] == words).all()
+    plain = layout((3 * CHUNK + 5,)).chunks
+    assert len(tiles(plain)) == 3 * CHUNK // TILE + 1 and tiles(plain)[-1].tolist() == [
+        0,
+        3 * CHUNK,
+        3 * CHUNK + 5,
+    ]

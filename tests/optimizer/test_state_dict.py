@@ -15,7 +15,7 @@ import fusedopt
 from fusedopt import adam_step, average_grad, average_sqr_grad, step_stat, table, weight_decay
 
 SHAPES = ((4,), (3, 5), (), (2, 2))
-VARIANTS = [pytest.param(r, v, id=f"{r.face}-{r.name}-{v.id}") for r in table.TABLE for v in r.variants]
+VARIANTS = [pytest.param(r, v, id=f"{r.face}-{r.name}-{v.id}") for r in table.rows() for v in r.variants]
 ADAM = [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step]
 
 

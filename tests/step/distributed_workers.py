@@ -514,6 +514,92 @@ def callbacks_that_do_not_fuse_run_on_whole_tensors(backend):
     assert not any("centralize runs eagerly" in s for s in said), said
 
 
+def averaged(p, decay=0.5, avg=None, **kwargs):
+    if avg is None:
+        return {"avg": p.data.clone()}
+    return {"avg": avg.mul_(decay).add_(p.data, alpha=1 - decay)}
+
+
+def nudged(p, lr, **kwargs):
+    p.data.sub_(p.grad, alpha=lr)
+
+
+def normalized(p, **kwargs):
+    p.data.div_(p.data.square().mean().sqrt() + 1)
+
+
+@check("auto", "reference")
+def what_is_applied_is_applied_to_the_whole(backend):
+    for kind in ("one", "two", "hybrid"):
+        sharded, whole = sharded_and_whole(kind)
+        opt, twin = (fusedopt.optim.AdamW(m.parameters(), lr=0.1, backend=backend) for m in (sharded, whole))
+        for t in range(4):
+            for each in (opt, twin):
+                each.apply(averaged)
+                each.apply([normalized, averaged])
+            train(sharded, whole, opt, twin, steps=1, start=t)
+        for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+            p.grad, q.grad = p.detach().clone(), q.detach().clone()
+        for each in (opt, twin):
+            each.apply(nudged)
+        assert_same_training(sharded.parameters(), whole.parameters(), opt, twin, exact=False)
+        repeated = [each.engine.steps.repeated for each in opt.applications]
+        assert repeated == ([2, 2, 0] if backend == "auto" else [0, 0, 0]), repeated
+
+
+def sophia(p, lr, hess=None, slow=None, **kwargs):
+    if slow is None:
+        slow = torch.zeros_like(p)
+    if hess is not None:
+        slow.mul_(0.5).add_(hess.abs(), alpha=0.5)
+    p.data.sub_(p.grad / (slow + 1), alpha=lr)
+    return {"slow": slow}
+
+
+def two_rules(params):
+    params = list(params)
+    matrices = {"params": [p for p in params if p.dim() == 2], "cbs": [sophia], "lr": 0.01}
+    return fusedopt.optim.AdamW([matrices, {"params": [p for p in params if p.dim() != 2]}], lr=0.1)
+
+
+@check("default", "flattened", "full")
+def groups_with_callbacks_of_their_own_are_saved_and_loaded(mode):
+    options = dcp_state.StateDictOptions(**MODES[mode])
+    sharded, whole = sharded_and_whole("two")
+    opt, twin = two_rules(sharded.parameters()), two_rules(whole.parameters())
+    train(sharded, whole, opt, twin)
+    saved = copy.deepcopy(dcp_state.get_optimizer_state_dict(sharded, opt, options=options))
+    other, _ = sharded_and_whole("two")
+    other.load_state_dict(sharded.state_dict())
+    fresh = two_rules(other.parameters())
+    dcp_state.set_optimizer_state_dict(other, fresh, saved, options=options)
+    train(other, whole, fresh, twin, start=3)
+    assert_same_training(other.parameters(), whole.parameters(), fresh, twin)
+    assert fresh.param_groups[0]["cbs"] == [sophia] and "cbs" not in fresh.param_groups[1]
+
+
+@check("auto", "reference")
+def extra_tensors_are_spread_as_their_parameters(backend):
+    sharded, whole = sharded_and_whole("two")
+    opt, twin = (
+        fusedopt.Optimizer(m.parameters(), sophia, lr=0.1, backend=backend) for m in (sharded, whole)
+    )
+    for t in range(5):
+        gen = torch.Generator().manual_seed(t)
+        for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+            q.grad = torch.randn(q.shape, generator=gen)
+            p.grad = distribute_tensor(q.grad, p.device_mesh, p.placements)
+        plain = [torch.randn(q.shape, generator=gen) for q in whole.parameters()]
+        spread = [
+            distribute_tensor(h, p.device_mesh, p.placements)
+            for h, p in zip(plain, sharded.parameters(), strict=True)
+        ]
+        opt.step(extra={"hess": spread if t != 3 else plain})
+        twin.step(extra={"hess": plain})
+    assert_same_training(sharded.parameters(), whole.parameters(), opt, twin)
+    assert opt.engine.steps.repeated == (2 if backend == "auto" else 0), opt.engine.steps
+
+
 # --
 # Checkpoints
 

@@ -248,6 +248,21 @@ def test_chunks_are_shared_among_threads_as_in_python(threads):
     rng = random.Random(threads)
     for _ in range(50):
         sizes = tuple(rng.choice([0, 1, 64, 1000, 70_000, 300_000]) for _ in range(rng.randrange(1, 40)))
-        chunks = plan.layout(sizes).chunks
-        theirs = leaf.native.splits(chunks.ctypes.data, len(chunks), threads)
-        assert tuple(theirs) == plan.splits(sizes, threads)
+        layout = plan.layout(sizes)
+        theirs = leaf.native.splits(layout.chunks.ctypes.data, len(layout.chunks), threads)
+        assert tuple(theirs) == plan.splits(layout, threads)
+
+
+@pytest.mark.parametrize("make", [lambda ps: optim.SGD(ps, lr=0.5), lambda ps: optim.Adam(ps, lr=0.5)])
+def test_a_parameter_that_is_not_dense_in_memory_is_stepped_alone_and_never_bound(make):
+    whole = torch.arange(12.0).reshape(3, 4)
+    rest, dense = whole[:, 2:].clone(), nn.Parameter(whole[:, :2].clone())
+    p = nn.Parameter(whole[:, :2])
+    opt, twin = make([p]), make([dense])
+    for t in range(4):
+        p.grad = dense.grad = torch.full((3, 2), float(t))
+        opt.step()
+        twin.step()
+    assert_same_bits(p.detach().contiguous(), dense.detach())
+    assert torch.equal(whole[:, 2:], rest)
+    assert opt.engine.steps.repeated == 0 and "not dense in memory" in opt.engine.steps.why

@@ -216,7 +216,7 @@ def test_a_hyperparameter_that_becomes_a_structural_exponent_selects_another_pro
     assert seen.traces[0].program == seen.traces[2].program
 
 
-@pytest.mark.parametrize("row", table.TABLE, ids=lambda row: f"{row.face}-{row.name}")
+@pytest.mark.parametrize("row", table.rows(), ids=lambda row: f"{row.face}-{row.name}")
 def test_a_schedule_selects_no_other_program(row):
     """Every number that may change between steps is a slot: lr, momentum, decay, epsilon, the step."""
     opt = row.factory([torch.zeros(1, requires_grad=True)], **row.variants[0].kwargs)
@@ -591,8 +591,6 @@ UNTRACEABLE = {
     "@": ("p.data.add_(p.grad @ p.grad)", "operator @"),
     "matmul": ("p.data.add_(torch.matmul(p.grad, p.grad))", r"torch\.matmul"),
     "mm method": ("p.data.add_(p.grad.mm(p.grad))", r"Tensor\.mm"),
-    "view": ("p.data.view(-1).add_(1)", r"Tensor\.view"),
-    "reshape": ("p.grad.reshape(-1)", r"Tensor\.reshape"),
     "transpose": ("p.data.add_(p.grad.t())", r"Tensor\.t "),
     ".T": ("p.data.add_(p.grad.T)", r"Tensor\.T "),
     "index": ("p.data.add_(p.grad[0])", "indexing"),
@@ -614,8 +612,6 @@ UNTRACEABLE = {
     "random like": ("p.data.add_(torch.randn_like(p.data))", r"torch\.randn_like"),
     "random in place": ("p.data.normal_()", r"Tensor\.normal_"),
     "dropout": ("p.data.copy_(functional.dropout(p.grad))", r"torch\.dropout"),
-    "reduction over a dimension": ("p.data.add_(p.grad.sum(0))", "over some dimensions"),
-    "norm over a dimension": ("p.data.add_(p.grad.norm(dim=0, keepdim=True))", "over some dimensions"),
     "cast to another float": ("p.data.add_(p.grad.half())", r"cast to torch\.float16"),
     "cast to int": ("p.data.add_(p.grad.to(torch.int32))", r"cast to torch\.int32"),
     "integer state": ("return {'n': torch.zeros_like(p, dtype=torch.int64)}", r"torch\.int64"),
@@ -660,7 +656,7 @@ def test_a_callbacks_own_error_passes_through_with_its_place():
 
 
 def test_state_that_changes_its_kind_is_refused():
-    with pytest.raises(Untraceable, match="'m' changes between"):
+    with pytest.raises(Untraceable, match="'m' changes its shape"):
         trace([callback("return {'m': p.grad * 2}")], signature(m=Buffer(F32, "S")), dict(lr=0.1))
     with pytest.raises(Untraceable, match="'m' is a mask"):
         trace([callback("return {'m': p.grad > 0}")], signature(m=Buffer(F32, "F")), dict(lr=0.1))

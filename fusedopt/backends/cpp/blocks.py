@@ -1,42 +1,22 @@
-"""Programs with several axes as C++: loops over lines, which lie along the last axis, and what is done between stages.
-
-In the code ``n0`` is the length of axis 0; ``o01`` is where a line begins in what has one number for each place along
-axes 0 and 1, and ``c`` the place in the line; ``q0`` are the first of the results that loops keep for later ones.
-"""
+"""Programs with several axes as C++: loops over lines, one after another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from ...ir.ops import ELEMENT, TENSOR, axes_of, is_partial, reduction
-from ...ir.program import Value, identifier
-from ...ir.stages import Between, Nest, Split, Stage, regions, schedule
-from ..base import HEAD
-from ..c_family import Body, indent
+from ...ir.ops import ELEMENT, axes_of
+from ...ir.program import identifier
+from ...ir.stages import Nest, Stage, regions
+from .. import blocks
+from ..c_family import indent
 
 
-class Blocks(Body):
+class Blocks(blocks.Blocks):
     """The functions of a program with several axes."""
 
-    axes = ""
-    """Those that the loop being written goes along; the last one is the line."""
-    making: Sequence[int] = ()
-    """What it computes for later ones, which find it given."""
-
-    @property
-    def split(self) -> Split:
-        return Split.of(self.program)
-
-    # -- functions --
-    def stage(self, k: int, stage: Stage) -> list[str]:
-        """A stage: its chunks are whole lines."""
+    def chunk(self, stage: Stage) -> list[str]:
         mine = regions(self.program, stage)
-        body = [
-            *self._lengths(),
-            *self._prologue(stage),
-            *self._skip(stage),
-            *self._pointers(stage),
-            *self._given(stage.values),
+        return [
             *(
                 f"double* __restrict {self._q(i)} = launch.results + regions[{self._region(i)}];"
                 for i in mine
@@ -44,61 +24,17 @@ class Blocks(Body):
             *(self._cleared(i, "begin", "end") for i in mine),
             *self.accumulators(stage),
             *self._loop(self.program.all_axes, stage),
-            *(f"partial[{self.reductions.index(i)}] = {self._lanes(i)}.total();" for i in self._whole(stage)),
-        ]
-        head = f"{self.qualifiers} void stage_{k}("
-        return [
-            f"{head}[[maybe_unused]] const Launch& launch, const Row row, int64_t begin, int64_t end,",
-            f"{' ' * len(head)}[[maybe_unused]] double* partial, [[maybe_unused]] const int64_t* regions) {{",
-            *indent(body),
-            "}",
-            f"FUSEDOPT_BLOCK_STAGE({k})",
+            *(f"partial[{self.reductions.index(i)}] = {self.total(i)};" for i in self._whole(stage)),
         ]
 
-    def between(self, k: int, between: Between) -> list[str]:
-        """What is done once per tensor before stage k."""
-        return [
-            f"{self.qualifiers} void before_{k}([[maybe_unused]] const Launch& launch, const Row row) {{",
-            *indent([*self._lengths(), *self._between(between, set())]),
-            "}",
-            f"FUSEDOPT_BETWEEN({k})",
-        ]
-
-    def scalars(self, stage: Stage) -> list[str]:
-        """What is done, and stored, after all stages."""
-        done: set[int] = set()
-        skip = self.program.skip
-        early = (
-            []
-            if skip is None
-            else [*self._uniform(self.split.needed([skip]), done), f"if ({self.name(skip)}) return;"]
-        )
-        body = [
-            *early,
-            *self._between(schedule(self.program).between[-1], done),
-            *self._uniform(stage.values, done),
-        ]
-        return [
-            f"{self.qualifiers} void scalars([[maybe_unused]] const Launch& launch, const Row row) {{",
-            *indent([*self._lengths(), *body, *self._scalar_stores(stage)]),
-            "}",
-            "FUSEDOPT_SCALARS",
-        ]
-
-    def _between(self, between: Between, done: set[int]) -> list[str]:
-        lines = list(map(self._joined, between.joined))
-        for nest in between.nests:
-            lines += [*self._uniform(nest.values, done), "{", *indent(self._nest(nest)), "}"]
-        return lines
-
-    def _nest(self, nest: Nest) -> list[str]:
+    def nest(self, nest: Nest) -> list[str]:
         own = [*nest.kept, *nest.reductions]
         values = self.program.values
         stage = Stage(nest.values, tuple(nest.reductions), tuple(nest.stores))
         return [
             *self._pointers(stage),
             *self._given(i for i in nest.values if i not in own),
-            *(f"double* __restrict {self._q(i)} = launch.results + row.words[{self._word(i)}];" for i in own),
+            *(f"double* __restrict {self._q(i)} = {self.result(i)};" for i in own),
             *(
                 f"clear<{values[i].op}_>({self._q(i)}, 0, {self._count(values[i].kind)});"
                 for i in nest.reductions
@@ -106,153 +42,19 @@ class Blocks(Body):
             *self._loop(axes_of(nest.kind, self.program.all_axes), stage, nest.kept),
         ]
 
-    def _uniform(self, values: Iterable[int], done: set[int]) -> list[str]:
-        """What there is one of per tensor, unless it is there."""
-        new = [i for i in values if self.program.values[i].kind == TENSOR and i not in done]
-        done.update(new)
-        return [self._line(i) for i in new]
-
-    # -- where things are --
-    def _lengths(self) -> list[str]:
-        at = HEAD + len(self.program.buffers)
-        return [
-            f"[[maybe_unused]] const int64_t n{a} = row.words[{at + a}];" for a in range(self.program.axes)
-        ]
-
-    def _count(self, kind: str) -> str:
-        return " * ".join(f"n{a}" for a in axes_of(kind, self.program.all_axes)) or "1"
-
-    def _word(self, i: int) -> int:
-        """Which word of a row says where the results of a value begin."""
-        return HEAD + len(self.program.buffers) + self.program.axes + schedule(self.program).results.index(i)
-
-    def _q(self, i: int) -> str:
-        return f"q{schedule(self.program).results.index(i)}"
-
-    def _region(self, i: int) -> int:
-        """Which of the words that a chunk has for its part results."""
-        return regions(self.program).index(i)
-
-    def _given(self, values: Iterable[int]) -> list[str]:
-        """Pointers to the results of earlier loops."""
-        found = [i for i in values if self.split.given(i) and is_partial(self.program.values[i].kind)]
-        return [
-            f"const double* __restrict {self._q(i)} = launch.results + row.words[{self._word(i)}];"
-            for i in found
-        ]
-
-    def _prefix(self, kind: str) -> tuple[str, str]:
-        """How many elements, and how many numbers of this kind, each place along the axes before its first gap has."""
-        axes = self.program.all_axes
-        inside = axes[next(k for k, a in enumerate(axes) if a not in kind) :]
-        return self._count(inside), self._count("".join(a for a in inside if a in kind)) if kind else "1"
-
-    def _cleared(self, i: int, begin: str, end: str) -> str:
-        v = self.program.values[i]
-        inside, tail = self._prefix(v.kind)
-        first, last = f"{begin} / ({inside}) * ({tail})", f"(({end} - 1) / ({inside}) + 1) * ({tail})"
-        return f"clear<{v.op}_>({self._q(i)}, {first}, {last});"
-
-    def _joined(self, i: int) -> str:
-        v = self.program.values[i]
-        inside, tail = self._prefix(v.kind)
-        where = f"{self._region(i)}, row.words[{self._word(i)}]"
-        return f"join_chunks<{v.op}_>(launch, row, {where}, {inside}, {tail}, {self._count(v.kind)});"
-
-    def _place(self, kind: str) -> str:
-        if kind == TENSOR:
-            return "0"
-        return f"o{kind} + c" if self._along_line(kind) else f"o{kind}"
-
-    def _along_line(self, kind: str) -> bool:
-        """Whether it has another number at each place of a line."""
-        return self.axes[-1] in axes_of(kind, self.program.all_axes)
-
-    # -- loops --
     def _loop(self, axes: str, stage: Stage, kept: Sequence[int] = ()) -> list[str]:
-        """The loop over lines: over each once for every sum along it that others need, then for what it is for."""
-        self.axes, self.making = axes, kept
-        values = self.program.values
-        fixed = [i for i in stage.values if values[i].kind != TENSOR and not self._along_line(values[i].kind)]
-        body: list[str] = []
-        done: set[int] = set()
-        for sums in stage.lines:
-            body += [*self._fixed(fixed, done), *self._line_sums(sums, stage)]
-            done.update(sums)
-        body += [*self._fixed(fixed, done), *self._last(stage, kept)]
-        kinds = {values[i].kind for i in (*stage.values, *stage.reductions, *kept)}
-        kinds |= {self.program.buffer[n].kind for n, _ in stage.stores}
-        body = [*self._index(kinds), *body]
+        body = self.line(axes, stage, kept)
         if len(axes) == 1:
             return body
-        line = f"n{axes[-1]}"
+        length = f"n{axes[-1]}"
         first, last = (
-            (f"begin / {line}", f"end / {line}")
+            (f"begin / {length}", f"end / {length}")
             if axes == self.program.all_axes
             else ("0", self._count(axes[:-1]))
         )
         return [f"for (int64_t line = {first}; line < {last}; ++line) {{", *indent(body), "}"]
 
-    def _index(self, kinds: Iterable[str]) -> list[str]:
-        """Where the line begins in all that is accessed."""
-        outer = self.axes[:-1]
-        out, rest = [], "line"
-        if self.axes == self.program.all_axes:
-            out.append(f"const int64_t first = line * n{self.axes[-1]};")
-        for a in reversed(outer[1:]):
-            out.append(f"[[maybe_unused]] const int64_t i{a} = {rest} % n{a};")
-            rest = f"({rest} / n{a})"
-        out += [f"[[maybe_unused]] const int64_t i{outer[0]} = {rest};"] if outer else []
-        for kind in sorted(filter(is_partial, kinds)):
-            place, stride = [], ""
-            for a in reversed(kind):
-                place += [f"i{a}{stride}"] if a in outer else []
-                stride += f" * n{a}"
-            out.append(f"[[maybe_unused]] const int64_t o{kind} = {' + '.join(place) or '0'};")
-        return out
-
-    def _fixed(self, fixed: Sequence[int], done: set[int]) -> list[str]:
-        """What is one number for the whole line, as far as the sums that it needs are there."""
-        out = []
-        late = {i for i in fixed if i in self.split.inline} - done
-        for i in fixed:
-            if i in late or (not self.split.given(i) and late.intersection(self.program.values[i].args)):
-                late.add(i)
-            elif i not in done:
-                done.add(i)
-                out.append(self._line(i))
-        return out
-
-    def _varying(self, roots: Iterable[int]) -> list[int]:
-        """What has to be computed at each place of the line."""
-        roots, values = list(roots), self.program.values
-        roots += [a for i in roots if i in self.making for a in values[i].args]
-        return [i for i in self.split.needed(roots) if self._along_line(values[i].kind)]
-
-    def _line_sums(self, sums: Sequence[int], stage: Stage) -> list[str]:
-        values, length = self.program.values, f"n{self.axes[-1]}"
-        inner = [self._line(i) for i in self._varying(values[i].args[0] for i in sums)]
-        inner += [self._added(i) for i in sums]
-        out = [f"Lanes<{values[i].op}_> {self._lanes(i)};" for i in sums]
-        out += self._over(inner, lanes=True)
-        for i in sums:
-            scale = f" / double({length})" if reduction(values[i].op).averaged else ""
-            out.append(f"const T {self.name(i)} = T({self._lanes(i)}.total(){scale});")
-        return out
-
-    def _lanes(self, i: int) -> str:
-        return f"acc{i}"
-
-    def _added(self, i: int) -> str:
-        return f"{self._lanes(i)}.add(lane, {self.name(self.program.values[i].args[0])});"
-
-    def _whole(self, stage: Stage) -> list[int]:
-        return [i for i in stage.reductions if i in self.reductions]
-
-    def accumulators(self, stage: Stage) -> list[str]:
-        return [f"Lanes<{self.program.values[i].op}_> {self._lanes(i)};" for i in self._whole(stage)]
-
-    def _last(self, stage: Stage, kept: Sequence[int]) -> list[str]:
+    def last(self, stage: Stage, kept: Sequence[int]) -> list[str]:
         values = self.program.values
         roots = {*(i for _, i in stage.stores), *(values[i].args[0] for i in stage.reductions), *kept}
         inner = [self._line(i) for i in self._varying(roots)]
@@ -264,8 +66,8 @@ class Blocks(Body):
                 continue
             inner.append(self._added(i))
             if at:
-                before.append(f"Lanes<{values[i].op}_> {self._lanes(i)};")
-                after.append(f"{at} = {values[i].op}_::join({at}, {self._lanes(i)}.total());")
+                before.append(self._accumulator(i))
+                after.append(f"{at} = {values[i].op}_::join({at}, {self.total(i)});")
         inner += [f"{self._q(i)}[{self._place(values[i].kind)}] = double({self.name(i)});" for i in kept]
         for n, i in stage.stores:
             kind = self.program.buffer[n].kind
@@ -274,10 +76,9 @@ class Blocks(Body):
                 f"store({identifier(n)}, {place}, {self.name(i)});"
             )
         lanes = any(".add(lane" in line for line in inner)
-        return [*before, *(self._over(inner, lanes) if inner else []), *after]
+        return [*before, *(self.over(inner, lanes) if inner else []), *after]
 
-    def _over(self, inner: Sequence[str], lanes: bool) -> list[str]:
-        """The loop over a line's places; with lanes to add up in, in a fixed order."""
+    def over(self, inner: Sequence[str], lanes: bool) -> list[str]:
         length = f"n{self.axes[-1]}"
         at = ["[[maybe_unused]] const int64_t i = first + c;"] if self.axes == self.program.all_axes else []
         if lanes:
@@ -286,24 +87,24 @@ class Blocks(Body):
             head, tail = ["FUSEDOPT_INDEPENDENT", f"for (int64_t c = 0; c < {length}; ++c) {{"], "}"
         return [*head, *indent([*at, *inner]), tail]
 
-    # -- values --
-    def _expression(self, i: int, v: Value) -> str:
-        kind = v.kind
-        if self.split.given(i) and i not in self.reductions and i not in self.making:
-            source = self.program.values[v.args[0]].kind if v.op in self._averaged else kind
-            gone = "".join(
-                a
-                for a in axes_of(source, self.program.all_axes)
-                if a not in axes_of(kind, self.program.all_axes)
-            )
-            scale = f" / double({self._count(gone)})" if gone else ""
-            if kind == TENSOR:
-                return f"T(launch.results[row.words[{self._word(i)}]]{scale})"
-            return f"T({self._q(i)}[{self._place(kind)}]{scale})"
-        if v.op == "load" and is_partial(kind):
-            return f"load<T>({identifier(v.attr)}, {self._place(kind)})"
-        return super()._expression(i, v)
+    def total(self, i: int) -> str:
+        return f"{self._lanes(i)}.total()"
 
-    @property
-    def _averaged(self) -> set[str]:
-        return {op.name for op in self.reduces() if op.averaged}
+    # -- results --
+    def result(self, i: int) -> str:
+        return f"launch.results + row.words[{self._word(i)}]"
+
+    def one(self, i: int) -> str:
+        return f"launch.results[row.words[{self._word(i)}]]"
+
+    def _cleared(self, i: int, begin: str, end: str) -> str:
+        v = self.program.values[i]
+        inside, tail = self._prefix(v.kind)
+        first, last = f"{begin} / ({inside}) * ({tail})", f"(({end} - 1) / ({inside}) + 1) * ({tail})"
+        return f"clear<{v.op}_>({self._q(i)}, {first}, {last});"
+
+    def joined(self, i: int) -> str:
+        v = self.program.values[i]
+        inside, tail = self._prefix(v.kind)
+        where = f"{self._region(i)}, row.words[{self._word(i)}]"
+        return f"join_chunks<{v.op}_>(launch, row, {where}, {inside}, {tail}, {self._count(v.kind)});"

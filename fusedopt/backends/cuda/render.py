@@ -6,11 +6,12 @@ import textwrap
 from collections.abc import Sequence
 
 from ...ir.program import Program, identifier
-from ...ir.stages import Stage
+from ...ir.stages import Stage, schedule
 from .. import c_family
 from ..c_family import TYPES, entries, indent
+from .blocks import Blocks
 
-__all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
+__all__ = ["SLOT", "TYPES", "VERSION", "entries", "launches", "render", "source"]
 
 VERSION = "3"
 SLOT = '#include "cuda_example.inc"'
@@ -18,10 +19,25 @@ SLOT = '#include "cuda_example.inc"'
 
 def render(program: Program, slot_names: Sequence[str] = (), title: str = "") -> str:
     """The generated body. ``slot_names`` are the scalars' expressions, for the comments."""
-    head, rest = c_family.render(_Body, program, slot_names, title).split("\n\n", 1)
-    # Powers in double need registers that the assembler, aiming at more blocks, would rather spill.
-    blocks = 2 if any(v.type == "d" for v in program.values) else 0
+    language = _Body if program.axes == 1 else _Blocks
+    head, rest = c_family.render(language, program, slot_names, title).split("\n\n", 1)
+    # Powers in double, and divisions of places, need registers that the assembler, aiming at more blocks, would rather
+    # spill.
+    blocks = 2 if program.axes > 1 or any(v.type == "d" for v in program.values) else 0
     return f"{head}\nconstexpr int resident_blocks = {blocks};\n\n{rest}"
+
+
+def launches(program: Program) -> list[tuple[str, str]]:
+    """The kernels of a step, in order, and what each has blocks for: "joins", "rows", "chunks", or "tiles" of them."""
+    found, names = schedule(program), entries(program)
+    out = []
+    for k, between in enumerate(found.between):
+        out += [(f"fusedopt_join_{k}", "joins")] if between.joined else []
+        if k < len(found.stages):
+            before = names.before[k]
+            out += [(before, "rows")] if before and between.nests else []
+            out.append((names.stages[k], "chunks" if found.stages[k].reductions else "tiles"))
+    return [*out, *([(names.scalars, "rows")] if names.scalars else [])]
 
 
 def source(skeleton: str, body: str) -> str:
@@ -65,3 +81,7 @@ class _Body(c_family.Body):
             ),
             *totals,
         ]
+
+
+class _Blocks(Blocks, _Body):
+    """Of a program with several axes."""

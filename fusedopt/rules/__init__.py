@@ -1,0 +1,80 @@
+"""Published update rules, each a few lines in a file of its own: ``fusedopt.rules.Lion(params, lr=1e-4)``.
+
+Classes take what their authors' code takes, with the defaults of that code or of the paper, and `Optimizer`'s options.
+`Cautious` and `GrokFast` change an optimizer that there is. The callbacks that each is made of are here too, for lists
+of one's own. docs/rules_table.md says what each costs; docstrings are as in `fusedopt.callbacks`.
+"""
+
+from .adabelief import AdaBelief, adabelief_step, average_sqr_surprise
+from .adabound import AdaBound, adabound_step
+from .adamod import AdaMod, adamod_step
+from .adan import Adan, adan_step
+from .ademamix import AdEMAMix, ademamix_step
+from .adopt import ADOPT, adopt_step
+from .cautious import Cautious, cautious, cautious_step
+from .first import first_step
+from .grokfast import GrokFast, grokfast_filter
+from .laprop import LaProp, laprop_step
+from .lars import LARS, lars_step
+from .lion import Lion, lion_step
+from .mars import MARS, mars_step
+from .novograd import NovoGrad, novograd_step
+from .qhm import QHM, qhm_step
+from .schedulefree import (
+    AdamWScheduleFree,
+    SGDScheduleFree,
+    divide_by_rms,
+    schedule_free_step,
+)
+from .signum import Signum, sign_step
+from .sophia import SophiaG, sophia_step
+from .stableadamw import StableAdamW, stable_adamw_step
+from .tiger import Tiger
+from .yogi import Yogi, average_sqr_yogi
+
+__all__ = [
+    "ADOPT",
+    "LARS",
+    "MARS",
+    "QHM",
+    "AdEMAMix",
+    "AdaBelief",
+    "AdaBound",
+    "AdaMod",
+    "AdamWScheduleFree",
+    "Adan",
+    "Cautious",
+    "GrokFast",
+    "LaProp",
+    "Lion",
+    "NovoGrad",
+    "SGDScheduleFree",
+    "Signum",
+    "SophiaG",
+    "StableAdamW",
+    "Tiger",
+    "Yogi",
+    "adabelief_step",
+    "adabound_step",
+    "adamod_step",
+    "adan_step",
+    "ademamix_step",
+    "adopt_step",
+    "average_sqr_surprise",
+    "average_sqr_yogi",
+    "cautious",
+    "cautious_step",
+    "divide_by_rms",
+    "first_step",
+    "grokfast_filter",
+    "laprop_step",
+    "lars_step",
+    "lion_step",
+    "mars_step",
+    "novograd_step",
+    "qhm_step",
+    "schedule_free_step",
+    "sign_step",
+    "sophia_step",
+    "stable_adamw_step",
+]

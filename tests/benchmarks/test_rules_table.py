@@ -1,0 +1,32 @@
+"""docs/rules_table.md is what ``python -m benchmarks.rules`` writes, and has every rule."""
+
+from benchmarks import rules as written
+from fusedopt import rules, table
+from fusedopt.optimizer import Optimizer
+
+
+def test_the_document_is_what_the_kernels_say():
+    assert written.TABLE.read_text(encoding="utf-8") == written.document(), "python -m benchmarks.rules"
+
+
+def test_a_kernel_that_costs_more_is_noticed():
+    row = table.row("rules", "Lion")
+    other = table.Row(
+        "Lion", "rules", lambda params, **options: rules.LaProp(params, **options), None, row.variants
+    )
+    assert written.cost(row)[:3] == (1, 20, 1) and written.cost(other)[:3] == (1, 28, 2)
+
+
+def test_what_runs_eagerly_is_said(recwarn):
+    def sorts(p, lr, **kwargs):
+        p.data.sub_(p.grad.sort().values, alpha=lr)
+
+    row = table.Row(
+        "Sorts", "rules", lambda params, **o: Optimizer(params, sorts, lr=0.1, **o), None, (table.Variant(),)
+    )
+    assert written.cost(row).eager == ("sorts",)
+
+
+def test_every_rule_has_a_row():
+    found = {name for name in rules.__all__ if name[0].isupper()}
+    assert {row.name for row in table.RULES} == found

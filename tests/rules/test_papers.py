@@ -1,0 +1,176 @@
+"""Every rule against its paper, written once more in plain torch: see papers.py.
+
+Tolerance by competition: the paper's loop runs in float64 (the truth) and in float32. Ours may be off from the truth by
+at most twice the float32 loop's own error, or 2 ulp. Mutations show that the comparison can fail.
+"""
+
+import inspect
+import math
+from functools import cache
+
+import pytest
+import torch
+from papers import PAPERS, constant
+
+from fusedopt import table
+
+STEPS, SNAPSHOTS = 60, (1, 2, 7, 20, 60)
+SHAPES = [(1,), (7,), (3, 5), (130,), (4,), (2, 3, 2)]
+ZERO = 4
+"""A parameter that starts at zero, and so has no norm."""
+CASES = [pytest.param(r, v, id=f"{r.name}-{v.id}") for r in table.RULES for v in r.variants]
+FIRST = [pytest.param(r, r.variants[0], id=r.name) for r in table.RULES]
+
+
+def half_cosine(t):
+    return 0.5 * (1 + math.cos(math.pi * t / STEPS))
+
+
+@cache
+def problem():
+    """Start values and gradients of every step, exact in float32."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(s, generator=generator) for s in SHAPES]
+    start[ZERO].zero_()
+    return start, [[torch.randn(s, generator=generator) * 0.5 + 0.2 for s in SHAPES] for _ in range(STEPS)]
+
+
+@cache
+def paper_runs(name, index, dtype, schedule):
+    """Snapshots of the paper's loop: a row for each, of all parameters."""
+    kwargs = dict(table.row("rules", name).variants[index].kwargs)
+    sign = -1.0 if kwargs.pop("maximize", False) else 1.0
+    start, grads = problem()
+    out = []
+    for i, p in enumerate(start):
+        p, seen = p.to(dtype, copy=True), []
+        loop = PAPERS[name](p, (sign * g[i].to(dtype) for g in grads), **kwargs, schedule=schedule)
+        for t, _ in enumerate(loop, 1):
+            if t in SNAPSHOTS:
+                seen.append(p.double().flatten().clone())
+        out.append(torch.stack(seen))
+    return out
+
+
+def our_runs(row, variant, dtype, schedule, mutate=None, **options):
+    """Snapshots of our steps, with the optimizer behind the last one."""
+    start, grads = problem()
+    params = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in start]
+    opt = row.factory(params, **variant.kwargs, **options)
+    if mutate is not None:
+        mutate(opt)
+    rates, out = [g["lr"] for g in opt.param_groups], [[] for _ in params]
+    for t in range(1, STEPS + 1):
+        for p, g in zip(params, grads[t - 1], strict=True):
+            p.grad = g.to(dtype, copy=True)
+        for group, lr in zip(opt.param_groups, rates, strict=True):
+            group["lr"] = lr * schedule(t)
+        opt.step()
+        if t in SNAPSHOTS:
+            for seen, p in zip(out, params, strict=True):
+                seen.append(p.detach().double().flatten().clone())
+    return opt, [torch.stack(seen) for seen in out]
+
+
+def assert_competes(ours, truth, theirs, dtype):
+    """Each parameter, at each snapshot, is as near to the truth as rounding allows."""
+    eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+
+    def error(found):
+        return torch.stack([_relative(a, t) for a, t in zip(found, truth, strict=True)]).amax(0)
+
+    assert all(t.isfinite().all() for t in truth)
+    bound = 2 * error(theirs) * (eps / eps32) + eps * (2 + torch.tensor(SNAPSHOTS) / 2)
+    assert (error(ours) <= bound).all(), f"error {error(ours).tolist()} above {bound.tolist()}"
+
+
+def _relative(found, truth):
+    return (found - truth).abs().amax(1) / truth.abs().amax(1).clamp(min=1e-3)
+
+
+def check(row, variant, dtype, schedule=constant, mutate=None, **options):
+    index = row.variants.index(variant)
+    opt, ours = our_runs(row, variant, dtype, schedule, mutate, **options)
+    runs = [paper_runs(row.name, index, d, schedule) for d in (torch.float64, torch.float32)]
+    assert_competes(ours, *runs, dtype)
+    return opt
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(("row", "variant"), CASES)
+def test_a_rule_is_its_papers(row, variant, dtype):
+    opt = check(row, variant, dtype, backend="cpp")
+    assert not opt.explain().eager
+
+
+@pytest.mark.parametrize(("row", "variant"), CASES)
+def test_its_callbacks_run_eagerly_are_the_papers(row, variant):
+    check(row, variant, torch.float64, backend="reference")
+
+
+@pytest.mark.parametrize(("row", "variant"), FIRST)
+def test_a_schedule_changes_what_it_changes_in_the_paper_and_compiles_nothing(row, variant):
+    opt = check(row, variant, torch.float32, half_cosine, backend="cpp")
+    assert len(opt.explain().compiled) == 1 + row.changes_structure
+
+
+@pytest.mark.parametrize(("row", "variant"), CASES)
+def test_arguments_and_defaults_are_those_written_down_with_the_paper(row, variant):
+    paper = inspect.signature(PAPERS[row.name]).parameters
+    theirs = {k: p.default for k, p in paper.items() if p.default is not p.empty}
+    ours = inspect.signature(row.factory).parameters
+    for name, parameter in ours.items():
+        if name not in ("params", "maximize", "options", "kwargs"):
+            assert parameter.default == theirs[name], name
+    assert set(variant.kwargs) <= {*theirs, "maximize"}
+
+
+# --
+# Mutations
+
+
+def flip_sign(opt):
+    def flip(p, **kwargs):
+        p.grad.data.neg_()
+
+    opt.cbs = [flip, *opt.cbs]
+
+
+def shift_lr(opt):
+    for group in opt.param_groups:
+        group["lr"] *= 1.01
+
+
+def more_momentum(opt):
+    opt.set_hyper("mom", opt.hypers[0]["mom"] * 0.99)
+
+
+def more_decay(opt):
+    opt.set_hyper("wd", opt.hypers[0]["wd"] * 1.1)
+
+
+def mutations():
+    for row in table.RULES:
+        yield row, row.variants[0], flip_sign
+        yield row, row.variants[0], shift_lr
+        yield row, row.variants[0], more_momentum
+        decayed = next((v for v in row.variants if v.kwargs.get("weight_decay")), None)
+        if decayed is not None:
+            yield row, decayed, more_decay
+
+
+@pytest.mark.parametrize(
+    ("row", "variant", "mutate"),
+    [pytest.param(*m, id=f"{m[0].name}-{m[2].__name__}") for m in mutations()],
+)
+def test_mutation_is_noticed(row, variant, mutate):
+    with pytest.raises(AssertionError, match=r"error .* above"):
+        check(row, variant, torch.float64, mutate=mutate, backend="reference")
+
+
+@pytest.mark.parametrize(("row", "variant"), FIRST)
+def test_mutation_a_schedule_that_is_not_followed_is_noticed(row, variant):
+    truth, theirs = (paper_runs(row.name, 0, d, half_cosine) for d in (torch.float64, torch.float32))
+    _, ours = our_runs(row, variant, torch.float32, constant, backend="reference")
+    with pytest.raises(AssertionError, match=r"error .* above"):
+        assert_competes(ours, truth, theirs, torch.float32)

@@ -1,0 +1,210 @@
+"""Rules against the packages that have them with the same meaning: pytorch-optimizer, torch-optimizer, torch.optim.
+
+In float64, so that what differs is meaning and not rounding; some of them keep a number in float32, or add 1e-15 under
+a root. What they mean otherwise is said where it is left out.
+"""
+
+import importlib
+
+import pytest
+import torch
+from test_papers import flip_sign, problem, shift_lr
+
+from fusedopt import rules, table
+
+STEPS = 25
+PO, TO = "pytorch_optimizer", "torch_optimizer"
+MATRICES = (2, 5)
+"""Numbers of the problem's parameters with more than one dimension."""
+
+
+def later(step):
+    """The authors count from the second step on; the peer from the first."""
+    return (step - 1) ** 0.25
+
+
+# our name and arguments; the peer and its arguments; which parameters
+CASES = [
+    ("AdaBelief", dict(rectify=False), f"{PO}.AdaBelief", dict()),
+    (
+        "AdaBelief",
+        dict(lr=0.01, weight_decay=0.1),
+        f"{PO}.AdaBelief",
+        dict(lr=0.01, weight_decay=0.1, rectify=True),
+    ),
+    (
+        "AdaBelief",
+        dict(rectify=False),
+        f"{TO}.AdaBelief",
+        dict(eps=1e-16, rectify=False, weight_decouple=True),
+    ),
+    ("AdaBound", dict(), f"{PO}.AdaBound", dict()),
+    ("AdaBound", dict(weight_decay=0.1), f"{TO}.AdaBound", dict(weight_decay=0.1)),
+    ("AdaMod", dict(), f"{TO}.AdaMod", dict()),
+    (
+        "AdaMod",
+        dict(lr=0.01, beta3=0.9, weight_decay=0.1),
+        f"{TO}.AdaMod",
+        dict(lr=0.01, beta3=0.9, weight_decay=0.1),
+    ),
+    ("AdamWScheduleFree", dict(), f"{PO}.ScheduleFreeAdamW", dict()),
+    (
+        "AdamWScheduleFree",
+        dict(warmup_steps=5, r=1.0, weight_decay=0.1),
+        f"{PO}.ScheduleFreeAdamW",
+        dict(warmup_steps=5, r=1.0, weight_decay=0.1),
+    ),
+    ("SGDScheduleFree", dict(lr=0.1), f"{PO}.ScheduleFreeSGD", dict(lr=0.1)),
+    (
+        "SGDScheduleFree",
+        dict(lr=0.1, momentum=0.8, weight_decay=0.1, warmup_steps=7),
+        f"{PO}.ScheduleFreeSGD",
+        dict(lr=0.1, momentum=0.8, weight_decay=0.1, warmup_steps=7),
+    ),
+    (
+        "Adan",
+        dict(no_prox=True, weight_decay=0.1),
+        f"{PO}.Adan",
+        dict(weight_decouple=True, weight_decay=0.1),
+    ),
+    (
+        "AdEMAMix",
+        dict(alpha=5.0, weight_decay=0.1),
+        f"{PO}.AdEMAMix",
+        dict(alpha=5.0, weight_decay=0.1, weight_decouple=True),
+    ),
+    # decoupled decay is in the first step there, in which the authors' code does nothing
+    ("ADOPT", dict(), f"{PO}.ADOPT", dict(clip_lambda=later)),
+    (
+        "ADOPT",
+        dict(weight_decay=0.1),
+        f"{PO}.ADOPT",
+        dict(clip_lambda=later, weight_decay=0.1, weight_decouple=False),
+    ),
+    ("LaProp", dict(weight_decay=0.0), f"{PO}.LaProp", dict()),  # which decays after the step
+    (
+        "LARS",
+        dict(lr=1.0),
+        f"{PO}.LARS",
+        dict(lr=1.0, weight_decay=5e-4),
+        MATRICES,
+    ),  # vectors have no ratio there
+    (
+        "LARS",
+        dict(momentum=0.0),
+        f"{TO}.LARS",
+        dict(lr=0.1, weight_decay=5e-4, trust_coefficient=1e-3, eps=0.0),
+        MATRICES,
+    ),
+    ("Lion", dict(), f"{PO}.Lion", dict()),
+    ("Lion", dict(lr=0.01, weight_decay=0.1), f"{PO}.Lion", dict(lr=0.01, weight_decay=0.1)),
+    (
+        "MARS",
+        dict(eps=0.0),
+        f"{PO}.MARS",
+        dict(eps=0.0),
+    ),  # eps is added before v's bias is divided away there
+    (
+        "MARS",
+        dict(lr=0.01, weight_decay=0.1, lr_1d=0.002, gamma=0.1, eps=0.0),
+        f"{PO}.MARS",
+        dict(lr=0.01, weight_decay=0.1, lr_1d=0.002, gamma=0.1, eps=0.0),
+    ),
+    ("NovoGrad", dict(), f"{PO}.NovoGrad", dict(lr=1e-2)),
+    (
+        "NovoGrad",
+        dict(weight_decay=0.1, grad_averaging=True),
+        f"{TO}.NovoGrad",
+        dict(lr=1e-2, betas=(0.95, 0.98), weight_decay=0.1, grad_averaging=True),
+    ),
+    ("QHM", dict(), f"{PO}.QHM", dict(lr=1e-2, momentum=0.999, nu=0.7)),
+    ("QHM", dict(weight_decay=0.1), f"{TO}.QHM", dict(lr=1e-2, momentum=0.999, weight_decay=0.1)),
+    ("Signum", dict(), f"{PO}.Tiger", dict(lr=1e-2, beta=0.9, weight_decay=0.0)),
+    ("StableAdamW", dict(), f"{PO}.StableAdamW", dict(eps=1e-6)),
+    ("Tiger", dict(), f"{PO}.Tiger", dict()),
+    (
+        "Yogi",
+        dict(initial_accumulator_value=0.0),
+        f"{TO}.Yogi",
+        dict(initial_accumulator=0.0),
+    ),  # of both moments there
+    (
+        "GrokFast",
+        dict(betas=(0.9, 0.99), lr=1e-4, weight_decay=0.0),
+        f"{PO}.GrokFastAdamW",
+        dict(normalize_lr=False),
+    ),
+    ("GrokFast", dict(lamb=0.0), "torch.optim.AdamW", dict()),
+]
+
+
+def of(which):
+    """The problem's parameters of these numbers, and their gradients, step by step."""
+    start, grads = problem()
+    chosen = which or range(len(start))
+    return [start[i] for i in chosen], [[g[i] for i in chosen] for g in grads[:STEPS]]
+
+
+def trajectory(make, which=None, mutate=None):
+    start, grads = of(which)
+    params = [torch.nn.Parameter(p.double()) for p in start]
+    opt = make(params)
+    if mutate is not None:
+        mutate(opt)
+    seen = []
+    for given in grads:
+        for p, g in zip(params, given, strict=True):
+            p.grad = g.double()
+        opt.step()
+        seen.append(torch.cat([p.detach().flatten() for p in params]))
+    return torch.stack(seen)
+
+
+def assert_as_peer(case, mutate=None):
+    name, kwargs, peer, theirs, *which = case
+    module, cls = peer.rsplit(".", 1)
+    make = getattr(importlib.import_module(module), cls)
+    expected = trajectory(lambda params: make(params, **theirs), *which)
+    ours = trajectory(
+        lambda params: table.row("rules", name).factory(params, **kwargs), *which, mutate=mutate
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case[0]}-{case[2]}-{'-'.join(case[1]) or 'defaults'}"
+)
+def test_a_rule_is_its_peers(case):
+    assert_as_peer(case)
+
+
+@pytest.mark.parametrize("mutate", [flip_sign, shift_lr])
+@pytest.mark.parametrize("name", sorted({case[0] for case in CASES}))
+def test_mutation_is_noticed(name, mutate):
+    case = next(case for case in CASES if case[0] == name)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_as_peer(case, mutate)
+
+
+def test_every_peer_of_the_table_is_compared():
+    compared = {(case[0], case[2]) for case in CASES}
+    assert {(row.name, row.peer) for row in table.RULES if row.peer} <= compared
+
+
+def test_averaged_weights_are_the_peers():
+    """What eval() makes of the parameters, and train() of those."""
+    peer = importlib.import_module(PO).ScheduleFreeAdamW
+    found = []
+    for make in (rules.AdamWScheduleFree, peer):
+        params = [torch.nn.Parameter(p.double()) for p in problem()[0]]
+        opt = make(params, lr=0.01)
+        for given in problem()[1][:5]:
+            for p, g in zip(params, given, strict=True):
+                p.grad = g.double()
+            opt.step()
+        for swap in (opt.eval, opt.eval, opt.train, opt.train):
+            swap()
+            found.append(torch.cat([p.detach().flatten() for p in params]))
+    for ours, theirs in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])

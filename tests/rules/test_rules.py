@@ -1,0 +1,423 @@
+"""What is true of all rules besides their formulas: documents, arguments, groups, dtypes, checkpoints; and wrappers."""
+
+import copy
+import dis
+import inspect
+import math
+import pickle
+import types
+from functools import partial
+
+import pytest
+import torch
+from factories import assert_equal, give_gradients, parameters
+from torch.optim import lr_scheduler
+
+import fusedopt
+from fusedopt import callbacks, optim, rules, table
+from fusedopt.callback import arguments_of, function_of
+
+ROWS = [pytest.param(r, id=r.name) for r in table.RULES]
+VARIANTS = [pytest.param(r, v, id=f"{r.name}-{v.id}") for r in table.RULES for v in r.variants]
+CALLBACKS = sorted(
+    name
+    for name in rules.__all__
+    if name[0].islower() and name not in ("first_step", "half_life_of", "cautious")
+)
+CLASSES = sorted(name for name in rules.__all__ if isinstance(getattr(rules, name), type))
+
+
+def train(opt, steps=4, start=0):
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for t in range(start, start + steps):
+        give_gradients(params, t)
+        opt.step()
+    return params
+
+
+def stepped(make, steps=4, **options):
+    params = parameters(**options)
+    train(make(params), steps)
+    return params
+
+
+# --
+# What their code and documents promise
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_callbacks_docstring_follows_the_template(name):
+    doc = getattr(rules, name).__doc__
+    places = [doc.find(f"\n    {h}") for h in ("Formula:", "Args:", "State:", "Source:", "Deviations:")]
+    assert -1 not in places and places == sorted(places)
+    taken = [a for a in arguments_of(getattr(rules, name)) if a not in ("p", "kwargs")]
+    assert not [a for a in taken if f"`{a}`" not in doc], "an argument that the docstring does not name"
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_callback_brings_defaults_for_what_it_takes(name):
+    """Besides lr, step and what the averages before it bring along."""
+    func = getattr(rules, name)
+    required = {k for k, v in arguments_of(func).items() if v is inspect.Parameter.empty}
+    before = {"p", "lr", "step", "kwargs", "grad_avg", "sqr_avg", "mom", "sqr_mom", "rule", "base_lr"}
+    assert required - before <= set(getattr(func, "defaults", {}))
+
+
+PURE = {
+    "torch",
+    "debias",
+    "first_step",
+    "half_life_of",
+    "adam_step",
+    "radam_step",
+    "min",
+    "max",
+    "RuntimeError",
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_callback_reads_nothing_but_arguments_and_pure_functions(name):
+    func = getattr(rules, name)
+    read = {
+        i.argval for i in dis.get_instructions(func) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF")
+    }
+    assert read <= PURE and func.__closure__ is None
+    assert not any(isinstance(c, types.CodeType) for c in func.__code__.co_consts)
+
+
+def test_every_rule_is_public_documented_and_in_a_file_of_its_name():
+    for name in rules.__all__:
+        assert inspect.getdoc(getattr(rules, name)), name
+    files = {name: getattr(rules, name).__module__.rsplit(".", 1)[1] for name in CLASSES}
+    assert all(file in name.lower() for name, file in files.items())
+    assert fusedopt.rules is rules
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_constructors_are_torchs_in_shape(name):
+    """params, lr, more; flags by keyword; the options that every optimizer has."""
+    found = list(inspect.signature(getattr(rules, name)).parameters.values())
+    assert [p.name for p in found[:2]] == ["params", "lr"]
+    assert found[-2].name == "maximize" and found[-2].kind is inspect.Parameter.KEYWORD_ONLY
+    assert found[-1].kind is inspect.Parameter.VAR_KEYWORD
+    assert all(p.default is not p.empty for p in found[1:-1])
+
+
+# --
+# Arguments
+
+
+NUMBERS = (
+    "lr",
+    "eps",
+    "weight_decay",
+    "momentum",
+    "rho",
+    "gamma",
+    "nu",
+    "final_lr",
+    "trust_coefficient",
+    "lr_1d",
+)
+BAD = [
+    (name, {key: value})
+    for name in CLASSES
+    for key in inspect.signature(getattr(rules, name)).parameters
+    for value in (-0.1, math.nan)
+    if key in NUMBERS
+] + [
+    (name, dict(betas=betas))
+    for name in CLASSES
+    if "betas" in inspect.signature(getattr(rules, name)).parameters
+    for betas in ((1.0, 0.9, 0.9), (0.9, -0.1, 0.9), (math.nan, 0.9, 0.9), (0.9,))
+]
+BAD += [
+    ("AdEMAMix", dict(betas=(0.9, 0.999))),
+    ("MARS", dict(betas_1d=(0.9, 1.0))),
+    ("AdaMod", dict(beta3=1.0)),
+    ("Tiger", dict(beta=1.0)),
+    ("ADOPT", dict(clip_exp=0.0)),
+    ("AdaBound", dict(gamma=1.0)),
+    ("AdaBound", dict(lr=0.0)),
+    ("SGDScheduleFree", dict(momentum=0.0)),
+    ("AdamWScheduleFree", dict(betas=(1.0, 0.9))),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), BAD, ids=[f"{n}-{k}" for n, k in BAD])
+def test_bad_numbers_are_refused(name, kwargs):
+    with pytest.raises(ValueError, match=r"Invalid|must be"):
+        getattr(rules, name)(parameters(), **kwargs)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_misspelt_argument_is_refused(name):
+    with pytest.raises(TypeError, match="no callback takes the hyperparameter"):
+        getattr(rules, name)(parameters(), weight_decai=0.1)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_parameter_without_a_list_is_refused(name):
+    with pytest.raises(TypeError, match="an iterable of Tensors"):
+        getattr(rules, name)(torch.zeros(3, requires_grad=True))
+
+
+# --
+# Steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("row", "variant"), VARIANTS)
+def test_it_fuses_without_a_word_in_every_dtype(row, variant, dtype):
+    """Warnings are errors. One kernel serves the first step and the later ones."""
+    params = parameters(dtype=dtype)
+    opt = row.factory(params, **variant.kwargs, backend="cpp")
+    train(opt, 3)
+    said = opt.explain()
+    assert not said.eager and said.backend == "cpp"
+    assert len({c.name for c in said.compiled}) == 1
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize(("row", "variant"), VARIANTS)
+def test_a_step_costs_what_the_table_says(row, variant):
+    params = parameters([(4, 3), (2, 3, 2)])
+    opt = row.factory(params, **variant.kwargs, backend="cpp")
+    train(opt, 8)
+    said = opt.explain()
+    assert (said.launches, said.bytes_per_element) == (row.launches, variant.bytes)
+    kept = opt.state[params[0]].items()
+    assert {k for k, v in kept if isinstance(v, torch.Tensor) and v.shape == (4, 3)} == set(variant.state)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_groups_and_schedulers_change_what_is_theirs(row):
+    first, second = parameters(), parameters()
+    groups = [{"params": first}, {"params": second, "lr": 0.0}]
+    opt = row.factory(groups, **{"lr": 0.01, **row.variants[0].kwargs}, backend="cpp")
+    if row.name == "AdaBound":
+        opt.param_groups[1]["base_lr"] = 1.0
+    schedule = lr_scheduler.MultiplicativeLR(opt, lambda t: 0.0)
+    rate = opt.param_groups[0]["lr"]
+    start = [p.detach().clone() for p in first]
+    train(opt, 2)
+    assert any(not torch.equal(p, s) for p, s in zip(first, start, strict=True))
+    assert_equal(second, start)
+    schedule.step()
+    assert [g["lr"] for g in opt.param_groups] == [0.0, 0.0] and rate > 0
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_checkpoint_goes_on_where_it_was(row):
+    params, twins = parameters(), parameters()
+    opt, other = (row.factory(p, **row.variants[-1].kwargs, backend="cpp") for p in (params, twins))
+    train(opt, 7)
+    for p, q in zip(params, twins, strict=True):
+        q.data.copy_(p.data)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    train(opt, 3, start=7), train(other, 3, start=7)
+    assert_equal(params, twins)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_it_can_be_pickled(row):
+    opt = row.factory(parameters(), **row.variants[-1].kwargs, backend="cpp")
+    train(opt, 2)
+    other = pickle.loads(pickle.dumps(opt))
+    assert_equal(train(opt, 2, start=2), train(other, 2, start=2))
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.values[0].name not in ("Cautious", "GrokFast")])
+def test_maximize_is_descent_on_the_other_sign(row):
+    kwargs = {k: v for k, v in row.variants[-1].kwargs.items() if k != "maximize"}
+    up, down = parameters(), parameters()
+    opt, other = row.factory(up, **kwargs, maximize=True), row.factory(down, **kwargs)
+    for t in range(3):
+        give_gradients(up, t), give_gradients(down, t)
+        for p in down:
+            p.grad.neg_()
+        opt.step(), other.step()
+    assert_equal(up, down)
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if any(v.kwargs.get("weight_decay") for v in r.values[0].variants)]
+)
+def test_parameters_flagged_do_wd_false_never_decay(row):
+    """As fastai's Learner flags biases and norms."""
+    variant = next(v for v in row.variants if v.kwargs.get("weight_decay"))
+    none = {"weight_decay_1d": 0.0} if row.name == "MARS" else {}
+    decayed, spared, bare = parameters(), parameters(), parameters()
+    makers = [variant.kwargs, variant.kwargs, {**variant.kwargs, **none, "weight_decay": 0.0}]
+    for params, kwargs, flagged in zip((decayed, spared, bare), makers, (False, True, False), strict=True):
+        opt = row.factory(params, **kwargs, backend="cpp")
+        for p in params if flagged else ():
+            opt.state[p]["do_wd"] = False
+        train(opt)
+    assert_equal(spared, bare)
+    assert not torch.equal(decayed[0], bare[0])
+
+
+# --
+# Wrappers
+
+
+def test_cautious_moves_nothing_against_the_gradient():
+    params = parameters()
+    opt = rules.Cautious(optim.AdamW(params, weight_decay=0.0, backend="cpp"))
+    for t in range(6):
+        give_gradients(params, t)
+        before = [p.detach().clone() for p in params]
+        opt.step()
+        for p, old in zip(params, before, strict=True):
+            assert ((p - old) * p.grad <= 0).all()
+    still = sum(int((p == old).sum()) for p, old in zip(params, before, strict=True))
+    assert still > 0, "nothing was masked, so nothing was tested"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        rules.Lion,
+        rules.StableAdamW,
+        rules.LARS,
+        partial(fusedopt.Lamb, lr=0.1),
+        partial(fusedopt.Larc, lr=0.1),
+    ],
+    ids=["Lion", "StableAdamW", "LARS", "Lamb", "Larc"],
+)
+def test_cautious_and_grokfast_fuse_with_any_rule(make):
+    params = parameters()
+    opt = rules.GrokFast(rules.Cautious(make(params, backend="cpp")))
+    train(opt)
+    assert not opt.explain().eager and all(p.isfinite().all() for p in params)
+    assert_equal(params, stepped(lambda p: rules.GrokFast(rules.Cautious(make(p, backend="cpp")))))
+
+
+def test_cautious_is_a_callback_for_lists_with_the_defaults_of_its_rule():
+    moments = [
+        partial(callbacks.average_grad, dampening=True),
+        callbacks.average_sqr_grad,
+        callbacks.step_stat,
+    ]
+    cbs = [callbacks.weight_decay, *moments, rules.cautious(callbacks.adam_step)]
+    ours = stepped(lambda p: fusedopt.Optimizer(p, cbs, lr=0.1, backend="cpp"))
+    theirs = stepped(
+        lambda p: rules.Cautious(fusedopt.Adam(p, lr=0.1, mom=0.9, sqr_mom=0.99, wd=0.0, backend="cpp"))
+    )
+    assert_equal(ours, theirs)
+
+
+def test_wrappers_are_on_the_optimizer_itself():
+    opt = optim.AdamW(parameters())
+    assert rules.GrokFast(rules.Cautious(opt), alpha=0.9, lamb=1.0) is opt
+    assert opt.title == "GrokFast_Cautious_AdamW" and opt.param_groups[0]["grok_alpha"] == 0.9
+    assert function_of(opt.cbs[-1]) is rules.cautious_step and opt.cbs[0] is rules.grokfast_filter
+
+
+@pytest.mark.parametrize(
+    ("wrap", "error", "match"),
+    [
+        (lambda: rules.Cautious(torch.optim.SGD(parameters())), TypeError, "fusedopt"),
+        (lambda: rules.GrokFast(torch.optim.SGD(parameters())), TypeError, "fusedopt"),
+        (lambda: rules.Cautious(rules.Cautious(rules.Lion(parameters()))), ValueError, "already"),
+        (lambda: rules.GrokFast(rules.GrokFast(rules.Lion(parameters()))), ValueError, "already"),
+        (lambda: rules.Cautious(fusedopt.Lookahead(rules.Lion(parameters()))), ValueError, "first"),
+        (lambda: rules.GrokFast(rules.Lion(parameters()), alpha=1.1), ValueError, "alpha"),
+        (lambda: rules.GrokFast(rules.Lion(parameters()), lamb=math.nan), ValueError, "lamb"),
+    ],
+)
+def test_wrappers_refuse_what_they_cannot_do(wrap, error, match):
+    with pytest.raises(error, match=match):
+        wrap()
+
+
+# --
+# Schedule-Free's two values, Sophia's Hessian
+
+
+@pytest.mark.parametrize("make", [partial(rules.SGDScheduleFree, lr=0.1), rules.AdamWScheduleFree])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_weights_to_use_are_the_average_of_the_iterates(make, dtype):
+    """With one learning rate and r = 0 all iterates weigh alike: the average is plain."""
+    params = parameters(dtype=dtype)
+    opt, iterates = make(params), []
+    for t in range(6):
+        give_gradients(params, t)
+        opt.step()
+        iterates.append([opt.state[p]["z"].clone() for p in params])
+    y = [p.detach().clone() for p in params]
+    opt.eval()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for k, p in enumerate(params):
+        average = torch.stack([z[k] for z in iterates]).mean(0)
+        torch.testing.assert_close(p.detach(), average, rtol=tolerance, atol=tolerance)
+    opt.train()
+    for p, old in zip(params, y, strict=True):
+        torch.testing.assert_close(p.detach(), old, rtol=tolerance, atol=tolerance)
+
+
+def test_a_step_on_averaged_weights_is_refused_and_changes_nothing():
+    params = parameters()
+    opt = rules.SGDScheduleFree(params, lr=0.1, backend="cpp")
+    train(opt)
+    opt.eval()
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=r"call the optimizer's train\(\)"):
+        opt.step()
+    assert_equal(params, before)
+    assert {opt.state[p]["step"] for p in params} == {4}
+    opt.train()
+    train(opt)
+    assert {opt.state[p]["step"] for p in params} == {8}
+
+
+def test_a_checkpoint_of_averaged_weights_knows_that_it_is_one():
+    params, twins = parameters(), parameters()
+    opt, other = (rules.AdamWScheduleFree(p, lr=0.01, backend="cpp") for p in (params, twins))
+    train(opt)
+    opt.eval()
+    for p, q in zip(params, twins, strict=True):
+        q.data.copy_(p.data)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert other.param_groups[0]["train_mode"] is False
+    opt.train(), other.train()
+    assert_equal(train(opt, start=4), train(other, start=4))
+
+
+def test_eval_before_the_first_step_changes_nothing():
+    params, before = parameters(), parameters()
+    opt = rules.AdamWScheduleFree(params)
+    opt.eval(), opt.train()
+    assert_equal(params, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sophia_takes_the_hessian_that_it_is_given(dtype):
+    """Against the paper's loop, with estimates before the first, the third and the sixth step."""
+    from papers import sophia
+
+    at = {1: 100, 3: 102, 6: 105}
+    params, expected = parameters(dtype=dtype), [p.detach().double() for p in parameters(dtype=dtype)]
+    opt = rules.SophiaG(params, lr=0.01, bs=20, backend="cpp")
+    grads, estimates = [], {}
+    for t in range(1, 9):
+        if t in at:
+            give_gradients(params, at[t])
+            estimates[t] = [p.grad.double() for p in params]
+            opt.update_hessian()
+        give_gradients(params, t)
+        grads.append([p.grad.double() for p in params])
+        opt.step()
+    for k, p in enumerate(expected):
+        for _ in sophia(
+            p, (g[k] for g in grads), lr=0.01, bs=20, hessians={t: e[k] for t, e in estimates.items()}
+        ):
+            pass
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach().double(), q, rtol=tolerance, atol=tolerance)
+    unhelped = stepped(lambda p: rules.SophiaG(p, lr=0.01, bs=20), 8, dtype=dtype)
+    assert not torch.allclose(unhelped[0], params[0])
+    assert not opt.explain().eager
