@@ -18,7 +18,7 @@ from .laprop import LaProp, laprop_step
 from .lars import LARS, lars_step
 from .lion import Lion, lion_step
 from .mars import MARS, mars_step
-from .muon import Muon, muon_step, newton_schulz
+from .muon import Muon, muon_step
 from .novograd import NovoGrad, novograd_step
 from .qhm import QHM, qhm_step
 from .schedulefree import (
@@ -74,7 +74,6 @@ __all__ = [
     "lion_step",
     "mars_step",
     "muon_step",
-    "newton_schulz",
     "novograd_step",
     "qhm_step",
     "schedule_free_step",

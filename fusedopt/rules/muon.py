@@ -56,7 +56,7 @@ def muon_step(
 
     Formula: ``m ← mom·m + (1 - mom)·g`` from zero; ``u = mom·m + (1 - mom)·g`` with nesterov, else m;
     ``O`` is u made orthogonal (`newton_schulz`); ``p ← (1 - lr·wd)·p - lr·r·O``, where r is ``√max(1, rows/columns)``,
-    or with ``adjust_lr_fn="match_rms_adamw"`` ``0.2·√max(rows, columns)``.
+    or with `adjust_lr_fn` "match_rms_adamw" ``0.2·√max(rows, columns)``.
     Args: `lr`, `mom`, `wd`, `eps` numbers; `ns_steps` how many iterations; `ns_coefficients` three numbers; `nesterov`,
     `do_wd` flags; `ns_dtype` the type of the matrix products; `grad_avg` tensor.
     State: ``grad_avg`` (m, gradient units).
