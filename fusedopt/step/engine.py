@@ -179,7 +179,7 @@ class Engine:
                     item.lay_out(plan.by_rows)
             tables.append(Launched(group, launching.table(group, scaling)))
         norm = launching.norm_of(plans, [], scaling)
-        rounds = [*([norm] if norm else []), *launching.totals_of(shared, scaling)]
+        rounds = [*([norm] if norm else []), *launching.totals_of(shared, scaling, groups)]
         try:
             return BoundStep(groups, tables, rounds), tables
         except ValueError as error:  # a number that only Python can hold

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..trace.cuts import Externs, Function, Load, Number, Step
-from ..trace.externs import Result, leaves, mapped
+from ..trace.externs import Kept, Result, leaves, mapped
 from ..trace.methods import METHODS
 
 if TYPE_CHECKING:
@@ -38,10 +38,21 @@ def memory(externs: Externs, count: int, device: torch.device) -> Memory:
     return own | {name: own[given] for name, given in externs.reused.items()}
 
 
-def calling(plans: Sequence[Bucket]) -> list[Calling]:
-    """The calls of each of these plans that share a launch, a scalar set each."""
+Tensors = Callable[[str], list[torch.Tensor]]
+"""What the state of each parameter of a bucket has under a callback's name for it, now."""
+
+
+def _of_items(plan: Bucket) -> Tensors:
+    return lambda key: [item.state[key] for item in plan.items]
+
+
+def calling(plans: Sequence[Bucket], tensors: Callable[[Bucket], Tensors] | None = None) -> list[Calling]:
+    """The calls of each of these plans that share a launch, a scalar set each.
+
+    tensors: who finds their state, where steps are repeated
+    """
     return [
-        Calling(plan.trace.externs, plan.memory, k)
+        Calling(plan.trace.externs, plan.memory, k, tensors(plan) if tensors else _of_items(plan))
         for k, plan in enumerate(plans)
         if plan.trace.externs is not None
     ]
@@ -50,15 +61,62 @@ def calling(plans: Sequence[Bucket]) -> list[Calling]:
 class Calling:
     """The calls of one bucket in a step. What they give in one round is kept for the next."""
 
-    def __init__(self, externs: Externs, memory: Memory, set_: int) -> None:
+    def __init__(self, externs: Externs, memory: Memory, set_: int, tensors: Tensors) -> None:
         self.externs, self.memory, self.set = externs, memory, set_
+        self.count = len(next(iter(memory.values())))
+        self._tensors: Tensors | None = tensors
         self._kept: list[dict[int, Any]] = []
+        self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
     def looks_first(self) -> bool:
         """Whether a step that is to be skipped has to be known on the host: infinities would be an error."""
         on_cpu = all(t.device.type == "cpu" for t in self.memory.values())
-        return on_cpu or self.externs.may_fail
+        return on_cpu or self.externs.may_fail or bool(self.externs.kept)
+
+    def calls(self, number: int) -> list[str]:
+        """What a round calls."""
+        function = self.externs.functions[number]
+        steps = function.steps if function else ()
+        return [s.call.name.strip("_") for s in steps if s.call.function is not operator.getitem]
+
+    def described(self, number: int) -> str:
+        """That in words."""
+        names, stack = self.calls(number), min(self.stack, self.count)
+        shape = "×".join(map(str, max((s for _, s in self.externs.buffers.values()), key=math.prod)))
+        counts = ", ".join(f"{names.count(n)} {n}" for n in dict.fromkeys(names))
+        how = "for each" if stack == 1 else f"for {stack} at once"
+        return f"{self.count} tensors of {shape or 'no dimensions'}, {how}: torch's {counts}"
+
+    @property
+    def stack(self) -> int:
+        """How many parameters a call is made for."""
+        most = max(math.prod(shape) for _, shape in self.externs.buffers.values())
+        return max(1, BATCH // max(most, 1))
+
+    def commit(self) -> None:
+        """Write what calls left for the state."""
+        with torch.no_grad():
+            for there, new in self._new:
+                there.copy_(new)
+        self._new = []
+
+    def forget(self) -> None:
+        """What an earlier step left that came to nothing."""
+        self._new, self._kept = [], []
+
+    def let_go(self) -> None:
+        """Hold no memory from here on."""
+        self.forget()
+        self.memory, self._tensors = {}, None
+
+    def _state(self, key: str) -> list[torch.Tensor]:
+        """Raises RuntimeError if it is not what the calls were recorded for."""
+        assert self._tensors is not None
+        found, (_, shape) = self._tensors(key), self.externs.kept[key]
+        if any(not isinstance(t, torch.Tensor) or t.shape != shape for t in found):
+            raise RuntimeError(f"the state {key!r} has another shape than {list(shape)}, which it had before")
+        return found
 
     def run(self, number: int, slots: Sequence[float]) -> None:
         """Make the calls of a round. Torch's own error, if one of them fails: nothing has changed then."""
@@ -69,26 +127,33 @@ class Calling:
             return
         last = not any(self.externs.functions[number + 1 :])
         batches = list(self._batches())
+        state = {key: self._state(key) for key in self.externs.kept}
         self._kept = self._kept or [{} for _ in batches]
         with torch.no_grad():
             for batch, known in zip(batches, self._kept, strict=True):
-                self._batch(function, batch, known, slots)
+                self._batch(function, batch, known, slots, {k: v[batch] for k, v in state.items()})
                 if last:
                     known.clear()
         if last:
             self._kept = []
 
     def _batches(self) -> Iterator[slice]:
-        first = next(iter(self.memory.values()))
-        most = max(math.prod(shape) for _, shape in self.externs.buffers.values())
-        size = max(1, BATCH // most)
-        return (slice(i, i + size) for i in range(0, len(first), size))
+        return (slice(i, i + self.stack) for i in range(0, self.count, self.stack))
 
     def _batch(
-        self, function: Function, batch: slice, known: dict[int, Any], slots: Sequence[float]
+        self,
+        function: Function,
+        batch: slice,
+        known: dict[int, Any],
+        slots: Sequence[float],
+        state: dict[str, list[torch.Tensor]],
     ) -> None:
         views = {name: t[batch] for name, t in self.memory.items()}
         single = len(next(iter(views.values()))) == 1
+        used = {x.key for step in function.steps for x in step.call.refs() if isinstance(x, Kept)}
+        kept = {
+            k: (state[k][0] if single else torch.stack(state[k])).to(self.externs.kept[k][0]) for k in used
+        }
         if single:
             views = {name: t[0] for name, t in views.items()}
 
@@ -97,6 +162,8 @@ class Calling:
                 return known[x.call]
             if isinstance(x, Load):
                 return views[x.buffer]
+            if isinstance(x, Kept):
+                return kept[x.key]
             return slots[x.slot] if isinstance(x, Number) else x
 
         for step in function.steps:
@@ -108,11 +175,19 @@ class Calling:
                 known[step.number] = stacked(step, self.externs)(args, kwargs)
             for gone in step.last:
                 del known[gone]
-        for name, call in function.outputs:
-            found, out = known[call], views[name]
-            if found.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
-                found = found.clone()  # a view of what it is written to
-            out.copy_(found)
+        theirs = {t.untyped_storage().data_ptr() for t in (*views.values(), *kept.values())}
+
+        def own(call: int) -> torch.Tensor:
+            """What a call gave, if need be a copy: memory that it may be a view of is written to."""
+            found = known[call]
+            return found.clone() if found.untyped_storage().data_ptr() in theirs else found
+
+        made = [(name, own(call)) for name, call in function.outputs]
+        for key, call in function.written:
+            new = [own(call)] if single else own(call).unbind()
+            self._new += zip(state[key], new, strict=True)
+        for name, found in made:
+            views[name].copy_(found)
 
 
 # --
@@ -166,6 +241,8 @@ def _rank(x: Any, externs: Externs) -> int | None:
     """The dimensions of one parameter's tensor, where there is one for each parameter."""
     if isinstance(x, Result):
         return externs.ranks[x.call]
+    if isinstance(x, Kept):
+        return len(externs.kept[x.key][1])
     return len(externs.buffers[x.buffer][1]) if isinstance(x, Load) else None
 
 
@@ -205,47 +282,3 @@ def _mapped(function: Callable[..., Any], ranks: list[int | None], args: Any, kw
         if isinstance(found[0], tuple):
             return type(found[0])(map(torch.stack, zip(*found, strict=True)))
         return torch.stack(found)
-
-
-# --
-# What is said of them
-
-
-def described(externs: Externs, count: int) -> list[str]:
-    """The calls of each round, in words, for so many parameters."""
-    out = []
-    shape = "×".join(map(str, next(s for _, s in externs.buffers.values()))) or "no dimensions"
-    for function in externs.functions:
-        if function is None:
-            continue
-        names = [s.call.name.strip("_") for s in function.steps if s.call.function is not operator.getitem]
-        counts = ", ".join(f"{n} {names.count(n)}×" for n in dict.fromkeys(names))
-        out.append(f"{len(names)} torch calls of {count} × {shape}: {counts}")
-    return out
-
-
-def written(externs: Externs) -> str:
-    """The functions as Python."""
-    lines = []
-    for number, function in enumerate(externs.functions):
-        if function is None:
-            continue
-        lines.append(f"def between_{number}(memory, slots):")
-        for step in function.steps:
-            args = [*map(_shown, step.call.args), *(f"{k}={_shown(v)}" for k, v in step.call.kwargs)]
-            text = f"    r{step.number} = {step.call.name}({', '.join(args)})"
-            lines.append(f"{text:<56}# {step.call.where}" if step.call.where else text)
-        lines += [f"    memory[{name!r}] = r{call}" for name, call in function.outputs]
-    return "\n".join(lines)
-
-
-def _shown(x: Any) -> str:
-    if type(x) in (tuple, list):
-        return f"({', '.join(map(_shown, x))})"
-    if isinstance(x, Result):
-        return f"r{x.call}"
-    if isinstance(x, Load):
-        return f"memory[{x.buffer!r}]"
-    return f"slots[{x.slot}]" if isinstance(x, Number) else repr(x) if not isinstance(x, torch.Tensor) else "a constant"
-
-

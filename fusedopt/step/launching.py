@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,17 +105,35 @@ def run(
     rounds = totals_of(shared, scaling)
     for each in rounds:
         each.run(tables)
-    commit([*changes, *given, *stores])
+    commit([*changes, *given, *stores, *(each.commit for each in rounds)])
     for entry in launched:
         entry.launch.let_go()
     for each in rounds:
         each.let_go()
+        each.end()
     return launched, rounds
 
 
-def totals_of(groups: list[list[Bucket]], scaling: Scaling) -> list[Round]:
-    """The rounds of totals before the launches of these plans."""
-    return totals.rounds(groups, scaling, _columns)
+def totals_of(groups: list[list[Bucket]], scaling: Scaling, repeated: Groups | None = None) -> list[Round]:
+    """The rounds of totals and torch calls before the launches of these plans.
+
+    repeated: where to find state anew in each step
+    """
+    find = functools.partial(_in_groups, repeated) if repeated is not None else None
+    return totals.rounds(groups, scaling, _columns, find)
+
+
+def _in_groups(groups: Groups, plan: Bucket) -> Callable[[str], list[torch.Tensor]]:
+    """What finds the tensors of the state of a plan's parameters, which it does not hold."""
+    owners = [weakref.ref(item.owner) for item in plan.items]
+    places = {key: (stored, nested, inner) for stored, nested, inner, key, _ in groups.entries(plan.items[0].owner)}
+
+    def found(key: str) -> list[torch.Tensor]:
+        stored, nested, inner = places[key]
+        values = [groups.state[owner()][stored] for owner in owners]
+        return [value[inner] for value in values] if nested else values
+
+    return found
 
 
 def together(plans: list[Bucket]) -> list[list[Bucket]]:

@@ -28,8 +28,14 @@ Place = tuple[int, int]
 """A program of a round: the number of the main launch, and its own among those before it."""
 
 
-def rounds(groups: Sequence[list[Bucket]], scaling: Scaling, column: Column) -> list[Round]:
-    """The rounds of launches of these buckets. ``column`` gives the tensors of rows for a buffer.
+def rounds(
+    groups: Sequence[list[Bucket]],
+    scaling: Scaling,
+    column: Column,
+    tensors: Callable[[Bucket], externs.Tensors] | None = None,
+) -> list[Round]:
+    """The rounds of launches of these buckets. ``column`` gives the tensors of rows for a buffer; ``tensors`` finds
+    state for torch calls.
 
     Raises RuntimeError if there is no order for them.
     """
@@ -45,7 +51,7 @@ def rounds(groups: Sequence[list[Bucket]], scaling: Scaling, column: Column) -> 
         place: {_share(n) for n, _ in program.buffers if n.startswith(TOTAL)}
         for place, program in programs.items()
     }
-    calling = {k: externs.calling(group) for k, group in enumerate(groups)}
+    calling = {k: externs.calling(group, tensors) for k, group in enumerate(groups)}
     memory = _memory(groups, makes)
     out: list[Round] = []
     missing = {name for names in makes.values() for name in names}
@@ -143,9 +149,22 @@ class Totals(Round):
     def run(self, slots: Sequence[np.ndarray]) -> None:
         super().run(slots)
         for k, number, calling in self.calls:
+            if number == 0:
+                calling.forget()
             on = {*self.devices, self.main}
             if not (self.scaling.amp and calling.looks_first and self.scaling.skipped(on)):
                 calling.run(number, slots[k][calling.set])
+
+    def called(self) -> list[str]:
+        return [calling.described(number) for _, number, calling in self.calls if calling.calls(number)]
+
+    def commit(self) -> None:
+        for calling in dict.fromkeys(calling for _, _, calling in self.calls):
+            calling.commit()
+
+    def end(self) -> None:
+        for _, _, calling in self.calls:
+            calling.let_go()
 
     def native(self) -> Any:
         return None if self.calls else super().native()

@@ -22,7 +22,7 @@ import torch
 from ..ir.ops import ELEMENT, TENSOR, is_partial, kind_of
 from . import axes
 from .number import Number
-from .signals import Untraceable, where_now
+from .signals import Starts, Untraceable, where_now
 from .tensor import METHODS, SymTensor, as_bool, as_float, called, is_ours, lift, plain, rebind
 
 if TYPE_CHECKING:
@@ -71,6 +71,12 @@ class Result(NamedTuple):
     call: int
 
 
+class Kept(NamedTuple):
+    """What the state holds under this key when the step begins, in the type that callbacks compute in."""
+
+    key: str
+
+
 class Slot(NamedTuple):
     """A number of the step: an entry of the scalar program."""
 
@@ -92,7 +98,7 @@ class Constant:
         return isinstance(other, Constant) and self.key == other.key
 
 
-Ref = Given | Result
+Ref = Given | Result | Kept
 
 
 class Call(NamedTuple):
@@ -147,6 +153,7 @@ class Calls:
         self.calls: list[Call] = []
         self._metas: list[Any] = []
         self._given: dict[Given, torch.Tensor] = {}
+        self._kept: dict[Kept, torch.Tensor] = {}
         self._known: dict[Any, int] = {}
 
     def give(self, node: int, dtype: torch.dtype, shape: torch.Size) -> Given:
@@ -155,11 +162,21 @@ class Calls:
             self._given[given] = torch.empty(shape, dtype=dtype, device="meta")
         return given
 
+    def keep(self, key: str, dtype: torch.dtype, shape: torch.Size) -> Kept:
+        """A tensor of the state that goes along no dimensions of the parameter."""
+        self._kept.setdefault(Kept(key), torch.empty(shape, dtype=dtype, device="meta"))
+        return Kept(key)
+
+    def tensor(self, run: Run, ref: Ref, asked: torch.dtype | None) -> ExternTensor:
+        return ExternTensor(run, Spot(ref, asked))
+
     def meta(self, ref: Any) -> Any:
         if isinstance(ref, Given):
             return self._given[ref]
         if isinstance(ref, Result):
             return self._metas[ref.call]
+        if isinstance(ref, Kept):
+            return self._kept[ref]
         if isinstance(ref, Constant):
             return ref.value.to("meta")
         if isinstance(ref, Slot):
@@ -205,17 +222,24 @@ class Calls:
 
     def again(self, i: int, replace: dict[int, int]) -> int:
         """The value of the graph, an extern one, with others in place of what it is made of."""
-        value, done = self.graph.values[i], {}
+        value = self.graph.values[i]
+        made = self.remade(Result(value.attr), replace)
+        assert isinstance(made, Result)
+        return self.value(made, value.kind, value.type)
+
+    def remade(self, ref: Ref, replace: dict[int, int]) -> Ref:
+        """What calls give, with other values of the graph in place of what they are made of."""
+        done: dict[int, Result] = {}
 
         def other(ref: Any) -> Any:
             if isinstance(ref, Given):
                 return self.give(replace.get(ref.node, ref.node), ref.dtype, self._given[ref].shape)
             return done[ref.call] if isinstance(ref, Result) else ref
 
-        for k in self.needed([value.attr]):
+        for k in self.needed([ref.call] if isinstance(ref, Result) else []):
             call = self.calls[k]
             done[k] = self.record(call.function, mapped(call.args, other), dict(mapped(call.kwargs, other)))
-        return self.value(done[value.attr], value.kind, value.type)
+        return other(ref)
 
     # -- what `SymTensor` asks --
     def starts(self, name: str) -> bool:
@@ -293,6 +317,11 @@ class ExternTensor:
 
     def leave(self) -> SymTensor:
         return leave(self)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it may be a value of fused programs."""
+        return shown_of(self) is not None
 
     @property
     def data(self) -> ExternTensor:
@@ -387,6 +416,8 @@ def leave(x: ExternTensor) -> SymTensor:
     if isinstance(ref, Given):
         node = _rounded(run, ref)
     else:
+        if isinstance(ref, Kept):
+            ref = calls.record(torch.Tensor.clone, (ref,), {})
         node = calls.value(ref, kind, "d" if wide else "f")
     known = run.graph.values[node].kind
     found = None if known == ELEMENT and meta.shape == run.attribute(ELEMENT, "shape") else shown
@@ -494,6 +525,8 @@ def _filled(run: Run, base: str, args: tuple) -> Any:
 
 def replaced(box: ExternTensor, value: Any) -> ExternTensor:
     """``box.copy_(value)``, where nothing else sees the box's memory."""
+    if isinstance(box, torch.Tensor):
+        raise Starts("a tensor that is not made from the parameter, its gradient or its state is written to")
     run, calls = box.run, calls_of(box.run)
     meta = box.meta
     spots = [spot for ref in run.spots if (spot := ref()) is not None and spot is not box.spot]

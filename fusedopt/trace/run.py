@@ -17,10 +17,10 @@ from ..ir.program import Buffer, Graph
 from . import axes, methods  # noqa: F401  (fills the table of tensor methods)
 from .axes import Dims
 from .number import Number, Scalar, ScalarProgram
-from .signals import Changes, NeedsAttribute, Untraceable, latest, where_now
+from .signals import Changes, NeedsAttribute, Starts, Untraceable, latest, where_now
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
 from .standins import StandIns
-from .tensor import SymParameter, SymTensor, is_extern, lift
+from .tensor import FLOATS, SymParameter, SymTensor, is_extern, lift
 from .totals import Total
 
 MAX_PATHS = 8
@@ -35,6 +35,14 @@ class Cell:
     node: int
     asked: torch.dtype | None
     shown: Dims | None = None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The tensor of a location that no fused program has: what torch calls give, or the state that it was."""
+
+    ref: Any
+    asked: torch.dtype | None
 
 
 @dataclass
@@ -168,6 +176,9 @@ class Pass:
                 if value.dims is not None:
                     s.need_dims()
                 cells[key] = Cell(load(self.graph, s, f"state.{key}", value), value.dtype, value.dims)
+            elif isinstance(value, Foreign) and value.dtype in FLOATS and self.calls is not None:
+                asked_for = value.dtype if value.dtype != s.compute else None
+                cells[key] = Matrix(self.calls.keep(key, s.compute, value.shape), asked_for)
             elif type(value) in (int, float):
                 cells[key] = self._number(("state", key), value)
             else:
@@ -250,6 +261,8 @@ class Pass:
     def _one_path(self, run: Run, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
         boxes = {k: SymTensor(run, v.node, v.asked, v.shown) for k, v in cells.items() if isinstance(v, Cell)}
         grad = None if self.signature.modes.bare else boxes[GRAD]
+        matrices = {k: self.calls.tensor(run, v.ref, v.asked) for k, v in cells.items() if isinstance(v, Matrix)}
+        boxes |= matrices
         p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, grad)
         state = {k: boxes.get(k, v) for k, v in cells.items() if k not in (PARAM, GRAD)}
         given = state | {
@@ -273,20 +286,37 @@ class Pass:
         if grad is not None:
             cells[GRAD] = Cell(p.grad.node, p.grad.asked)
         for key in state:
-            if key in boxes:
+            if key in matrices:
+                cells[key] = Matrix(matrices[key].spot.ref, matrices[key].spot.asked)
+            elif key in boxes:
                 cells[key] = Cell(boxes[key].node, boxes[key].asked, cells[key].shown)
         for key, value in returned.items() if isinstance(returned, dict) else ():
             cells[key] = self._returned(run, key, value)
         return cells
 
+    def _matrix(self, key: str, known: Any, value: Any) -> Matrix:
+        """State that goes along no dimensions of the parameter."""
+        if isinstance(known, Foreign) and known.shape == value.shape:
+            return Matrix(value.spot.ref, value.spot.asked)
+        if known is not None:
+            raise Untraceable(f"the state {key!r} changes its shape")
+        raise Starts(f"the state {key!r} is a new tensor that goes along no dimensions of the parameter")
+
     def _returned(self, run: Run, key: str, value: Any) -> Any:
+        known = dict(self.signature.state).get(key)
+        if isinstance(known, Foreign) and isinstance(value, SymTensor) and self.calls is not None:
+            value = self.calls.cast(value, self.signature.compute)
+        if is_extern(value) and (isinstance(known, Foreign) or not value.leaves):
+            return self._matrix(key, known, value)
         if isinstance(value, SymTensor) or is_extern(value):
             value = lift(run, value)
             return Cell(value.node, value.asked, value.shown and value.dims)
         if isinstance(value, Number) and value.program is not self.scalars:
             return value.value
         if isinstance(value, torch.Tensor):
-            raise Untraceable(
+            strange = self.calls is not None and value.dim() and isinstance(known, (type(None), Foreign))
+            whole = strange and value.shape == run.attribute(ELEMENT, "shape")
+            raise (Starts if strange and not whole else Untraceable)(
                 f"the state {key!r} is a tensor not made from the parameter, its gradient or its state"
             )
         if value is not None and not isinstance(value, (Number, int, float, bool, str, Foreign)):

@@ -20,9 +20,9 @@ from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
 from .axes import along
 from .cuts import Externs, cut, numbered
-from .externs import EXTERN, Calls
+from .externs import EXTERN, Calls, Kept
 from .number import Number, Scalar, ScalarProgram
-from .run import GRAD, PARAM, Cell, Pass, alike, either, is_number, load
+from .run import GRAD, PARAM, Cell, Matrix, Pass, alike, either, is_number, load
 from .signals import NeedsAttribute, Untraceable
 from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
 from .totals import BUFFER, Total
@@ -175,7 +175,7 @@ def traced(
         except Untraceable as error:
             error.callback = first  # type: ignore[attr-defined]
             raise
-    numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign))}
+    numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign, Matrix))}
     moved = frozenset(passes[0].moved)
     return Trace(
         signature,
@@ -297,10 +297,12 @@ def _same_from_zeros(
             replace[i] = calls.again(i, replace)
         elif v.args:
             replace[i] = graph.op(v.op, *[replace.get(x, x) for x in v.args], to=v.attr)
-    return a.keys() == b.keys() and all(_same(a[k], b[k], replace) for k in a)
+    return a.keys() == b.keys() and all(_same(calls, a[k], b[k], replace) for k in a)
 
 
-def _same(a: Any, b: Any, replace: dict[int, int]) -> bool:
+def _same(calls: Calls, a: Any, b: Any, replace: dict[int, int]) -> bool:
+    if isinstance(b, Matrix):
+        b = Matrix(calls.remade(b.ref, replace), b.asked)
     return alike(a, Cell(replace.get(b.node, b.node), b.asked, b.shown) if isinstance(b, Cell) else b)
 
 
@@ -369,7 +371,8 @@ def _cut(
     """The program, those of the rounds before it, the slots and axes of all of them, and the calls between them."""
     shares = {k: v.node for k, v in cells.items() if isinstance(k, Total)}
     roots = _stores(signature, cells, created, materialize_grad).values()
-    cuts = cut(graph, calls, signature, roots, shares)
+    written = {k: v.ref for k, v in cells.items() if isinstance(v, Matrix) and v.ref != Kept(k)}
+    cuts = cut(graph, calls, roots, shares, written)
     buffers = _buffers(signature, hyper, cells, created) | cuts.buffers
     everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
