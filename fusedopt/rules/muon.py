@@ -60,8 +60,8 @@ def muon_step(
     Args: `lr`, `mom`, `wd`, `eps` numbers; `ns_steps` how many iterations; `ns_coefficients` three numbers; `nesterov`,
     `do_wd` flags; `ns_dtype` the type of the matrix products; `grad_avg` tensor.
     State: ``grad_avg`` (m, gradient units).
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the other r is of Liu et al.,
-    "Muon is Scalable for LLM Training", arXiv:2502.16982. As in ``torch.optim.Muon``.
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the other r is
+    of Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982. As in ``torch.optim.Muon``.
     Deviations: a parameter of more than two dimensions is a matrix of its first dimension and all others. Where the
     parameter has `ns_dtype` itself, matrix products are in the type that callbacks compute in, float32.
     """

@@ -288,6 +288,7 @@ class Buckets:
                 state_dtype=self.state_dtype,
                 work=signature.asked is not None,
                 keeps=keeps,
+                lasting=self.verdicts.lasting[callbacks.start : callbacks.stop],
             )
         except (Untraceable, Exception) as error:
             traced = getattr(error, "callback", callbacks.start)

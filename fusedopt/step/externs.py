@@ -194,7 +194,7 @@ class Calling:
 # Calls on stacked tensors
 
 Stacked = Callable[[Any, dict[str, Any]], Any]
-_CASTS = frozenset("to bfloat16 float half double bool clone contiguous".split())
+_CASTS = frozenset(["to", "bfloat16", "float", "half", "double", "bool", "clone", "contiguous"])
 _LINEAR_ALGEBRA = frozenset(
     """
     linalg_qr linalg_eigh linalg_eigvalsh linalg_svd linalg_svdvals linalg_inv inverse linalg_cholesky cholesky

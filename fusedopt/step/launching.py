@@ -111,10 +111,12 @@ def run(
     for each in rounds:
         each.let_go()
         each.end()
-    return launched, rounds
+    return launched, [*rounds]
 
 
-def totals_of(groups: list[list[Bucket]], scaling: Scaling, repeated: Groups | None = None) -> list[Round]:
+def totals_of(
+    groups: list[list[Bucket]], scaling: Scaling, repeated: Groups | None = None
+) -> Sequence[Round]:
     """The rounds of totals and torch calls before the launches of these plans.
 
     repeated: where to find state anew in each step
@@ -126,7 +128,9 @@ def totals_of(groups: list[list[Bucket]], scaling: Scaling, repeated: Groups | N
 def _in_groups(groups: Groups, plan: Bucket) -> Callable[[str], list[torch.Tensor]]:
     """What finds the tensors of the state of a plan's parameters, which it does not hold."""
     owners = [weakref.ref(item.owner) for item in plan.items]
-    places = {key: (stored, nested, inner) for stored, nested, inner, key, _ in groups.entries(plan.items[0].owner)}
+    places = {
+        key: (stored, nested, inner) for stored, nested, inner, key, _ in groups.entries(plan.items[0].owner)
+    }
 
     def found(key: str) -> list[torch.Tensor]:
         stored, nested, inner = places[key]

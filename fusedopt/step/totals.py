@@ -33,7 +33,7 @@ def rounds(
     scaling: Scaling,
     column: Column,
     tensors: Callable[[Bucket], externs.Tensors] | None = None,
-) -> list[Round]:
+) -> list[Totals]:
     """The rounds of launches of these buckets. ``column`` gives the tensors of rows for a buffer; ``tensors`` finds
     state for torch calls.
 
@@ -53,7 +53,7 @@ def rounds(
     }
     calling = {k: externs.calling(group, tensors) for k, group in enumerate(groups)}
     memory = _memory(groups, makes)
-    out: list[Round] = []
+    out: list[Totals] = []
     missing = {name for names in makes.values() for name in names}
     while programs:
         ready = [
@@ -109,7 +109,7 @@ def _round(
     memory: Memory,
     scaling: Scaling,
     column: Column,
-) -> Round:
+) -> Totals:
     """The round of these programs, which joins what is complete then."""
     out = Totals(_device(groups[0]), {_device(group) for group in groups}, scaling)
     for place in ready:

@@ -112,7 +112,9 @@ class Verdicts:
             self.acts[i] = eager
             raise ActsAfterAll
         self.unfused[i, structure_of(signature)] = eager
-        if isinstance(error, Starts) and not any(isinstance(v, (Buffer, Foreign)) for _, v in signature.state):
+        if isinstance(error, Starts) and not any(
+            isinstance(v, (Buffer, Foreign)) for _, v in signature.state
+        ):
             self._starting.add(eager)
 
     def parted(self, totalling: Iterable[int]) -> None:
@@ -143,7 +145,9 @@ class Verdicts:
 
     def say(self) -> None:
         """Warn, once each, of callbacks that run eagerly."""
-        unfused = [(i, eager) for (i, _), eager in reversed(self.unfused.items()) if eager not in self._starting]
+        unfused = [
+            (i, eager) for (i, _), eager in reversed(self.unfused.items()) if eager not in self._starting
+        ]
         found = dict(unfused) | self.acts
         for i, (name, reason) in sorted(found.items()):
             self.warn(i, f"the callback {name} runs eagerly, parameter by parameter: {reason}")

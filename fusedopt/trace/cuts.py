@@ -56,8 +56,8 @@ class Externs:
     """The calls of a trace: for each round its function, if it has any, and the tensors around them.
 
     ``buffers``: the dtype and shape of each for one parameter; ``kept``: those of the state's tensors that calls take
-    or write, in the type that callbacks compute in; ``ranks``: of each call's result its dimensions; ``reused``: buffers
-    of results with that of a given tensor which has room for it.
+    or write, in the type that callbacks compute in; ``ranks``: of each call's result its dimensions; ``reused``:
+    buffers of results with that of a given tensor which has room for it.
     """
 
     functions: tuple[Function | None, ...]
@@ -71,7 +71,6 @@ class Externs:
         """Whether some call refuses numbers that are not finite."""
         calls = [step.call for function in self.functions if function for step in function.steps]
         return any("linalg" in call.name or call.name in _MAY_FAIL for call in calls)
-
 
     def __str__(self) -> str:
         """The functions as Python."""
@@ -103,7 +102,9 @@ def _spelled(x: Any) -> str:
     return f"a tensor of {list(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)
 
 
-_MAY_FAIL = frozenset("qr svd inverse cholesky cholesky_inverse pinverse logdet slogdet matrix_power".split())
+_MAY_FAIL = frozenset(
+    ["qr", "svd", "inverse", "cholesky", "cholesky_inverse", "pinverse", "logdet", "slogdet", "matrix_power"]
+)
 
 
 @dataclass
@@ -198,7 +199,9 @@ def _with_calls(
         done.update(rounds[r][0])
         return rounds[r]
 
-    of_state = {key: max((level(one.node) for one in calls.given(x)), default=-1) for key, x in written.items()}
+    of_state = {
+        key: max((level(one.node) for one in calls.given(x)), default=-1) for key, x in written.items()
+    }
     for r in range(len(rounds)):
         for i in [i for i in externs if level(i) == r + 1]:
             need(Result(values[i].attr), r)
@@ -240,7 +243,11 @@ def _described(
     functions: list[Function | None] = []
     for steps, outputs, written in rounds:
         made = tuple(
-            Step(k, _with_names(calls.calls[k], given), tuple(r for r, at in last.items() if at == k and r not in kept))
+            Step(
+                k,
+                _with_names(calls.calls[k], given),
+                tuple(r for r, at in last.items() if at == k and r not in kept),
+            )
             for k in steps
         )
         functions.append(Function(made, tuple(outputs), tuple(written)) if made else None)
@@ -263,7 +270,8 @@ def _with_names(call: Call, given: dict[Given, str]) -> Call:
 def _reused(functions: list[Function | None], shapes: Shapes) -> dict[str, str]:
     """For results the memory of a given tensor of their size that no later round needs."""
     loads = [
-        {x.buffer for s in f.steps for x in s.call.refs() if isinstance(x, Load)} if f else set() for f in functions
+        {x.buffer for s in f.steps for x in s.call.refs() if isinstance(x, Load)} if f else set()
+        for f in functions
     ]
     out: dict[str, str] = {}
     for r, function in enumerate(functions):
@@ -299,5 +307,3 @@ def numbered(externs: Externs, slots: list[int]) -> Externs:
         ]
         functions.append(replace(function, steps=tuple(steps)) if function else None)
     return replace(externs, functions=tuple(functions))
-
-

@@ -1,8 +1,8 @@
 """Torch calls that have no fused form, such as matrix products: recorded, and made between fused programs.
 
-A traced tensor that meets such a call *enters* a world of real ones: from there on it is an `ExternTensor`, and whatever
-is done to it is recorded as the torch call that it is. Where such a tensor is used together with fused values again, it
-*leaves*: it is a value of the graph that no kernel computes. ``cuts.py`` makes programs and functions of that.
+A traced tensor that meets such a call *enters* a world of real ones: from there on it is an `ExternTensor`, and
+whatever is done to it is recorded as the torch call that it is. Where such a tensor is used together with fused values
+again, it *leaves*: it is a value of the graph that no kernel computes. ``cuts.py`` makes programs and functions of that.
 
 What is recorded has no side effects: ``x.mul_(2)`` is ``x * 2`` in x's place. Equal calls are one, so that two traces
 can be compared.
@@ -14,7 +14,7 @@ import functools
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,26 +36,30 @@ STARTERS = frozenset(
     """
     matmul mm bmm addmm addbmm baddbmm mv addmv addr outer ger inner kron chain_matmul multi_dot einsum tensordot
     T mT H mH t transpose permute swapaxes swapdims movedim adjoint
-    qr linalg_qr linalg_eigh linalg_eigvalsh linalg_svd linalg_svdvals svd linalg_inv inverse linalg_solve pinverse
-    linalg_pinv linalg_cholesky cholesky cholesky_solve cholesky_inverse linalg_solve_triangular linalg_lstsq
-    linalg_matrix_exp matrix_exp linalg_matrix_power matrix_power linalg_matrix_norm linalg_det linalg_slogdet det logdet
-    slogdet trace diagonal diag diag_embed tril triu linalg_matmul linalg_multi_dot linalg_diagonal
+    qr svd inverse pinverse cholesky cholesky_solve cholesky_inverse matrix_exp matrix_power det logdet slogdet
+    linalg_qr linalg_eigh linalg_eigvalsh linalg_svd linalg_svdvals linalg_inv linalg_solve linalg_pinv linalg_cholesky
+    linalg_solve_triangular linalg_lstsq linalg_matrix_exp linalg_matrix_power linalg_matrix_norm linalg_det
+    linalg_slogdet linalg_matmul linalg_multi_dot linalg_diagonal
+    trace diagonal diag diag_embed tril triu
     cumsum cumprod sort argsort topk roll flip fliplr flipud rot90 median quantile kthvalue
     """.split()  # noqa: SIM905
 )
 """Functions and attributes of torch that a tensor of a fused program enters for."""
 _SCALED = frozenset(
-    "add sub rsub mul div true_divide pow addmm baddbmm addbmm addmv addr addcmul addcdiv lerp clamp clamp_min".split()
+    """
+    add sub rsub mul div true_divide pow addmm baddbmm addbmm addmv addr addcmul addcdiv lerp clamp clamp_min
+    """.split()  # noqa: SIM905
 )
 """Functions whose numbers are factors and the like, which may change from step to step. Others' are structure."""
-_FACTS = frozenset("size dim numel nelement is_floating_point is_complex element_size ndimension".split())
+_FACTS = frozenset(("size", "dim", "numel", "nelement", "ndimension", "element_size"))
+_FACTS |= frozenset(("is_floating_point", "is_complex"))
 _CASTS = frozenset(("to", "type_as", "float", "double", "half", "bfloat16"))
-_DEFINED = {"empty_like": torch.zeros_like, "new_empty": torch.Tensor.new_zeros}
-"""Never uninitialised memory."""
-_REVERSED = {"rsub": "sub", "rdiv": "div", "rpow": "pow", "rmatmul": "matmul"}
-_ATTRIBUTES = {
-    name: getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH")
+_DEFINED: dict[str, Callable[..., Any]] = {
+    "empty_like": torch.zeros_like,
+    "new_empty": torch.Tensor.new_zeros,
 }
+"""Never uninitialised memory."""
+_ATTRIBUTES = {name: getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
 class Given(NamedTuple):
@@ -63,6 +67,7 @@ class Given(NamedTuple):
 
     node: int
     dtype: torch.dtype
+    shape: torch.Size
 
 
 class Result(NamedTuple):
@@ -146,10 +151,13 @@ def _key(x: Any) -> Any:
 
 
 class Calls:
-    """The calls recorded in a trace, and tensors without memory that are like what they give."""
+    """The calls recorded in a trace, and tensors without memory that are like what they give.
 
-    def __init__(self, graph: Graph, device: torch.device) -> None:
-        self.graph, self.device = graph, device
+    ``lasting`` says of each callback whether all tensors that it holds besides its arguments are of its own making.
+    """
+
+    def __init__(self, graph: Graph, device: torch.device, lasting: Sequence[bool] = ()) -> None:
+        self.graph, self.device, self._lasting = graph, device, lasting
         self.calls: list[Call] = []
         self._metas: list[Any] = []
         self._given: dict[Given, torch.Tensor] = {}
@@ -157,7 +165,7 @@ class Calls:
         self._known: dict[Any, int] = {}
 
     def give(self, node: int, dtype: torch.dtype, shape: torch.Size) -> Given:
-        given = Given(node, dtype)
+        given = Given(node, dtype, shape)
         if given not in self._given:
             self._given[given] = torch.empty(shape, dtype=dtype, device="meta")
         return given
@@ -233,7 +241,7 @@ class Calls:
 
         def other(ref: Any) -> Any:
             if isinstance(ref, Given):
-                return self.give(replace.get(ref.node, ref.node), ref.dtype, self._given[ref].shape)
+                return self.give(replace.get(ref.node, ref.node), ref.dtype, ref.shape)
             return done[ref.call] if isinstance(ref, Result) else ref
 
         for k in self.needed([ref.call] if isinstance(ref, Result) else []):
@@ -259,6 +267,11 @@ class Calls:
 
     def fuses(self, name: str, args: Any) -> bool:
         return fuses(name, args)
+
+    def made(self, run: Run, x: Any) -> bool:
+        """Whether it is a tensor that the callback has made of constants, such as ``torch.eye(3)``."""
+        real = isinstance(x, torch.Tensor) and type(x) is torch.Tensor and x.dim() > 0
+        return real and run.callback < len(self._lasting) and self._lasting[run.callback]
 
     def needed(self, results: list[int]) -> list[int]:
         """The calls that these need, in order."""
@@ -470,6 +483,7 @@ def fuses(name: str, args: Any) -> bool:
         and name not in _FACTS | _CASTS
         and any(map(_is_elements, found))
         and all(shown_of(x) is not None for x in here)
+        and not any(type(x) is torch.Tensor and x.dim() for x in found)
     )
 
 
@@ -493,10 +507,8 @@ def _dispatched(run: Run, function: Callable[..., Any], args: tuple, kwargs: dic
     if base is not None or out is not None:
         box = args[0] if out is None else out
         whole = _functional(base) if base is not None else function
-        if base in ("copy", "zero", "fill"):
-            made = _filled(run, base, args)
-        else:
-            made = dispatch(run, whole, args, kwargs)
+        filled = base in ("copy", "zero", "fill")
+        made = _filled(run, base, args) if filled else dispatch(run, whole, args, kwargs)
         return rebind(box, made) if isinstance(box, SymTensor) else replaced(box, made)
     if name in _CASTS:
         return _cast(run, function, args, kwargs)
@@ -505,7 +517,8 @@ def _dispatched(run: Run, function: Callable[..., Any], args: tuple, kwargs: dic
         if name == "where":
             return called("where", METHODS["where"], lift(run, args[1]), lift(run, args[0]), args[2])
         return called(name, METHODS[name], x, *args[1:], **kwargs)
-    return _recorded(run, _DEFINED.get(name, function), args, kwargs)
+    defined: Callable[..., Any] = _DEFINED.get(name, function)
+    return _recorded(run, defined, args, kwargs)
 
 
 def _functional(base: str) -> Callable[..., Any]:
@@ -515,7 +528,7 @@ def _functional(base: str) -> Callable[..., Any]:
     return getattr(owner, base)
 
 
-def _filled(run: Run, base: str, args: tuple) -> Any:
+def _filled(run: Run, base: str | None, args: tuple) -> Any:
     """What ``copy_``, ``zero_`` and ``fill_`` leave."""
     box = args[0]
     if base == "copy":
@@ -560,7 +573,9 @@ def _cast(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[str,
     x = args[0]
     calls = calls_of(run)
     rest = [a.spot.ref if type(a) is ExternTensor else a for a in args[1:]]
-    wanted = function(x.meta.new_empty(0), *mapped(tuple(rest), calls.meta), **mapped_dict(kwargs, calls.meta))
+    wanted = function(
+        x.meta.new_empty(0), *mapped(tuple(rest), calls.meta), **mapped_dict(kwargs, calls.meta)
+    )
     if wanted.dtype == x.asked and not kwargs.get("copy"):
         return x.data
     made = _recorded(run, torch.Tensor.to, (x, wanted.dtype), {})
@@ -615,7 +630,7 @@ def _promoted(tensors: list[ExternTensor]) -> torch.dtype | None:
     return functools.reduce(torch.promote_types, [x.asked for x in strong])
 
 
-_OPERATORS = {
+_OPERATORS: dict[str, Callable[..., Any]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "truediv": torch.div, "pow": torch.pow,
     "matmul": torch.matmul, "gt": torch.gt, "ge": torch.ge, "lt": torch.lt, "le": torch.le, "eq": torch.eq,
     "ne": torch.ne, "and": torch.bitwise_and, "or": torch.bitwise_or, "floordiv": torch.floor_divide,
@@ -623,38 +638,49 @@ _OPERATORS = {
 }  # fmt: skip
 
 
-def operated(function: Callable[..., Any], swapped: bool, x: Any, other: Any) -> Any:
-    """An operator. Of a number and a tensor torch's functions take the tensor first."""
-    if not swapped:
-        return dispatch(x.run, function, (x, other), {})
-    if function in (torch.add, torch.mul):
-        return dispatch(x.run, function, (x, other), {})
-    reflected = {torch.sub: torch.rsub, torch.div: torch.Tensor.__rdiv__, torch.pow: torch.Tensor.__rpow__}
-    if hasattr(type(other), "run") or isinstance(other, torch.Tensor) or function not in reflected:
-        return dispatch(x.run, function, (other, x), {})
-    return dispatch(x.run, reflected[function], (x, other), {})
+_REFLECTED: dict[Any, Callable[..., Any]] = {
+    torch.sub: torch.rsub,
+    torch.div: getattr(torch.Tensor, "__rdiv__"),  # noqa: B009  (stubs do not know it)
+    torch.pow: getattr(torch.Tensor, "__rpow__"),  # noqa: B009
+    torch.add: torch.add,
+    torch.mul: torch.mul,
+}
+"""What torch has for a number to the left of a tensor."""
 
 
-def _in_place(function: Callable[..., Any], x: ExternTensor, other: Any) -> ExternTensor:
-    return replaced(x, dispatch(x.run, function, (x, other), {}))
+def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, other: dispatch(x.run, function, (x, other), {})
+
+
+def _swapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    def operated(x: ExternTensor, other: Any) -> Any:
+        if (
+            hasattr(type(other), "run")
+            or isinstance(other, (torch.Tensor, SymTensor))
+            or function not in _REFLECTED
+        ):
+            return dispatch(x.run, function, (other, x), {})
+        return dispatch(x.run, _REFLECTED[function], (x, other), {})
+
+    return operated
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, other: replaced(x, dispatch(x.run, function, (x, other), {}))
+
+
+def _of_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: dispatch(x.run, function, (x,), {})
 
 
 def _install() -> None:
     for name, function in _OPERATORS.items():
-        plain = functools.partialmethod(lambda self, f, other: operated(f, False, self, other), function)
-        swapped = functools.partialmethod(lambda self, f, other: operated(f, True, self, other), function)
-        setattr(ExternTensor, f"__{name}__", plain)
+        setattr(ExternTensor, f"__{name}__", _operator(function))
         if name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
-            setattr(ExternTensor, f"__r{name}__", swapped)
-            written = functools.partialmethod(lambda self, f, other: _in_place(f, self, other), function)
-            setattr(ExternTensor, f"__i{name}__", written)
-    for name in ("neg", "abs", "invert"):
-        of_one = {"neg": torch.neg, "abs": torch.abs, "invert": torch.bitwise_not}[name]
-        setattr(
-            ExternTensor,
-            f"__{name}__",
-            functools.partialmethod(lambda self, f: dispatch(self.run, f, (self,), {}), of_one),
-        )
+            setattr(ExternTensor, f"__r{name}__", _swapped(function))
+            setattr(ExternTensor, f"__i{name}__", _in_place(function))
+    for name, function in (("neg", torch.neg), ("abs", torch.abs), ("invert", torch.bitwise_not)):
+        setattr(ExternTensor, f"__{name}__", _of_one(function))
 
 
 _install()

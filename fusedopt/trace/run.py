@@ -261,7 +261,9 @@ class Pass:
     def _one_path(self, run: Run, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
         boxes = {k: SymTensor(run, v.node, v.asked, v.shown) for k, v in cells.items() if isinstance(v, Cell)}
         grad = None if self.signature.modes.bare else boxes[GRAD]
-        matrices = {k: self.calls.tensor(run, v.ref, v.asked) for k, v in cells.items() if isinstance(v, Matrix)}
+        matrices = {
+            k: self.calls.tensor(run, v.ref, v.asked) for k, v in cells.items() if isinstance(v, Matrix)
+        }
         boxes |= matrices
         p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, grad)
         state = {k: boxes.get(k, v) for k, v in cells.items() if k not in (PARAM, GRAD)}

@@ -151,7 +151,8 @@ class SymTensor:
         name, kwargs = getattr(func, "__name__", str(func)), dict(kwargs or {})
         run = next(x.run for x in _arguments(args, kwargs) if isinstance(x, SymTensor))
         base = name.removeprefix("linalg_")
-        if run.calls is not None and (any(map(is_extern, _arguments(args, kwargs))) or run.calls.starts(name)):
+        real = any(_is_real(run, x) for x in _arguments(args, kwargs))
+        if run.calls is not None and (real or run.calls.starts(name)):
             return run.calls.dispatch(run, func, args, kwargs)
         out = kwargs.pop("out", None)
         if base == "where":
@@ -205,6 +206,11 @@ def is_extern(x: Any) -> bool:
     return getattr(type(x), "extern", False)
 
 
+def _is_real(run: Run, x: Any) -> bool:
+    """Whether what it is used with is done by torch calls."""
+    return is_extern(x) or (run.calls is not None and run.calls.made(run, x))
+
+
 def alias(x: SymTensor) -> SymTensor:
     """Another view of the same place."""
     view = SymTensor(x.run, x.node, x.asked, x.shown)
@@ -219,7 +225,7 @@ def called(name: str, method: Callable[..., Any], x: SymTensor, *args: Any, **kw
             f"Tensor.{name} of a tensor kept from another call of a callback, a symbolic one whose trace is over; keep "
             "tensors in the state that callbacks return"
         )
-    if any(map(is_extern, args)) and not x.run.calls.fuses(name, (x, *args)):
+    if any(_is_real(x.run, a) for a in args) and not x.run.calls.fuses(name, (x, *args)):
         return x.run.calls.dispatch(x.run, getattr(torch.Tensor, _TORCHS.get(name, name)), (x, *args), kwargs)
     try:
         return method(x, *args, **kwargs)
@@ -372,7 +378,8 @@ def _product(x: SymTensor, a: Any, b: Any) -> Any:
 
 
 def _install() -> None:
-    SymTensor.__matmul__, SymTensor.__rmatmul__ = _multiply, _multiply_right  # type: ignore[attr-defined]
+    for dunder, product in (("__matmul__", _multiply), ("__rmatmul__", _multiply_right)):
+        setattr(SymTensor, dunder, product)
     for dunder, name in (OPERATORS | IN_PLACE).items():
         setattr(SymTensor, dunder, lambda self, *other, name=name: getattr(self, name)(*other))
     for symbol, name in _NO_OPERATOR.items():

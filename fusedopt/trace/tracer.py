@@ -110,6 +110,7 @@ def traced(
     state_dtype: torch.dtype | None = None,
     work: bool = False,
     keeps: bool = False,
+    lasting: Sequence[bool] = (),
 ) -> Trace:
     """Trace ``callbacks`` (the optimizer's list from number ``first`` on) for parameters with this signature.
 
@@ -118,16 +119,17 @@ def traced(
     Where steps may be skipped, a state flag on the device tells the two apart instead (see ``STARTED``).
     ``work``: for work copies, between eager callbacks, so a changed gradient is stored and new state is not rounded.
     ``keeps``: other callbacks follow, so temporary values are stored, too.
+    ``lasting``: of each callback, whether it finds constants around it alone, so that it has made all tensors itself.
     """
     graph, scalars = Graph(along(signature.dims) if signature.dims else "0"), ScalarProgram()
-    calls = Calls(graph, signature.device)
+    calls = Calls(graph, signature.device, lasting)
     passes: list[Pass] = []
 
     def run(given: dict[str, Buffer], without: Sequence[str] = ()) -> dict[str, Any]:
         passes.append(Pass(callbacks, signature, hyper, graph, scalars, first, keeps, calls))
         return passes[-1].run(given, without)
 
-    starts = _starts(callbacks, signature, hyper, first) if signature.modes.on_device else {}
+    starts = _starts(callbacks, signature, hyper, first, lasting) if signature.modes.on_device else {}
     # As the next step will see it: see ``items.per_element``.
     count = Buffer(
         torch.float64, ELEMENT if signature.zero_dim and signature.param == torch.float64 else TENSOR
@@ -203,12 +205,18 @@ def _again(run: Callable[..., dict[str, Any]], given: dict[str, Buffer]) -> dict
 
 
 def _starts(
-    callbacks: Sequence[Callback], signature: Signature, hyper: dict[str, Any], first: int
+    callbacks: Sequence[Callback],
+    signature: Signature,
+    hyper: dict[str, Any],
+    first: int,
+    lasting: Sequence[bool],
 ) -> dict[str, float]:
     """The numbers that callbacks leave in the state for the first time, and where they start: arguments' defaults."""
     graph = Graph(along(signature.dims) if signature.dims else "0")
-    calls = Calls(graph, signature.device)
-    cells = Pass(callbacks, signature, hyper, graph, ScalarProgram(), first, calls=calls).run({}, counting=True)
+    calls = Calls(graph, signature.device, lasting)
+    cells = Pass(callbacks, signature, hyper, graph, ScalarProgram(), first, calls=calls).run(
+        {}, counting=True
+    )
     known = dict(signature.state)
     out = {}
     for key in (k for k, v in cells.items() if is_number(v) and k not in known and not is_temporary(k)):
@@ -384,9 +392,7 @@ def _cut(
     rounds = []
     for stores in cuts.stores:
         with_theirs = buffers | {name: cuts.private[name] for name in stores}
-        one, slots, _ = canonical(
-            cuts.graph, signature.compute, with_theirs, stores, slots=slots, axes=axes
-        )
+        one, slots, _ = canonical(cuts.graph, signature.compute, with_theirs, stores, slots=slots, axes=axes)
         rounds.append(_optimized(one, tuple(v.where for v in one.values)))
     there = dict(buffer for one in (program, *rounds) for buffer in one.buffers)
     kept = tuple((name, there[name]) for name in buffers if name in there)
