@@ -109,6 +109,15 @@ class Graph:
             self.values.append(Value(op, (), attr, kind, type))
         return index
 
+    def called(self, op: str, args: tuple[int, ...], attr: Any, kind: str, type: str) -> int:
+        """A value that no op of the table makes of these, until a program reads it from a buffer."""
+        key = (op, args, attr, kind, type)
+        index = self._known.get(key)
+        if index is None:
+            index = self._known[key] = len(self.values)
+            self.values.append(Value(op, args, attr, kind, type))
+        return index
+
     def op(self, name: str, *args: int, where: Callable[[], str] = str, to: str | None = None) -> int:
         """The value ``name(*args)``; ``where`` is asked for the callback's line when the value is new.
 
@@ -392,7 +401,8 @@ _CALLED = frozenset(
 LONGEST_NAME = 100
 """Characters of a name that generated code has in full."""
 _NUMBERED = re.compile(
-    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(v|s|d|r|acc|n|i|o|q|sums)\d+|[A-Z_\d]+|.*__.*|_.*|.*_", re.ASCII
+    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(given|called)_\d+|(v|s|d|r|acc|n|i|o|q|sums)\d+|[A-Z_\d]+|.*__.*|_.*|.*_",
+    re.ASCII,
 )
 
 

@@ -93,11 +93,12 @@ def check_state(opt: Optimizer, pairs: list[Pair]) -> None:
 
 
 def _fits(shape: torch.Size, param: torch.Size) -> bool:
-    """Whether it can be state of the parameter: its shape, or a statistic with fewer dimensions or some of size one."""
-    same_rank = len(shape) == len(param)
-    return (
-        all(a in (1, b) for a, b in zip(shape, param, strict=True)) if same_rank else len(shape) < len(param)
-    )
+    """Whether it can be state of the parameter: its shape, a statistic with fewer dimensions or some of size one, or a
+    square matrix for one of its dimensions."""
+    if len(shape) != len(param):
+        return len(shape) < len(param)
+    square = len(shape) == 2 and shape[0] == shape[1] and shape[0] in param
+    return square or all(a in (1, b) for a, b in zip(shape, param, strict=True))
 
 
 def _counts_steps(opt: Optimizer) -> bool:

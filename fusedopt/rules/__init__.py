@@ -18,6 +18,7 @@ from .laprop import LaProp, laprop_step
 from .lars import LARS, lars_step
 from .lion import Lion, lion_step
 from .mars import MARS, mars_step
+from .muon import Muon, muon_step
 from .novograd import NovoGrad, novograd_step
 from .qhm import QHM, qhm_step
 from .schedulefree import (
@@ -47,6 +48,7 @@ __all__ = [
     "GrokFast",
     "LaProp",
     "Lion",
+    "Muon",
     "NovoGrad",
     "SGDScheduleFree",
     "Signum",
@@ -71,6 +73,7 @@ __all__ = [
     "lars_step",
     "lion_step",
     "mars_step",
+    "muon_step",
     "novograd_step",
     "qhm_step",
     "schedule_free_step",

@@ -124,6 +124,8 @@ class BoundStep:
         if why is None:
             for slots, run in self._others:
                 run(slots)
+            for each in self.rounds:
+                each.commit()
         return why
 
     def _measure(self) -> None:

@@ -68,6 +68,8 @@ PURE = {
     "debias",
     "first_step",
     "half_life_of",
+    "math",
+    "newton_schulz",
     "adam_step",
     "radam_step",
     "min",
