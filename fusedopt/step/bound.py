@@ -140,8 +140,8 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
     for plan in plans:
         item = plan.items[0]
         where = f"group {item.where[0]}"
-        if plan.by_rows:
-            return f"parameter {item.where[1]} of {where}: its state has dimensions in another order than its memory"
+        if plan.by_rows and not all(each.home.is_contiguous() for each in plan.items):
+            return f"{where}: kernels need dimensions in their order, and a parameter's memory has another"
         if plan.trace.created:
             return f"{where}: state is new"
         if plan.known.replay is None:
