@@ -70,10 +70,10 @@ class Explanation:
     """``opt.explain()``. ``launches`` is the number of kernel launches per step; ``bytes_per_element`` their sum.
 
     ``steps`` says how steps went so far: how many needed Python work for each tensor, and why the last of them did; ""
-    before the first. ``calls`` are torch calls that are made between launches, a line for each bucket.
-    ``extension`` says why the host's side of a step runs without the C++ extension; "" where it does not. ``applied``
-    explains the last call of each ``opt.apply``, ``over`` what such a call goes over. ``lists``: where param groups
-    have callbacks of their own, the numbers of the groups that share a list, and that.
+    before the first. ``calls`` are torch calls that are made between launches, a line for each bucket. ``extension``
+    says why the host's side of a step runs without the C++ extension; "" where it does not. ``applied`` explains the
+    last call of each ``opt.apply``, ``over`` what such a call goes over. ``lists``: where param groups have callbacks
+    of their own, the numbers of the groups that share a list, and that.
     """
 
     optimizer: str

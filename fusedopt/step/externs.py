@@ -21,7 +21,7 @@ from ..trace.methods import METHODS
 if TYPE_CHECKING:
     from .buckets import Bucket
 
-BATCH = 1 << 18
+BATCH = 1 << 20
 """Elements of a parameter and those stacked with it: more does not pay, and has to be kept in memory."""
 
 Memory = dict[str, torch.Tensor]

@@ -2,8 +2,7 @@
 
 A traced tensor that meets such a call *enters* a world of real ones: from there on it is an `ExternTensor`, and
 whatever is done to it is recorded as the torch call that it is. Where such a tensor is used together with fused values
-again, it *leaves*: it is a value of the graph that no kernel computes. ``cuts.py`` makes programs and functions of
-that.
+again, it *leaves*: it is a value of the graph that no kernel computes. ``cuts.py`` makes programs and functions of it.
 
 What is recorded has no side effects: ``x.mul_(2)`` is ``x * 2`` in x's place. Equal calls are one, so that two traces
 can be compared.

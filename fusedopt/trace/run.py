@@ -319,7 +319,8 @@ class Pass:
         if isinstance(value, Number) and value.program is not self.scalars:
             return value.value
         if isinstance(value, torch.Tensor):
-            strange = self.calls is not None and value.dim() and isinstance(known, (type(None), Foreign))
+            made = self.calls is not None and self.calls.made(run, value)
+            strange = made and isinstance(known, (type(None), Foreign))
             whole = strange and value.shape == run.attribute(ELEMENT, "shape")
             raise (Starts if strange and not whole else Untraceable)(
                 f"the state {key!r} is a tensor not made from the parameter, its gradient or its state"
