@@ -31,8 +31,8 @@ def dadapt_adam_step(
     ``d ← max(d, min(d̂, growth_rate·d))``; ``p ← p - m / (√v + eps)``, with `decouple` ``p ← p·(1 - η·wd)`` before it.
     Sums go over all parameters of the step. Nothing moves where ``Σ|s|`` is 0.
     Args: `lr`, `mom`, `sqr_mom`, `eps` (gradient units), `wd`, `d0` (parameter units), `growth_rate` numbers; `step`
-    int; `use_bias_correction`, `decouple` flags; `do_wd` per-parameter flag; `grad_sum`, `grad_avg`, `sqr_avg` tensors; `d`,
-    `d_numerator` 0-d tensors.
+    int; `use_bias_correction`, `decouple` flags; `do_wd` per-parameter flag; `grad_sum`, `grad_avg`, `sqr_avg` tensors;
+    `d`, `d_numerator` 0-d tensors.
     State: ``grad_sum`` (s), ``grad_avg`` (m), ``sqr_avg`` (v); ``d``, ``d_numerator`` (N), the same for all parameters;
     reads ``step`` and the flag ``do_wd``.
     Source: Defazio & Mishchenko, "Learning-Rate-Free Learning by D-Adaptation", arXiv:2301.07733, algorithm 5, in the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..optimizer.torch_face import TorchFace
 
@@ -22,7 +22,7 @@ class FindsDistance(TorchFace):
         Every stepped parameter has it in its state. To print it, or to compare it, waits for the device; ``step()``
         never does.
         """
-        newest = max(self.state.values(), key=lambda state: state.get("step", 0), default={})
+        newest: dict[str, Any] = max(self.state.values(), key=lambda state: state.get("step", 0), default={})
         return newest.get("d", self.param_groups[0]["d0"])
 
 

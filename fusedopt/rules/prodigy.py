@@ -10,6 +10,7 @@ import torch
 from .. import callbacks
 from ..callbacks import debias
 from ..optimizer.names import Place
+from ..optimizer.torch_face import check_betas
 from ..trace.totals import total
 from .distance import FindsDistance, check_d0
 
@@ -120,4 +121,6 @@ class Prodigy(FindsDistance):
         **options: Unpack[AllOptions],
     ) -> None:
         check_d0(d0)
+        if beta3 is not None:
+            check_betas((beta3,), 1)
         self._start([callbacks.maximize_grad, callbacks.step_stat, prodigy_step], locals())

@@ -30,8 +30,8 @@ def sm3_step(
     `max_2`, `max_3`, `max_4` tensors of length 1 along all dimensions but one.
     State: ``max_0``, ``max_1``, ... (aᵢ, as many as there are dimensions); ``grad_avg`` (m) with `mom`.
     Source: Anil et al., "Memory-Efficient Adaptive Optimization", arXiv:1901.11150, SM3-II.
-    Deviations: `sqr_mom` is of Enealor's PyTorch-SM3; in the paper it is 0. There are bounds along the first five dimensions
-    only.
+    Deviations: `sqr_mom` is of Enealor's PyTorch-SM3; in the paper it is 0. There are bounds along the first five
+    dimensions only.
     """
     grad = p.grad.data
     sqr, new = grad**2, {}
