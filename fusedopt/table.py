@@ -369,7 +369,7 @@ _RULES = (
         _variants((), 24, dict(), dict(warmup_init=True, weight_decay=0.1))
         + _variants(
             ("exp_avg",),
-            40,
+            28,
             dict(**_DECAY, beta1=0.9, relative_step=False, scale_parameter=False, maximize=True),
         ),
         reductions=True,
@@ -480,6 +480,11 @@ _RULES = (
             52,
             dict(),
             dict(d0=1e-2, weight_decay=0.1, betas=(0.8, 0.95), growth_rate=1.2, use_bias_correction=True),
+            first=True,
+        )
+        + _variants(
+            (*_EXP, "s"),
+            48,
             dict(lr=0.5, d0=1e-2, weight_decay=0.1, growth_rate=1.05, decouple=True, maximize=True),
             first=True,
         ),

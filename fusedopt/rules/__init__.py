@@ -17,11 +17,12 @@ from .came import CAME, came_step
 from .cautious import Cautious, cautious, cautious_step
 from .centralize import Centralize, centralize
 from .dadaptadam import DAdaptAdam, dadapt_adam_step
-from .dog import DoG, LDoG, dog_step, ldog_step
+from .dog import DoG, dog_step
 from .first import first_step
 from .grokfast import GrokFast, grokfast_filter
 from .laprop import LaProp, laprop_step
 from .lars import LARS, lars_step
+from .ldog import LDoG, ldog_step
 from .lion import Lion, lion_step
 from .mars import MARS, mars_step
 from .novograd import NovoGrad, novograd_step

@@ -35,9 +35,7 @@ def sm3_step(
     """
     grad = p.grad.data
     sqr, new = grad**2, {}
-    bounds = [max_0, max_1, max_2, max_3, max_4][: max(grad.dim(), 1)]
-    if max_0 is None:
-        bounds = [torch.zeros_like(highest_along(sqr, i)) for i in range(len(bounds))]
+    bounds = zero_bounds(grad) if max_0 is None else [max_0, max_1, max_2, max_3, max_4][: max(grad.dim(), 1)]
     least = bounds[0]
     for bound in bounds[1:]:
         least = torch.minimum(least, bound)
@@ -57,6 +55,11 @@ def highest_along(x, i):
     """The maxima over all dimensions but the i-th, which stay, with length 1."""
     others = tuple(d for d in range(x.dim()) if d != i)
     return x.amax(dim=others, keepdim=True) if others else x
+
+
+def zero_bounds(x):
+    """What the bounds are before the first step."""
+    return [torch.zeros_like(highest_along(x, i)) for i in range(min(max(x.dim(), 1), 5))]
 
 
 sm3_step.defaults = dict(mom=0.0, sqr_mom=0.0, eps=1e-30)

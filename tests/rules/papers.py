@@ -2,8 +2,8 @@
 
 ``paper(p, grads, **arguments)`` steps ``p`` in place and yields after each step. Arguments and defaults are those of
 the authors' code, written down here a second time. ``schedule(t)`` is what the learning rate is multiplied by in step
-t. Nothing of fusedopt is used. Where sums go over all parameters (``JOINT``), ``p`` is a list of these, and ``grads`` has
-lists.
+t. Nothing of fusedopt is used. Where sums go over all parameters (``JOINT``), ``p`` is a list of these, and ``grads``
+has lists.
 """
 
 import math

@@ -67,6 +67,7 @@ PURE = {
     "total",
     "inverse_root_factored",
     "rms",
+    "zero_bounds",
     "highest_along",
     "enumerate",
     "len",
@@ -254,7 +255,9 @@ def test_it_can_be_pickled(row):
     assert_equal(train(opt, 2, start=2), train(other, 2, start=2))
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.values[0].name not in ("Cautious", "Centralize", "GrokFast")])
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.values[0].name not in ("Cautious", "Centralize", "GrokFast")]
+)
 def test_maximize_is_descent_on_the_other_sign(row):
     kwargs = {k: v for k, v in row.variants[-1].kwargs.items() if k != "maximize"}
     up, down = parameters(), parameters()
