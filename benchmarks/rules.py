@@ -27,7 +27,8 @@ TEXT = """# Rules, and what they cost
 Written by `python -m benchmarks.rules`, from the kernels of the C++ backend: what a step launches for parameters of one
 dtype, how many bytes it moves for each float32 element, what it keeps for each element (a buffer), each row or column,
 or each tensor (a number in memory), how many kernels eight steps compile, and which callbacks run eagerly. Parameters
-are matrices. AdamW launches 1, moves 28 and keeps 2 buffers; Cautious, Centralize and GrokFast are what they make of it.
+are matrices. AdamW launches 1, moves 28 and keeps 2 buffers; Cautious, Centralize and GrokFast are what they make of
+it.
 
 | rule | in a sentence | launches | bytes per element | buffers | rows, columns | numbers per tensor | kernels | eager |
 |---|---|---|---|---|---|---|---|---|
