@@ -12,6 +12,7 @@ from devices import COMPILED, DEVICE
 from factories import assert_equal
 
 import fusedopt
+from fusedopt import rules
 from fusedopt.extension import leaf
 from fusedopt.step import totals
 
@@ -169,12 +170,12 @@ def test_what_one_total_gives_does_not_depend_on_threads(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", parameter_free.ALL)
 def test_learning_rates_found_by_totals(name, backend):
-    callback, plain = parameter_free.ALL[name]
+    make, plain = parameter_free.ALL[name]
     shapes = [(3, 5), (7,), (130,), (8, 16)]
     target = parameters(shapes, torch.float64, seed=1)
     ours = parameters(shapes, torch.float64)
     theirs = [p.detach().clone().requires_grad_() for p in ours]
-    opt, other = fusedopt.Optimizer(ours, [callback], lr=1.0, backend=backend), plain(theirs)
+    opt, other = make(ours, backend=backend), plain(theirs)
     start = [p.detach().clone() for p in ours]
     for _ in range(40):
         for p, q, x in zip(ours, theirs, target, strict=True):
@@ -194,13 +195,13 @@ def test_prodigy_is_the_packages():
     # In float32 its first steps of 1e-6 are rounded off, and what is left decides where it goes.
     ours = parameters(shapes, torch.float64)
     theirs = [p.detach().clone().requires_grad_() for p in ours]
-    opt = fusedopt.Optimizer(ours, [parameter_free.prodigy], lr=1.0, wd=0.01)
+    opt = rules.Prodigy(ours, weight_decay=0.01)
     other = package.Prodigy(theirs, weight_decay=0.01)
     for _ in range(30):
         for p, q, x in zip(ours, theirs, target, strict=True):
             p.grad, q.grad = (p - x).detach(), (q - x).detach()
         opt.step(), other.step()
-    assert opt.state[ours[0]]["d"].item() == pytest.approx(other.param_groups[0]["d"], rel=1e-5)
+    assert opt.d.item() == pytest.approx(other.param_groups[0]["d"], rel=1e-5)
     assert_near(ours, theirs, 1e-4)
 
 

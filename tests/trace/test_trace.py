@@ -554,7 +554,7 @@ def test_a_branch_that_decides_a_flag_is_refused():
 def test_a_shape_attribute_that_is_read_extends_the_signature():
     by_size = callback("p.data.mul_(1 / p.numel()) if p.ndim > 1 else p.data.zero_()")
     with pytest.raises(NeedsAttribute) as need:
-        trace([by_size], signature(), dict(lr=0.1))
+        trace([by_size], signature(F32, F32, ()), dict(lr=0.1))
     assert need.value.name == "ndim"
     t = trace([by_size], signature(F32, F32, (("ndim", 2), ("count", 6))), dict(lr=0.1))
     assert t.slot_values() == [1 / 6]
