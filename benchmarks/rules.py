@@ -19,27 +19,29 @@ from fusedopt.optimizer import Optimizer
 from .plot import ROOT
 
 TABLE = ROOT / "docs" / "rules_table.md"
-SHAPES = ((4, 3), (2, 3, 2))
+SHAPES = ((4, 3), (2, 3))
 STEPS = 8
 """Beyond the step at which rectified rules become adaptive."""
 TEXT = """# Rules, and what they cost
 
 Written by `python -m benchmarks.rules`, from the kernels of the C++ backend: what a step launches for parameters of one
-dtype, how many bytes it moves for each float32 element, what it keeps for each element (a buffer) or each tensor (a
-number in memory), how many kernels eight steps compile, and which callbacks run eagerly. AdamW launches 1, moves 28 and
-keeps 2 buffers; Cautious and GrokFast are what they make of it.
+dtype, how many bytes it moves for each float32 element, what it keeps for each element (a buffer), each row or column,
+or each tensor (a number in memory), how many kernels eight steps compile, and which callbacks run eagerly. Parameters
+are matrices. AdamW launches 1, moves 28 and keeps 2 buffers; Cautious, Centralize and GrokFast are what they make of
+it.
 
-| rule | in a sentence | launches | bytes per element | buffers | numbers per tensor | kernels | eager |
-|---|---|---|---|---|---|---|---|
+| rule | in a sentence | launches | bytes per element | buffers | rows, columns | numbers per tensor | kernels | eager |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
 class Cost(NamedTuple):
-    """What an optimizer does in a step. ``eager``: callbacks that no kernel runs."""
+    """What an optimizer does in a step. ``lines``: state by rows or columns; ``eager``: what no kernel runs."""
 
     launches: int
     bytes: int
     buffers: int
+    lines: int
     numbers: int
     kernels: int
     eager: tuple[str, ...]
@@ -55,11 +57,17 @@ def cost(row: table.Row) -> Cost:
             p.grad = torch.randn(p.shape, generator=generator)
         opt.step()
     kept = [v for v in opt.state[params[0]].values() if isinstance(v, torch.Tensor)]
-    buffers = sum(v.shape == params[0].shape for v in kept)
+    buffers, numbers = (sum(v.numel() == n for v in kept) for n in (params[0].numel(), 1))
     said = opt.explain()
     eager = tuple(e.callback for e in said.eager)
     return Cost(
-        said.launches, said.bytes_per_element, buffers, len(kept) - buffers, len(said.compiled), eager
+        said.launches,
+        said.bytes_per_element,
+        buffers,
+        len(kept) - buffers - numbers,
+        numbers,
+        len(said.compiled),
+        eager,
     )
 
 

@@ -113,6 +113,10 @@ class Launch {
     const auto count = static_cast<int64_t>(chunks_.size()) / tables_.chunk_words;
     partials_.resize(count * tables_.n_reductions);
     bounds_ = splits(chunks_.data(), count, threads, tables_.chunk_words);
+    std::vector<int64_t> whole; // rows as if each were a chunk
+    for (int64_t row_of = 0; row_of < n_rows_; ++row_of)
+      whole.insert(whole.end(), {row_of, 0, row(row_of)[word::numel]});
+    by_row_ = splits(whole.data(), n_rows_, has_between() ? threads : 1);
     tables_.chunks = chunks_.data();
     tables_.partials = partials_.data();
   }
@@ -127,17 +131,20 @@ class Launch {
   // Those of another launch, with the same rows.
   void share_slots(const Launch& other) { tables_.slots = other.tables_.slots; }
 
+  // Whether what is done once per row goes over more than a few numbers.
+  bool has_between() const { return tables_.chunk_words > chunk_words || !results_.empty(); }
+
   void run() const {
     if (!chunks_.empty()) {
       const auto extra = std::count_if(before_.begin(), before_.end(), [](uintptr_t f) { return f != 0; });
       const Metered metered(stages_.size() + extra + (scalars_ != 0));
       for (size_t k = 0; k < stages_.size(); ++k) {
         if (before_[k] != 0)
-          run_stage(before_[k], &tables_, {0, n_rows_});
+          run_stage(before_[k], &tables_, by_row_);
         run_stage(stages_[k], &tables_, bounds_);
       }
       if (scalars_ != 0)
-        run_stage(scalars_, &tables_, {0, n_rows_});
+        run_stage(scalars_, &tables_, by_row_);
     }
   }
 
@@ -150,7 +157,7 @@ class Launch {
   int64_t n_chunks_;
   std::vector<double> results_;
   Tables tables_;
-  std::vector<int64_t> numel_, chunks_, bounds_;
+  std::vector<int64_t> numel_, chunks_, bounds_, by_row_;
   std::vector<uint8_t> on_;
   std::vector<double> partials_, slots_;
   int64_t threads_ = 0;

@@ -26,7 +26,7 @@ class Variant:
     state: tuple[str, ...] = ()
     """Keys in ``opt.state[p]`` of the buffers with the parameter's shape, after a step."""
     bytes: int = 12
-    """Bytes moved per fp32 element in a steady step."""
+    """Bytes moved per fp32 element in a steady step; where matrices have a kernel of their own, of a matrix."""
     first_step_kernel: bool = False
     """State starts as something other than zeros, so the first step runs a kernel of its own."""
 
@@ -56,6 +56,10 @@ class Row:
     """Needs a number per tensor (a norm): two stages instead of one."""
     keeps_numbers: bool = False
     """Stores a number per tensor: a launch more, over tensors."""
+    matrix_launches: int = 0
+    """Kernel launches for matrices, where these have a kernel of their own; what else is said is of vectors."""
+    totals: bool = False
+    """Needs sums over all parameters: a pass before the step, with its launch over tensors, and two that join sums."""
     changes_structure: bool = False
     """Some steps run another kernel: RAdam's first steps, Lookahead's every k-th."""
     rests_first: bool = False
@@ -87,8 +91,8 @@ class Row:
 
     @property
     def launches(self) -> int:
-        """Kernel launches per step for parameters of one dtype on one device."""
-        return self.stages + self.keeps_numbers
+        """Kernel launches per step for parameters of one dtype on one device, and of matrices where these differ."""
+        return self.matrix_launches or self.stages + self.keeps_numbers + 4 * self.totals
 
     @property
     def first_step_kernel(self) -> bool:
@@ -325,6 +329,10 @@ def _cautious_adamw(params: Any, **kwargs: Any) -> Any:
     return rules.Cautious(optim.AdamW(params, **kwargs))
 
 
+def _centralized_adamw(params: Any, **kwargs: Any) -> Any:
+    return rules.Centralize(optim.AdamW(params, **kwargs))
+
+
 def _grokfast_adamw(params: Any, alpha: float = 0.98, lamb: float = 2.0, **kwargs: Any) -> Any:
     return rules.GrokFast(optim.AdamW(params, **kwargs), alpha, lamb)
 
@@ -354,11 +362,35 @@ _RULES = (
         _variants(_EXP, 28, dict(), dict(**_DECAY, betas=(0.8, 0.95), final_lr=0.3, gamma=0.1, eps=1e-3)),
     ),
     Row(
+        "Adafactor",
+        "rules",
+        rules.Adafactor,
+        "pytorch_optimizer.AdaFactor",
+        _variants((), 24, dict(), dict(warmup_init=True, weight_decay=0.1))
+        + _variants(
+            ("exp_avg",),
+            28,
+            dict(**_DECAY, beta1=0.9, relative_step=False, scale_parameter=False, maximize=True),
+        ),
+        reductions=True,
+        matrix_launches=5,
+    ),
+    Row(
         "AdaMod",
         "rules",
         rules.AdaMod,
         "torch_optimizer.AdaMod",
         _variants((*_EXP, "exp_avg_lr"), 36, dict(), dict(**_DECAY, betas=(0.8, 0.95), beta3=0.9, eps=1e-3)),
+    ),
+    Row(
+        "AdamMini",
+        "rules",
+        rules.AdamMini,
+        None,
+        _variants(("exp_avg",), 20, dict(), dict(**_DECAY, betas=(0.8, 0.95), eps=1e-3, maximize=True)),
+        reductions=True,
+        keeps_numbers=True,
+        matrix_launches=1,
     ),
     Row(
         "AdamWScheduleFree",
@@ -414,12 +446,61 @@ _RULES = (
         rests_first=True,
     ),
     Row(
+        "CAME",
+        "rules",
+        rules.CAME,
+        "pytorch_optimizer.CAME",
+        _variants(("exp_avg",), 36, dict(), dict(**_DECAY, betas=(0.8, 0.95, 0.99), clip_threshold=0.5)),
+        reductions=True,
+        matrix_launches=7,
+    ),
+    Row(
         "Cautious",
         "rules",
         _cautious_adamw,
         None,
         _variants(_EXP, 44, dict(), dict(**_DECAY, betas=(0.7, 0.95), maximize=True)),
         reductions=True,
+    ),
+    Row(
+        "Centralize",
+        "rules",
+        _centralized_adamw,
+        None,
+        _variants(_EXP, 28, dict(), dict(**_DECAY, betas=(0.7, 0.95), maximize=True)),
+        matrix_launches=1,
+    ),
+    Row(
+        "DAdaptAdam",
+        "rules",
+        rules.DAdaptAdam,
+        "pytorch_optimizer.DAdaptAdam",
+        _variants(
+            (*_EXP, "s"),
+            52,
+            dict(),
+            dict(d0=1e-2, weight_decay=0.1, betas=(0.8, 0.95), growth_rate=1.2, use_bias_correction=True),
+            first=True,
+        )
+        + _variants(
+            (*_EXP, "s"),
+            48,
+            dict(lr=0.5, d0=1e-2, weight_decay=0.1, growth_rate=1.05, decouple=True, maximize=True),
+            first=True,
+        ),
+        keeps_numbers=True,
+        totals=True,
+    ),
+    Row(
+        "DoG",
+        "rules",
+        rules.DoG,
+        None,
+        _variants(
+            ("init_buffer",), 24, dict(), dict(lr=0.5, reps_rel=1e-2, weight_decay=0.1, eps=1e-3), first=True
+        ),
+        keeps_numbers=True,
+        totals=True,
     ),
     Row(
         "GrokFast",
@@ -447,6 +528,17 @@ _RULES = (
             dict(lr=1.0, momentum=0.8, weight_decay=0.1, trust_coefficient=0.02, eps=1e-3, maximize=True),
         ),
         reductions=True,
+    ),
+    Row(
+        "LDoG",
+        "rules",
+        rules.LDoG,
+        None,
+        _variants(
+            ("init_buffer",), 24, dict(), dict(lr=0.5, reps_rel=1e-2, weight_decay=0.1, eps=1e-3), first=True
+        ),
+        reductions=True,
+        keeps_numbers=True,
     ),
     Row(
         "Lion",
@@ -483,6 +575,30 @@ _RULES = (
         keeps_numbers=True,
     ),
     Row(
+        "Prodigy",
+        "rules",
+        rules.Prodigy,
+        "pytorch_optimizer.Prodigy",
+        _variants(
+            (*_EXP, "s", "p0"),
+            52,
+            dict(),
+            dict(d0=1e-2, weight_decay=0.1, betas=(0.8, 0.95), d_coef=0.8, growth_rate=1.2, maximize=True),
+            dict(
+                lr=0.5,
+                d0=1e-3,
+                weight_decay=0.1,
+                beta3=0.9,
+                decouple=False,
+                use_bias_correction=True,
+                safeguard_warmup=True,
+            ),
+            first=True,
+        ),
+        keeps_numbers=True,
+        totals=True,
+    ),
+    Row(
         "QHM",
         "rules",
         rules.QHM,
@@ -505,6 +621,15 @@ _RULES = (
         rules.Signum,
         "pytorch_optimizer.Tiger",
         _variants(_MOMENTUM, 20, dict(), dict(**_DECAY, momentum=0.0)),
+    ),
+    Row(
+        "SM3",
+        "rules",
+        rules.SM3,
+        "pytorch_optimizer.SM3",
+        _variants((), 16, dict())
+        + _variants(("momentum_buffer",), 24, dict(lr=0.01, momentum=0.9, beta=0.9, eps=1e-8, maximize=True)),
+        matrix_launches=4,
     ),
     Row(
         "SophiaG", "rules", rules.SophiaG, None, _variants(("exp_avg", "hessian"), 24, dict(), dict(rho=0.1))

@@ -126,9 +126,10 @@ struct Lanes {
     for (double& x : lane) x = R::init;
   }
   inline void add(int k, double x) { lane[k] = R::join(lane[k], x); }
-  double total() const {
+  double total() const { return total(lanes); }
+  double total(int64_t used) const {  // by a line of this many numbers
     double x = R::init;
-    for (const double y : lane) x = R::join(x, y);
+    for (int k = 0; k < lanes && k < used; ++k) x = R::join(x, lane[k]);
     return x;
   }
 };
@@ -141,6 +142,17 @@ inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end,
     for (int k = 0; k < lanes; ++k) element(i + k, k);
   }
   for (int k = 0; i < end; ++i, ++k) element(i, k);
+}
+
+// Short lines of a length that is known when this is compiled have no loop, and no lanes that nobody uses.
+template <int64_t n>
+struct Fixed {
+  constexpr operator int64_t() const { return n; }
+};
+template <class F>
+inline __attribute__((always_inline)) void with_length(int64_t n, const F& lines) {
+  if (n == 3) lines(Fixed<3>{});
+  else lines(n);
 }
 
 struct Row {

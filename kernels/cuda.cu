@@ -5,7 +5,7 @@
 // gradient lies changes from step to step, and comes with the launch.
 // A piece is a part of a row: row, first element, one past the last. Chunks are pieces that leave partial results;
 // stages that leave none get smaller pieces. With several axes pieces are whole lines, and say too where the part results
-// of each reduction along axes are.
+// of each reduction along axes are; these are joined, and loops between stages done, by kernels of their own.
 // A launch carries words by value: the scalars and the gradients' addresses, as far as they fit.
 #ifdef __CUDACC_RTC__
 using int64_t = long long;
@@ -457,18 +457,23 @@ struct Regions {
   __device__ double* operator[](int k) const { return global(reinterpret_cast<double*>(words[k])); }
 };
 
+// Some of a row's places, for which a block joins part results: every `slices`-th, from number `slice` on.
+struct Join {
+  int64_t slice, slices;
+  const int64_t* chunks;
+};
+
 // The part results of reduction k along some axes, joined in chunk order: every place has its team. All chunks but the
 // last are of one length; `inside` elements have `tail` numbers, there are `count` of them.
 template <class R, int n>
-__device__ inline void join_chunks(const Launch& launch, Row row, int k, int word, int64_t inside, int64_t tail,
-                                   int64_t count) {
+__device__ inline void join_chunks(Row row, Join join, int k, int word, int64_t inside, int64_t tail, int64_t count) {
   constexpr int words = piece_words + n;
-  const int64_t* chunks = launch.pieces + row.words[2] * words;
-  if (row.words[3] == 0 || chunks[piece_words + k] == row.words[word]) return;
+  const int64_t* const chunks = join.chunks;
+  if (chunks[piece_words + k] == row.words[word]) return;
   double* const whole = row.result(word);
   const int64_t length = chunks[2] - chunks[1];
   const Team team = Team::across(count, count * ((inside - 1) / length + 1));
-  for (int64_t start = 0; start < count; start += team.count) {
+  for (int64_t start = join.slice * team.count; start < count; start += join.slices * team.count) {
     const int64_t place = start + team.index, first = place / tail * inside;
     Lanes<R> parts;
     if (place < count)
@@ -478,7 +483,6 @@ __device__ inline void join_chunks(const Launch& launch, Row row, int k, int wor
     const double x = parts.total(team);
     if (team.lane == 0 && place < count) whole[place] = x;
   }
-  __syncthreads();
 }
 
 // -- entries --
@@ -517,6 +521,15 @@ __device__ inline void each_row(const Launch& launch, int64_t n, const int64_t* 
   }
 }
 
+// A piece here is a row, which of its places, and the address of its first chunk.
+template <void joined(const Launch&, Row, Join)>
+__device__ inline void each_join(const Launch& launch, int64_t n, const int64_t* inlined) {
+  for (int64_t c = blockIdx.x; c < n; c += gridDim.x) {
+    const int64_t* piece = launch.pieces + c * 4;
+    joined(launch, Row(launch, piece[0], inlined), {piece[1], piece[2], reinterpret_cast<const int64_t*>(piece[3])});
+  }
+}
+
 #define FUSEDOPT_ENTRY(name, n_words, each, function)                                                              \
   extern "C" __global__ void __launch_bounds__(max_threads, resident_blocks) name(                                 \
       const __grid_constant__ Launch launch, int64_t n, const __grid_constant__ Inline<n_words> inlined) {         \
@@ -532,6 +545,7 @@ __device__ inline void each_row(const Launch& launch, int64_t n, const int64_t* 
 
 #define FUSEDOPT_STAGE(k) FUSEDOPT_ENTRIES(fusedopt_stage_##k, each_piece, stage_##k)
 #define FUSEDOPT_BLOCK_STAGE(k) FUSEDOPT_ENTRIES(fusedopt_stage_##k, each_block, stage_##k)
+#define FUSEDOPT_JOIN(k) FUSEDOPT_ENTRIES(fusedopt_join_##k, each_join, join_##k)
 #define FUSEDOPT_BETWEEN(k) FUSEDOPT_ENTRIES(fusedopt_before_##k, each_row, before_##k)
 #define FUSEDOPT_SCALARS FUSEDOPT_ENTRIES(fusedopt_scalars, each_row, scalars)
 

@@ -112,10 +112,13 @@ def copies(buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- traces, without a compiler
 
 
+VECTOR = (("ndim", 1),)
+
+
 def signature(
     param: torch.dtype = torch.float32,
     grad: torch.dtype | None = None,
-    attributes: tuple = (),
+    attributes: tuple = VECTOR,
     /,
     **state: Any,
 ) -> Signature:

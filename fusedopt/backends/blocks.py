@@ -194,13 +194,10 @@ class Blocks(Body):
     def _index(self, kinds: Iterable[str]) -> list[str]:
         """Where the line begins in all that is accessed."""
         outer = self.axes[:-1]
-        out, rest = [], "line"
+        out = []
         if self.axes == self.program.all_axes:
             out.append(f"const int64_t first = line * n{self.axes[-1]};")
-        for a in reversed(outer[1:]):
-            out.append(f"[[maybe_unused]] const int64_t i{a} = {rest} % n{a};")
-            rest = f"({rest} / n{a})"
-        out += [f"[[maybe_unused]] const int64_t i{outer[0]} = {rest};"] if outer else []
+        out += self.where(outer)
         for kind in sorted(filter(is_partial, kinds)):
             place, stride = [], ""
             for a in reversed(kind):
@@ -208,6 +205,14 @@ class Blocks(Body):
                 stride += f" * n{a}"
             out.append(f"[[maybe_unused]] const int64_t o{kind} = {' + '.join(place) or '0'};")
         return out
+
+    def where(self, outer: str) -> list[str]:
+        """Where the line is along the other axes."""
+        out, rest = [], "line"
+        for a in reversed(outer[1:]):
+            out.append(f"[[maybe_unused]] const int64_t i{a} = {rest} % n{a};")
+            rest = f"({rest} / n{a})"
+        return out + ([f"[[maybe_unused]] const int64_t i{outer[0]} = {rest};"] if outer else [])
 
     def _fixed(self, fixed: Sequence[int], done: set[int]) -> list[str]:
         """What is one number for the whole line, as far as the sums that it needs are there."""

@@ -106,6 +106,13 @@ def blocks(shapes: tuple[tuple[int, ...], ...], regions: tuple[str, ...], kept: 
     return Blocks(Layout(np.ascontiguousarray(table), np.cumsum(count) - count, count), results, total)
 
 
+def parts(shape: tuple[int, ...], kind: str, chunks: np.ndarray) -> int:
+    """How many part results of a reduction to this kind a tensor's chunks leave."""
+    inside, tail = _prefix(shape, kind)
+    first, last = chunks[:, 1] // inside, (chunks[:, 2] - 1) // inside
+    return int((last - first + 1).sum()) * tail
+
+
 def _places(shape: tuple[int, ...], kind: str) -> int:
     return 1 if kind == TENSOR else math.prod(shape[int(a)] for a in kind)
 
@@ -138,6 +145,18 @@ def tiles(chunks: np.ndarray, lines: np.ndarray | None = None) -> np.ndarray:
     out = chunks[chunk]
     out[:, 1], out[:, 2] = start, np.minimum(start + length[chunk], end[chunk])
     return out
+
+
+def line_tiles(chunks: np.ndarray, lines: np.ndarray) -> np.ndarray:
+    """Chunks of whole lines, of these lengths, cut into fewer: the same table with more rows."""
+    begin, end = chunks[:, 1], chunks[:, 2]
+    step = np.maximum(TILE // lines, 1) * lines
+    count = -(-(end - begin) // step)
+    chunk = np.repeat(np.arange(len(chunks)), count)
+    cut = chunks[chunk]
+    cut[:, 1] += (np.arange(len(chunk)) - (np.cumsum(count) - count)[chunk]) * step[chunk]
+    cut[:, 2] = np.minimum(cut[:, 1] + step[chunk], cut[:, 2])
+    return cut
 
 
 @functools.lru_cache(maxsize=64)

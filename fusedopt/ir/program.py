@@ -113,6 +113,15 @@ class Graph:
             self.values.append(Value(op, (), attr, kind, type))
         return index
 
+    def called(self, op: str, args: tuple[int, ...], attr: Any, kind: str, type: str) -> int:
+        """A value that no op of the table makes of these, until a program reads it from a buffer."""
+        key = (op, args, attr, kind, type)
+        index = self._known.get(key)
+        if index is None:
+            index = self._known[key] = len(self.values)
+            self.values.append(Value(op, args, attr, kind, type))
+        return index
+
     def op(self, name: str, *args: int, where: Callable[[], str] = str, to: Any = None) -> int:
         """The value ``name(*args)``; ``where`` is asked for the callback's line when the value is new.
 
@@ -347,11 +356,8 @@ def _interpret(
         args = [x if x.dtype == torch.bool else x.to(wanted) for x in (results[a] for a in v.args)]
         if is_reduction(v.op):
             source = program.values[v.args[0]].kind
-            results.append(
-                _reduced(program, v, args[0].expand(_along(program, source, like)).to(torch.float64)).to(
-                    dtype
-                )
-            )
+            over = _along(program, ELEMENT if source == TENSOR else source, like)
+            results.append(_reduced(program, v, args[0].expand(over).to(torch.float64)).to(dtype))
         elif v.op == "expand":
             results.append(args[0].expand(_along(program, v.kind, like)))
         elif v.op in DRAWS:
@@ -414,7 +420,8 @@ _CALLED = frozenset(
 LONGEST_NAME = 100
 """Characters of a name that generated code has in full."""
 _NUMBERED = re.compile(
-    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(v|s|d|r|acc|n|i|o|q|sums)\d+|[A-Z_\d]+|.*__.*|_.*|.*_", re.ASCII
+    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(given|called)_\d+|(v|s|d|r|acc|n|i|o|q|sums)\d+|[A-Z_\d]+|.*__.*|_.*|.*_",
+    re.ASCII,
 )
 
 

@@ -70,9 +70,10 @@ class Explanation:
     """``opt.explain()``. ``launches`` is the number of kernel launches per step; ``bytes_per_element`` their sum.
 
     ``steps`` says how steps went so far: how many needed Python work for each tensor, and why the last of them did; ""
-    before the first. ``extension`` says why the host's side of a step runs without the C++ extension; "" where it does
-    not. ``applied`` explains the last call of each ``opt.apply``, ``over`` what such a call goes over. ``lists``: where
-    param groups have callbacks of their own, the numbers of the groups that share a list, and that.
+    before the first. ``calls`` are torch calls that are made between launches, a line for each bucket. ``extension``
+    says why the host's side of a step runs without the C++ extension; "" where it does not. ``applied`` explains the
+    last call of each ``opt.apply``, ``over`` what such a call goes over. ``lists``: where param groups have callbacks
+    of their own, the numbers of the groups that share a list, and that.
     """
 
     optimizer: str
@@ -84,6 +85,7 @@ class Explanation:
     source: str
     steps: str = ""
     extension: str = ""
+    calls: tuple[str, ...] = ()
     applied: tuple[Explanation, ...] = ()
     lists: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = ()
     over: str = ""
@@ -120,6 +122,7 @@ class Explanation:
             which = f"group{'s' * (len(groups) > 1)} {', '.join(map(str, groups))}"
             lines.append(f"callbacks of {which}: {', '.join(names)}")
         lines += [f"stage {k + 1}: {stage}" for k, stage in enumerate(self.stages)]
+        lines += [f"between stages: {call}" for call in self.calls]
         lines += [f"runs eagerly: {e.callback}: {e.reason}" for e in self.eager]
         lines += [f"kernel {c}" for c in self.compiled]
         lines += [f"{'calls' if self.over else 'steps'}: {self.steps}"] if self.steps else []
@@ -191,6 +194,7 @@ def explanation(
         source="\n".join(k.body for k in used),
         steps=str(engine.steps),
         extension=leaf.extension_status()[1] if without else "",
+        calls=tuple(call for each in engine.rounds for call in each.called()),
     )
 
 

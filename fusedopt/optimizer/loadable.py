@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 
 from ..callback import arguments_of, function_of, identity, is_ours
 from ..callbacks import step_stat
-from ..ir.ops import TENSOR
+from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer
 from ..step.items import Item
 from ..trace.run import NeedsAttribute
@@ -93,11 +94,12 @@ def check_state(opt: Optimizer, pairs: list[Pair]) -> None:
 
 
 def _fits(shape: torch.Size, param: torch.Size) -> bool:
-    """Whether it can be state of the parameter: its shape, or a statistic with fewer dimensions or some of size one."""
-    same_rank = len(shape) == len(param)
-    return (
-        all(a in (1, b) for a, b in zip(shape, param, strict=True)) if same_rank else len(shape) < len(param)
-    )
+    """Whether it can be state of the parameter: its shape, a statistic with fewer dimensions or some of size one, or a
+    square matrix for one of its dimensions."""
+    if len(shape) != len(param):
+        return len(shape) < len(param)
+    square = len(shape) == 2 and shape[0] == shape[1] and shape[0] in param
+    return square or all(a in (1, b) for a, b in zip(shape, param, strict=True))
 
 
 def _counts_steps(opt: Optimizer) -> bool:
@@ -126,7 +128,7 @@ def check_complete(
     here, and so may ``optional``. A user's own entries say nothing of it, nor is it known of callbacks that do not
     fuse.
     """
-    known: dict[Any, dict[str, Any]] = {}
+    known: dict[Any, _FirstStates] = {}
     for g, (live, saved) in enumerate(zip(opt.param_groups, groups, strict=True)):
         group = {**opt.defaults, **saved, "params": live["params"]}
         hyper = opt.groups.hypers(group)
@@ -138,16 +140,17 @@ def check_complete(
             if not any(k in LEARNT and v is not None for k, v in state.items()):
                 continue
             if kind not in known:
-                known[kind] = _first_state(opt, cbs, p, hyper)
-            for key in known[kind].keys() - {*LOOKAHEAD, *optional}:
-                _check_entry(key, known[kind][key], state, p, f"parameter {i} of group {g}")
+                known[kind] = _FirstStates(opt, cbs, hyper)
+            first = known[kind].of(p)
+            for key in first.keys() - {*LOOKAHEAD, *optional}:
+                _check_entry(key, first[key], state, p, f"parameter {i} of group {g}")
 
 
 def _check_entry(key: str, first: Any, state: Mapping[str, Any], p: torch.Tensor, what: str) -> None:
     value = state.get(key)
     fits = isinstance(value, torch.Tensor) and value.is_floating_point()
     if isinstance(value, torch.Tensor) and isinstance(first, Buffer):
-        fits = fits and (value.shape == p.shape or first.kind == TENSOR)
+        fits = fits and (value.shape == p.shape or _is_of_kind(value, first.kind, p.shape))
     if fits if isinstance(first, Buffer) else isinstance(value, (int, float)):
         return
     found = "missing" if value is None else f"a {type(value).__name__}"
@@ -159,25 +162,47 @@ def _check_entry(key: str, first: Any, state: Mapping[str, Any], p: torch.Tensor
     )
 
 
-def _first_state(
-    opt: Optimizer, cbs: list[Callable[..., Any]], p: torch.Tensor, hyper: dict[str, Any]
-) -> dict[str, Any]:
-    """What a first step leaves in the state, by the names it is stored under: buffers and numbers. Empty if unknown."""
-    if not all(opt.engine.buckets.verdicts.lasting):
-        return {}  # calling such a callback would do something
-    takers = [function_of(cb) for cb in cbs]
-    item, attributes = Item(p.detach(), p.detach(), {}, (0, 0), hyper), opt.engine.buckets.attributes
-    while True:
-        try:
-            traced = trace(cbs, item.signature(attributes, False), hyper, state_dtype=opt.state_dtype)
-        except NeedsAttribute as need:
-            attributes += (need.name,)
-            continue
-        except (Untraceable, Exception):
-            return {}
-        numbers = {
-            k: v
-            for k, v in traced.new_numbers().items()
-            if type(v) in (int, float) and [f for f in takers if k in arguments_of(f)] != [step_stat]
+def _is_of_kind(value: torch.Tensor, kind: str, shape: torch.Size) -> bool:
+    """Whether it has as many numbers as a parameter of this shape has along the dimensions that the kind names."""
+    if kind in (ELEMENT, TENSOR):
+        return kind == TENSOR
+    return value.numel() == math.prod(shape[int(d)] for d in kind)
+
+
+class _FirstStates:
+    """What a first step leaves in the state, by the names it is stored under: buffers and numbers. Empty if unknown.
+
+    It may be other state for a vector than for a matrix, so parameters are told apart as far as the callbacks do.
+    """
+
+    def __init__(self, opt: Optimizer, cbs: list[Callable[..., Any]], hyper: dict[str, Any]) -> None:
+        self.opt, self.cbs, self.hyper = opt, cbs, hyper
+        self.attributes = opt.engine.buckets.attributes
+        self.known: dict[Any, dict[str, Any]] = {}
+
+    def of(self, p: torch.Tensor) -> dict[str, Any]:
+        """Of a parameter without state."""
+        if not all(self.opt.engine.buckets.verdicts.lasting):
+            return {}  # calling such a callback would do something
+        item = Item(p.detach(), p.detach(), {}, (0, 0), self.hyper)
+        while True:
+            signature = item.signature(self.attributes, False)
+            if signature in self.known:
+                return self.known[signature]
+            try:
+                traced = trace(self.cbs, signature, self.hyper, state_dtype=self.opt.state_dtype)
+            except NeedsAttribute as need:
+                self.attributes += (need.name,)
+            except (Untraceable, Exception):
+                self.known[signature] = {}
+            else:
+                self.known[signature] = self._stored({**traced.created, **traced.new_numbers()})
+
+    def _stored(self, created: dict[str, Any]) -> dict[str, Any]:
+        takers = [function_of(cb) for cb in self.cbs]
+        return {
+            self.opt.groups.stored(k): v
+            for k, v in created.items()
+            if isinstance(v, Buffer)
+            or (type(v) in (int, float) and [f for f in takers if k in arguments_of(f)] != [step_stat])
         }  # steps may be counted for nobody
-        return {opt.groups.stored(k): v for k, v in {**traced.created, **numbers}.items()}

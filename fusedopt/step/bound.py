@@ -124,6 +124,8 @@ class BoundStep:
         if why is None:
             for slots, run in self._others:
                 run(slots)
+            for each in self.rounds:
+                each.commit()
         return why
 
     def _measure(self) -> None:
@@ -138,6 +140,8 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
     for plan in plans:
         item = plan.items[0]
         where = f"group {item.where[0]}"
+        if plan.by_rows and not all(each.home.is_contiguous() for each in plan.items):
+            return f"{where}: kernels need dimensions in their order, and a parameter's memory has another"
         if plan.trace.created:
             return f"{where}: state is new"
         if plan.known.replay is None:
@@ -149,12 +153,10 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
             if type(value) is not type(old[key]) or (type(value) not in (int, float) and value != old[key]):
                 return f"{where}: the state {key!r} becomes another flag, or a number of another type"
         for item in plan.items:
-            reordered = plan.by_rows and not item.param.is_contiguous()
-            if item.alike is not None and not reordered:
+            if item.alike is not None:
                 continue
-            if reordered or item.param is not item.home or not dense(item.param):
-                order = " in the order of its dimensions" if plan.by_rows else ""
-                return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory{order}"
+            if item.param is not item.home or not dense(item.param):
+                return f"parameter {item.where[1]} of group {item.where[0]}: it is not dense in memory"
             if type(item.owner).grad is not torch.Tensor.grad:
                 return (
                     f"parameter {item.where[1]} of group {item.where[0]}: its class has gradients of its own"

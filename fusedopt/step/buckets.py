@@ -28,7 +28,7 @@ from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, static_of, structure_of
 from ..trace.snapshot import Snapshot
 from ..trace.tracer import Trace, trace
-from . import sharded
+from . import externs, sharded
 from .history import History
 from .items import Item
 from .verdicts import ActsAfterAll, Verdicts
@@ -67,6 +67,12 @@ class Bucket:
     known: CompiledTrace
     slots: Sequence[Scalar]
     numbers: dict[str, Any]
+
+    @functools.cached_property
+    def memory(self) -> externs.Memory:
+        """What its programs leave for torch calls, and find of them."""
+        assert self.trace.externs is not None
+        return externs.memory(self.trace.externs, len(self.items), self.trace.signature.device)
 
     @property
     def trace(self) -> Trace:
@@ -171,7 +177,7 @@ class Buckets:
         unfused: list[Item] = []
         for bucket, plan in self.traced(todo):
             if isinstance(plan, Bucket):
-                along = plan.trace.signature.dims is not None
+                along = plan.trace.signature.dims is not None or plan.trace.externs is not None
                 fuses = [item.fuses(plan.known.backend, along) for item in bucket]
                 plan.items = list(compress(bucket, fuses))
                 plans += [plan] if plan.items else []
@@ -282,6 +288,7 @@ class Buckets:
                 state_dtype=self.state_dtype,
                 work=signature.asked is not None,
                 keeps=keeps,
+                lasting=self.verdicts.lasting[callbacks.start : callbacks.stop],
             )
         except (Untraceable, Exception) as error:
             traced = getattr(error, "callback", callbacks.start)

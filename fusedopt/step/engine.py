@@ -168,7 +168,9 @@ class Engine:
         self, plans: list[Bucket], scaling: Scaling, groups: Groups
     ) -> tuple[BoundStep, list[Launched]]:
         todo = [item for plan in plans for item in plan.items]
-        if all(plan.known.backend.native for plan in plans) and not any(map(sharded.is_shard, todo)):
+        calls = any(plan.trace.externs is not None for plan in plans)  # which are made for all rows
+        native = all(plan.known.backend.native for plan in plans) and not calls
+        if native and not any(map(sharded.is_shard, todo)):
             plans = [*plans, *self._resting(groups.resting(todo), plans)]
         tables, shared = [], launching.together(plans)
         for group in shared:
@@ -177,7 +179,7 @@ class Engine:
                     item.lay_out(plan.by_rows)
             tables.append(Launched(group, launching.table(group, scaling)))
         norm = launching.norm_of(plans, [], scaling)
-        rounds = [*([norm] if norm else []), *launching.totals_of(shared, scaling)]
+        rounds = [*([norm] if norm else []), *launching.totals_of(shared, scaling, groups)]
         try:
             return BoundStep(groups, tables, rounds), tables
         except ValueError as error:  # a number that only Python can hold
@@ -225,8 +227,10 @@ class Engine:
             ]
             for plan, kernel in found:
                 counts[kernel] = counts.get(kernel, 0) + len(plan.items)
-            join = totals.join_kernel(plans[0])
-            counts[join] = counts.get(join, 0) + len({name for _, k in found for name, _ in k.program.stores})
+            sums = {name for _, kernel in found for name in totals.sums(kernel.program)}
+            if sums:
+                join = totals.join_kernel(plans[0])
+                counts[join] = counts.get(join, 0) + len(sums)
         for plan in plans:
             counts[plan.kernel] = counts.get(plan.kernel, 0) + len(plan.items)
         return list(counts.items())

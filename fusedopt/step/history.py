@@ -38,6 +38,8 @@ class History:
                     label = f"{kernel.name} #{len(self.used) + 1}"
                     self.used[kernel] = Used(kernel, label, why)
                     env.debug(1, f"# {label}: {why}", program)
+            if trace.externs is not None:
+                env.debug(1, "# torch calls after the programs of rounds", trace.externs)
         self._last[where] = trace
 
     def _why(self, old: Trace | None, new: Trace) -> str:

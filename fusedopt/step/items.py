@@ -194,7 +194,7 @@ _buffer = functools.lru_cache(Buffer)
 @functools.lru_cache(maxsize=4096)
 def _along(dtype: torch.dtype, shape: torch.Size, like: torch.Size) -> Buffer | Several | None:
     """State that goes along some dimensions of its parameter."""
-    if len(like) > axes.MOST or 0 in shape:
+    if len(like) > axes.MOST:
         return None
     whole = axes.along(axes.full(like))
     found = tuple(Buffer(dtype, kind_of(axes.along(d), whole), d) for d in axes.layouts(shape, like))
@@ -252,8 +252,12 @@ def allocate(item: Item, created: dict[str, Buffer], starts: dict[str, float]) -
     return made
 
 
+STAND_IN = 2
+"""The length, in a stand-in, of dimensions that have none: its rows and columns can be told from single numbers."""
+
+
 def work_copy(item: Item) -> Item:
-    """Private copies in the compute type. A parameter without elements gets a stand-in of one element.
+    """Private copies in the compute type. A parameter without elements gets a stand-in that has some.
 
     With it the callbacks can count steps; none of its tensors is kept.
     """
@@ -264,7 +268,8 @@ def work_copy(item: Item) -> Item:
 
     def copy(t: torch.Tensor) -> torch.Tensor:
         if empty and t.numel() == 0:
-            t = reference.mark(torch.zeros([1] * t.dim(), dtype=t.dtype, device=t.device), t.dtype)
+            shape = [n or (STAND_IN if item.param.dim() > 1 else 1) for n in t.shape]
+            t = reference.mark(torch.zeros(shape, dtype=t.dtype, device=t.device), t.dtype)
         return t.detach().clone() if one and t.dtype == compute else reference.upcast(t, compute)
 
     state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in begun(item.state).items()}
@@ -394,6 +399,8 @@ def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.d
     """A copy of it, laid out like the parameter if it has its shape; zeros where the parameter was a stand-in."""
     if not per_element(value, work.param, work.modes):
         out = torch.zeros_like(value)
+        if item.param.numel() == 0 and (found := axes.layouts(value.shape, work.param.shape)):
+            out = value.new_zeros(axes.sizes(found[0], item.param.shape))
     else:
         dtype = state_dtype or reference.asked(value) if value.is_floating_point() else value.dtype
         dtype = stored_dtype(dtype, item.param.dtype, item.param.dim() == 0, item.modes)

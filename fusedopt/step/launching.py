@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from ..backends import Kernel, Launch
 from ..extension import leaf
 from ..trace.axes import sizes as sizes_of
+from ..trace.cuts import CALLED, GIVEN
 from . import items, sharded, totals
 from .buckets import Bucket
 from .commit import Change, commit
@@ -103,17 +105,39 @@ def run(
     rounds = totals_of(shared, scaling)
     for each in rounds:
         each.run(tables)
-    commit([*changes, *given, *stores])
+    commit([*changes, *given, *stores, *(each.commit for each in rounds)])
     for entry in launched:
         entry.launch.let_go()
     for each in rounds:
         each.let_go()
-    return launched, rounds
+        each.end()
+    return launched, [*rounds]
 
 
-def totals_of(groups: list[list[Bucket]], scaling: Scaling) -> list[Round]:
-    """The rounds of totals before the launches of these plans."""
-    return totals.rounds(groups, scaling, _column)
+def totals_of(
+    groups: list[list[Bucket]], scaling: Scaling, repeated: Groups | None = None
+) -> Sequence[Round]:
+    """The rounds of totals and torch calls before the launches of these plans.
+
+    repeated: where to find state anew in each step
+    """
+    find = functools.partial(_in_groups, repeated) if repeated is not None else None
+    return totals.rounds(groups, scaling, _columns, find)
+
+
+def _in_groups(groups: Groups, plan: Bucket) -> Callable[[str], list[torch.Tensor]]:
+    """What finds the tensors of the state of a plan's parameters, which it does not hold."""
+    owners = [weakref.ref(item.owner) for item in plan.items]
+    places = {
+        key: (stored, nested, inner) for stored, nested, inner, key, _ in groups.entries(plan.items[0].owner)
+    }
+
+    def found(key: str) -> list[torch.Tensor]:
+        stored, nested, inner = places[key]
+        values = [groups.state[owner()][stored] for owner in owners]
+        return [value[inner] for value in values] if nested else values
+
+    return found
 
 
 def together(plans: list[Bucket]) -> list[list[Bucket]]:
@@ -147,6 +171,13 @@ def _column(name: str, rows: list[Item], scaling: Scaling) -> list[torch.Tensor]
     return [(item.hyper if where == "hyper" else item.state)[key] for item in rows]
 
 
+def _columns(name: str, plans: list[Bucket], scaling: Scaling) -> list[torch.Tensor]:
+    """That of all rows of these plans."""
+    if name.startswith((GIVEN, CALLED)):
+        return [row for plan in plans for row in plan.memory[name].unbind()]
+    return _column(name, [item for plan in plans for item in plan.items], scaling)
+
+
 def handed(item: Item, new: dict[str, Any], groups: Groups | None) -> Change:
     """What gives the user new state, which the item has at once."""
     seen, item.state = item.state, item.state | new
@@ -172,7 +203,7 @@ def counts(launched: Sequence[Launched]) -> list[tuple[Kernel, int]]:
 def table(plans: list[Bucket], scaling: Scaling) -> Launch:
     """The launch of plans that share a program, each a scalar set."""
     kernel, rows = plans[0].kernel, [item for plan in plans for item in plan.items]
-    columns = {name: _column(name, rows, scaling) for name, _ in kernel.program.buffers}
+    columns = {name: _columns(name, plans, scaling) for name, _ in kernel.program.buffers}
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
     sizes = [item.param.numel() for item in rows]
     resident = any(item.hyper.get("capturable") for item in rows)

@@ -182,6 +182,16 @@ class Round:
         kernels = [(kernel, n) for (kernel, _), n in zip(self.kernels, counts, strict=False)]
         return [*kernels, *self.kernels[len(counts) :]]
 
+    def called(self) -> list[str]:
+        """The torch calls of the round, in words."""
+        return []
+
+    def commit(self) -> None:
+        """Write what it leaves for the user's tensors, once the step is known to work."""
+
+    def end(self) -> None:
+        """Hold no memory of its own: it will not be run again."""
+
     def let_go(self) -> None:
         """Keep no tensor's memory alive from here on."""
         for summing in self.summing:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..backends import Kernel
@@ -13,6 +14,7 @@ from ..ir.ops import ELEMENT
 from ..ir.program import Buffer, Graph, Program, verify
 from ..trace.axes import sizes
 from ..trace.totals import BUFFER, SUM, TOTAL
+from . import externs
 from .items import Item
 from .rounds import Piece, Round, resident, space
 from .scaling import Scaling
@@ -21,13 +23,19 @@ if TYPE_CHECKING:
     from .buckets import Bucket
 
 JOIN_KERNEL = "total"
-Column = Callable[[str, list[Item], Scaling], list[torch.Tensor]]
+Column = Callable[[str, "list[Bucket]", Scaling], list[torch.Tensor]]
 Place = tuple[int, int]
 """A program of a round: the number of the main launch, and its own among those before it."""
 
 
-def rounds(groups: Sequence[list[Bucket]], scaling: Scaling, column: Column) -> list[Round]:
-    """The rounds of launches of these buckets. ``column`` gives the tensors of rows for a buffer.
+def rounds(
+    groups: Sequence[list[Bucket]],
+    scaling: Scaling,
+    column: Column,
+    tensors: Callable[[Bucket], externs.Tensors] | None = None,
+) -> list[Totals]:
+    """The rounds of launches of these buckets. ``column`` gives the tensors of rows for a buffer; ``tensors`` finds
+    state for torch calls.
 
     Raises RuntimeError if there is no order for them.
     """
@@ -38,16 +46,21 @@ def rounds(groups: Sequence[list[Bucket]], scaling: Scaling, column: Column) -> 
     }
     if not programs:
         return []
-    makes = {place: [n for n, _ in program.stores] for place, program in programs.items()}
+    makes = {place: sums(program) for place, program in programs.items()}
     takes = {
         place: {_share(n) for n, _ in program.buffers if n.startswith(TOTAL)}
         for place, program in programs.items()
     }
+    calling = {k: externs.calling(group, tensors) for k, group in enumerate(groups)}
     memory = _memory(groups, makes)
-    out: list[Round] = []
+    out: list[Totals] = []
     missing = {name for names in makes.values() for name in names}
     while programs:
-        ready = [place for place in programs if takes[place].isdisjoint(missing)]
+        ready = [
+            (k, r)
+            for k, r in programs
+            if takes[k, r].isdisjoint(missing) and (not calling[k] or (k, r - 1) not in programs)
+        ]
         for place in ready:
             del programs[place]
         still = {name for place in programs for name in makes[place]}
@@ -57,8 +70,14 @@ def rounds(groups: Sequence[list[Bucket]], scaling: Scaling, column: Column) -> 
                 "would do. Remedy: call total for the same things in the same order for all parameters"
             )
         out.append(_round(groups, ready, sorted(missing - still), memory, scaling, column))
+        out[-1].calls = [(k, r, each) for k, r in ready for each in calling[k]]
         missing = still
     return out
+
+
+def sums(program: Program) -> list[str]:
+    """The shares of totals that it leaves."""
+    return [name for name, _ in program.stores if name.startswith(SUM)]
 
 
 def _share(total: str) -> str:
@@ -90,15 +109,15 @@ def _round(
     memory: Memory,
     scaling: Scaling,
     column: Column,
-) -> Round:
+) -> Totals:
     """The round of these programs, which joins what is complete then."""
     out = Totals(_device(groups[0]), {_device(group) for group in groups}, scaling)
     for place in ready:
         group, items = groups[place[0]], _items(groups[place[0]])
         backend, kernel = group[0].known.rounds[place[1]]
-        left = {name: memory[name][1][place] for name, _ in kernel.program.stores}
+        left = {name: memory[name][1][place] for name in sums(kernel.program)}
         columns = {
-            name: list(left[name][0].unbind()) if name in left else column(name, items, scaling)
+            name: list(left[name][0].unbind()) if name in left else column(name, group, scaling)
             for name, _ in kernel.program.buffers
         }
         sets = [k for k, plan in enumerate(group) for _ in plan.items]
@@ -125,6 +144,30 @@ class Totals(Round):
         super().__init__("fusedopt.total", main, devices)
         self.scaling = scaling
         self.totals: list[str] = []
+        self.calls: list[tuple[int, int, externs.Calling]] = []
+
+    def run(self, slots: Sequence[np.ndarray]) -> None:
+        super().run(slots)
+        for k, number, calling in self.calls:
+            if number == 0:
+                calling.forget()
+            on = {*self.devices, self.main}
+            if not (self.scaling.amp and calling.looks_first and self.scaling.skipped(on)):
+                calling.run(number, slots[k][calling.set])
+
+    def called(self) -> list[str]:
+        return [calling.described(number) for _, number, calling in self.calls if calling.calls(number)]
+
+    def commit(self) -> None:
+        for calling in dict.fromkeys(calling for _, _, calling in self.calls):
+            calling.commit()
+
+    def end(self) -> None:
+        for _, _, calling in self.calls:
+            calling.let_go()
+
+    def native(self) -> Any:
+        return None if self.calls else super().native()
 
     def finish(self) -> None:
         super().finish()

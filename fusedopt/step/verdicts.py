@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from .. import env
 from ..callback import arguments_of, branches, is_temporary, may_take, name_of, place_of, uses_parameter
+from ..ir.program import Buffer
 from ..trace.purity import ACTS, READS, VARIES, examine
-from ..trace.signals import Changes, Untraceable
-from ..trace.signature import STARTED, Opaque, Signature, is_plain, structure_of
+from ..trace.signals import Changes, Starts, Untraceable
+from ..trace.signature import STARTED, Foreign, Opaque, Signature, is_plain, structure_of
 from ..trace.snapshot import is_data
 
-FUSES = "arithmetic on whole tensors fuses, with reductions over all elements (docs/compiler.md has the list)"
+FUSES = "arithmetic on whole tensors and reductions fuse (docs/compiler.md has the list)"
 ARGUMENTS_ALONE = (
     "nothing is wrong, but it is slow; what depends on the arguments alone fuses: pass numbers as hyperparameters, and "
     "keep what lasts in the state that it returns"
@@ -58,6 +59,7 @@ class Verdicts:
         for i, verdict in enumerate(found):
             if verdict.level == ACTS:
                 self._act(i, verdict.reason)
+        self._starting: set[Eager] = set()  # which is as it should be
         self.said: set[Any] = set() if said is None else said
         self._moved: set[int] | None = set()
 
@@ -110,6 +112,10 @@ class Verdicts:
             self.acts[i] = eager
             raise ActsAfterAll
         self.unfused[i, structure_of(signature)] = eager
+        if isinstance(error, Starts) and not any(
+            isinstance(v, (Buffer, Foreign)) for _, v in signature.state
+        ):
+            self._starting.add(eager)
 
     def parted(self, totalling: Iterable[int]) -> None:
         """Note that these, which call ``fusedopt.total``, run eagerly, because some callback of the list does."""
@@ -134,11 +140,15 @@ class Verdicts:
     def all(self) -> tuple[Eager, ...]:
         """Every verdict with its reason."""
         acts = [self.acts[i] for i in sorted(self.acts)]
-        return tuple(dict.fromkeys([*acts, *self.unfused.values()]))
+        found = [eager for eager in self.unfused.values() if eager not in self._starting]
+        return tuple(dict.fromkeys([*acts, *found]))
 
     def say(self) -> None:
         """Warn, once each, of callbacks that run eagerly."""
-        found = {i: eager for (i, _), eager in reversed(self.unfused.items())} | self.acts
+        unfused = [
+            (i, eager) for (i, _), eager in reversed(self.unfused.items()) if eager not in self._starting
+        ]
+        found = dict(unfused) | self.acts
         for i, (name, reason) in sorted(found.items()):
             self.warn(i, f"the callback {name} runs eagerly, parameter by parameter: {reason}")
 

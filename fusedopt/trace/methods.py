@@ -25,6 +25,7 @@ from .tensor import (
     as_bool,
     as_float,
     expand,
+    is_extern,
     lift,
     new,
     plain,
@@ -215,7 +216,7 @@ def _to(
         elif isinstance(a, (str, torch.device)):
             device = a
         elif type(a) is not bool:
-            dtype = lift(x.run, a).asked or a.dtype
+            dtype = a.asked if is_extern(a) else lift(x.run, a).asked or a.dtype
     if device is not None and torch.device(device) != x.run.device:
         raise Untraceable(f"a tensor is moved to {device}; its parameter is on {x.run.device}")
     if memory_format != torch.preserve_format:
@@ -232,6 +233,8 @@ def _cast_to(x: SymTensor, dtype: torch.dtype | None, copy: bool = False) -> Sym
         return as_bool(x)
     if dtype == x.dtype or (x.is_bool and dtype in FLOATS):
         return SymTensor(x.run, as_float(x).node, dtype, x.shown)
+    if x.run.calls is not None and dtype in FLOATS:
+        return x.run.calls.cast(x, dtype)
     raise Untraceable(f"a cast to {dtype}; inside a callback tensors are {x.run.compute}")
 
 

@@ -82,7 +82,18 @@ BUILTINS = (
 )
 
 _NAMES = {name for m in MODULES for name in vars(m) if name in METHODS or name.removesuffix("_") in METHODS}
-_NAMES |= {*vars(math), "nn", "functional", "linalg", "special", "inf", "no_grad", "enable_grad"}
+_NAMES |= {
+    *vars(math),
+    "nn",
+    "functional",
+    "linalg",
+    "special",
+    "einsum",
+    "tensordot",
+    "inf",
+    "no_grad",
+    "enable_grad",
+}
 _NAMES |= {"preserve_format", "contiguous_format"}
 _NAMES |= {str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype)}
 """What pure code may take from a module: functions the tracer knows, mathematics, dtypes. Not ``torch.rand``."""

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from ..callback import Callback, arguments_of, call, is_temporary
-from ..ir.ops import ELEMENT, TENSOR
+from ..ir.ops import ELEMENT, OPS, TENSOR
 from ..ir.program import Buffer, Graph
 from . import axes, methods  # noqa: F401  (fills the table of tensor methods)
 from .axes import Dims
 from .number import Number, Scalar, ScalarProgram
-from .signals import Changes, NeedsAttribute, Untraceable, latest, where_now
+from .signals import Changes, NeedsAttribute, Starts, Untraceable, latest, where_now
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
 from .standins import StandIns
-from .tensor import SymParameter, SymTensor, lift
+from .tensor import FLOATS, SymParameter, SymTensor, expand, is_extern, lift
 from .totals import Total
 
 MAX_PATHS = 8
@@ -37,11 +37,21 @@ class Cell:
     shown: Dims | None = None
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """The tensor of a location that no fused program has: what torch calls give, or the state that it was."""
+
+    ref: Any
+    asked: torch.dtype | None
+
+
 @dataclass
 class Run:
     """One run of one callback along one path: what symbolic tensors need to build values.
 
     ``callback`` is counted from number ``first`` of the optimizer's list on; ``totals`` are its shares of these.
+    ``calls``: where torch calls that have no fused form are recorded (see externs.py); None if they may not be made.
+    ``spots``: weak references to where results of those are.
     """
 
     graph: Graph
@@ -55,6 +65,8 @@ class Run:
     taken: list[bool] = field(default_factory=list)
     raw: int = 0
     finished: bool = False
+    calls: Any = None
+    spots: list[Any] = field(default_factory=list)
 
     where = staticmethod(where_now)
     """What is said of the code that a new value comes from."""
@@ -122,8 +134,10 @@ class Pass:
         scalars: ScalarProgram,
         first: int,
         keeps: bool = False,
+        calls: Any = None,
     ) -> None:
         self.callbacks, self.signature, self.first, self.keeps = callbacks, signature, first, keeps
+        self.calls = calls
         self.stand_ins = list(map(StandIns().callback, callbacks))
         self.graph, self.scalars = graph, scalars
         self.lists: dict[str, tuple[list, tuple]] = {}
@@ -162,6 +176,9 @@ class Pass:
                 if value.dims is not None:
                     s.need_dims()
                 cells[key] = Cell(load(self.graph, s, f"state.{key}", value), value.dtype, value.dims)
+            elif isinstance(value, Foreign) and value.dtype in FLOATS and self.calls is not None:
+                asked_for = value.dtype if value.dtype != s.compute else None
+                cells[key] = Matrix(self.calls.keep(key, s.compute, value.shape), asked_for)
             elif type(value) in (int, float):
                 cells[key] = self._number(("state", key), value)
             else:
@@ -228,7 +245,7 @@ class Pass:
         outcomes: Outcomes = {}
         todo: list[tuple[bool, ...]] = [()]
         while todo:
-            run = Run(self.graph, self.scalars, self.signature, i, todo.pop(), self.first)
+            run = Run(self.graph, self.scalars, self.signature, i, todo.pop(), self.first, calls=self.calls)
             after = self._one_path(run, callback, dict(cells))
             taken = tuple(run.taken)
             outcomes[taken] = run, after
@@ -244,6 +261,10 @@ class Pass:
     def _one_path(self, run: Run, callback: Callback, cells: dict[str, Any]) -> dict[str, Any]:
         boxes = {k: SymTensor(run, v.node, v.asked, v.shown) for k, v in cells.items() if isinstance(v, Cell)}
         grad = None if self.signature.modes.bare else boxes[GRAD]
+        matrices = {
+            k: self.calls.tensor(run, v.ref, v.asked) for k, v in cells.items() if isinstance(v, Matrix)
+        }
+        boxes |= matrices
         p = SymParameter(run, cells[PARAM].node, cells[PARAM].asked, grad)
         state = {k: boxes.get(k, v) for k, v in cells.items() if k not in (PARAM, GRAD)}
         given = state | {
@@ -267,20 +288,41 @@ class Pass:
         if grad is not None:
             cells[GRAD] = Cell(p.grad.node, p.grad.asked)
         for key in state:
-            if key in boxes:
+            if key in matrices:
+                cells[key] = Matrix(matrices[key].spot.ref, matrices[key].spot.asked)
+            elif key in boxes:
                 cells[key] = Cell(boxes[key].node, boxes[key].asked, cells[key].shown)
         for key, value in returned.items() if isinstance(returned, dict) else ():
             cells[key] = self._returned(run, key, value)
         return cells
 
+    def _matrix(self, key: str, known: Any, value: Any) -> Matrix:
+        """State that goes along no dimensions of the parameter."""
+        if isinstance(known, Foreign) and known.shape == value.shape:
+            return Matrix(value.spot.ref, value.spot.asked)
+        if known is not None:
+            raise Untraceable(f"the state {key!r} changes its shape")
+        raise Starts(f"the state {key!r} is a new tensor that goes along no dimensions of the parameter")
+
     def _returned(self, run: Run, key: str, value: Any) -> Any:
-        if isinstance(value, SymTensor):
+        known = dict(self.signature.state).get(key)
+        if isinstance(known, Foreign) and isinstance(value, SymTensor) and self.calls is not None:
+            value = self.calls.cast(value, self.signature.compute)
+        if is_extern(value) and (isinstance(known, Foreign) or not value.leaves):
+            return self._matrix(key, known, value)
+        if isinstance(value, SymTensor) or is_extern(value):
             value = lift(run, value)
+            if value.shown is not None and value.dims == self.signature.dims:  # the parameter's own shape
+                value = expand(value) if value.kind != ELEMENT else value
+                return Cell(value.node, value.asked)
             return Cell(value.node, value.asked, value.shown and value.dims)
         if isinstance(value, Number) and value.program is not self.scalars:
             return value.value
         if isinstance(value, torch.Tensor):
-            raise Untraceable(
+            made = self.calls is not None and self.calls.made(run, value)
+            strange = made and isinstance(known, (type(None), Foreign))
+            whole = strange and value.shape == run.attribute(ELEMENT, "shape")
+            raise (Starts if strange and not whole else Untraceable)(
                 f"the state {key!r} is a tensor not made from the parameter, its gradient or its state"
             )
         if value is not None and not isinstance(value, (Number, int, float, bool, str, Foreign)):
@@ -365,7 +407,7 @@ def select(graph: Graph, condition: int, yes: int, no: int) -> int:
     if yes == no:
         return yes
     a, b = graph.values[yes], graph.values[no]
-    if a.op == b.op and a.attr == b.attr and a.args and a.kind == b.kind == ELEMENT:
+    if a.op == b.op and a.attr == b.attr and a.op in OPS and a.kind == b.kind == ELEMENT:
         different = [k for k, (x, y) in enumerate(zip(a.args, b.args, strict=True)) if x != y]
         if len(different) == 1 and graph.values[a.args[different[0]]].type == "f":
             k = different[0]

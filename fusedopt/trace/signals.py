@@ -46,6 +46,10 @@ class Changes(Untraceable):
     """A callback changes what it was handed and does not own: how often it is called matters."""
 
 
+class Starts(Untraceable):
+    """A callback makes state that no kernel could. The step that does so runs eagerly, and later ones need not."""
+
+
 class Mismatched(Untraceable):
     """Tensors meet along different dimensions of their parameter. ``of`` is the number of the run that met it.
 

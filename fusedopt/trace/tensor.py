@@ -28,7 +28,8 @@ METHODS: dict[str, Callable[..., Any]] = {}
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _is_ours(frame: types.FrameType) -> bool:
+def is_ours(frame: types.FrameType) -> bool:
+    """Whether the code is no callback's."""
     return frame.f_globals.get("__name__", "").split(".")[0] in ("fusedopt", "torch", "numpy")
 
 
@@ -62,7 +63,7 @@ class SymTensor:
     def __class__(self) -> type:
         """What ``isinstance`` asks for. A callback would be told that this is no tensor; it runs eagerly instead."""
         # torch's own argument parser asks too, in the name of the same frame.
-        if "isinstance" in sys._getframe(1).f_code.co_names and not _is_ours(sys._getframe(1)):
+        if "isinstance" in sys._getframe(1).f_code.co_names and not is_ours(sys._getframe(1)):
             raise Untraceable("isinstance() of a tensor; it is a symbolic one while callbacks are traced")
         return type(self)
 
@@ -115,6 +116,7 @@ class SymTensor:
 
     def _replacement(self, value: Any) -> SymTensor:
         """What takes the place of this tensor's memory: another of the same kind."""
+        value = value.leave() if is_extern(value) else value
         other = lift(self.run, value)
         mine = self.kind, self.is_bool, self.shown
         if not isinstance(value, SymTensor) or (other.kind, other.is_bool, other.shown) != mine:
@@ -135,6 +137,8 @@ class SymTensor:
             return self.run.device
         if name.startswith("__"):
             raise AttributeError(name)
+        if self.run.calls is not None and self.run.calls.starts(name):
+            return self.run.calls.attribute(self, name)
         raise Untraceable(f"Tensor.{name} has no fused form")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -145,8 +149,12 @@ class SymTensor:
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", str(func)), dict(kwargs or {})
-        out = kwargs.pop("out", None)
+        run = next(x.run for x in _arguments(args, kwargs) if isinstance(x, SymTensor))
         base = name.removeprefix("linalg_")
+        real = any(_is_real(run, x) for x in _arguments(args, kwargs))
+        if run.calls is not None and (real or run.calls.starts(name)):
+            return run.calls.dispatch(run, func, args, kwargs)
+        out = kwargs.pop("out", None)
         if base == "where":
             condition, x, other = args
             result = called("where", METHODS["where"], lift(condition.run, x), condition, other)
@@ -187,6 +195,22 @@ class SymTensor:
         raise Untraceable("which tensor it is (in a set, as a key) cannot be told of a symbolic one")
 
 
+def _arguments(args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """All arguments, those in lists too."""
+    flat = [part for a in (*args, *kwargs.values()) for part in (a if type(a) in (tuple, list) else (a,))]
+    return flat
+
+
+def is_extern(x: Any) -> bool:
+    """Whether it is an `externs.ExternTensor`."""
+    return getattr(type(x), "extern", False)
+
+
+def _is_real(run: Run, x: Any) -> bool:
+    """Whether what it is used with is done by torch calls."""
+    return is_extern(x) or (run.calls is not None and run.calls.made(run, x))
+
+
 def alias(x: SymTensor) -> SymTensor:
     """Another view of the same place."""
     view = SymTensor(x.run, x.node, x.asked, x.shown)
@@ -201,6 +225,8 @@ def called(name: str, method: Callable[..., Any], x: SymTensor, *args: Any, **kw
             f"Tensor.{name} of a tensor kept from another call of a callback, a symbolic one whose trace is over; keep "
             "tensors in the state that callbacks return"
         )
+    if any(_is_real(x.run, a) for a in args) and not x.run.calls.fuses(name, (x, *args)):
+        return x.run.calls.dispatch(x.run, getattr(torch.Tensor, _TORCHS.get(name, name)), (x, *args), kwargs)
     try:
         return method(x, *args, **kwargs)
     except Mismatched as error:
@@ -249,6 +275,10 @@ def lift(run: Run, x: Any) -> SymTensor:
         if x.run is not run:
             raise Untraceable("a tensor kept from another call of a callback; keep it in the state")
         return x
+    if is_extern(x):
+        if x.run is not run:
+            raise Untraceable("a tensor kept from another call of a callback; keep it in the state")
+        return x.leave()
     if isinstance(x, torch.Tensor):
         if x.dim() or x.device.type != "cpu":
             raise Untraceable(
@@ -328,10 +358,28 @@ IN_PLACE = {
     "__itruediv__": "div_",
     "__ipow__": "pow_",
 }
-_NO_OPERATOR = {"@": "matmul", "<<": "lshift", ">>": "rshift"}
+_NO_OPERATOR = {"<<": "lshift", ">>": "rshift"}
+_TORCHS = {"rdiv": "__rdiv__", "rpow": "__rpow__", "rsub": "__rsub__"}
+"""Methods of the table that torch has under other names."""
+
+
+def _multiply(self: SymTensor, other: Any) -> Any:
+    return _product(self, self, other)
+
+
+def _multiply_right(self: SymTensor, other: Any) -> Any:
+    return _product(self, other, self)
+
+
+def _product(x: SymTensor, a: Any, b: Any) -> Any:
+    if x.run.calls is None:
+        return _refuse_operator(x, "@", b)
+    return x.run.calls.dispatch(x.run, torch.matmul, (a, b), {})
 
 
 def _install() -> None:
+    for dunder, product in (("__matmul__", _multiply), ("__rmatmul__", _multiply_right)):
+        setattr(SymTensor, dunder, product)
     for dunder, name in (OPERATORS | IN_PLACE).items():
         setattr(SymTensor, dunder, lambda self, *other, name=name: getattr(self, name)(*other))
     for symbol, name in _NO_OPERATOR.items():

@@ -14,7 +14,7 @@ import torch
 from ..ir.ops import TENSOR
 from ..ir.program import Buffer
 from .signals import Untraceable
-from .tensor import METHODS, SymTensor, called
+from .tensor import METHODS, SymTensor, called, is_extern
 
 TOTAL, SUM = "total.", "sum."
 """What the names of buffers begin with: of a sum over all parameters, and of one parameter's share of it."""
@@ -72,6 +72,8 @@ def total(x: Any) -> Any:
 
     Raises TypeError for what is no tensor. RuntimeError within a step: see above.
     """
+    if is_extern(x):
+        return _symbolic(x.double().sum().leave())
     if issubclass(type(x), SymTensor):
         return _symbolic(x)
     if not isinstance(x, torch.Tensor):

@@ -19,11 +19,13 @@ from ..ir.ops import DRAWS, ELEMENT, TENSOR, is_partial
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
 from .axes import along
+from .cuts import Externs, cut, numbered
+from .externs import EXTERN, Calls, Kept
 from .number import Number, Scalar, ScalarProgram
-from .run import GRAD, PARAM, Cell, Pass, alike, either, is_number, load
+from .run import GRAD, PARAM, Cell, Matrix, Pass, alike, either, is_number, load
 from .signals import NeedsAttribute, Untraceable
 from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
-from .totals import BUFFER, TOTAL, Total
+from .totals import BUFFER, Total
 
 Axes = tuple[tuple[int, ...], ...]
 """The dimensions of a parameter that each axis of a program is; none if it has a single one."""
@@ -42,7 +44,7 @@ class Trace:
 
     ``rounds`` are the programs to run before: each stores what a parameter adds to some totals, and takes what it needs
     of those of the rounds before. All take their slots from the same ones, have the same axes if any, and no buffers
-    that ``program`` does not have too.
+    that ``program`` does not have too, but for what calls are given: ``externs`` are the torch calls between programs.
     """
 
     signature: Signature
@@ -57,14 +59,16 @@ class Trace:
     starts: dict[str, float] = field(default_factory=dict)
     moved: frozenset[int] = frozenset()
     rounds: tuple[Program, ...] = ()
+    externs: Externs | None = None
 
     @property
     def contiguous(self) -> bool:
-        """Whether kernels need memory in the order of dimensions, and the parameter's has another."""
-        if any(program.draws for program in (self.program, *self.rounds)) and not self.signature.in_order:
+        """Whether kernels need memory in the order of dimensions, and the parameter's may have another."""
+        drawn = any(program.draws for program in (self.program, *self.rounds))
+        if self.externs is not None or (drawn and not self.signature.in_order):
             return True
         old = [v for _, v in self.signature.state if isinstance(v, Buffer)]
-        return _in_memory(self.signature, [*old, *self.created.values()]) != list(self.signature.order)
+        return in_memory(self.signature, [*old, *self.created.values()]) != list(self.signature.order)
 
     def slot_values(self) -> list[Scalar]:
         return [self.scalars.values[i] for i in self.slots]
@@ -107,6 +111,7 @@ def traced(
     state_dtype: torch.dtype | None = None,
     work: bool = False,
     keeps: bool = False,
+    lasting: Sequence[bool] = (),
 ) -> Trace:
     """Trace ``callbacks`` (the optimizer's list from number ``first`` on) for parameters with this signature.
 
@@ -115,15 +120,17 @@ def traced(
     Where steps may be skipped, a state flag on the device tells the two apart instead (see ``STARTED``).
     ``work``: for work copies, between eager callbacks, so a changed gradient is stored and new state is not rounded.
     ``keeps``: other callbacks follow, so temporary values are stored, too.
+    ``lasting``: of each callback, whether it finds constants around it alone, so that it has made all tensors itself.
     """
     graph, scalars = Graph(along(signature.dims) if signature.dims else "0"), ScalarProgram()
+    calls = Calls(graph, signature.device, lasting)
     passes: list[Pass] = []
 
     def run(given: dict[str, Buffer], without: Sequence[str] = ()) -> dict[str, Any]:
-        passes.append(Pass(callbacks, signature, hyper, graph, scalars, first, keeps))
+        passes.append(Pass(callbacks, signature, hyper, graph, scalars, first, keeps, calls))
         return passes[-1].run(given, without)
 
-    starts = _starts(callbacks, signature, hyper, first) if signature.modes.on_device else {}
+    starts = _starts(callbacks, signature, hyper, first, lasting) if signature.modes.on_device else {}
     # As the next step will see it: see ``items.per_element``.
     count = Buffer(
         torch.float64, ELEMENT if signature.zero_dim and signature.param == torch.float64 else TENSOR
@@ -149,7 +156,7 @@ def traced(
     cells, shared = a, True
     if created or late:
         b = _again(run, counts | created)
-        shared = not late and b is not None and _same_from_zeros(graph, signature, a, b, created)
+        shared = not late and b is not None and _same_from_zeros(graph, calls, signature, a, b, created)
         if shared and b is not None:
             cells = b
         elif late or signature.modes.skips:
@@ -159,18 +166,34 @@ def traced(
             shared = True
     created |= counts
     graded = work and not signature.modes.bare
-    program, slots, axes = program_of(graph, signature, hyper, cells, created, materialize_grad=graded)
     rounds: tuple[Program, ...] = ()
-    if any(isinstance(k, Total) for k in cells):
+    externs = None
+    if not calls.calls and not any(isinstance(k, Total) for k in cells):
+        program, slots, axes = program_of(graph, signature, hyper, cells, created, materialize_grad=graded)
+    else:
         try:
-            program, rounds, slots, axes = _cut(graph, signature, hyper, cells, created, graded)
+            program, rounds, slots, axes, externs = _cut(
+                graph, calls, signature, hyper, cells, created, graded
+            )
         except Untraceable as error:
             error.callback = first  # type: ignore[attr-defined]
             raise
-    numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign))}
+    numbers = {k: v for k, v in cells.items() if not isinstance(v, (Cell, Foreign, Matrix))}
     moved = frozenset(passes[0].moved)
     return Trace(
-        signature, program, scalars, slots, numbers, created, asked, axes, shared, starts, moved, rounds
+        signature,
+        program,
+        scalars,
+        slots,
+        numbers,
+        created,
+        asked,
+        axes,
+        shared,
+        starts,
+        moved,
+        rounds,
+        externs,
     )
 
 
@@ -183,10 +206,18 @@ def _again(run: Callable[..., dict[str, Any]], given: dict[str, Buffer]) -> dict
 
 
 def _starts(
-    callbacks: Sequence[Callback], signature: Signature, hyper: dict[str, Any], first: int
+    callbacks: Sequence[Callback],
+    signature: Signature,
+    hyper: dict[str, Any],
+    first: int,
+    lasting: Sequence[bool],
 ) -> dict[str, float]:
     """The numbers that callbacks leave in the state for the first time, and where they start: arguments' defaults."""
-    cells = Pass(callbacks, signature, hyper, Graph(), ScalarProgram(), first).run({}, counting=True)
+    graph = Graph(along(signature.dims) if signature.dims else "0")
+    calls = Calls(graph, signature.device, lasting)
+    cells = Pass(callbacks, signature, hyper, graph, ScalarProgram(), first, calls=calls).run(
+        {}, counting=True
+    )
     known = dict(signature.state)
     out = {}
     for key in (k for k, v in cells.items() if is_number(v) and k not in known and not is_temporary(k)):
@@ -218,7 +249,7 @@ def _asked_dtype(
 ) -> torch.dtype:
     """The dtype of new state: as asked, or the policy's; one number per tensor keeps the type it is computed in."""
     value = graph.values[cell.node]
-    if value.kind != ELEMENT:
+    if value.kind != ELEMENT or cell.shown is not None:
         return torch.float64 if value.type == "d" else signature.compute
     # Made of a mask and numbers, it has torch's default.
     mixed = (signature.asked or (signature.param,))[0] if signature.zero_dim else torch.get_default_dtype()
@@ -254,7 +285,12 @@ def _until_started(
 
 
 def _same_from_zeros(
-    graph: Graph, signature: Signature, a: dict[str, Any], b: dict[str, Any], created: dict[str, Buffer]
+    graph: Graph,
+    calls: Calls,
+    signature: Signature,
+    a: dict[str, Any],
+    b: dict[str, Any],
+    created: dict[str, Buffer],
 ) -> bool:
     """Whether trace b, its created buffers read as zeros, is trace a."""
     replace = {}
@@ -266,12 +302,16 @@ def _same_from_zeros(
     roots = [v.node for v in b.values() if isinstance(v, Cell)]
     for i in reachable(graph.values, roots):
         v = graph.values[i]
-        if v.args:
+        if v.op == EXTERN:
+            replace[i] = calls.again(i, replace)
+        elif v.args:
             replace[i] = graph.op(v.op, *[replace.get(x, x) for x in v.args], to=v.attr)
-    return a.keys() == b.keys() and all(_same(a[k], b[k], replace) for k in a)
+    return a.keys() == b.keys() and all(_same(calls, a[k], b[k], replace) for k in a)
 
 
-def _same(a: Any, b: Any, replace: dict[int, int]) -> bool:
+def _same(calls: Calls, a: Any, b: Any, replace: dict[int, int]) -> bool:
+    if isinstance(b, Matrix):
+        b = Matrix(calls.remade(b.ref, replace), b.asked)
     return alike(a, Cell(replace.get(b.node, b.node), b.asked, b.shown) if isinstance(b, Cell) else b)
 
 
@@ -283,11 +323,22 @@ def program_of(
     created: dict[str, Buffer],
     materialize_grad: bool,
     axes: Axes | None = None,
+    more: dict[str, Buffer] | None = None,
 ) -> tuple[Program, tuple[int, ...], Axes]:
     """The program for the final cells, in canonical numbering, the scalar entries of its slots, and its axes."""
-    buffers = _buffers(signature, hyper, cells, created)
-    found = graph.leaf("load", FOUND_INF)
-    skip = graph.op("ne", found, graph.leaf("const", 0.0)) if signature.modes.skips else None
+    buffers = _buffers(signature, hyper, cells, created) | (more or {})
+    skip = _skip(graph) if signature.modes.skips else None
+    stores = _stores(signature, cells, created, materialize_grad)
+    old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
+    dims = in_memory(signature, (old | created).values(), _draws(graph, cells))
+    program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip, axes=axes, dims=dims)
+    return _optimized(program, tuple(v.where for v in program.values)), slots, axes
+
+
+def _stores(
+    signature: Signature, cells: dict[str, Any], created: dict[str, Buffer], materialize_grad: bool
+) -> dict[str, int]:
+    """What the program leaves in the end, by buffer."""
     stores: dict[str, int] = {"param": cells[PARAM].node}
     if materialize_grad:
         stores["grad"] = cells[GRAD].node
@@ -295,9 +346,12 @@ def program_of(
     for key in sorted(old | created):
         if isinstance(cell := cells.get(key), Cell):
             stores[f"state.{key}"] = cell.node
-    dims = in_memory(signature, (old | created).values(), graph, cells)
-    program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip, axes=axes, dims=dims)
-    return _optimized(program, tuple(v.where for v in program.values)), slots, axes
+    return stores
+
+
+def _skip(graph: Graph) -> int:
+    """Whether nothing is to be stored."""
+    return graph.op("ne", graph.leaf("load", FOUND_INF), graph.leaf("const", 0.0))
 
 
 def _buffers(
@@ -316,45 +370,37 @@ def _buffers(
 
 def _cut(
     graph: Graph,
+    calls: Calls,
     signature: Signature,
     hyper: dict[str, Any],
     cells: dict[Any, Any],
     created: dict[str, Buffer],
     materialize_grad: bool,
-) -> tuple[Program, tuple[Program, ...], tuple[int, ...], Axes]:
-    """The program, those of the rounds before it, and the slots and axes of all of them."""
+) -> tuple[Program, tuple[Program, ...], tuple[int, ...], Axes, Externs | None]:
+    """The program, those of the rounds before it, the slots and axes of all of them, and the calls between them."""
     shares = {k: v.node for k, v in cells.items() if isinstance(k, Total)}
-    buffers = _buffers(signature, hyper, cells, created)
+    roots = _stores(signature, cells, created, materialize_grad).values()
+    written = {k: v.ref for k, v in cells.items() if isinstance(v, Matrix) and v.ref != Kept(k)}
+    cuts = cut(graph, calls, roots, shares, written)
+    buffers = _buffers(signature, hyper, cells, created) | cuts.buffers
     everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
-    axes = axes_of(graph, everything, buffers, in_memory(signature, (old | created).values(), graph, cells))
-    program, slots, _ = program_of(graph, signature, hyper, cells, created, materialize_grad, axes)
+    order = in_memory(signature, (old | created).values(), cuts.externs is not None or _draws(graph, cells))
+    axes = axes_of(graph, everything, buffers, order)
+    program, slots, _ = program_of(
+        cuts.graph, signature, hyper, cells, created, materialize_grad, axes, cuts.buffers
+    )
     rounds = []
-    for found in _rounds(graph, shares):
-        stores = {k.share: node for k, node in found.items()}
-        with_shares = buffers | dict.fromkeys(stores, BUFFER)
-        one, slots, _ = canonical(graph, signature.compute, with_shares, stores, slots=slots, axes=axes)
+    for stores in cuts.stores:
+        with_theirs = buffers | {name: cuts.private[name] for name in stores}
+        one, slots, _ = canonical(cuts.graph, signature.compute, with_theirs, stores, slots=slots, axes=axes)
         rounds.append(_optimized(one, tuple(v.where for v in one.values)))
     there = dict(buffer for one in (program, *rounds) for buffer in one.buffers)
     kept = tuple((name, there[name]) for name in buffers if name in there)
+    externs = None if cuts.externs is None else numbered(cuts.externs, all_slots := list(slots))
+    slots = slots if externs is None else tuple(all_slots)
     program = replace(program, slots=len(slots), buffers=kept)
-    return program, tuple(replace(one, slots=len(slots)) for one in rounds), slots, axes
-
-
-def _rounds(graph: Graph, shares: dict[Total, int]) -> list[dict[Total, int]]:
-    """The totals, those of a round made of totals of earlier ones."""
-    named = {str(k): k for k in shares}
-    out: list[dict[Total, int]] = []
-    level: dict[Total, int] = {}
-    for known, node in sorted(shares.items()):  # those that are made of others are called for later
-        needed = [graph.values[i].attr for i in reachable(graph.values, [node])]
-        needs = [named[attr] for attr in needed if isinstance(attr, str) and attr.startswith(TOTAL)]
-        if any(other not in level for other in needs):
-            raise Untraceable("a total is made of one that the callback calls for later, or not every time")
-        level[known] = max((level[other] + 1 for other in needs), default=0)
-        out += [{}] * (level[known] == len(out))
-        out[level[known]] = out[level[known]] | {known: node}
-    return out
+    return program, tuple(replace(one, slots=len(slots)) for one in rounds), slots, axes, externs
 
 
 @functools.lru_cache(maxsize=256)
@@ -414,18 +460,20 @@ def axes_of(graph: Graph, values: Iterable[int], buffers: dict[str, Buffer], dim
     return merged_axes(dims, kinds)
 
 
-def in_memory(
-    signature: Signature, state: Iterable[Buffer], graph: Graph, cells: dict[Any, Any]
-) -> list[int]:
-    """The order of dimensions that kernels walk: that of the parameter's memory, unless some state has another, or
-    elements are numbered in that of the dimensions, for random numbers."""
+def _draws(graph: Graph, cells: dict[Any, Any]) -> bool:
+    """Whether elements are numbered in the order of dimensions, for random numbers."""
     nodes = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
-    drawn = any(graph.values[i].op in DRAWS for i in nodes)
-    return sorted(signature.order) if drawn else _in_memory(signature, state)
+    return any(graph.values[i].op in DRAWS for i in nodes)
 
 
-def _in_memory(signature: Signature, state: Iterable[Buffer]) -> list[int]:
+def in_memory(signature: Signature, state: Iterable[Buffer], contiguous: bool = False) -> list[int]:
+    """The order of dimensions that kernels walk: that of the parameter's memory, unless some state has another.
+
+    contiguous: it has to be that of the dimensions, as tensors between programs have it
+    """
     order = list(signature.order)
+    if contiguous:
+        return sorted(order)
     for buffer in state:
         mine = [d for group in buffer.dims or () for d in group]
         if mine != [d for d in order if d in mine]:

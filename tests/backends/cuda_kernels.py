@@ -70,9 +70,11 @@ def together(bodies: dict[str, str]) -> str:
         parts += [
             "#undef FUSEDOPT_STAGE",
             "#undef FUSEDOPT_BLOCK_STAGE",
+            "#undef FUSEDOPT_JOIN",
             "#undef FUSEDOPT_BETWEEN",
             "#undef FUSEDOPT_SCALARS",
             f"#define FUSEDOPT_BLOCK_STAGE(k) FUSEDOPT_ENTRIES({name}_stage_##k, each_block, stage_##k)",
+            f"#define FUSEDOPT_JOIN(k) FUSEDOPT_ENTRIES({name}_join_##k, each_join, join_##k)",
             f"#define FUSEDOPT_BETWEEN(k) FUSEDOPT_ENTRIES({name}_before_##k, each_row, before_##k)",
             f"#define FUSEDOPT_STAGE(k) FUSEDOPT_ENTRIES({name}_stage_##k, each_piece, stage_##k)",
             f"#define FUSEDOPT_SCALARS FUSEDOPT_ENTRIES({name}_scalars, each_row, scalars)",

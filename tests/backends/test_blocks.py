@@ -77,6 +77,15 @@ def scalars_of_rows(g, x):
     return {"param": g.op("add", x["param"], both), "size": both, "col": g.op("add", col, both)}
 
 
+def columns_of_centred(g, x):
+    """One second moment per column, of gradients less the mean of each line."""
+    less = g.op("sub", x["grad"], g.op("mean", x["grad"], to=g.axes[:-1]))
+    square = g.op("mul", less, less)
+    col = g.op("add", g.op("mul", x["col"], g.leaf("slot", 0)), g.op("mean", square, to=g.axes[-1]))
+    step = g.op("div", g.op("mul", less, g.op("amax", g.op("abs", less))), g.op("sqrt", col))
+    return {"param": g.op("sub", x["param"], step), "col": col}
+
+
 PROGRAMS = {
     "factored matrix": (build(2, factored, param="F", grad="F", row="0", col="1"), 2),
     "factored batch": (build(3, factored, param="F", grad="F", row="01", col="02"), 3),
@@ -88,6 +97,8 @@ PROGRAMS = {
     "covered": (build(2, covered, param="F", grad="F", m0="0", m1="1"), 2),
     "covered, of four axes": (build(4, covered, param="F", grad="F", m0="0", m1="1", m2="2", m3="3"), 4),
     "numbers of rows": (build(2, scalars_of_rows, param="F", grad="F", col="1", size="S"), 2),
+    "columns of centred": (build(2, columns_of_centred, param="F", grad="F", col="1"), 2),
+    "columns of centred, of three axes": (build(3, columns_of_centred, param="F", grad="F", col="2"), 3),
     "double": (build(2, factored, torch.float64, param="F", grad="F", row="0", col="1"), 2),
     "half": (build(2, by_rows, torch.float32, param="F", grad="F", v="0"), 2),
 }

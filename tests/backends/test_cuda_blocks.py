@@ -15,6 +15,7 @@ from test_blocks import PROGRAMS, build, compared, tensors
 from test_cuda_launch import DEFAULTS, built  # noqa: F401
 from test_nvrtc import REGISTERS, needs_cuobjdump, needs_nvrtc
 
+import fusedopt
 from fusedopt import backends
 from fusedopt.backends import chunking
 from fusedopt.backends.base import HEAD
@@ -98,6 +99,10 @@ def fake(built, images, monkeypatch):  # noqa: F811
 
     def compiled(name, source, arch, key_parts):
         body = source.removeprefix(cuda.SMALL_ONLY).removeprefix(before).removesuffix(after)
+        if body not in images:
+            library = cuda_kernels.emulation(cuda_kernels.together({"k": body}))
+            images[body] = built.folder / f"{abs(hash(body))}.image"
+            images[body].write_text(f"{library._name} k_")
         return cache.Entry(images[body], images[body], True, 0.0, "", "")
 
     monkeypatch.setattr(nvrtc, "compile_cubin", compiled)
@@ -116,6 +121,7 @@ def small_chunks(monkeypatch):
     """Tensors of some thousand elements have many chunks, several of them for one place."""
     for name, value in dict(CHUNK=256, SHARED=4, TILE=64).items():
         monkeypatch.setattr(chunking, name, value)
+    monkeypatch.setattr(cuda, "SLICE", 16)
     chunking.blocks.cache_clear()
     yield
     chunking.blocks.cache_clear()
@@ -153,6 +159,28 @@ def test_results_do_not_depend_on_how_many_blocks_there_are(fake, small_chunks, 
             assert all(torch.equal(t.nan_to_num(7), other[n].nan_to_num(7)) for other in others)
 
 
+MUTATIONS = {
+    "half a team is not joined": ("for (unsigned n = size / 2; n > 0; n /= 2) {", "n > 0", "n > 1"),
+    "the last chunk is not joined": ("(first + inside - 1) / length + 1, [&]", "+ 1, [&]", ", [&]"),
+    "a place begins too late": ("return x < 0 ? 0 : x < last", "x < 0 ? 0", "x < 1 ? 1"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_comparison_notices(fake, images, small_chunks, name, tmp_path, monkeypatch):
+    line, old, new = MUTATIONS[name]
+    program, axes = PROGRAMS["factored matrix"]
+    body = renderer.render(program, ["s"], "blocks")
+    source = cuda_kernels.together({"wrong": body})
+    assert source.count(line) == 1
+    library = cuda_kernels.emulation(source.replace(line, line.replace(old, new)))
+    (tmp_path / "wrong.image").write_text(f"{library._name} wrong_")
+    monkeypatch.setitem(images, body, tmp_path / "wrong.image")
+    fake.threads = 64
+    with pytest.raises(AssertionError, match=r"state\.row|state\.col|param"):
+        compared(program, SMALL[axes], "cuda")
+
+
 def rows_of(program, shapes):
     return [tensors(program, shape, seed) for seed, shape in enumerate(shapes)]
 
@@ -165,6 +193,7 @@ def test_a_step_is_launched_in_order_over_chunks_and_tensors(fake):
     chunks, pieces = 4 + 1, 3 * 8 + 2 + 1  # of 94 lines, the last one of 18; those are cut into twelves
     assert [launch[:3] for launch in fake.launches] == [
         ("fusedopt_stage_0", chunks, 256),
+        ("fusedopt_join_1", 1, 256),  # of a tensor's 2,800 parts of columns
         ("fusedopt_before_1", 3, 256),
         ("fusedopt_stage_1", chunks, 256),
         ("fusedopt_stage_2", pieces, 256),
@@ -234,6 +263,31 @@ def test_gradients_may_be_elsewhere_in_every_step(fake):
     assert all(torch.equal(a["param"], b["param"]) for a, b in zip(moved, plain, strict=True))
 
 
+def centre(p, lr, **kwargs):
+    less = p.grad.data - p.grad.data.mean(dim=-1, keepdim=True)
+    p.data.sub_(lr * less / less.pow(2).sum(dim=0, keepdim=True).sqrt())
+
+
+def test_an_optimizer_of_callbacks_computes_what_cpp_does(fake):
+    fake.threads = 8
+    found = []
+    for on in ("cuda", "cpp"):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(3, 5), (64, 33), (40, 1100)]]
+        opt = fusedopt.Optimizer(params, centre, lr=0.1, backend=on)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            opt.step()
+        assert {kernel.backend for kernel, _ in opt.engine.launched} == {on} and not opt.explain().eager
+        found.append([p.detach() for p in params])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert {"fusedopt_stage_0", "fusedopt_before_1", "fusedopt_stage_1"} >= {
+        launch[0] for launch in fake.launches
+    }
+
+
 # ---------------------------------------------------------------- NVRTC
 
 
@@ -244,7 +298,7 @@ def test_nvrtc_compiles_all_of_them_without_spills():
     source = cuda.SMALL_ONLY + cuda_kernels.together(bodies)
     found = sass.functions(nvrtc.compile_cubin("blocks", source, "sm_90").path)
     programs = [p for p, _ in ALL.values()]
-    assert len(found) == sum(len(renderer.entries(p).all) for p in programs)
+    assert len(found) == sum(len(renderer.launches(p)) for p in programs)
     for name, f in found.items():
         assert f.registers <= REGISTERS and (f.stack, f.local) == (0, 0), name
         assert f.count(r"(RED|ATOM\w*)(\..*)?") == 0, name

@@ -1,10 +1,11 @@
 """The Triton backend without a GPU: the generated source, what Triton's compiler makes of it for three generations of
 NVIDIA GPUs, and what the backend says where it cannot run.
 
-What the kernels compute is in triton_interpreted.py, which a process of its own runs: Triton reads TRITON_INTERPRET
-when it is imported.
+What the kernels compute is in triton_interpreted.py and triton_interpreted_blocks.py, which processes of their own run:
+Triton reads TRITON_INTERPRET when it is imported.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import golden
+import numpy as np
 import pytest
 import torch
 from random_programs import noisy
+from test_blocks import PROGRAMS, tensors
 from triton_programs import EXAMPLE_OF, NAMED, Traced, all_ops, traced
 
 import fusedopt
@@ -206,6 +209,82 @@ def test_random_numbers_are_made_in_registers_and_nothing_is_contracted(name):
     assert all(re.match(r"(add|sub|mul|sqrt)\.rn\.", i) for i in kernel.arithmetic()), kernel.arithmetic()
     found, expected = kernel.accesses(), expected_accesses(program, stages(program)[0])
     assert all(found[key] == n for key, n in expected.items() if key[2] == 128)
+
+
+# ---------------------------------------------------------------- programs with several axes
+
+PLAIN = {"factored matrix", "factored batch", "centred", "by rows"}
+"""Those compiled without --all-architectures."""
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        pytest.param(
+            name,
+            columns,
+            marks=() if name in PLAIN and columns == 64 else pytest.mark.all_architectures,
+        )
+        for name in PROGRAMS
+        for columns in backend.COLUMNS
+    ],
+)
+def test_programs_with_several_axes_compile_without_spills(name, columns):
+    program, _ = PROGRAMS[name]
+    for kernel_name, kernel in gates.compile_blocks(program, 90, columns).items():
+        assert (kernel.stack, kernel.local) == (0, 0) and kernel.registers <= 255, kernel_name
+        assert not re.search(r"ftz|approx|\.full\.|\b(atom|red)\.", kernel.ptx), kernel_name
+        fused = [i for i in kernel.arithmetic() if i.startswith(("fma", "mad"))]
+        assert not fused, (kernel_name, fused)
+
+
+def test_a_barrier_stands_between_what_threads_store_and_others_read():
+    program, _ = PROGRAMS["factored matrix"]
+    source = renderer.render(program)
+    before = source.split("def before_1(")[1].split("@triton.jit")[0]
+    made, used = before.index("tl.store(q2"), before.index("tl.store(q3")
+    assert made < before.index("tl.debug_barrier()") < used
+    ptx = gates.compile_blocks(program, 90, 64)["before_1"].ptx
+    stores = [m.start() for m in re.finditer(r"st\.global", ptx)]
+    assert "bar.sync" in ptx[stores[0] : stores[-1]]
+
+
+def test_their_kernels_are_launched_in_order_over_tiles_of_lines(driver):
+    program, _ = PROGRAMS["factored matrix"]
+    used = backend.Triton()
+    kernel = used.compile(program, "blocks", ["s"])
+    shapes = [(300, 700), (0, 3), (2, 5)]
+    columns: dict = {n: [] for n, _ in program.buffers}
+    for shape in shapes:
+        for n, t in tensors(program, shape, 0).items():
+            columns[n].append(t)
+    launch = used.prepare(kernel, columns, [math.prod(s) for s in shapes], [0, 0, 0], shapes=shapes)
+    launch.run(np.ones((1, 1)))
+    found = [(name, grid[:2]) for name, grid, _, _ in driver.launched]
+    # 300 lines of 700 are four chunks of 93.
+    assert found == [
+        ("stage_0", (5, 1)),
+        ("join_1", (3, backend.JOINING)),
+        ("before_1", (3, 1)),
+        ("stage_1", (5, 1)),
+        ("stage_2", (5, 1)),
+        ("scalars", (3, 1)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "columns"),
+    [
+        ([(1000, 3)], 16),
+        ([(1000, 64)], 64),
+        ([(64, 1000)], 256),
+        ([(1, 100_000)], 256),
+        ([(100_000, 1), (5, 300)], 16),
+        ([(7, 7), (512, 512)], 256),
+    ],
+)
+def test_tiles_are_as_long_as_leaves_little_of_them_empty(shapes, columns):
+    assert backend._tile(np.array(shapes)) == (backend.BLOCK // columns, columns)
 
 
 # ---------------------------------------------------------------- the source
@@ -398,9 +477,10 @@ def test_an_op_without_a_spelling_is_named():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a minute where nobody else is at work
-def test_in_tritons_interpreter(compile_cache):
-    """triton_interpreted.py, in a process that is started for it."""
-    file = Path(__file__).with_name("triton_interpreted.py")
+@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_interpreted_blocks.py"])
+def test_in_tritons_interpreter(name, compile_cache):
+    """A file of tests, in a process that is started for it."""
+    file = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
         env=os.environ | {"TRITON_INTERPRET": "1", "FUSEDOPT_TESTS_CACHE": str(compile_cache)},

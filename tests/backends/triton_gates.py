@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ HEADER = "kernel, stage: bytes per element; 128-bit loads and stores; single one
     f"sm_{arch}" for arch in ARCHS
 )
 THREADS = 32 * backend.WARPS
-ARGUMENTS = {"rows": "*i64", "chunks": "*i64", "partials": "*fp64", "slots": "*fp64", "BLOCK": "constexpr"}
+ARGUMENTS = {"rows": "*i64", "chunks": "*i64", "partials": "*fp64", "results": "*fp64", "slots": "*fp64"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -93,9 +93,19 @@ def compile_body(body: str, arch: int, **changed: Any) -> dict[str, Compiled]:
     return {n: compiled_function(names[n], arch, **changed) for n in entries}
 
 
-def compiled_function(function: Any, arch: int, **changed: Any) -> Compiled:
-    signature = {a: ARGUMENTS[a] for a in function.arg_names}
-    constants = {"BLOCK": backend.BLOCK} if "BLOCK" in signature else {}
+def compile_blocks(program: Program, arch: int, columns: int) -> dict[str, Compiled]:
+    """The same of a program with several axes, for tiles with that many columns."""
+    names = module(renderer.render(program))
+    entries = [n for each in renderer.kernels(program) for n in each if n is not None]
+    tile = {"LINES": backend.BLOCK // columns, "COLUMNS": columns}
+    return {n: compiled_function(names[n], arch, tile) for n in entries}
+
+
+def compiled_function(
+    function: Any, arch: int, sizes: Mapping[str, int] | None = None, **changed: Any
+) -> Compiled:
+    constants = {a: n for a, n in (sizes or {"BLOCK": backend.BLOCK}).items() if a in function.arg_names}
+    signature = {a: ARGUMENTS.get(a, "constexpr") for a in function.arg_names}
     tables = [i for i, a in enumerate(function.arg_names) if a not in constants]
     source = ASTSource(function, signature, constants, {(i,): [["tt.divisibility", 16]] for i in tables})
     options = backend.options() | changed

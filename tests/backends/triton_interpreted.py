@@ -7,7 +7,6 @@ import math
 from unittest import mock
 
 import numpy as np
-import parameter_free
 import pytest
 import test_ops
 import test_random
@@ -26,7 +25,7 @@ from random_programs import drawing, interpreted, launched
 from triton_programs import DTYPES, INPUTS, NAMED, SPELLED, all_ops, made
 
 import fusedopt
-from fusedopt import backends, callbacks
+from fusedopt import backends, callbacks, rules
 from fusedopt.backends import chunking as plan
 from fusedopt.backends.triton import backend
 from fusedopt.compile.cache import BuildError
@@ -58,16 +57,16 @@ def clip(p, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "callbacks", [[clip, callbacks.sgd_step], [parameter_free.prodigy], [parameter_free.dog]]
+    "cbs", [[clip, callbacks.sgd_step], [callbacks.step_stat, rules.prodigy_step], [rules.dog_step]]
 )
-def test_totals_are_those_of_the_cpu(callbacks):
+def test_totals_are_those_of_the_cpu(cbs):
     """Sums are joined in another order, so not to the bit."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(n, generator=generator) for n in (1, 1031, 0, 70, 1024)]
     found = []
     for on in ("triton", "cpp", "reference"):
         params = [p.clone().requires_grad_() for p in start]
-        opt = fusedopt.Optimizer(params, callbacks, lr=1.0, backend=on)
+        opt = fusedopt.Optimizer(params, cbs, lr=1.0, backend=on)
         for t in range(4):
             for i, p in enumerate(params):
                 p.grad = None if (t, i) == (2, 1) else torch.cos(p.detach() * (t + 1))

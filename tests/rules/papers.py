@@ -2,12 +2,14 @@
 
 ``paper(p, grads, **arguments)`` steps ``p`` in place and yields after each step. Arguments and defaults are those of
 the authors' code, written down here a second time. ``schedule(t)`` is what the learning rate is multiplied by in step
-t. Nothing of fusedopt is used.
+t. Nothing of fusedopt is used. Where sums go over all parameters (``JOINT``), ``p`` is a list of these, and ``grads``
+has lists.
 """
 
 import math
 from collections.abc import Callable, Iterator
 
+import parameter_free
 import torch
 from torch import Tensor
 
@@ -74,6 +76,155 @@ def adabound(
         rates = lr * schedule(t) * math.sqrt(1 - b2**t) / (1 - b1**t) / (v.sqrt() + eps)
         rates = torch.clamp(rates, final * (1 - 1 / (gamma * t + 1)), final * (1 + 1 / (gamma * t)))
         p.sub_(rates * m)
+        yield
+
+
+def factored(sqr, weight, row, col):
+    """Row and column averages, and of these the inverse root of what they stand for: arXiv:1804.04235, algorithm 4."""
+    row = (1 - weight) * row + weight * sqr.mean(-1)
+    col = (1 - weight) * col + weight * sqr.mean(-2)
+    whole = row[..., :, None] * col[..., None, :] / row.mean(-1)[..., None, None]
+    return row, col, 1 / whole.sqrt()
+
+
+def size(x) -> float:
+    """The root of the mean square."""
+    return x.square().mean().sqrt().item()
+
+
+def adafactor(
+    p,
+    grads,
+    lr=None,
+    eps=(1e-30, 1e-3),
+    clip_threshold=1.0,
+    decay_rate=-0.8,
+    beta1=None,
+    weight_decay=0.0,
+    scale_parameter=True,
+    relative_step=True,
+    warmup_init=False,
+    schedule=constant,
+) -> Steps:
+    """arXiv:1804.04235, algorithms 4 and 5, as in transformers."""
+    row = torch.zeros_like(p[..., 0]) if p.ndim > 1 else None
+    col = torch.zeros_like(p[..., 0, :]) if p.ndim > 1 else None
+    v, m = torch.zeros_like(p), torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        rate = lr
+        if relative_step:
+            rate = min(1e-6 * t if warmup_init else 1e-2, 1 / math.sqrt(t))
+        rate *= schedule(t)
+        if scale_parameter:
+            rate *= max(eps[1], size(p))
+        weight = t**decay_rate
+        sqr = g * g + eps[0]
+        if p.ndim > 1:
+            row, col, scale = factored(sqr, weight, row, col)
+        else:
+            v = (1 - weight) * v + weight * sqr
+            scale = 1 / v.sqrt()
+        u = g * scale
+        u = u / max(1.0, size(u) / clip_threshold) * rate
+        if beta1 is not None:
+            m = beta1 * m + (1 - beta1) * u
+            u = m
+        p.copy_(p - weight_decay * rate * p - u)
+        yield
+
+
+def adam_mini(p, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, schedule=constant) -> Steps:
+    """arXiv:2406.16793, algorithm 1, with a block for each row; all of a vector is one."""
+    b1, b2 = betas
+    blocks = p.shape[0] if p.ndim > 1 else 1
+    m, v = torch.zeros_like(p).reshape(blocks, -1), torch.zeros(blocks, 1, dtype=p.dtype)
+    for t, g in enumerate(grads, 1):
+        rate, g = lr * schedule(t), g.reshape(blocks, -1)
+        p.mul_(1 - rate * weight_decay)
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g.square().mean(1, keepdim=True)
+        u = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)
+        p.sub_(rate * u.reshape(p.shape))
+        yield
+
+
+def came(
+    p,
+    grads,
+    lr=2e-4,
+    eps=(1e-30, 1e-16),
+    clip_threshold=1.0,
+    betas=(0.9, 0.999, 0.9999),
+    weight_decay=0.0,
+    schedule=constant,
+) -> Steps:
+    """arXiv:2307.02047, algorithm 2, as in the authors' code."""
+    b1, b2, b3 = betas
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    if p.ndim > 1:
+        row, col = torch.zeros_like(p[..., 0]), torch.zeros_like(p[..., 0, :])
+        res_row, res_col = torch.zeros_like(row), torch.zeros_like(col)
+    for t, g in enumerate(grads, 1):
+        rate, sqr = lr * schedule(t), g * g + eps[0]
+        if p.ndim > 1:
+            row, col, scale = factored(sqr, 1 - b2, row, col)
+        else:
+            v = b2 * v + (1 - b2) * sqr
+            scale = 1 / v.sqrt()
+        u = g * scale
+        u = u / max(1.0, size(u) / clip_threshold)
+        m = b1 * m + (1 - b1) * u
+        step = m
+        if p.ndim > 1:
+            res_row, res_col, scale = factored((u - m) ** 2 + eps[1], 1 - b3, res_row, res_col)
+            step = m * scale
+        p.copy_(p - weight_decay * rate * p - rate * step)
+        yield
+
+
+def centralized_adamw(
+    p, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, schedule=constant
+) -> Steps:
+    """arXiv:2004.01461, equation 1, before AdamW."""
+    b1, b2 = betas
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        rate = lr * schedule(t)
+        if p.ndim > 1:
+            rows = g.reshape(len(g), -1)
+            g = (rows - rows.mean(1)[:, None]).reshape(g.shape)
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+        p.mul_(1 - rate * weight_decay)
+        p.sub_(rate * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps))
+        yield
+
+
+def ldog(p, grads, lr=1.0, reps_rel=1e-6, weight_decay=0.0, eps=1e-8, schedule=constant) -> Steps:
+    """arXiv:2302.12022, section 4.3."""
+    start, farthest, squares = p.clone(), reps_rel * (1 + p.norm().item()), 0.0
+    for t, g in enumerate(grads, 1):
+        g = g + weight_decay * p
+        farthest = max(farthest, (p - start).norm().item())
+        squares += g.square().sum().item()
+        p.sub_(lr * schedule(t) * farthest / math.sqrt(squares + eps) * g)
+        yield
+
+
+def sm3(p, grads, lr=0.1, momentum=0.0, beta=0.0, eps=1e-30, schedule=constant) -> Steps:
+    """arXiv:1901.11150, SM3-II, with the averages of PyTorch-SM3."""
+    bounds, m = [torch.zeros(n, dtype=p.dtype) for n in p.shape], torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        along = [b.reshape([-1 if i == d else 1 for d in range(p.ndim)]) for i, b in enumerate(bounds)]
+        least = torch.stack([b.expand(p.shape) for b in along]).amin(0)
+        v = least + g * g if beta == 0 else beta * least + (1 - beta) * g * g
+        highest = [v.movedim(i, 0).reshape(len(b), -1).amax(1) for i, b in enumerate(bounds)]
+        bounds = [torch.maximum(b, h) if beta else h for b, h in zip(bounds, highest, strict=True)]
+        u = g / (v + eps).sqrt()
+        if momentum:
+            m = momentum * m + (1 - momentum) * u
+            u = m
+        p.sub_(lr * schedule(t) * u)
         yield
 
 
@@ -455,24 +606,36 @@ def yogi(
 PAPERS = {
     "AdaBelief": adabelief,
     "AdaBound": adabound,
+    "Adafactor": adafactor,
     "AdaMod": adamod,
+    "AdamMini": adam_mini,
     "AdamWScheduleFree": adamw_schedule_free,
     "Adan": adan,
     "AdEMAMix": ademamix,
     "ADOPT": adopt,
+    "CAME": came,
     "Cautious": cautious_adamw,
+    "Centralize": centralized_adamw,
+    "DAdaptAdam": parameter_free.steps_of(parameter_free.DAdaptAdam),
+    "DoG": parameter_free.steps_of(parameter_free.DoG),
     "GrokFast": grokfast_adamw,
     "LaProp": laprop,
     "LARS": lars,
+    "LDoG": ldog,
     "Lion": lion,
     "MARS": mars,
     "NovoGrad": novograd,
+    "Prodigy": parameter_free.steps_of(parameter_free.Prodigy),
     "QHM": qhm,
     "SGDScheduleFree": sgd_schedule_free,
     "Signum": signum,
+    "SM3": sm3,
     "SophiaG": sophia,
     "StableAdamW": stable_adamw,
     "Tiger": tiger,
     "Yogi": yogi,
 }
 """By the names of rows in the table."""
+
+JOINT = ("DAdaptAdam", "DoG", "Prodigy")
+"""Those whose sums go over all parameters."""

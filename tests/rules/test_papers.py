@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from papers import PAPERS, constant
+from papers import JOINT, PAPERS, constant
 
 from fusedopt import table
 
@@ -41,15 +41,19 @@ def paper_runs(name, index, dtype, schedule):
     kwargs = dict(table.row("rules", name).variants[index].kwargs)
     sign = -1.0 if kwargs.pop("maximize", False) else 1.0
     start, grads = problem()
-    out = []
-    for i, p in enumerate(start):
-        p, seen = p.to(dtype, copy=True), []
-        loop = PAPERS[name](p, (sign * g[i].to(dtype) for g in grads), **kwargs, schedule=schedule)
-        for t, _ in enumerate(loop, 1):
-            if t in SNAPSHOTS:
-                seen.append(p.double().flatten().clone())
-        out.append(torch.stack(seen))
-    return out
+    params = [p.to(dtype, copy=True) for p in start]
+    grads = [[sign * g.to(dtype) for g in given] for given in grads]
+    if name in JOINT:
+        loops = [PAPERS[name](params, grads, **kwargs, schedule=schedule)]
+    else:
+        loops = [
+            PAPERS[name](p, [g[i] for g in grads], **kwargs, schedule=schedule) for i, p in enumerate(params)
+        ]
+    seen = []
+    for t, _ in enumerate(zip(*loops, strict=True), 1):
+        if t in SNAPSHOTS:
+            seen.append([p.double().flatten().clone() for p in params])
+    return [torch.stack(of_one) for of_one in zip(*seen, strict=True)]
 
 
 def our_runs(row, variant, dtype, schedule, mutate=None, **options):
@@ -111,7 +115,12 @@ def test_its_callbacks_run_eagerly_are_the_papers(row, variant):
 @pytest.mark.parametrize(("row", "variant"), FIRST)
 def test_a_schedule_changes_what_it_changes_in_the_paper_and_compiles_nothing(row, variant):
     opt = check(row, variant, torch.float32, half_cosine, backend="cpp")
-    assert len(opt.explain().compiled) == 1 + row.changes_structure
+    kinds = (1 + row.changes_structure + variant.first_step_kernel) * (1 + row.totals) + row.totals
+    compiled = opt.explain().compiled
+    if row.matrix_launches:  # a kernel for each number of dimensions, in the first step
+        assert len(compiled) > 1 and all(c.why.startswith("first step") for c in compiled)
+    else:
+        assert len(compiled) == kinds
 
 
 @pytest.mark.parametrize(("row", "variant"), CASES)
@@ -149,11 +158,17 @@ def more_decay(opt):
     opt.set_hyper("wd", opt.hypers[0]["wd"] * 1.1)
 
 
+MOMENTUM = {"Adafactor": -1, "SM3": -1, "DoG": None, "LDoG": None}
+"""The variant that has momentum, of rules whose first has none; None: of those that never have."""
+
+
 def mutations():
     for row in table.RULES:
         yield row, row.variants[0], flip_sign
         yield row, row.variants[0], shift_lr
-        yield row, row.variants[0], more_momentum
+        which = MOMENTUM.get(row.name, 0)
+        if which is not None:
+            yield row, row.variants[which], more_momentum
         decayed = next((v for v in row.variants if v.kwargs.get("weight_decay")), None)
         if decayed is not None:
             yield row, decayed, more_decay

@@ -248,9 +248,9 @@ def test_chunks_are_shared_among_threads_as_in_python(threads):
     rng = random.Random(threads)
     for _ in range(50):
         sizes = tuple(rng.choice([0, 1, 64, 1000, 70_000, 300_000]) for _ in range(rng.randrange(1, 40)))
-        chunks = plan.layout(sizes).chunks
-        theirs = leaf.native.splits(chunks.ctypes.data, len(chunks), threads)
-        assert tuple(theirs) == plan.splits(sizes, threads)
+        layout = plan.layout(sizes)
+        theirs = leaf.native.splits(layout.chunks.ctypes.data, len(layout.chunks), threads)
+        assert tuple(theirs) == plan.splits(layout, threads)
 
 
 @pytest.mark.parametrize("make", [lambda ps: optim.SGD(ps, lr=0.5), lambda ps: optim.Adam(ps, lr=0.5)])

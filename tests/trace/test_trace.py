@@ -554,7 +554,7 @@ def test_a_branch_that_decides_a_flag_is_refused():
 def test_a_shape_attribute_that_is_read_extends_the_signature():
     by_size = callback("p.data.mul_(1 / p.numel()) if p.ndim > 1 else p.data.zero_()")
     with pytest.raises(NeedsAttribute) as need:
-        trace([by_size], signature(), dict(lr=0.1))
+        trace([by_size], signature(F32, F32, ()), dict(lr=0.1))
     assert need.value.name == "ndim"
     t = trace([by_size], signature(F32, F32, (("ndim", 2), ("count", 6))), dict(lr=0.1))
     assert t.slot_values() == [1 / 6]
@@ -588,11 +588,6 @@ def test_parameters_of_other_shapes_are_traced_apart_only_if_a_callback_looks():
 UNTRACEABLE = {
     "branch on elements": ("if p.grad > 0:\n    p.data.add_(1)", "a branch on element values"),
     "min of elements": ("p.data.mul_(min(lr, p.grad))", "a branch on element values"),
-    "@": ("p.data.add_(p.grad @ p.grad)", "operator @"),
-    "matmul": ("p.data.add_(torch.matmul(p.grad, p.grad))", r"torch\.matmul"),
-    "mm method": ("p.data.add_(p.grad.mm(p.grad))", r"Tensor\.mm"),
-    "transpose": ("p.data.add_(p.grad.t())", r"Tensor\.t "),
-    ".T": ("p.data.add_(p.grad.T)", r"Tensor\.T "),
     "index": ("p.data.add_(p.grad[0])", "indexing"),
     "slice": ("p.data[1:] = 0", "indexing"),
     "mask index": ("p.data[p.grad > 0] = 0", "indexing"),
@@ -603,16 +598,15 @@ UNTRACEABLE = {
     "math of a norm": ("p.data.mul_(math.sqrt(p.grad.norm()))", "read on the host"),
     "format": ("print(f'{p.grad}')", "read on the host"),
     "tolist": ("p.grad.tolist()", "read on the host"),
-    "unknown function": ("p.data.add_(torch.cumsum(p.grad, 0))", r"torch\.cumsum"),
-    "unknown method": ("p.data.add_(p.grad.cumsum(0))", r"Tensor\.cumsum"),
+    "unknown function": ("p.data.add_(torch.logcumsumexp(p.grad, 0))", r"torch\.logcumsumexp"),
+    "unknown method": ("p.data.add_(p.grad.logcumsumexp(0))", r"Tensor\.logcumsumexp"),
     "unknown in-place method": ("p.data.copysign_(p.grad)", r"Tensor\.copysign_"),
-    "sort": ("torch.sort(p.grad)", r"torch\.sort"),
+    "sort": ("torch.msort(p.grad)", r"torch\.msort"),
     "stack": ("torch.stack([p.grad, p.data])", r"torch\.stack"),
     "foreach": ("torch._foreach_add_([p.data], [p.grad])", r"torch\._foreach_add_"),
     "random like": ("p.data.add_(torch.randn_like(p.data))", r"torch\.randn_like"),
     "random in place": ("p.data.normal_()", r"Tensor\.normal_"),
     "dropout": ("p.data.copy_(functional.dropout(p.grad))", r"torch\.dropout"),
-    "cast to another float": ("p.data.add_(p.grad.half())", r"cast to torch\.float16"),
     "cast to int": ("p.data.add_(p.grad.to(torch.int32))", r"cast to torch\.int32"),
     "integer state": ("return {'n': torch.zeros_like(p, dtype=torch.int64)}", r"torch\.int64"),
     "mask as state": ("return {'m': p.grad > 0}", "is a mask"),
@@ -633,7 +627,7 @@ def test_what_has_no_fused_form_is_refused_by_name(name):
     assert refused.value.callback == 1
 
 
-@pytest.mark.parametrize("name", ["branch on elements", "matmul", "item", "random like", "index"])
+@pytest.mark.parametrize("name", ["branch on elements", "sort", "item", "random like", "index"])
 def test_a_callback_cannot_swallow_the_refusal(name):
     body = "\n".join(f"    {line}" for line in UNTRACEABLE[name][0].splitlines())
     swallowing = callback(f"try:\n{body}\nexcept Exception:\n    p.data.zero_()")
@@ -643,7 +637,7 @@ def test_a_callback_cannot_swallow_the_refusal(name):
 
 
 def test_the_refusal_names_the_callback_by_its_place_in_the_optimizers_list():
-    cbs = [callback("p.grad.t()")]
+    cbs = [callback("p.grad.msort()")]
     with pytest.raises(Untraceable) as refused:
         trace(cbs, signature(), dict(lr=0.1), first=4)
     assert refused.value.callback == 4
@@ -703,14 +697,14 @@ def test_isinstance_of_tensors_is_refused_since_it_would_be_told_wrong():
 
 
 def test_an_untraceable_callback_runs_eagerly_between_fused_ones_and_says_so_once():
-    def reverse(p, **kwargs):
-        p.grad.copy_(p.grad.flip(0))
+    def reorder(p, **kwargs):
+        p.grad.copy_(p.grad.msort())
 
     def run(backend):
         torch.manual_seed(1)
         p = torch.randn(5, requires_grad=True)
         opt = fusedopt.Optimizer(
-            [p], [callbacks.weight_decay, reverse, callbacks.average_grad, callbacks.momentum_step],
+            [p], [callbacks.weight_decay, reorder, callbacks.average_grad, callbacks.momentum_step],
             backend=backend, lr=0.1, wd=0.1, mom=0.9,
         )  # fmt: skip
         for _ in range(3):
@@ -722,8 +716,8 @@ def test_an_untraceable_callback_runs_eagerly_between_fused_ones_and_says_so_onc
         warnings.simplefilter("always")
         p, opt = run("cpp")
     ((name, reason),) = opt.explain().eager
-    assert name == "reverse"
-    assert re.fullmatch(r"test_trace\.py:\d+: Tensor\.flip has no fused form\. Remedy: .+", reason)
-    said_once = f"fusedopt: the callback reverse runs eagerly, parameter by parameter: {reason}"
+    assert name == "reorder"
+    assert re.fullmatch(r"test_trace\.py:\d+: Tensor\.msort has no fused form\. Remedy: .+", reason)
+    said_once = f"fusedopt: the callback reorder runs eagerly, parameter by parameter: {reason}"
     assert [str(w.message) for w in said] == [said_once]
     torch.testing.assert_close(p, run("reference")[0], rtol=1e-6, atol=1e-7)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-from ...ir.ops import ELEMENT, axes_of
+from ...ir.ops import ELEMENT, TENSOR
 from ...ir.program import identifier
 from ...ir.stages import Nest, Stage, regions
 from .. import blocks
@@ -29,6 +30,7 @@ class Blocks(blocks.Blocks):
 
     def nest(self, nest: Nest) -> list[str]:
         own = [*nest.kept, *nest.reductions]
+        loop = self._flat if self._is_flat(nest) else self._loop
         values = self.program.values
         stage = Stage(nest.values, tuple(nest.reductions), tuple(nest.stores))
         return [
@@ -39,20 +41,55 @@ class Blocks(blocks.Blocks):
                 f"clear<{values[i].op}_>({self._q(i)}, 0, {self._count(values[i].kind)});"
                 for i in nest.reductions
             ),
-            *self._loop(axes_of(nest.kind, self.program.all_axes), stage, nest.kept),
+            *loop(nest.kind, stage, nest.kept),
         ]
 
+    def _is_flat(self, nest: Nest) -> bool:
+        """Whether it is the same at every place, so that it needs no lines."""
+        kinds = {self.program.values[i].kind for i in nest.values} - {TENSOR}
+        return not nest.reductions and kinds == {nest.kind}
+
+    def _flat(self, kind: str, stage: Stage, kept: Sequence[int]) -> list[str]:
+        """One line of all places."""
+        length = f"const int64_t count = {self._count(kind)}, n{kind[-1]} = count;"
+        return ["{", *indent([length, *self.line(kind[-1], stage, kept)]), "}"]
+
     def _loop(self, axes: str, stage: Stage, kept: Sequence[int] = ()) -> list[str]:
+        """The lines in their order, and with them where each is along the other axes."""
         body = self.line(axes, stage, kept)
-        if len(axes) == 1:
+        outer, length = axes[:-1], f"n{axes[-1]}"
+        if not outer:
             return body
-        length = f"n{axes[-1]}"
-        first, last = (
-            (f"begin / {length}", f"end / {length}")
-            if axes == self.program.all_axes
-            else ("0", self._count(axes[:-1]))
-        )
-        return [f"for (int64_t line = {first}; line < {last}; ++line) {{", *indent(body), "}"]
+        whole = axes == self.program.all_axes
+        first, last = (f"begin / {length}", f"end / {length}") if whole else ("0", self._count(outer))
+        lines = [
+            *self._start(outer, first),
+            f"for (int64_t line = {first}; line < {last}; ++line) {{",
+            *indent([*body, *self._next(outer)]),
+            "}",
+        ]
+        if len(self.program.all_axes) == 2:
+            return lines
+        # The last of several axes is often as short as a convolution's kernel.
+        return [f"with_length({length}, [&](auto {length}) {{", *indent(lines), "});"]
+
+    def _start(self, outer: str, line: str) -> list[str]:
+        """Where the first line is. Not so for each line: divisions would take longer than a short one."""
+        out = []
+        for k, a in reversed(list(enumerate(outer))):
+            place = f"({line})" + "".join(f" / n{b}" for b in outer[k + 1 :])
+            out.append(f"[[maybe_unused]] int64_t i{a} = {place}{f' % n{a}' if k else ''};")
+        return out
+
+    def _next(self, outer: str) -> list[str]:
+        """Go on to the next line."""
+        text = f"++i{outer[0]};"
+        for _, a in pairwise(outer):
+            text = f"if (++i{a} == n{a}) {{ i{a} = 0; {text} }}"
+        return [text]
+
+    def where(self, outer: str) -> list[str]:
+        return []
 
     def last(self, stage: Stage, kept: Sequence[int]) -> list[str]:
         values = self.program.values
@@ -88,7 +125,7 @@ class Blocks(blocks.Blocks):
         return [*head, *indent([*at, *inner]), tail]
 
     def total(self, i: int) -> str:
-        return f"{self._lanes(i)}.total()"
+        return f"{self._lanes(i)}.total({'' if i in self.reductions else f'n{self.axes[-1]}'})"
 
     # -- results --
     def result(self, i: int) -> str:

@@ -16,6 +16,7 @@ from ...compile.cache import BuildError
 from ...extension import build as extension
 from ...extension import leaf
 from ...ir.program import Program
+from ...ir.stages import regions
 from ...kernels import source as skeleton
 from .. import chunking
 from ..base import HEAD, Compiler, Kernel, Rows, place_word
@@ -34,17 +35,18 @@ SMALL_ONLY = "#define FUSEDOPT_SMALL_ONLY\n"
 """Before the source, for older ones."""
 OLDEST = 7, 0
 """The first compute capability where kernels find such parameters by address."""
+SLICE, MOST_SLICES = 1 << 12, 128
+"""Part results along axes that are worth a block to join them; how many blocks there are for a tensor at most."""
 FALLBACK = 'or use backend="triton" or backend="reference"'
 
 
 class Handle(NamedTuple):
     """A loaded module; the address and the most useful number of blocks of each of its kernels, by name; what a launch
-    may carry by value; whether each stage is launched over tiles."""
+    may carry by value."""
 
     module: Any
     functions: dict[str, tuple[int, int]]
     capacities: tuple[int, ...]
-    tiled: list[bool]
 
 
 class Cuda(Compiler):
@@ -107,14 +109,14 @@ class Cuda(Compiler):
         if BIG not in capacities:
             source = SMALL_ONLY + source
         entry = nvrtc.compile_cubin(name, source, self.arch(index), key_parts=[renderer.VERSION])
-        symbols = renderer.entries(program).all
+        symbols = [symbol for symbol, _ in renderer.launches(program)]
         module, functions = self._load(
             name, entry, index, [s + v for s in symbols for v in _suffixes(capacities)]
         )
         kernel = Kernel(
             self.name, name, program, body, str(entry.source_path), entry.seconds, not entry.built, None
         )
-        kernel.handle = Handle(module, functions, capacities, [not s.reductions for s in kernel.stages])
+        kernel.handle = Handle(module, functions, capacities)
         return kernel
 
     def _load(
@@ -175,21 +177,19 @@ class Launch(Rows):
 
     def _prepared(self, handle: Handle) -> Any:
         """The launches of a step. Tables are sent once, and kept."""
-        rows, chunks, tiles = self._tables = [Upload(self.device).of(t) for t in self._host_tables()]
+        tables = self._tables = {name: Upload(self.device).of(t) for name, t in self._host_tables().items()}
+        if self.kernel.program.axes > 1:
+            tables["joins"] = Upload(self.device).of(self._joins(tables["chunks"].data_ptr()))
+        rows = tables["rows"]
         self._partials = torch.empty(
-            (len(chunks), self.n_reductions), dtype=torch.float64, device=self.device
+            (len(self.layout), self.n_reductions), dtype=torch.float64, device=self.device
         )
         suffix = _suffixes(handle.capacities)[handle.capacities.index(self.carried.capacity)]
-        found = renderer.entries(self.kernel.program)
-        todo: list[tuple[str | None, torch.Tensor, int]] = []
-        for before, stage, tiled in zip(found.before, found.stages, handle.tiled, strict=True):
-            pieces = tiles if tiled else chunks
-            todo += [(before, chunks, len(rows)), (stage, pieces, len(pieces))]
         kernels = []
-        for symbol, pieces, n in (*todo, (found.scalars, chunks, len(rows))):
-            if symbol is not None:
-                function, blocks = handle.functions[symbol + suffix]
-                kernels.append((function, min(n, blocks), pieces.data_ptr(), n))
+        for symbol, over in renderer.launches(self.kernel.program):
+            function, blocks = handle.functions[symbol + suffix]
+            if n := len(tables[over]):
+                kernels.append((function, min(n, blocks), tables[over].data_ptr(), n))
         gradients = self._gradients
         return leaf.native.Launcher(  # type: ignore[union-attr]
             handle.module,
@@ -201,12 +201,11 @@ class Launch(Rows):
             THREADS,
         )
 
-    def _host_tables(self) -> list[np.ndarray]:
-        """Rows, chunks and tiles as kernels read them: with several axes they say where results are, and not only which
-        of all results those are."""
+    def _host_tables(self) -> dict[str, np.ndarray]:
+        """What kernels walk. With several axes rows and chunks say where results are, and not only which those are."""
         rows, chunks, program = self.rows, self.layout.chunks, self.kernel.program
         if program.axes == 1:
-            return [rows, chunks, chunking.tiles(chunks)]
+            return {"rows": rows, "chunks": chunks, "tiles": chunking.tiles(chunks)}
         self._results = torch.empty(self.n_results, dtype=torch.float64, device=self.device)
         address, size = self._results.data_ptr(), self._results.element_size()
         lengths = HEAD + len(program.buffers)
@@ -215,7 +214,34 @@ class Launch(Rows):
         for words in (rows[:, results], chunks[:, chunking.CHUNK_WORDS :]):
             words[...] = address + size * words
         lines = rows[chunks[:, 0], lengths + program.axes - 1]
-        return [rows, chunks, chunking.tiles(chunks, lines)]
+        return {"rows": rows, "chunks": chunks, "tiles": chunking.tiles(chunks, lines)}
+
+    def _joins(self, chunks: int) -> np.ndarray:
+        """Which blocks join part results of which row: (row, slice of its places, slices, address of its first chunk).
+
+        chunks: their table's address on the device
+        """
+        program, table = self.kernel.program, self.layout.chunks
+        kinds = [program.values[i].kind for i in regions(program)]
+        where = HEAD + len(program.buffers)
+        shapes, whole = (
+            self.rows[:, where : where + program.axes],
+            self.rows[:, where + program.axes :][:, : len(kinds)],
+        )
+        out = []
+        for row in np.flatnonzero(self.layout.count > 1):
+            first, count = self.layout.first[row], self.layout.count[row]
+            apart = table[first, chunking.CHUNK_WORDS :] != whole[row]
+            shape = tuple(map(int, shapes[row]))
+            parts = sum(
+                chunking.parts(shape, kind, table[first : first + count])
+                for kind, on in zip(kinds, apart, strict=True)
+                if on
+            )
+            slices = min(MOST_SLICES, -(-parts // SLICE))
+            address = chunks + int(first) * table.shape[1] * table.itemsize
+            out += [(row, k, slices, address) for k in range(slices)]
+        return np.array(out, np.int64).reshape(-1, 4)
 
     def run(self, slots: np.ndarray) -> None:
         """Run all stages with these scalars: float64, scalar sets × slots. Nothing here waits for the device.

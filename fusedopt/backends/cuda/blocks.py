@@ -8,11 +8,11 @@ comes first.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...ir.ops import ELEMENT, TENSOR, axes_of, is_partial
 from ...ir.program import Value, identifier
-from ...ir.stages import Nest, Stage, regions
+from ...ir.stages import Between, Nest, Stage, regions, schedule
 from .. import blocks
 from ..c_family import indent
 
@@ -317,12 +317,32 @@ class Blocks(blocks.Blocks):
         head = f"for (int64_t place = threadIdx.x; place < {self._count(axes)}; place += blockDim.x) {{"
         return [head, *indent(body), "}"]
 
+    def between(self, k: int, between: Between) -> list[str]:
+        rest = replace(between, joined=())
+        return [*self._join(k, between), *(super().between(k, rest) if rest else [])]
+
+    def scalars(self, stage: Stage) -> list[str]:
+        found = schedule(self.program)
+        return [*self._join(len(found.stages), found.between[-1]), *super().scalars(stage)]
+
+    def _join(self, k: int, between: Between) -> list[str]:
+        """A kernel of its own: one block would take longer for the parts of a large tensor than all do for a stage."""
+        if not between.joined:
+            return []
+        arguments = "[[maybe_unused]] const Launch& launch, const Row row, const Join join"
+        head = f"{self.qualifiers} void join_{k}({arguments}) {{"
+        lines = [*self._lengths(), *(self._joined_parts(i) for i in between.joined)]
+        return [head, *indent(lines), "}", f"FUSEDOPT_JOIN({k})", ""]
+
     def joined(self, i: int) -> str:
+        return ""  # by then they are
+
+    def _joined_parts(self, i: int) -> str:
         v = self.program.values[i]
         inside, tail = self._prefix(v.kind)
         words = f"{self._region(i)}, {self._word(i)}"
         kind = f"{v.op}_, {len(regions(self.program))}"
-        return f"join_chunks<{kind}>(launch, row, {words}, {inside}, {tail}, {self._count(v.kind)});"
+        return f"join_chunks<{kind}>(row, join, {words}, {inside}, {tail}, {self._count(v.kind)});"
 
     def result(self, i: int) -> str:
         return f"row.result({self._word(i)})"

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from ...ir.ops import DRAWS
 from ...ir.program import Program, identifier
-from ...ir.stages import Stage
+from ...ir.stages import Stage, schedule
 from .. import c_family
 from ..c_family import TYPES, entries, indent
 from .blocks import Blocks
 
-__all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
+__all__ = ["SLOT", "TYPES", "VERSION", "entries", "launches", "render", "source"]
 
 VERSION = "3"
 SLOT = '#include "cuda_example.inc"'
@@ -26,6 +26,19 @@ def render(program: Program, slot_names: Sequence[str] = (), title: str = "") ->
     # spill.
     blocks = 2 if program.axes > 1 or any(v.type == "d" for v in program.values) else 0
     return f"{head}\nconstexpr int resident_blocks = {blocks};\n\n{rest}"
+
+
+def launches(program: Program) -> list[tuple[str, str]]:
+    """The kernels of a step, in order, and what each has blocks for: "joins", "rows", "chunks", or "tiles" of them."""
+    found, names = schedule(program), entries(program)
+    out = []
+    for k, between in enumerate(found.between):
+        out += [(f"fusedopt_join_{k}", "joins")] if between.joined else []
+        if k < len(found.stages):
+            before = names.before[k]
+            out += [(before, "rows")] if before and between.nests else []
+            out.append((names.stages[k], "chunks" if found.stages[k].reductions else "tiles"))
+    return [*out, *([(names.scalars, "rows")] if names.scalars else [])]
 
 
 def source(skeleton: str, body: str) -> str:

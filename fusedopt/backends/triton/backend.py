@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, cast
@@ -22,15 +22,21 @@ from ... import env
 from ...compile import cache
 from ...compile.cache import BuildError
 from ...ir.program import Program
+from ...ir.stages import wholes
 from ...kernels import source as skeleton
 from .. import chunking
-from ..base import Compiler, Kernel, Rows
+from ..base import HEAD, Compiler, Kernel, Rows
 from ..upload import Upload
 from . import render as renderer
+from .blocks import most_kept_lines
 
 BLOCK = 1024
 """Elements of a block: with WARPS, eight per thread, which is 128 bits of a 16-bit type."""
 WARPS = 4
+COLUMNS = (16, 64, 256)
+"""How long tiles of lines may be: each shape that is needed is compiled. A tile has as many elements as a block."""
+JOINING = 16
+"""Programs that share the joining of a tensor's part results along axes."""
 FALLBACK = 'use backend="reference", which compiles nothing'
 
 
@@ -40,6 +46,18 @@ class Handle(NamedTuple):
     stages: list[Any]
     tiled: list[bool]
     scalars: Any | None
+
+
+class Step(NamedTuple):
+    """A kernel of a program with several axes.
+
+    It is launched over chunks, which may be cut further (tiled), or over tensors, with ``shared`` programs for each
+    """
+
+    kernel: Any
+    over_chunks: bool
+    tiled: bool = False
+    shared: int = 1
 
 
 class Triton(Compiler):
@@ -60,21 +78,44 @@ class Triton(Compiler):
             raise BuildError(f"kernel {name!r}: {error}. Remedy: {FALLBACK}.") from None
         entry = _store(name, renderer.source(skeleton("triton.py.in"), body), version)
         module = load(entry.source_path)
-        found = renderer.entries(program)
-        symbols, scalars = found.stages, found.scalars
-        handle = Handle(
-            [module[s] for s in symbols],
-            [not s.reductions and not renderer.joins_parts(program, s) for s in renderer.stages(program)],
-            module[scalars] if scalars else None,
-        )
-        _compile_now(name, handle, entry.source_path, device)
+        handle: Handle | list[Step]
+        if program.axes == 1:
+            handle = _handle(program, module)
+            _compile_now(name, handle, entry.source_path, device)
+        else:
+            handle = _steps(program, module)
+            # For other tensors tiles may have another shape: then it is compiled again when it is prepared for them.
+            _compile_blocks(name, handle, entry.source_path, device, (BLOCK // COLUMNS[-1], COLUMNS[-1]))
         seconds = time.perf_counter() - start
         return Kernel(
             self.name, name, program, body, str(entry.source_path), seconds, not entry.built, handle
         )
 
-    def prepare(self, *rows: Any, **how: Any) -> Launch:
-        return Launch(*rows, **how)
+    def prepare(self, kernel: Kernel, *rows: Any, **how: Any) -> Launch | BlocksLaunch:
+        return (Launch if kernel.program.axes == 1 else BlocksLaunch)(kernel, *rows, **how)
+
+
+def _handle(program: Program, module: dict[str, Any]) -> Handle:
+    names = renderer.entries(program)
+    return Handle(
+        [module[s] for s in names.stages],
+        [not s.reductions and not renderer.joins_parts(program, s) for s in renderer.stages(program)],
+        module[names.scalars] if names.scalars else None,
+    )
+
+
+def _steps(program: Program, module: dict[str, Any]) -> list[Step]:
+    """The kernels of a program with several axes, in the order in which they are launched."""
+    split, steps = renderer.stages(program), []
+    for k, names in enumerate(renderer.kernels(program)):
+        if names.join:
+            steps.append(Step(module[names.join], over_chunks=False, shared=JOINING))
+        if names.between:
+            steps.append(Step(module[names.between], over_chunks=False))
+        if names.stage:
+            joins = any(v in wholes(program) for v in split[k].values)
+            steps.append(Step(module[names.stage], True, tiled=not split[k].reductions and not joins))
+    return steps
 
 
 class Launch(Rows):
@@ -109,6 +150,74 @@ class Launch(Rows):
                 stage[(len(chunks),)](rows, chunks, self._partials, numbers, BLOCK=BLOCK, **options())
             if self.handle.scalars is not None:
                 self.handle.scalars[(len(self.rows),)](rows, self._partials, numbers, **options())
+
+
+class BlocksLaunch(Rows):
+    """Of a program with several axes: chunks are whole lines, and there is memory for results along axes.
+
+    Results are written before they are read in each run, so those of an earlier one may lie there.
+    """
+
+    def _get_ready(self) -> None:
+        program = self.kernel.program
+        self.steps = cast(list[Step], self.kernel.handle)
+        self.n_chunks = len(self.layout)
+        self._rows, self._slots = Upload(self.device), Upload(self.device, resident=True)
+        if not self.n_chunks:
+            return
+        first = HEAD + len(program.buffers)
+        axes = self.rows[:, first : first + program.axes]
+        lines = axes[self.layout.chunks[:, 0], -1]
+        chunks, n_kept = _with_room_for_lines(
+            self.layout.chunks, lines, self.n_results, most_kept_lines(program)
+        )
+        self.tile = _tile(axes[self.rows[:, 0] > 0])
+        self._chunks = Upload(self.device).of(chunks)
+        tiled = any(step.tiled for step in self.steps)
+        self._tiles = Upload(self.device).of(chunking.line_tiles(chunks, lines)) if tiled else self._chunks
+        self._partials, self._results = (
+            torch.empty(n, dtype=torch.float64, device=self.device)
+            for n in (self.n_chunks * self.n_reductions, self.n_results + n_kept)
+        )
+        _compile_blocks(self.kernel.name, self.steps, self.kernel.source_path, self.device, self.tile)
+
+    def upload(self, slots: np.ndarray) -> None:
+        """Put these scalars where the launch, and captured ones, read them: in the order of the stream."""
+        self._slots.of(slots)
+
+    def run(self, slots: np.ndarray) -> None:
+        """Run all kernels with these scalars: float64, scalar sets × slots. Nothing here waits for the device."""
+        if not self.n_chunks:
+            return
+        with _on(self.device):
+            rows, numbers = self._rows.of(self.rows), self._slots.of(slots)
+            for step in self.steps:
+                chunks = self._tiles if step.tiled else self._chunks
+                grid = (len(chunks),) if step.over_chunks else (len(self.rows), step.shared)
+                step.kernel[grid](
+                    rows, chunks, self._partials, self._results, numbers, *self.tile, **options()
+                )
+
+
+def _with_room_for_lines(
+    chunks: np.ndarray, lines: np.ndarray, begin: int, each: int
+) -> tuple[np.ndarray, int]:
+    """Chunks that also say where, from ``begin`` on, ``each`` numbers of each line are kept, less the place of those of
+    their tensor's first line; and how many numbers that is."""
+    count = (chunks[:, 2] - chunks[:, 1]) // lines * each
+    first = begin + np.cumsum(count) - count - chunks[:, 1] // lines * each
+    return np.concatenate([chunks, first[:, None]], axis=1), int(count.sum())
+
+
+def _tile(axes: np.ndarray) -> tuple[int, int]:
+    """Lines and columns of the tiles for tensors with axes of these lengths: the longest that leave little empty.
+
+    A line that is longer has several tiles.
+    """
+    length, count = axes[:, -1], np.prod(axes[:, :-1], axis=1)
+    work = {n: int((-(-count // (BLOCK // n)) * -(-length // n)).sum()) for n in COLUMNS}
+    wide = max(n for n in COLUMNS if work[n] <= 1.25 * min(work.values()))
+    return BLOCK // wide, wide
 
 
 def options() -> dict[str, Any]:
@@ -163,12 +272,29 @@ def _store(name: str, text: str, version: str) -> cache.Entry:
 def _compile_now(name: str, handle: Handle, path: Path, device: torch.device) -> None:
     """Compile before the first launch, so that what cannot be compiled is known before anything has changed."""
     words, numbers = torch.int64, torch.float64
+    with _compiling(name, path, device):
+        for stage in handle.stages:
+            stage.warmup(words, words, numbers, numbers, BLOCK=BLOCK, grid=(1,), **options())
+        if handle.scalars is not None:
+            handle.scalars.warmup(words, numbers, numbers, grid=(1,), **options())
+
+
+def _compile_blocks(
+    name: str, steps: Sequence[Step], path: Path | str, device: torch.device, tile: tuple[int, int]
+) -> None:
+    """The same for tiles of this shape."""
+    words, numbers = torch.int64, torch.float64
+    with _compiling(name, path, device):
+        for step in steps:
+            step.kernel.warmup(words, words, numbers, numbers, numbers, *tile, grid=(1,), **options())
+
+
+@contextmanager
+def _compiling(name: str, path: Path | str, device: torch.device) -> Iterator[None]:
+    """What Triton says against it becomes a BuildError."""
     try:
         with nullcontext() if device.index is None else _on(device):
-            for stage in handle.stages:
-                stage.warmup(words, words, numbers, numbers, BLOCK=BLOCK, grid=(1,), **options())
-            if handle.scalars is not None:
-                handle.scalars.warmup(words, numbers, numbers, grid=(1,), **options())
+            yield
     except Exception as error:
         raise BuildError(
             f"kernel {name!r}: Triton cannot compile it: {type(error).__name__}: {error}\n  source: {path}\n"

@@ -1,0 +1,284 @@
+"""Torch calls between fused programs: what they are given is stacked, and they are made once for many parameters.
+
+Parameters of a bucket have one shape. What a program leaves of all of them is one tensor, a slice for each, so small
+matrices are multiplied in one call; of large ones, each that is as much as a batch, it is a call for each.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..trace.cuts import Externs, Function, Load, Number, Step
+from ..trace.externs import Kept, Result, leaves, mapped
+from ..trace.methods import METHODS
+
+if TYPE_CHECKING:
+    from .buckets import Bucket
+
+BATCH = 1 << 20
+"""Elements of a parameter and those stacked with it: more does not pay, and has to be kept in memory."""
+
+Memory = dict[str, torch.Tensor]
+"""What programs leave and find, by buffer: a slice for each parameter."""
+
+
+def memory(externs: Externs, count: int, device: torch.device) -> Memory:
+    """Memory for so many parameters. Zeros: a kernel leaves nothing of a tensor without elements."""
+    own = {
+        name: torch.zeros((count, *shape), dtype=dtype, device=device)
+        for name, (dtype, shape) in externs.buffers.items()
+        if name not in externs.reused
+    }
+    return own | {name: own[given] for name, given in externs.reused.items()}
+
+
+Tensors = Callable[[str], list[torch.Tensor]]
+"""What the state of each parameter of a bucket has under a callback's name for it, now."""
+
+
+def _of_items(plan: Bucket) -> Tensors:
+    return lambda key: [item.state[key] for item in plan.items]
+
+
+def calling(plans: Sequence[Bucket], tensors: Callable[[Bucket], Tensors] | None = None) -> list[Calling]:
+    """The calls of each of these plans that share a launch, a scalar set each.
+
+    tensors: who finds their state, where steps are repeated
+    """
+    return [
+        Calling(plan.trace.externs, plan.memory, k, tensors(plan) if tensors else _of_items(plan))
+        for k, plan in enumerate(plans)
+        if plan.trace.externs is not None
+    ]
+
+
+class Calling:
+    """The calls of one bucket in a step. What they give in one round is kept for the next."""
+
+    def __init__(self, externs: Externs, memory: Memory, set_: int, tensors: Tensors) -> None:
+        self.externs, self.memory, self.set = externs, memory, set_
+        self.count = len(next(iter(memory.values())))
+        self._tensors: Tensors | None = tensors
+        self._kept: list[dict[int, Any]] = []
+        self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether a step that is to be skipped has to be known on the host: infinities would be an error."""
+        on_cpu = all(t.device.type == "cpu" for t in self.memory.values())
+        return on_cpu or self.externs.may_fail or bool(self.externs.kept)
+
+    def calls(self, number: int) -> list[str]:
+        """What a round calls."""
+        function = self.externs.functions[number]
+        steps = function.steps if function else ()
+        return [s.call.name.strip("_") for s in steps if s.call.function is not operator.getitem]
+
+    def described(self, number: int) -> str:
+        """That in words."""
+        names, stack = self.calls(number), min(self.stack, self.count)
+        shape = "×".join(map(str, max((s for _, s in self.externs.buffers.values()), key=math.prod)))
+        counts = ", ".join(f"{names.count(n)} {n}" for n in dict.fromkeys(names))
+        how = "for each" if stack == 1 else f"for {stack} at once"
+        return f"{self.count} tensors of {shape or 'no dimensions'}, {how}: torch's {counts}"
+
+    @property
+    def stack(self) -> int:
+        """How many parameters a call is made for."""
+        most = max(math.prod(shape) for _, shape in self.externs.buffers.values())
+        return max(1, BATCH // max(most, 1))
+
+    def commit(self) -> None:
+        """Write what calls left for the state."""
+        with torch.no_grad():
+            for there, new in self._new:
+                there.copy_(new)
+        self._new = []
+
+    def forget(self) -> None:
+        """What an earlier step left that came to nothing."""
+        self._new, self._kept = [], []
+
+    def let_go(self) -> None:
+        """Hold no memory from here on."""
+        self.forget()
+        self.memory, self._tensors = {}, None
+
+    def _state(self, key: str) -> list[torch.Tensor]:
+        """Raises RuntimeError if it is not what the calls were recorded for."""
+        assert self._tensors is not None
+        found, (_, shape) = self._tensors(key), self.externs.kept[key]
+        if any(not isinstance(t, torch.Tensor) or t.shape != shape for t in found):
+            raise RuntimeError(f"the state {key!r} has another shape than {list(shape)}, which it had before")
+        return found
+
+    def run(self, number: int, slots: Sequence[float]) -> None:
+        """Make the calls of a round. Torch's own error, if one of them fails: nothing has changed then."""
+        function = self.externs.functions[number]
+        if function is None:
+            return
+        if any(0 in shape for _, shape in self.externs.buffers.values()):
+            return
+        last = not any(self.externs.functions[number + 1 :])
+        batches = list(self._batches())
+        state = {key: self._state(key) for key in self.externs.kept}
+        self._kept = self._kept or [{} for _ in batches]
+        with torch.no_grad():
+            for batch, known in zip(batches, self._kept, strict=True):
+                self._batch(function, batch, known, slots, {k: v[batch] for k, v in state.items()})
+                if last:
+                    known.clear()
+        if last:
+            self._kept = []
+
+    def _batches(self) -> Iterator[slice]:
+        return (slice(i, i + self.stack) for i in range(0, self.count, self.stack))
+
+    def _batch(
+        self,
+        function: Function,
+        batch: slice,
+        known: dict[int, Any],
+        slots: Sequence[float],
+        state: dict[str, list[torch.Tensor]],
+    ) -> None:
+        views = {name: t[batch] for name, t in self.memory.items()}
+        single = len(next(iter(views.values()))) == 1
+        used = {x.key for step in function.steps for x in step.call.refs() if isinstance(x, Kept)}
+        kept = {
+            k: (state[k][0] if single else torch.stack(state[k])).to(self.externs.kept[k][0]) for k in used
+        }
+        if single:
+            views = {name: t[0] for name, t in views.items()}
+
+        def value(x: Any) -> Any:
+            if isinstance(x, Result):
+                return known[x.call]
+            if isinstance(x, Load):
+                return views[x.buffer]
+            if isinstance(x, Kept):
+                return kept[x.key]
+            return slots[x.slot] if isinstance(x, Number) else x
+
+        for step in function.steps:
+            args = mapped(step.call.args, value)
+            kwargs = {k: mapped(v, value) for k, v in step.call.kwargs}
+            if single:
+                known[step.number] = step.call.function(*args, **kwargs)
+            else:
+                known[step.number] = stacked(step, self.externs)(args, kwargs)
+            for gone in step.last:
+                del known[gone]
+        theirs = {t.untyped_storage().data_ptr() for t in (*views.values(), *kept.values())}
+
+        def own(call: int) -> torch.Tensor:
+            """What a call gave, if need be a copy: memory that it may be a view of is written to."""
+            found = known[call]
+            return found.clone() if found.untyped_storage().data_ptr() in theirs else found
+
+        made = [(name, own(call)) for name, call in function.outputs]
+        for key, call in function.written:
+            new = [own(call)] if single else own(call).unbind()
+            self._new += zip(state[key], new, strict=True)
+        for name, found in made:
+            views[name].copy_(found)
+
+
+# --
+# Calls on stacked tensors
+
+Stacked = Callable[[Any, dict[str, Any]], Any]
+_CASTS = frozenset(["to", "bfloat16", "float", "half", "double", "bool", "clone", "contiguous"])
+_LINEAR_ALGEBRA = frozenset(
+    """
+    linalg_qr linalg_eigh linalg_eigvalsh linalg_svd linalg_svdvals linalg_inv inverse linalg_cholesky cholesky
+    linalg_pinv linalg_matrix_exp matrix_exp linalg_solve tril triu
+    """.split()  # noqa: SIM905
+)
+"""Functions of matrices that take stacks of them."""
+_NOT_ELEMENTWISE = frozenset(
+    """
+    sum mean amax amin max min norm vector_norm std var any all normalize cosine_similarity __getitem__ unsqueeze
+    squeeze view reshape flatten view_as reshape_as expand_as dot size dim numel nelement is_floating_point is_complex
+    element_size requires_grad softplus nan_to_num
+    """.split()  # noqa: SIM905
+)
+_TRANSPOSED = frozenset(("T", "mT", "H", "mH", "t", "adjoint"))
+
+
+def stacked(step: Step, externs: Externs) -> Stacked:
+    """The call on stacks: torch's function for them where there is one, else ``torch.vmap``."""
+    call, name = step.call, step.call.name
+    parts = [*leaves(call.args), *leaves(tuple(v for _, v in call.kwargs))]
+    ranks = [_rank(x, externs) for x in parts]
+    of_tensors = [r for r in ranks if r is not None]
+    if call.function is operator.getitem:
+        return lambda args, kwargs: args[0][args[1]]
+    if name in _CASTS and len(of_tensors) == 1:
+        return lambda args, kwargs: call.function(*args, **kwargs)
+    if of_tensors == [2] and name in _TRANSPOSED:
+        return lambda args, kwargs: args[0].mT
+    if name in ("matmul", "mm", "bmm") and len(set(of_tensors)) == 1 and of_tensors[0] >= 2:
+        return lambda args, kwargs: torch.matmul(*args)
+    if name == "addmm" and of_tensors == [2, 2, 2]:
+        return lambda args, kwargs: torch.baddbmm(*args, **kwargs)
+    if name in ("norm", "linalg_norm", "linalg_matrix_norm") and of_tensors == [2] and len(parts) == 1:
+        return lambda args, kwargs: torch.linalg.vector_norm(args[0], dim=(1, 2))
+    if name in _LINEAR_ALGEBRA and set(of_tensors) == {2}:
+        return lambda args, kwargs: call.function(*args, **kwargs)
+    if name.strip("_").removesuffix("_") in METHODS.keys() - _NOT_ELEMENTWISE and None not in of_tensors:
+        return functools.partial(_elementwise, call.function, ranks, max(of_tensors, default=0))
+    return functools.partial(_mapped, call.function, ranks)
+
+
+def _rank(x: Any, externs: Externs) -> int | None:
+    """The dimensions of one parameter's tensor, where there is one for each parameter."""
+    if isinstance(x, Result):
+        return externs.ranks[x.call]
+    if isinstance(x, Kept):
+        return len(externs.kept[x.key][1])
+    return len(externs.buffers[x.buffer][1]) if isinstance(x, Load) else None
+
+
+def _elementwise(
+    function: Callable[..., Any], ranks: list[int | None], rank: int, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """Broadcast as single ones would be: dimensions go between the first, which is theirs, and the others."""
+    left = iter(ranks)
+
+    def aligned(x: Any) -> Any:
+        own = next(left)
+        if own is None or own == rank:
+            return x
+        return x.reshape(x.shape[0], *[1] * (rank - own), *x.shape[1:])
+
+    args = mapped(args, aligned)
+    return function(*args, **{k: mapped(v, aligned) for k, v in kwargs.items()})
+
+
+def _mapped(function: Callable[..., Any], ranks: list[int | None], args: Any, kwargs: dict[str, Any]) -> Any:
+    flat = [*leaves(args), *leaves(tuple(kwargs.values()))]
+    which = [k for k, rank in enumerate(ranks) if rank is not None]
+
+    def of_one(*tensors: Any) -> Any:
+        values = list(flat)
+        for k, tensor in zip(which, tensors, strict=True):
+            values[k] = tensor
+        left = iter(values)
+        again = mapped(args, lambda _: next(left))
+        return function(*again, **{k: mapped(v, lambda _: next(left)) for k, v in kwargs.items()})
+
+    tensors = [flat[k] for k in which]
+    try:
+        return torch.vmap(of_one)(*tensors)
+    except RuntimeError:  # it has no such rule, or fails, which it says again
+        found = [of_one(*each) for each in zip(*tensors, strict=True)]
+        if isinstance(found[0], tuple):
+            return type(found[0])(map(torch.stack, zip(*found, strict=True)))
+        return torch.stack(found)

@@ -1,0 +1,139 @@
+"""What Triton kernels of programs with several axes compute, in Triton's interpreter: test_triton.py starts pytest on
+this file.
+
+By hand: TRITON_INTERPRET=1 python -m pytest tests/backends/triton_interpreted_blocks.py
+"""
+
+from dataclasses import replace
+
+import pytest
+import test_blocks
+import torch
+from test_blocks import PROGRAMS, compared
+
+import fusedopt
+from fusedopt.backends import chunking as plan
+from fusedopt.backends.triton import backend
+from fusedopt.ir.program import Value
+
+if not backend.interpreting():
+    pytest.skip("TRITON_INTERPRET=1 must be set when Python starts", allow_module_level=True)
+
+SHAPES = {
+    2: [(1, 1), (3, 5), (16, 16), (1, 100), (100, 1), (3, 301), (300, 3), (30, 70), (0, 4), (2, 0), (17, 16)],
+    3: [(1, 1, 1), (2, 3, 5), (60, 3, 3), (3, 20, 9), (5, 1, 7), (0, 2, 2), (2, 40, 30)],
+    4: [(2, 3, 4, 5), (5, 6, 3, 3), (2, 2, 12, 12), (1, 100, 1, 2), (4, 1, 3, 2)],
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Tiles of 128 elements and chunks of as many, so that small tensors have several, and share places with others."""
+    monkeypatch.setattr(backend, "BLOCK", 128)
+    monkeypatch.setattr(backend, "COLUMNS", (8, 32))
+    monkeypatch.setattr(plan, "TILE", 64)
+    for name, value in (("CHUNK", 128), ("SHARED", 2)):
+        monkeypatch.setattr(plan, name, value)
+    plan.blocks.cache_clear()
+    yield
+    plan.blocks.cache_clear()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_do_what_the_program_says(name, small):
+    program, axes = PROGRAMS[name]
+    compared(program, SHAPES[axes], "triton")
+
+
+@pytest.mark.parametrize("name", ["factored matrix", "factored batch", "columns of centred"])
+def test_with_tiles_and_chunks_as_they_are(name):
+    program, axes = PROGRAMS[name]
+    compared(program, [*SHAPES[axes], {2: (300, 700), 3: (3, 300, 101)}[axes]], "triton")
+
+
+@pytest.mark.parametrize("shape", [(1, 500), (500, 1), (40, 40)])
+def test_alone_lines_have_the_tiles_that_suit_them(shape, small):
+    """Each shape of tiles, with one tensor a launch."""
+    for name in ("factored matrix", "centred twice", "by rows"):
+        compared(PROGRAMS[name][0], [shape], "triton")
+
+
+@pytest.mark.parametrize("name", ["factored matrix", "by rows", "numbers of rows", "covered"])
+def test_what_is_skipped_is_left_as_it_is(name, small):
+    """The scalar of these launches is 0.9."""
+    program, _ = PROGRAMS[name]
+    n = len(program.values)
+    slot, limit = Value("slot", (), 0, "S", "f"), Value("const", (), 0.5, "S", "f")
+    values = (*program.values, slot, limit, Value("gt", (n, n + 1), None, "S", "b"))
+    compared(replace(program, values=values, skip=n + 2), SHAPES[2][:5], "triton")
+    compared(
+        replace(program, values=(*values[:-1], replace(values[-1], op="lt")), skip=n + 2),
+        SHAPES[2][:5],
+        "triton",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_tensors(dtype, small):
+    made = test_blocks.build(2, test_blocks.by_rows, param="F", grad="F", v="0")
+    buffers = tuple((n, replace(b, dtype=dtype)) for n, b in made.buffers)
+    program = replace(made, buffers=buffers)
+    rows = [test_blocks.tensors(program, shape, 3) for shape in SHAPES[2]]
+    theirs = [{n: t.clone() for n, t in row.items()} for row in rows]
+    test_blocks.run(program, rows, SHAPES[2], "triton")
+    test_blocks.run(program, theirs, SHAPES[2], "cpp")
+    for ours, other in zip(rows, theirs, strict=True):
+        for n in ours:
+            torch.testing.assert_close(ours[n], other[n])
+
+
+@pytest.mark.parametrize("where", [0, 100, 399])
+def test_reductions_pass_on_nan(where, small):
+    program, _ = PROGRAMS["covered"]
+    row = test_blocks.tensors(program, (10, 40), 1)
+    row["grad"].view(-1)[where] = torch.nan
+    test_blocks.run(program, [row], [(10, 40)], "triton")
+    assert [row[f"state.m{a}"].isnan().nonzero().tolist() for a in range(2)] == [
+        [[where // 40]],
+        [[where % 40]],
+    ]
+
+
+def test_what_is_wrong_would_be_found(small, monkeypatch):
+    right = backend.skeleton("triton.py.in")
+    wrong = right.replace("acc = join(acc, x)", "acc = join(x, x)")
+    assert wrong != right
+    monkeypatch.setattr(backend, "skeleton", lambda name: wrong)
+    program = test_blocks.build(2, test_blocks.factored, param="F", grad="F", row="0", col="1")
+    with pytest.raises(AssertionError):
+        compared(replace(program, slots=2), [(90, 90)], "triton")
+
+
+# ---------------------------------------------------------------- an optimizer
+
+
+def adafactor(p, lr, row=None, col=None, beta=0.9, **kwargs):
+    """Adafactor's step of a matrix."""
+    square = p.grad * p.grad + 1e-30
+    row = (torch.zeros_like(square.mean(-1)) if row is None else row) * beta + square.mean(-1) * (1 - beta)
+    col = (torch.zeros_like(square.mean(-2)) if col is None else col) * beta + square.mean(-2) * (1 - beta)
+    factor = (row / row.mean()).sqrt()
+    p.data.sub_(p.grad / (factor.unsqueeze(-1) * col.sqrt().unsqueeze(-2)), alpha=lr)
+    return {"row": row, "col": col}
+
+
+def trained(on):
+    generator = torch.Generator().manual_seed(2)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES[2] if 0 not in s]
+    opt = fusedopt.Optimizer(params, adafactor, lr=0.1, backend=on)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        opt.step()
+    assert opt.explain().backend == on
+    return [*params, *(v for p in params for v in opt.state[p].values() if isinstance(v, torch.Tensor))]
+
+
+def test_a_factored_step_is_the_references(small):
+    for ours, theirs in zip(trained("triton"), trained("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
