@@ -258,7 +258,10 @@ class StepBuckets(Buckets):
             raise Untraceable(
                 "a number that changes with each step leaves recorded arithmetic (an index, formatting)"
             )
-        return CompiledTrace(trace, *compiled, replay, [])
+        rounds = self._compile_rounds(trace, self.title)
+        if rounds is None:
+            raise Untraceable("no compiled backend can be used here; python -m fusedopt doctor says why")
+        return CompiledTrace(trace, *compiled, replay, [], rounds=rounds)
 
     def _replayed(self, items: list[Item], signature: Signature, known: CompiledTrace) -> Bucket | None:
         assert known.replay is not None

@@ -20,7 +20,7 @@ from .number import Number, Scalar, ScalarProgram
 from .signals import Changes, NeedsAttribute, Untraceable, latest, where_now
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
 from .standins import StandIns
-from .tensor import SymParameter, SymTensor, lift
+from .tensor import Place, SymParameter, SymTensor, lift
 from .totals import Total
 
 MAX_PATHS = 8
@@ -58,6 +58,9 @@ class Run:
 
     where = staticmethod(where_now)
     """What is said of the code that a new value comes from."""
+
+    def new_place(self, node: int, asked: torch.dtype | None) -> Place:
+        return Place(node, asked)
 
     @property
     def compute(self) -> torch.dtype:

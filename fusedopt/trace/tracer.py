@@ -161,7 +161,7 @@ def traced(
     rounds: tuple[Program, ...] = ()
     if any(isinstance(k, Total) for k in cells):
         try:
-            program, rounds, slots, axes = _cut(graph, signature, hyper, cells, created, graded)
+            program, rounds, slots, axes = cut(graph, signature, hyper, cells, created, graded)
         except Untraceable as error:
             error.callback = first  # type: ignore[attr-defined]
             raise
@@ -312,23 +312,28 @@ def _buffers(
     return buffers | {f"state.{key}": buffer for key, buffer in sorted((old | created).items())}
 
 
-def _cut(
+def cut(
     graph: Graph,
     signature: Signature,
     hyper: dict[str, Any],
     cells: dict[Any, Any],
     created: dict[str, Buffer],
     materialize_grad: bool,
+    depths: dict[Total, int] | None = None,
 ) -> tuple[Program, tuple[Program, ...], tuple[int, ...], Axes]:
-    """The program, those of the rounds before it, and the slots and axes of all of them."""
-    shares = {k: v.node for k, v in cells.items() if isinstance(k, Total)}
+    """The program, those of the rounds before it, and the slots and axes of all of them.
+
+    cells: of a total that the parameter adds nothing to, None
+    depths: which round each total is of, if that is known
+    """
+    shares = {k: v.node for k, v in cells.items() if isinstance(k, Total) and isinstance(v, Cell)}
     buffers = _buffers(signature, hyper, cells, created)
     everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
     axes = axes_of(graph, everything, buffers, in_memory(signature, (old | created).values()))
     program, slots, _ = program_of(graph, signature, hyper, cells, created, materialize_grad, axes)
     rounds = []
-    for found in _rounds(graph, shares):
+    for found in _rounds(graph, shares) if depths is None else _by_depth(shares, depths):
         stores = {k.share: node for k, node in found.items()}
         with_shares = buffers | dict.fromkeys(stores, BUFFER)
         one, slots, _ = canonical(graph, signature.compute, with_shares, stores, slots=slots, axes=axes)
@@ -353,6 +358,11 @@ def _rounds(graph: Graph, shares: dict[Total, int]) -> list[dict[Total, int]]:
         out += [{}] * (level[known] == len(out))
         out[level[known]] = out[level[known]] | {known: node}
     return out
+
+
+def _by_depth(shares: dict[Total, int], depths: dict[Total, int]) -> list[dict[Total, int]]:
+    found = sorted({depths[k] for k in shares})
+    return [{k: node for k, node in shares.items() if depths[k] == depth} for depth in found]
 
 
 @functools.lru_cache(maxsize=256)
