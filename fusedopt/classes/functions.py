@@ -221,7 +221,10 @@ def _outside(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     values = kwargs.get("data", args[0] if args else None) if name in _OF_DATA else None
     if isinstance(values, (list, tuple)):
         parts = [_outside(name, func, (v,), {k: v for k, v in kwargs.items() if k != "data"}) for v in values]
-        return made(None, torch.stack([part.meta for part in parts]), parts=parts)
+        meta = torch.stack([part.meta for part in parts])
+        if len(parts) == 1 and parts[0].parts is None:
+            return made(parts[0].sym, meta, number=parts[0].number)
+        return made(None, meta, parts=parts)
     options = {k: v for k, v in mapped(_meta, kwargs).items() if k != "device"}
     meta = func(*mapped(_meta, args), device="meta", **options)
     if name in _OF_DATA:
