@@ -179,6 +179,11 @@ class StepBuckets(Buckets):
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
         self._current: list[tuple[tuple, CompiledTrace]] = []
 
+    @property
+    def sums(self) -> bool:
+        """Whether some step was one that sums over its parameters."""
+        return any(host.sums for known in self._hosts.values() for host, _ in known)
+
     def changed(self, host: Any) -> str | None:
         """Why a step is not the one that was traced, by what the host can see; its numbers are the groups' now."""
         self.groups.numbers = host.numbers

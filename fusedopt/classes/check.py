@@ -99,11 +99,15 @@ def _given(item: Item, program: Program, totals: dict[str, torch.Tensor]) -> dic
 
 
 class Sample:
-    """A step of a few parameters by the class itself, to be compared with what kernels do to the real ones."""
+    """A step of a few parameters by the class itself, to be compared with what kernels do to the real ones.
 
-    def __init__(self, opt: torch.optim.Optimizer, closure: bool) -> None:
+    ``whole``: of all of them, as sums over them are those of all.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, closure: bool, whole: bool) -> None:
         found = [[p for p in group["params"] if p.grad is not None] for group in opt.param_groups]
-        self.params = [p for ps in found for p in sorted(ps, key=torch.Tensor.numel)[:2]]
+        self.whole = whole
+        self.params = [p for ps in found for p in sorted(ps, key=torch.Tensor.numel)[: None if whole else 2]]
         self.starts = [p.detach().clone() for p in self.params]
         self.copies = Copies(opt, self.params, closure)
 

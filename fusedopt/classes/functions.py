@@ -32,6 +32,7 @@ from ..trace.tensor import (
     new,
     rebind,
 )
+from .counts import Count, plain
 from .sums import StepRun, added, is_open, lowered_to, of_step, opened, run_of, settled, snapshot, view_of
 from .symbolic import Symbolic, TensorNumber, Tracing, made, place
 
@@ -114,6 +115,8 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What a torch function gives."""
     with torch._C.DisableTorchFunction():
         name = getattr(func, "__name__", str(func))
+        if any(type(x) is Count for x in flat((args, kwargs))):
+            args, kwargs = mapped(plain, args), mapped(plain, kwargs)
         if name in ("__get__", "__set__"):
             of = getattr(getattr(func, "__self__", None), "__name__", "")
             if name == "__set__":
@@ -143,7 +146,10 @@ def _property(name: str, func: Any, args: Any) -> Any:
 def _fact(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What a tensor says of itself. What depends on its shape splits the parameters by it."""
     for x in flat(args):
-        if isinstance(x, Symbolic) and name in _OF_SHAPE and x.sym is not None and x.sym.kind != TENSOR:
+        ours = isinstance(x, Symbolic) and name in _OF_SHAPE and x.sym is not None and not of_step(x.sym)
+        if ours and x.sym.kind != TENSOR:
+            if _OF_SHAPE[name] == "count" and x.sym.shown is None and x.sym.kind == ELEMENT:
+                return Count(x.sym)
             known = x.sym.fact(_OF_SHAPE[name])
             if name == "is_contiguous":
                 if known is None or any(m != torch.contiguous_format for m in (*args[1:], *kwargs.values())):

@@ -79,7 +79,7 @@ class Fused:
                 loss = closure()
         self._steps += 1
         sampled = self.options.check > 1 and self._steps % self.options.check == 0
-        sample = Sample(opt, closure is not None) if sampled else None
+        sample = Sample(opt, closure is not None, self.buckets.sums) if sampled else None
         if not self.engine.repeat(self.scaling) and not self._anew(opt):
             return self._own(opt, None if closure is None else lambda: loss)
         host: Any = self.engine.read
@@ -89,7 +89,8 @@ class Fused:
         else:  # now that the step is done, as warnings may be errors
             self._new_trace = False
             self._miss(opt, self.engine.steps.why)
-        if sample is not None and (why := sample.difference(opt)):
+        comparable = sample is not None and (sample.whole or not host.sums)
+        if comparable and (why := sample.difference(opt)):
             self.reason = f"step {self._steps} was another than its own in {why}. Remedy: report it"
             self._give_up(opt)
         return loss if host.returns_loss else host.returned

@@ -168,6 +168,11 @@ class Host:
         self._alone = {(buckets[b][0][0].where[0], structure_of(buckets[b][1])) for b in self._sums.lonely}
 
     @property
+    def sums(self) -> bool:
+        """Whether the step sums over its parameters."""
+        return bool(self._sums.shares)
+
+    @property
     def leaves_something(self) -> bool:
         return any(writes for writes, _ in self._paths.values())
 
@@ -197,7 +202,7 @@ class Host:
             if not all(guards):
                 return "a branch that numbers decide goes another way now"
             self._left = dict(zip(self._keys, left, strict=True))
-        if why is None and (self._sums.shares or self.leaves_something) and not self._all_step():
+        if why is None and (self.sums or self.leaves_something) and not self._all_step():
             return "other parameters have gradients"
         return why
 

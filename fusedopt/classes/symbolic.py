@@ -137,14 +137,15 @@ def place(x: Symbolic) -> SymTensor:
 class TensorNumber:
     """A number that was read from a tensor (``item()``): one per tensor, which only kernels know. A float, if asked.
 
-    A branch on it is traced along both of its ways.
+    A branch on it is traced along both of its ways. ``counts``: it is the number of some parameters' elements, so
+    above zero.
     """
 
-    __slots__ = ("sym",)
+    __slots__ = ("counts", "sym")
     symbolic = True
 
-    def __init__(self, sym: SymTensor) -> None:
-        self.sym = sym
+    def __init__(self, sym: SymTensor, counts: bool = False) -> None:
+        self.sym, self.counts = sym, counts
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -212,16 +213,22 @@ class TensorNumber:
     __int__ = __index__ = __format__ = __repr__ = __str__ = __round__ = __hash__ = __float__  # type: ignore[assignment]
 
 
+_NUMBERS = (TensorNumber, Number, int, float, bool)
+
+
 def _number(run: Run, x: Any) -> TensorNumber:
     return TensorNumber(SymTensor(run, run.slot(x), None))
 
 
 def _operate(name: str, x: TensorNumber, *others: Any) -> Any:
+    if x.counts and name in _ABOVE_ZERO and type(others[0]) in (int, float) and others[0] == 0:
+        return _ABOVE_ZERO[name]
     operands = [o.sym if type(o) is TensorNumber else o for o in (x, *others)]
     if name in _SUMS and len(operands) == 2:
         pair = operands[::-1] if name == "rsub" else operands
         if (result := added(*pair, sign=1 if name == "add" else -1)) is not None:
-            return TensorNumber(result)
+            counts = x.counts and all(o.counts if type(o) is TensorNumber else o == 0 for o in others)
+            return TensorNumber(result, counts and name == "add")
     operands = [settled(o) for o in operands]
     run = run_of(o for o in operands if isinstance(o, SymTensor))
     assert run is not None
@@ -231,14 +238,19 @@ def _operate(name: str, x: TensorNumber, *others: Any) -> Any:
     return TensorNumber(result)
 
 
+_ABOVE_ZERO = {"eq": False, "ne": True, "gt": True, "ge": True, "lt": False, "le": False}
 _SUMS = frozenset({"add", "sub", "rsub"})  # what a sum over parameters is made with
 
 
-def _dunder(name: str) -> Callable[..., Any]:
+def _dunder(operation: str) -> Callable[..., Any]:
     def method(self: TensorNumber, *others: Any) -> Any:
-        if not all(type(o) in (TensorNumber, Number, int, float, bool) for o in others):
+        if any(hasattr(type(o), "summed") for o in others):
+            if operation == "add":  # which is theirs
+                return NotImplemented
+            others = tuple(o.item() if hasattr(type(o), "summed") else o for o in others)
+        if not all(type(o) in _NUMBERS for o in others):
             return NotImplemented
-        return _operate(name, self, *others)
+        return _operate(operation, self, *others)
 
     return method
 
