@@ -39,7 +39,7 @@ class Count:
         """As an int."""
         return self._of.fact("count")
 
-    def summed(self) -> TensorNumber:
+    def summed(self) -> Any:
         run = self._of.run
         count = SymTensor(run, run.graph.leaf("numel"), None)
         return TensorNumber(opened(count), counts=True)

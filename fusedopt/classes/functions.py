@@ -283,7 +283,8 @@ def _sum(base: str, in_place: bool, meta: _Meta, args: Any, kwargs: dict[str, An
     if not in_place:
         return made(SymTensor(result.run, result.node, meta.dtype) if not is_open(result) else result, meta)
     if x.sym is not None and of_step(x.sym):  # whoever else sees it sees it grow
-        x.sym.place.base, x.sym.place.shares = result.place.base, result.place.shares
+        mine: Any = x.sym.place
+        mine.grow(result.place)
     else:
         x.__dict__.update(sym=result, number=None)
     return x
@@ -307,6 +308,8 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if isinstance(x, Symbolic) and name in _VIEWS:
         return _view(name, _like(func, args, kwargs), x)
     if isinstance(x, Symbolic) and name in _UNCHANGED and not kwargs and len(args) == 1:
+        if x.number is not None:  # whoever writes to either writes to both
+            return x
         if name == "contiguous" and x.sym is not None and x.sym.kind == ELEMENT:
             return _wrapped(name, called(name, METHODS[name], place(x)), x.meta, x)
         return (

@@ -89,8 +89,7 @@ class Fused:
         else:  # now that the step is done, as warnings may be errors
             self._new_trace = False
             self._miss(opt, self.engine.steps.why)
-        comparable = sample is not None and (sample.whole or not host.sums)
-        if comparable and (why := sample.difference(opt)):
+        if sample is not None and (sample.whole or not host.sums) and (why := sample.difference(opt)):
             self.reason = f"step {self._steps} was another than its own in {why}. Remedy: report it"
             self._give_up(opt)
         return loss if host.returns_loss else host.returned

@@ -117,7 +117,7 @@ class Host:
             raise Untraceable(f"{where} gets a {type(value).__name__} that is no number or flag of the host")
 
         def tensor(value: Symbolic, where: str) -> Any:
-            number = template(value.number if value.sym is None else TensorNumber(value.sym), where)
+            number = template(_number(value), where)
             shape, dtype, which = value.meta.shape, value.meta.dtype, id(value)
             self._kept.append(value)
 
@@ -129,7 +129,7 @@ class Host:
             return made
 
         def fill(value: Any, where: str) -> Any:
-            return template(TensorNumber(value.sym) if type(value) is Symbolic else value, where)
+            return template(_number(value), where)
 
         for taken, (changes, conditions) in paths.items():
             writes: list[Write] = []
@@ -239,6 +239,13 @@ class Host:
                 where.fill_(value)
             else:
                 where[key] = value
+
+
+def _number(x: Any) -> Any:
+    """What a tensor of the shadow has in it."""
+    if type(x) is not Symbolic:
+        return x
+    return x.number if x.sym is None else TensorNumber(x.sym)
 
 
 _CLOSE = 1e-4

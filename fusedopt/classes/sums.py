@@ -8,14 +8,14 @@ of the one that has. Where a value of the step meets a parameter's, it is made a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from ..ir.ops import TENSOR
-from ..ir.program import Graph, depth_first, reachable
+from ..ir.program import Graph, Value, depth_first, reachable
 from ..trace.methods import STRUCTURAL_POWERS  # noqa: F401  (fills the table of tensor methods)
 from ..trace.number import Number, ScalarProgram
 from ..trace.run import Run
@@ -63,9 +63,11 @@ class StepRun(Elements):
     def new_place(self, node: int, asked: torch.dtype | None) -> Place:
         return SumPlace(self, node, asked)
 
-    @property
-    def path(self) -> tuple[Any, ...]:
-        return "step", tuple(self.taken)
+    def slot(self, x: Any) -> int:
+        """A plain number is told by what it is: how often the step comes to it depends on how many parameters it has."""
+        if type(x) is Number and x.program is self.scalars:
+            return self.graph.leaf("slot", x.index)
+        return self.graph.leaf("slot", self.scalars.constant(x.value if type(x) is Number else x))
 
 
 class Share(NamedTuple):
@@ -86,7 +88,7 @@ class SumPlace(Place):
         self.shares: dict[int, Share] = {}
 
     @property
-    def node(self) -> int:  # type: ignore[override]
+    def node(self) -> int:
         if self.shares:
             self.close()
         return self.base
@@ -94,6 +96,10 @@ class SumPlace(Place):
     @node.setter
     def node(self, node: int) -> None:
         self.base, self.shares = node, {}
+
+    def grow(self, other: SumPlace) -> None:
+        """Take over a sum that was made of this one."""
+        self.base, self.shares = other.base, other.shares
 
     def close(self) -> None:
         graph, sums = self.run.graph, self.run.sums
@@ -122,6 +128,7 @@ class Sums:
         self._keys: dict[tuple[Any, ...], int] = {}
         self._closed: set[tuple[Any, ...]] = set()
         self._lowered: dict[int, dict[int, int]] = {}
+        self._raised: dict[int, dict[int, int]] = {}
 
     def _key(self, shares: dict[int, Share]) -> tuple[Any, ...]:
         """What tells a total, also where each bucket has one representative less."""
@@ -145,8 +152,7 @@ class Sums:
         if any(share.decided for share in shares.values()):
             raise Untraceable("what a branch on a parameter's number decides is summed over parameters")
         buckets = {self.bucket_of[r] for r in shares}
-        expected = {r for r, b in enumerate(self.bucket_of) if b in buckets and self._steps(r)}
-        if expected != shares.keys():
+        if not self.complete(shares):
             raise Untraceable("a sum over some of the parameters of a kind, and not over others")
         self.lonely |= {b for b in buckets if self.bucket_of.count(b) == 1}
         key = self._key(shares)
@@ -168,17 +174,30 @@ class Sums:
 
     def lowered(self, node: int, graph: Graph, compute: torch.dtype) -> int:
         """A value of the step in a parameter's graph."""
-        known = self._lowered.setdefault(id(graph), {})
+        known, back = self._lowered.setdefault(id(graph), {}), self._raised.setdefault(id(graph), {})
         for i in depth_first(self.graph.values, [node]):
             if i in known:
                 continue
             v = self.graph.values[i]
             if v.args:
-                known[i] = graph.op(v.op, *(known[a] for a in v.args), where=lambda v=v: v.where, to=v.attr)
+                known[i] = graph.op(v.op, *(known[a] for a in v.args), where=_place_of(v), to=v.attr)
             else:
                 wide = v.type == "d" and compute != torch.float64
                 known[i] = graph.leaf(v.op, v.attr, type="d" if wide else "f")
+            back[known[i]] = i
         return known[node]
+
+    def raised(self, node: int, graph: Graph) -> int | None:
+        """The value of the step that a value in a parameter's graph is, if it is one."""
+        v = graph.values[node]
+        if v.op in ("slot", "const"):
+            return self.graph.leaf(v.op, v.attr)
+        return self._raised.get(id(graph), {}).get(node)
+
+    def complete(self, shares: dict[int, Share]) -> bool:
+        """Whether all parameters of the kinds of some have added to it."""
+        buckets = {self.bucket_of[r] for r in shares}
+        return {r for r, b in enumerate(self.bucket_of) if b in buckets and self._steps(r)} == shares.keys()
 
     def depths(self, graphs: Sequence[Graph]) -> list[int]:
         """How many totals each is made of, one of another."""
@@ -199,6 +218,10 @@ class Sums:
                 for r, node in self.shares[k].items():
                     todo += totals_in(graphs[r], [node])
         return found
+
+
+def _place_of(v: Value) -> Callable[[], str]:
+    return lambda: v.where
 
 
 def totals_in(graph: Graph, nodes: Iterable[int]) -> list[int]:
@@ -252,10 +275,13 @@ def _share(run: Elements, node: int) -> Share:
     return Share(run, node, bool(run.taken))
 
 
-def added(a: Any, b: Any, alpha: Any = 1, sign: int = 1, in_place: bool = False) -> SymTensor | None:
+def added(
+    a: Any, b: Any, alpha: Any = 1, sign: int = 1, in_place: bool = False, again: bool = False
+) -> SymTensor | None:
     """``a + sign * alpha * b`` as a sum that grows; None if it is none.
 
-    ``in_place``: it is written to a, which then is that of all parameters if it is none's.
+    ``in_place``: it is written to a, which then is that of all parameters if it is none's; ``again``: also where all
+    have added to it and this one does so again, which else is taken for a use of the sum.
     """
     values = [x for x in (a, b) if isinstance(x, SymTensor)]
     own: dict[int, Any] = {id(x.run): x.run for x in values if not of_step(x)}
@@ -267,6 +293,11 @@ def added(a: Any, b: Any, alpha: Any = 1, sign: int = 1, in_place: bool = False)
         return None
     if any(x.kind != TENSOR or x.is_bool for x in values if not of_step(x)):
         return None
+    if not (in_place or again) and len(own) == 1:
+        of_all = [x.place for x in values if is_open(x)]
+        (mine,) = own.values()
+        if any(mine.callback in p.shares and p.run.sums.complete(p.shares) for p in of_all):  # type: ignore[attr-defined]
+            return None
     step = next(x.run if of_step(x) else x.run.step for x in values)  # type: ignore[attr-defined]
     if step is None:
         return None
@@ -311,9 +342,8 @@ def _parts(step: StepRun, x: Any, other: Any) -> tuple[int | None, dict[int, Sha
         isinstance(other, SymTensor) and not of_step(other) and _split(other.run, other.node)
     ):
         return None, {run.callback: _share(run, x.node)}
-    leaf, rest = found
-    value = run.graph.values[leaf]
-    return step.graph.leaf(value.op, value.attr), {run.callback: _share(run, rest)}
+    base, rest = found
+    return base, {run.callback: _share(run, rest)}
 
 
 def _zero(step: StepRun) -> int:
@@ -321,14 +351,16 @@ def _zero(step: StepRun) -> int:
 
 
 def _split(run: Run, node: int) -> tuple[int, int] | None:
-    """A number of the host, and what was added to it: where a sum began."""
-    v = run.graph.values[node]
-    if v.op != "add":
+    """A value of the step, and a parameter's that was added to it: where a sum began."""
+    v, step = run.graph.values[node], getattr(run, "step", None)
+    if v.op != "add" or step is None:
         return None
-    for leaf, rest in (v.args, v.args[::-1]):
-        one = run.graph.values[leaf]
-        if one.op == "slot" and run.scalars.entries[one.attr][0] != "raw":
-            return leaf, rest
+    for first, rest in (v.args, v.args[::-1]):
+        one = run.graph.values[first]
+        plain = one.op == "slot" and run.scalars.entries[one.attr][0] == "raw"
+        base = None if plain else step.sums.raised(first, run.graph)
+        if base is not None:
+            return base, rest
     return None
 
 

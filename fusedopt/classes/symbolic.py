@@ -225,8 +225,8 @@ def _operate(name: str, x: TensorNumber, *others: Any) -> Any:
         return _ABOVE_ZERO[name]
     operands = [o.sym if type(o) is TensorNumber else o for o in (x, *others)]
     if name in _SUMS and len(operands) == 2:
-        pair = operands[::-1] if name == "rsub" else operands
-        if (result := added(*pair, sign=1 if name == "add" else -1)) is not None:
+        a, b = operands[::-1] if name == "rsub" else operands
+        if (result := added(a, b, sign=1 if name == "add" else -1, again=True)) is not None:
             counts = x.counts and all(o.counts if type(o) is TensorNumber else o == 0 for o in others)
             return TensorNumber(result, counts and name == "add")
     operands = [settled(o) for o in operands]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..ir.ops import ELEMENT, TENSOR
-from ..ir.program import Buffer, Graph
+from ..ir.program import Buffer, Graph, Program
 from ..step.items import Item
 from ..trace.axes import along
 from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
@@ -226,7 +226,8 @@ class Representative:
         grad = cells[GRAD].node != self.grad
         if grad and self.signature.modes.scaled:
             raise Untraceable("the step writes to gradients, and max_grad_norm scales them")
-        graded, rounds = grad and write_grads, ()
+        graded = grad and write_grads
+        rounds: tuple[Program, ...] = ()
         program, slots, axes = program_of(self.graph, self.signature, {}, cells, {}, graded)
         if totals := {k: depths[k.call] for k in cells if isinstance(k, Total)}:
             program, rounds, slots, axes = cut(self.graph, self.signature, {}, cells, {}, graded, totals)
@@ -440,7 +441,11 @@ def _one_path(
     while any(r.todo for r in representatives):
         found.append(run(representatives, decisions))
         decisions = found[0].path
-    if any(one.path != decisions or one.left() != found[0].left() for one in found):
+    if any(one.path != decisions for one in found):
+        raise Untraceable(
+            "a branch on a number of one parameter decides whether one on a sum of all is taken"
+        )
+    if any(one.left() != found[0].left() for one in found):
         raise Untraceable(
             "a branch on a number of a tensor decides what the optimizer keeps besides its state"
         )
