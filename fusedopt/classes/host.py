@@ -73,7 +73,7 @@ class Host:
         self._paths: dict[tuple[bool, ...], tuple[list[Write], list[int]]] = {}
         """What is written along each path through the step's own branches, and the conditions of these."""
         self._function: Callable[..., Any] | None = None
-        self._left: dict[int, Any] = {}
+        self._left: dict[Any, Any] = {}
         self._met: dict[Any, dict[int, torch.Tensor]] = {}
         """The parameters that were met, by their bucket: of each some have a gradient."""
         self._alone: set[Any] = set()

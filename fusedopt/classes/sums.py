@@ -64,7 +64,7 @@ class StepRun(Elements):
         return SumPlace(self, node, asked)
 
     def slot(self, x: Any) -> int:
-        """A plain number is told by what it is: how often the step comes to it depends on how many parameters it has."""
+        """Plain numbers are told by what they are: how many it comes to depends on how many parameters there are."""
         if type(x) is Number and x.program is self.scalars:
             return self.graph.leaf("slot", x.index)
         return self.graph.leaf("slot", self.scalars.constant(x.value if type(x) is Number else x))
@@ -284,20 +284,13 @@ def added(
     have added to it and this one does so again, which else is taken for a use of the sum.
     """
     values = [x for x in (a, b) if isinstance(x, SymTensor)]
-    own: dict[int, Any] = {id(x.run): x.run for x in values if not of_step(x)}
+    own = {x.run.callback for x in values if not of_step(x)}
     if isinstance(alpha, SymTensor) and not of_step(alpha):
         return None
-    begins = not in_place and any(type(x) in (int, float) and x == 0 for x in (a, b))
-    grows = in_place and (not isinstance(a, SymTensor) or of_step(a))
-    if not (any(map(is_open, values)) or len(own) > 1 or (own and (begins or grows))):
+    if not _grows(a, b, own, in_place, again):
         return None
     if any(x.kind != TENSOR or x.is_bool for x in values if not of_step(x)):
         return None
-    if not (in_place or again) and len(own) == 1:
-        of_all = [x.place for x in values if is_open(x)]
-        (mine,) = own.values()
-        if any(mine.callback in p.shares and p.run.sums.complete(p.shares) for p in of_all):  # type: ignore[attr-defined]
-            return None
     step = next(x.run if of_step(x) else x.run.step for x in values)  # type: ignore[attr-defined]
     if step is None:
         return None
@@ -313,6 +306,24 @@ def added(
         assert total is not None
         place.shares[r] = Share(share.run, total, share.decided or (r in shares and shares[r].decided))
     return out
+
+
+def _grows(a: Any, b: Any, own: set[int], in_place: bool, again: bool) -> bool:
+    """Whether to add these makes a sum grow. ``own``: the parameters whose numbers are among them."""
+    opens = [x.place.shares for x in (a, b) if is_open(x)]
+    if in_place:
+        return bool(opens or len(own) > 1 or (own and (not isinstance(a, SymTensor) or of_step(a))))
+    begins = any(type(x) in (int, float) and x == 0 for x in (a, b))
+    if len(own) > 1 or begins:
+        return bool(own or opens)
+    if own:
+        return bool(opens) and (again or not _covers(a if is_open(a) else b, own))
+    return len(opens) == 2 and (again or not (_covers(a, opens[1]) or _covers(b, opens[0])))
+
+
+def _covers(x: Any, which: Iterable[int]) -> bool:
+    """Whether all parameters have added to a sum, and with them these."""
+    return set(which) <= x.place.shares.keys() and x.run.sums.complete(x.place.shares)
 
 
 def _plus(run: Run, a: int | None, b: int | None, alpha: Any, sign: int) -> int | None:
