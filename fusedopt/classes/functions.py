@@ -192,6 +192,8 @@ def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name in _READS:
         if name == "tolist" and args[0].parts is not None:
             return [TensorNumber.read(part) for part in args[0].parts]
+        if name == "tolist" and args[0].meta.shape == (1,):
+            return [TensorNumber.read(args[0])]
         return TensorNumber.read(args[0])
     if name == "__bool__" or name == "is_nonzero":
         if args[0].number is not None:
@@ -303,6 +305,11 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _stack(name, func, args, kwargs)
     if any(t.parts is not None for t in tensors):
         return _on_parts(name, func, args, kwargs)
+    if name in _PARTS and isinstance(x, Symbolic) and (one := _only(x)) is not None:
+        if name != "__getitem__":
+            return iter((one,)) if name == "__iter__" else (one,)
+        if type(args[1]) is int:
+            return one
     if name == "__setitem__":
         return _put(*args)
     if isinstance(x, Symbolic) and name in _VIEWS:
@@ -413,6 +420,16 @@ def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic
 
 
 _WORDS = {"fill_value": "value", "exponent": "exponent"}
+
+
+_PARTS = frozenset({"unbind", "__iter__", "__getitem__"})
+
+
+def _only(x: Symbolic) -> Symbolic | None:
+    """The only number of a tensor of shape (1,), as a 0-d tensor; None for others."""
+    if x.meta.shape != (1,) or (x.number is None and (x.sym is None or x.sym.kind != TENSOR)):
+        return None
+    return made(None if x.sym is None else view_of(x.sym), x.meta[0], number=x.number)
 
 
 def _place_number(x: Symbolic, run: Run) -> None:

@@ -291,7 +291,7 @@ def added(
         return None
     if any(x.kind != TENSOR or x.is_bool for x in values if not of_step(x)):
         return None
-    step = next(x.run if of_step(x) else x.run.step for x in values)  # type: ignore[attr-defined]
+    step = next(x.run if of_step(x) else x.run.step for x in values)
     if step is None:
         return None
     base, shares = _parts(step, a, b)
