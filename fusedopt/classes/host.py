@@ -256,7 +256,7 @@ def _alike(ours: Any, theirs: Any, close: float) -> bool:
     if isinstance(theirs, torch.Tensor):
         if isinstance(ours, torch.Tensor) and (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             return False
-        ours, theirs = float(ours), theirs.item() if theirs.numel() == 1 else math.nan
+        ours, theirs = float(ours), float(theirs) if theirs.numel() == 1 else math.nan
     if isinstance(ours, float) and isinstance(theirs, float):
         return repr(ours) == repr(theirs) or abs(ours - theirs) <= close * abs(theirs)
     if type(ours) is type(theirs) and isinstance(ours, (tuple, list)):
