@@ -36,6 +36,9 @@ from .watch import Watch
 
 Bucket = tuple[list[Item], Signature]
 REPRESENTATIVES = 2
+COMPARED, SMALL = 8, 1 << 20
+"""Parameters of each bucket that a step which sums over them is compared with the class's own; one more at least, and
+others of no more elements."""
 JOINED = 1 << 20
 """Beyond the plain numbers of a run: where those begin that join its paths."""
 """Parameters of each bucket that a step is traced with."""
@@ -288,7 +291,7 @@ class StepTrace:
     host: Host
     traces: list[Trace]
     examples: list[list[tuple[Item, Trace]]]
-    """The parameters that stood for each bucket, and their own traces."""
+    """Parameters of each bucket that are compared: those that stood for it with their own traces, and more."""
     closure: bool
 
 
@@ -425,8 +428,16 @@ def _trace_step(
         if any(_different(found[0], other) for other in found[1:]):
             raise Untraceable("what it does to a parameter depends on the others, or on their order")
         traces.append(found[0])
-        examples.append([(r.item, t) for r, t in zip(group, found, strict=True)])
+        known = [(r.item, t) for r, t in zip(group, found, strict=True)]
+        more = _more(buckets[len(examples)][0]) if sums.shares else []
+        examples.append([*known, *((item, found[0]) for item in more)])
     return StepTrace(host, traces, examples, closure)
+
+
+def _more(items: Sequence[Item]) -> list[Item]:
+    """Parameters beside the representatives, to be compared too: a sum may be over the first few parameters only."""
+    found = sorted(items, key=lambda item: item.param.numel())[REPRESENTATIVES:COMPARED]
+    return [item for k, item in enumerate(found) if not k or item.param.numel() <= SMALL]
 
 
 def _one_path(

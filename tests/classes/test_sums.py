@@ -415,7 +415,13 @@ def mean_of_norms(self, groups):
     descend(self, groups, torch.stack([p.grad.norm() for p in flat(groups)]).mean())
 
 
+def of_the_first_two(self, groups):
+    norm = sum(p.grad.norm() for p in flat(groups)[:2])
+    descend(self, groups, 1 / (1 + norm))
+
+
 EAGER = [
+    of_the_first_two,
     as_it_grows,
     largest_of_all,
     largest_of_stacked,
