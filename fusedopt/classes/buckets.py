@@ -179,6 +179,11 @@ class StepBuckets(Buckets):
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
         self._current: list[tuple[tuple, CompiledTrace]] = []
 
+    @property
+    def sums(self) -> bool:
+        """Whether some step was one that sums over its parameters."""
+        return any(host.sums for known in self._hosts.values() for host, _ in known)
+
     def changed(self, host: Any) -> str | None:
         """Why a step is not the one that was traced, by what the host can see; its numbers are the groups' now."""
         self.groups.numbers = host.numbers
@@ -258,7 +263,10 @@ class StepBuckets(Buckets):
             raise Untraceable(
                 "a number that changes with each step leaves recorded arithmetic (an index, formatting)"
             )
-        return CompiledTrace(trace, *compiled, replay, [])
+        rounds = self._compile_rounds(trace, self.title)
+        if rounds is None:
+            raise Untraceable("no compiled backend can be used here; python -m fusedopt doctor says why")
+        return CompiledTrace(trace, *compiled, replay, [], rounds=rounds)
 
     def _replayed(self, items: list[Item], signature: Signature, known: CompiledTrace) -> Bucket | None:
         assert known.replay is not None

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from ..ir.program import interpret
+from ..ir.program import Program, interpret
 from ..step.items import Item
 from ..trace.axes import sizes
+from ..trace.signals import Untraceable
+from ..trace.totals import SUM, TOTAL, Total
 from ..trace.tracer import Trace
 from .shadow import Path, Shadow
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
@@ -61,18 +63,51 @@ def difference(opt: torch.optim.Optimizer, step: StepTrace, options: Options) ->
     """What a trace does otherwise than the class's own step, to copies of the parameters it was traced with."""
     examples = [example for bucket in step.examples for example in bucket]
     copies = Copies(opt, [item.owner for item, _ in examples], step.closure)
+    totals = _totals(examples)
     for item, trace in examples:
-        if why := _apart(item, trace, *copies.of(item.owner), options.write_grads):
+        if why := _apart(item, trace, *copies.of(item.owner), options.write_grads, totals):
             return why
-    return step.host.differs(vars(opt), vars(copies.shadow.opt))
+    return step.host.differs(vars(opt), vars(copies.shadow.opt), lambda k: totals[str(Total(0, k))].item())
+
+
+def _totals(examples: list[tuple[Item, Trace]]) -> dict[str, torch.Tensor]:
+    """The sums over these parameters, by name; each is made of those that are known before."""
+    todo = [(item, trace, program) for item, trace in examples for program in trace.rounds]
+    out: dict[str, torch.Tensor] = {}
+    while todo:
+        missing = {_total(name) for _, _, program in todo for name, _ in program.stores}
+        ready = [each for each in todo if missing.isdisjoint(name for name, _ in each[2].buffers)]
+        if not ready:
+            raise Untraceable("sums over parameters are made of one another")
+        todo = [each for each in todo if not any(each is one for one in ready)]
+        for item, trace, program in ready:
+            for name, share in _interpreted(trace, program, item, _given(item, program, out)).items():
+                out[_total(name)] = out.get(_total(name), torch.zeros((), dtype=torch.float64)) + share
+    return out
+
+
+def _total(share: str) -> str:
+    return TOTAL + share.removeprefix(SUM)
+
+
+def _given(item: Item, program: Program, totals: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The buffers of a program, on the host."""
+    buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
+    buffers |= totals
+    given = {n: buffers.get(n, torch.ones(())) for n, _ in program.buffers} | {"param": item.param}
+    return {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
 
 
 class Sample:
-    """A step of a few parameters by the class itself, to be compared with what kernels do to the real ones."""
+    """A step of a few parameters by the class itself, to be compared with what kernels do to the real ones.
 
-    def __init__(self, opt: torch.optim.Optimizer, closure: bool) -> None:
+    ``whole``: of all of them, as sums over them are those of all.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, closure: bool, whole: bool) -> None:
         found = [[p for p in group["params"] if p.grad is not None] for group in opt.param_groups]
-        self.params = [p for ps in found for p in sorted(ps, key=torch.Tensor.numel)[:2]]
+        self.whole = whole
+        self.params = [p for ps in found for p in sorted(ps, key=torch.Tensor.numel)[: None if whole else 2]]
         self.starts = [p.detach().clone() for p in self.params]
         self.copies = Copies(opt, self.params, closure)
 
@@ -99,23 +134,30 @@ def _clone(path: Path, value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _interpreted(trace: Trace, item: Item, buffers: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the program leaves; it sees dimensions in the order of memory."""
+def _interpreted(
+    trace: Trace, program: Program, item: Item, buffers: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """What a program of the trace leaves; it sees dimensions in the order of memory."""
     order, lengths = [d for group in trace.axes for d in group], sizes(trace.axes, item.param.shape)
     if order == sorted(order):
-        return interpret(trace.program, buffers, trace.slot_values(), lengths)
+        return interpret(program, buffers, trace.slot_values(), lengths)
     order += [d for d in range(item.param.dim()) if d not in order]  # those of length 1
     turned = {n: t.permute(order) if t.shape == item.param.shape else t for n, t in buffers.items()}
-    found = interpret(trace.program, turned, trace.slot_values(), lengths)
+    found = interpret(program, turned, trace.slot_values(), lengths)
     back = [order.index(d) for d in range(len(order))]
     return {n: t.permute(back) if turned[n] is not buffers[n] else t for n, t in found.items()}
 
 
-def _apart(item: Item, trace: Trace, p: torch.Tensor, state: dict[str, Any], grads: bool) -> str | None:
+def _apart(
+    item: Item,
+    trace: Trace,
+    p: torch.Tensor,
+    state: dict[str, Any],
+    grads: bool,
+    totals: dict[str, torch.Tensor],
+) -> str | None:
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
-    given = {n: buffers.get(n, torch.ones(())) for n, _ in trace.program.buffers} | {"param": item.param}
-    on_host = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    ours = _interpreted(trace, item, on_host)
+    ours = _interpreted(trace, trace.program, item, _given(item, trace.program, totals))
     close = _closeness([item.param, item.grad, *item.state.values()])
     theirs = (
         {"param": p.detach()}

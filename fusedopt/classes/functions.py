@@ -32,6 +32,8 @@ from ..trace.tensor import (
     new,
     rebind,
 )
+from .counts import Count, plain
+from .sums import StepRun, added, is_open, lowered_to, of_step, opened, run_of, settled, snapshot, view_of
 from .symbolic import Symbolic, TensorNumber, Tracing, made, place
 
 _Meta = torch.Tensor
@@ -113,6 +115,8 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What a torch function gives."""
     with torch._C.DisableTorchFunction():
         name = getattr(func, "__name__", str(func))
+        if any(type(x) is Count for x in flat((args, kwargs))):
+            args, kwargs = mapped(plain, args), mapped(plain, kwargs)
         if name in ("__get__", "__set__"):
             of = getattr(getattr(func, "__self__", None), "__name__", "")
             if name == "__set__":
@@ -142,7 +146,10 @@ def _property(name: str, func: Any, args: Any) -> Any:
 def _fact(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What a tensor says of itself. What depends on its shape splits the parameters by it."""
     for x in flat(args):
-        if isinstance(x, Symbolic) and name in _OF_SHAPE and x.sym is not None and x.sym.kind != TENSOR:
+        ours = isinstance(x, Symbolic) and name in _OF_SHAPE and x.sym is not None and not of_step(x.sym)
+        if ours and x.sym.kind != TENSOR:
+            if _OF_SHAPE[name] == "count" and x.sym.shown is None and x.sym.kind == ELEMENT:
+                return Count(x.sym)
             known = x.sym.fact(_OF_SHAPE[name])
             if name == "is_contiguous":
                 if known is None or any(m != torch.contiguous_format for m in (*args[1:], *kwargs.values())):
@@ -158,12 +165,12 @@ def _meta(x: Any) -> Any:
     return x.value if kind is Number else 1.0 if kind is TensorNumber else x
 
 
-def _operand(x: Any) -> Any:
+def _operand(x: Any, run: Run | None = None) -> Any:
     kind = type(x)
-    if kind is Symbolic:
-        return place(x) if x.number is None else x.number
-    if kind is TensorNumber:
-        return x.sym
+    if kind is Symbolic or kind is TensorNumber:
+        if kind is Symbolic and x.number is not None:
+            return x.number
+        return place(x) if run is None else lowered_to(run, place(x))
     if isinstance(x, torch.Tensor):
         raise Untraceable("a tensor from outside the parameters, their gradients and their state")
     return x
@@ -185,15 +192,20 @@ def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name in _READS:
         if name == "tolist" and args[0].parts is not None:
             return [TensorNumber.read(part) for part in args[0].parts]
+        if name == "tolist" and args[0].meta.shape == (1,):
+            return [TensorNumber.read(args[0])]
         return TensorNumber.read(args[0])
     if name == "__bool__" or name == "is_nonzero":
         if args[0].number is not None:
             return bool(args[0].number)
+        _settle(symbolic)
         x = place(args[0])
         if x.kind != TENSOR:
             return bool(TensorNumber.read(args[0]))
         return x.run.branch(as_bool(x))
     name = _NAMES.get(name, name)
+    if name not in _ADDS:
+        _settle(symbolic)
     out = kwargs.get("out")
     if out is not None:
         kwargs = {k: v for k, v in kwargs.items() if k != "out"}
@@ -217,7 +229,10 @@ def _outside(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     values = kwargs.get("data", args[0] if args else None) if name in _OF_DATA else None
     if isinstance(values, (list, tuple)):
         parts = [_outside(name, func, (v,), {k: v for k, v in kwargs.items() if k != "data"}) for v in values]
-        return made(None, torch.stack([part.meta for part in parts]), parts=parts)
+        meta = torch.stack([part.meta for part in parts])
+        if len(parts) == 1 and parts[0].parts is None:
+            return made(parts[0].sym, meta, number=parts[0].number)
+        return made(None, meta, parts=parts)
     options = {k: v for k, v in mapped(_meta, kwargs).items() if k != "device"}
     meta = func(*mapped(_meta, args), device="meta", **options)
     if name in _OF_DATA:
@@ -243,12 +258,42 @@ _SCALARS = frozenset({"alpha", "value", "min", "max"})
 """Arguments that torch takes the number of, where they are tensors."""
 
 
-def _run_of(operands: list[SymTensor]) -> Run | None:
-    """The run that they are of: that of one parameter."""
-    runs = {id(x.run): x.run for x in operands}
-    if len(runs) > 1:
-        raise Untraceable("the step mixes parameters, and a kernel sees one at a time")
-    return next(iter(runs.values()), None)
+_ADDS = frozenset("add add_ sub sub_ rsub stack detach alias sum norm vector_norm copy_ clone".split())  # noqa: SIM905
+"""What a sum over parameters may go on growing after."""
+
+
+def _settle(tensors: list[Symbolic]) -> None:
+    """Close what is an open sum among them."""
+    for x in tensors:
+        if x.sym is not None:
+            x.__dict__["sym"] = settled(x.sym)
+
+
+def _sum(base: str, in_place: bool, meta: _Meta, args: Any, kwargs: dict[str, Any]) -> Symbolic | None:
+    """A sum over parameters that goes on growing; None if this is none."""
+    if base not in ("add", "sub", "rsub") or len(args) != 2 or not kwargs.keys() <= {"alpha", "other"}:
+        return None
+    if not isinstance(meta, torch.Tensor) or meta.numel() != 1 or any(_is_poison(x) for x in args):
+        return None
+    x, other = args[::-1] if base == "rsub" else args
+    a, b, alpha = _operand(x), _operand(other), _operand(kwargs.get("alpha", 1))
+    if in_place and is_open(b) and isinstance(a, SymTensor) and not of_step(a):
+        return None
+    result = added(a, b, alpha, 1 if base == "add" else -1, in_place)
+    if result is None:
+        return None
+    if not in_place:
+        return made(SymTensor(result.run, result.node, meta.dtype) if not is_open(result) else result, meta)
+    if x.sym is not None and of_step(x.sym):  # whoever else sees it sees it grow
+        mine: Any = x.sym.place
+        mine.grow(result.place)
+    else:
+        x.__dict__.update(sym=result, number=None)
+    return x
+
+
+def _is_poison(x: Any) -> bool:
+    return isinstance(x, Symbolic) and x.sym is None and x.number is None
 
 
 def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -260,17 +305,24 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _stack(name, func, args, kwargs)
     if any(t.parts is not None for t in tensors):
         return _on_parts(name, func, args, kwargs)
+    if name in _PARTS and isinstance(x, Symbolic) and (one := _only(x)) is not None:
+        if name != "__getitem__":
+            return iter((one,)) if name == "__iter__" else (one,)
+        if type(args[1]) is int:
+            return one
     if name == "__setitem__":
         return _put(*args)
     if isinstance(x, Symbolic) and name in _VIEWS:
         return _view(name, _like(func, args, kwargs), x)
     if isinstance(x, Symbolic) and name in _UNCHANGED and not kwargs and len(args) == 1:
+        if x.number is not None:  # whoever writes to either writes to both
+            return x
         if name == "contiguous" and x.sym is not None and x.sym.kind == ELEMENT:
             return _wrapped(name, called(name, METHODS[name], place(x)), x.meta, x)
         return (
             x
             if name.endswith("_")
-            else made(None if x.sym is None else alias(x.sym), x.meta, x.why, x.number)
+            else made(None if x.sym is None else view_of(x.sym), x.meta, x.why, x.number)
         )
     if name == "__getitem__" and x.sym is not None and _adds_dimensions(args[1]):
         return _view(name, _like(func, args, kwargs), x)
@@ -279,15 +331,21 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if base not in METHODS:
         _refuse(name)
     meta = _like(func, args, kwargs)
+    if (growing := _sum(base, in_place, meta, args, kwargs)) is not None:
+        return growing
+    _settle(tensors)
     operands = [x for x in flat((args, kwargs)) if type(x) in (Symbolic, TensorNumber)]
-    run = _run_of([x.sym for x in operands if x.sym is not None])
+    run = run_of([settled(x.sym) for x in operands if x.sym is not None])
     if run is None:
         return _on_numbers(base, in_place, meta, args, kwargs)
-    if in_place and isinstance(x, Symbolic) and x.number is not None:
-        _place_number(x, run)
+    if in_place and isinstance(x, Symbolic):
+        if x.number is not None:
+            _place_number(x, run)
+        elif x.sym is not None and of_step(x.sym) and x.sym.run is not run:
+            _place_in(x, run)
     operands, options = (
-        [_operand(a) for a in args],
-        {_WORDS.get(k, k): _operand(v) for k, v in kwargs.items()},
+        [_operand(a, run) for a in args],
+        {_WORDS.get(k, k): _operand(v, run) for k, v in kwargs.items()},
     )
     if base == "where" and func is not torch.Tensor.where:  # torch's function has the condition first
         condition, yes, *no = operands
@@ -339,6 +397,7 @@ def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic
     """A tensor in another dtype."""
     sym = place(x) if x.number is None else None
     devices = [a for a in (*args, kwargs.get("device")) if isinstance(a, (str, torch.device))]
+    step = sym is not None and of_step(sym)
     if sym is not None and any(torch.device(d) != sym.run.device for d in devices):
         raise Untraceable(f"a tensor is moved from {sym.run.device} to {devices[0]}")
     args = [_meta(a) for a in args if not isinstance(a, (str, torch.device))]
@@ -352,7 +411,9 @@ def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic
         return made(None, meta, number=x.number)
     if meta.dtype == torch.bool:
         return made(as_bool(sym), meta)
-    if meta.dtype not in FLOATS or (meta.dtype == torch.float64 and sym.run.compute != torch.float64):
+    if meta.dtype not in FLOATS or (
+        meta.dtype == torch.float64 and sym.run.compute != torch.float64 and not step
+    ):
         raise Untraceable(f"a cast to {meta.dtype}; values are {sym.run.compute}")
     value = SymTensor(sym.run, as_float(sym).node, meta.dtype, sym.shown)
     return made(_as_stored(value, meta.dtype, always=True) if meta.dtype != x.meta.dtype else value, meta)
@@ -361,14 +422,32 @@ def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic
 _WORDS = {"fill_value": "value", "exponent": "exponent"}
 
 
+_PARTS = frozenset({"unbind", "__iter__", "__getitem__"})
+
+
+def _only(x: Symbolic) -> Symbolic | None:
+    """The only number of a tensor of shape (1,), as a 0-d tensor; None for others."""
+    if x.meta.shape != (1,) or (x.number is None and (x.sym is None or x.sym.kind != TENSOR)):
+        return None
+    return made(None if x.sym is None else view_of(x.sym), x.meta[0], number=x.number)
+
+
 def _place_number(x: Symbolic, run: Run) -> None:
     """Make a tensor of one number one of a parameter's: it is written to."""
-    if x.hosted:
+    if x.hosted and type(run) is not StepRun:
         raise Untraceable("a tensor of the optimizer itself gets a number from a parameter")
     sym = lift(run, x.number)
-    if x.meta.numel() != 1 or run.shape.numel() == 1:  # type: ignore[attr-defined]
+    alone = type(run) is not StepRun and run.shape.numel() == 1  # type: ignore[attr-defined]
+    if x.meta.numel() != 1 or alone:
         sym = expand(sym)
     x.__dict__.update(sym=SymTensor(run, sym.node, x.meta.dtype), number=None)
+
+
+def _place_in(x: Symbolic, run: Run) -> None:
+    """Make a tensor of the step one of a parameter's: it is written to."""
+    if x.hosted:
+        raise Untraceable("a tensor of the optimizer itself gets a number from a parameter")
+    x.__dict__["sym"] = lowered_to(run, x.sym)
 
 
 _ON_NUMBERS: dict[str, Callable[..., Any]] = {
@@ -412,10 +491,9 @@ def _put(x: Any, mask: Any, value: Any) -> None:
     whole = isinstance(mask, Symbolic) and mask.meta.dtype == torch.bool and mask.meta.shape == x.meta.shape
     if not whole or (isinstance(value, torch.Tensor) and value.numel() != 1):
         raise Untraceable("elements of a tensor are written one by one, or where other elements are")
-    rebind(
-        place(x),
-        called("where", METHODS["where"], lift(place(x).run, _operand(value)), place(mask), place(x)),
-    )
+    run = place(x).run
+    value, mask = lift(run, _operand(value, run)), lowered_to(run, place(mask))
+    rebind(place(x), called("where", METHODS["where"], value, mask, place(x)))
 
 
 def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -427,7 +505,7 @@ def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _refuse(name)
     copies = [
         made(
-            None if p.sym is None else SymTensor(p.sym.run, p.sym.node, p.sym.asked, p.sym.shown),
+            None if p.sym is None else snapshot(p.sym),
             p.meta,
             p.why,
             p.number,
@@ -445,6 +523,8 @@ def _on_parts(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "__getitem__" and type(args[1]) is int:
         return x.parts[args[1]]
     base = name.removesuffix("_")
+    if base in ("sum", "norm", "vector_norm") and type(x) is Symbolic and x.parts is not None:
+        return _over_parts(base, func, args, kwargs)
     if base in _DIMENSIONAL or base not in METHODS:
         raise Untraceable(f"torch.{name} mixes parameters")
     count = next(len(t.parts) for t in flat((args, kwargs)) if type(t) is Symbolic and t.parts is not None)
@@ -459,6 +539,26 @@ def _on_parts(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name.endswith("_") and not name.endswith("__"):
         return x
     return made(None, torch.stack([r.meta.reshape(()) for r in results]), parts=results)
+
+
+def _over_parts(base: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic:
+    """The sum or the norm of tensors of one number."""
+    meta, parts = _like(func, args, kwargs), args[0].parts
+    order = kwargs.get("ord", kwargs.get("p", args[1] if len(args) > 1 else None)) if base != "sum" else 1
+    order = 2 if order in (None, "fro") and base != "sum" else order
+    if meta.numel() != 1 or (base != "sum" and (type(order) not in (int, float) or order not in (1, 2))):
+        raise Untraceable(f"torch.{base} mixes parameters")
+    if base != "sum":
+        name = "abs" if order == 1 else "square"
+        parts = [_function(name, getattr(torch, name), (part,), {}) for part in parts]
+    total = parts[0] if parts[0].sym is None else made(opened(parts[0].sym), parts[0].meta)
+    for part in parts[1:]:
+        total = _function("add", torch.add, (total, part), {})
+    if base != "sum" and order == 2:
+        total = _function("sqrt", torch.sqrt, (total,), {})
+    if total.sym is None:
+        return made(None, meta, total.why, total.number)
+    return made(total.sym, meta)
 
 
 def _refuse(name: str) -> Any:
@@ -520,12 +620,17 @@ def _broadcast(sym: SymTensor, meta: _Meta) -> Symbolic:
 def _write(to: Any, value: Any) -> None:
     if not isinstance(to, Symbolic) or not isinstance(value, Symbolic):
         raise Untraceable("a tensor from outside is written to")
-    if to.number is not None and value.sym is not None:
-        _place_number(to, value.sym.run)
+    _settle([to, value])
+    if value.sym is not None:
+        if to.number is not None:
+            _place_number(to, value.sym.run)
+        elif to.sym is not None and of_step(to.sym) and not of_step(value.sym):
+            _place_in(to, value.sym.run)
     if to.number is not None:
         to.__dict__["number"] = value.number
     else:
-        rebind(place(to), value.number if value.sym is None and value.number is not None else place(value))
+        given = value.number if value.sym is None and value.number is not None else place(value)
+        rebind(place(to), lowered_to(place(to).run, given))
 
 
 _POSITIONS = {"addcdiv": 3, "addcmul": 3}
@@ -549,6 +654,9 @@ def _foreach(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
             out.append(_function("vector_norm", torch.linalg.vector_norm, tuple(given), named))
             continue
         x, plain = given[0], _ALONE.get(base)
+        if in_place and base in ("add", "sub") and x.numel() == 1 and (x.sym is None or of_step(x.sym)):
+            _function(f"{base}_", getattr(torch.Tensor, f"{base}_"), tuple(given), named)
+            continue
         if plain and len(given) == 2 and not isinstance(given[1], torch.Tensor):
             base = plain
         function = getattr(torch.Tensor, base, None) or getattr(torch, base, None)

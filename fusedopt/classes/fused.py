@@ -25,6 +25,7 @@ from ..step.scaling import Scaling
 from ..step.verdicts import Eager
 from ..trace.signals import Untraceable
 from ..trace.signals import place_of as place_in
+from ..trace.totals import Total
 from .buckets import ClassGroups, StepBuckets
 from .check import Sample
 from .shadow import NewState
@@ -78,20 +79,24 @@ class Fused:
                 loss = closure()
         self._steps += 1
         sampled = self.options.check > 1 and self._steps % self.options.check == 0
-        sample = Sample(opt, closure is not None) if sampled else None
+        sample = Sample(opt, closure is not None, self.buckets.sums) if sampled else None
         if not self.engine.repeat(self.scaling) and not self._anew(opt):
             return self._own(opt, None if closure is None else lambda: loss)
         host: Any = self.engine.read
-        host.write(vars(opt))
+        host.write(vars(opt), self._total)
         if not self._new_trace:
             self._misses = 0
         else:  # now that the step is done, as warnings may be errors
             self._new_trace = False
             self._miss(opt, self.engine.steps.why)
-        if sample is not None and (why := sample.difference(opt)):
+        if sample is not None and (sample.whole or not host.sums) and (why := sample.difference(opt)):
             self.reason = f"step {self._steps} was another than its own in {why}. Remedy: report it"
             self._give_up(opt)
         return loss if host.returns_loss else host.returned
+
+    def _total(self, which: int) -> float:
+        """What a total came to in the last step."""
+        return self.scaling.buffer(str(Total(0, which)), torch.device("cpu")).item()
 
     def _own(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
         """The class's own step, of clipped gradients."""

@@ -5,8 +5,10 @@ Made once for each trace, as one generated function: a step asks it whether all 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,49 +19,96 @@ from ..trace.signals import Untraceable
 from ..trace.signature import PLAIN, Signature, structure_of
 from ..trace.snapshot import is_constant
 from ..trace.tracer import Trace
+from .evaluation import Evaluation
 from .shadow import Container, Path, Shadow, is_own, shown
+from .sums import Sums
+from .symbolic import Symbolic, TensorNumber
 
 _NO_SIGNATURE = Signature(torch.device("cpu"), torch.float32, torch.float32)
 FILL = object()
 """In place of a key: the tensor at the path itself gets the number."""
 
 
+class There(NamedTuple):
+    """A tensor of the optimizer, which is left somewhere else too."""
+
+    path: Path
+
+
+Totals = Callable[[int], float]
+"""What a total came to in the step."""
+Write = tuple[Callable[[Any], Any], Any, Any]
+
+
+@dataclass
+class Left:
+    """What is left of one step: numbers by entry, values by node, new tensors by what stood for them."""
+
+    root: dict[str, Any]
+    numbers: dict[int, Any]
+    values: dict[int, Any]
+    tensors: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
 class Host:
     """What a trace took for granted on the host, and what its step writes there.
 
-    ``numbers`` holds what `look` found, by name, as kernels' scalars are made of it.
+    ``numbers`` holds what `look` found, by name, as kernels' scalars are made of it. ``nodes`` are the values of the
+    step that decide what is written, and that are written.
     """
 
     def __init__(
-        self, shadow: Shadow, names: dict[Path, str], tensors: set[Path], around: Callable[[], str | None]
+        self,
+        shadow: Shadow,
+        names: dict[Path, str],
+        tensors: list[list[Path]],
+        around: Callable[[], str | None],
+        sums: Sums,
     ) -> None:
         self.numbers: dict[str, Any] = {"params": []}
         self.around, self.returns_loss = around, False
         self.returned: Any = None
-        self._writes: list[tuple[Callable[[Any], Any], Any, Any]] = []
-        self._fills: list[tuple[Callable[[Any], torch.Tensor], Any]] = []
+        self.nodes: list[int] = []
+        self._sums = sums
+        self._paths: dict[tuple[bool, ...], tuple[list[Write], list[int]]] = {}
+        """What is written along each path through the step's own branches, and the conditions of these."""
         self._function: Callable[..., Any] | None = None
         self._left: dict[Any, Any] = {}
         self._met: dict[Any, dict[int, torch.Tensor]] = {}
         """The parameters that were met, by their bucket: of each some have a gradient."""
+        self._alone: set[Any] = set()
+        """The buckets of which one parameter may have a gradient, no more."""
+        self._kept: list[Any] = []
         self._look = _looking(shadow, names, tensors, self.numbers)
 
     def writes(
         self,
-        changes: list[tuple[Path, Any, Any]],
+        paths: dict[tuple[bool, ...], tuple[list[tuple[Path, Any, Any]], list[int]]],
         scalars: ScalarProgram,
         own: Callable[[int], int],
         ours: ScalarProgram,
     ) -> None:
-        """Take over what the shadow's step left in containers: numbers, flags, and tuples, lists and dicts of such."""
+        """Take over what the shadow left in containers: numbers, flags, tensors, and tuples and lists of such."""
         entries: dict[int, Number] = {}
+
+        def entry(index: int) -> int:
+            at = own(index)
+            entries[at] = Number(ours, at, scalars.values[index])
+            return at
 
         def template(value: Any, where: str) -> Any:
             if type(value) is Number and value.program is scalars:
-                at = own(value.index)
-                entries[at] = Number(ours, at, value.value)
-                return lambda left: left[at]
-            if isinstance(value, PLAIN):
+                at = entry(value.index)
+                return lambda left: left.numbers[at]
+            if type(value) is There:
+                read = _reader(value.path)
+                return lambda left: read(left.root)
+            if type(value) is TensorNumber:
+                self.nodes.append(node := value.sym.node)
+                return lambda left: float(left.values[node])
+            if type(value) is Symbolic and not value.why and value.parts is None:
+                return tensor(value, where)
+            if isinstance(value, (*PLAIN, int, float)) and type(value) is not Number:
                 return lambda left: value
             if type(value) in (tuple, list):
                 parts = [template(v, where) for v in value]
@@ -67,12 +116,35 @@ class Host:
                 return lambda left: kind(part(left) for part in parts)
             raise Untraceable(f"{where} gets a {type(value).__name__} that is no number or flag of the host")
 
-        for path, key, value in changes:
-            if key is FILL:
-                self._fills.append((_reader(path), template(value, shown(path))))
-                continue
-            made = template(value, shown((*path, ("item", key))) if path else f"self.{key}")
-            self._writes.append((_reader(path), key, made))
+        def tensor(value: Symbolic, where: str) -> Any:
+            number = template(_number(value), where)
+            shape, dtype, which = value.meta.shape, value.meta.dtype, id(value)
+            self._kept.append(value)
+
+            def made(left: Left) -> torch.Tensor:
+                if which not in left.tensors:
+                    left.tensors[which] = torch.full(shape, number(left), dtype=dtype)
+                return left.tensors[which]
+
+            return made
+
+        def fill(value: Any, where: str) -> Any:
+            return template(_number(value), where)
+
+        for taken, (changes, conditions) in paths.items():
+            writes: list[Write] = []
+            for path, key, value in changes:
+                where = shown(path if key is FILL else (*path, ("item", key))) if path else f"self.{key}"
+                writes.append((_reader(path), key, (fill if key is FILL else template)(value, where)))
+            self._paths[taken] = writes, conditions
+        if self.leaves_something:
+            self.nodes += [node for _, conditions in self._paths.values() for node in conditions]
+        else:
+            self.nodes = []
+        self.nodes = list(dict.fromkeys(self.nodes))
+        if self.nodes:
+            self._evaluation = Evaluation(self._sums.graph, self.nodes)
+            self._slots = [entry(index) for index in self._evaluation.slots]
         self._numbers, self._scalars = entries, ours
 
     def finish(self) -> None:
@@ -90,9 +162,34 @@ class Host:
             met = self._met.setdefault((items[0].where[0], structure_of(signature)), {})
             met.update((id(item.owner), item.owner) for item in items)
 
+    def traced(self, buckets: Sequence[tuple[list[Item], Signature]]) -> None:
+        """Note the parameters of the step that was traced."""
+        self.meets(buckets)
+        self._alone = {(buckets[b][0][0].where[0], structure_of(buckets[b][1])) for b in self._sums.lonely}
+
+    @property
+    def sums(self) -> bool:
+        """Whether the step sums over its parameters."""
+        return bool(self._sums.shares)
+
     @property
     def leaves_something(self) -> bool:
-        return bool(self._writes or self._fills)
+        return any(writes for writes, _ in self._paths.values())
+
+    def _after(self, root: dict[str, Any], totals: Totals) -> tuple[Left, list[Write]]:
+        """What is left, and what of it is written."""
+        values: dict[int, Any] = {}
+        if self.nodes:
+            found = self._evaluation(
+                [self._left[k] for k in self._slots], [totals(k) for k in self._evaluation.totals]
+            )
+            values = dict(zip(self.nodes, found, strict=True))
+        writes = next(
+            writes
+            for taken, (writes, conditions) in self._paths.items()
+            if not values or all(bool(values[c]) == t for c, t in zip(conditions, taken, strict=True))
+        )
+        return Left(root, self._left, values), writes
 
     def look(self, root: dict[str, Any]) -> str | None:
         """Read the numbers; or why this is another step than the one that was traced."""
@@ -105,36 +202,66 @@ class Host:
             if not all(guards):
                 return "a branch that numbers decide goes another way now"
             self._left = dict(zip(self._keys, left, strict=True))
-        if (
-            why is None
-            and self._writes
-            and not all(any(p.grad is not None for p in ps.values()) for ps in self._met.values())
-        ):
+        if why is None and (self.sums or self.leaves_something) and not self._all_step():
             return "other parameters have gradients"
         return why
 
-    def differs(self, root: dict[str, Any], other: dict[str, Any]) -> str | None:
+    def _all_step(self) -> bool:
+        """Whether some parameters of each bucket have gradients; and one only where nothing is known of more."""
+        for key, params in self._met.items():
+            if key in self._alone:
+                if sum(p.grad is not None for p in params.values()) != 1:
+                    return False
+            elif not any(p.grad is not None for p in params.values()):
+                return False
+        return True
+
+    def differs(self, root: dict[str, Any], other: dict[str, Any], totals: Totals) -> str | None:
         """What the step would leave here otherwise than another has been left."""
         if why := self.look(root):
             return why
-        for read, key, made in self._writes:
-            ours, theirs = made(self._left), read(other)[key]
-            if repr(ours) != repr(theirs) and not (
-                isinstance(ours, float) and abs(ours - theirs) <= 1e-9 * abs(theirs)
-            ):
-                return f"{key} becomes {ours!r}, not {theirs!r}"
-        for read, made in self._fills:
-            tensor = read(other)
-            if not torch.equal(tensor, torch.full_like(tensor, made(self._left))):
-                return f"a tensor becomes {made(self._left)!r}, not {tensor.item()!r}"
+        left, writes = self._after(root, totals)
+        close = _CLOSE if self.nodes else 1e-9
+        for read, key, made in writes:
+            ours, theirs = made(left), read(other) if key is FILL else read(other)[key]
+            if not _alike(ours, theirs, close):
+                return f"{'a tensor' if key is FILL else key} becomes {ours!r}, not {theirs!r}"
         return None
 
-    def write(self, root: dict[str, Any]) -> None:
+    def write(self, root: dict[str, Any], totals: Totals) -> None:
         """Leave what the step leaves."""
-        for read, key, made in self._writes:
-            read(root)[key] = made(self._left)
-        for read, made in self._fills:
-            read(root).fill_(made(self._left))
+        if not self.leaves_something:
+            return
+        left, writes = self._after(root, totals)
+        found = [(read(root), key, made(left)) for read, key, made in writes]
+        for where, key, value in found:
+            if key is FILL:
+                where.fill_(value)
+            else:
+                where[key] = value
+
+
+def _number(x: Any) -> Any:
+    """What a tensor of the shadow has in it."""
+    if type(x) is not Symbolic:
+        return x
+    return x.number if x.sym is None else TensorNumber(x.sym)
+
+
+_CLOSE = 1e-4
+"""How far numbers that follow from sums may be apart, relatively: a class rounds after every operation."""
+
+
+def _alike(ours: Any, theirs: Any, close: float) -> bool:
+    if isinstance(theirs, torch.Tensor):
+        if isinstance(ours, torch.Tensor) and (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+            return False
+        ours, theirs = float(ours), float(theirs) if theirs.numel() == 1 else math.nan
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return repr(ours) == repr(theirs) or abs(ours - theirs) <= close * abs(theirs)
+    if type(ours) is type(theirs) and isinstance(ours, (tuple, list)):
+        return len(ours) == len(theirs) and all(map(_alike, ours, theirs, [close] * len(ours)))
+    return repr(ours) == repr(theirs)
 
 
 def _steps(path: Path) -> str:
@@ -156,7 +283,7 @@ def _check(path: Path) -> None:
 
 
 def _looking(
-    shadow: Shadow, names: dict[Path, str], tensors: set[Path], numbers: dict[str, Any]
+    shadow: Shadow, names: dict[Path, str], tensors: list[list[Path]], numbers: dict[str, Any]
 ) -> Callable[[dict[str, Any]], str | None]:
     """The function that reads numbers into the dict, and returns why something is not as it was."""
     space: dict[str, Any] = {"numbers": numbers}
@@ -203,11 +330,23 @@ def _looking(
             lines.append(
                 f"    numbers[{names[path]!r}] = {'float(n)' if type(value) not in (int, float) else 'n'}"
             )
-    for path in tensors:
+    for i, (path, *others) in enumerate(tensors):
+        t = f"t{i}"
         _check(path)
-        lines.append(f"    t = {variable(path[:-1])}{_steps(path[-1:])}")
-        demand(f"type(t) is {constant(torch.Tensor)} and t.numel() == 1", path, "is of another kind now")
-        lines.append(f"    numbers[{names[path]!r}] = t.item()")
+        lines.append(f"    {t} = {variable(path[:-1])}{_steps(path[-1:])}")
+        demand(f"type({t}) is {constant(torch.Tensor)} and {t}.numel() == 1", path, "is of another kind now")
+        lines.append(f"    numbers[{names[path]!r}] = {t}.item()")
+        for other in others:
+            _check(other)
+            demand(
+                f"{variable(other[:-1])}{_steps(other[-1:])} is {t}", other, "is another tensor than it was"
+            )
+    if len(tensors) > 1:
+        demand(
+            f"len({{{', '.join(f'id(t{i})' for i in range(len(tensors)))}}}) == {len(tensors)}",
+            tensors[0][0],
+            "is found in other places too now",
+        )
     lines += ["  except (KeyError, IndexError, AttributeError, TypeError) as e:", "    return f'{e} is gone'"]
     exec(compile("\n".join(lines), "<what a step relies on>", "exec"), space)
     return space["look"]

@@ -22,11 +22,11 @@ from ..trace.tensor import (
     METHODS,
     OPERATORS,
     SymTensor,
-    alias,
     as_float,
     called,
     rebind,
 )
+from .sums import StepRun, added, lowered_to, run_of, settled, view_of
 
 _Meta = torch.Tensor
 
@@ -73,7 +73,7 @@ class Symbolic(torch.Tensor):
 
     @property
     def data(self) -> Any:
-        return made(alias(place(self)), self.meta)
+        return made(view_of(place(self)), self.meta)
 
     @data.setter
     def data(self, value: Any) -> None:
@@ -137,14 +137,15 @@ def place(x: Symbolic) -> SymTensor:
 class TensorNumber:
     """A number that was read from a tensor (``item()``): one per tensor, which only kernels know. A float, if asked.
 
-    A branch on it is traced along both of its ways.
+    A branch on it is traced along both of its ways. ``counts``: it is the number of some parameters' elements, so
+    above zero.
     """
 
-    __slots__ = ("sym",)
+    __slots__ = ("counts", "sym")
     symbolic = True
 
-    def __init__(self, sym: SymTensor) -> None:
-        self.sym = sym
+    def __init__(self, sym: SymTensor, counts: bool = False) -> None:
+        self.sym, self.counts = sym, counts
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -159,12 +160,15 @@ class TensorNumber:
         """The number of a tensor with one element."""
         if x.number is not None:
             return x.number
-        run, one = place(x).run, as_float(place(x))
+        one = x.__dict__["sym"] = settled(place(x))
+        run, one = one.run, as_float(one)
         if one.kind != TENSOR:
             if x.meta.numel() != 1:
                 raise ValueError(f"a Tensor with {x.meta.numel()} elements cannot be converted to Scalar")
             run.attribute(ELEMENT, "count")
             one = METHODS["sum"](one)
+        if type(run) is StepRun:
+            return TensorNumber(SymTensor(run, one.node, None))
         wide = "f" if run.compute == torch.float64 else "d"
         node = run.graph.op("mul", one.node, run.graph.leaf("const", 1.0, type=wide))
         return TensorNumber(SymTensor(run, node, None))
@@ -181,6 +185,19 @@ class TensorNumber:
         run = next(x.sym.run for x in args if type(x) is TensorNumber)
         return _operate(name, first if type(first) is TensorNumber else _number(run, first), *others)
 
+    @staticmethod
+    def chosen(op: str, *args: Any) -> Any:
+        """``max`` or ``min`` of two floats, as Python has it: the first, unless the second is larger. Else None."""
+        a, b = (x.sym if type(x) is TensorNumber else x for x in args)
+        if not all(isinstance(x, (SymTensor, float)) for x in (a, b)):
+            return None
+        a, b = settled(a), settled(b)
+        run = run_of(x for x in (a, b) if isinstance(x, SymTensor))
+        assert run is not None
+        a, b = (lowered_to(run, x) if isinstance(x, SymTensor) else _number(run, x).sym for x in (a, b))
+        takes = called(op, METHODS["gt" if op.endswith("max") else "lt"], b, a)
+        return TensorNumber(called(op, METHODS["where"], b, takes, a))
+
     def item(self) -> TensorNumber:
         return self
 
@@ -196,23 +213,44 @@ class TensorNumber:
     __int__ = __index__ = __format__ = __repr__ = __str__ = __round__ = __hash__ = __float__  # type: ignore[assignment]
 
 
+_NUMBERS = (TensorNumber, Number, int, float, bool)
+
+
 def _number(run: Run, x: Any) -> TensorNumber:
     return TensorNumber(SymTensor(run, run.slot(x), None))
 
 
 def _operate(name: str, x: TensorNumber, *others: Any) -> Any:
-    others = tuple(o.sym if type(o) is TensorNumber else o for o in others)
-    result = called(name, METHODS[name], x.sym, *others)
+    if x.counts and name in _ABOVE_ZERO and type(others[0]) in (int, float) and others[0] == 0:
+        return _ABOVE_ZERO[name]
+    operands = [o.sym if type(o) is TensorNumber else o for o in (x, *others)]
+    if name in _SUMS and len(operands) == 2:
+        a, b = operands[::-1] if name == "rsub" else operands
+        if (result := added(a, b, sign=1 if name == "add" else -1, again=True)) is not None:
+            counts = x.counts and all(o.counts if type(o) is TensorNumber else o == 0 for o in others)
+            return TensorNumber(result, counts and name == "add")
+    operands = [settled(o) for o in operands]
+    run = run_of(o for o in operands if isinstance(o, SymTensor))
+    assert run is not None
+    result = called(name, METHODS[name], *(lowered_to(run, o) for o in operands))
     if result.is_bool:
-        return x.sym.run.branch(result)
+        return run.branch(result)
     return TensorNumber(result)
 
 
-def _dunder(name: str) -> Callable[..., Any]:
+_ABOVE_ZERO = {"eq": False, "ne": True, "gt": True, "ge": True, "lt": False, "le": False}
+_SUMS = frozenset({"add", "sub", "rsub"})  # what a sum over parameters is made with
+
+
+def _dunder(operation: str) -> Callable[..., Any]:
     def method(self: TensorNumber, *others: Any) -> Any:
-        if not all(type(o) in (TensorNumber, Number, int, float, bool) for o in others):
+        if any(hasattr(type(o), "summed") for o in others):
+            if operation == "add":  # which is theirs
+                return NotImplemented
+            others = tuple(o.item() if hasattr(type(o), "summed") else o for o in others)
+        if not all(type(o) in _NUMBERS for o in others):
             return NotImplemented
-        return _operate(name, self, *others)
+        return _operate(operation, self, *others)
 
     return method
 

@@ -9,31 +9,39 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..ir.ops import ELEMENT, TENSOR
-from ..ir.program import Buffer, Graph
+from ..ir.program import Buffer, Graph, Program
 from ..step.items import Item
 from ..trace.axes import along
+from ..trace.externs import Calls
 from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
-from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, Run, alike, is_number, load, merged
-from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest, line_now
+from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, alike, is_number, load, merged
+from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest
 from ..trace.signature import FACTOR, PLAIN, Foreign, Signature
 from ..trace.standins import StandIns
 from ..trace.tensor import SymTensor
-from ..trace.tracer import Trace, program_of
-from .host import FILL, Host
+from ..trace.totals import Total
+from ..trace.tracer import Trace, cut_up, program_of
+from .host import FILL, Host, There
 from .shadow import NewState, Path, Shadow, shown
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
-from .symbolic import Symbolic, made, parameter, place, tracing
+from .sums import Elements, StepRun, Sums, lowered_to, new_step, of_step, settled, totals_in
+from .symbolic import Symbolic, TensorNumber, made, parameter, place, tracing
 from .watch import Watch
 
 Bucket = tuple[list[Item], Signature]
 REPRESENTATIVES = 2
+COMPARED, SMALL = 8, 1 << 20
+"""Parameters of each bucket that a step which sums over them is compared with the class's own; one more at least, and
+others of no more elements."""
+JOINED = 1 << 20
+"""Beyond the plain numbers of a run: where those begin that join its paths."""
 """Parameters of each bucket that a step is traced with."""
 
 
@@ -46,22 +54,6 @@ class Options:
     write_grads: bool = True
     check: int = 1
     rounding: str = "each"
-
-
-@dataclass
-class Elements(Run):
-    """A run whose parameter has this shape."""
-
-    shape: torch.Size = field(default_factory=lambda: torch.Size(()))
-
-    where = staticmethod(line_now)
-
-    def slot(self, x: Any) -> int:
-        """As of a callback; but the same place has to give the same number in every run of the shadow."""
-        node = super().slot(x)
-        if type(x) is not Number and repr(self.scalars.values[self.graph.values[node].attr]) != repr(x):
-            raise Untraceable("a number depends on how many parameters there are, or on their order")
-        return node
 
 
 class Representative:
@@ -80,17 +72,19 @@ class Representative:
         self.graph, self.scalars = Graph(along(signature.dims) if signature.dims else "0"), scalars
         self.outcomes: Outcomes = {}
         self.todo: list[tuple[bool, ...]] = [()]
+        self.by_step: dict[tuple[bool, ...], Outcomes] = {}
+        """The outcomes along each path through the step's own branches."""
         grad = self.graph.leaf("load", "grad", kind=ELEMENT)
         if signature.modes.scaled:
             grad = self.graph.op("mul", grad, self.graph.leaf("load", FACTOR), where=lambda: "scaling")
         self.grad = grad
 
-    def begin(self) -> None:
+    def begin(self, step: StepRun) -> None:
         """Make what stands for its tensors in the next run of the shadow."""
         decisions = self.todo.pop() if self.todo else ()
         item, signature = self.item, self.signature
         self.run = run = Elements(self.graph, self.scalars, signature, self.index, decisions)
-        run.shape = item.param.shape
+        run.shape, run.step = item.param.shape, step
         self.p = SymTensor(run, self.graph.leaf("load", "param", kind=ELEMENT), signature.param)
         self.g = SymTensor(run, self.grad, signature.grad)
         self.gradient = made(self.g, meta_of(item.grad))
@@ -121,9 +115,10 @@ class Representative:
         found |= {id(item.state[k]): v for k, v in self.put.items() if isinstance(v, Symbolic)}
         return found
 
-    def end(self) -> None:
-        """Note what its places hold."""
+    def end(self, step: tuple[bool, ...]) -> None:
+        """Note what its places hold after a step along this path of its own."""
         self.run.finished = True
+        self.outcomes = self.by_step.setdefault(step, {})
         if self.param.__dict__["gradient"] is None:
             raise Untraceable("the step drops a gradient")
         grad = self._place(self.param.__dict__["gradient"], "the gradient", self.item.grad)
@@ -190,27 +185,69 @@ class Representative:
         raise Untraceable(f"the state {key!r} is left as a {type(value).__name__}")
 
     def _place(self, value: Symbolic, what: str, real: torch.Tensor) -> SymTensor:
+        if isinstance(value, Symbolic) and value.sym is not None:
+            value.__dict__["sym"] = settled(value.sym)
+            if of_step(value.sym):
+                value = made(lowered_to(self.run, value.sym), value.meta)
         if not isinstance(value, Symbolic) or value.sym is None or value.sym.run is not self.run:
             raise Untraceable(f"{what} becomes a tensor of another parameter, or from outside")
         if (value.meta.shape, value.meta.dtype) != (real.shape, real.dtype) or value.sym.is_bool:
             raise NewState(f"{what} gets another shape or dtype")
         return value.sym
 
-    def traced(self, guards: Sequence[Guard], write_grads: bool) -> Trace:
-        """The trace of its bucket, by it."""
-        cells = merged(self.graph, self.outcomes)
+    def join(self, branches: dict[tuple[bool, ...], list[int]], sums: Sums) -> None:
+        """Join what all paths leave. ``branches``: the conditions along each of the step's."""
+        joined: Outcomes = {}
+        for path, outcomes in self.by_step.items():
+            along = Elements(self.graph, self.scalars, self.signature, self.index)
+            along.conditions = [
+                sums.lowered(node, self.graph, self.signature.compute) for node in branches[path]
+            ]
+            along.raw = JOINED
+            joined[path] = along, merged(self.graph, outcomes)
+        self.cells: dict[Any, Any] = merged(self.graph, joined)
+        for key, value in self.signature.state:
+            if not isinstance(value, (Buffer, Foreign)) and isinstance(self.cells.get(key), Cell):
+                raise Untraceable(
+                    f"the state {key!r}, a number of the host, follows from what is read from tensors"
+                )
+
+    def nodes(self) -> list[int]:
+        return [v.node for v in self.cells.values() if isinstance(v, Cell)]
+
+    def add_totals(self, sums: Sums, used: set[int]) -> None:
+        """Note what it adds to these totals, and which it takes."""
+        mine = {k: shares[self.index] for k, shares in enumerate(sums.shares) if self.index in shares}
+        mine = {k: node for k, node in mine.items() if k in used}
+        needed = totals_in(self.graph, [*self.nodes(), *mine.values()])
+        self.cells |= {
+            Total(0, k): Cell(mine[k], torch.float64) if k in mine else None for k in sorted({*needed, *mine})
+        }
+
+    def traced(self, guards: Sequence[Guard], write_grads: bool, depths: Sequence[int]) -> Trace:
+        """The trace of its bucket, by it. ``depths``: which round each total is of."""
+        cells = self.cells
         grad = cells[GRAD].node != self.grad
         if grad and self.signature.modes.scaled:
             raise Untraceable("the step writes to gradients, and max_grad_norm scales them")
-        program, slots, axes = program_of(self.graph, self.signature, {}, cells, {}, grad and write_grads)
+        graded = grad and write_grads
+        rounds: tuple[Program, ...] = ()
+        program, slots, axes = program_of(self.graph, self.signature, {}, cells, {}, graded)
+        if totals := {k: depths[k.call] for k in cells if isinstance(k, Total)}:
+            calls = Calls(self.graph, self.signature.device)
+            program, rounds, slots, axes, _ = cut_up(
+                self.graph, calls, self.signature, {}, cells, {}, graded, totals
+            )
         ours = ScalarProgram()
         move = mover(self.scalars, ours, self.index)
         numbers = {
             k: Number(ours, move(v.index), v.value) if type(v) is Number else v
             for k, v in cells.items()
-            if not isinstance(v, (Cell, Foreign))
+            if not isinstance(v, (Cell, Foreign)) and not isinstance(k, Total)
         }
-        trace = Trace(self.signature, program, ours, tuple(map(move, slots)), numbers, {}, {}, axes)
+        trace = Trace(
+            self.signature, program, ours, tuple(map(move, slots)), numbers, {}, {}, axes, rounds=rounds
+        )
         for guard in guards:
             ours.guard(move(guard.index), guard.value, guard.where)
         return trace
@@ -258,7 +295,7 @@ class StepTrace:
     host: Host
     traces: list[Trace]
     examples: list[list[tuple[Item, Trace]]]
-    """The parameters that stood for each bucket, and their own traces."""
+    """Parameters of each bucket that are compared: those that stood for it with their own traces, and more."""
     closure: bool
 
 
@@ -349,35 +386,85 @@ def _trace_step(
     representatives = [r for group in groups for r in group]
     stand_ins = StandIns("torch.optim")
     kind = shadow_class(type(opt), stand_ins)
-    runs: list[_Ran] = []
-    while any(r.todo for r in representatives) or not runs:
-        runs.append(_run(opt, kind, stand_ins, representatives, scalars, closure, options, names))
+    sums = Sums([b for b, group in enumerate(groups) for _ in group])
+    codes: set[types.CodeType] = set()
+
+    def run(representatives: list[Representative], decisions: tuple[bool, ...]) -> _Ran:
+        step = new_step(scalars, sums, decisions, representatives[0].signature)
+        ran = _run(opt, kind, stand_ins, representatives, scalars, closure, options, names, step, codes)
         for r in representatives:
-            r.end()
-    left = [run.left() for run in runs]
-    if any(x != left[0] for x in left):
-        raise Untraceable(
-            "a branch on a number of a tensor decides what the optimizer keeps besides its state"
-        )
+            r.end(ran.path)
+        step.finished = True
+        return ran
+
+    paths: dict[tuple[bool, ...], _Ran] = {}
+    todo: list[tuple[bool, ...]] = [()]
+    while todo:
+        decisions = todo.pop()
+        ran = _one_path(run, representatives, decisions)
+        paths[ran.path] = ran
+        todo += [(*ran.path[:k], not ran.path[k]) for k in range(len(decisions), len(ran.path))]
+        if len(paths) + len(todo) > MAX_PATHS:
+            raise Untraceable(f"more than {MAX_PATHS} paths through branches on sums over parameters")
     if any(len(group) > 1 for group in groups):
+        sums.fewer = True
         fewer = [group[-1] for group in groups]
-        alone = _run(opt, kind, stand_ins, fewer, scalars, closure, options, names)
-        for r in fewer:
-            r.end()
-        if alone.left() != left[0]:
-            raise Untraceable(
-                "what the step leaves in the optimizer depends on how many parameters there are"
-            )
+        for path, ran in paths.items():
+            alone = run(fewer, path)
+            if alone.path != path or alone.left() != ran.left():
+                raise Untraceable(
+                    "what the step leaves in the optimizer depends on how many parameters there are"
+                )
     shared, own = _guards(representatives, scalars)
+    branches = {path: ran.step.conditions for path, ran in paths.items()}
+    for r in representatives:
+        r.join(branches, sums)
+    host = _host(paths, shared, scalars, buckets, sums)
+    graphs = [r.graph for r in representatives]
+    roots = [*totals_in(sums.graph, host.nodes)]
+    used = sums.used([*roots, *(k for r in representatives for k in totals_in(r.graph, r.nodes()))], graphs)
+    for r in representatives:
+        r.add_totals(sums, used)
+    depths = sums.depths(graphs)
     traces, examples = [], []
     for group in groups:
-        found = [r.traced([*shared, *own[r.index]], options.write_grads) for r in group]
+        found = [r.traced([*shared, *own[r.index]], options.write_grads, depths) for r in group]
         if any(_different(found[0], other) for other in found[1:]):
             raise Untraceable("what it does to a parameter depends on the others, or on their order")
         traces.append(found[0])
-        examples.append([(r.item, t) for r, t in zip(group, found, strict=True)])
-    host = _host(runs[0], shared, scalars, buckets)
+        known = [(r.item, t) for r, t in zip(group, found, strict=True)]
+        more = _more(buckets[len(examples)][0]) if sums.shares else []
+        examples.append([*known, *((item, found[0]) for item in more)])
     return StepTrace(host, traces, examples, closure)
+
+
+def _more(items: Sequence[Item]) -> list[Item]:
+    """Parameters beside the representatives, to be compared too: a sum may be over the first few parameters only."""
+    found = sorted(items, key=lambda item: item.param.numel())[REPRESENTATIVES:COMPARED]
+    return [item for k, item in enumerate(found) if not k or item.param.numel() <= SMALL]
+
+
+def _one_path(
+    run: Callable[[list[Representative], tuple[bool, ...]], _Ran],
+    representatives: list[Representative],
+    decisions: tuple[bool, ...],
+) -> _Ran:
+    """Let the shadow step along all of its parameters' paths, and one of its own."""
+    for r in representatives:
+        r.todo = [()]
+    found: list[_Ran] = []
+    while any(r.todo for r in representatives):
+        found.append(run(representatives, decisions))
+        decisions = found[0].path
+    if any(one.path != decisions for one in found):
+        raise Untraceable(
+            "a branch on a number of one parameter decides whether one on a sum of all is taken"
+        )
+    if any(one.left() != found[0].left() for one in found):
+        raise Untraceable(
+            "a branch on a number of a tensor decides what the optimizer keeps besides its state"
+        )
+    return found[0]
 
 
 def _guards(
@@ -394,15 +481,30 @@ def _guards(
     return shared, own
 
 
-def _host(ran: _Ran, shared: Sequence[Guard], scalars: ScalarProgram, buckets: Sequence[Bucket]) -> Host:
-    """The host's half of a run, with what it leaves."""
-    host, ours = ran.host, ScalarProgram()
+def _host(
+    paths: dict[tuple[bool, ...], _Ran],
+    shared: Sequence[Guard],
+    scalars: ScalarProgram,
+    buckets: Sequence[Bucket],
+    sums: Sums,
+) -> Host:
+    """The host's half of the step, with what it leaves along each of its paths."""
+    first, *others = paths.values()
+    if any(ran.returns != first.returns for ran in others):
+        raise Untraceable("a branch on a sum over parameters decides what the step returns")
+    ours = ScalarProgram()
     move = mover(scalars, ours, None)
-    host.writes(ran.changes, scalars, move, ours)
+    host = Host(first.shadow, first.used, first.hosted, first.watch.around(first.kind), sums)
+    host.returns_loss, host.returned = first.returns
+    host.writes({p: (ran.changes, ran.step.conditions) for p, ran in paths.items()}, scalars, move, ours)
+    if host.nodes and any(signature.device.type != "cpu" for _, signature in buckets):
+        raise Untraceable(
+            "what the optimizer keeps besides its state follows from a sum over parameters on a GPU"
+        )
     for guard in shared if host.leaves_something else ():
         ours.guard(move(guard.index), guard.value, guard.where)
     host.finish()
-    host.meets(buckets)
+    host.traced(buckets)
     return host
 
 
@@ -410,7 +512,7 @@ def _different(a: Trace, b: Trace) -> bool:
     return any(
         of(a) != of(b)
         for of in (
-            lambda t: (t.program, t.slots, t.scalars.entries, t.scalars.guards),
+            lambda t: (t.program, t.rounds, t.slots, t.scalars.entries, t.scalars.guards),
             lambda t: {k: _plain(v) for k, v in t.numbers.items()},
             lambda t: [
                 repr(v) for e, v in zip(t.scalars.entries, t.scalars.values, strict=True) if e[0] == "raw"
@@ -427,7 +529,17 @@ def _plain(v: Any) -> Any:
 class _Ran:
     shadow: Shadow
     changes: list[tuple[Path, Any, Any]]
-    host: Host
+    step: StepRun
+    used: dict[Path, str]
+    hosted: list[list[Path]]
+    """The tensors of numbers, each by the paths that it is found by."""
+    returns: tuple[bool, Any]
+    watch: Watch
+    kind: type
+
+    @property
+    def path(self) -> tuple[bool, ...]:
+        return tuple(self.step.taken)
 
     def left(self) -> list[Any]:
         return [(path, key, _shape(value)) for path, key, value in self.changes]
@@ -436,6 +548,10 @@ class _Ran:
 def _shape(value: Any) -> Any:
     if type(value) is Number:
         return "entry", value.index
+    if type(value) in (TensorNumber, Symbolic) and value.sym is not None:
+        return "value", id(value.sym.run.graph), value.sym.node
+    if type(value) is Symbolic:
+        return "tensor", _shape(value.number)
     if isinstance(value, (tuple, list)):
         return type(value).__name__, *map(_shape, value)
     return type(value).__name__, repr(value) if isinstance(value, PLAIN) else id(value)
@@ -450,26 +566,31 @@ def _run(
     closure: bool,
     options: Options,
     names: Callable[[Path], str],
+    step: StepRun,
+    codes: set[types.CodeType],
 ) -> _Ran:
-    """Let the shadow step once."""
+    """Let the shadow step once. ``codes``: all that was run so far."""
     tensors: dict[int, Any] = {}
     for r in representatives:
-        r.begin()
+        r.begin(step)
         tensors |= r.tensors()
     known: dict[int, dict[int, Any]] = {id(store): {} for store in representatives[0].stores}
     for r in representatives:
         for store, kept in in_stores(r.stores, r.state).items() if r.state is not None else ():
             known[store][id(r.item.owner)] = kept
     used: dict[Path, str] = {}
-    hosted: list[tuple[Path, Symbolic, Number]] = []
+    hosted: dict[int, tuple[Symbolic, Number, list[Path]]] = {}
 
     def number(path: Path, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             if value.numel() == 1 and value.device.type == "cpu" and type(value) is torch.Tensor:
-                used[path] = names(path)
-                held = scalars.number(("hyper", used[path]), value.item())
-                hosted.append((path, made(None, meta_of(value), number=held, hosted=True), held))
-                return hosted[-1][1]
+                if id(value) not in hosted:
+                    used[path] = names(path)
+                    held = scalars.number(("hyper", used[path]), value.item())
+                    stands = made(None, meta_of(value), number=held, hosted=True)
+                    hosted[id(value)] = stands, held, []
+                hosted[id(value)][2].append(path)
+                return hosted[id(value)][0]
             why = f"{shown(path)} is a tensor, which is none of a parameter's state"
             return made(None, meta_of(value), why)
         used[path] = names(path)
@@ -479,7 +600,7 @@ def _run(
     _resting(opt, representatives[0].stores, tensors, known)
     shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of)
     given = _Closure()
-    watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred)
+    watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred, codes)
     latest()
     try:
         with watch, tracing(options.rounding == "each") as mode:
@@ -501,11 +622,32 @@ def _run(
         raise Untraceable("the step returns something that is not the loss")
     changes = [(p, k, v) for p, k, v in shadow.changes() if v is not given.loss]
     changes += [
-        (path, FILL, t.__dict__["number"]) for path, t, held in hosted if t.__dict__["number"] is not held
+        (ways[0], FILL, t if t.sym is not None else t.number)
+        for t, held, ways in hosted.values()
+        if t.number is not held
     ]
-    host = Host(shadow, used, {path for path, _, _ in hosted}, watch.around(type(opt)))
-    host.returns_loss, host.returned = returned is given.loss, returned
-    return _Ran(shadow, changes, host)
+    places = {id(t): ways[0] for t, _, ways in hosted.values()}
+    changes = [(p, k, _closed(v, places) if k is not FILL else _closed(v, {})) for p, k, v in changes]
+    returns = returned is given.loss, None if returned is given.loss else returned
+    ways = [found for _, _, found in hosted.values()]
+    return _Ran(shadow, changes, step, used, ways, returns, watch, type(opt))
+
+
+def _closed(value: Any, places: dict[int, Path]) -> Any:
+    """What is left somewhere, its sums closed; a tensor that was there before by its path."""
+    if type(value) is Symbolic and id(value) in places:
+        return There(places[id(value)])
+    if type(value) in (TensorNumber, Symbolic) and value.sym is not None:
+        sym = settled(value.sym)
+        if not of_step(sym):
+            raise Untraceable("a number of one parameter is left in the optimizer")
+        if type(value) is TensorNumber:
+            value.sym = sym
+        else:
+            value.__dict__["sym"] = sym
+    elif type(value) in (list, tuple):
+        return type(value)(_closed(v, places) for v in value)
+    return value
 
 
 def _resting(

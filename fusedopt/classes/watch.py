@@ -120,12 +120,19 @@ def _state_of(each: Any) -> Any:
 class Watch:
     """A context in which the code that is run is noted.
 
-    ``owners``: the classes that it is of; ``referred``: objects that the optimizer has, and its shadow too.
+    ``owners``: the classes that it is of; ``referred``: objects that the optimizer has, and its shadow too; ``codes``:
+    where the code is noted.
     """
 
-    def __init__(self, stand_ins: StandIns, owners: Iterable[type], referred: Iterable[Any]) -> None:
+    def __init__(
+        self,
+        stand_ins: StandIns,
+        owners: Iterable[type],
+        referred: Iterable[Any],
+        codes: set[types.CodeType] | None = None,
+    ) -> None:
         self._stand_ins, self._owners, self._referred = stand_ins, list(owners), list(referred)
-        self._codes: set[types.CodeType] = set()
+        self._codes: set[types.CodeType] = set() if codes is None else codes
         self._refused: tuple[str, types.CodeType, int] | None = None
 
     def __enter__(self) -> Watch:

@@ -20,7 +20,7 @@ from .number import Number, Scalar, ScalarProgram
 from .signals import Changes, NeedsAttribute, Starts, Untraceable, latest, where_now
 from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
 from .standins import StandIns
-from .tensor import FLOATS, SymParameter, SymTensor, expand, is_extern, lift
+from .tensor import FLOATS, Place, SymParameter, SymTensor, expand, is_extern, lift
 from .totals import Total
 
 MAX_PATHS = 8
@@ -70,6 +70,9 @@ class Run:
 
     where = staticmethod(where_now)
     """What is said of the code that a new value comes from."""
+
+    def new_place(self, node: int, asked: torch.dtype | None) -> Place:
+        return Place(node, asked)
 
     @property
     def compute(self) -> torch.dtype:

@@ -56,7 +56,7 @@ class SymTensor:
     shown: Shown
 
     def __init__(self, run: Run, node: int, asked: torch.dtype | None, shown: Shown = None) -> None:
-        self.__dict__.update(run=run, place=Place(node, asked), shown=shown)
+        self.__dict__.update(run=run, place=run.new_place(node, asked), shown=shown)
 
     # -- what it is --
     @property  # type: ignore[misc]

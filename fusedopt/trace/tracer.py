@@ -19,7 +19,7 @@ from ..ir.ops import DRAWS, ELEMENT, TENSOR, is_partial
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
 from .axes import along
-from .cuts import Externs, cut, numbered
+from .cuts import Cuts, Externs, cut, numbered
 from .externs import EXTERN, Calls, Kept
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Matrix, Pass, alike, either, is_number, load
@@ -172,7 +172,7 @@ def traced(
         program, slots, axes = program_of(graph, signature, hyper, cells, created, materialize_grad=graded)
     else:
         try:
-            program, rounds, slots, axes, externs = _cut(
+            program, rounds, slots, axes, externs = cut_up(
                 graph, calls, signature, hyper, cells, created, graded
             )
         except Untraceable as error:
@@ -368,7 +368,7 @@ def _buffers(
     return buffers | {f"state.{key}": buffer for key, buffer in sorted((old | created).items())}
 
 
-def _cut(
+def cut_up(
     graph: Graph,
     calls: Calls,
     signature: Signature,
@@ -376,12 +376,20 @@ def _cut(
     cells: dict[Any, Any],
     created: dict[str, Buffer],
     materialize_grad: bool,
+    depths: dict[Total, int] | None = None,
 ) -> tuple[Program, tuple[Program, ...], tuple[int, ...], Axes, Externs | None]:
-    """The program, those of the rounds before it, the slots and axes of all of them, and the calls between them."""
-    shares = {k: v.node for k, v in cells.items() if isinstance(k, Total)}
-    roots = _stores(signature, cells, created, materialize_grad).values()
-    written = {k: v.ref for k, v in cells.items() if isinstance(v, Matrix) and v.ref != Kept(k)}
-    cuts = cut(graph, calls, roots, shares, written)
+    """The program, those of the rounds before it, the slots and axes of all of them, and the calls between them.
+
+    cells: of a total that the parameter adds nothing to, None
+    depths: which round each total is of, if that is known, and there are no calls
+    """
+    shares = {k: v.node for k, v in cells.items() if isinstance(k, Total) and isinstance(v, Cell)}
+    if depths is None:
+        roots = _stores(signature, cells, created, materialize_grad).values()
+        written = {k: v.ref for k, v in cells.items() if isinstance(v, Matrix) and v.ref != Kept(k)}
+        cuts = cut(graph, calls, roots, shares, written)
+    else:
+        cuts = Cuts(graph, _by_depth(shares, depths), {}, {known.share: BUFFER for known in shares})
     buffers = _buffers(signature, hyper, cells, created) | cuts.buffers
     everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
@@ -401,6 +409,11 @@ def _cut(
     slots = slots if externs is None else tuple(all_slots)
     program = replace(program, slots=len(slots), buffers=kept)
     return program, tuple(replace(one, slots=len(slots)) for one in rounds), slots, axes, externs
+
+
+def _by_depth(shares: dict[Total, int], depths: dict[Total, int]) -> list[dict[str, int]]:
+    found = sorted({depths[k] for k in shares})
+    return [{k.share: node for k, node in shares.items() if depths[k] == depth} for depth in found]
 
 
 @functools.lru_cache(maxsize=256)
