@@ -86,7 +86,8 @@ class Calling:
         shape = "×".join(map(str, max((s for _, s in self.externs.buffers.values()), key=math.prod)))
         counts = ", ".join(f"{names.count(n)} {n}" for n in dict.fromkeys(names))
         how = "for each" if stack == 1 else f"for {stack} at once"
-        return f"{self.count} tensors of {shape or 'no dimensions'}, {how}: torch's {counts}"
+        tensors = "1 tensor" if self.count == 1 else f"{self.count} tensors"
+        return f"{tensors} of {shape or 'no dimensions'}, {how}: torch's {counts}"
 
     @property
     def stack(self) -> int:

@@ -47,7 +47,8 @@ STARTERS = frozenset(
 """Functions and attributes of torch that a tensor of a fused program enters for."""
 _SCALED = frozenset(
     """
-    add sub rsub mul div true_divide pow addmm baddbmm addbmm addmv addr addcmul addcdiv lerp clamp clamp_min
+    add sub rsub mul div rdiv true_divide pow rpow gt ge lt le where full_like
+    addmm baddbmm addbmm addmv addr addcmul addcdiv lerp clamp clamp_min
     """.split()  # noqa: SIM905
 )
 """Functions whose numbers are factors and the like, which may change from step to step. Others' are structure."""

@@ -228,6 +228,18 @@ def test_numbers_of_calls_follow_a_schedule(compiled):
     assert_near(*runs, 3e-5)
 
 
+@needs_extension
+def test_a_number_that_changes_with_each_step_is_no_reason_to_trace_anew(compiled):
+    def divided(p, lr, avg, step, **_):
+        x = avg @ avg.T
+        p.data.sub_((lr / (x.norm() + step)) * (x @ avg) * step)
+
+    ours, opt = trained([average, fusedopt.step_stat, divided], compiled, steps=6)
+    plain, _ = trained([average, fusedopt.step_stat, divided], "reference", steps=6)
+    assert_near(ours, plain, 3e-5)
+    assert opt.explain().steps.startswith("4 of 6")
+
+
 def test_groups_have_numbers_of_their_own(compiled):
     runs = []
     for backend in (compiled, "reference"):
