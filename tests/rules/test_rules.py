@@ -318,12 +318,13 @@ def test_cautious_moves_nothing_against_the_gradient():
     ],
     ids=["Lion", "StableAdamW", "LARS", "Lamb", "Larc"],
 )
-def test_cautious_and_grokfast_fuse_with_any_rule(make):
+def test_wrappers_fuse_with_any_rule(make):
     params = parameters()
-    opt = rules.GrokFast(rules.Cautious(make(params, backend="cpp")))
+    opt = rules.GrokFast(rules.Centralize(rules.Cautious(make(params, backend="cpp"))))
     train(opt)
     assert not opt.explain().eager and all(p.isfinite().all() for p in params)
-    assert_equal(params, stepped(lambda p: rules.GrokFast(rules.Cautious(make(p, backend="cpp")))))
+    wrapped = stepped(lambda p: rules.GrokFast(rules.Centralize(rules.Cautious(make(p, backend="cpp")))))
+    assert_equal(params, wrapped)
 
 
 def test_cautious_is_a_callback_for_lists_with_the_defaults_of_its_rule():
@@ -352,6 +353,8 @@ def test_wrappers_are_on_the_optimizer_itself():
     [
         (lambda: rules.Cautious(torch.optim.SGD(parameters())), TypeError, "fusedopt"),
         (lambda: rules.GrokFast(torch.optim.SGD(parameters())), TypeError, "fusedopt"),
+        (lambda: rules.Centralize(torch.optim.SGD(parameters())), TypeError, "fusedopt"),
+        (lambda: rules.Centralize(rules.Centralize(rules.Lion(parameters()))), ValueError, "already"),
         (lambda: rules.Cautious(rules.Cautious(rules.Lion(parameters()))), ValueError, "already"),
         (lambda: rules.GrokFast(rules.GrokFast(rules.Lion(parameters()))), ValueError, "already"),
         (lambda: rules.Cautious(fusedopt.Lookahead(rules.Lion(parameters()))), ValueError, "first"),
@@ -362,6 +365,58 @@ def test_wrappers_are_on_the_optimizer_itself():
 def test_wrappers_refuse_what_they_cannot_do(wrap, error, match):
     with pytest.raises(error, match=match):
         wrap()
+
+
+# --
+# Shapes, and what is found by sums over all parameters
+
+
+SHAPED = [(), (1,), (7,), (3, 5), (1, 6), (6, 1), (1, 1), (5, 1, 3), (4, 3, 3, 3), (8, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.values[0].matrix_launches or r.values[0].totals])
+def test_every_shape_fuses_with_gradients_missing_now_and_then(row):
+    found = []
+    for backend in ("cpp", "reference"):
+        params = parameters(SHAPED, torch.float64)
+        opt = row.factory(params, **row.variants[-1].kwargs, backend=backend)
+        for t in range(5):
+            give_gradients(params, t)
+            for k in {1: (3, 8), 2: (2, 4, 9), 4: (3,)}.get(t, ()):
+                params[k].grad = None
+            opt.step()
+        assert not opt.explain().eager
+        found.append(params)
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def descend(opt, steps=20):
+    """On the sum of squares: the estimate grows where gradients agree from step to step."""
+    for _ in range(steps):
+        for p in opt.param_groups[0]["params"]:
+            p.grad = p.detach().clone()
+        opt.step()
+    return opt
+
+
+@pytest.mark.parametrize("make", [rules.Prodigy, rules.DAdaptAdam])
+def test_d_is_one_tensor_for_all_parameters(make):
+    params = parameters()
+    opt = make(params, d0=1e-3, backend="cpp")
+    assert opt.d == 1e-3
+    descend(opt)
+    assert isinstance(opt.d, torch.Tensor) and opt.d.shape == () and opt.d > 1e-3
+    assert {opt.state[p]["d"].item() for p in params} == {opt.d.item()}
+
+
+def test_prodigy_in_half_precision_finds_what_it_does_in_single_if_its_state_is_single():
+    def found(dtype):
+        opt = rules.Prodigy(parameters(dtype=dtype), d0=1e-2, state_dtype=torch.float32, backend="cpp")
+        return descend(opt).d.item()
+
+    single = found(torch.float32)
+    assert single > 0.02 and found(torch.float16) == pytest.approx(single, rel=0.1)
 
 
 # --
