@@ -426,7 +426,8 @@ def _trace_step(
     for r in representatives:
         r.add_totals(sums, used)
     depths = sums.depths(graphs)
-    traces, examples = [], []
+    traces: list[Trace] = []
+    examples: list[list[tuple[Item, Trace]]] = []
     for group in groups:
         found = [r.traced([*shared, *own[r.index]], options.write_grads, depths) for r in group]
         if any(_different(found[0], other) for other in found[1:]):
