@@ -144,23 +144,18 @@ class Split:
             self.level.append(above + self.ends_stage(i))
 
     def ends_stage(self, i: int) -> bool:
-        """Whether it is a reduction of elements whose part results have to be joined."""
+        """Whether it is a reduction over elements, whose part results have to be joined."""
         v = self.values[i]
-        return is_reduction(v.op) and self._elements(v.args[0]) and i not in self.inline
-
-    def _elements(self, i: int) -> bool:
-        """Whether a reduction of it goes over elements. Of one number per tensor there is no other reduction."""
-        return not is_partial(self.values[i].kind)
+        return is_reduction(v.op) and not is_partial(self.values[v.args[0]].kind) and i not in self.inline
 
     # -- stages --
     def schedule(self) -> Schedule:
-        depths = range(
-            1, max((self.level[i] for i in range(len(self.values)) if self.ends_stage(i)), default=0) + 1
-        )
-        ending = [
-            [i for i in range(len(self.values)) if self.ends_stage(i) and self.level[i] == d] for d in depths
-        ]
-        out = [self._stage([self.values[i].args[0] for i in found], found, []) for found in ending]
+        ending = list(filter(self.ends_stage, range(len(self.values))))
+        depth = max((self.level[i] for i in ending), default=0)
+        out = []
+        for level in range(1, depth + 1):
+            found = [i for i in ending if self.level[i] == level]
+            out.append(self._stage([self.values[i].args[0] for i in found], found, []))
         kinds = {n: b.kind for n, b in self.program.buffers}
         here = [(n, i) for n, i in self.program.stores if kinds[n] == ELEMENT or self._on_the_way(i)]
         if here or not out:
