@@ -202,17 +202,17 @@ class Host:
             if not all(guards):
                 return "a branch that numbers decide goes another way now"
             self._left = dict(zip(self._keys, left, strict=True))
-        if why is None and (self.sums or self.leaves_something) and not self._all_step():
+        if why is None and (self.sums or self.leaves_something or self._alone) and not self._all_step():
             return "other parameters have gradients"
         return why
 
     def _all_step(self) -> bool:
         """Whether some parameters of each bucket have gradients; and one only where nothing is known of more."""
+        all_step = self.sums or self.leaves_something
         for key, params in self._met.items():
-            if key in self._alone:
-                if sum(p.grad is not None for p in params.values()) != 1:
-                    return False
-            elif not any(p.grad is not None for p in params.values()):
+            if key in self._alone and sum(p.grad is not None for p in params.values()) > 1:
+                return False
+            if all_step and not any(p.grad is not None for p in params.values()):
                 return False
         return True
 

@@ -23,6 +23,7 @@ from ..trace.signals import Untraceable, line_now
 from ..trace.tensor import METHODS, Place, SymTensor, alias, called
 from ..trace.totals import TOTAL, Total
 
+FEW_GROUPS = 4
 STEP = -1
 """In place of a parameter's number: the step itself."""
 
@@ -112,14 +113,14 @@ class SumPlace(Place):
 class Sums:
     """The sums of a step, for all of its runs.
 
-    ``bucket_of``: which bucket each representative is of; ``last``: the last one of each; ``fewer``: only these are
-    stepped now; ``lonely``: the buckets of whose sums nothing tells whether they are over all of their parameters, as
-    there is one.
+    ``bucket_of``: which bucket each representative is of, ``group_of``: which group each bucket; ``last``: the last
+    representative of each bucket; ``fewer``: only these are stepped now; ``lonely``: the buckets of which nothing tells
+    whether what they add is over all of their parameters, as there is one.
     """
 
-    def __init__(self, bucket_of: Sequence[int] = ()) -> None:
+    def __init__(self, bucket_of: Sequence[int] = (), group_of: Sequence[int] = ()) -> None:
         self.graph = Graph()
-        self.bucket_of = list(bucket_of)
+        self.bucket_of, self.group_of = list(bucket_of), list(group_of)
         self.last = {b: r for r, b in enumerate(self.bucket_of)}
         self.fewer = False
         self.shares: list[dict[int, int]] = []
@@ -145,7 +146,13 @@ class Sums:
         if self.bucket_of.count(bucket) > 1:
             return share.run
         self.lonely.add(bucket)
-        return share.run if share.decided else None
+        return share.run if share.decided or not self._may_be_all(bucket) else None
+
+    def _may_be_all(self, bucket: int) -> bool:
+        """Whether a bucket of one parameter is all that there is, or all of a group. Of many groups each sum of one
+        would be another total, and have kernels of its own."""
+        groups = self.group_of
+        return len(self.last) == 1 or (groups.count(groups[bucket]) == 1 and len(set(groups)) <= FEW_GROUPS)
 
     def total(self, base: int, shares: dict[int, Share]) -> int:
         """The number of the total of these shares."""

@@ -386,7 +386,8 @@ def _trace_step(
     representatives = [r for group in groups for r in group]
     stand_ins = StandIns("torch.optim")
     kind = shadow_class(type(opt), stand_ins)
-    sums = Sums([b for b, group in enumerate(groups) for _ in group])
+    bucket_of = [b for b, group in enumerate(groups) for _ in group]
+    sums = Sums(bucket_of, [group[0].item.where[0] for group in groups])
     codes: set[types.CodeType] = set()
 
     def run(representatives: list[Representative], decisions: tuple[bool, ...]) -> _Ran:

@@ -209,6 +209,18 @@ def test_few_and_small_parameters(body, shapes):
     assert not compared(whole(body), shapes=shapes).explain().eager
 
 
+def test_what_a_parameter_adds_up_for_itself_is_no_sum_over_others():
+    def scratch(self, groups):
+        for p in flat(groups):
+            own = torch.zeros(())
+            own.add_(p.grad.norm())
+            both = sum([p.norm(), own])
+            p.sub_(p.grad / (1 + both), alpha=0.1 * p.shape[0])
+
+    opt = compared(whole(scratch), shapes=((5,), (3, 4), (2, 3)))
+    assert "sum_0" not in opt.kernel_source() and not opt.explain().eager
+
+
 # ---------------------------------------------------------------- what the optimizer keeps of them
 
 
@@ -415,12 +427,23 @@ def mean_of_norms(self, groups):
     descend(self, groups, torch.stack([p.grad.norm() for p in flat(groups)]).mean())
 
 
+def decided_by_each_before(self, groups):
+    """Whether it comes to the branch on the sum at all depends on the parameter."""
+    norm = sum(p.grad.norm() for p in flat(groups)).item()
+    for p in flat(groups):
+        if p.norm() > 1.5:
+            p.sub_(p.grad, alpha=0.1)
+        elif norm > 7:
+            p.sub_(p.grad / norm)
+
+
 def of_the_first_two(self, groups):
     norm = sum(p.grad.norm() for p in flat(groups)[:2])
     descend(self, groups, 1 / (1 + norm))
 
 
 EAGER = [
+    decided_by_each_before,
     of_the_first_two,
     as_it_grows,
     largest_of_all,
