@@ -151,9 +151,12 @@ class Item:
         return p.device, p.dtype, self.grad.dtype, tuple(state), read, asked, p.dim() == 0, modes
 
 
-def places(kernel: Kernel, rows: Sequence[Item]) -> list[int]:
-    """Which parameters these are, if the kernel draws random numbers for them."""
-    return [random.place(*item.where) for item in rows] if kernel.program.draws else []
+def facts(kernel: Kernel, rows: Sequence[Item], shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What only some kernels have to know of parameters: the lengths of their axes, and which ones they are, to draw
+    random numbers for them. Backends that know of no such kernels are not told."""
+    found: dict[str, Any] = {"shapes": shapes} if kernel.program.axes > 1 else {}
+    drawn = {"places": [random.place(*item.where) for item in rows]} if kernel.program.draws else {}
+    return found | drawn
 
 
 class Groups(Protocol):

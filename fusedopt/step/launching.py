@@ -209,7 +209,7 @@ def table(plans: list[Bucket], scaling: Scaling) -> Launch:
     resident = any(item.hyper.get("capturable") for item in rows)
     shapes = [tuple(sizes_of(plan.trace.axes, item.param.shape)) for plan in plans for item in plan.items]
     prepare = plans[0].known.backend.prepare
-    return prepare(kernel, columns, sizes, sets, resident, shapes=shapes, places=items.places(kernel, rows))
+    return prepare(kernel, columns, sizes, sets, resident, **items.facts(kernel, rows, shapes))
 
 
 def launch(plans: list[Bucket], slots: np.ndarray, scaling: Scaling) -> tuple[Launch, list[Change]]:

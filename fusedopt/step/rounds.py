@@ -19,7 +19,7 @@ from ..backends.base import HEAD
 from ..extension import leaf
 from ..ir.program import Program
 from . import sharded
-from .items import Item, places
+from .items import Item, facts
 
 NO_SLOTS = np.empty((1, 0))
 SET = 1
@@ -108,15 +108,8 @@ class Round:
     ) -> None:
         """Another launch of sums, over the rows of a main one of this program. ``left``: what it leaves there."""
         sizes = [item.param.numel() for item in items]
-        launch = backend.prepare(
-            kernel,
-            columns,
-            sizes,
-            sets or [0] * len(items),
-            resident,
-            shapes=shapes,
-            places=places(kernel, items),
-        )
+        sets = sets or [0] * len(items)
+        launch = backend.prepare(kernel, columns, sizes, sets, resident, **facts(kernel, items, shapes))
         self.pieces += left
         runs, spread = sharded.runner(launch, items), any(map(sharded.is_shard, items))
         self.summing.append(Summing(of, kernel, launch, words_of(main, kernel.program), runs, spread))

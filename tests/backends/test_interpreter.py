@@ -106,7 +106,8 @@ def test_launches_of_named_optimizers_are_what_is_interpreted(launch, row, skips
     options = dict(amp_fused=True, max_grad_norm=1.0) if skips else {}
     opt = row.factory(params, **row.variants[0].kwargs | options)
     step(opt, params, skipped=(1,) if skips else (), resting=(0,) if row.rests_first else ())
-    assert len(launch.ran) == (9 if skips else 3)
+    stepping = [p for p in launch.ran if any(n == "param" or n.startswith("state.") for n, _ in p.stores)]
+    assert len(stepping) == 3 and len(launch.ran) >= (9 if skips else 3)
     assert any(program.skip is not None for program in launch.ran) == skips
 
 

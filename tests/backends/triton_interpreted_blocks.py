@@ -20,9 +20,9 @@ if not backend.interpreting():
     pytest.skip("TRITON_INTERPRET=1 must be set when Python starts", allow_module_level=True)
 
 SHAPES = {
-    2: [(1, 1), (3, 5), (16, 16), (1, 100), (100, 1), (3, 301), (300, 3), (30, 70), (0, 4), (2, 0), (17, 16)],
-    3: [(1, 1, 1), (2, 3, 5), (60, 3, 3), (3, 20, 9), (5, 1, 7), (0, 2, 2), (2, 40, 30)],
-    4: [(2, 3, 4, 5), (5, 6, 3, 3), (2, 2, 12, 12), (1, 100, 1, 2), (4, 1, 3, 2)],
+    2: [(1, 1), (3, 5), (1, 40), (40, 1), (3, 101), (60, 3), (12, 40), (0, 4), (2, 0), (17, 16)],
+    3: [(1, 1, 1), (2, 3, 5), (20, 3, 3), (5, 1, 7), (0, 2, 2), (2, 20, 17)],
+    4: [(2, 3, 4, 5), (5, 6, 3, 3), (1, 40, 1, 2)],
 }
 
 
@@ -45,13 +45,13 @@ def test_kernels_do_what_the_program_says(name, small):
     compared(program, SHAPES[axes], "triton")
 
 
-@pytest.mark.parametrize("name", ["factored matrix", "factored batch", "columns of centred"])
+@pytest.mark.parametrize("name", ["factored matrix", "columns of centred"])
 def test_with_tiles_and_chunks_as_they_are(name):
     program, axes = PROGRAMS[name]
-    compared(program, [*SHAPES[axes], {2: (300, 700), 3: (3, 300, 101)}[axes]], "triton")
+    compared(program, [*SHAPES[axes], (90, 300)], "triton")
 
 
-@pytest.mark.parametrize("shape", [(1, 500), (500, 1), (40, 40)])
+@pytest.mark.parametrize("shape", [(1, 200), (200, 1), (20, 20)])
 def test_alone_lines_have_the_tiles_that_suit_them(shape, small):
     """Each shape of tiles, with one tensor a launch."""
     for name in ("factored matrix", "centred twice", "by rows"):

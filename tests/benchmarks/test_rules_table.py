@@ -18,15 +18,15 @@ def test_a_kernel_that_costs_more_is_noticed():
 
 
 def test_what_runs_eagerly_is_said(recwarn):
-    def sorts(p, lr, **kwargs):
-        p.data.sub_(p.grad.sort().values, alpha=lr)
+    def reads(p, lr, **kwargs):
+        p.data.sub_(p.grad, alpha=lr * p.grad.mean().item())
 
     row = table.Row(
-        "Sorts", "rules", lambda params, **o: Optimizer(params, sorts, lr=0.1, **o), None, (table.Variant(),)
+        "Reads", "rules", lambda params, **o: Optimizer(params, reads, lr=0.1, **o), None, (table.Variant(),)
     )
-    assert written.cost(row).eager == ("sorts",)
+    assert written.cost(row).eager == ("reads",)
 
 
 def test_every_rule_has_a_row():
     found = {name for name in rules.__all__ if name[0].isupper()}
-    assert {row.name for row in table.RULES} == found
+    assert {row.name for row in table.RULES} == found - {"Muon"}, "whose costs are those of matrix products"
