@@ -28,6 +28,7 @@ itself, there is no d.
 
 from __future__ import annotations
 
+import functools
 import keyword
 import math
 import re
@@ -181,7 +182,7 @@ class Program:
         """The values that have to be computed."""
         return [*(i for _, i in self.stores), *([] if self.skip is None else [self.skip])]
 
-    @property
+    @functools.cached_property
     def draws(self) -> bool:
         """Whether there are random numbers in it, so that rows say which parameter they are."""
         return any(v.op in DRAWS for v in self.values)

@@ -61,7 +61,7 @@ class Trace:
     rounds: tuple[Program, ...] = ()
     externs: Externs | None = None
 
-    @property
+    @functools.cached_property
     def contiguous(self) -> bool:
         """Whether kernels need memory in the order of dimensions, and the parameter's may have another."""
         drawn = any(program.draws for program in (self.program, *self.rounds))

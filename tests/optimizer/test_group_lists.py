@@ -293,7 +293,7 @@ def test_an_error_in_one_list_leaves_both_as_they_were():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_list_may_run_eagerly_beside_a_fused_one(backend):
+def test_one_list_may_have_torch_calls_beside_a_fused_one(backend):
     matrices, rest = parameters()
     opt = both(matrices, rest, orthogonal_step, backend=backend, max_grad_norm=0.5)
     theirs, adamw = parameters()
@@ -311,9 +311,9 @@ def test_one_list_may_run_eagerly_beside_a_fused_one(backend):
                 p.data -= 0.01 * (u @ v)
     for p, q in zip([*matrices, *rest], [*theirs, *adamw], strict=True):
         torch.testing.assert_close(p, q)
-    assert len(caught) == (backend == "cpp"), [str(w.message) for w in caught]
+    assert not caught, [str(w.message) for w in caught]
     if backend == "cpp":
-        assert [e.callback for e in opt.explain().eager] == ["orthogonal_step"]
+        assert opt.explain().calls and not opt.explain().eager
         assert any(stage.kernel.startswith("adam_step") for stage in opt.explain().stages)
 
 

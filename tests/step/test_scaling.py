@@ -46,9 +46,15 @@ def give(params, grads, scale=1.0):
         p.grad = g * scale
 
 
-def assert_alike(ours, plain):
+WIDE = {"AdamMini", "Prodigy"}
+"""Rules whose numbers per tensor meet counts: on the device these are doubles, and so, as torch has it, are results."""
+
+
+def assert_alike(ours, plain, row=None):
     """The same bits; on a GPU, where one side takes powers and roots on the device, the other on the host, nearly."""
     rounding = 0.0 if DEVICE.type == "cpu" else 1e-5
+    if row is not None and row.name in WIDE:
+        rounding = 1e-6
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
 
@@ -79,7 +85,7 @@ def test_a_scaled_step_is_a_step_and_a_skipped_one_is_none(row, variant, compile
         else:
             give(plain, grads)
             twin.step()
-    assert_alike(ours, plain)
+    assert_alike(ours, plain, row)
     assert opt.engine.bound
     assert not opt.explain().eager
 
@@ -455,7 +461,7 @@ def test_counts_on_the_device_give_the_steps_that_numbers_do(row, variant, compi
             for group in o.param_groups:
                 group["lr"] *= 0.9**t
             o.step()
-    assert_alike(ours, plain)
+    assert_alike(ours, plain, row)
     assert not opt.explain().eager
     for state in opt.state.values():
         assert not any(type(v) in (int, float) for v in state.values())
