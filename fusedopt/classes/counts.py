@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -63,19 +64,30 @@ def plain(x: Any) -> Any:
     return x.item() if type(x) is Count else x
 
 
-def _as_int(name: str) -> Callable[..., Any]:
-    def method(self: Count, *others: Any) -> Any:
-        return getattr(self.item(), name)(*map(plain, others))
+def _alone(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self.item(), name)(*others)
 
-    return method
+
+def _with_other(function: Callable[[Any, Any], Any], reflected: bool) -> Callable[..., Any]:
+    """An operator: as of an int, which other types know what to do with."""
+    if reflected:
+        return lambda self, other: function(plain(other), self.item())
+    return lambda self, other: function(self.item(), plain(other))
 
 
 def _install() -> None:
-    pairs = "sub mul truediv floordiv mod pow divmod and or xor lshift rshift".split()  # noqa: SIM905
-    compared = "eq ne lt le gt ge".split()  # noqa: SIM905
+    binary = "sub mul truediv floordiv mod pow and_ or_ xor lshift rshift".split()  # noqa: SIM905
     alone = "bool int float index neg pos abs invert round trunc floor ceil repr str format".split()  # noqa: SIM905
-    for name in (*pairs, *(f"r{pair}" for pair in pairs), *compared, *alone):
-        setattr(Count, f"__{name}__", _as_int(f"__{name}__"))
+    for name in binary:
+        plain_name, function = name.removesuffix("_"), getattr(operator, name)
+        setattr(Count, f"__{plain_name}__", _with_other(function, reflected=False))
+        setattr(Count, f"__r{plain_name}__", _with_other(function, reflected=True))
+    for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        setattr(Count, f"__{name}__", _with_other(getattr(operator, name), reflected=False))
+    for name, reflected in (("divmod", False), ("rdivmod", True)):
+        setattr(Count, f"__{name}__", _with_other(divmod, reflected))
+    for name in alone:
+        setattr(Count, f"__{name}__", _alone(f"__{name}__"))
 
 
 _install()
