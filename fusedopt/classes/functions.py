@@ -326,6 +326,8 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         )
     if name == "__getitem__" and x.sym is not None and _adds_dimensions(args[1]):
         return _view(name, _like(func, args, kwargs), x)
+    if base in ("as_tensor", "asarray") and isinstance(x, Symbolic):  # which is one
+        return _cast(x, torch.Tensor.to, args[1:], kwargs) if len(args) > 1 or kwargs else x
     if base in _CASTS and isinstance(x, Symbolic):
         return _cast(x, func, args[1:], kwargs)
     if base not in METHODS:

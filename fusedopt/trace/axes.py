@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .signals import Mismatched, Untraceable
 
@@ -95,10 +95,18 @@ def layouts(shape: Sequence[int], like: Sequence[int]) -> list[Dims]:
     if len(shape) == len(like):
         same = all(n in (1, m) for n, m in zip(shape, like, strict=True))
         return [tuple(d if n != 1 else () for n, d in zip(shape, whole, strict=True))] if same else []
-    places = [i for i, n in enumerate(shape) if n != 1]
-    found: list[Dims] = []
-    for chosen in itertools.combinations([d for d, n in enumerate(like) if n != 1], len(places)):
-        if all(shape[i] == like[d] for i, d in zip(places, chosen, strict=True)):
-            at = dict(zip(places, chosen, strict=True))
-            found.append(tuple((at[i],) if i in at else () for i in range(len(shape))))
-    return found
+    return list(_runs(tuple(shape), like, [d for d, n in enumerate(like) if n != 1]))
+
+
+def _runs(shape: tuple[int, ...], like: Sequence[int], left: Sequence[int]) -> Iterator[Dims]:
+    """The ways in which these sizes are those of neighbouring dimensions, of the ones that are left."""
+    if not shape:
+        yield ()
+        return
+    if shape[0] == 1:
+        yield from (((), *rest) for rest in _runs(shape[1:], like, left))
+        return
+    for first, last in itertools.combinations(range(len(left) + 1), 2):
+        group = tuple(left[first:last])
+        if math.prod(like[d] for d in group) == shape[0]:
+            yield from ((group, *rest) for rest in _runs(shape[1:], like, left[last:]))

@@ -254,6 +254,8 @@ def rebind(box: SymTensor, value: Any) -> SymTensor:
 
 
 def _fits(box: SymTensor, new: SymTensor) -> bool:
+    if box.kind == new.kind == TENSOR:  # one number each, in whatever shape torch allows
+        return True
     try:
         return axes.broadcast(box.dims, new.dims) == box.dims
     except Mismatched:

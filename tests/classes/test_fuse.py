@@ -298,8 +298,16 @@ def spread_of_columns(self, p, g, s):
         p.sub_(torch.nn.functional.normalize(p.grad, dim=0) + p.grad.std(dim=0), alpha=g["lr"])
 
 
+def state_of_a_view(self, p, g, s):
+    matrix = torch.as_tensor(p.grad, device=p.device).reshape(len(p), -1)
+    if not s:
+        s["columns"] = torch.zeros(matrix.shape[1])
+    s["columns"].lerp_(matrix.abs().mean(dim=0), 0.5)
+    p.sub_((matrix / (s["columns"] + 1)).view_as(p), alpha=g["lr"])
+
+
 COMPLETE = [
-    rows, factored, centralized, as_matrix, largest_of_rows, spread_of_columns,
+    state_of_a_view, rows, factored, centralized, as_matrix, largest_of_rows, spread_of_columns,
     plain, operators, momentum, adam, tensor_count, count_in_group, count_on_self, own_schedule, float_and_int,
     trust_ratio, branch_on_norm, branch_on_read_number, read_number, replaces_state, number_in_state, writes_gradient,
     writes_through_out, flat_view, mask, tensor_of_a_number, stacked_norms, nested_helper, asks_for_its_device,
@@ -312,6 +320,11 @@ def test_it_fuses_and_does_what_the_class_does(one, missing):
     opt = compared(rule(one), steps=12, missing=missing)
     explained = opt.explain()
     assert explained.launches and not explained.eager, explained
+
+
+def test_state_goes_along_dimensions_that_a_view_makes_one():
+    opt = compared(rule(state_of_a_view), shapes=((4, 3, 3, 3), (2, 3, 2), (5, 6), (27, 3, 9)))
+    assert opt.explain().launches and not opt.explain().eager
 
 
 def test_a_tensor_of_one_element_that_the_optimizer_keeps_is_a_number():
