@@ -105,7 +105,7 @@ class Body(body.Body):
 
     def between(self, k: int, between: Between) -> list[str]:
         """The function of what is done once per tensor before stage k: nothing, unless there are several axes."""
-        raise NotImplementedError
+        return []
 
     # -- the once-per-tensor part --
     def _prologue(self, stage: Stage) -> list[str]:
