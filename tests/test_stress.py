@@ -111,6 +111,8 @@ DISTURBANCES = [drop_gradients, replace_gradients, replace_data, clear_state, cl
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Lamb", "clipped"])
 def test_a_step_owns_what_it_touches(name, disturb, extension):
     """Sizes that the allocator gives back to the system at once, so that memory that was let go of is a crash."""
+    if disturb is drop_gradients and not extension:
+        pytest.skip("torch's own p.grad crashes while another thread drops it (csrc/module.cpp, settle)")
     params = parameters(500_000, 500_000)
     opt = RULES[name](params)
     steps(opt, params, 3)
@@ -277,8 +279,8 @@ def broken_off(step, n):
     left = [n]
 
     def tick(frame, event, arg):
-        if not frame.f_code.co_filename.startswith(HOME):
-            return None
+        if not frame.f_code.co_filename.startswith(HOME) or frame.f_code is buckets._forget.__code__:
+            return None  # not ours, or a finalizer, whose errors Python prints
         left[0] -= event == "line"
         if not left[0]:
             raise Interrupt
@@ -292,6 +294,7 @@ def broken_off(step, n):
         return True
     finally:
         sys.settrace(before)
+        assert fusedopt.total(torch.ones(3)) == 3, "what callbacks call is still told of a step"
     return False
 
 

@@ -55,26 +55,26 @@ class Eager:
             if whole
         }
         buckets.acted = False
-        before = collect(Unasked())
-        try:
-            if buckets.totalling:
-                for whole, span in as_loop.items():
-                    self._in_lockstep(lists[whole], whole, span)
-                return copies
-            for whole, span in as_loop.items():
-                self._advance(lists[whole], whole.start, span.start)
-            buckets.acted = any(as_loop.values())
-            self._run_eagerly([(item, as_loop.get(buckets.span_of(item), range(0))) for item in work])
-            for whole, span in as_loop.items():
-                self._advance(lists[whole], span.stop, whole.stop)
-        finally:
-            collect(before)
-            draws.of()
+        collect(Unasked(), lambda: self._run(work, lists, as_loop))
         return copies
 
     def tidy(self) -> None:
         """Take back what the last callback was lent, if it raised."""
         reference.tidy(self._lent)
+
+    def _run(self, work: list[Item], lists: dict[range, list[Item]], as_loop: dict[range, range]) -> None:
+        """Run every callback; ``lists``: items by the callbacks that are theirs, ``as_loop``: the span of each."""
+        buckets = self.buckets
+        if buckets.totalling:
+            for whole, span in as_loop.items():
+                self._in_lockstep(lists[whole], whole, span)
+            return
+        for whole, span in as_loop.items():
+            self._advance(lists[whole], whole.start, span.start)
+        buckets.acted = any(as_loop.values())
+        self._run_eagerly([(item, as_loop.get(buckets.span_of(item), range(0))) for item in work])
+        for whole, span in as_loop.items():
+            self._advance(lists[whole], span.stop, whole.stop)
 
     def _advance(self, work: list[Item], first: int, last: int) -> None:
         """Run callbacks ``first`` up to ``last`` over work copies: a program as far as it goes, one eagerly, and on."""
@@ -120,15 +120,17 @@ class Eager:
                 "own"
             )
         known = self._known = Known()
-        before = collect(known)
-        try:
+
+        def run() -> None:
             while shares := self._shares(callback, work, known):
                 known.totals.append(torch.stack(shares).sum())
             known.complete = True
             self._run_eagerly([(item, range(i, i + 1)) for item in work])
+
+        try:
+            collect(known, run)
         finally:
             self._known = None
-            collect(before)
 
     def _shares(self, callback: Callback, work: list[Item], known: Known) -> list[torch.Tensor]:
         """What the parameters add to the first total that is not known; nothing if the callback asks for no other."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from .number import Number
 from .signals import Untraceable
 from .tensor import SymTensor, called, lift
 
-_current = threading.local()
+_place: ContextVar[int] = ContextVar("fusedopt.draws", default=0)
 
 
-def of(group: int = 0, index: int = 0) -> None:
-    """Draw numbers of this parameter from here on, in this thread: number ``index`` of its group."""
-    _current.place = random.place(group, index)
+def of(group: int, index: int) -> None:
+    """Draw from here on, in this context (`totals.collect`), for this parameter: number ``index`` of its group."""
+    _place.set(random.place(group, index))
 
 
 def uniform(p: Any, *, seed: Any, step: Any, stream: int = 0) -> Any:
@@ -63,7 +63,7 @@ def _drawn(name: str, p: Any, seed: Any, step: Any, stream: Any) -> Any:
     _check_stream(name, stream)
     with torch._C.DisableTorchFunction(), torch.no_grad():
         numbers = [_number(name, what, x, p.device) for what, x in (("seed", seed), ("step", step))]
-        drawn = DRAWS[name].torch(p.numel(), *numbers, stream, getattr(_current, "place", 0))
+        drawn = DRAWS[name].torch(p.numel(), *numbers, stream, _place.get())
         out = _placed(drawn.reshape(p.shape).to(p.dtype), p)
     out._fusedopt_asked = getattr(p, "_fusedopt_asked", p.dtype)  # type: ignore[attr-defined]
     return out

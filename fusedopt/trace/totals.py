@@ -6,8 +6,9 @@ back is read from one that all share (``total.<id>``), so the programs before th
 
 from __future__ import annotations
 
-import threading
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -41,13 +42,21 @@ class Collecting(Protocol):
     def total(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
-_current = threading.local()
+_T = TypeVar("_T")
+_asked: ContextVar[Collecting | None] = ContextVar("fusedopt.total", default=None)
 
 
-def collect(collecting: Collecting | None) -> Collecting | None:
-    """Make ``total`` ask this for what callbacks call from here on, in this thread; returns what it asked before."""
-    before, _current.collecting = getattr(_current, "collecting", None), collecting
-    return before
+def collect(by: Collecting, run: Callable[[], _T]) -> _T:
+    """What ``run`` returns, while which ``total`` asks ``by``.
+
+    In a context of its own, which ends with it however it ends: a signal may come between any two lines of Python.
+    """
+
+    def asking() -> _T:
+        _asked.set(by)
+        return run()
+
+    return copy_context().run(asking)
 
 
 def total(x: Any) -> Any:
@@ -81,8 +90,8 @@ def total(x: Any) -> Any:
             f"fusedopt.total sums tensors, made of the parameter, its gradient or its state, not {type(x).__name__}; "
             "make one of a number, e.g. torch.full_like(p, x).mean()"
         )
-    collecting = getattr(_current, "collecting", None)
-    return summed(x) if collecting is None else collecting.total(x)
+    by = _asked.get()
+    return summed(x) if by is None else by.total(x)
 
 
 def summed(x: torch.Tensor) -> torch.Tensor:
