@@ -8,11 +8,22 @@ using int64_t = __INT64_TYPE__;
 using uint64_t = __UINT64_TYPE__;
 using uint32_t = __UINT32_TYPE__;
 using uint16_t = __UINT16_TYPE__;
+using int16_t = __INT16_TYPE__;
+using int8_t = __INT8_TYPE__;
+using uint8_t = __UINT8_TYPE__;
+using int32_t = __INT32_TYPE__;
 
 #if defined(__clang__)
 #define FUSEDOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define FUSEDOPT_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+// Integer arithmetic is worth the widest vectors, which gcc leaves alone because they may cost the core's clock.
+#if defined(__AVX512F__) && !defined(__clang__)
+#define FUSEDOPT_WIDEST _Pragma("GCC target(\"prefer-vector-width=512\")")
+#else
+#define FUSEDOPT_WIDEST
 #endif
 
 // A function of the C library that generated code calls, for float and for double, under the name that CUDA has too.
@@ -34,12 +45,16 @@ struct Launch {
 };
 
 constexpr int head_words = 4, chunk_words = 3, lanes = 16;
+constexpr int64_t block_size = 64, ahead = 8 * block_size;  // elements
 
 // -- storage types: values are computed in T, and rounded to nearest even once, when they are stored --
 struct bfloat16 {
   uint16_t bits;
 };
-using half = _Float16;
+// Not _Float16, whose conversions gcc 12 makes no vectors of.
+struct half {
+  uint16_t bits;
+};
 
 template <class T, class E>
 inline T load(const E* p, int64_t i) {
@@ -53,13 +68,53 @@ inline T load(const bfloat16* p, int64_t i) {
   return T(x);
 }
 
+template <class T>
+inline T load(const half* p, int64_t i) {
+  const uint32_t bits = p[i].bits, magnitude = (bits & 0x7fff) << 13;
+  const uint32_t shifted = magnitude + 0x38800000;
+  uint32_t whole;
+  float x;
+  __builtin_memcpy(&x, &shifted, sizeof x);
+  x -= 0x1p-14f;  // a subnormal number, by way of none: those take a processor long
+  __builtin_memcpy(&whole, &x, sizeof x);
+  whole = magnitude >= 0xf800000 ? magnitude + 0x70000000 : magnitude < 0x800000 ? whole : magnitude + 0x38000000;
+  whole |= (bits & 0x8000) << 16;
+  __builtin_memcpy(&x, &whole, sizeof x);
+  return T(x);
+}
+
 template <class E, class T>
 inline void store(E* p, int64_t i, T x) {
   p[i] = E(x);
 }
 template <class T>
+inline void store(int8_t* p, int64_t i, T x) {  // whole numbers that fit: by way of an int there are vectors for it
+  p[i] = int8_t(int32_t(x));
+}
+template <class T>
+inline void store(uint8_t* p, int64_t i, T x) {
+  p[i] = uint8_t(int32_t(x));
+}
+template <class T>
+inline void store(int16_t* p, int64_t i, T x) {
+  p[i] = int16_t(int32_t(x));
+}
+template <class T>
 inline void store(half* p, int64_t i, T x) {
-  p[i] = half(float(x));
+  const float f = float(x);
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, sizeof f);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  // Below 2^-14 they are multiples of 2^-24: those of a half are what a float has for its last bits.
+  float small;
+  __builtin_memcpy(&small, &magnitude, sizeof small);
+  small += 0.5f;
+  uint32_t below;
+  __builtin_memcpy(&below, &small, sizeof below);
+  below -= 0x3f000000;
+  const uint32_t normal = (magnitude + 0xc8000fff + ((magnitude >> 13) & 1)) >> 13;
+  const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  p[i].bits = uint16_t(sign | (magnitude >= 0x47800000 ? large : magnitude < 0x38800000 ? below : normal));
 }
 template <class T>
 inline void store(bfloat16* p, int64_t i, T x) {
@@ -72,7 +127,9 @@ inline void store(bfloat16* p, int64_t i, T x) {
 
 template <class T>
 inline T to_float16(T x) {
-  return T(half(float(x)));
+  half rounded;
+  store(&rounded, 0, x);
+  return load<T>(&rounded, 0);
 }
 template <class T>
 inline T to_bfloat16(T x) {
@@ -94,6 +151,37 @@ inline uint32_t bits_from_float(float x) {
   return bits;
 }
 inline float root(float x) { return __builtin_sqrtf(x); }
+
+// -- the bits of a float as an integer --
+template <class T>
+inline T add_bits(T x, T n) {
+  return T(float_from_bits(bits_from_float(float(x)) + uint32_t(int32_t(n))));
+}
+template <class T>
+inline T low_bits(T x) {
+  return T(int16_t(bits_from_float(float(x))));
+}
+template <class T>
+inline T high_bits(T x) {
+  const uint32_t bits = bits_from_float(float(x));
+  return T(float_from_bits(bits - uint32_t(int32_t(int16_t(bits)))));
+}
+// To one of the two nearest numbers, as noise from 1 up to 2 says.
+template <class T>
+inline T bfloat16_at_random(T x, T noise) {
+  const uint32_t bits = bits_from_float(float(x)), random = bits_from_float(float(noise)) >> 7 & 0xffff;
+  const T rounded = T(float_from_bits((bits + random) & 0xffff0000u));
+  return (bits & 0x7f800000) == 0x7f800000 ? x : rounded;
+}
+template <class T>
+inline T float16_at_random(T x, T noise) {
+  const uint32_t bits = bits_from_float(float(x)), random = bits_from_float(float(noise)) >> 10 & 0x1fff;
+  const float normal = float_from_bits((bits + random) & 0xffffe000u);
+  const float units = float(x) * 0x1p24f + (float(noise) - 1.0f);  // those of numbers below 2^-14
+  const float less = float(int32_t(units)), below = less > units ? less - 1.0f : less;
+  const T rounded = T((bits & 0x7fffffff) < 0x38800000 ? below * 0x1p-24f : normal);
+  return (bits & 0x7f800000) == 0x7f800000 ? x : rounded;
+}
 
 // -- torch's rules for NaN --
 template <class T>
@@ -142,6 +230,24 @@ inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end,
     for (int k = 0; k < lanes; ++k) element(i + k, k);
   }
   for (int k = 0; i < end; ++i, ++k) element(i, k);
+}
+
+// What is a while ahead is asked for early: a processor that finds out by itself begins anew with every page of memory,
+// and has less time for each the narrower numbers are.
+template <class E>
+inline void fetch(const E* p) {
+  for (int64_t k = 0; k < block_size; k += 64 / int64_t(sizeof(E))) __builtin_prefetch(p + k);
+}
+template <class F, class... E>
+inline __attribute__((always_inline)) void for_blocks(int64_t begin, int64_t end, const F& element, const E*... buffers) {
+  int64_t first = begin;
+  for (; first + block_size <= end; first += block_size) {
+    (fetch(buffers + first + ahead), ...);
+    FUSEDOPT_INDEPENDENT
+    for (int64_t i = first; i < first + block_size; ++i) element(i);
+  }
+  FUSEDOPT_INDEPENDENT
+  for (int64_t i = first; i < end; ++i) element(i);
 }
 
 // Short lines of a length that is known when this is compiled have no loop, and no lanes that nobody uses.

@@ -12,6 +12,10 @@ using int64_t = long long;
 using uint64_t = unsigned long long;
 using uint32_t = unsigned int;
 using uint16_t = unsigned short;
+using int32_t = int;
+using int16_t = short;
+using int8_t = signed char;
+using uint8_t = unsigned char;
 #endif
 
 struct Launch {
@@ -104,6 +108,19 @@ template <class T>
 __device__ inline void narrow(double& to, T x) {
   to = double(x);
 }
+// Whole numbers that fit.
+template <class T>
+__device__ inline void narrow(int8_t& to, T x) {
+  to = int8_t(int(x));
+}
+template <class T>
+__device__ inline void narrow(uint8_t& to, T x) {
+  to = uint8_t(int(x));
+}
+template <class T>
+__device__ inline void narrow(int16_t& to, T x) {
+  to = int16_t(int(x));
+}
 template <class T>
 __device__ inline void narrow(half& to, T x) {
   to.bits = half_from_float(float(x));
@@ -139,6 +156,37 @@ __device__ inline T to_bfloat16(T x) {
 #define FUSEDOPT_DEVICE static __device__ inline
 __device__ inline uint32_t bits_from_float(float x) { return __builtin_bit_cast(uint32_t, x); }
 __device__ inline float root(float x) { return ::sqrtf(x); }
+
+// -- the bits of a float as an integer --
+template <class T>
+__device__ inline T add_bits(T x, T n) {
+  return T(float_from_bits(bits_from_float(float(x)) + uint32_t(int32_t(n))));
+}
+template <class T>
+__device__ inline T low_bits(T x) {
+  return T(int16_t(bits_from_float(float(x))));
+}
+template <class T>
+__device__ inline T high_bits(T x) {
+  const uint32_t bits = bits_from_float(float(x));
+  return T(float_from_bits(bits - uint32_t(int32_t(int16_t(bits)))));
+}
+// To one of the two nearest numbers, as noise from 1 up to 2 says.
+template <class T>
+__device__ inline T bfloat16_at_random(T x, T noise) {
+  const uint32_t bits = bits_from_float(float(x)), random = bits_from_float(float(noise)) >> 7 & 0xffff;
+  const T rounded = T(float_from_bits((bits + random) & 0xffff0000u));
+  return (bits & 0x7f800000) == 0x7f800000 ? x : rounded;
+}
+template <class T>
+__device__ inline T float16_at_random(T x, T noise) {
+  const uint32_t bits = bits_from_float(float(x)), random = bits_from_float(float(noise)) >> 10 & 0x1fff;
+  const float normal = float_from_bits((bits + random) & 0xffffe000u);
+  const float units = float(x) * 0x1p24f + (float(noise) - 1.0f);  // those of numbers below 2^-14
+  const float less = float(int32_t(units)), below = less > units ? less - 1.0f : less;
+  const T rounded = T((bits & 0x7fffffff) < 0x38800000 ? below * 0x1p-24f : normal);
+  return (bits & 0x7f800000) == 0x7f800000 ? x : rounded;
+}
 
 // -- torch's rules for NaN --
 template <class T>

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1] / "fusedopt"
 STOREYS = [
     "ir",
     "trace",
+    "storage",
     "compile",
     "extension",
     "backends",

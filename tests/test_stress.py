@@ -279,7 +279,7 @@ def broken_off(step, n):
     left = [n]
 
     def tick(frame, event, arg):
-        if not frame.f_code.co_filename.startswith(HOME) or frame.f_code is buckets._forget.__code__:
+        if not frame.f_code.co_filename.startswith(HOME) or frame.f_code is buckets.drop_first.__code__:
             return None  # not ours, or a finalizer, whose errors Python prints
         left[0] -= event == "line"
         if not left[0]:

@@ -22,6 +22,7 @@ from .base import place_word
 from .body import Entries, element_op, summary
 
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16", torch.float16: "half"}
+TYPES |= {torch.int8: "int8_t", torch.uint8: "uint8_t", torch.int16: "int16_t"}
 
 
 def render(language: type[Body], program: Program, slot_names: Sequence[str] = (), title: str = "") -> str:
@@ -182,7 +183,8 @@ class Body(body.Body):
             type_ = TYPES[self.program.buffer[v.attr].dtype]
             return f"load<{self.types[v.type]}>(row.buffer<const {type_}>({self.buffer_index[v.attr]}), 0)"
         if v.op in DRAWS:
-            return f"T({v.op}(D{i}, {self.number}))"
+            half = f"<{v.attr % 2}>" if v.op == "noise" else ""
+            return f"T({v.op}{half}(D{i}, {self.number}))"
         if is_reduction(v.op):
             scale = " / double(row.numel())" if reduction(v.op).averaged else ""
             return f"T(combine<{v.op}_>(launch, row, {self.reductions.index(i)}){scale})"

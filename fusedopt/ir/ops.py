@@ -13,6 +13,9 @@ and its backend then leaves the program to another.
 NaN rules are torch's: ``maximum``, ``minimum`` and the clamps built from them return NaN when either side is NaN,
 ``sign`` of NaN is zero, comparisons with NaN are false except ``ne``. ``expand`` makes one number per element of one
 per tensor (``zeros_like``); it costs nothing. ``to_bfloat16`` and ``to_float16`` round to what such a tensor holds.
+The bits of a float32 are an integer: ``add_bits`` adds a whole number to it, ``low_bits`` is its lower half, from -2¹⁵
+up to 2¹⁵ - 1, and ``high_bits`` what is left without that. ``bfloat16_at_random`` and its like round to one of the two
+nearest, as noise from 1 up to 2 says.
 """
 
 from __future__ import annotations
@@ -117,6 +120,43 @@ def _rounded_to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.to(torch.float32).to(dtype).to(x.dtype)
 
 
+def _add_bits(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    return (_bits(x) + n.to(torch.int32)).view(torch.float32).to(x.dtype)
+
+
+def _low_bits(x: torch.Tensor) -> torch.Tensor:
+    return (_bits(x) << 16 >> 16).to(x.dtype)
+
+
+def _high_bits(x: torch.Tensor) -> torch.Tensor:
+    bits = _bits(x)
+    return (bits - (bits << 16 >> 16)).view(torch.float32).to(x.dtype)
+
+
+def _bfloat16_at_random(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    moved = (_bits(x) + (_bits(noise) >> 7 & 0xFFFF)) & ~0xFFFF
+    return torch.where(x.float().isfinite(), moved.view(torch.float32).to(x.dtype), x)
+
+
+def _float16_at_random(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Normal numbers have 13 bits less than those of float32; those below 2⁻¹⁴ are multiples of 2⁻²⁴."""
+    moved = (_bits(x) + (_bits(noise) >> 10 & 0x1FFF)) & ~0x1FFF
+    small = (x.float() * 2.0**24 + (noise.float() - 1)).floor() * 2.0**-24
+    found = torch.where(x.abs() < 2.0**-14, small, moved.view(torch.float32)).to(x.dtype)
+    return torch.where(x.float().isfinite(), found, x)
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float32).contiguous().view(torch.int32)
+
+
+def _called(f: Callable[..., torch.Tensor], arguments: str) -> Op:
+    """An op that every language has a function of the same name for."""
+    name = f.__name__.removeprefix("_")
+    call = f"{name}({arguments})"
+    return Op(name, f"{'f' * arguments.count('{')}>f", f, call, call)
+
+
 def _unary(name: str, cpp: str, triton: str | None = None) -> Op:
     return Op(name, "f>f", getattr(torch, name), cpp, triton)
 
@@ -174,12 +214,21 @@ OPS: dict[str, Op | Reduction] = {
         Op("as_float", "b>f", lambda b: b.to(torch.get_default_dtype()), "({0} ? T(1) : T(0))", "{0}.to(T)"),
         Op("to_bfloat16", "f>f", _rounded_to(torch.bfloat16), "to_bfloat16({0})", "to_bfloat16({0})"),
         Op("to_float16", "f>f", _rounded_to(torch.float16), "to_float16({0})", "to_float16({0})"),
+        _called(_add_bits, "{0}, {1}"),
+        _called(_low_bits, "{0}"),
+        _called(_high_bits, "{0}"),
+        _called(_bfloat16_at_random, "{0}, {1}"),
+        _called(_float16_at_random, "{0}, {1}"),
         Reduction("sum", torch.sum, np.add, "0.0", "{0} + {1}", "tl.sum({0}, 0)"),
         Reduction("mean", torch.mean, np.add, "0.0", "{0} + {1}", "tl.sum({0}, 0)", averaged=True),
         Reduction("amax", torch.amax, np.maximum, "-infinity", "maximum({0}, {1})"),
         Reduction("amin", torch.amin, np.minimum, "infinity", "minimum({0}, {1})"),
     )
 }
+
+
+BITS = {"add_bits", "low_bits", "high_bits", "bfloat16_at_random", "float16_at_random"}
+"""Ops that compute with the bits of floats, as integers."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +249,12 @@ class Draw:
 
 
 DRAWS: dict[str, Draw] = {
-    op.name: op for op in (Draw("uniform", random.uniform), Draw("normal", random.normal))
+    op.name: op
+    for op in (
+        Draw("uniform", random.uniform),
+        Draw("normal", random.normal),
+        Draw("noise", random.noise),
+    )
 }
 """What is random: see random.py, which says what it computes."""
 

@@ -407,7 +407,7 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     half bfloat16 int64_t torch numel Lanes Launch Row infinity
     line first regions c team place places start member before stop held part
     scaling_factor scaling_found_inf
-    uniform normal numbers
+    uniform normal noise numbers block_size ahead fetch for_blocks
     triton tl rows chunk chunks piece slots lanes partials address at rounded whole_blocks
     """.split()  # noqa: SIM905
 )

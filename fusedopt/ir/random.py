@@ -9,6 +9,10 @@ block of four words is for four elements, one after another::
              step                       its lower 32 bits
              number of the parameter    in its group
 
+Rounding at random needs neither that many bits nor that good ones, and must not take longer than what it saves: `noise`
+is a word of each element, mixed by multiplications (the finalizer of a hash), of which even streams have the lower half
+and odd ones the upper.
+
 Here is what kernels compute, in integers of 64 bits that hold words, and in float32 with none but the operations that
 IEEE 754 defines to the bit. So the numbers are the same in every language, on every device, and in every compute type.
 """
@@ -64,6 +68,24 @@ def normal(count: int, seed: torch.Tensor, step: torch.Tensor, stream: int, plac
     a, b, c, d = _blocks(count, seed, step, stream, place, 1)
     pairs = [radius(r) * cosine(angle, odd) for r, angle in ((a, b), (c, d)) for odd in (0, 1)]
     return _of_elements(pairs, count)
+
+
+def noise(count: int, seed: torch.Tensor, step: torch.Tensor, stream: int, place: int) -> torch.Tensor:
+    """float32 numbers of 16 bits for so many elements: at least 1, and less than 2. They repeat after 2³² elements."""
+    element, seed = torch.arange(count, device=seed.device), whole(seed)
+    key = torch.zeros_like(seed)
+    for word in (seed, seed >> 32, torch.full_like(seed, place >> 32 | stream >> 1 << 16), whole(step)):
+        key = mixed(key ^ word & WORD)
+    key = mixed(key ^ (place & WORD))
+    word = mixed(element * WEYL[0] + key & WORD)
+    return (word >> 16 * (stream & 1) & 0xFFFF).to(torch.float32) * 2.0**-16 + 1
+
+
+def mixed(word: torch.Tensor) -> torch.Tensor:
+    """Another word for each, each bit of which depends on all of its bits."""
+    word = ((word >> 16) ^ word) * 0x21F0AAAD & WORD
+    word = ((word >> 15) ^ word) * 0x735A2D97 & WORD
+    return (word >> 15) ^ word
 
 
 def _blocks(

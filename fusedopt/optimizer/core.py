@@ -18,7 +18,7 @@ from ..step.buckets import Buckets
 from ..step.engine import Engine, GraphScalars
 from ..step.items import Item
 from ..step.scaling import NORM, Scaling
-from . import checkpoint, names
+from . import checkpoint, names, storing
 from .accepted import as_callbacks, as_param_groups, check_known, default_of, is_listed, list_of
 from .apply import Applications
 from .explain import Explanation, explain
@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
 
     backend: str | None
     state_dtype: torch.dtype | None
+    storage: str | Mapping[str, str] | torch.dtype | None
     amp_fused: bool
     max_grad_norm: float | None
 
@@ -54,6 +55,8 @@ class Optimizer(FastaiFace):
         backend: ``"auto"`` (by device), ``"cpp"``, ``"cuda"``, ``"triton"``, or ``"reference"`` (the callbacks run
             eagerly). Default: the environment's ``FUSEDOPT_BACKEND``, else auto.
         state_dtype: storage dtype of new state buffers, whatever dtype the callbacks ask for.
+        storage: how state and parameters are stored: a policy's name (``"bfloat16_sr"``), or a dict from names of
+            state, ``"param"`` and ``"*"`` (all other state) to such; see `fusedopt.storage`. A group's may be another.
         state_names: callback argument name → key in ``opt.state[p]``, where they differ.
         hyper_names: callback argument name → param-group key, where the default map (see ``fusedopt.names``) does not
             fit.
@@ -88,6 +91,7 @@ class Optimizer(FastaiFace):
         *,
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
+        storage: str | Mapping[str, str] | torch.dtype | None = None,
         state_names: Mapping[str, str] | None = None,
         hyper_names: Mapping[str, names.Place] | None = None,
         title: str | None = None,
@@ -109,6 +113,10 @@ class Optimizer(FastaiFace):
         ):
             raise TypeError(f"state_dtype must be a floating point dtype, not {state_dtype!r}")
         self.state_dtype = state_dtype
+        if storage is not None:
+            if state_dtype is not None:
+                raise TypeError("state_dtype is a simple case of storage, give one of them")
+            hypers[storing.HYPER] = storage
         if state_names is not None:
             self.state_names = dict(state_names)  # type: ignore[misc]
         if hyper_names is not None:
@@ -118,9 +126,11 @@ class Optimizer(FastaiFace):
         self._scaling = Scaling(bool(amp_fused))
         self.max_grad_norm = max_grad_norm
         self._set_up(hypers, theirs)
+        if storage is not None:
+            hypers[storing.HYPER] = storing.as_text(storage, self.groups)
         defaults: dict[str, Any] = {}
         values = self.hyper_map.to_fastai(hypers)
-        check_known(values, [*self.cbs, *theirs])
+        check_known(values, [*self.groups.whole(self.cbs), *theirs])
         self._given = frozenset(values)
         values = {k: v for cb in self.cbs for k, v in defaults_of(cb).items()} | values
         listed = {k: v for k, v in values.items() if is_listed(k, v)}
@@ -138,6 +148,8 @@ class Optimizer(FastaiFace):
         self.groups = ParamGroups(
             self, list(hypers), self.hyper_names, self.state_names, self._closed, theirs
         )
+        if storing.HYPER in hypers:
+            self.groups.around = storing.AROUND
         self._engine: Engine | None = None
         self._applications = Applications()
         self._captured: list[GraphScalars] = []
@@ -177,7 +189,7 @@ class Optimizer(FastaiFace):
     @property
     def engine(self) -> Engine:
         """The compiler and runtime behind ``step``; made anew when callbacks, or what they read, are changed."""
-        if self._engine is None or not self._engine.buckets.follow(self.cbs):
+        if self._engine is None or not self._engine.buckets.follow(self.groups.whole(self.cbs)):
             self._engine = self._new_engine()
         return self._engine
 
@@ -194,7 +206,7 @@ class Optimizer(FastaiFace):
         if title == "Optimizer":
             title = name_of(self.cbs[-1]) if self.cbs else "nothing"
         said = self._engine.buckets.verdicts.said if self._engine else None
-        spans, own = self.groups.look(), len(self.cbs)
+        spans, own = self.groups.look(), len(self.groups.whole(self.cbs))
         buckets = Buckets(self.groups.callbacks, self.backend, title, self.state_dtype, said, own=own)
         buckets.spans = spans if self.groups.theirs else ()
         return Engine(buckets)
@@ -214,6 +226,13 @@ class Optimizer(FastaiFace):
         theirs = self._take_list(group)
         brought = {k: v for cb in theirs for k, v in defaults_of(cb).items() if k not in self._given}
         # torch fills in the defaults of a group that sets nothing itself
+        if storing.HYPER in values:
+            if not self.groups.around:
+                raise ValueError(
+                    "a param group has 'storage', and the optimizer has none. Remedy: give it one too, e.g. "
+                    'storage={"*": "float32"}'
+                )
+            values[storing.HYPER] = storing.as_text(values[storing.HYPER], self.groups)
         filled = self.hyper_map.of_group(self.defaults) | brought | values if brought or values else {}
         roles, own = self.groups.roles(group), self.groups.own()
         for name, value in filled.items():

@@ -75,6 +75,8 @@ class ParamGroups:
         self._others, self.theirs = list(others), list(theirs)
         self.given, self.declared = list(given), declared
         known = held.cbs if closed else [*held.cbs, *theirs]
+        self.around: tuple[Callable[..., Any], ...] = ()
+        """What is run before and after each list of callbacks: two of them, or none."""
         names = {*given, *(name for cb in known for name in defaults_of(cb))}
         taken = {name for cb in [*known, *others] for name in arguments_of(cb)}
         self.names = HyperNames(names, declared, taken)
@@ -95,23 +97,30 @@ class ParamGroups:
     @property
     def callbacks(self) -> list[Callable[..., Any]]:
         """All that names mean something to."""
-        return [*self._held.cbs, *self.theirs, *self._others]
+        return [*self.whole(self._held.cbs), *self.theirs, *self._others]
+
+    def whole(self, cbs: list[Callable[..., Any]]) -> list[Callable[..., Any]]:
+        """A list of callbacks with those around it."""
+        if not self.around:
+            return cbs
+        before, after = self.around
+        return [before, *cbs, after]
 
     def list_of(self, group: dict[str, Any]) -> list[Callable[..., Any]]:
         """The callbacks of a group: its own, else the optimizer's."""
-        return list_of(group, self._held.cbs)
+        return self.whole(list_of(group, self._held.cbs))
 
     def look(self) -> list[range]:
         """Look which callbacks groups have of their own: ``theirs``, each list once.
 
         Returns for each group which of the optimizer's callbacks and ``theirs`` are its list.
         """
-        own = self._held.cbs
+        own = self.whole(self._held.cbs)
         every, spans = list(own), []
         known = [(every[:], range(len(every)))]
         for group in self._held.param_groups:
             found = self.list_of(group)
-            span = known[0][1] if found is own else next((span for cbs, span in known if cbs == found), None)
+            span = next((span for cbs, span in known if cbs == found), None)
             if span is None:
                 span = range(len(every), len(every) + len(found))
                 every += found
@@ -140,7 +149,8 @@ class ParamGroups:
     # -- names --
     def called(self, stored: str) -> str:
         """The callback argument that a key of ``opt.state[p]`` is handed to."""
-        return self._called.get(stored, stored)
+        name, colon, rest = stored.partition(":") if isinstance(stored, str) else (stored, "", "")
+        return self._called.get(name, name) + colon + rest if colon else self._called.get(name, name)
 
     def entries(self, p: torch.Tensor) -> Iterator[tuple[Any, bool, Any, str, Any]]:
         """What the state of a parameter has: the key, whether it is in a container there, under which key, the name
@@ -150,7 +160,8 @@ class ParamGroups:
 
     def stored(self, name: str) -> str:
         """The key of ``opt.state[p]`` where what callbacks call this is kept."""
-        return self._stored.get(name, name)
+        first, colon, rest = name.partition(":")
+        return self._stored.get(first, first) + colon + rest
 
     def roles(self, group: dict[str, Any]) -> Roles:
         """What names mean to the callbacks of a group, and to the others."""
@@ -158,7 +169,9 @@ class ParamGroups:
         known = next((roles for cbs, roles in self._roles if cbs == callbacks), None)
         if known is None:
             stored = (*self._stored, *self._called)
-            closed = self.closed and callbacks == self._held.cbs  # others may be told what these were not
+            closed = self.closed and callbacks == self.whole(
+                self._held.cbs
+            )  # others may be told what these were not
             known = roles_of(callbacks, stored, closed)
             if self._others:  # which alone are called
                 known = known._replace(never=roles_of(self._others, (), False).never)
@@ -323,7 +336,7 @@ class ParamGroups:
         roles = self.roles(
             self._held.param_groups[group]
         )  # an entry that they ignore is somebody's note, and no argument
-        return {self._called.get(k, k): v for k, v in dict(live).items() if not roles.ignores(k)}
+        return {self.called(k): v for k, v in dict(live).items() if not roles.ignores(k)}
 
     def hand_over(self, item: Item) -> Callable[[], None]:
         """What puts an item's state into ``opt.state``."""

@@ -155,8 +155,8 @@ class Buckets:
 
     def forget(self) -> None:
         """Drop the structures that were met first, if there are too many."""
-        _forget(self.known, MAX_STRUCTURES)
-        _forget(self.verdicts.unfused, MAX_STRUCTURES)
+        drop_first(self.known, MAX_STRUCTURES)
+        drop_first(self.verdicts.unfused, MAX_STRUCTURES)
 
     def _shared_traces(self) -> dict[tuple, list[CompiledTrace]]:
         """Those of other engines with these callbacks; but what has a closure is not kept beyond its time."""
@@ -164,7 +164,7 @@ class Buckets:
         try:
             if all(self.verdicts.lasting) and not self._sources.closed and not self.read:
                 known = known_traces(key, self.backend, self.title, self.state_dtype)
-                weakref.finalize(self, _forget, known, KEPT_STRUCTURES).atexit = False
+                weakref.finalize(self, drop_first, known, KEPT_STRUCTURES).atexit = False
                 return known
         except TypeError:  # a default that cannot be hashed
             pass
@@ -337,7 +337,7 @@ def fit(slots: Sequence[Scalar], compute: torch.dtype) -> bool:
     )
 
 
-def _forget(found: dict[Any, Any], most: int) -> None:
+def drop_first(found: dict[Any, Any], most: int) -> None:
     """Drop what was found first, until this many are left."""
     for key in list(found)[: max(0, len(found) - most)]:
         del found[key]

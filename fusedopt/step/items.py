@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ..backends import Backend, Kernel
 
 State = dict[str, Any]
+CODES = (torch.int8, torch.uint8, torch.int16)
+"""Whole numbers that state may be stored as, see `storage`."""
 _first = operator.itemgetter(0)
 
 
@@ -122,6 +124,8 @@ class Item:
             return found.pop() if len(found) == 1 else None
         if name == "count":
             return p.numel()
+        if name.startswith("fewer:"):  # than a number of elements
+            return p.numel() < int(name.partition(":")[2])
         if name == "in_order":  # what is not dense is copied, and then is
             return (p.is_contiguous() or not dense(p)) if walkable(p) else None
         if name == "dims":
@@ -134,6 +138,13 @@ class Item:
             )
         return getattr(self.owner if name == "requires_grad" else p, name)
 
+    def _code(self, key: str) -> Buffer | None:
+        """What a policy of storage has made of state, if it is whole numbers."""
+        value = self.state[key]
+        coded = isinstance(value, torch.Tensor) and value.dtype in CODES and value.shape == self.param.shape
+        ours = coded and (":" in key or any(str(k).startswith(f"{key}:") for k in self.state))
+        return _buffer(value.dtype, ELEMENT) if ours else None
+
     def signature(self, attributes: tuple[str, ...], work: bool) -> Signature:
         """What callbacks can see of it. ``work``: it is a work copy, whose dtypes are not the user's."""
         return Signature(*self.visible(attributes, work))
@@ -145,6 +156,8 @@ class Item:
             (k, v if type(v) in PLAIN else _visible(v, p, modes, self.one_is_whole))
             for k, v in self.state.items()
         ]
+        if "storage" in self.hyper:
+            state = [(k, self._code(k) or v) for k, v in state]
         state.sort(key=_first)
         read = tuple([(name, self.attribute(name)) for name in attributes])
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None
@@ -371,7 +384,7 @@ def stored(
     if not empty:
         pairs.append((item.home, work.param))
     for key, value in work.state.items():
-        if is_temporary(key) or key in item.modes.given:
+        if is_temporary(key) or key.partition(":")[0] in item.modes.given:
             continue
         old = item.state.get(key)
         if not isinstance(value, torch.Tensor):

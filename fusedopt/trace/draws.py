@@ -55,6 +55,14 @@ def normal(p: Any, *, seed: Any, step: Any, stream: int = 0) -> Any:
     return _drawn("normal", p, seed, step, stream)
 
 
+def noise(p: Any, *, seed: Any, step: Any, stream: int = 0) -> Any:
+    """Random numbers from 1 up to 2, one for each element of the parameter, of 16 bits and cheap: to round with.
+
+    Otherwise as `uniform`.
+    """
+    return _drawn("noise", p, seed, step, stream)
+
+
 def _drawn(name: str, p: Any, seed: Any, step: Any, stream: Any) -> Any:
     if issubclass(type(p), SymTensor):
         return called(name, _symbolic, p, name, seed, step, stream)

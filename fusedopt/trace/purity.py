@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional
 
 from . import methods  # noqa: F401  (fills the table)
-from .draws import normal, uniform
 from .signals import place_of
 from .signature import PLAIN as CONSTANTS
 from .snapshot import CONTAINERS, is_constant, is_data
@@ -43,6 +42,7 @@ from .sources import (
     Sources,
     codes,
     content_of,
+    is_ours,
     is_pair,
     line_of,
     method_of,
@@ -199,6 +199,8 @@ def _is_arithmetic(module: types.ModuleType, name: str, value: Any) -> bool:
 
 def examine(callback: Callable[..., Any]) -> Verdict:
     """What the callback may do, with everything that it calls."""
+    if is_ours(callback):
+        return Verdict(PURE)
     if isinstance(callback, types.FunctionType):
         return _of_function(callback)
     examination = _Examination()
@@ -384,7 +386,7 @@ class _Examination:
         """Something from around the code that it holds in its hands."""
         if value is ... or is_data(value):
             self.at_least(READS if value is not ... and is_constant(value) else VARIES)
-        elif value is total or value is uniform or value is normal:
+        elif is_ours(value):
             return
         elif isinstance(value, types.FunctionType) and of_a_library(value):
             if not _known_method(value.__name__):

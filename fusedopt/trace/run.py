@@ -196,7 +196,8 @@ class Pass:
             if before.keys() != cells.keys() or any(not alike(before[k], v) for k, v in cells.items()):
                 self.moved.add(self.first + i)
         if not self.keeps:
-            cells = {k: v for k, v in cells.items() if not is_temporary(k) and k not in s.modes.given}
+            ours = {k for k in cells if is_temporary(k) or k.partition(":")[0] in s.modes.given}
+            cells = {k: v for k, v in cells.items() if k not in ours}
         if s.modes.on_device and not counting:
             stays = {k for k, v in cells.items() if not is_number(v) or is_temporary(k)}
             cells = {k: v if k in stays else self._on_device(v) for k, v in cells.items()}

@@ -20,7 +20,12 @@ MODULES = (torch, math, torch.nn, torch.nn.functional, torch.linalg, torch.speci
 """Modules whose attributes stay what they are."""
 MAX_KNOWN = 512
 NOTHING = object()
-OURS = ("fusedopt.trace.totals", "fusedopt.trace.draws")
+OURS = (
+    "fusedopt.trace.totals",
+    "fusedopt.trace.draws",
+    "fusedopt.storage.callbacks",
+    "fusedopt.storage.functions",
+)
 """The modules of ``fusedopt.total`` and the like, which code reads as it does torch's functions."""
 
 
@@ -185,6 +190,11 @@ def method_of(callback: Any) -> Any:
 def of_a_library(function: types.FunctionType) -> bool:
     module = function.__module__ or ""
     return module.split(".")[0] in ("torch", "math") or module in OURS
+
+
+def is_ours(value: Any) -> bool:
+    """Whether it is a function of ours that code reads as it does torch's."""
+    return isinstance(value, types.FunctionType) and value.__module__ in OURS
 
 
 @functools.lru_cache(maxsize=MAX_KNOWN)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..callback import Callback, arguments_of, is_temporary
-from ..ir.ops import DRAWS, ELEMENT, TENSOR, is_partial
+from ..ir.ops import DRAWS, ELEMENT, OPS, TENSOR, is_partial, is_reduction, op_of
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
 from .axes import along
@@ -305,8 +305,24 @@ def _same_from_zeros(
         if v.op == EXTERN:
             replace[i] = calls.again(i, replace)
         elif v.args:
-            replace[i] = graph.op(v.op, *[replace.get(x, x) for x in v.args], to=v.attr)
+            replace[i] = _made_again(graph, v, [replace.get(x, x) for x in v.args])
     return a.keys() == b.keys() and all(_same(calls, a[k], b[k], replace) for k in a)
+
+
+def _made_again(graph: Graph, v: Value, args: list[int]) -> int:
+    """The value of other arguments. What is made of constants alone, as new state decoded from zeros is, is one."""
+    if v.op not in OPS or v.kind != ELEMENT or v.type != "f":
+        return graph.op(v.op, *args, to=v.attr)
+    expanded = [graph.values[i] for i in args]
+    numbers = [graph.values[x.args[0]] if x.op == "expand" else x for x in expanded]
+    if v.op == "add_bits" and numbers[1].op == "const" and numbers[1].attr == 0:
+        return args[0]
+    if is_reduction(v.op) or any(x.op != "const" for x in numbers):
+        return graph.op(v.op, *args, to=v.attr)
+    types = {"f": torch.float32, "d": torch.float64, "b": torch.bool}
+    constants = [torch.tensor(x.attr, dtype=types[x.type]) for x in numbers]
+    made = graph.leaf("const", op_of(v.op).torch(*constants).item())
+    return graph.op("expand", made)
 
 
 def _same(calls: Calls, a: Any, b: Any, replace: dict[int, int]) -> bool:

@@ -120,7 +120,7 @@ def test_no_golden_code_gives_the_compiler_cause_to_warn(tmp_path):
 
 def test_a_warning_would_be_noticed(tmp_path):
     body = golden.EXAMPLE.read_text(encoding="utf-8").replace(
-        "FUSEDOPT_IND", "const T unused = 0;\nFUSEDOPT_IND"
+        "const auto element", "const T unused = 0;\nconst auto element"
     )
     with pytest.raises(AssertionError, match="unused"):
         compile_alone(cpp.source(skeleton("cpu.cpp"), body), tmp_path, "-fsyntax-only")

@@ -48,8 +48,7 @@ static void stage_1([[maybe_unused]] const Launch& launch, const Row row, int64_
   float* __restrict param = row.buffer<float>(0);
   const float* __restrict grad = row.buffer<const float>(1);
   float* __restrict grad_avg = row.buffer<float>(2);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = v0 * s0;                             // weight_decay
     const T v3 = load<T>(grad_avg, i);
@@ -60,7 +59,8 @@ static void stage_1([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v25 = v2 - v24;                           // larc_step
     store(param, i, v25);
     store(grad_avg, i, v7);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, grad_avg);
 }
 FUSEDOPT_STAGE(1)
 

@@ -9,8 +9,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   float* __restrict param = row.buffer<float>(0);
   const float* __restrict grad = row.buffer<const float>(1);
   float* __restrict slow = row.buffer<float>(2);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = v0 * s0;                             // weight_decay
     const T v4 = load<T>(grad, i);
@@ -18,7 +17,8 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v6 = v2 + v5;                             // sgd_step
     store(param, i, v6);
     store(slow, i, v0);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, slow);
 }
 FUSEDOPT_STAGE(0)
 
@@ -32,15 +32,15 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   const T s1 = T(row.slot(launch, 1));              // -lr
   float* __restrict param = row.buffer<float>(0);
   const float* __restrict grad = row.buffer<const float>(1);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = v0 * s0;                             // weight_decay
     const T v4 = load<T>(grad, i);
     const T v5 = s1 * v4;                             // sgd_step
     const T v6 = v2 + v5;                             // sgd_step
     store(param, i, v6);
-  }
+  };
+  for_blocks(begin, end, element, param, grad);
 }
 FUSEDOPT_STAGE(0)
 
@@ -56,8 +56,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   float* __restrict param = row.buffer<float>(0);
   const float* __restrict grad = row.buffer<const float>(1);
   float* __restrict slow = row.buffer<float>(2);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(slow, i);
     const T v2 = load<T>(param, i);
     const T v4 = v2 * s1;                             // weight_decay
@@ -69,6 +68,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v11 = v0 + v10;                           // lookahead
     store(param, i, v11);
     store(slow, i, v11);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, slow);
 }
 FUSEDOPT_STAGE(0)

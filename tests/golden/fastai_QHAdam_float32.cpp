@@ -22,8 +22,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   const float* __restrict grad = row.buffer<const float>(1);
   float* __restrict grad_avg = row.buffer<float>(2);
   float* __restrict sqr_avg = row.buffer<float>(3);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = v0 * s0;                             // weight_decay
     const T v4 = load<T>(grad, i);
@@ -53,6 +52,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     store(param, i, v38);
     store(grad_avg, i, v12);
     store(sqr_avg, i, v28);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, grad_avg, sqr_avg);
 }
 FUSEDOPT_STAGE(0)

@@ -13,8 +13,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   float* __restrict param = row.buffer<float>(0);
   const float* __restrict grad = row.buffer<const float>(1);
   float* __restrict sqr_avg = row.buffer<float>(2);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = v0 * s0;                             // weight_decay
     const T v4 = load<T>(grad, i);
@@ -30,6 +29,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v17 = v2 + v16;                           // rms_prop_step
     store(param, i, v17);
     store(sqr_avg, i, v12);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, sqr_avg);
 }
 FUSEDOPT_STAGE(0)

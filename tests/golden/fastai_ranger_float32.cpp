@@ -15,8 +15,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   float* __restrict grad_avg = row.buffer<float>(2);
   float* __restrict slow = row.buffer<float>(3);
   float* __restrict sqr_avg = row.buffer<float>(4);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = v0 * s0;                             // weight_decay
     const T v5 = T(0.0);                              // average_grad
@@ -34,7 +33,8 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     store(grad_avg, i, v11);
     store(slow, i, v0);
     store(sqr_avg, i, v19);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, grad_avg, slow, sqr_avg);
 }
 FUSEDOPT_STAGE(0)
 
@@ -54,8 +54,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   const float* __restrict grad = row.buffer<const float>(1);
   float* __restrict grad_avg = row.buffer<float>(2);
   float* __restrict sqr_avg = row.buffer<float>(3);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = v0 * s0;                             // weight_decay
     const T v4 = load<T>(grad_avg, i);
@@ -73,7 +72,8 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     store(param, i, v12);
     store(grad_avg, i, v10);
     store(sqr_avg, i, v19);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, grad_avg, sqr_avg);
 }
 FUSEDOPT_STAGE(0)
 
@@ -98,8 +98,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   float* __restrict grad_avg = row.buffer<float>(2);
   float* __restrict slow = row.buffer<float>(3);
   float* __restrict sqr_avg = row.buffer<float>(4);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(slow, i);
     const T v2 = load<T>(param, i);
     const T v4 = v2 * s1;                             // weight_decay
@@ -126,7 +125,8 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     store(grad_avg, i, v12);
     store(slow, i, v30);
     store(sqr_avg, i, v20);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, grad_avg, slow, sqr_avg);
 }
 FUSEDOPT_STAGE(0)
 
@@ -149,8 +149,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   const float* __restrict grad = row.buffer<const float>(1);
   float* __restrict grad_avg = row.buffer<float>(2);
   float* __restrict sqr_avg = row.buffer<float>(3);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = v0 * s0;                             // weight_decay
     const T v4 = load<T>(grad_avg, i);
@@ -172,6 +171,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     store(param, i, v25);
     store(grad_avg, i, v10);
     store(sqr_avg, i, v18);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, grad_avg, sqr_avg);
 }
 FUSEDOPT_STAGE(0)

@@ -13,8 +13,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   const float* __restrict grad = row.buffer<const float>(1);
   float* __restrict sqr_avg = row.buffer<float>(2);
   float* __restrict sqr_delta = row.buffer<float>(3);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = load<T>(sqr_delta, i);
     const T v4 = v2 + s1;                             // adadelta_step
@@ -38,6 +37,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     store(param, i, v19);
     store(sqr_avg, i, v13);
     store(sqr_delta, i, v23);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, sqr_avg, sqr_delta);
 }
 FUSEDOPT_STAGE(0)

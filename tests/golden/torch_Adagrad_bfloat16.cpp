@@ -10,8 +10,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   bfloat16* __restrict param = row.buffer<bfloat16>(0);
   const bfloat16* __restrict grad = row.buffer<const bfloat16>(1);
   bfloat16* __restrict sqr_sum = row.buffer<bfloat16>(2);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = load<T>(grad, i);
     const T v3 = s0 * v2;                             // adagrad_step
@@ -24,6 +23,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v11 = v0 + v10;                           // adagrad_step
     store(param, i, v11);
     store(sqr_sum, i, v6);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, sqr_sum);
 }
 FUSEDOPT_STAGE(0)

@@ -14,8 +14,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   const bfloat16* __restrict grad = row.buffer<const bfloat16>(1);
   bfloat16* __restrict grad_avg = row.buffer<bfloat16>(2);
   bfloat16* __restrict inf_avg = row.buffer<bfloat16>(3);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = load<T>(grad_avg, i);
     const T v4 = v2 * s1;                             // average_grad
@@ -33,6 +32,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     store(param, i, v18);
     store(grad_avg, i, v8);
     store(inf_avg, i, v16);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, grad_avg, inf_avg);
 }
 FUSEDOPT_STAGE(0)

@@ -17,8 +17,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   const float* __restrict grad = row.buffer<const float>(1);
   float* __restrict grad_avg = row.buffer<float>(2);
   float* __restrict sqr_avg = row.buffer<float>(3);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = load<T>(grad, i);
     const T v3 = s0 * v2;                             // nadam_step
@@ -42,6 +41,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     store(param, i, v27);
     store(grad_avg, i, v24);
     store(sqr_avg, i, v10);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, grad_avg, sqr_avg);
 }
 FUSEDOPT_STAGE(0)

@@ -12,8 +12,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   bfloat16* __restrict param = row.buffer<bfloat16>(0);
   const bfloat16* __restrict grad = row.buffer<const bfloat16>(1);
   bfloat16* __restrict sqr_avg = row.buffer<bfloat16>(2);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = load<T>(grad, i);
     const T v3 = s0 * v2;                             // rms_momentum_step
@@ -28,6 +27,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v15 = v0 + v14;                           // rms_momentum_step
     store(param, i, v15);
     store(sqr_avg, i, v10);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, sqr_avg);
 }
 FUSEDOPT_STAGE(0)

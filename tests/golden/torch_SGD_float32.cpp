@@ -11,8 +11,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
   float* __restrict param = row.buffer<float>(0);
   const float* __restrict grad = row.buffer<const float>(1);
   float* __restrict grad_avg = row.buffer<float>(2);
-  FUSEDOPT_INDEPENDENT
-  for (int64_t i = begin; i < end; ++i) {
+  const auto element = [&](int64_t i) {
     const T v0 = load<T>(param, i);
     const T v2 = load<T>(grad_avg, i);
     const T v4 = v2 * s1;                             // sgd_momentum_step
@@ -25,6 +24,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v13 = v0 + v12;                           // sgd_momentum_step
     store(param, i, v13);
     store(grad_avg, i, v11);
-  }
+  };
+  for_blocks(begin, end, element, param, grad, grad_avg);
 }
 FUSEDOPT_STAGE(0)

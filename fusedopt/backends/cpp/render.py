@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ...ir.ops import OPS, Op
-from ...ir.program import Program
+from ...ir.ops import BITS, OPS, Op
+from ...ir.program import Program, identifier
 from ...ir.stages import Stage
 from .. import c_family
 from ..c_family import TYPES, entries, indent
@@ -36,14 +36,23 @@ class _Body(c_family.Body):
         ops = [OPS[v.op] for v in self.program.values if v.op in OPS]
         spelled = [op.cpp if isinstance(op, Op) else op.join for op in ops]
         called = [name for text in spelled for name in re.findall(r"::(\w+)\(", text)]
-        return [*(f"FUSEDOPT_FUNCTION({name})" for name in dict.fromkeys(called)), *super().declarations()]
+        functions = [f"FUSEDOPT_FUNCTION({name})" for name in dict.fromkeys(called)]
+        return [*(["FUSEDOPT_WIDEST"] if self._has_integers() else []), *functions, *super().declarations()]
+
+    def _has_integers(self) -> bool:
+        return self.program.draws or any(v.op in BITS for v in self.program.values)
 
     def loop(self, stage: Stage) -> list[str]:
         return self._reduce(stage) if stage.reductions else self._plain(stage)
 
     def _plain(self, stage: Stage) -> list[str]:
-        head = ["FUSEDOPT_INDEPENDENT", "for (int64_t i = begin; i < end; ++i) {"]
-        return [*head, *indent(self.element(stage)), "}"]
+        arguments = ", ".join(["begin", "end", "element", *map(identifier, self.touched(stage))])
+        return [
+            "const auto element = [&](int64_t i) {",
+            *indent(self.element(stage)),
+            "};",
+            f"for_blocks({arguments});",
+        ]
 
     def _reduce(self, stage: Stage) -> list[str]:
         """Lane accumulators: sixteen per reduction whatever the machine's vectors, so that results do not differ."""

@@ -29,6 +29,9 @@ POINTERS = {
     torch.float64: "FLOAT64",
     torch.bfloat16: "BFLOAT16",
     torch.float16: "HALF",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.int16: "INT16",
 }
 _SPELLED = {word for op in OPS.values() for word in re.findall(r"[a-z_]\w*", op.triton or "")}
 _TAKEN = frozenset(

@@ -1,0 +1,102 @@
+"""What policies, and the callbacks that apply them, do to tensors: eager ones, and symbolic ones in a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..ir.ops import ELEMENT, OPS
+from ..trace.tensor import FLOATS, METHODS, SymTensor, called
+
+INTEGERS = (torch.int8, torch.uint8, torch.int16)
+"""What codes may be, besides floats."""
+
+
+def _is_symbolic(x: Any) -> bool:
+    return issubclass(type(x), SymTensor)
+
+
+def _op(name: str, x: Any, *args: Any) -> Any:
+    if _is_symbolic(x):
+        return called(name, METHODS[name], x, *args)
+    other = [a if isinstance(a, torch.Tensor) else torch.full_like(x, a) for a in args]
+    return OPS[name].torch(x, *other)
+
+
+def add_bits(x: Any, n: Any) -> Any:
+    """The numbers whose bits, as integers, are those of the float32 numbers x and n more; n are whole numbers."""
+    return _op("add_bits", x, n)
+
+
+def low_bits(x: Any) -> Any:
+    """The lower 16 bits of float32 numbers, as numbers from -2¹⁵ up to 2¹⁵ - 1."""
+    return _op("low_bits", x)
+
+
+def rounded(x: Any, dtype: torch.dtype, noise: Any = None) -> Any:
+    """x as bfloat16 or float16 has it, in its own dtype: to the nearest number, or by ``noise`` to one of the two
+    beside it, to each as often as x is near it, so that on average it is x."""
+    name = str(dtype).removeprefix("torch.")
+    return _op(f"to_{name}", x) if noise is None else _op(f"{name}_at_random", x, noise)
+
+
+def split(x: Any) -> tuple[Any, Any]:
+    """x as the nearest number that bfloat16 has, and what its bits are more than that: see `joined`.
+
+    Of two numbers that are as near it is the one that is further from zero.
+    """
+    return torch.where(x == x, _op("high_bits", x), x), torch.where(x == x, low_bits(x), 0.0)
+
+
+joined = add_bits
+"""What `split` has parted."""
+
+
+def stored_as(x: Any, dtype: torch.dtype) -> Any:
+    """x, to be stored in this dtype."""
+    if _is_symbolic(x):
+        return SymTensor(x.run, x.node, dtype, x.shown)
+    out = x.clone()
+    out._fusedopt_asked = dtype
+    return out
+
+
+def as_number(x: Any, like: Any) -> Any:
+    """A stored tensor in the compute type."""
+    if _is_symbolic(x):
+        return SymTensor(x.run, x.node, like.asked, x.shown)
+    return x.to(like.dtype)
+
+
+def fewer(p: Any, count: int) -> bool:
+    """Whether a parameter has fewer elements."""
+    return bool(count) and (
+        p.run.attribute(ELEMENT, f"fewer:{count}") if _is_symbolic(p) else p.numel() < count
+    )
+
+
+def is_whole(p: Any, x: Any) -> bool:
+    """Whether it is a tensor of floats, or codes, with a number for each of the parameter's elements."""
+    if _is_symbolic(x):
+        return x.kind == ELEMENT and not x.is_bool and x.shown is None
+    return (
+        isinstance(x, torch.Tensor) and x.shape == p.shape and x.dtype in (*FLOATS, *INTEGERS) and x.dim() > 0
+    )
+
+
+def dtype_of(p: Any) -> torch.dtype:
+    """The dtype of the user's parameter."""
+    if _is_symbolic(p):
+        signature = p.run.signature
+        return signature.asked[0] if signature.asked else signature.param
+    return getattr(p, "_fusedopt_asked", p.dtype)
+
+
+def is_zero_dim(p: Any) -> bool:
+    return p.run.signature.zero_dim if _is_symbolic(p) else p.dim() == 0
+
+
+def is_narrow(p: Any) -> bool:
+    """Whether it is computed in float32."""
+    return (p.run.compute if _is_symbolic(p) else p.dtype) == torch.float32

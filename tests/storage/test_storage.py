@@ -1,0 +1,343 @@
+"""Policies of storage: any rule, stored in fewer bytes, is stepped by kernels as the reference steps it."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from torch import nn
+
+import fusedopt
+from fusedopt import optim
+from fusedopt.storage import functions, policy
+from fusedopt.storage.callbacks import encoded
+from fusedopt.storage.policy import POLICIES
+
+FLOATS = torch.tensor([0.0, -0.0, 1.0, -1.0, 1.1754944e-38, 1e-42, -1e-45, 65504.0, 3.4028235e38, 1e-8])
+
+
+def everything(n=40_000):
+    """Floats of all sizes, with numbers halfway between two of bfloat16, and special ones."""
+    torch.manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (n,), dtype=torch.int64).to(torch.int32)
+    halves = (torch.randint(0, 2**16, (n // 4,), dtype=torch.int64) << 16 | 0x8000).to(torch.int32)
+    return torch.cat([bits.view(torch.float32), halves.view(torch.float32), FLOATS])
+
+
+def finite(x):
+    return x[x.isfinite()]
+
+
+def stored(name, x, noise=None):
+    """What is stored of x, in the dtypes of storage, as numbers."""
+    found = POLICIES[name]
+    parts = encoded(found, x.clone(), noise)
+    return [
+        part.to(dtype).to(torch.float32) for part, dtype in zip(parts, (found.code, *found.rest), strict=True)
+    ]
+
+
+def there_and_back(name, x, noise=None):
+    return POLICIES[name].decode(*stored(name, x, noise))
+
+
+# ---------------------------------------------------------------- what policies make of numbers
+
+
+@pytest.mark.parametrize("name", ["float32", "bf16+16", "master"])
+def test_some_lose_nothing(name):
+    x = finite(everything())
+    assert_same_bits(there_and_back(name, x), x)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("bfloat16", 8), ("bfloat16_sr", 8), ("float16", 11), ("kahan", 16), ("bf16+8", 15)]
+)
+def test_the_error_of_others_is_half_of_the_last_bit(name, bits):
+    x = finite(everything())
+    x = x[(x.abs() > 1e-4) & (x.abs() < 6e4)]
+    error = (there_and_back(name, x).double() - x.double()).abs() / x.double().abs()
+    assert error.max() <= 2.0**-bits * (1 + 1e-6)
+    assert error.max() > 2.0**-bits / 4
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_was_decoded_is_encoded_to_the_same(name):
+    x = everything()
+    x = x[x != 0] if name == "kahan" else x  # a sum of zeros has lost its sign
+    once = there_and_back(name, x)
+    assert_same_bits(there_and_back(name, once), once)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_is_no_number_stays_that_and_zero_zero(name):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+    noise = torch.full_like(x, 1.75) if POLICIES[name].noisy else None
+    out = there_and_back(name, x, noise)
+    assert out[0].isnan() and out[3] == 0
+    assert (out[1:3] == x[1:3]).all()
+
+
+def test_what_a_parameter_is_split_into_is_the_nearest_bfloat16_and_the_rest():
+    x = finite(everything())
+    high, low = functions.split(x)
+    assert_same_bits(high.to(torch.bfloat16).float(), high)
+    near = x.to(torch.bfloat16).float()
+    tie = low == -(2**15)
+    assert (high == near)[~tie].all() and low.min() >= -(2**15) and low.max() < 2**15
+    assert_same_bits(functions.joined(high, low), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_at_random_is_between_the_neighbours_and_right_on_average(dtype):
+    """False alarm: a normal variable beyond 5 standard deviations, 6e-7 for each of 60 numbers."""
+    n, spread = 1 << 14, 5
+    for x in [*torch.randn(40), *torch.tensor([1.0, 3e-5, 1e-7, 65000.0, -0.3]), *(torch.randn(15) * 1e-5)]:
+        exact = x.expand(n).clone()
+        noise = 1 + (torch.randperm(n) * 4 % 2**16 + torch.randint(0, 4, (n,))) * 2.0**-16
+        out = functions.rounded(exact, dtype, noise).double()
+        assert_same_bits(out.to(dtype).double(), out)
+        low, high = out.min(), out.max()
+        assert low <= x.double() <= high
+        gap = high - low
+        assert gap == 0 or torch.nextafter(low.to(dtype), high.to(dtype)) == high.to(dtype)
+        assert abs(out.mean() - x.double()) <= spread * gap / 2 / n**0.5
+
+
+# ---------------------------------------------------------------- steps
+
+
+SHAPES = [(300, 7), (4097,), (5,), ()]
+
+
+def parameters(dtype=torch.float32):
+    torch.manual_seed(1)
+    return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+
+
+def give(params, t):
+    torch.manual_seed(100 + t)
+    for p in params:
+        p.grad = torch.randn(p.shape).to(p.dtype)
+
+
+def user_rule(p, lr, mean=None, **kwargs):
+    mean = torch.zeros_like(p) if mean is None else mean
+    mean = mean + (p.grad - mean) * 0.1
+    p.data.sub_(mean.sign() * mean.abs().sqrt(), alpha=lr)
+    return {"mean": mean}
+
+
+RULES = {
+    "AdamW": lambda ps, **k: optim.AdamW(ps, lr=0.01, **k),
+    "Lamb": lambda ps, **k: fusedopt.Lamb(ps, lr=0.01, **k),
+    "RAdam": lambda ps, **k: fusedopt.RAdam(ps, lr=0.01, **k),
+    "Lion": lambda ps, **k: fusedopt.rules.Lion(ps, lr=0.01, **k),
+    "Adafactor": lambda ps, **k: fusedopt.rules.Adafactor(ps, beta1=0.9, **k),
+    "user": lambda ps, **k: fusedopt.Optimizer(ps, [user_rule], lr=0.01, **k),
+}
+CHOICES = {
+    "state": {"*": None},
+    "param": {"param": None, "*": "float32"},
+}
+
+
+def run(make, storage, dtype, backend, steps=4, **options):
+    params = parameters(dtype)
+    opt = make(params, storage=storage, backend=backend, **options)
+    for t in range(steps):
+        give(params, t)
+        opt.step()
+    return params, opt
+
+
+def tensors(opt, params):
+    return [
+        {k: v for k, v in opt.state[p].items() if isinstance(v, torch.Tensor)}
+        for p in params
+        if p in opt.state
+    ]
+
+
+CASES = [
+    (rule, name, where)
+    for rule, name, where in itertools.product(RULES, POLICIES, CHOICES)
+    if (POLICIES[name].params if where == "param" else POLICIES[name].state)
+    and (rule == "AdamW" or name in ("bf16+16", "bfloat16_sr"))
+]
+"""Every policy with one rule, and every rule with those that need most."""
+
+
+@pytest.mark.parametrize(("rule", "name", "where"), CASES)
+def test_kernels_do_what_the_reference_does(rule, name, where):
+    dtype = POLICIES[name].code if where == "param" else torch.float32
+    storage = {k: name if v is None else v for k, v in CHOICES[where].items()}
+    ours, opt = run(RULES[rule], storage, dtype, "cpp")
+    theirs, reference = run(RULES[rule], storage, dtype, "reference")
+    assert "runs eagerly" not in str(opt.explain())
+    assert opt.engine.bound
+    for a, b in zip(tensors(opt, ours), tensors(reference, theirs), strict=True):
+        assert {k: v.dtype for k, v in a.items()} == {k: v.dtype for k, v in b.items()}
+    for a, b in zip(ours, theirs, strict=True):
+        eps = 2.0**-7 if dtype != torch.float32 or name.endswith("16") or "sr" in name else 1e-4
+        torch.testing.assert_close(a, b, rtol=eps, atol=eps * 0.02)
+
+
+def test_the_parameter_with_16_bits_beside_it_is_float32s():
+    """To the bit, so that no master copy is needed."""
+    low, _ = run(RULES["AdamW"], {"param": "bf16+16", "*": "float32"}, torch.bfloat16, "cpp", 6)
+    master, opt = run(RULES["AdamW"], {"param": "master", "*": "float32"}, torch.bfloat16, "cpp", 6)
+    for p, q in zip(low[:3], master[:3], strict=True):
+        exact = opt.state[q]["param:master"]
+        near = exact.to(torch.bfloat16)
+        assert ((p == near) | ((p.float() - exact).abs() == (near.float() - exact).abs())).all()
+
+
+def test_a_slow_average_moves_only_if_it_is_rounded_at_random():
+    """With β = 0.999 each step adds a thousandth, less than half of the last bit of a bfloat16."""
+
+    def average(p, mean=None, **kwargs):
+        mean = torch.zeros_like(p) if mean is None else mean
+        return {"mean": mean * 0.999 + p.grad * 0.001}
+
+    found = {}
+    for name in ("bfloat16", "bfloat16_sr", "kahan", "float32"):
+        p = nn.Parameter(torch.zeros(4096))
+        opt = fusedopt.Optimizer([p], [average], storage=name)
+        p.grad = torch.ones_like(p)
+        for _ in range(1000):
+            opt.step()
+        mean = opt.state[p]["mean"].float()
+        found[name] = (mean + opt.state[p].get("mean:kahan", 0)).mean().item()
+    expected = 1 - 0.999**1000
+    assert found["float32"] == pytest.approx(expected, rel=1e-4)
+    assert found["bfloat16_sr"] == pytest.approx(expected, rel=2e-3)
+    assert found["kahan"] == pytest.approx(expected, rel=2e-3)
+    assert found["bfloat16"] < 0.6 * expected
+
+
+def test_steps_repeat_and_another_seed_is_another_run():
+    a, _ = run(RULES["AdamW"], "bfloat16_sr", torch.float32, "cpp")
+    b, _ = run(RULES["AdamW"], "bfloat16_sr", torch.float32, "cpp")
+    for p, q in zip(a, b, strict=True):
+        assert_same_bits(p, q)
+    params = parameters()
+    opt = optim.AdamW(params, lr=0.01, storage="bfloat16_sr")
+    for group in opt.param_groups:
+        group["storage_seed"] = 1
+    for t in range(4):
+        give(params, t)
+        opt.step()
+    assert not torch.equal(params[0], a[0])
+
+
+def test_a_parameter_that_somebody_has_set_is_taken_as_it_is():
+    p = nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
+    opt = optim.SGD([p], lr=0.0, momentum=0.9, storage={"param": "master"})
+    p.grad = torch.ones_like(p)
+    opt.step()
+    p.data.fill_(3.0)
+    opt.step()
+    assert (p == 3).all() and (opt.state[p]["param:master"] == 3).all()
+
+
+def test_parameters_of_another_dtype_are_stepped_as_they_are():
+    params = [nn.Parameter(torch.ones(10, dtype=d)) for d in (torch.bfloat16, torch.float32)]
+    opt = optim.AdamW(params, lr=0.1, storage={"param": "bf16+16"})
+    give(params, 0)
+    opt.step()
+    assert "param:bf16+16" in opt.state[params[0]] and "param:bf16+16" not in opt.state[params[1]]
+
+
+def test_groups_may_have_their_own():
+    a, b = nn.Parameter(torch.ones(64)), nn.Parameter(torch.ones(64))
+    opt = optim.AdamW(
+        [{"params": [a]}, {"params": [b], "storage": {"exp_avg_sq": "bf16+8"}}],
+        storage={"exp_avg": "bfloat16"},
+    )
+    give([a, b], 0)
+    opt.step()
+    kept = [{k: v.dtype for k, v in opt.state[p].items() if isinstance(v, torch.Tensor)} for p in (a, b)]
+    assert kept[0] == {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.float32}
+    assert kept[1] == {
+        "exp_avg": torch.float32,
+        "exp_avg_sq": torch.bfloat16,
+        "exp_avg_sq:bf16+8": torch.int8,
+    }
+
+
+# ---------------------------------------------------------------- a policy of one's own
+
+
+class Halved(policy.Policy):
+    """Two numbers of float16."""
+
+    code, rest = torch.float16, (torch.float16,)
+
+    def encode(self, x, noise):
+        high = functions.rounded(x, torch.float16)
+        return high, x - high
+
+    def decode(self, code, *rest):
+        return code + rest[0]
+
+
+def test_a_users_policy_is_a_kernel(monkeypatch):
+    monkeypatch.setattr(policy, "POLICIES", POLICIES)
+    policy.register("halved", Halved())
+    try:
+        ours, opt = run(RULES["user"], {"mean": "halved"}, torch.float32, "cpp")
+        theirs, _ = run(RULES["user"], {"mean": "halved"}, torch.float32, "reference")
+        assert opt.state[ours[0]]["mean:halved"].dtype == torch.float16
+        assert "runs eagerly" not in str(opt.explain())
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+        with pytest.raises(ValueError, match="there is a policy 'halved' already"):
+            policy.register("halved", Halved())
+    finally:
+        del POLICIES["halved"]
+
+
+class Printing(policy.Policy):
+    def encode(self, x, noise):
+        print(x)
+        return x
+
+    def decode(self, code):
+        return code
+
+
+def test_a_policy_that_does_more_than_compute_is_refused():
+    with pytest.raises(ValueError, match=r"a policy may only compute: .*print"):
+        policy.register("printing", Printing())
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("storage", "error", "words"),
+    [
+        ("bflot16", ValueError, "did you mean 'bfloat16'"),
+        (
+            {"exp_agv": "bfloat16"},
+            ValueError,
+            "'exp_agv', and no callback keeps such; did you mean 'exp_avg'",
+        ),
+        ({"param": "bfloat16"}, ValueError, "is not for parameters; these are: bfloat16_sr"),
+        ({"exp_avg": "master"}, ValueError, "is not for state"),
+        ({"exp_avg": 8}, TypeError, "names of state and of policies"),
+        (8, TypeError, "the name of a policy, or a dict"),
+    ],
+)
+def test_what_is_no_choice_is_told_at_once(storage, error, words):
+    with pytest.raises(error, match=words):
+        optim.AdamW(parameters(), storage=storage)
+
+
+def test_state_dtype_beside_it_and_groups_without_it_are_refused():
+    with pytest.raises(TypeError, match="state_dtype is a simple case of storage"):
+        optim.AdamW(parameters(), storage="bfloat16", state_dtype=torch.bfloat16)
+    opt = optim.AdamW(parameters())
+    with pytest.raises(ValueError, match="a param group has 'storage'"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], "storage": "bfloat16"})
