@@ -166,6 +166,16 @@ inline T high_bits(T x) {
   const uint32_t bits = bits_from_float(float(x));
   return T(float_from_bits(bits - uint32_t(int32_t(int16_t(bits)))));
 }
+// Close to the root, and what undoes that, with the sign: half the exponent, and straight in between.
+template <class T>
+inline T near_root(T x) {
+  return T(float_from_bits((bits_from_float(float(x)) >> 1) + 0x1fc00000));
+}
+template <class T>
+inline T near_square(T x) {
+  const uint32_t bits = bits_from_float(float(x)), size = bits & 0x7fffffff;
+  return T(float_from_bits(((size > 0x1fc00000 ? size : 0x1fc00000) - 0x1fc00000) << 1 | (bits & 0x80000000)));
+}
 // To one of the two nearest numbers, as noise from 1 up to 2 says.
 template <class T>
 inline T bfloat16_at_random(T x, T noise) {
@@ -192,6 +202,14 @@ template <class T>
 inline T minimum(T a, T b) {
   return (a < b || a != a) ? a : b;
 }
+// Floats that are not negative have the order of their bits, NaN is the largest: for those there are vectors.
+inline double absmax(double a, double b) { return maximum(__builtin_fabs(a), __builtin_fabs(b)); }
+inline float bitmax(float a, float b) {
+  const uint32_t x = bits_from_float(a), y = bits_from_float(b);
+  return float_from_bits(x > y ? x : y);
+}
+inline double bitmax(double a, double b) { return b < 0 ? __builtin_nan("") : maximum(a, b); }
+inline float absmax(float a, float b) { return bitmax(a, __builtin_fabsf(b)); }  // a is a size
 template <class T>
 inline T sign(T a) {
   return T(a > T(0)) - T(a < T(0));
@@ -204,6 +222,8 @@ inline T sign(T a) {
   struct name {                                               \
     static constexpr double init = first;                     \
     static double join(double a, double b) { return joined; } \
+    template <class X>                                        \
+    static X join_as(X a, X b) { return joined; }             \
   };
 
 // A fixed number of accumulators, whatever the machine's vectors: the result is the same everywhere.
@@ -234,15 +254,15 @@ inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end,
 
 // What is a while ahead is asked for early: a processor that finds out by itself begins anew with every page of memory,
 // and has less time for each the narrower numbers are.
-template <class E>
+template <int64_t n, class E>
 inline void fetch(const E* p) {
-  for (int64_t k = 0; k < block_size; k += 64 / int64_t(sizeof(E))) __builtin_prefetch(p + k);
+  for (int64_t k = 0; k < n; k += 64 / int64_t(sizeof(E))) __builtin_prefetch(p + k);
 }
 template <class F, class... E>
 inline __attribute__((always_inline)) void for_blocks(int64_t begin, int64_t end, const F& element, const E*... buffers) {
   int64_t first = begin;
   for (; first + block_size <= end; first += block_size) {
-    (fetch(buffers + first + ahead), ...);
+    (fetch<block_size>(buffers + first + ahead), ...);
     FUSEDOPT_INDEPENDENT
     for (int64_t i = first; i < first + block_size; ++i) element(i);
   }
@@ -259,6 +279,27 @@ template <class F>
 inline __attribute__((always_inline)) void with_length(int64_t n, const F& lines) {
   if (n == 3) lines(Fixed<3>{});
   else lines(n);
+}
+
+// Of numbers of which it makes no difference in what order they are joined, nor in what type.
+template <class R, class X>
+inline X joined(const X* x, int64_t n) {
+  X lane[lanes];
+  for (int k = 0; k < lanes; ++k) lane[k] = X(R::init);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (int k = 0; k < lanes; ++k) lane[k] = R::template join_as<X>(lane[k], x[i + k]);
+  for (; i < n; ++i) lane[0] = R::template join_as<X>(lane[0], x[i]);
+  for (int m = lanes / 2; m > 0; m /= 2)
+    for (int k = 0; k < m; ++k) lane[k] = R::template join_as<X>(lane[k], lane[k + m]);
+  return lane[0];
+}
+
+// A line of n elements, or of those that are left.
+template <int64_t n, class F>
+inline __attribute__((always_inline)) void with_line(int64_t left, const F& line) {
+  if (left >= n) line(Fixed<n>{});
+  else line(left);
 }
 
 struct Row {

@@ -171,6 +171,16 @@ __device__ inline T high_bits(T x) {
   const uint32_t bits = bits_from_float(float(x));
   return T(float_from_bits(bits - uint32_t(int32_t(int16_t(bits)))));
 }
+// Close to the root, and what undoes that, with the sign: half the exponent, and straight in between.
+template <class T>
+__device__ inline T near_root(T x) {
+  return T(float_from_bits((bits_from_float(float(x)) >> 1) + 0x1fc00000));
+}
+template <class T>
+__device__ inline T near_square(T x) {
+  const uint32_t bits = bits_from_float(float(x)), size = bits & 0x7fffffff;
+  return T(float_from_bits(((size > 0x1fc00000 ? size : 0x1fc00000) - 0x1fc00000) << 1 | (bits & 0x80000000)));
+}
 // To one of the two nearest numbers, as noise from 1 up to 2 says.
 template <class T>
 __device__ inline T bfloat16_at_random(T x, T noise) {
@@ -196,6 +206,14 @@ __device__ inline T maximum(T a, T b) {
 template <class T>
 __device__ inline T minimum(T a, T b) {
   return (a < b || a != a) ? a : b;
+}
+template <class T>
+__device__ inline T absmax(T a, T b) {
+  return maximum(::fabs(a), ::fabs(b));
+}
+template <class T>
+__device__ inline T bitmax(T a, T b) {
+  return b < 0 ? T(__builtin_bit_cast(float, 0x7fc00000)) : maximum(a, b);
 }
 template <class T>
 __device__ inline T sign(T a) {

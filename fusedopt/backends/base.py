@@ -130,11 +130,12 @@ class Compiler(ABC):
         """Compile it, or find it in the cache."""
 
 
-def _blocks(program: Program, shapes: Sequence[tuple[int, ...]]) -> chunking.Blocks:
+def _blocks(program: Program, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> chunking.Blocks:
     """How tensors of a program with several axes are cut."""
     mine, kinds = regions(program), [v.kind for v in program.values]
     others = [i for i in schedule(program).results if i not in mine]
-    return chunking.blocks(tuple(shapes), tuple(kinds[i] for i in mine), tuple(kinds[i] for i in others))
+    own = tuple(sizes) if program.line else ()
+    return chunking.blocks(tuple(shapes), tuple(kinds[i] for i in mine), tuple(kinds[i] for i in others), own)
 
 
 def place_word(program: Program) -> int:
@@ -160,7 +161,7 @@ class Rows(ABC):
     ) -> None:
         self.kernel, self.sizes, self.resident = kernel, tuple(sizes), resident
         program, buffers = kernel.program, kernel.program.buffers
-        blocks = _blocks(program, shapes) if program.axes > 1 else None
+        blocks = _blocks(program, shapes, sizes) if program.axes > 1 else None
         self.layout = blocks.layout if blocks else chunking.layout(self.sizes)
         self.n_results = blocks.total if blocks else 0
         self.n_sets = max(sets, default=-1) + 1

@@ -134,9 +134,23 @@ class Blocks(Body):
     # -- where things are --
     def _lengths(self) -> list[str]:
         at = HEAD + len(self.program.buffers)
-        return [
+        lines = [
             f"[[maybe_unused]] const int64_t n{a} = row.words[{at + a}];" for a in range(self.program.axes)
         ]
+        if self.program.line:
+            lines[-1] = f"[[maybe_unused]] constexpr int64_t n{self.program.axes - 1} = {self.program.line};"
+        return lines
+
+    @property
+    def length(self) -> str:
+        """How long the line is that is gone over."""
+        whole = self.axes == self.program.all_axes
+        return "length" if self.program.line and whole else f"n{self.axes[-1]}"
+
+    def last_line(self, end: str) -> str:
+        """The number of the line behind the last one, of elements up to an end."""
+        a = self.program.all_axes[-1]
+        return f"({end} + n{a} - 1) / n{a}" if self.program.line else f"{end} / n{a}"
 
     def _count(self, kind: str) -> str:
         return " * ".join(f"n{a}" for a in axes_of(kind, self.program.all_axes)) or "1"
@@ -233,15 +247,18 @@ class Blocks(Body):
         return [i for i in self.split.needed(roots) if self._along_line(values[i].kind)]
 
     def _line_sums(self, sums: Sequence[int]) -> list[str]:
-        values, length = self.program.values, f"n{self.axes[-1]}"
+        values = self.program.values
         inner = [self._line(i) for i in self._varying(values[i].args[0] for i in sums)]
         inner += [self._added(i) for i in sums]
         out = [self._accumulator(i) for i in sums]
         out += self.over(inner, lanes=True)
         for i in sums:
-            scale = f" / double({length})" if reduction(values[i].op).averaged else ""
-            out.append(f"const T {self.name(i)} = T({self.total(i)}{scale});")
+            out.append(f"const T {self.name(i)} = T({self.total(i)}{self._averaged_over(i)});")
         return out
+
+    def _averaged_over(self, i: int) -> str:
+        averaged = reduction(self.program.values[i].op).averaged
+        return f" / double({self.length})" if averaged else ""
 
     def _lanes(self, i: int) -> str:
         return f"acc{i}"

@@ -71,10 +71,16 @@ SHARED = 64
 
 
 @functools.lru_cache(maxsize=64)
-def blocks(shapes: tuple[tuple[int, ...], ...], regions: tuple[str, ...], kept: tuple[str, ...]) -> Blocks:
+def blocks(
+    shapes: tuple[tuple[int, ...], ...],
+    regions: tuple[str, ...],
+    kept: tuple[str, ...],
+    sizes: tuple[int, ...] = (),
+) -> Blocks:
     """Cut tensors with axes of these lengths.
 
     regions: the kinds of the reductions along axes, which are the first of the results; kept: those of the others
+    sizes: how many elements there are, if the last line may be shorter than the others
     """
     chunks: list[np.ndarray] = []
     results = np.empty((len(shapes), len(regions) + len(kept)), np.int64)
@@ -90,7 +96,7 @@ def blocks(shapes: tuple[tuple[int, ...], ...], regions: tuple[str, ...], kept: 
         prefixes = [_prefix(shape, kind) for kind in regions]
         length = _chunk_length(shape, prefixes)
         begin = np.arange(0, size, length, dtype=np.int64)
-        end = np.minimum(begin + length, size)
+        end = np.minimum(begin + length, sizes[row] if sizes else size)
         count[row] = len(begin)
         words = [np.full(len(begin), row, np.int64), begin, end]
         for k, (inside, tail) in enumerate(prefixes):
@@ -98,9 +104,9 @@ def blocks(shapes: tuple[tuple[int, ...], ...], regions: tuple[str, ...], kept: 
                 words.append(np.full(len(begin), results[row, k]))
                 continue
             first, last = begin // inside * tail, ((end - 1) // inside + 1) * tail
-            sizes = last - first
-            words.append(total + np.cumsum(sizes) - sizes - first)
-            total += int(sizes.sum())
+            each = last - first
+            words.append(total + np.cumsum(each) - each - first)
+            total += int(each.sum())
         chunks.append(np.stack(words, axis=1))
     table = np.concatenate(chunks) if chunks else np.empty((0, 3 + len(regions)), np.int64)
     return Blocks(Layout(np.ascontiguousarray(table), np.cumsum(count) - count, count), results, total)

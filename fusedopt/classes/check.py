@@ -8,7 +8,6 @@ import torch
 
 from ..ir.program import Program, interpret
 from ..step.items import Item
-from ..trace.axes import sizes
 from ..trace.signals import Untraceable
 from ..trace.totals import SUM, TOTAL, Total
 from ..trace.tracer import Trace
@@ -138,7 +137,7 @@ def _interpreted(
     trace: Trace, program: Program, item: Item, buffers: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """What a program of the trace leaves; it sees dimensions in the order of memory."""
-    order, lengths = [d for group in trace.axes for d in group], sizes(trace.axes, item.param.shape)
+    order, lengths = [d for group in trace.axes for d in group], trace.lengths(item.param.shape)
     if order == sorted(order):
         return interpret(program, buffers, trace.slot_values(), lengths)
     order += [d for d in range(item.param.dim()) if d not in order]  # those of length 1

@@ -15,11 +15,15 @@ NaN rules are torch's: ``maximum``, ``minimum`` and the clamps built from them r
 per tensor (``zeros_like``); it costs nothing. ``to_bfloat16`` and ``to_float16`` round to what such a tensor holds.
 The bits of a float32 are an integer: ``add_bits`` adds a whole number to it, ``low_bits`` is its lower half, from -2¹⁵
 up to 2¹⁵ - 1, and ``high_bits`` what is left without that. ``bfloat16_at_random`` and its like round to one of the two
-nearest, as noise from 1 up to 2 says.
+nearest, as noise from 1 up to 2 says. ``near_root`` is a function close to the root (within 6 %), made of the bits:
+half the exponent, and between powers of four a straight line; of negative numbers it is larger than of all others.
+``near_square`` has the number's sign and undoes it, but for the last bit. ``absmax`` is the largest size, ``bitmax``
+the largest of numbers none of which is negative: else it is NaN, or one of those.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +124,10 @@ def _rounded_to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.to(torch.float32).to(dtype).to(x.dtype)
 
 
+ROOT_OF_ZERO = 0x1FC00000
+"""The bits of what ``near_root`` makes of zero."""
+
+
 def _add_bits(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     return (_bits(x) + n.to(torch.int32)).view(torch.float32).to(x.dtype)
 
@@ -131,6 +139,24 @@ def _low_bits(x: torch.Tensor) -> torch.Tensor:
 def _high_bits(x: torch.Tensor) -> torch.Tensor:
     bits = _bits(x)
     return (bits - (bits << 16 >> 16)).view(torch.float32).to(x.dtype)
+
+
+def _near_root(x: torch.Tensor) -> torch.Tensor:
+    return ((_bits(x) >> 1 & 0x7FFFFFFF) + ROOT_OF_ZERO).view(torch.float32).to(x.dtype)
+
+
+def _near_square(x: torch.Tensor) -> torch.Tensor:
+    bits = _bits(x)
+    square = ((bits & 0x7FFFFFFF).clamp(min=ROOT_OF_ZERO) - ROOT_OF_ZERO) << 1
+    return (square | (bits & -0x80000000)).view(torch.float32).to(x.dtype)
+
+
+def _absmax(x: torch.Tensor, **along: Any) -> torch.Tensor:
+    return torch.amax(x.abs(), **along)
+
+
+def _bitmax(x: torch.Tensor, **along: Any) -> torch.Tensor:
+    return torch.amax(torch.where(x.signbit(), math.nan, x), **along)
 
 
 def _bfloat16_at_random(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -179,6 +205,7 @@ OPS: dict[str, Op | Reduction] = {
         Op("pow", "ff>f", torch.pow, "::pow({0}, {1})", "pow({0}, {1})", triton_double=False),
         Op("fmod", "ff>f", _fmod, "::fmod({0}, {1})", "fmod({0}, {1})"),
         Op("atan2", "ff>f", torch.atan2, "::atan2({0}, {1})", "atan2({0}, {1})"),
+        Op("copysign", "ff>f", torch.copysign, "::copysign({0}, {1})", "copysign({0}, {1})"),
         Op("maximum", "ff>f", _maximum, "maximum({0}, {1})", "maximum({0}, {1})"),
         Op("minimum", "ff>f", _minimum, "minimum({0}, {1})", "minimum({0}, {1})"),
         _unary("neg", "-{0}", "{0} * -1.0"),
@@ -219,15 +246,27 @@ OPS: dict[str, Op | Reduction] = {
         _called(_high_bits, "{0}"),
         _called(_bfloat16_at_random, "{0}, {1}"),
         _called(_float16_at_random, "{0}, {1}"),
+        _called(_near_root, "{0}"),
+        _called(_near_square, "{0}"),
         Reduction("sum", torch.sum, np.add, "0.0", "{0} + {1}", "tl.sum({0}, 0)"),
         Reduction("mean", torch.mean, np.add, "0.0", "{0} + {1}", "tl.sum({0}, 0)", averaged=True),
         Reduction("amax", torch.amax, np.maximum, "-infinity", "maximum({0}, {1})"),
+        Reduction("absmax", _absmax, np.maximum, "0.0", "absmax({0}, {1})"),
+        Reduction("bitmax", _bitmax, np.maximum, "0.0", "bitmax({0}, {1})"),
         Reduction("amin", torch.amin, np.minimum, "infinity", "minimum({0}, {1})"),
     )
 }
 
 
-BITS = {"add_bits", "low_bits", "high_bits", "bfloat16_at_random", "float16_at_random"}
+BITS = {
+    "add_bits",
+    "low_bits",
+    "high_bits",
+    "bfloat16_at_random",
+    "float16_at_random",
+    "near_root",
+    "near_square",
+}
 """Ops that compute with the bits of floats, as integers."""
 
 

@@ -14,7 +14,8 @@ Grammar::
 An F value may use S values (they are broadcast), an S value is made from S values only, or by a reduction from an F
 value. The same holds between kinds with fewer and more axes: a tensor is seen as a block with ``axes`` axes, the last
 one contiguous in memory, and a sum along axis 1 of two is of kind "0", one number per row. Most programs have one axis,
-which is all elements.
+which is all elements. With a ``line`` there are two: all elements in lines of that many, of which the last may have
+fewer.
 
 Slots are the step's scalars (learning rate, bias corrections): numbers the host computes and hands over, so a schedule
 changes no program.
@@ -52,6 +53,7 @@ from .ops import (
     is_reduction,
     kind_of,
     op_of,
+    reduction,
     result_kind,
 )
 from .random import STREAMS
@@ -171,6 +173,7 @@ class Program:
     slots: int
     skip: int | None = None
     axes: int = 1
+    line: int = 0
 
     @property
     def all_axes(self) -> str:
@@ -314,10 +317,32 @@ def interpret(
     """
     if program.axes == 1:
         sizes = buffers[_shaped(program)].shape
+    if program.line:
+        return _interpret_lines(program, buffers, slots, place)
     assert sizes is not None
     used = {*program.buffer, _shaped(program)}
     block = {n: buffers[n].reshape(_block(program, n, sizes)) for n in used}
     return {n: t.reshape(buffers[n].shape) for n, t in _interpret(program, block, slots, place).items()}
+
+
+def _interpret_lines(
+    program: Program, buffers: Mapping[str, torch.Tensor], slots: Iterable[float], place: int
+) -> dict[str, torch.Tensor]:
+    """With a last line as long as the others, whose last elements count for nothing."""
+    like = buffers[_shaped(program)]
+    sizes = [-(-like.numel() // program.line), program.line]
+    left = sizes[0] * sizes[1] - like.numel()
+    full, used = {}, {*program.buffer, _shaped(program)}
+    for name in used:
+        whole = name not in program.buffer or program.buffer[name].kind == ELEMENT
+        flat = buffers[name].reshape(-1)
+        padded = torch.cat([flat, flat.new_zeros(left)]) if whole else flat
+        full[name] = padded.reshape(_block(program, name, sizes))
+    there = torch.arange(sizes[0] * sizes[1], device=like.device).reshape(sizes) < like.numel()
+    out = {}
+    for name, t in _interpret(program, full, slots, place, there).items():
+        out[name] = t.reshape(-1)[: buffers[name].numel()].reshape(buffers[name].shape)
+    return out
 
 
 def _shaped(program: Program) -> str:
@@ -334,8 +359,13 @@ def _block(program: Program, name: str, sizes: Sequence[int]) -> list[int]:
 
 
 def _interpret(
-    program: Program, buffers: Mapping[str, torch.Tensor], slots: Iterable[float], place: int
+    program: Program,
+    buffers: Mapping[str, torch.Tensor],
+    slots: Iterable[float],
+    place: int,
+    there: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
+    """there: which elements count, if not all do"""
     dtype = program.compute
     like = buffers[_shaped(program)]
     if not like.numel():
@@ -346,7 +376,9 @@ def _interpret(
         "load": lambda v: buffers[v.attr],
         "slot": lambda v: scalars[v.attr],
         "const": lambda v: torch.tensor(v.attr, dtype=torch.float64),
-        "numel": lambda v: torch.tensor(like.numel(), dtype=torch.float64),
+        "numel": lambda v: torch.tensor(
+            like.numel() if there is None else int(there.sum()), dtype=torch.float64
+        ),
     }
     results: list[torch.Tensor] = []
     for v in program.values:
@@ -358,7 +390,7 @@ def _interpret(
         if is_reduction(v.op):
             source = program.values[v.args[0]].kind
             over = _along(program, ELEMENT if source == TENSOR else source, like)
-            results.append(_reduced(program, v, args[0].expand(over).to(torch.float64)).to(dtype))
+            results.append(_reduced(program, v, args[0].expand(over).to(torch.float64), there).to(dtype))
         elif v.op == "expand":
             results.append(args[0].expand(_along(program, v.kind, like)))
         elif v.op in DRAWS:
@@ -385,11 +417,16 @@ def _along(program: Program, kind: str, like: torch.Tensor) -> list[int]:
     return [n if str(a) in kind else 1 for a, n in enumerate(like.shape)]
 
 
-def _reduced(program: Program, v: Value, x: torch.Tensor) -> torch.Tensor:
-    whole: Callable[..., torch.Tensor] = OPS[v.op].torch
-    if not is_partial(v.kind):
-        return whole(x)
-    return whole(x, dim=[a for a in range(program.axes) if str(a) not in v.kind], keepdim=True)
+def _reduced(program: Program, v: Value, x: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
+    op = reduction(v.op)
+    whole: Callable[..., torch.Tensor] = torch.sum if there is not None and op.averaged else op.torch
+    if there is not None and x.shape == there.shape:
+        x = torch.where(there, x, float(op.init.replace("infinity", "inf")))
+    over = [a for a in range(program.axes) if not is_partial(v.kind) or str(a) not in v.kind]
+    out = whole(x, dim=over, keepdim=True) if is_partial(v.kind) else whole(x)
+    if there is None or not op.averaged:
+        return out
+    return out / (there.sum(over, keepdim=True) if is_partial(v.kind) else there.sum())
 
 
 # ---- the printer ---------------------------------------------------------------------------------------------------
@@ -407,7 +444,7 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     half bfloat16 int64_t torch numel Lanes Launch Row infinity
     line first regions c team place places start member before stop held part
     scaling_factor scaling_found_inf
-    uniform normal noise numbers block_size ahead fetch for_blocks
+    uniform normal noise numbers block_size ahead fetch for_blocks with_line length count
     triton tl rows chunk chunks piece slots lanes partials address at rounded whole_blocks
     """.split()  # noqa: SIM905
 )

@@ -14,9 +14,11 @@ from ..callback import is_temporary
 from ..ir import random
 from ..ir.ops import ELEMENT, TENSOR, kind_of
 from ..ir.program import Buffer
+from ..storage.callbacks import block_of
 from ..trace import axes
 from ..trace.signature import (
     HOST,
+    LINE,
     PLAIN,
     STARTED,
     Foreign,
@@ -124,6 +126,8 @@ class Item:
             return found.pop() if len(found) == 1 else None
         if name == "count":
             return p.numel()
+        if name.startswith(LINE):
+            return int(name.removeprefix(LINE))
         if name.startswith("fewer:"):  # than a number of elements
             return p.numel() < int(name.partition(":")[2])
         if name == "in_order":  # what is not dense is copied, and then is
@@ -141,7 +145,11 @@ class Item:
     def _code(self, key: str) -> Buffer | None:
         """What a policy of storage has made of state, if it is whole numbers."""
         value = self.state[key]
-        coded = isinstance(value, torch.Tensor) and value.dtype in CODES and value.shape == self.param.shape
+        if not isinstance(value, torch.Tensor) or not isinstance(key, str):
+            return None
+        if (count := block_of(key)) and value.dim() == 1:
+            return _buffer(value.dtype, "0", axes.blocks(count))
+        coded = value.dtype in CODES and value.shape == self.param.shape
         ours = coded and (":" in key or any(str(k).startswith(f"{key}:") for k in self.state))
         return _buffer(value.dtype, ELEMENT) if ours else None
 
@@ -390,7 +398,7 @@ def stored(
         if not isinstance(value, torch.Tensor):
             new[key] = value
         elif not isinstance(old, torch.Tensor) or (old.shape != value.shape and not empty):
-            new[key] = _new_state(item, work, value, state_dtype)
+            new[key] = _new_state(item, work, value, state_dtype, block_of(key))
         elif not empty:
             pairs.append((old, value))
     return pairs, changes, new
@@ -411,10 +419,12 @@ def copying(pairs: list[tuple[torch.Tensor, torch.Tensor]], transformed: bool) -
     return out
 
 
-def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None) -> torch.Tensor:
+def _new_state(
+    item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None, block: int = 0
+) -> torch.Tensor:
     """A copy of it, laid out like the parameter if it has its shape; zeros where the parameter was a stand-in."""
     if not per_element(value, work.param, work.modes):
-        out = torch.zeros_like(value)
+        out = torch.zeros_like(value, dtype=reference.asked(value) if block else None)
         if item.param.numel() == 0 and (found := axes.layouts(value.shape, work.param.shape)):
             out = value.new_zeros(axes.sizes(found[0], item.param.shape))
     else:

@@ -13,7 +13,6 @@ import torch
 
 from ..backends import Kernel, Launch
 from ..extension import leaf
-from ..trace.axes import sizes as sizes_of
 from ..trace.cuts import CALLED, GIVEN
 from . import items, sharded, totals
 from .buckets import Bucket
@@ -207,7 +206,7 @@ def table(plans: list[Bucket], scaling: Scaling) -> Launch:
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
     sizes = [item.param.numel() for item in rows]
     resident = any(item.hyper.get("capturable") for item in rows)
-    shapes = [tuple(sizes_of(plan.trace.axes, item.param.shape)) for plan in plans for item in plan.items]
+    shapes = [plan.trace.lengths(item.param.shape) for plan in plans for item in plan.items]
     prepare = plans[0].known.backend.prepare
     return prepare(kernel, columns, sizes, sets, resident, **items.facts(kernel, rows, shapes))
 

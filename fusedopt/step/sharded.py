@@ -69,6 +69,11 @@ class Whole(Item):
 
     __slots__ = ()
 
+    def attribute(self, name: str) -> Any:
+        if name == "in_order" and isinstance(self.param, _dtensor() or ()):  # of what kernels walk
+            return _local(self.param).is_contiguous()
+        return super().attribute(name)
+
     def lay_out(self, rows: bool = False) -> None:
         kind = _dtensor()
         if kind is None or not isinstance(self.param, kind):  # a stand-in for one without elements is none

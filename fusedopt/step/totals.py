@@ -12,7 +12,6 @@ import torch
 from ..backends import Kernel
 from ..ir.ops import ELEMENT
 from ..ir.program import Buffer, Graph, Program, verify
-from ..trace.axes import sizes
 from ..trace.totals import BUFFER, SUM, TOTAL
 from . import externs
 from .items import Item
@@ -122,7 +121,7 @@ def _round(
         }
         sets = [k for k, plan in enumerate(group) for _ in plan.items]
         main = group[0].kernel.program
-        shapes = [tuple(sizes(plan.trace.axes, item.param.shape)) for plan in group for item in plan.items]
+        shapes = [plan.trace.lengths(item.param.shape) for plan in group for item in plan.items]
         pieces = [*left.values()]
         out.add(place[0], backend, kernel, items, columns, main, pieces, sets, resident(items), shapes)
     if done:

@@ -6,7 +6,10 @@ parameter as ``param:policy``; of a policy with several such tensors with their 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+
+import torch
 
 from ..trace.draws import noise
 from . import functions
@@ -17,8 +20,20 @@ STEP = "storage_step"
 
 def keys(name: str, policy: str) -> list[str]:
     """Where in the state the rest of it is."""
-    count = len(POLICIES[policy].rest)
-    return [f"{name}:{policy}{f':{k}' if k else ''}" for k in range(count)]
+    return [f"{name}:{policy}{f':{k}' if k else ''}" for k in range(len(dtypes(POLICIES[policy])) - 1)]
+
+
+def dtypes(policy: Policy) -> list[torch.dtype]:
+    """Those of all that is stored: the code, the rest, and the scale."""
+    return [policy.code, *policy.rest, *([torch.bfloat16] if policy.block else [])]
+
+
+@functools.lru_cache(maxsize=1024)
+def block_of(key: str) -> int:
+    """If it is the key of scales, how many elements there is one for; else 0."""
+    name, _, policy = key.partition(":")
+    found = POLICIES.get(policy.partition(":")[0])
+    return found.block if found and key == keys(name, policy.partition(":")[0])[-1] else 0
 
 
 def parted(state: Any) -> dict[str, str]:
@@ -62,7 +77,7 @@ def encode(p: Any, storage: str = "", storage_step: Any = 0, storage_seed: Any =
             p.data = code
         else:
             new[name] = functions.stored_as(code, POLICIES[found].code)
-        stored = zip(keys(name, found), rest, POLICIES[found].rest, strict=True)
+        stored = zip(keys(name, found), rest, dtypes(POLICIES[found])[1:], strict=True)
         new |= {key: functions.stored_as(x, dtype) for key, x, dtype in stored}
     return new
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from ..ir.ops import ELEMENT, OPS
+from ..trace.signals import Untraceable
+from ..trace.signature import LINE
 from ..trace.tensor import FLOATS, METHODS, SymTensor, called
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16)
@@ -34,6 +36,22 @@ def low_bits(x: Any) -> Any:
     return _op("low_bits", x)
 
 
+def near_root(x: Any) -> Any:
+    """Close to the root of x, within 6 %, for no more than an addition costs; `near_square` undoes it. That of negative
+    numbers is larger than 2⁶⁴, which none of others is."""
+    return _op("near_root", x)
+
+
+def near_square(x: Any) -> Any:
+    """Close to the square of x, with its sign: what `near_root` has made root of, but for its last bit."""
+    return _op("near_square", x)
+
+
+def raised(x: Any) -> Any:
+    """The smallest number of bfloat16 that is not below x."""
+    return _op("high_bits", add_bits(x, 2.0**15 - 1))
+
+
 def rounded(x: Any, dtype: torch.dtype, noise: Any = None) -> Any:
     """x as bfloat16 or float16 has it, in its own dtype: to the nearest number, or by ``noise`` to one of the two
     beside it, to each as often as x is near it, so that on average it is x."""
@@ -51,6 +69,33 @@ def split(x: Any) -> tuple[Any, Any]:
 
 joined = add_bits
 """What `split` has parted."""
+
+
+def block_amax(x: Any, block: int, signed: bool = True) -> Any:
+    """The largest size of each block of so many neighbouring elements, the last of which may be shorter.
+
+    signed: else NaN where one is negative
+    """
+    if not _is_symbolic(x):
+        flat = (x.abs() if signed else torch.where(x.signbit(), float("nan"), x)).reshape(-1)
+        left = -flat.numel() % block
+        return torch.cat([flat, flat.new_zeros(left)]).view(-1, block).amax(1)
+    run = x.run
+    run.attribute(ELEMENT, f"{LINE}{block}")
+    if run.signature.line != block:
+        raise Untraceable(f"blocks of {block} and of {run.signature.line} elements in one rule")
+    if run.attribute(ELEMENT, "in_order") is None:
+        raise Untraceable("blocks of a tensor whose memory is elsewhere")
+    return SymTensor(
+        run, run.graph.op("absmax" if signed else "bitmax", x.node, to="0", where=run.where), x.asked
+    )
+
+
+def spread(scale: Any, x: Any, block: int) -> Any:
+    """One number of each block as one for each element of x."""
+    if _is_symbolic(scale):
+        return scale
+    return scale.repeat_interleave(block)[: x.numel()].view(x.shape)
 
 
 def stored_as(x: Any, dtype: torch.dtype) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .functions import joined, rounded, split
+from .functions import block_amax, joined, near_root, near_square, raised, rounded, split, spread
 from .policy import Policy, register
 
 
@@ -80,6 +80,35 @@ class Master(Policy):
         return torch.where(rounded(rest[0], self.code) == code, rest[0], code)
 
 
+class Blocks(Policy):
+    """Eight bits, and a scale that neighbouring elements share: from the largest size among them.
+
+    A code is the root of a number's size (`functions.near_root`) in units of the scale, so that small numbers have
+    finer steps: 127 with a sign, or 255 without. Unsigned ones are for second moments: what is above zero stays there,
+    as rules divide by it. A number that is not finite leaves zeros of the others in its block, and becomes infinite or
+    NaN; so does one below zero that is to be unsigned. Sizes below 10⁻³⁴ become zero.
+    """
+
+    least = 4096
+
+    def __init__(self, signed: bool, block: int) -> None:
+        self.code, self.block = (torch.int8 if signed else torch.uint8), block  # type: ignore[misc]
+        self.signed, self.top = signed, 127.0 if signed else 255.0
+
+    def encode(self, x: Any, noise: Any) -> Any:
+        largest = near_root(block_amax(x, self.block, self.signed)).clamp(2.0**-50, 1.25 * 2.0**64)
+        # With its few bits a code times the scale is exact: so what is decoded is encoded to the same again.
+        scale = raised(largest / self.top)
+        code = (near_root(x.abs() if self.signed else x) * spread(1 / scale, x, self.block)).round()
+        code = torch.where(code < self.top, code, self.top)
+        if self.signed:
+            return torch.copysign(code, x), scale
+        return torch.where((x > 0) & (code < 1), 1.0, code), scale
+
+    def decode(self, code: Any, *rest: Any) -> Any:
+        return near_square(code * spread(rest[0], code, self.block))
+
+
 register("float32", Rounded(torch.float32))
 register("bfloat16", Rounded(torch.bfloat16))
 register("float16", Rounded(torch.float16))
@@ -90,3 +119,8 @@ register("bf16+8", Corrected(8))
 register("bf16+16", Corrected(16))
 register("master", Master(torch.bfloat16))
 register("float16_master", Master(torch.float16))
+for _count in (64, 256):
+    register(f"int8_{_count}", Blocks(True, _count))
+    register(f"uint8_{_count}", Blocks(False, _count))
+register("int8", Blocks(True, 64))
+register("uint8", Blocks(False, 64))

@@ -44,7 +44,7 @@ class Policy:
 
     code: the dtype of what has the tensor's shape, and of a parameter its own
     rest: the dtypes of further tensors of its shape
-    block: one number of ``scale`` for so many neighbouring elements; 0: there is none
+    block: besides there is a bfloat16 number for so many neighbouring elements, the last of what is stored; 0: none
     noisy: whether ``encode`` uses ``noise``
     least: tensors with fewer elements are stored as they are
     state: whether it is for state; params: whether it is for parameters
@@ -52,6 +52,7 @@ class Policy:
 
     code: ClassVar[torch.dtype] = torch.float32
     rest: ClassVar[tuple[torch.dtype, ...]] = ()
+    block: ClassVar[int] = 0
     noisy: ClassVar[bool] = False
     least: ClassVar[int] = 0
     state: ClassVar[bool] = True

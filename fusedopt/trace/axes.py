@@ -34,8 +34,19 @@ def along(dims: Dims) -> str:
     return "".join(map(str, sorted(d for group in dims for d in group)))
 
 
+def blocks(count: int) -> Dims:
+    """Those of a tensor with one number for so many neighbouring elements of its parameter."""
+    return ((-count,),)
+
+
+def is_blocks(dims: Dims | None) -> bool:
+    return bool(dims and dims[0] and dims[0][0] < 0)
+
+
 def sizes(dims: Dims, shape: Sequence[int]) -> list[int]:
     """A tensor's sizes, of those of its parameter."""
+    if is_blocks(dims):
+        return [-(-math.prod(shape) // -dims[0][0])]
     return [math.prod(shape[d] for d in group) for group in dims]
 
 

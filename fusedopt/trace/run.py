@@ -113,6 +113,11 @@ class Run:
             return {"shape": torch.Size(()), "ndim": 0, "count": 1, "contiguous": True}[name]
         known = dict(self.signature.attributes)
         if name == "dims":
+            if self.signature.line:
+                raise Untraceable(
+                    "rows or columns, where storage is in blocks of elements",
+                    "store the state of this rule in a policy without blocks, such as bf16+8",
+                )
             self.signature.need_dims()
         if name not in known:
             raise NeedsAttribute(name)
@@ -176,9 +181,10 @@ class Pass:
             if key in without or key.startswith(STARTED):
                 continue
             if isinstance(value, Buffer):
-                if value.dims is not None:
+                shown = None if axes.is_blocks(value.dims) else value.dims
+                if shown is not None:
                     s.need_dims()
-                cells[key] = Cell(load(self.graph, s, f"state.{key}", value), value.dtype, value.dims)
+                cells[key] = Cell(load(self.graph, s, f"state.{key}", value), value.dtype, shown)
             elif isinstance(value, Foreign) and value.dtype in FLOATS and self.calls is not None:
                 asked_for = value.dtype if value.dtype != s.compute else None
                 cells[key] = Matrix(self.calls.keep(key, s.compute, value.shape), asked_for)
@@ -231,7 +237,9 @@ class Pass:
                 value = self.graph.values[cell.node]
                 if value.kind != buffer.kind and self.signature.zero_dim:
                     cells[key] = Cell(self.graph.op("expand", cell.node), cell.asked)
-                elif (value.kind, cell.shown) != (buffer.kind, buffer.dims):
+                elif value.kind != buffer.kind or (
+                    cell.shown != buffer.dims and not axes.is_blocks(buffer.dims)
+                ):
                     raise Untraceable(f"the state {key!r} changes its shape")
 
     def _number(self, key: tuple, value: Any) -> Any:

@@ -89,6 +89,10 @@ STARTED = "started:"
 a first step may be skipped."""
 
 
+LINE = "line:"
+"""Attribute of parameters that says into blocks of how many elements they are cut."""
+
+
 @dataclass(frozen=True)
 class Signature:
     """What callbacks can see of a parameter besides its elements; equal signatures give equal traces.
@@ -124,6 +128,11 @@ class Signature:
     def in_order(self) -> bool:
         """Whether they follow one another in memory as they are; True where nobody has asked."""
         return dict(self.attributes).get("in_order", True) is not False
+
+    @property
+    def line(self) -> int:
+        """How many neighbouring elements there is one number for, if some callback's tensors have such; else 0."""
+        return next((v for k, v in self.attributes if k.startswith(LINE)), 0)
 
     def need_dims(self) -> None:
         """Raises NeedsAttribute for what has to be known of dimensions, and is not."""

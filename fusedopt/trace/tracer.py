@@ -18,7 +18,7 @@ from ..callback import Callback, arguments_of, is_temporary
 from ..ir.ops import DRAWS, ELEMENT, OPS, TENSOR, is_partial, is_reduction, op_of
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
-from .axes import along
+from .axes import along, blocks, sizes
 from .cuts import Cuts, Externs, cut, numbered
 from .externs import EXTERN, Calls, Kept
 from .number import Number, Scalar, ScalarProgram
@@ -27,6 +27,8 @@ from .signals import NeedsAttribute, Untraceable
 from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
 from .totals import BUFFER, Total
 
+BLOCKED = "01"
+"""The axes of a parameter that is cut into blocks of elements: the blocks, and the elements in each."""
 Axes = tuple[tuple[int, ...], ...]
 """The dimensions of a parameter that each axis of a program is; none if it has a single one."""
 
@@ -67,8 +69,16 @@ class Trace:
         drawn = any(program.draws for program in (self.program, *self.rounds))
         if self.externs is not None or (drawn and not self.signature.in_order):
             return True
+        if self.signature.line:
+            return bool(self.axes) and not self.signature.in_order
         old = [v for _, v in self.signature.state if isinstance(v, Buffer)]
         return in_memory(self.signature, [*old, *self.created.values()]) != list(self.signature.order)
+
+    def lengths(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Those of the program's axes, for a parameter of this shape."""
+        if self.axes and self.signature.line:
+            return (*sizes(blocks(self.signature.line), shape), self.signature.line)
+        return tuple(sizes(self.axes, shape))
 
     def slot_values(self) -> list[Scalar]:
         return [self.scalars.values[i] for i in self.slots]
@@ -122,7 +132,7 @@ def traced(
     ``keeps``: other callbacks follow, so temporary values are stored, too.
     ``lasting``: of each callback, whether it finds constants around it alone, so that it has made all tensors itself.
     """
-    graph, scalars = Graph(along(signature.dims) if signature.dims else "0"), ScalarProgram()
+    graph, scalars = Graph(_axes(signature)), ScalarProgram()
     calls = Calls(graph, signature.device, lasting)
     passes: list[Pass] = []
 
@@ -150,7 +160,7 @@ def traced(
         if _is_new(k, v, signature) and k not in counts
     }
     created = {
-        k: Buffer(signature.compute if work else dtype, graph.values[a[k].node].kind, a[k].shown)
+        k: _created(a[k], graph, signature.compute if work else dtype, signature)
         for k, dtype in asked.items()
     }
     cells, shared = a, True
@@ -197,6 +207,11 @@ def traced(
     )
 
 
+def _axes(signature: Signature) -> str:
+    """Those that a trace tells apart."""
+    return BLOCKED if signature.line else along(signature.dims) if signature.dims else "0"
+
+
 def _again(run: Callable[..., dict[str, Any]], given: dict[str, Buffer]) -> dict[str, Any] | None:
     """The second trace, with the created buffers as inputs; None if it cannot be had."""
     try:
@@ -213,7 +228,7 @@ def _starts(
     lasting: Sequence[bool],
 ) -> dict[str, float]:
     """The numbers that callbacks leave in the state for the first time, and where they start: arguments' defaults."""
-    graph = Graph(along(signature.dims) if signature.dims else "0")
+    graph = Graph(_axes(signature))
     calls = Calls(graph, signature.device, lasting)
     cells = Pass(callbacks, signature, hyper, graph, ScalarProgram(), first, calls=calls).run(
         {}, counting=True
@@ -237,6 +252,11 @@ def _starts(
     return out
 
 
+def _created(cell: Cell, graph: Graph, dtype: torch.dtype, signature: Signature) -> Buffer:
+    kind = graph.values[cell.node].kind
+    return Buffer(dtype, kind, blocks(signature.line) if signature.line and is_partial(kind) else cell.shown)
+
+
 def _is_new(key: Any, cell: Any, signature: Signature) -> bool:
     known = dict(signature.state).get(key)
     if isinstance(key, Total):
@@ -249,6 +269,8 @@ def _asked_dtype(
 ) -> torch.dtype:
     """The dtype of new state: as asked, or the policy's; one number per tensor keeps the type it is computed in."""
     value = graph.values[cell.node]
+    if signature.line and is_partial(value.kind):
+        return cell.asked or signature.compute
     if value.kind != ELEMENT or cell.shown is not None:
         return torch.float64 if value.type == "d" else signature.compute
     # Made of a mask and numbers, it has torch's default.
@@ -311,7 +333,7 @@ def _same_from_zeros(
 
 def _made_again(graph: Graph, v: Value, args: list[int]) -> int:
     """The value of other arguments. What is made of constants alone, as new state decoded from zeros is, is one."""
-    if v.op not in OPS or v.kind != ELEMENT or v.type != "f":
+    if v.op not in OPS or v.kind == TENSOR or v.type != "f":
         return graph.op(v.op, *args, to=v.attr)
     expanded = [graph.values[i] for i in args]
     numbers = [graph.values[x.args[0]] if x.op == "expand" else x for x in expanded]
@@ -322,7 +344,7 @@ def _made_again(graph: Graph, v: Value, args: list[int]) -> int:
     types = {"f": torch.float32, "d": torch.float64, "b": torch.bool}
     constants = [torch.tensor(x.attr, dtype=types[x.type]) for x in numbers]
     made = graph.leaf("const", op_of(v.op).torch(*constants).item())
-    return graph.op("expand", made)
+    return graph.op("expand", made, to=None if v.kind == ELEMENT else v.kind)
 
 
 def _same(calls: Calls, a: Any, b: Any, replace: dict[int, int]) -> bool:
@@ -347,7 +369,9 @@ def program_of(
     stores = _stores(signature, cells, created, materialize_grad)
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
     dims = in_memory(signature, (old | created).values(), _draws(graph, cells))
-    program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip, axes=axes, dims=dims)
+    program, slots, axes = canonical(
+        graph, signature.compute, buffers, stores, skip, axes=axes, dims=dims, line=signature.line
+    )
     return _optimized(program, tuple(v.where for v in program.values)), slots, axes
 
 
@@ -417,7 +441,9 @@ def cut_up(
     rounds = []
     for stores in cuts.stores:
         with_theirs = buffers | {name: cuts.private[name] for name in stores}
-        one, slots, _ = canonical(cuts.graph, signature.compute, with_theirs, stores, slots=slots, axes=axes)
+        one, slots, _ = canonical(
+            cuts.graph, signature.compute, with_theirs, stores, slots=slots, axes=axes, line=signature.line
+        )
         rounds.append(_optimized(one, tuple(v.where for v in one.values)))
     there = dict(buffer for one in (program, *rounds) for buffer in one.buffers)
     kept = tuple((name, there[name]) for name in buffers if name in there)
@@ -447,6 +473,7 @@ def canonical(
     slots: Sequence[int] = (),
     axes: Axes | None = None,
     dims: Sequence[int] = (),
+    line: int = 0,
 ) -> tuple[Program, tuple[int, ...], Axes]:
     """Number the reachable values, the slots and the axes in order, so that equal structure is equal text.
 
@@ -479,6 +506,7 @@ def canonical(
         len(slots),
         None if skip is None else number[skip],
         max(len(axes), 1),
+        line if axes else 0,
     )
     return program, tuple(slots), axes
 
@@ -500,6 +528,8 @@ def in_memory(signature: Signature, state: Iterable[Buffer], contiguous: bool = 
 
     contiguous: it has to be that of the dimensions, as tensors between programs have it
     """
+    if signature.line:
+        return list(map(int, BLOCKED))
     order = list(signature.order)
     if contiguous:
         return sorted(order)

@@ -12,14 +12,18 @@ from fusedopt.ir.program import Buffer, Graph, Program, interpret
 F32 = torch.float32
 
 
-def build(axes, make, dtype=F32, **kinds):
+LINES = "lines"
+"""In place of a number of axes: lines of 64 elements, the last of which may have fewer."""
+
+
+def build(axes, make, dtype=F32, line_length=0, **kinds):
     """A program with these axes: ``make(graph, loads)`` returns the stores by name."""
     g = Graph("".join(map(str, range(axes))))
     names = {name: name if name in ("param", "grad") else f"state.{name}" for name in kinds}
     buffers = tuple((names[name], Buffer(dtype, kind)) for name, kind in kinds.items())
     loads = {name: g.leaf("load", names[name], kind=kind) for name, kind in kinds.items()}
     stores = tuple((names[name], i) for name, i in make(g, loads).items())
-    return optimize(Program(dtype, buffers, tuple(g.values), stores, 1, axes=axes))
+    return optimize(Program(dtype, buffers, tuple(g.values), stores, 1, axes=axes, line=line_length))
 
 
 def factored(g, x):
@@ -86,7 +90,19 @@ def columns_of_centred(g, x):
     return {"param": g.op("sub", x["param"], step), "col": col}
 
 
+def scaled(g, x):
+    """State in units of the largest of its neighbours, and numbers of the whole tensor, which come before."""
+    value = g.op("mul", x["m"], x["scale"])
+    new = g.op("add", g.op("mul", value, g.leaf("slot", 0)), x["grad"])
+    size = g.op("sqrt", g.op("mean", g.op("mul", new, new)))
+    largest, mean = g.op("absmax", new, to="0"), g.op("mean", new, to="0")
+    new_param = g.op("sub", x["param"], g.op("div", g.op("sub", new, mean), size))
+    count = g.op("mul", size, g.leaf("numel"))
+    return {"param": new_param, "m": g.op("div", new, largest), "scale": largest, "size": count}
+
+
 PROGRAMS = {
+    "in blocks": (build(2, scaled, line_length=64, param="F", grad="F", m="F", scale="0", size="S"), LINES),
     "factored matrix": (build(2, factored, param="F", grad="F", row="0", col="1"), 2),
     "factored batch": (build(3, factored, param="F", grad="F", row="01", col="02"), 3),
     "factored batch of batches": (build(4, factored, param="F", grad="F", row="012", col="013"), 4),
@@ -103,6 +119,7 @@ PROGRAMS = {
     "half": (build(2, by_rows, torch.float32, param="F", grad="F", v="0"), 2),
 }
 SHAPES = {
+    LINES: [(1,), (63,), (64,), (65,), (1000,), (0,), (3 * 65536 + 65,)],
     2: [
         (1, 1),
         (3, 5),
@@ -121,12 +138,20 @@ SHAPES = {
 }
 
 
+def lengths(program, shape):
+    """Those of a program's axes."""
+    return (-(-shape[0] // program.line), program.line) if program.line else tuple(shape)
+
+
 def tensors(program, shape, seed):
     generator = torch.Generator().manual_seed(seed)
     made = {}
+    count = int(np.prod(shape))
+    shape = lengths(program, shape)
     for name, buffer in program.buffers:
         kept = axes_of(buffer.kind, program.all_axes)
         size = [n for a, n in enumerate(shape) if str(a) in kept]
+        size = [count] if program.line and buffer.kind == "F" else size
         value = torch.randn(size, generator=generator, dtype=torch.float64)
         made[name] = (value if name in ("param", "grad") else value.abs() + 0.1).to(buffer.dtype)
     return made
@@ -137,7 +162,7 @@ def run(program, rows, shapes, backend="cpp", slots=(0.9,)):
     columns = {name: [row[name] for row in rows] for name, _ in program.buffers}
     sizes = [int(np.prod(shape)) for shape in shapes]
     launch = backends.get(backend).prepare(
-        kernel, columns, sizes, [0] * len(sizes), shapes=[tuple(s) for s in shapes]
+        kernel, columns, sizes, [0] * len(sizes), shapes=[lengths(program, s) for s in shapes]
     )
     launch.run(np.array([slots]))
 

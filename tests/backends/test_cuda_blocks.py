@@ -11,7 +11,7 @@ import sass
 import test_blocks
 import torch
 from helpers import needs_extension
-from test_blocks import PROGRAMS, build, compared, tensors
+from test_blocks import LINES, PROGRAMS, build, compared, tensors
 from test_cuda_launch import DEFAULTS, built  # noqa: F401
 from test_nvrtc import REGISTERS, needs_cuobjdump, needs_nvrtc
 
@@ -65,6 +65,7 @@ OURS = [
 ]
 ALL = PROGRAMS | MORE | {f"state called {name}": (test_blocks.named(name), 2) for name in OURS}
 SMALL = {
+    LINES: [(1,), (63,), (64,), (65,), (1000,), (0,)],
     2: [(1, 1), (3, 5), (64, 33), (1, 1100), (90, 1), (5, 1025), (401, 3), (0, 4), (2, 0), (17, 16)],
     3: [(1, 1, 1), (2, 3, 5), (300, 3, 3), (2, 40, 35), (5, 1, 7), (3, 2, 1030), (0, 2, 2)],
     4: [(2, 3, 4, 5), (7, 5, 3, 3), (3, 3, 7, 7), (2, 2, 30, 40), (1, 300, 1, 2)],

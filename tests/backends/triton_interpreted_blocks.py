@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import test_blocks
 import torch
-from test_blocks import PROGRAMS, compared
+from test_blocks import LINES, PROGRAMS, compared
 
 import fusedopt
 from fusedopt.backends import chunking as plan
@@ -20,6 +20,7 @@ if not backend.interpreting():
     pytest.skip("TRITON_INTERPRET=1 must be set when Python starts", allow_module_level=True)
 
 SHAPES = {
+    LINES: [(1,), (63,), (65,), (200,), (0,)],
     2: [(1, 1), (3, 5), (1, 40), (40, 1), (3, 101), (60, 3), (12, 40), (0, 4), (2, 0), (17, 16)],
     3: [(1, 1, 1), (2, 3, 5), (20, 3, 3), (5, 1, 7), (0, 2, 2), (2, 20, 17)],
     4: [(2, 3, 4, 5), (5, 6, 3, 3), (1, 40, 1, 2)],

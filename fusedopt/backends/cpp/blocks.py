@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from ...ir.ops import ELEMENT, TENSOR
-from ...ir.program import identifier
+from ...ir.program import Value, identifier
 from ...ir.stages import Nest, Stage, regions
 from .. import blocks
 from ..c_family import indent
 
+EXACT = ("amax", "amin", "absmax", "bitmax")
+"""Reductions that are the same in any order, and need no double."""
+
 
 class Blocks(blocks.Blocks):
     """The functions of a program with several axes."""
+
+    notes: Sequence[int] = ()
+    """What sums along a short line are made of, and is needed once more: kept in arrays as long as the line."""
+    noted_now: Sequence[int] = ()
+    """Those that are there already."""
 
     def chunk(self, stage: Stage) -> list[str]:
         mine = regions(self.program, stage)
@@ -61,7 +69,13 @@ class Blocks(blocks.Blocks):
         if not outer:
             return body
         whole = axes == self.program.all_axes
-        first, last = (f"begin / {length}", f"end / {length}") if whole else ("0", self._count(outer))
+        last = self.last_line("end") if whole else self._count(outer)
+        first = f"begin / {length}" if whole else "0"
+        if whole and self.program.line:
+            touched = [n for n in self.touched(stage) if self.program.buffer[n].kind == ELEMENT]
+            ahead = [f"fetch<{length}>({identifier(n)} + line * {length} + ahead);" for n in touched]
+            head = f"with_line<{length}>(end - line * {length}, [&](auto count) {{"
+            body = [*ahead, head, *indent(["const int64_t length = count;", *body]), "});"]
         lines = [
             *self._start(outer, first),
             f"for (int64_t line = {first}; line < {last}; ++line) {{",
@@ -88,13 +102,66 @@ class Blocks(blocks.Blocks):
             text = f"if (++i{a} == n{a}) {{ i{a} = 0; {text} }}"
         return [text]
 
+    def line(self, axes: str, stage: Stage, kept: Sequence[int] = ()) -> list[str]:
+        self.axes, self.making, self.noted_now = axes, kept, ()
+        self.notes = self._worth_noting(stage) if self.program.line and axes == self.program.all_axes else ()
+        arrays = [f"T k{i}[n{axes[-1]}];" for i in self.notes]
+        body = super().line(axes, stage, kept)
+        self.notes = self.noted_now = ()
+        return [*arrays, *body]
+
+    def _worth_noting(self, stage: Stage) -> list[int]:
+        """What is computed for sums along a line, and is what the rest of it begins with."""
+        values = self.program.values
+        first = set(self._varying(values[i].args[0] for sums in stage.lines for i in sums))
+        later = set(self._varying(self._roots(stage))) - first
+        needed = {a for i in later for a in values[i].args} | set(self._roots(stage))
+        needed |= {values[i].args[0] for sums in stage.lines for i in sums if values[i].op in EXACT}
+        return sorted(i for i in first & needed if values[i].op != "load")
+
+    def _varying(self, roots: Iterable[int]) -> list[int]:
+        found: set[int] = set()
+        todo = [*roots]
+        todo += [a for i in todo if i in self.making for a in self.program.values[i].args]
+        while todo:
+            i = todo.pop()
+            if i not in found:
+                found.add(i)
+                if i not in self.noted_now and not self.split.given(i):
+                    todo += self.program.values[i].args
+        return [i for i in sorted(found) if self._along_line(self.program.values[i].kind)]
+
+    def _line_sums(self, sums: Sequence[int]) -> list[str]:
+        """What is joined in any order is joined once it is noted: of loops that do only that there are vectors."""
+        values = self.program.values
+        if not self.notes:
+            return super()._line_sums(sums)
+        args = {i: values[i].args[0] for i in sums}
+        made = self._varying(args.values())
+        new = [i for i in self.notes if i in made and i not in self.noted_now]
+        exact = [i for i in sums if values[i].op in EXACT and args[i] in (*new, *self.noted_now)]
+        notes = [f"k{i}[c] = {self.name(i)};" for i in new]
+        rest = [i for i in sums if i not in exact]
+        inner = [*map(self._line, made), *map(self._added, rest), *notes]
+        self.noted_now = [*self.noted_now, *new]
+        totals = [f"const T {self.name(i)} = joined<{values[i].op}_>(k{args[i]}, length);" for i in exact]
+        totals += [f"const T {self.name(i)} = T({self.total(i)}{self._averaged_over(i)});" for i in rest]
+        return [*map(self._accumulator, rest), *self.over(inner, lanes=bool(rest)), *totals]
+
+    def _expression(self, i: int, v: Value) -> str:
+        return f"k{i}[c]" if i in self.noted_now else super()._expression(i, v)
+
+    def _roots(self, stage: Stage, kept: Sequence[int] = ()) -> set[int]:
+        """What a line is gone over for, once its sums are there."""
+        values = self.program.values
+        return {*(i for _, i in stage.stores), *(values[i].args[0] for i in stage.reductions), *kept}
+
     def where(self, outer: str) -> list[str]:
         return []
 
     def last(self, stage: Stage, kept: Sequence[int]) -> list[str]:
         values = self.program.values
-        roots = {*(i for _, i in stage.stores), *(values[i].args[0] for i in stage.reductions), *kept}
-        inner = [self._line(i) for i in self._varying(roots)]
+        inner = [self._line(i) for i in self._varying(self._roots(stage, kept))]
         before, after = [], []
         for i in stage.reductions:
             at = f"{self._q(i)}[{self._place(values[i].kind)}]" if i not in self.reductions else ""
@@ -116,7 +183,7 @@ class Blocks(blocks.Blocks):
         return [*before, *(self.over(inner, lanes) if inner else []), *after]
 
     def over(self, inner: Sequence[str], lanes: bool) -> list[str]:
-        length = f"n{self.axes[-1]}"
+        length = self.length
         at = ["[[maybe_unused]] const int64_t i = first + c;"] if self.axes == self.program.all_axes else []
         if lanes:
             head, tail = [f"for_lanes(0, {length}, [&](int64_t c, int lane) {{"], "});"
@@ -125,7 +192,7 @@ class Blocks(blocks.Blocks):
         return [*head, *indent([*at, *inner]), tail]
 
     def total(self, i: int) -> str:
-        return f"{self._lanes(i)}.total({'' if i in self.reductions else f'n{self.axes[-1]}'})"
+        return f"{self._lanes(i)}.total({'' if i in self.reductions else self.length})"
 
     # -- results --
     def result(self, i: int) -> str:

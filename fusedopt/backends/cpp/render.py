@@ -40,7 +40,7 @@ class _Body(c_family.Body):
         return [*(["FUSEDOPT_WIDEST"] if self._has_integers() else []), *functions, *super().declarations()]
 
     def _has_integers(self) -> bool:
-        return self.program.draws or any(v.op in BITS for v in self.program.values)
+        return self.program.draws or self.program.line > 0 or any(v.op in BITS for v in self.program.values)
 
     def loop(self, stage: Stage) -> list[str]:
         return self._reduce(stage) if stage.reductions else self._plain(stage)

@@ -77,11 +77,15 @@ class Blocks(blocks.Blocks):
         if not stage.values:
             return []
         length = f"n{chunk.axes[-1]}"
-        head = f"for (int64_t line = {chunk.begin} / {length} + team.index; line < {chunk.end} / {length};"
+        left = f"{chunk.end} - line * {length}"
+        shorter = f"{left} < {length} ? {left} : {length}"
+        last = self.last_line(chunk.end) if chunk.axes == self.program.all_axes else f"{chunk.end} / {length}"
+        head = f"for (int64_t line = {chunk.begin} / {length} + team.index; line < {last};"
         return [
             "{",
             f"  const Team team = Team::neighbours({length});",
             f"  {head} line += team.count) {{",
+            *([f"    const int64_t length = {shorter};"] if self.program.line else []),
             *indent(indent(self.line(chunk.axes, stage))),
             "  }",
             "}",
@@ -115,7 +119,7 @@ class Blocks(blocks.Blocks):
     # -- lines --
     def over(self, inner: Sequence[str], lanes: bool) -> list[str]:
         at = ["[[maybe_unused]] const int64_t i = first + c;"]
-        head = f"team.each(0, n{self.axes[-1]}, [&](int64_t c, int{' lane' if lanes else ''}) {{"
+        head = f"team.each(0, {self.length}, [&](int64_t c, int{' lane' if lanes else ''}) {{"
         return [head, *indent([*at, *inner]), "});"]
 
     def total(self, i: int) -> str:

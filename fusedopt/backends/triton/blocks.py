@@ -245,7 +245,8 @@ class Blocks(Body):
         body += [BARRIER, *per_line] if per_line else []
         assert self.now.outer is not None
         kinds = self._kinds(stage.values, stage.stores, inner=False) | ({lines} if mine else set())
-        out = [f"first_line = begin // {length}", f"last_line = end // {length}"]
+        last = f"(end + {length} - 1) // {length}" if self.program.line else f"end // {length}"
+        out = [f"first_line = begin // {length}", f"last_line = {last}"]
         out += [*map(self._accumulator, whole), *self._loop(self.now.outer, body, kinds)]
         for i in whole:
             total = self._joined_block(reduction(values[i].op), f"acc{i}", 1)
@@ -264,7 +265,10 @@ class Blocks(Body):
         ]
         for i in sums:
             op = reduction(values[i].op)
-            scale = f" / n{self.axes[-1]}.to(tl.float64)" if op.averaged else ""
+            length = f"n{self.axes[-1]}"
+            if self.program.line:  # of which the last one is what is left
+                length = f"tl.minimum(end - y * {length}, {length})"
+            scale = f" / {length}.to(tl.float64)" if op.averaged else ""
             text = f"{self.name(i)} = ({self._total_of(i, 1)}{scale}).to(T)"
             lines.append(self._commented(text, values[i]))
         return lines
@@ -381,10 +385,11 @@ class Blocks(Body):
             *self._digits(side),
             *(f"{self._o(kind)} = {self._place(kind)}" for kind in kinds if kind != ELEMENT),
         ]
-        if ELEMENT in kinds or (both and self.now.within):
+        ragged = both and self.program.line
+        if ELEMENT in kinds or (both and self.now.within) or ragged:
             lines.append(f"at = {self._place(ELEMENT)}")
         if both:
-            more = " & (at >= begin) & (at < end)" if self.now.within else ""
+            more = " & (at >= begin) & (at < end)" if self.now.within else " & (at < end)" if ragged else ""
             lines.append(f"there = in_y & in_x{more}")
         return [f"for {name}0 in range({side.first}, {side.last}, {side.size}):", *indent([*lines, *body])]
 
