@@ -16,7 +16,7 @@ per tensor (``zeros_like``); it costs nothing. ``to_bfloat16`` and ``to_float16`
 The bits of a float32 are an integer: ``add_bits`` adds a whole number to it, ``low_bits`` is its lower half, from -2¹⁵
 up to 2¹⁵ - 1, and ``high_bits`` what is left without that. ``bfloat16_at_random`` and its like round to one of the two
 nearest, as noise from 1 up to 2 says. ``near_root`` is a function close to the root (within 6 %), made of the bits:
-half the exponent, and between powers of four a straight line; of negative numbers it is larger than of all others.
+half the exponent, and between powers of four a straight line; of negative numbers it means nothing.
 ``near_square`` has the number's sign and undoes it, but for the last bit. ``absmax`` is the largest size, ``bitmax``
 the largest of numbers none of which is negative: else it is NaN, or one of those.
 """

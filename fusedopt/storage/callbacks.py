@@ -25,7 +25,7 @@ def keys(name: str, policy: str) -> list[str]:
 
 def dtypes(policy: Policy) -> list[torch.dtype]:
     """Those of all that is stored: the code, the rest, and the scale."""
-    return [policy.code, *policy.rest, *([torch.bfloat16] if policy.block else [])]
+    return [policy.code, *policy.rest, *([torch.float32] if policy.block else [])]
 
 
 @functools.lru_cache(maxsize=1024)

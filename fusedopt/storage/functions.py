@@ -37,8 +37,10 @@ def low_bits(x: Any) -> Any:
 
 
 def near_root(x: Any) -> Any:
-    """Close to the root of x, within 6 %, for no more than an addition costs; `near_square` undoes it. That of negative
-    numbers is larger than 2⁶⁴, which none of others is."""
+    """Close to the root of x, within 6 %, for no more than an addition costs; `near_square` undoes it.
+
+    Of infinity it is 2⁶⁴, of NaN more; of negative numbers it means nothing.
+    """
     return _op("near_root", x)
 
 
@@ -47,9 +49,10 @@ def near_square(x: Any) -> Any:
     return _op("near_square", x)
 
 
-def raised(x: Any) -> Any:
-    """The smallest number of bfloat16 that is not below x."""
-    return _op("high_bits", add_bits(x, 2.0**15 - 1))
+def shortened(x: Any) -> Any:
+    """x, rounded to 16 significant bits (Veltkamp's splitting), so that its product with one of 8 is exact."""
+    more = x * 257.0
+    return more - (more - x)
 
 
 def rounded(x: Any, dtype: torch.dtype, noise: Any = None) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .functions import block_amax, joined, near_root, near_square, raised, rounded, split, spread
+from .functions import block_amax, joined, near_root, near_square, rounded, shortened, split, spread
 from .policy import Policy, register
 
 
@@ -96,13 +96,16 @@ class Blocks(Policy):
         self.signed, self.top = signed, 127.0 if signed else 255.0
 
     def encode(self, x: Any, noise: Any) -> Any:
-        largest = near_root(block_amax(x, self.block, self.signed)).clamp(2.0**-50, 1.25 * 2.0**64)
+        largest = block_amax(x, self.block, self.signed)
+        fits = (largest >= 0) & (largest < float("inf"))
+        # The root of infinity is 2⁶⁴, those of NaN are above it: with this scale their codes are, too.
+        largest = torch.where(fits, near_root(largest).clamp(min=2.0**-50), 1.45 * 2.0**64)
         # With its few bits a code times the scale is exact: so what is decoded is encoded to the same again.
-        scale = raised(largest / self.top)
+        scale = shortened(largest / self.top)
         code = (near_root(x.abs() if self.signed else x) * spread(1 / scale, x, self.block)).round()
-        code = torch.where(code < self.top, code, self.top)
         if self.signed:
-            return torch.copysign(code, x), scale
+            return torch.copysign(torch.where(code < self.top, code, self.top), x), scale
+        code = torch.where(x >= 0, code, self.top)
         return torch.where((x > 0) & (code < 1), 1.0, code), scale
 
     def decode(self, code: Any, *rest: Any) -> Any:
@@ -119,8 +122,7 @@ register("bf16+8", Corrected(8))
 register("bf16+16", Corrected(16))
 register("master", Master(torch.bfloat16))
 register("float16_master", Master(torch.float16))
-for _count in (64, 256):
-    register(f"int8_{_count}", Blocks(True, _count))
-    register(f"uint8_{_count}", Blocks(False, _count))
 register("int8", Blocks(True, 64))
 register("uint8", Blocks(False, 64))
+register("int8_256", Blocks(True, 256))
+register("uint8_256", Blocks(False, 256))

@@ -44,7 +44,7 @@ class Policy:
 
     code: the dtype of what has the tensor's shape, and of a parameter its own
     rest: the dtypes of further tensors of its shape
-    block: besides there is a bfloat16 number for so many neighbouring elements, the last of what is stored; 0: none
+    block: besides there is a float32 number for so many neighbouring elements, the last of what is stored; 0: none
     noisy: whether ``encode`` uses ``noise``
     least: tensors with fewer elements are stored as they are
     state: whether it is for state; params: whether it is for parameters
