@@ -221,7 +221,7 @@ CASES = [
 """Every policy with one rule, and every rule with those that need most."""
 
 
-@pytest.mark.filterwarnings("ignore:fusedopt: the callback adafactor_step")
+@pytest.mark.filterwarnings("ignore:fusedopt. the callback adafactor_step")
 @pytest.mark.parametrize(("rule", "name", "where"), CASES)
 def test_kernels_do_what_the_reference_does(rule, name, where):
     dtype = POLICIES[name].code if where == "param" else torch.float32
