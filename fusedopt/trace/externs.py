@@ -42,6 +42,7 @@ STARTERS = frozenset(
     linalg_slogdet linalg_matmul linalg_multi_dot linalg_diagonal
     trace diagonal diag diag_embed tril triu
     cumsum cumprod sort argsort topk roll flip fliplr flipud rot90 median quantile kthvalue
+    index_select gather take_along_dim
     """.split()  # noqa: SIM905
 )
 """Functions and attributes of torch that a tensor of a fused program enters for."""
@@ -329,8 +330,13 @@ class ExternTensor:
     def asked(self) -> torch.dtype:
         return self.spot.asked or self.meta.dtype
 
-    def leave(self) -> SymTensor:
-        return leave(self)
+    def leave(self, dims: axes.Dims | None = None) -> SymTensor:
+        return leave(self, dims)
+
+    def fits(self, dims: axes.Dims) -> bool:
+        """Whether it may be a value of fused programs along these dimensions of the parameter."""
+        whole = self.run.attribute(ELEMENT, "shape")
+        return self.meta.dtype.is_floating_point and axes.sizes(dims, whole) == list(self.meta.shape)
 
     @property
     def leaves(self) -> bool:
@@ -414,10 +420,11 @@ def enter(x: SymTensor, dtype: torch.dtype | None = None) -> ExternTensor:
     return ExternTensor(run, Spot(ref, asked if asked != ref.dtype else None))
 
 
-def leave(x: ExternTensor) -> SymTensor:
-    """The tensor as a value of fused programs. Raises Untraceable if it is none."""
+def leave(x: ExternTensor, dims: axes.Dims | None = None) -> SymTensor:
+    """The tensor as a value of fused programs, along these dimensions of the parameter where sizes do not tell which.
+    Raises Untraceable if it is none."""
     run, calls, meta = x.run, calls_of(x.run), x.meta
-    shown = shown_of(x)
+    shown = shown_of(x) or dims
     if shown is None:
         raise Untraceable(f"a tensor of shape {list(meta.shape)} meets the parameter's, of another shape")
     if meta.dtype == torch.bool:

@@ -109,6 +109,12 @@ def indexed(p, lr, avg, **_):
     p.data.sub_(torch.zeros_like(avg @ avg.T @ avg).scatter(1, where, largest), alpha=lr)
 
 
+def reordered(p, lr, avg, **_):
+    order = (avg @ avg.T).diagonal().argsort()
+    p.data.sub_(avg.index_select(0, order) + torch.take_along_dim(avg, avg.argsort(1), 1), alpha=lr)
+    p.data.sub_(p.grad.gather(0, p.grad.argsort(0)), alpha=lr)
+
+
 def in_place(p, lr, avg, **_):
     x = avg.T @ avg
     x.div_(x.norm() + 1)
@@ -175,6 +181,7 @@ ALL = [
     ordered,
     rolled,
     indexed,
+    reordered,
     in_place,
     qr,
     svd,
