@@ -9,9 +9,11 @@ buffer adds 8; a stage that only reduces adds 4 for each buffer it reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from . import optim, rules
 from .optimizer import named
@@ -29,6 +31,9 @@ class Variant:
     """Bytes moved per fp32 element in a steady step; where matrices have a kernel of their own, of a matrix."""
     first_step_kernel: bool = False
     """State starts as something other than zeros, so the first step runs a kernel of its own."""
+    exact: bool = True
+    """A plain loop's results differ from its own in the last digits alone. Not so where numbers are rounded to another
+    type on the way, or where a matrix without full rank has eigenvectors."""
 
     @property
     def buffers(self) -> int:
@@ -58,6 +63,10 @@ class Row:
     """Stores a number per tensor: a launch more, over tensors."""
     matrix_launches: int = 0
     """Kernel launches for matrices, where these have a kernel of their own; what else is said is of vectors."""
+    calls: bool = False
+    """Makes torch calls for matrices, between launches; those of one shape share their launches."""
+    matrices: bool = False
+    """Takes parameters of two or more dimensions alone."""
     totals: bool = False
     """Needs sums over all parameters: a pass before the step, with its launch over tensors, and two that join sums."""
     changes_structure: bool = False
@@ -91,8 +100,18 @@ class Row:
 
     @property
     def launches(self) -> int:
-        """Kernel launches per step for parameters of one dtype on one device, and of matrices where these differ."""
+        """Kernel launches per step for parameters of one dtype on one device, and of matrices where these differ; of
+        one shape, if there are torch calls."""
         return self.matrix_launches or self.stages + self.keeps_numbers + 4 * self.totals
+
+    def shapes(self, shapes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Those of these shapes that its parameters may have."""
+        return [s for s in shapes if len(s) > 1 or not self.matrices]
+
+    @property
+    def exact(self) -> tuple[Variant, ...]:
+        """The variants that a plain loop can be compared with, digit by digit."""
+        return tuple(v for v in self.variants if v.exact)
 
     @property
     def first_step_kernel(self) -> bool:
@@ -105,10 +124,10 @@ def _lookahead_of_sgd(params: Any, lr: float, k: int = 6, alpha: float = 0.5, **
 
 
 def _variants(
-    state: tuple[str, ...], bytes: int, *kwargs: dict[str, Any], first: bool = False
+    state: tuple[str, ...], bytes: int, *kwargs: dict[str, Any], first: bool = False, exact: bool = True
 ) -> tuple[Variant, ...]:
     """Variants that keep the same state and cost the same."""
-    return tuple(Variant(k, state, bytes, first) for k in kwargs)
+    return tuple(Variant(k, state, bytes, first, exact) for k in kwargs)
 
 
 _MOMENTUM, _EXP = ("momentum_buffer",), ("exp_avg", "exp_avg_sq")
@@ -561,6 +580,30 @@ _RULES = (
         reductions=True,
     ),
     Row(
+        "Muon",
+        "rules",
+        rules.Muon,
+        "torch.optim.Muon",
+        _variants(_MOMENTUM, 32, dict(), exact=False)
+        + _variants(
+            _MOMENTUM,
+            40,
+            dict(ns_dtype=torch.float64),
+            dict(
+                **_DECAY,
+                momentum=0.8,
+                nesterov=False,
+                ns_steps=3,
+                adjust_lr_fn="match_rms_adamw",
+                ns_dtype=torch.float64,
+                maximize=True,
+            ),
+        ),
+        matrix_launches=2,
+        calls=True,
+        matrices=True,
+    ),
+    Row(
         "NovoGrad",
         "rules",
         rules.NovoGrad,
@@ -632,6 +675,32 @@ _RULES = (
         matrix_launches=4,
     ),
     Row(
+        "SOAP",
+        "rules",
+        rules.SOAP,
+        "pytorch_optimizer.SOAP",
+        _variants(_EXP, 68, dict(), exact=False)
+        + _variants(
+            _EXP,
+            68,
+            dict(max_precond_dim=4, precondition_frequency=3),
+            dict(
+                **_DECAY,
+                betas=(0.8, 0.9),
+                shampoo_beta=0.95,
+                eps=1e-3,
+                precondition_frequency=1,
+                max_precond_dim=4,
+                normalize_grads=True,
+                correct_bias=False,
+                maximize=True,
+            ),
+        ),
+        matrix_launches=3,
+        calls=True,
+        rests_first=True,
+    ),
+    Row(
         "SophiaG", "rules", rules.SophiaG, None, _variants(("exp_avg", "hessian"), 24, dict(), dict(rho=0.1))
     ),
     Row(
@@ -668,8 +737,9 @@ RULES: tuple[Row, ...] = _RULES
 
 
 def rows(face: str | None = None) -> tuple[Row, ...]:
-    """The rows of one face ('fastai', 'torch' or 'rules'), or all of them."""
-    return tuple(r for r in TABLE + RULES if face in (None, r.face))
+    """The rows of one face ('fastai', 'torch' or 'rules'), or those of all that take parameters of any shape."""
+    found = (r for r in TABLE + RULES if face in (None, r.face))
+    return tuple(r for r in found if face or not r.matrices)
 
 
 def row(face: str, name: str) -> Row:

@@ -37,6 +37,7 @@ from .schedulefree import (
 )
 from .signum import Signum, sign_step
 from .sm3 import SM3, sm3_step
+from .soap import SOAP, soap_step
 from .sophia import SophiaG, sophia_step
 from .stableadamw import StableAdamW, stable_adamw_step
 from .tiger import Tiger
@@ -49,6 +50,7 @@ __all__ = [
     "MARS",
     "QHM",
     "SM3",
+    "SOAP",
     "AdEMAMix",
     "AdaBelief",
     "AdaBound",
@@ -105,6 +107,7 @@ __all__ = [
     "schedule_free_step",
     "sign_step",
     "sm3_step",
+    "soap_step",
     "sophia_step",
     "stable_adamw_step",
 ]

@@ -446,6 +446,45 @@ def mars(
         yield
 
 
+def newton_schulz(x, steps, coefficients, eps):
+    """Jordan et al. 2024: the matrix whose singular values are nearly one."""
+    a, b, c = coefficients
+    x = x / max(x.norm().item(), eps)
+    for _ in range(steps):
+        # x·xᵀ and xᵀ·x have the same polynomial around them
+        gram = x @ x.T
+        x = a * x + b * (gram @ x) + c * (gram @ (gram @ x))
+    return x
+
+
+def muon(
+    p,
+    grads,
+    lr=1e-3,
+    weight_decay=0.1,
+    momentum=0.95,
+    nesterov=True,
+    ns_coefficients=(3.4445, -4.7750, 2.0315),
+    eps=1e-7,
+    ns_steps=5,
+    adjust_lr_fn=None,
+    ns_dtype=torch.bfloat16,
+    schedule=constant,
+) -> Steps:
+    """Jordan et al. 2024; ``adjust_lr_fn`` "match_rms_adamw" is of arXiv:2502.16982, equation 4."""
+    m, rows = torch.zeros_like(p), len(p)
+    columns = p.numel() // rows
+    ratio = max(1.0, rows / columns) ** 0.5 if adjust_lr_fn is None else 0.2 * max(rows, columns) ** 0.5
+    for t, g in enumerate(grads, 1):
+        rate = lr * schedule(t)
+        m = momentum * m + (1 - momentum) * g
+        u = momentum * m + (1 - momentum) * g if nesterov else m
+        u = newton_schulz(u.reshape(rows, columns).to(ns_dtype), ns_steps, ns_coefficients, eps)
+        p.mul_(1 - rate * weight_decay)
+        p.sub_(rate * ratio * u.reshape(p.shape).to(p.dtype))
+        yield
+
+
 def novograd(
     p, grads, lr=1e-2, betas=(0.95, 0.98), eps=1e-8, weight_decay=0.0, grad_averaging=False, schedule=constant
 ) -> Steps:
@@ -543,6 +582,58 @@ def tiger(p, grads, lr=1e-3, beta=0.965, weight_decay=0.01, schedule=constant) -
     yield from signum(p, grads, lr, beta, weight_decay, schedule)
 
 
+def soap(
+    p,
+    grads,
+    lr=3e-3,
+    betas=(0.95, 0.95),
+    shampoo_beta=-1,
+    eps=1e-8,
+    weight_decay=0.01,
+    precondition_frequency=10,
+    max_precond_dim=10000,
+    precondition_1d=False,
+    normalize_grads=False,
+    correct_bias=True,
+    schedule=constant,
+) -> Steps:
+    """arXiv:2409.11321, algorithm 3, as in the authors' code: its first step makes the bases alone."""
+    b1, b2 = betas
+    beta = b2 if shampoo_beta < 0 else shampoo_beta
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    sides = [i for i, n in enumerate(p.shape) if n <= max_precond_dim and (p.ndim > 1 or precondition_1d)]
+    outer = {i: torch.zeros(p.shape[i], p.shape[i], dtype=p.dtype) for i in sides}
+    bases: dict[int, Tensor] = {}
+
+    def along_bases(x, back):
+        for i, q in bases.items():
+            x = torch.tensordot(x, q if not back else q.T, dims=[[i], [0]]).movedim(-1, i)
+        return x
+
+    for t, g in enumerate(grads):
+        if t > 0:
+            rate = lr * schedule(t + 1)
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * along_bases(g, False) ** 2
+            u = along_bases(along_bases(m, False) / (v.sqrt() + eps), True)
+            if normalize_grads:
+                u = u / (1e-30 + size(u))
+            eta = rate * math.sqrt(1 - b2**t) / (1 - b1**t) if correct_bias else rate
+            p.sub_(eta * u)
+            p.mul_(1 - rate * weight_decay)
+        for i in sides:
+            others = [d for d in range(p.ndim) if d != i]
+            outer[i] = beta * outer[i] + (1 - beta) * torch.tensordot(g, g, dims=[others, others])
+            if t == 0:
+                bases[i] = torch.linalg.eigh(outer[i]).eigenvectors.flip(1)
+            elif t % precondition_frequency == 0:
+                ahead = outer[i] @ bases[i]
+                order = torch.einsum("ab,ab->b", bases[i], ahead).sort(descending=True).indices
+                v = v.movedim(i, 0)[order].movedim(0, i)
+                bases[i], _ = torch.linalg.qr(ahead[:, order])
+        yield
+
+
 def sophia(
     p,
     grads,
@@ -624,12 +715,14 @@ PAPERS = {
     "LDoG": ldog,
     "Lion": lion,
     "MARS": mars,
+    "Muon": muon,
     "NovoGrad": novograd,
     "Prodigy": parameter_free.steps_of(parameter_free.Prodigy),
     "QHM": qhm,
     "SGDScheduleFree": sgd_schedule_free,
     "Signum": signum,
     "SM3": sm3,
+    "SOAP": soap,
     "SophiaG": sophia,
     "StableAdamW": stable_adamw,
     "Tiger": tiger,

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from factories import assert_equal, give_gradients, parameters
+from factories import SHAPES, assert_equal, give_gradients, parameters
 from torch.optim import lr_scheduler
 
 import fusedopt
@@ -33,6 +33,10 @@ def train(opt, steps=4, start=0):
         give_gradients(params, t)
         opt.step()
     return params
+
+
+def parameters_of(row, shapes=SHAPES, **options):
+    return parameters(row.shapes(shapes), **options)
 
 
 def stepped(make, steps=4, **options):
@@ -79,6 +83,9 @@ PURE = {
     "half_life_of",
     "math",
     "newton_schulz",
+    "turned",
+    "gram_of",
+    "sides_of",
     "adam_step",
     "radam_step",
     "min",
@@ -168,6 +175,9 @@ BAD += [
     ("Prodigy", dict(d0=0.0)),
     ("Prodigy", dict(beta3=1.0)),
     ("DAdaptAdam", dict(d0=math.nan)),
+    ("SOAP", dict(shampoo_beta=1.0)),
+    ("SOAP", dict(precondition_frequency=0)),
+    ("SOAP", dict(max_precond_dim=-1)),
 ]
 
 
@@ -197,7 +207,7 @@ def test_one_parameter_without_a_list_is_refused(name):
 @pytest.mark.parametrize(("row", "variant"), VARIANTS)
 def test_it_fuses_without_a_word_in_every_dtype(row, variant, dtype):
     """Warnings are errors. One kernel serves the first step and the later ones, but where the table says otherwise."""
-    params = parameters(dtype=dtype)
+    params = parameters_of(row, dtype=dtype)
     opt = row.factory(params, **variant.kwargs, backend="cpp")
     train(opt, 3)
     said = opt.explain()
@@ -210,7 +220,7 @@ def test_it_fuses_without_a_word_in_every_dtype(row, variant, dtype):
 
 @pytest.mark.parametrize(("row", "variant"), VARIANTS)
 def test_a_step_costs_what_the_table_says(row, variant):
-    params = parameters([(4, 3), (2, 3)])
+    params = parameters([(4, 3), (4, 3) if row.calls else (2, 3)])
     opt = row.factory(params, **variant.kwargs, backend="cpp")
     train(opt, 8)
     said = opt.explain()
@@ -221,7 +231,7 @@ def test_a_step_costs_what_the_table_says(row, variant):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_groups_and_schedulers_change_what_is_theirs(row):
-    first, second = parameters(), parameters()
+    first, second = parameters_of(row), parameters_of(row)
     groups = [{"params": first}, {"params": second, "lr": 0.0}]
     lr = {} if row.name == "Adafactor" else {"lr": 0.01}  # whose step is relative, and refuses one
     opt = row.factory(groups, **{**lr, **row.variants[0].kwargs}, backend="cpp")
@@ -239,7 +249,7 @@ def test_groups_and_schedulers_change_what_is_theirs(row):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_checkpoint_goes_on_where_it_was(row):
-    params, twins = parameters(), parameters()
+    params, twins = parameters_of(row), parameters_of(row)
     opt, other = (row.factory(p, **row.variants[-1].kwargs, backend="cpp") for p in (params, twins))
     train(opt, 7)
     for p, q in zip(params, twins, strict=True):
@@ -251,7 +261,7 @@ def test_a_checkpoint_goes_on_where_it_was(row):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_it_can_be_pickled(row):
-    opt = row.factory(parameters(), **row.variants[-1].kwargs, backend="cpp")
+    opt = row.factory(parameters_of(row), **row.variants[-1].kwargs, backend="cpp")
     train(opt, 2)
     other = pickle.loads(pickle.dumps(opt))
     assert_equal(train(opt, 2, start=2), train(other, 2, start=2))
@@ -262,7 +272,7 @@ def test_it_can_be_pickled(row):
 )
 def test_maximize_is_descent_on_the_other_sign(row):
     kwargs = {k: v for k, v in row.variants[-1].kwargs.items() if k != "maximize"}
-    up, down = parameters(), parameters()
+    up, down = parameters_of(row), parameters_of(row)
     opt, other = row.factory(up, **kwargs, maximize=True), row.factory(down, **kwargs)
     for t in range(3):
         give_gradients(up, t), give_gradients(down, t)
@@ -279,7 +289,7 @@ def test_parameters_flagged_do_wd_false_never_decay(row):
     """As fastai's Learner flags biases and norms."""
     variant = next(v for v in row.variants if v.kwargs.get("weight_decay"))
     none = {"weight_decay_1d": 0.0} if row.name == "MARS" else {}
-    decayed, spared, bare = parameters(), parameters(), parameters()
+    decayed, spared, bare = (parameters_of(row) for _ in range(3))
     makers = [variant.kwargs, variant.kwargs, {**variant.kwargs, **none, "weight_decay": 0.0}]
     for params, kwargs, flagged in zip((decayed, spared, bare), makers, (False, True, False), strict=True):
         opt = row.factory(params, **kwargs, backend="cpp")
@@ -378,12 +388,12 @@ SHAPED = [(), (1,), (7,), (3, 5), (1, 6), (6, 1), (1, 1), (5, 1, 3), (4, 3, 3, 3
 def test_every_shape_fuses_with_gradients_missing_now_and_then(row):
     found = []
     for backend in ("cpp", "reference"):
-        params = parameters(SHAPED, torch.float64)
+        params = parameters_of(row, SHAPED, dtype=torch.float64)
         opt = row.factory(params, **row.variants[-1].kwargs, backend=backend)
         for t in range(5):
             give_gradients(params, t)
             for k in {1: (3, 8), 2: (2, 4, 9), 4: (3,)}.get(t, ()):
-                params[k].grad = None
+                params[k % len(params)].grad = None
             opt.step()
         assert not opt.explain().eager
         found.append(params)
@@ -507,3 +517,64 @@ def test_sophia_takes_the_hessian_that_it_is_given(dtype):
     unhelped = stepped(lambda p: rules.SophiaG(p, lr=0.01, bs=20), 8, dtype=dtype)
     assert not torch.allclose(unhelped[0], params[0])
     assert not opt.explain().eager
+
+
+# --
+# SOAP's bases
+
+
+def sides(opt, p):
+    return {int(k[-1]) for k in opt.state[p] if k.startswith("basis_")}
+
+
+def test_soap_has_bases_for_matrices_and_sides_up_to_a_length():
+    params = parameters([(6,), (4, 6), (4, 3, 5), (7, 8), (2, 2, 2, 2, 2, 2), ()])
+    assert [sides(train_soap(params), p) for p in params] == [
+        set(),
+        {0, 1},
+        {0, 1, 2},
+        {0, 1},
+        {0, 1, 2, 3, 4},
+        set(),
+    ]
+    assert [sides(train_soap(params, max_precond_dim=5), p) for p in params[:4]] == [
+        set(),
+        {0},
+        {0, 1, 2},
+        set(),
+    ]
+    assert [sides(train_soap(params, precondition_1d=True), p) for p in params[:2]] == [{0}, {0, 1}]
+
+
+def train_soap(params, steps=4, **options):
+    opt = rules.SOAP(params, backend="cpp", **options)
+    train(opt, steps)
+    return opt
+
+
+def test_soaps_first_step_makes_state_alone():
+    params, before = parameters(), parameters()
+    opt = train_soap(params, 1)
+    assert_equal(params, before)
+    assert sides(opt, params[1]) == {0, 1} and not opt.state[params[1]]["exp_avg"].any()
+    train(opt, 1, start=1)
+    assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+def test_soaps_bases_stay_orthogonal_and_follow_the_averages():
+    p = parameters([(4, 4)], torch.float64)
+    opt = train_soap(p, 1, precondition_frequency=3)
+
+    def off_diagonal():
+        turned = opt.state[p[0]]["basis_0"].mT @ opt.state[p[0]]["gram_0"] @ opt.state[p[0]]["basis_0"]
+        return ((turned - turned.diagonal().diag()).norm() / turned.norm()).item()
+
+    assert off_diagonal() < 1e-12
+    train(opt, 2, start=1)
+    stale = off_diagonal()
+    for _ in range(90):  # the same gradient over and over: the averages come to rest, and iterations converge
+        give_gradients(p, 7)
+        opt.step()
+    basis = opt.state[p[0]]["basis_0"]
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(4, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert off_diagonal() < 1e-2 * stale
