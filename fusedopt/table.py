@@ -402,6 +402,20 @@ _RULES = (
         _variants((*_EXP, "exp_avg_lr"), 36, dict(), dict(**_DECAY, betas=(0.8, 0.95), beta3=0.9, eps=1e-3)),
     ),
     Row(
+        "AdamP",
+        "rules",
+        rules.AdamP,
+        "torch_optimizer.AdamP",
+        _variants(
+            _EXP,
+            44,
+            dict(),
+            dict(**_DECAY, betas=(0.8, 0.95), eps=1e-3, delta=1.0, wd_ratio=0.3),
+            dict(**_DECAY, delta=5.0, nesterov=True, maximize=True),
+        ),
+        matrix_launches=3,
+    ),
+    Row(
         "AdamMini",
         "rules",
         rules.AdamMini,
@@ -657,6 +671,20 @@ _RULES = (
             ("z",), 20, dict(lr=0.1), dict(lr=0.1, weight_decay=0.1, momentum=0.8, warmup_steps=5, r=1.0)
         ),
         swaps=True,
+    ),
+    Row(
+        "SGDP",
+        "rules",
+        rules.SGDP,
+        "torch_optimizer.SGDP",
+        _variants(
+            _MOMENTUM,
+            32,
+            dict(),
+            dict(**_DECAY, momentum=0.9, dampening=0.5, delta=1.0, wd_ratio=0.3),
+            dict(**_DECAY, momentum=0.8, delta=5.0, eps=1e-3, nesterov=True, maximize=True),
+        ),
+        matrix_launches=3,
     ),
     Row(
         "Signum",

@@ -10,6 +10,7 @@ from .adabound import AdaBound, adabound_step
 from .adafactor import Adafactor, adafactor_step
 from .adammini import AdamMini, adam_mini_step
 from .adamod import AdaMod, adamod_step
+from .adamp import AdamP, adamp_step
 from .adan import Adan, adan_step
 from .ademamix import AdEMAMix, ademamix_step
 from .adopt import ADOPT, adopt_step
@@ -35,6 +36,7 @@ from .schedulefree import (
     divide_by_rms,
     schedule_free_step,
 )
+from .sgdp import SGDP, sgdp_step
 from .signum import Signum, sign_step
 from .sm3 import SM3, sm3_step
 from .soap import SOAP, soap_step
@@ -49,6 +51,7 @@ __all__ = [
     "LARS",
     "MARS",
     "QHM",
+    "SGDP",
     "SM3",
     "SOAP",
     "AdEMAMix",
@@ -57,6 +60,7 @@ __all__ = [
     "AdaMod",
     "Adafactor",
     "AdamMini",
+    "AdamP",
     "AdamWScheduleFree",
     "Adan",
     "Cautious",
@@ -81,6 +85,7 @@ __all__ = [
     "adafactor_step",
     "adam_mini_step",
     "adamod_step",
+    "adamp_step",
     "adan_step",
     "ademamix_step",
     "adopt_step",
@@ -105,6 +110,7 @@ __all__ = [
     "prodigy_step",
     "qhm_step",
     "schedule_free_step",
+    "sgdp_step",
     "sign_step",
     "sm3_step",
     "soap_step",

@@ -148,6 +148,69 @@ def adam_mini(p, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
         yield
 
 
+def without_radial(u, g, p, delta, wd_ratio, eps):
+    """arXiv:2006.08217, equations 5 and 12: the projection for rows, or else for all, and the factor of the decay."""
+    if p.ndim > 1:
+        for rows in (len(p), 1):
+            each = list(zip(p.reshape(rows, -1), g.reshape(rows, -1), u.reshape(rows, -1), strict=True))
+            cosines = [abs(w.dot(d)) / (w.norm() + eps) / (d.norm() + eps) for w, d, _ in each]
+            if max(cosines) < delta / math.sqrt(p.numel() / rows):
+                units = [w / (w.norm() + eps) for w, _, _ in each]
+                left = [x - n * n.dot(x) for n, (_, _, x) in zip(units, each, strict=True)]
+                return torch.stack(left).reshape(p.shape), wd_ratio
+    return u, 1.0
+
+
+def adamp(
+    p,
+    grads,
+    lr=1e-3,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.0,
+    delta=0.1,
+    wd_ratio=0.1,
+    nesterov=False,
+    schedule=constant,
+) -> Steps:
+    """arXiv:2006.08217, algorithm 2, as in the authors' code."""
+    b1, b2 = betas
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        rate = lr * schedule(t)
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+        u = (b1 * m + (1 - b1) * g if nesterov else m) / (v.sqrt() / math.sqrt(1 - b2**t) + eps)
+        u, ratio = without_radial(u, g, p, delta, wd_ratio, eps)
+        p.mul_(1 - rate * weight_decay * ratio)
+        p.sub_(rate / (1 - b1**t) * u)
+        yield
+
+
+def sgdp(
+    p,
+    grads,
+    lr=1e-1,
+    momentum=0.0,
+    dampening=0.0,
+    eps=1e-8,
+    weight_decay=0.0,
+    delta=0.1,
+    wd_ratio=0.1,
+    nesterov=False,
+    schedule=constant,
+) -> Steps:
+    """arXiv:2006.08217, algorithm 1, as in the authors' code."""
+    m = torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        rate = lr * schedule(t)
+        m = momentum * m + (1 - dampening) * g
+        u, ratio = without_radial(g + momentum * m if nesterov else m, g, p, delta, wd_ratio, eps)
+        p.mul_(1 - rate * weight_decay * ratio / (1 - momentum))
+        p.sub_(rate * u)
+        yield
+
+
 def came(
     p,
     grads,
@@ -700,6 +763,7 @@ PAPERS = {
     "Adafactor": adafactor,
     "AdaMod": adamod,
     "AdamMini": adam_mini,
+    "AdamP": adamp,
     "AdamWScheduleFree": adamw_schedule_free,
     "Adan": adan,
     "AdEMAMix": ademamix,
@@ -720,6 +784,7 @@ PAPERS = {
     "Prodigy": parameter_free.steps_of(parameter_free.Prodigy),
     "QHM": qhm,
     "SGDScheduleFree": sgd_schedule_free,
+    "SGDP": sgdp,
     "Signum": signum,
     "SM3": sm3,
     "SOAP": soap,

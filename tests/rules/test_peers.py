@@ -74,6 +74,15 @@ CASES = [
         f"{PO}.AdaFactor",
         dict(warmup_init=True, betas=(None, 1.0 - 1e-9), clip_threshold=0.5),
     ),
+    # eps is added before v's bias is divided away in pytorch-optimizer
+    ("AdamP", dict(), f"{TO}.AdamP", dict()),
+    (
+        "AdamP",
+        dict(lr=0.01, weight_decay=0.1, delta=1.0, wd_ratio=0.3, nesterov=True),
+        f"{TO}.AdamP",
+        dict(lr=0.01, weight_decay=0.1, delta=1.0, wd_ratio=0.3, nesterov=True),
+    ),
+    ("AdamP", dict(eps=0.0, delta=1.0), f"{PO}.AdamP", dict(eps=0.0, delta=1.0), MATRICES),
     ("CAME", dict(), f"{PO}.CAME", dict()),
     (
         "CAME",
@@ -177,6 +186,19 @@ CASES = [
     ),
     ("QHM", dict(), f"{PO}.QHM", dict(lr=1e-2, momentum=0.999, nu=0.7)),
     ("QHM", dict(weight_decay=0.1), f"{TO}.QHM", dict(lr=1e-2, momentum=0.999, weight_decay=0.1)),
+    ("SGDP", dict(), f"{TO}.SGDP", dict(lr=0.1)),
+    (
+        "SGDP",
+        dict(momentum=0.9, delta=1.0, weight_decay=0.1, nesterov=True),
+        f"{TO}.SGDP",
+        dict(lr=0.1, momentum=0.9, delta=1.0, weight_decay=0.1, nesterov=True),
+    ),  # which projects the momentum too without nesterov
+    (
+        "SGDP",
+        dict(lr=0.01, momentum=0.9, dampening=0.5, weight_decay=0.1, delta=1.0, wd_ratio=0.3),
+        f"{PO}.SGDP",
+        dict(lr=0.01, momentum=0.9, dampening=0.5, weight_decay=0.1, delta=1.0, wd_ratio=0.3),
+    ),
     ("Signum", dict(), f"{PO}.Tiger", dict(lr=1e-2, beta=0.9, weight_decay=0.0)),
     ("SOAP", dict(), f"{PO}.SOAP", dict()),
     (

@@ -83,6 +83,7 @@ PURE = {
     "half_life_of",
     "math",
     "newton_schulz",
+    "projected",
     "turned",
     "gram_of",
     "sides_of",
@@ -142,6 +143,8 @@ NUMBERS = (
     "d0",
     "d_coef",
     "growth_rate",
+    "delta",
+    "wd_ratio",
 )
 BAD = [
     (name, {key: value})
