@@ -32,9 +32,9 @@ each pair of rows or of columns (a square matrix), or each tensor (a number in m
 compile, and which callbacks run eagerly. Parameters are matrices. AdamW launches 1, moves 28 and keeps 2 buffers;
 Cautious, Centralize and GrokFast are what they make of it.
 
-Muon and SOAP make torch calls between their launches, for all matrices of one shape at once while these are small; a
-semicolon is a launch. What these calls compute, read and write comes on top of the bytes, and is most of such a step;
-launches are of one shape. SOAP's are of a step that leaves its bases as they are; the first step makes them
+Muon, Shampoo and SOAP make torch calls between their launches, for all matrices of one shape at once while these are
+small; a semicolon is a launch. What these calls compute, read and write comes on top of the bytes, and is most of such
+a step; launches are of one shape. SOAP's are of a step that leaves its bases as they are; the first step makes them
 (`linalg_eigh`), and each tenth one after it turns them (`linalg_qr`).
 
 | rule | in a sentence | launches | torch calls | bytes per element | buffers | rows, columns | matrices | numbers \

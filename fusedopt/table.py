@@ -33,7 +33,7 @@ class Variant:
     """State starts as something other than zeros, so the first step runs a kernel of its own."""
     exact: bool = True
     """A plain loop's results differ from its own in the last digits alone. Not so where numbers are rounded to another
-    type on the way, or where a matrix without full rank has eigenvectors."""
+    type on the way, or where a matrix without full rank has eigenvectors or is inverted."""
 
     @property
     def buffers(self) -> int:
@@ -685,6 +685,28 @@ _RULES = (
             dict(**_DECAY, momentum=0.8, delta=5.0, eps=1e-3, nesterov=True, maximize=True),
         ),
         matrix_launches=3,
+    ),
+    Row(
+        "Shampoo",
+        "rules",
+        rules.Shampoo,
+        "pytorch_optimizer.Shampoo",
+        _variants((), 20, dict(), exact=False)
+        + _variants((), 20, dict(lr=0.1, matrix_eps=1.0, max_matrix_size=32))
+        + _variants(
+            _MOMENTUM,
+            32,
+            dict(
+                **_DECAY,
+                momentum=0.9,
+                preconditioning_compute_steps=4,
+                matrix_eps=0.5,
+                max_matrix_size=32,
+                maximize=True,
+            ),
+        ),
+        matrix_launches=2,
+        calls=True,
     ),
     Row(
         "Signum",

@@ -37,6 +37,7 @@ from .schedulefree import (
     schedule_free_step,
 )
 from .sgdp import SGDP, sgdp_step
+from .shampoo import Shampoo, shampoo_step
 from .signum import Signum, sign_step
 from .sm3 import SM3, sm3_step
 from .soap import SOAP, soap_step
@@ -75,6 +76,7 @@ __all__ = [
     "NovoGrad",
     "Prodigy",
     "SGDScheduleFree",
+    "Shampoo",
     "Signum",
     "SophiaG",
     "StableAdamW",
@@ -111,6 +113,7 @@ __all__ = [
     "qhm_step",
     "schedule_free_step",
     "sgdp_step",
+    "shampoo_step",
     "sign_step",
     "sm3_step",
     "soap_step",

@@ -9,7 +9,8 @@ import torch
 from .. import callbacks
 from ..callbacks import debias
 from ..optimizer.names import Place
-from ..optimizer.torch_face import TorchFace, check_betas
+from ..optimizer.torch_face import TorchFace, check_betas, check_whole
+from .sides import gram_of, sides_of, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,31 +79,6 @@ def soap_step(
     return new | {"sqr_avg": sqr_avg}
 
 
-def sides_of(x, most, precondition_1d):
-    """The dimensions of a tensor that have a basis."""
-    found = range(min(x.dim(), 5)) if x.dim() > 1 or precondition_1d else ()
-    return [i for i in found if x.shape[i] <= most]
-
-
-def gram_of(x, i):
-    """The products with each other of what is along dimension i of a tensor: a square matrix."""
-    if x.dim() != 2:
-        x, i = x.movedim(i, 0).reshape(x.shape[i], -1), 0
-    return x.mT @ x if i else x @ x.mT
-
-
-def turned(x, bases, back=False):
-    """A tensor with each dimension that has a basis in terms of it, or back: a product along each."""
-    if all(basis is None for basis in bases):
-        return x
-    for i in range(x.dim()):
-        x = x.mT if x.dim() == 2 else x.movedim(0, -1)  # once around, all dimensions are where they were
-        basis = bases[i] if i < len(bases) else None
-        if basis is not None:
-            x = x @ (basis.mT if back else basis)
-    return x
-
-
 soap_step.defaults = dict(mom=0.95, sqr_mom=0.95, gram_mom=-1.0, eps=1e-8, wd=1e-2, frequency=10, most=10000)
 
 
@@ -139,8 +115,5 @@ class SOAP(TorchFace):
     ) -> None:
         if shampoo_beta != -1:
             check_betas((shampoo_beta,), 1, "shampoo_beta")
-        if not precondition_frequency >= 1:
-            raise ValueError(
-                f"Invalid precondition_frequency value: {precondition_frequency}; it must be 1 or more"
-            )
+        check_whole(precondition_frequency=precondition_frequency)
         self._start([callbacks.maximize_grad, callbacks.step_stat, soap_step], locals())

@@ -645,6 +645,37 @@ def tiger(p, grads, lr=1e-3, beta=0.965, weight_decay=0.01, schedule=constant) -
     yield from signum(p, grads, lr, beta, weight_decay, schedule)
 
 
+def shampoo(
+    p,
+    grads,
+    lr=1e-3,
+    momentum=0.0,
+    weight_decay=0.0,
+    preconditioning_compute_steps=1,
+    matrix_eps=1e-6,
+    max_matrix_size=768,
+    schedule=constant,
+) -> Steps:
+    """arXiv:1802.09568, algorithm 2; with diagonals for long dimensions, and momentum over what is preconditioned."""
+    sums = [matrix_eps * torch.eye(n, dtype=p.dtype) for n in p.shape]
+    roots, m = list(sums), torch.zeros_like(p)
+    for t, g in enumerate(grads):
+        g = g + weight_decay * p
+        u = g
+        for i, n in enumerate(p.shape):
+            others = [d for d in range(p.ndim) if d != i]
+            sums[i] = sums[i] + torch.tensordot(g, g, dims=[others, others])
+            if n > max_matrix_size:
+                roots[i] = sums[i].diagonal().pow(-1 / (2 * p.ndim)).diag()
+            elif t % preconditioning_compute_steps == 0:
+                left, values, _ = torch.linalg.svd(sums[i])
+                roots[i] = left @ values.pow(-1 / (2 * p.ndim)).diag() @ left.T
+            u = torch.tensordot(u, roots[i], dims=[[i], [0]]).movedim(-1, i)
+        m = momentum * m + u
+        p.sub_(lr * schedule(t + 1) * m)
+        yield
+
+
 def soap(
     p,
     grads,
@@ -785,6 +816,7 @@ PAPERS = {
     "QHM": qhm,
     "SGDScheduleFree": sgd_schedule_free,
     "SGDP": sgdp,
+    "Shampoo": shampoo,
     "Signum": signum,
     "SM3": sm3,
     "SOAP": soap,

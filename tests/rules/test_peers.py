@@ -199,6 +199,13 @@ CASES = [
         f"{PO}.SGDP",
         dict(lr=0.01, momentum=0.9, dampening=0.5, weight_decay=0.1, delta=1.0, wd_ratio=0.3),
     ),
+    ("Shampoo", dict(), f"{PO}.Shampoo", dict()),
+    (
+        "Shampoo",
+        dict(lr=0.01, matrix_eps=1e-3, weight_decay=0.1),
+        f"{PO}.Shampoo",
+        dict(lr=0.01, matrix_eps=1e-3, weight_decay=0.1),
+    ),
     ("Signum", dict(), f"{PO}.Tiger", dict(lr=1e-2, beta=0.9, weight_decay=0.0)),
     ("SOAP", dict(), f"{PO}.SOAP", dict()),
     (

@@ -85,6 +85,7 @@ PURE = {
     "newton_schulz",
     "projected",
     "turned",
+    "squares_along",
     "gram_of",
     "sides_of",
     "adam_step",
@@ -181,6 +182,9 @@ BAD += [
     ("SOAP", dict(shampoo_beta=1.0)),
     ("SOAP", dict(precondition_frequency=0)),
     ("SOAP", dict(max_precond_dim=-1)),
+    ("Shampoo", dict(preconditioning_compute_steps=0)),
+    ("Shampoo", dict(matrix_eps=-1.0)),
+    ("Shampoo", dict(max_matrix_size=math.nan)),
 ]
 
 
@@ -547,6 +551,28 @@ def test_soap_has_bases_for_matrices_and_sides_up_to_a_length():
         set(),
     ]
     assert [sides(train_soap(params, precondition_1d=True), p) for p in params[:2]] == [{0}, {0, 1}]
+
+
+def test_shampoo_has_matrices_for_sides_up_to_a_length_and_diagonals_for_others():
+    params = parameters([(4, 6), (7,), (3, 2, 2)])
+    opt = rules.Shampoo(params, max_matrix_size=5, backend="cpp")
+    train(opt, 3)
+    shapes = [{k: (*v.shape,) for k, v in opt.state[p].items() if k != "step"} for p in params]
+    assert shapes == [
+        {"gram_0": (4, 4), "root_0": (4, 4), "gram_1": (1, 6)},
+        {"gram_0": (7,)},
+        {f"{name}_{i}": (n, n) for i, n in enumerate((3, 2, 2)) for name in ("gram", "root")},
+    ]
+
+
+def test_shampoos_roots_are_those_of_its_averages():
+    p = parameters([(4, 3)], torch.float64)
+    opt = rules.Shampoo(p, preconditioning_compute_steps=3, matrix_eps=1e-3, backend="cpp")
+    train(opt, 4)
+    kept = opt.state[p[0]]
+    for i, n in enumerate((4, 3)):
+        again = torch.linalg.matrix_power(kept[f"root_{i}"], -4) - 1e-3 * torch.eye(n, dtype=torch.float64)
+        torch.testing.assert_close(again, kept[f"gram_{i}"], rtol=1e-8, atol=1e-10)
 
 
 def train_soap(params, steps=4, **options):
