@@ -786,9 +786,12 @@ RULES: tuple[Row, ...] = _RULES
 """Every rule of `fusedopt.rules`."""
 
 
-def rows(face: str | None = None) -> tuple[Row, ...]:
-    """The rows of one face ('fastai', 'torch' or 'rules'), or those of all that take parameters of any shape."""
-    found = (r for r in TABLE + RULES if face in (None, r.face))
+def rows(face: str | None = None, calls: bool = True) -> tuple[Row, ...]:
+    """The rows of one face ('fastai', 'torch' or 'rules'), or those of all that take parameters of any shape.
+
+    calls: also those with torch calls, whose steps are more than one program
+    """
+    found = (r for r in TABLE + RULES if face in (None, r.face) and (calls or not r.calls))
     return tuple(r for r in found if face or not r.matrices)
 
 

@@ -48,7 +48,7 @@ def shampoo_step(
         root = roots[i] if whole else None
         if not whole:
             update = update * (gram + eps) ** power
-        elif root is None or (step - 1) % frequency == 0:
+        elif root is None or frequency == 1 or (step - 1) % frequency == 0:
             values, vectors = torch.linalg.eigh(gram)
             root = new[f"root_{i}"] = (vectors * (values.clamp(min=0) + eps) ** power) @ vectors.mT
         new[f"gram_{i}"] = gram

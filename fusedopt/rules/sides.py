@@ -12,7 +12,7 @@ def sides_of(x, most, precondition_1d):
 def gram_of(x, i):
     """The products with each other of what is along dimension i of a tensor: a square matrix."""
     if x.dim() != 2:
-        x, i = x.movedim(i, 0).reshape(x.shape[i], -1), 0
+        x, i = x.movedim(i, 0).unsqueeze(-1).flatten(1), 0
     return x.mT @ x if i else x @ x.mT
 
 

@@ -71,7 +71,7 @@ def soap_step(
             continue
         gram = grams[i].lerp(gram_of(grad, i), 1 - beta)
         new[f"gram_{i}"] = gram
-        if t % frequency == 0:
+        if frequency == 1 or t % frequency == 0:
             ahead = gram @ basis
             order = (basis * ahead).sum(0).argsort(descending=True)
             new[f"basis_{i}"] = torch.linalg.qr(ahead.index_select(1, order))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import compress
@@ -255,8 +256,12 @@ def allocate(item: Item, created: dict[str, Buffer], starts: dict[str, float]) -
     return made
 
 
-STAND_IN = 2
-"""The length, in a stand-in, of dimensions that have none: its rows and columns can be told from single numbers."""
+def stand_in(shape: Sequence[int]) -> int:
+    """The length, in a stand-in for a parameter of this shape, of dimensions that have none.
+
+    Its rows and columns can be told from single numbers, and from those of other dimensions.
+    """
+    return next(n for n in itertools.count(2) if n not in shape)
 
 
 def work_copy(item: Item) -> Item:
@@ -271,7 +276,7 @@ def work_copy(item: Item) -> Item:
 
     def copy(t: torch.Tensor) -> torch.Tensor:
         if empty and t.numel() == 0:
-            shape = [n or (STAND_IN if item.param.dim() > 1 else 1) for n in t.shape]
+            shape = [n or stand_in(item.param.shape) for n in t.shape]
             t = reference.mark(torch.zeros(shape, dtype=t.dtype, device=t.device), t.dtype)
         return t.detach().clone() if one and t.dtype == compute else reference.upcast(t, compute)
 
@@ -402,8 +407,10 @@ def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.d
     """A copy of it, laid out like the parameter if it has its shape; zeros where the parameter was a stand-in."""
     if not per_element(value, work.param, work.modes):
         out = torch.zeros_like(value)
-        if item.param.numel() == 0 and (found := axes.layouts(value.shape, work.param.shape)):
-            out = value.new_zeros(axes.sizes(found[0], item.param.shape))
+        if item.param.numel() == 0:
+            found, length = axes.layouts(value.shape, work.param.shape), stand_in(item.param.shape)
+            other = [n if n != length else 0 for n in value.shape]
+            out = value.new_zeros(axes.sizes(found[0], item.param.shape) if found else other)
     else:
         dtype = state_dtype or reference.asked(value) if value.is_floating_point() else value.dtype
         dtype = stored_dtype(dtype, item.param.dtype, item.param.dim() == 0, item.modes)

@@ -526,6 +526,42 @@ def test_sophia_takes_the_hessian_that_it_is_given(dtype):
     assert not opt.explain().eager
 
 
+@pytest.mark.parametrize(
+    "modes", [dict(capturable=True), dict(amp_fused=True)], ids=["capturable", "amp_fused"]
+)
+@pytest.mark.parametrize("make", [rules.Muon, rules.Shampoo, partial(rules.SOAP, precondition_frequency=1)])
+def test_rules_with_torch_calls_fuse_with_counts_on_the_device(make, modes):
+    params, plain = parameters(SQUARES), parameters(SQUARES)
+    opt = make(params, **modes, backend="cpp")
+    train(opt, 5), train(make(plain, backend="cpp"), 5)
+    torch.testing.assert_close(params, plain, rtol=1e-6, atol=1e-7)
+    assert not opt.explain().eager
+
+
+SQUARES = [(4, 4), (3, 3), (2, 3, 2)]
+
+
+def test_what_is_made_every_few_steps_by_torch_runs_eagerly_with_counts_on_the_device():
+    params, plain = parameters(SQUARES), parameters(SQUARES)
+    opt = rules.SOAP(params, precondition_frequency=2, capturable=True, backend="cpp")
+    with pytest.warns(RuntimeWarning, match="leave counts of steps on the host"):
+        train(opt, 5)
+    train(rules.SOAP(plain, precondition_frequency=2, backend="cpp"), 5)
+    torch.testing.assert_close(params, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("make", [rules.SOAP, rules.Shampoo])
+def test_square_matrices_of_dimensions_without_elements_have_none(make, backend):
+    """Such a parameter's state is made from a stand-in."""
+    params = parameters([(3, 0), (0, 2), (0,), (4, 3)])
+    opt = make(params, backend=backend)
+    train(opt, 3)
+    shapes = [{opt.state[p][k].shape for k in ("gram_0", "gram_1") if k in opt.state[p]} for p in params]
+    assert shapes[:2] == [{(3, 3), (0, 0)}, {(0, 0), (2, 2)}] and shapes[3] == {(4, 4), (3, 3)}
+    assert shapes[2] == (set() if make is rules.SOAP else {(0, 0)})
+
+
 # --
 # SOAP's bases
 
