@@ -410,8 +410,15 @@ _RULES = (
             _EXP,
             44,
             dict(),
-            dict(**_DECAY, betas=(0.8, 0.95), eps=1e-3, delta=1.0, wd_ratio=0.3),
-            dict(**_DECAY, delta=5.0, nesterov=True, maximize=True),
+            dict(
+                **_DECAY,
+                betas=(0.8, 0.95),
+                eps=1e-3,
+                delta=1.0,
+                wd_ratio=0.3,
+                nesterov=True,
+                maximize=True,
+            ),
         ),
         matrix_launches=3,
     ),
@@ -602,7 +609,6 @@ _RULES = (
         + _variants(
             _MOMENTUM,
             40,
-            dict(ns_dtype=torch.float64),
             dict(
                 **_DECAY,
                 momentum=0.8,
@@ -681,8 +687,15 @@ _RULES = (
             _MOMENTUM,
             32,
             dict(),
-            dict(**_DECAY, momentum=0.9, dampening=0.5, delta=1.0, wd_ratio=0.3),
-            dict(**_DECAY, momentum=0.8, delta=5.0, eps=1e-3, nesterov=True, maximize=True),
+            dict(
+                **_DECAY,
+                momentum=0.9,
+                dampening=0.5,
+                delta=1.0,
+                wd_ratio=0.3,
+                nesterov=True,
+                maximize=True,
+            ),
         ),
         matrix_launches=3,
     ),
@@ -692,7 +705,6 @@ _RULES = (
         rules.Shampoo,
         "pytorch_optimizer.Shampoo",
         _variants((), 20, dict(), exact=False)
-        + _variants((), 20, dict(lr=0.1, matrix_eps=1.0, max_matrix_size=32))
         + _variants(
             _MOMENTUM,
             32,
@@ -733,16 +745,13 @@ _RULES = (
         + _variants(
             _EXP,
             68,
-            dict(max_precond_dim=4, precondition_frequency=3),
             dict(
                 **_DECAY,
                 betas=(0.8, 0.9),
                 shampoo_beta=0.95,
-                eps=1e-3,
-                precondition_frequency=1,
+                precondition_frequency=3,
                 max_precond_dim=4,
                 normalize_grads=True,
-                correct_bias=False,
                 maximize=True,
             ),
         ),

@@ -169,7 +169,7 @@ def more_decay(opt):
     opt.set_hyper("wd", opt.hypers[0]["wd"] * 1.1)
 
 
-MOMENTUM = {"Adafactor": -1, "SGDP": -1, "Shampoo": -1, "SM3": -1, "DoG": None, "LDoG": None}
+MOMENTUM = {"Adafactor": -1, "SGDP": -1, "SM3": -1, "DoG": None, "LDoG": None}
 """The variant that has momentum, of rules whose first has none; None: of those that never have."""
 
 
