@@ -60,7 +60,7 @@ class Row:
     reductions: bool = False
     """Needs a number per tensor (a norm): two stages instead of one."""
     keeps_numbers: bool = False
-    """Stores a number per tensor: a launch more, over tensors."""
+    """Stores a number per tensor that its last stage reads as it was, or no stage: a launch more, over tensors."""
     matrix_launches: int = 0
     """Kernel launches for matrices, where these have a kernel of their own; what else is said is of vectors."""
     calls: bool = False
@@ -635,7 +635,6 @@ _RULES = (
             dict(lr=0.003, betas=(0.9, 0.8), weight_decay=0.1, grad_averaging=True, maximize=True),
         ),
         reductions=True,
-        keeps_numbers=True,
     ),
     Row(
         "Prodigy",
