@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
 from .projected import projected
@@ -49,7 +50,7 @@ _CBS = [callbacks.maximize_grad, dampened, callbacks.average_sqr_grad, callbacks
 class AdamP(TorchFace):
     """AdamP: see `adamp_step`. Decay is decoupled. State: ``step``, ``exp_avg``, ``exp_avg_sq``."""
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+    state_names: ClassVar[dict[str, str]] = MOMENTS
     _not_negative = ("delta", "wd_ratio")
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.names import MOMENTUM
 from ..optimizer.torch_face import TorchFace
 from .projected import projected
 
@@ -50,7 +51,7 @@ sgdp_step.defaults = dict(mom=0.0, dampening=0.0, eps=1e-8, wd=0.0, delta=0.1, w
 class SGDP(TorchFace):
     """SGDP: see `sgdp_step`. Decay is decoupled. State: ``momentum_buffer``."""
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "momentum_buffer"}
+    state_names: ClassVar[dict[str, str]] = MOMENTUM
     _not_negative = ("delta", "wd_ratio")
 
     def __init__(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
-from ..optimizer.names import Place
+from ..optimizer.names import MOMENTUM, Place
 from ..optimizer.torch_face import TorchFace, check_whole
 from .sides import gram_of, squares_along, turned
 
@@ -71,7 +71,7 @@ class Shampoo(TorchFace):
     State: ``step``, ``gram_0``, ``root_0``, ``gram_1``, ``root_1``, ...; with `momentum` ``momentum_buffer``.
     """
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "momentum_buffer"}
+    state_names: ClassVar[dict[str, str]] = MOMENTUM
     hyper_names: ClassVar[dict[str, Place]] = {
         "mom": "momentum",
         "eps": "matrix_eps",

@@ -8,7 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
-from ..optimizer.names import Place
+from ..optimizer.names import MOMENTS, Place
 from ..optimizer.torch_face import TorchFace, check_betas, check_whole
 from .sides import gram_of, sides_of, turned
 
@@ -88,7 +88,7 @@ class SOAP(TorchFace):
     State: ``step``, ``exp_avg``, ``exp_avg_sq``; ``gram_0``, ``basis_0``, ``gram_1``, ``basis_1``, ...
     """
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+    state_names: ClassVar[dict[str, str]] = MOMENTS
     hyper_names: ClassVar[dict[str, Place]] = {
         "gram_mom": "shampoo_beta",
         "frequency": "precondition_frequency",

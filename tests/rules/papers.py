@@ -245,22 +245,29 @@ def came(
         yield
 
 
-def centralized_adamw(
-    p, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, schedule=constant
-) -> Steps:
-    """arXiv:2004.01461, equation 1, before AdamW."""
+def adamw(p, grads, lr, betas, eps, weight_decay, schedule, changed) -> Steps:
+    """AdamW, arXiv:1711.05101, algorithm 2, on gradients that were changed before."""
     b1, b2 = betas
     m, v = torch.zeros_like(p), torch.zeros_like(p)
-    for t, g in enumerate(grads, 1):
+    for t, g in enumerate(map(changed, grads), 1):
         rate = lr * schedule(t)
-        if p.ndim > 1:
-            rows = g.reshape(len(g), -1)
-            g = (rows - rows.mean(1)[:, None]).reshape(g.shape)
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g * g
         p.mul_(1 - rate * weight_decay)
         p.sub_(rate * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps))
         yield
+
+
+def centralized_adamw(
+    p, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, schedule=constant
+) -> Steps:
+    """arXiv:2004.01461, equation 1, before AdamW."""
+
+    def centralized(g: Tensor) -> Tensor:
+        rows = g.reshape(len(g), -1)
+        return (rows - rows.mean(1)[:, None]).reshape(g.shape) if g.ndim > 1 else g
+
+    yield from adamw(p, grads, lr, betas, eps, weight_decay, schedule, centralized)
 
 
 def ldog(p, grads, lr=1.0, reps_rel=1e-6, weight_decay=0.0, eps=1e-8, schedule=constant) -> Steps:
@@ -424,17 +431,14 @@ def grokfast_adamw(
     schedule=constant,
 ) -> Steps:
     """arXiv:2405.20233, algorithm 2, before AdamW."""
-    b1, b2 = betas
-    m, v, a = torch.zeros_like(p), torch.zeros_like(p), None
-    for t, g in enumerate(grads, 1):
-        rate = lr * schedule(t)
+    a = None
+
+    def amplified(g: Tensor) -> Tensor:
+        nonlocal a
         a = g if a is None else alpha * a + (1 - alpha) * g
-        g = g + lamb * a
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * g * g
-        p.mul_(1 - rate * weight_decay)
-        p.sub_(rate * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps))
-        yield
+        return g + lamb * a
+
+    yield from adamw(p, grads, lr, betas, eps, weight_decay, schedule, amplified)
 
 
 def laprop(p, grads, lr=4e-4, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.0, schedule=constant) -> Steps:
