@@ -42,6 +42,7 @@ from .callbacks import (
     step_stat,
 )
 from .optimizer import AllOptions, Options
+from .optimizer.names import MOMENTS, MOMENTUM
 from .optimizer.torch_face import TorchFace
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
 __all__ = [*torch.optim.__all__]
 
-_MOMENTS = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
 _dampened = partial(average_grad, dampening=True)
 _radam_step = partial(radam_step, beta=0.0, eps_before_debias=True)
 _ADAM = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_stat, adam_step]
@@ -65,7 +65,7 @@ class SGD(TorchFace):
     State: ``momentum_buffer`` while momentum is not 0.
     """
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "momentum_buffer"}
+    state_names: ClassVar[dict[str, str]] = MOMENTUM
     _looks_first = True
 
     def __init__(
@@ -123,7 +123,7 @@ class Adam(TorchFace):
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, and ``max_exp_avg_sq`` if amsgrad.
     """
 
-    state_names: ClassVar[dict[str, str]] = {**_MOMENTS, "max_sqr_avg": "max_exp_avg_sq"}
+    state_names: ClassVar[dict[str, str]] = {**MOMENTS, "max_sqr_avg": "max_exp_avg_sq"}
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class NAdam(TorchFace):
     State: ``step``, ``mu_product`` (both numbers), ``exp_avg``, ``exp_avg_sq``.
     """
 
-    state_names: ClassVar[dict[str, str]] = _MOMENTS
+    state_names: ClassVar[dict[str, str]] = MOMENTS
 
     def __init__(
         self,
@@ -260,7 +260,7 @@ class RAdam(TorchFace):
     State: ``step``, ``exp_avg``, ``exp_avg_sq``.
     """
 
-    state_names: ClassVar[dict[str, str]] = _MOMENTS
+    state_names: ClassVar[dict[str, str]] = MOMENTS
 
     def __init__(
         self,

@@ -9,9 +9,11 @@ buffer adds 8; a stage that only reduces adds 4 for each buffer it reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from . import optim, rules
 from .optimizer import named
@@ -29,6 +31,9 @@ class Variant:
     """Bytes moved per fp32 element in a steady step; where matrices have a kernel of their own, of a matrix."""
     first_step_kernel: bool = False
     """State starts as something other than zeros, so the first step runs a kernel of its own."""
+    exact: bool = True
+    """A plain loop's results differ from its own in the last digits alone. Not so where numbers are rounded to another
+    type on the way, or where a matrix without full rank has eigenvectors or is inverted."""
 
     @property
     def buffers(self) -> int:
@@ -55,9 +60,13 @@ class Row:
     reductions: bool = False
     """Needs a number per tensor (a norm): two stages instead of one."""
     keeps_numbers: bool = False
-    """Stores a number per tensor: a launch more, over tensors."""
+    """Stores a number per tensor that its last stage reads as it was, or no stage: a launch more, over tensors."""
     matrix_launches: int = 0
     """Kernel launches for matrices, where these have a kernel of their own; what else is said is of vectors."""
+    calls: bool = False
+    """Makes torch calls for matrices, between launches; those of one shape share their launches."""
+    matrices: bool = False
+    """Takes parameters of two or more dimensions alone."""
     totals: bool = False
     """Needs sums over all parameters: a pass before the step, with its launch over tensors, and two that join sums."""
     changes_structure: bool = False
@@ -91,8 +100,18 @@ class Row:
 
     @property
     def launches(self) -> int:
-        """Kernel launches per step for parameters of one dtype on one device, and of matrices where these differ."""
+        """Kernel launches per step for parameters of one dtype on one device, and of matrices where these differ; of
+        one shape, if there are torch calls."""
         return self.matrix_launches or self.stages + self.keeps_numbers + 4 * self.totals
+
+    def shapes(self, shapes: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Those of these shapes that its parameters may have."""
+        return [s for s in shapes if len(s) > 1 or not self.matrices]
+
+    @property
+    def exact(self) -> tuple[Variant, ...]:
+        """The variants that a plain loop can be compared with, digit by digit."""
+        return tuple(v for v in self.variants if v.exact)
 
     @property
     def first_step_kernel(self) -> bool:
@@ -105,10 +124,10 @@ def _lookahead_of_sgd(params: Any, lr: float, k: int = 6, alpha: float = 0.5, **
 
 
 def _variants(
-    state: tuple[str, ...], bytes: int, *kwargs: dict[str, Any], first: bool = False
+    state: tuple[str, ...], bytes: int, *kwargs: dict[str, Any], first: bool = False, exact: bool = True
 ) -> tuple[Variant, ...]:
     """Variants that keep the same state and cost the same."""
-    return tuple(Variant(k, state, bytes, first) for k in kwargs)
+    return tuple(Variant(k, state, bytes, first, exact) for k in kwargs)
 
 
 _MOMENTUM, _EXP = ("momentum_buffer",), ("exp_avg", "exp_avg_sq")
@@ -383,6 +402,27 @@ _RULES = (
         _variants((*_EXP, "exp_avg_lr"), 36, dict(), dict(**_DECAY, betas=(0.8, 0.95), beta3=0.9, eps=1e-3)),
     ),
     Row(
+        "AdamP",
+        "rules",
+        rules.AdamP,
+        "torch_optimizer.AdamP",
+        _variants(
+            _EXP,
+            44,
+            dict(),
+            dict(
+                **_DECAY,
+                betas=(0.8, 0.95),
+                eps=1e-3,
+                delta=1.0,
+                wd_ratio=0.3,
+                nesterov=True,
+                maximize=True,
+            ),
+        ),
+        matrix_launches=3,
+    ),
+    Row(
         "AdamMini",
         "rules",
         rules.AdamMini,
@@ -561,6 +601,29 @@ _RULES = (
         reductions=True,
     ),
     Row(
+        "Muon",
+        "rules",
+        rules.Muon,
+        "torch.optim.Muon",
+        _variants(_MOMENTUM, 32, dict(), exact=False)
+        + _variants(
+            _MOMENTUM,
+            40,
+            dict(
+                **_DECAY,
+                momentum=0.8,
+                nesterov=False,
+                ns_steps=3,
+                adjust_lr_fn="match_rms_adamw",
+                ns_dtype=torch.float64,
+                maximize=True,
+            ),
+        ),
+        matrix_launches=2,
+        calls=True,
+        matrices=True,
+    ),
+    Row(
         "NovoGrad",
         "rules",
         rules.NovoGrad,
@@ -572,7 +635,6 @@ _RULES = (
             dict(lr=0.003, betas=(0.9, 0.8), weight_decay=0.1, grad_averaging=True, maximize=True),
         ),
         reductions=True,
-        keeps_numbers=True,
     ),
     Row(
         "Prodigy",
@@ -616,6 +678,48 @@ _RULES = (
         swaps=True,
     ),
     Row(
+        "SGDP",
+        "rules",
+        rules.SGDP,
+        "torch_optimizer.SGDP",
+        _variants(
+            _MOMENTUM,
+            32,
+            dict(),
+            dict(
+                **_DECAY,
+                momentum=0.9,
+                dampening=0.5,
+                delta=1.0,
+                wd_ratio=0.3,
+                nesterov=True,
+                maximize=True,
+            ),
+        ),
+        matrix_launches=3,
+    ),
+    Row(
+        "Shampoo",
+        "rules",
+        rules.Shampoo,
+        "pytorch_optimizer.Shampoo",
+        _variants((), 20, dict(), exact=False)
+        + _variants(
+            _MOMENTUM,
+            32,
+            dict(
+                **_DECAY,
+                momentum=0.9,
+                preconditioning_compute_steps=4,
+                matrix_eps=0.5,
+                max_matrix_size=32,
+                maximize=True,
+            ),
+        ),
+        matrix_launches=2,
+        calls=True,
+    ),
+    Row(
         "Signum",
         "rules",
         rules.Signum,
@@ -630,6 +734,29 @@ _RULES = (
         _variants((), 16, dict())
         + _variants(("momentum_buffer",), 24, dict(lr=0.01, momentum=0.9, beta=0.9, eps=1e-8, maximize=True)),
         matrix_launches=4,
+    ),
+    Row(
+        "SOAP",
+        "rules",
+        rules.SOAP,
+        "pytorch_optimizer.SOAP",
+        _variants(_EXP, 68, dict(), exact=False)
+        + _variants(
+            _EXP,
+            68,
+            dict(
+                **_DECAY,
+                betas=(0.8, 0.9),
+                shampoo_beta=0.95,
+                precondition_frequency=3,
+                max_precond_dim=4,
+                normalize_grads=True,
+                maximize=True,
+            ),
+        ),
+        matrix_launches=3,
+        calls=True,
+        rests_first=True,
     ),
     Row(
         "SophiaG", "rules", rules.SophiaG, None, _variants(("exp_avg", "hessian"), 24, dict(), dict(rho=0.1))
@@ -667,9 +794,13 @@ RULES: tuple[Row, ...] = _RULES
 """Every rule of `fusedopt.rules`."""
 
 
-def rows(face: str | None = None) -> tuple[Row, ...]:
-    """The rows of one face ('fastai', 'torch' or 'rules'), or all of them."""
-    return tuple(r for r in TABLE + RULES if face in (None, r.face))
+def rows(face: str | None = None, calls: bool = True) -> tuple[Row, ...]:
+    """The rows of one face ('fastai', 'torch' or 'rules'), or those of all that take parameters of any shape.
+
+    calls: also those with torch calls, whose steps are more than one program
+    """
+    found = (r for r in TABLE + RULES if face in (None, r.face) and (calls or not r.calls))
+    return tuple(r for r in found if face or not r.matrices)
 
 
 def row(face: str, name: str) -> Row:

@@ -114,7 +114,7 @@ class Blocks(Body):
         ]
         return [
             f"{self.qualifiers} void scalars([[maybe_unused]] const Launch& launch, const Row row) {{",
-            *indent([*self._lengths(), *body, *self._scalar_stores(stage)]),
+            *indent([*self._lengths(), *body, *self._scalar_stores(stage.stores)]),
             "}",
             "FUSEDOPT_SCALARS",
         ]

@@ -67,6 +67,8 @@ class Body(body.Body):
     qualifiers: str
     number = "i"
     """The element's number in the tensor, where an element is computed."""
+    first = "begin == 0"
+    """Whether this is who has the tensor's first elements."""
 
     @abstractmethod
     def loop(self, stage: Stage) -> list[str]:
@@ -85,21 +87,28 @@ class Body(body.Body):
             f"{self.qualifiers} void stage_{k}([[maybe_unused]] const Launch& launch, const Row row, "
             "int64_t begin, int64_t end,",
             f"{' ' * (len(self.qualifiers) + 14)}[[maybe_unused]] double* partial) {{",
-            *indent([*self._prologue(stage), *self._skip(stage), *self._pointers(stage), *self.loop(stage)]),
+            *indent([*self._prologue(stage), *self._skip(stage), *self._numbers(stage)]),
+            *indent([*self._pointers(stage), *self.loop(stage)]),
             "}",
             f"FUSEDOPT_STAGE({k})",
         ]
 
+    def _numbers(self, stage: Stage) -> list[str]:
+        """What is stored once per tensor on the way."""
+        if not stage.numbers:
+            return []
+        return [f"if ({self.first}) {{", *indent(self._scalar_stores(stage.numbers)), "}"]
+
     def scalars(self, stage: Stage) -> list[str]:
         lines = [
             f"{self.qualifiers} void scalars([[maybe_unused]] const Launch& launch, const Row row) {{",
-            *indent([*self._prologue(stage), *self._skip(stage), *self._scalar_stores(stage)]),
+            *indent([*self._prologue(stage), *self._skip(stage), *self._scalar_stores(stage.stores)]),
         ]
         return [*lines, "}", "FUSEDOPT_SCALARS"]
 
-    def _scalar_stores(self, stage: Stage) -> list[str]:
+    def _scalar_stores(self, stores: Iterable[tuple[str, int]]) -> list[str]:
         lines = []
-        for name, i in stage.stores:
+        for name, i in stores:
             k, type_ = self.buffer_index[name], TYPES[self.program.buffer[name].dtype]
             lines.append(f"store(row.buffer<{type_}>({k}), 0, {self.name(i)});")
         return lines

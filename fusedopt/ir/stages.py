@@ -1,7 +1,10 @@
 """The split of a program into stages: launches over elements, and what is done once per tensor between them.
 
 A reduction ends a stage: chunks leave part results, and a later stage needs the whole. Stages keep nothing else: a
-later one computes again what it needs from the buffers, and only the last one stores.
+later one computes again what it needs from the buffers, and only the last one stores. One number per tensor is stored
+by a launch of its own after it, over tensors: chunks of the last stage would read what one of them has overwritten.
+Where only earlier stages read it (NovoGrad's second moment is in the sum that makes the new one), the last stage stores
+it on its way.
 
 Of a program with several axes a *line* is what lies along the last one. A sum along lines needs no launch of its own: a
 stage goes over each line twice, while it is in cache. Where one cannot (columns, sums of sums), part results are joined
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .ops import ELEMENT, TENSOR, is_partial, is_reduction
 from .program import Program
@@ -24,13 +27,15 @@ class Stage:
     """One launch: the values it computes, in order, the reductions it takes part results of, and what it stores.
 
     Only the last stage stores; earlier ones reduce. ``lines`` are the sums along lines that it takes on its way: those
-    that need none of the others first.
+    that need none of the others first. ``numbers`` is what it stores once per tensor, on the side: by whoever has the
+    tensor's first elements, as nobody reads there meanwhile.
     """
 
     values: tuple[int, ...]
     reductions: tuple[int, ...] = ()
     stores: tuple[tuple[str, int], ...] = ()
     lines: tuple[tuple[int, ...], ...] = ()
+    numbers: tuple[tuple[str, int], ...] = ()
 
     def loads(self, program: Program) -> list[str]:
         """The element buffers it reads."""
@@ -88,7 +93,8 @@ def stages(program: Program) -> tuple[Stage, ...]:
 
 def scalar_stores(program: Program) -> Stage:
     """What is stored once per tensor, after the last stage."""
-    return Split.of(program).storing([s for s in program.stores if program.buffer[s[0]].kind == TENSOR])
+    split = Split.of(program)
+    return split.storing([s for s in split.numbers if s not in split.beside])
 
 
 def wholes(program: Program) -> list[int]:
@@ -159,7 +165,7 @@ class Split:
         kinds = {n: b.kind for n, b in self.program.buffers}
         here = [(n, i) for n, i in self.program.stores if kinds[n] == ELEMENT or self._on_the_way(i)]
         if here or not out:
-            out.append(self.storing(here))
+            out.append(self.storing(here, self.beside))
         if self.program.axes == 1:
             return Schedule(tuple(out), (Between(),) * (len(out) + 1), ())
         between = [self._between(k, k == len(out)) for k in range(len(out) + 1)]
@@ -168,11 +174,30 @@ class Split:
         results += [i for nest in nests for i in (*nest.reductions, *nest.kept)]
         return Schedule(tuple(out), tuple(between), tuple(results))
 
-    def storing(self, stores: Sequence[tuple[str, int]]) -> Stage:
+    @functools.cached_property
+    def numbers(self) -> list[tuple[str, int]]:
+        """The stores of one number per tensor."""
+        return [s for s in self.program.stores if self.program.buffer[s[0]].kind == TENSOR]
+
+    @functools.cached_property
+    def beside(self) -> list[tuple[str, int]]:
+        """Those of them that the last stage stores on its way: all, if earlier stages have read what was there, and the
+        last one does not. Its other parts may still read when one of them has stored. What no stage reads is for others
+        to look at, and has a launch of its own."""
+        elements = [s for s in self.program.stores if self.program.buffer[s[0]].kind == ELEMENT]
+        if self.program.axes > 1 or not elements or not any(map(self.ends_stage, range(len(self.values)))):
+            return []
+        names = {n for n, _ in self.numbers}
+        last = self.storing(elements, self.numbers).values
+        loads = {v.attr: i in last for i, v in enumerate(self.values) if v.op == "load" and v.attr in names}
+        return self.numbers if loads.keys() == names and not any(loads.values()) else []
+
+    def storing(self, stores: Sequence[tuple[str, int]], numbers: Sequence[tuple[str, int]] = ()) -> Stage:
         """The stage of these stores; whether they are to be skipped is for it to find out."""
-        roots = [i for _, i in stores]
+        roots = [i for _, i in (*stores, *numbers)]
         skip = self.program.skip
-        return self._stage(roots + ([skip] if stores and skip is not None else []), [], stores)
+        stage = self._stage(roots + ([skip] if stores and skip is not None else []), [], stores)
+        return replace(stage, numbers=tuple(numbers))
 
     def _stage(
         self, roots: Sequence[int], reductions: Sequence[int], stores: Sequence[tuple[str, int]]

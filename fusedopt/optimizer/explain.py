@@ -209,7 +209,7 @@ def _stages(kernel: Kernel, label: str, tensors: int, round_: int | None) -> lis
         return StageInfo(
             kernel=label,
             reads=tuple(map(_named, stage.loads(program))),
-            writes=tuple(_named(n) for n, _ in stage.stores),
+            writes=tuple(_named(n) for n, _ in (*stage.stores, *stage.numbers)),
             reduces=len(stage.reductions),
             bytes_per_element=stage.bytes_per_element(program),
             tensors=tensors,

@@ -96,10 +96,11 @@ def check_state(opt: Optimizer, pairs: list[Pair]) -> None:
 def _fits(shape: torch.Size, param: torch.Size) -> bool:
     """Whether it can be state of the parameter: its shape, a statistic with fewer dimensions or some of size one, or a
     square matrix for one of its dimensions."""
+    if len(shape) == 2 and shape[0] == shape[1] and shape[0] in param:
+        return True
     if len(shape) != len(param):
         return len(shape) < len(param)
-    square = len(shape) == 2 and shape[0] == shape[1] and shape[0] in param
-    return square or all(a in (1, b) for a, b in zip(shape, param, strict=True))
+    return all(a in (1, b) for a, b in zip(shape, param, strict=True))
 
 
 def _counts_steps(opt: Optimizer) -> bool:

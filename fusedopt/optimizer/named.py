@@ -33,13 +33,11 @@ from ..callbacks import (
 )
 from .accepted import list_of
 from .core import AllOptions, Optimizer
+from .names import MOMENTS, MOMENTUM
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# What checkpoints call the state, so that they load into the matching class of torch.optim.
-_MOMENTS = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
-_MOMENTUM = {"grad_avg": "momentum_buffer"}
 _SQUARES = {"sqr_avg": "square_avg"}
 _RMS_HYPERS = {"mom": "momentum", "sqr_mom": "alpha"}
 
@@ -72,7 +70,7 @@ def SGD(
     cbs = [_decay(decouple_wd), *momentum]
     # torch.optim.SGD cannot load a checkpoint without dampening.
     return Optimizer(
-        params, cbs, title="SGD", state_names=_MOMENTUM, lr=lr, mom=mom, wd=wd, dampening=0, **options
+        params, cbs, title="SGD", state_names=MOMENTUM, lr=lr, mom=mom, wd=wd, dampening=0, **options
     )
 
 
@@ -116,7 +114,7 @@ def Adam(
         params,
         cbs,
         title="Adam",
-        state_names=_MOMENTS,
+        state_names=MOMENTS,
         lr=lr,
         mom=mom,
         sqr_mom=sqr_mom,
@@ -143,7 +141,7 @@ def RAdam(
         params,
         cbs,
         title="RAdam",
-        state_names=_MOMENTS,
+        state_names=MOMENTS,
         lr=lr,
         mom=mom,
         sqr_mom=sqr_mom,
@@ -172,7 +170,7 @@ def QHAdam(
         params,
         cbs,
         title="QHAdam",
-        state_names=_MOMENTS,
+        state_names=MOMENTS,
         lr=lr,
         nu_1=nu_1,
         nu_2=nu_2,
@@ -202,7 +200,7 @@ def Larc(
         params,
         cbs,
         title="Larc",
-        state_names=_MOMENTUM,
+        state_names=MOMENTUM,
         lr=lr,
         mom=mom,
         trust_coeff=trust_coeff,
@@ -228,7 +226,7 @@ def Lamb(
         params,
         cbs,
         title="Lamb",
-        state_names=_MOMENTS,
+        state_names=MOMENTS,
         lr=lr,
         mom=mom,
         sqr_mom=sqr_mom,

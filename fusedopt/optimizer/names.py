@@ -18,6 +18,9 @@ from ..callback import GROUPS_OWN
 Place = str | tuple[str, int]
 TORCH = {"weight_decay": ("wd",), "betas": ("mom", "sqr_mom"), "momentum": ("mom",), "alpha": ("sqr_mom",)}
 """torch's names, and what callbacks call the same."""
+MOMENTS = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+MOMENTUM = {"grad_avg": "momentum_buffer"}
+"""What checkpoints call the state, so that they load into the matching class of torch.optim."""
 NOT_NEGATIVE = ("lr", "eps", "wd", "mom", "sqr_mom")
 NO_HYPERS = ("params", "param_names", GROUPS_OWN)
 ROUNDING = 1e-7

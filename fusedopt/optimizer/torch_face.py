@@ -42,6 +42,13 @@ def check_numbers(**values: Any) -> None:
                 raise ValueError(f"Invalid {_LABELS.get(name, f'{name} value')}: {v}")
 
 
+def check_whole(**values: Any) -> None:
+    """Raise ValueError for what is no whole number of at least one."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"Invalid {name} value: {value}; it must be a whole number of 1 or more")
+
+
 def check_betas(betas: tuple[Any, ...], n: int = 2, name: str = "beta") -> tuple[Any, ...]:
     """All `n` betas as numbers in [0, 1); torch's ValueError for any other."""
     plain = tuple(_plain(f"{name}s[{i}]", b) for i, b in enumerate(betas))

@@ -10,6 +10,7 @@ from .adabound import AdaBound, adabound_step
 from .adafactor import Adafactor, adafactor_step
 from .adammini import AdamMini, adam_mini_step
 from .adamod import AdaMod, adamod_step
+from .adamp import AdamP, adamp_step
 from .adan import Adan, adan_step
 from .ademamix import AdEMAMix, ademamix_step
 from .adopt import ADOPT, adopt_step
@@ -35,8 +36,11 @@ from .schedulefree import (
     divide_by_rms,
     schedule_free_step,
 )
+from .sgdp import SGDP, sgdp_step
+from .shampoo import Shampoo, shampoo_step
 from .signum import Signum, sign_step
 from .sm3 import SM3, sm3_step
+from .soap import SOAP, soap_step
 from .sophia import SophiaG, sophia_step
 from .stableadamw import StableAdamW, stable_adamw_step
 from .tiger import Tiger
@@ -48,13 +52,16 @@ __all__ = [
     "LARS",
     "MARS",
     "QHM",
+    "SGDP",
     "SM3",
+    "SOAP",
     "AdEMAMix",
     "AdaBelief",
     "AdaBound",
     "AdaMod",
     "Adafactor",
     "AdamMini",
+    "AdamP",
     "AdamWScheduleFree",
     "Adan",
     "Cautious",
@@ -69,6 +76,7 @@ __all__ = [
     "NovoGrad",
     "Prodigy",
     "SGDScheduleFree",
+    "Shampoo",
     "Signum",
     "SophiaG",
     "StableAdamW",
@@ -79,6 +87,7 @@ __all__ = [
     "adafactor_step",
     "adam_mini_step",
     "adamod_step",
+    "adamp_step",
     "adan_step",
     "ademamix_step",
     "adopt_step",
@@ -103,8 +112,11 @@ __all__ = [
     "prodigy_step",
     "qhm_step",
     "schedule_free_step",
+    "sgdp_step",
+    "shampoo_step",
     "sign_step",
     "sm3_step",
+    "soap_step",
     "sophia_step",
     "stable_adamw_step",
 ]

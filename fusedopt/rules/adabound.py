@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
 
@@ -54,7 +55,7 @@ class AdaBound(TorchFace):
     State: ``step``, ``exp_avg``, ``exp_avg_sq``.
     """
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+    state_names: ClassVar[dict[str, str]] = MOMENTS
     _not_negative = ("final_lr",)
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 from .first import first_step
 
@@ -70,7 +71,7 @@ adopt_step.defaults = dict(mom=0.9, sqr_mom=0.9999, eps=1e-6, clip_exp=0.25, wd=
 class ADOPT(TorchFace):
     """ADOPT: see `adopt_step`. State: ``step``, ``exp_avg``, ``exp_avg_sq``."""
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+    state_names: ClassVar[dict[str, str]] = MOMENTS
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ _CBS = [
 class LaProp(TorchFace):
     """LaProp with decoupled weight decay: see `laprop_step`. State: ``step``, ``exp_avg``, ``exp_avg_sq``."""
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+    state_names: ClassVar[dict[str, str]] = MOMENTS
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.names import MOMENTUM
 from ..optimizer.torch_face import TorchFace
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class LARS(TorchFace):
     State: ``momentum_buffer``.
     """
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "momentum_buffer"}
+    state_names: ClassVar[dict[str, str]] = MOMENTUM
     _not_negative = ("trust_coefficient",)
 
     def __init__(

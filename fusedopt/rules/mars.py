@@ -8,7 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
-from ..optimizer.names import Place
+from ..optimizer.names import MOMENTS, Place
 from ..optimizer.torch_face import TorchFace, check_betas, check_numbers
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class MARS(TorchFace):
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, ``last_grad``.
     """
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+    state_names: ClassVar[dict[str, str]] = MOMENTS
     hyper_names: ClassVar[dict[str, Place]] = {
         "mom": ("betas", 0),
         "sqr_mom": ("betas", 1),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.names import MOMENTUM
 from ..optimizer.torch_face import TorchFace
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Muon(TorchFace):
     State: ``momentum_buffer``.
     """
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "momentum_buffer"}
+    state_names: ClassVar[dict[str, str]] = MOMENTUM
     _not_negative = ("ns_steps",)
 
     def __init__(

@@ -45,10 +45,11 @@ def novograd_step(
     """
     grad = p.grad.data
     later = 1 - first_step(step)
-    sqr_norm = (grad**2 * (1 - sqr_mom * later)).sum()
+    count = torch.ones_like(grad).sum()
     if grad_avg is None:
-        grad_avg, layer_sqr_avg = torch.zeros_like(grad), torch.zeros_like(sqr_norm)
-    layer_sqr_avg = layer_sqr_avg * sqr_mom + sqr_norm
+        grad_avg, layer_sqr_avg = torch.zeros_like(grad), torch.zeros_like(count)
+    # The old number is in the sum too, an equal share for each element: the launch after it reads the new one alone.
+    layer_sqr_avg = (grad**2 * (1 - sqr_mom * later) + layer_sqr_avg * sqr_mom / count).sum()
     update = grad / (layer_sqr_avg.sqrt() + eps)
     if do_wd and wd != 0:
         update.add_(p.data, alpha=wd)

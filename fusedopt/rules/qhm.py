@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import callbacks
+from ..optimizer.names import MOMENTUM
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
 
@@ -34,7 +35,7 @@ qhm_step.defaults = dict(nu=0.7)
 class QHM(TorchFace):
     """QHM: see `qhm_step`. Weight decay is L2. State: ``momentum_buffer``."""
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "momentum_buffer"}
+    state_names: ClassVar[dict[str, str]] = MOMENTUM
     _not_negative = ("nu",)
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import callbacks
+from ..optimizer.names import MOMENTUM
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
 
@@ -34,7 +35,7 @@ class Signum(TorchFace):
     State: ``momentum_buffer``.
     """
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "momentum_buffer"}
+    state_names: ClassVar[dict[str, str]] = MOMENTUM
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ stable_adamw_step.defaults = dict(mom=0.9, sqr_mom=0.99, eps=1e-6, wd=1e-2)
 class StableAdamW(TorchFace):
     """AdamW with update clipping: see `stable_adamw_step`. State: ``step``, ``exp_avg``, ``exp_avg_sq``."""
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+    state_names: ClassVar[dict[str, str]] = MOMENTS
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 from .first import first_step
 from .parts import dampened
@@ -59,7 +60,7 @@ class Yogi(TorchFace):
     State: ``step``, ``exp_avg``, ``exp_avg_sq``.
     """
 
-    state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "sqr_avg": "exp_avg_sq"}
+    state_names: ClassVar[dict[str, str]] = MOMENTS
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import compress
@@ -17,6 +18,7 @@ from ..ir.program import Buffer
 from ..storage.callbacks import block_of
 from ..trace import axes
 from ..trace.signature import (
+    CODES,
     HOST,
     LINE,
     PLAIN,
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from ..backends import Backend, Kernel
 
 State = dict[str, Any]
-CODES = (torch.int8, torch.uint8, torch.int16)
-"""Whole numbers that state may be stored as, see `storage`."""
 _first = operator.itemgetter(0)
 
 
@@ -142,7 +142,7 @@ class Item:
             )
         return getattr(self.owner if name == "requires_grad" else p, name)
 
-    def _code(self, key: str) -> Buffer | None:
+    def code(self, key: str) -> Buffer | None:
         """What a policy of storage has made of state, if it is whole numbers."""
         value = self.state[key]
         if not isinstance(value, torch.Tensor) or not isinstance(key, str):
@@ -165,7 +165,7 @@ class Item:
             for k, v in self.state.items()
         ]
         if "storage" in self.hyper:
-            state = [(k, self._code(k) or v) for k, v in state]
+            state = [(k, self.code(k) or v) for k, v in state]
         state.sort(key=_first)
         read = tuple([(name, self.attribute(name)) for name in attributes])
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None
@@ -276,8 +276,12 @@ def allocate(item: Item, created: dict[str, Buffer], starts: dict[str, float]) -
     return made
 
 
-STAND_IN = 2
-"""The length, in a stand-in, of dimensions that have none: its rows and columns can be told from single numbers."""
+def stand_in(shape: Sequence[int]) -> int:
+    """The length, in a stand-in for a parameter of this shape, of dimensions that have none.
+
+    Its rows and columns can be told from single numbers, and from those of other dimensions.
+    """
+    return next(n for n in itertools.count(2) if n not in shape)
 
 
 def work_copy(item: Item) -> Item:
@@ -292,11 +296,14 @@ def work_copy(item: Item) -> Item:
 
     def copy(t: torch.Tensor) -> torch.Tensor:
         if empty and t.numel() == 0:
-            shape = [n or (STAND_IN if item.param.dim() > 1 else 1) for n in t.shape]
+            shape = [n or stand_in(item.param.shape) for n in t.shape]
             t = reference.mark(torch.zeros(shape, dtype=t.dtype, device=t.device), t.dtype)
         return t.detach().clone() if one and t.dtype == compute else reference.upcast(t, compute)
 
     state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in begun(item.state).items()}
+    for key, value in state.items() if "storage" in item.hyper else ():
+        if item.code(key) and value.dtype in CODES:  # callbacks make numbers of it
+            state[key] = reference.mark(value.to(compute), value.dtype)
     param = copy(item.param)
     grad = param if item.modes.bare else copy(item.grad)
     work = type(item)(param, grad, state, item.where, item.hyper, _of_copy(item.modes))
@@ -398,7 +405,7 @@ def stored(
         if not isinstance(value, torch.Tensor):
             new[key] = value
         elif not isinstance(old, torch.Tensor) or (old.shape != value.shape and not empty):
-            new[key] = _new_state(item, work, value, state_dtype, block_of(key))
+            new[key] = _new_state(item, work, value, state_dtype)
         elif not empty:
             pairs.append((old, value))
     return pairs, changes, new
@@ -419,14 +426,14 @@ def copying(pairs: list[tuple[torch.Tensor, torch.Tensor]], transformed: bool) -
     return out
 
 
-def _new_state(
-    item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None, block: int = 0
-) -> torch.Tensor:
+def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None) -> torch.Tensor:
     """A copy of it, laid out like the parameter if it has its shape; zeros where the parameter was a stand-in."""
     if not per_element(value, work.param, work.modes):
-        out = torch.zeros_like(value, dtype=reference.asked(value) if block else None)
-        if item.param.numel() == 0 and (found := axes.layouts(value.shape, work.param.shape)):
-            out = value.new_zeros(axes.sizes(found[0], item.param.shape))
+        out = torch.zeros_like(value)
+        if item.param.numel() == 0:
+            found, length = axes.layouts(value.shape, work.param.shape), stand_in(item.param.shape)
+            other = [n if n != length else 0 for n in value.shape]
+            out = value.new_zeros(axes.sizes(found[0], item.param.shape) if found else other)
     else:
         dtype = state_dtype or reference.asked(value) if value.is_floating_point() else value.dtype
         dtype = stored_dtype(dtype, item.param.dtype, item.param.dim() == 0, item.modes)

@@ -8,11 +8,8 @@ import torch
 
 from ..ir.ops import ELEMENT, OPS
 from ..trace.signals import Untraceable
-from ..trace.signature import LINE
+from ..trace.signature import CODES, LINE
 from ..trace.tensor import FLOATS, METHODS, SymTensor, called
-
-INTEGERS = (torch.int8, torch.uint8, torch.int16)
-"""What codes may be, besides floats."""
 
 
 def _is_symbolic(x: Any) -> bool:
@@ -128,9 +125,7 @@ def is_whole(p: Any, x: Any) -> bool:
     """Whether it is a tensor of floats, or codes, with a number for each of the parameter's elements."""
     if _is_symbolic(x):
         return x.kind == ELEMENT and not x.is_bool and x.shown is None
-    return (
-        isinstance(x, torch.Tensor) and x.shape == p.shape and x.dtype in (*FLOATS, *INTEGERS) and x.dim() > 0
-    )
+    return isinstance(x, torch.Tensor) and x.shape == p.shape and x.dtype in (*FLOATS, *CODES) and x.dim() > 0
 
 
 def dtype_of(p: Any) -> torch.dtype:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ir.program import Buffer, Graph, Value, reachable
-from .externs import EXTERN, Call, Calls, Constant, Given, Kept, Ref, Result, Slot, mapped
+from .externs import EXTERN, Call, Calls, Constant, Given, Kept, Ref, Result, Slot, mapped, memory_of
 from .signals import Untraceable
 from .totals import BUFFER, TOTAL, Total
 
@@ -256,7 +256,9 @@ def _described(
     refs = {x for k in order for x in calls.calls[k].refs() if isinstance(x, Kept)}
     refs |= {Kept(key) for _, _, written in rounds for key, _ in written}
     state = {ref.key: (calls.meta(ref).dtype, tuple(calls.meta(ref).shape)) for ref in sorted(refs)}
-    return Externs(tuple(functions), shapes, ranks, _reused(functions, shapes), state)
+    names = {memory_of(calls.meta(one)): name for one, name in given.items()}
+    views = {k: names[memory_of(m)] for k, m in metas.items() if memory_of(m) in names}
+    return Externs(tuple(functions), shapes, ranks, _reused(functions, shapes, views), state)
 
 
 def _with_names(call: Call, given: dict[Given, str]) -> Call:
@@ -267,12 +269,12 @@ def _with_names(call: Call, given: dict[Given, str]) -> Call:
     return call._replace(args=mapped(call.args, named), kwargs=kwargs)
 
 
-def _reused(functions: list[Function | None], shapes: Shapes) -> dict[str, str]:
-    """For results the memory of a given tensor of their size that no later round needs."""
-    loads = [
-        {x.buffer for s in f.steps for x in s.call.refs() if isinstance(x, Load)} if f else set()
-        for f in functions
-    ]
+def _reused(functions: list[Function | None], shapes: Shapes, views: Mapping[int, str]) -> dict[str, str]:
+    """For results the memory of a given tensor of their size that no later round needs, nor a view of it.
+
+    views: of calls that give one, the given tensor
+    """
+    loads = [_loaded(function, views) if function else set() for function in functions]
     out: dict[str, str] = {}
     for r, function in enumerate(functions):
         free = sorted(loads[r] - set().union(*loads[r + 1 :]) - set(out.values()))
@@ -282,6 +284,14 @@ def _reused(functions: list[Function | None], shapes: Shapes) -> dict[str, str]:
                 out[name] = fitting[0]
                 free.remove(fitting[0])
     return out
+
+
+def _loaded(function: Function, views: Mapping[int, str]) -> set[str]:
+    """The given tensors whose memory a round reads."""
+    refs = [x for step in function.steps for x in step.call.refs()]
+    results = [x.call for x in refs if isinstance(x, Result)]
+    results += [call for _, call in (*function.outputs, *function.written)]
+    return {x.buffer for x in refs if isinstance(x, Load)} | {views[k] for k in results if k in views}
 
 
 def numbered(externs: Externs, slots: list[int]) -> Externs:

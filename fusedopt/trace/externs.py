@@ -42,6 +42,7 @@ STARTERS = frozenset(
     linalg_slogdet linalg_matmul linalg_multi_dot linalg_diagonal
     trace diagonal diag diag_embed tril triu
     cumsum cumprod sort argsort topk roll flip fliplr flipud rot90 median quantile kthvalue
+    index_select gather take_along_dim
     """.split()  # noqa: SIM905
 )
 """Functions and attributes of torch that a tensor of a fused program enters for."""
@@ -286,8 +287,9 @@ class Calls:
         return sorted(found)
 
 
-def _memory(meta: torch.Tensor) -> int:
-    return meta.untyped_storage()._cdata
+def memory_of(meta: Any) -> int | None:
+    """What tensors are views of each other by; None of what is no tensor."""
+    return meta.untyped_storage()._cdata if isinstance(meta, torch.Tensor) else None
 
 
 class Spot:
@@ -329,8 +331,13 @@ class ExternTensor:
     def asked(self) -> torch.dtype:
         return self.spot.asked or self.meta.dtype
 
-    def leave(self) -> SymTensor:
-        return leave(self)
+    def leave(self, dims: axes.Dims | None = None) -> SymTensor:
+        return leave(self, dims)
+
+    def fits(self, dims: axes.Dims) -> bool:
+        """Whether it may be a value of fused programs along these dimensions of the parameter."""
+        whole = self.run.attribute(ELEMENT, "shape")
+        return self.meta.dtype.is_floating_point and axes.sizes(dims, whole) == list(self.meta.shape)
 
     @property
     def leaves(self) -> bool:
@@ -414,10 +421,11 @@ def enter(x: SymTensor, dtype: torch.dtype | None = None) -> ExternTensor:
     return ExternTensor(run, Spot(ref, asked if asked != ref.dtype else None))
 
 
-def leave(x: ExternTensor) -> SymTensor:
-    """The tensor as a value of fused programs. Raises Untraceable if it is none."""
+def leave(x: ExternTensor, dims: axes.Dims | None = None) -> SymTensor:
+    """The tensor as a value of fused programs, along these dimensions of the parameter where sizes do not tell which.
+    Raises Untraceable if it is none."""
     run, calls, meta = x.run, calls_of(x.run), x.meta
-    shown = shown_of(x)
+    shown = dims if (own := shown_of(x)) is None else own
     if shown is None:
         raise Untraceable(f"a tensor of shape {list(meta.shape)} meets the parameter's, of another shape")
     if meta.dtype == torch.bool:
@@ -544,7 +552,7 @@ def replaced(box: ExternTensor, value: Any) -> ExternTensor:
     run, calls = box.run, calls_of(box.run)
     meta = box.meta
     spots = [spot for ref in run.spots if (spot := ref()) is not None and spot is not box.spot]
-    shares = any(_memory(calls.meta(spot.ref)) == _memory(meta) for spot in spots)
+    shares = any(memory_of(calls.meta(spot.ref)) == memory_of(meta) for spot in spots)
     if shares or _is_lent(calls, box):
         raise Untraceable(
             "a matrix is written to in place while another tensor may be a view of it",
@@ -563,7 +571,7 @@ def _is_lent(calls: Calls, box: ExternTensor) -> bool:
     """Whether it is a view of a tensor of the fused programs, so that what is written to it would be written there."""
     own = {"d": torch.float64}
     return any(
-        _memory(meta) == _memory(box.meta)
+        memory_of(meta) == memory_of(box.meta)
         and given.dtype == own.get(calls.graph.values[given.node].type, box.run.compute)
         for given, meta in calls.given_metas()
     )

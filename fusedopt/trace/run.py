@@ -320,6 +320,8 @@ class Pass:
         known = dict(self.signature.state).get(key)
         if isinstance(known, Foreign) and isinstance(value, SymTensor) and self.calls is not None:
             value = self.calls.cast(value, self.signature.compute)
+        if is_extern(value) and isinstance(known, Buffer) and known.dims and value.fits(known.dims):
+            value = value.leave(known.dims)  # also where sizes alone do not tell which these are
         if is_extern(value) and (isinstance(known, Foreign) or not value.leaves):
             return self._matrix(key, known, value)
         if isinstance(value, SymTensor) or is_extern(value):
@@ -402,6 +404,11 @@ def either(graph: Graph, condition: int, yes: Any, no: Any, slot: Callable[[Any]
     if not isinstance(yes, (Cell, Number)) and alike(yes, no):
         return yes
     nodes = [x.node if isinstance(x, Cell) else slot(x) if slot and is_number(x) else None for x in (yes, no)]
+    if isinstance(yes, Matrix) or isinstance(no, Matrix):
+        raise Untraceable(
+            "a branch on what the device alone knows decides about a matrix that torch calls make",
+            "make it in each step, or leave counts of steps on the host (without capturable and amp_fused)",
+        )
     if nodes[0] is None or nodes[1] is None:
         raise Untraceable("a branch on a norm or mean decides about a flag in the state")
     shown = {x.shown for x in (yes, no) if isinstance(x, Cell)}

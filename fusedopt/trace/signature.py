@@ -82,6 +82,8 @@ def stored_dtype(dtype: torch.dtype, param: torch.dtype, zero_dim: bool, modes: 
     return torch.float32 if ambiguous else dtype
 
 
+CODES = (torch.int8, torch.uint8, torch.int16)
+"""Whole numbers that state may be stored as, see `storage`."""
 FACTOR, FOUND_INF = "scaling.factor", "scaling.found_inf"
 """Buffers of all parameters together, one number each."""
 STARTED = "started:"

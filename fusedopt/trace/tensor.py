@@ -317,9 +317,13 @@ def plain(run: Run, node: int, shown: Shown) -> Shown:
 def along(x: SymTensor, op: str, shown: axes.Dims) -> SymTensor:
     """A reduction of x that leaves these dimensions."""
     run = x.run
-    kept, had = axes.along(shown), axes_of(x.kind, run.graph.axes)
+    kept, had, value = axes.along(shown), axes_of(x.kind, run.graph.axes), run.graph.values[x.node]
     if kept == had and kept:
         node = x.node
+    elif op == "sum" and not kept and value.op == "expand" and run.graph.values[value.args[0]].kind == TENSOR:
+        node = run.graph.op(
+            "mul", value.args[0], run.graph.leaf("numel"), where=run.where
+        )  # one number, so often
     else:
         node = run.graph.op(op, x.node, where=run.where, to=kept or None) if x.kind != TENSOR else x.node
     return SymTensor(run, node, x.asked, plain(run, node, shown))

@@ -24,7 +24,7 @@ from .externs import EXTERN, Calls, Kept
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Matrix, Pass, alike, either, is_number, load
 from .signals import NeedsAttribute, Untraceable
-from .signature import FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
+from .signature import CODES, FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
 from .totals import BUFFER, Total
 
 BLOCKED = "01"
@@ -163,6 +163,8 @@ def traced(
         k: _created(a[k], graph, signature.compute if work else dtype, signature)
         for k, dtype in asked.items()
     }
+    if work:  # what a policy of storage has made of state that callbacks have just made
+        asked |= {k: v.asked for k, v in a.items() if isinstance(v, Cell) and v.asked in CODES}
     cells, shared = a, True
     if created or late:
         b = _again(run, counts | created)

@@ -22,7 +22,7 @@ from fusedopt.backends.cpp import render as cpp
 from fusedopt.backends.cuda import render as cuda
 from fusedopt.ir.ops import OPS, Op
 from fusedopt.ir.program import Buffer, Graph, Program, interpret, verify
-from fusedopt.ir.stages import stages
+from fusedopt.ir.stages import scalar_stores, stages
 from fusedopt.kernels import source as skeleton
 
 SIZES = (1, 3, 0, 127, 128, 4097, 65536 + 5)
@@ -250,6 +250,24 @@ def test_a_row_is_all_that_a_new_op_needs():
         given = {name: [t] for name, t in given.items()}
         found, _ = emulated(kernel(program), "k", program, given, [0], np.zeros((1, 0)), threads=4)
         torch.testing.assert_close(found["param"][0], expected)
+
+
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+def test_a_number_that_only_earlier_stages_read_is_stored_by_the_last_one(skip):
+    graph = Graph()
+    param, grad = (graph.leaf("load", name, kind="F") for name in ("param", "grad"))
+    highest = graph.op("amax", graph.op("add", grad, graph.leaf("load", "state.seen", kind="S")))
+    stores = ("param", graph.op("sub", param, highest)), ("state.seen", highest)
+    buffers = [("param", Buffer(torch.float32, "F")), ("grad", Buffer(torch.float32, "F"))]
+    buffers += [("state.seen", Buffer(torch.bfloat16, "S"))]
+    skips = None if skip is None else graph.op("ne", graph.leaf("const", skip), graph.leaf("const", 0.0))
+    program = Program(torch.float32, tuple(buffers), tuple(graph.values), stores, 0, skips)
+    verify(program)
+    assert not scalar_stores(program).stores
+    given, none = inputs(program), np.zeros((3, 0))
+    library, expected = kernel(program), interpreted(program, given, SETS, none)
+    for how in (dict(), dict(offset=1), dict(offset=3, threads=4, blocks=2)):
+        assert_same(emulated(library, "k", program, given, SETS, none, **how)[0], expected)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.float64], ids=str)

@@ -143,11 +143,13 @@ def check_stages(program):
         assert list(stage.values) == sorted(stage.values)
         for i in stage.reductions:
             assert set(program.values[i].args) <= computed
-        for _, i in stage.stores:
+        for _, i in (*stage.stores, *stage.numbers):
             assert i in computed
         done |= set(stage.reductions)
-    stored = [*split[-1].stores, *scalar_stores(program).stores]
+    stored = [*split[-1].stores, *split[-1].numbers, *scalar_stores(program).stores]
     assert sorted(stored) == sorted(program.stores)
+    read = {program.values[i].attr for i in split[-1].values if program.values[i].op == "load"}
+    assert not read & {n for n, _ in split[-1].numbers}, "others read what one of them stores"
     return split
 
 
@@ -156,7 +158,7 @@ def traced_row(row):
     return trace(opt.cbs, signature(), opt.hyper_map.of_group(opt.param_groups[0])).program
 
 
-@pytest.mark.parametrize("row", table.rows(), ids=lambda row: f"{row.face}-{row.name}")
+@pytest.mark.parametrize("row", table.rows(calls=False), ids=lambda row: f"{row.face}-{row.name}")
 def test_named_optimizers_split_into_as_many_stages_as_the_table_says(row):
     assert len(check_stages(traced_row(row))) == row.stages
 
@@ -219,8 +221,46 @@ def test_scalars_are_stored_after_the_last_stage():
 
     program = build(make, param=F, grad=F, size=S)
     split = check_stages(program)
-    assert [n for n, _ in split[-1].stores] == ["param"]
+    assert [n for n, _ in split[-1].stores] == ["param"] and not split[-1].numbers
     assert [n for n, _ in scalar_stores(program).stores] == ["state.size"]
+
+
+def test_a_number_that_only_earlier_stages_read_is_stored_by_the_last_one():
+    def make(g, x):
+        size = norm(g, g.op("add", x["grad"], x["size"]))
+        return {"param": g.op("mul", x["param"], size), "size": size}
+
+    program = build(make, param=F, grad=F, size=S)
+    split = check_stages(program)
+    assert [n for n, _ in split[-1].stores] == ["param"] and not scalar_stores(program).stores
+    assert [n for n, _ in split[-1].numbers] == ["state.size"]
+
+
+@pytest.mark.parametrize("other", ["read by the last stage", "read by none"])
+def test_numbers_are_stored_together(other):
+    """Where one of them has to wait for the last stage, or nobody reads it, all have a launch of their own."""
+
+    def make(g, x):
+        size = norm(g, g.op("add", x["grad"], x["size"]))
+        count = (
+            g.op("add", x["count"], size) if other == "read by the last stage" else g.op("mul", size, size)
+        )
+        return {"param": g.op("mul", x["param"], size), "size": size, "count": count}
+
+    program = drop_dead_values(build(make, param=F, grad=F, size=S, count=S))
+    split = check_stages(program)
+    assert not split[-1].numbers
+    assert {n for n, _ in scalar_stores(program).stores} == {"state.count", "state.size"}
+
+
+def test_numbers_of_a_program_that_reduces_nothing_have_a_launch():
+    def make(g, x):
+        return {"param": g.op("mul", x["param"], x["size"]), "count": x["size"]}
+
+    program = build(make, param=F, size=S, count=S)
+    assert [n for n, _ in scalar_stores(program).stores] == ["state.count"] and not stages(program)[
+        -1
+    ].numbers
 
 
 def test_bytes_count_each_buffer_in_its_own_dtype_and_no_scalars():

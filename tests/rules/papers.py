@@ -148,6 +148,69 @@ def adam_mini(p, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
         yield
 
 
+def without_radial(u, g, p, delta, wd_ratio, eps):
+    """arXiv:2006.08217, equations 5 and 12: the projection for rows, or else for all, and the factor of the decay."""
+    if p.ndim > 1:
+        for rows in (len(p), 1):
+            each = list(zip(p.reshape(rows, -1), g.reshape(rows, -1), u.reshape(rows, -1), strict=True))
+            cosines = [abs(w.dot(d)) / (w.norm() + eps) / (d.norm() + eps) for w, d, _ in each]
+            if max(cosines) < delta / math.sqrt(p.numel() / rows):
+                units = [w / (w.norm() + eps) for w, _, _ in each]
+                left = [x - n * n.dot(x) for n, (_, _, x) in zip(units, each, strict=True)]
+                return torch.stack(left).reshape(p.shape), wd_ratio
+    return u, 1.0
+
+
+def adamp(
+    p,
+    grads,
+    lr=1e-3,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.0,
+    delta=0.1,
+    wd_ratio=0.1,
+    nesterov=False,
+    schedule=constant,
+) -> Steps:
+    """arXiv:2006.08217, algorithm 2, as in the authors' code."""
+    b1, b2 = betas
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        rate = lr * schedule(t)
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+        u = (b1 * m + (1 - b1) * g if nesterov else m) / (v.sqrt() / math.sqrt(1 - b2**t) + eps)
+        u, ratio = without_radial(u, g, p, delta, wd_ratio, eps)
+        p.mul_(1 - rate * weight_decay * ratio)
+        p.sub_(rate / (1 - b1**t) * u)
+        yield
+
+
+def sgdp(
+    p,
+    grads,
+    lr=1e-1,
+    momentum=0.0,
+    dampening=0.0,
+    eps=1e-8,
+    weight_decay=0.0,
+    delta=0.1,
+    wd_ratio=0.1,
+    nesterov=False,
+    schedule=constant,
+) -> Steps:
+    """arXiv:2006.08217, algorithm 1, as in the authors' code."""
+    m = torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        rate = lr * schedule(t)
+        m = momentum * m + (1 - dampening) * g
+        u, ratio = without_radial(g + momentum * m if nesterov else m, g, p, delta, wd_ratio, eps)
+        p.mul_(1 - rate * weight_decay * ratio / (1 - momentum))
+        p.sub_(rate * u)
+        yield
+
+
 def came(
     p,
     grads,
@@ -182,22 +245,29 @@ def came(
         yield
 
 
-def centralized_adamw(
-    p, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, schedule=constant
-) -> Steps:
-    """arXiv:2004.01461, equation 1, before AdamW."""
+def adamw(p, grads, lr, betas, eps, weight_decay, schedule, changed) -> Steps:
+    """AdamW, arXiv:1711.05101, algorithm 2, on gradients that were changed before."""
     b1, b2 = betas
     m, v = torch.zeros_like(p), torch.zeros_like(p)
-    for t, g in enumerate(grads, 1):
+    for t, g in enumerate(map(changed, grads), 1):
         rate = lr * schedule(t)
-        if p.ndim > 1:
-            rows = g.reshape(len(g), -1)
-            g = (rows - rows.mean(1)[:, None]).reshape(g.shape)
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g * g
         p.mul_(1 - rate * weight_decay)
         p.sub_(rate * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps))
         yield
+
+
+def centralized_adamw(
+    p, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, schedule=constant
+) -> Steps:
+    """arXiv:2004.01461, equation 1, before AdamW."""
+
+    def centralized(g: Tensor) -> Tensor:
+        rows = g.reshape(len(g), -1)
+        return (rows - rows.mean(1)[:, None]).reshape(g.shape) if g.ndim > 1 else g
+
+    yield from adamw(p, grads, lr, betas, eps, weight_decay, schedule, centralized)
 
 
 def ldog(p, grads, lr=1.0, reps_rel=1e-6, weight_decay=0.0, eps=1e-8, schedule=constant) -> Steps:
@@ -361,17 +431,14 @@ def grokfast_adamw(
     schedule=constant,
 ) -> Steps:
     """arXiv:2405.20233, algorithm 2, before AdamW."""
-    b1, b2 = betas
-    m, v, a = torch.zeros_like(p), torch.zeros_like(p), None
-    for t, g in enumerate(grads, 1):
-        rate = lr * schedule(t)
+    a = None
+
+    def amplified(g: Tensor) -> Tensor:
+        nonlocal a
         a = g if a is None else alpha * a + (1 - alpha) * g
-        g = g + lamb * a
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * g * g
-        p.mul_(1 - rate * weight_decay)
-        p.sub_(rate * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps))
-        yield
+        return g + lamb * a
+
+    yield from adamw(p, grads, lr, betas, eps, weight_decay, schedule, amplified)
 
 
 def laprop(p, grads, lr=4e-4, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.0, schedule=constant) -> Steps:
@@ -443,6 +510,45 @@ def mars(
         u = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)
         p.sub_(rate * (u + decay * p))
         last = g
+        yield
+
+
+def newton_schulz(x, steps, coefficients, eps):
+    """Jordan et al. 2024: the matrix whose singular values are nearly one."""
+    a, b, c = coefficients
+    x = x / max(x.norm().item(), eps)
+    for _ in range(steps):
+        # x·xᵀ and xᵀ·x have the same polynomial around them
+        gram = x @ x.T
+        x = a * x + b * (gram @ x) + c * (gram @ (gram @ x))
+    return x
+
+
+def muon(
+    p,
+    grads,
+    lr=1e-3,
+    weight_decay=0.1,
+    momentum=0.95,
+    nesterov=True,
+    ns_coefficients=(3.4445, -4.7750, 2.0315),
+    eps=1e-7,
+    ns_steps=5,
+    adjust_lr_fn=None,
+    ns_dtype=torch.bfloat16,
+    schedule=constant,
+) -> Steps:
+    """Jordan et al. 2024; ``adjust_lr_fn`` "match_rms_adamw" is of arXiv:2502.16982, equation 4."""
+    m, rows = torch.zeros_like(p), len(p)
+    columns = p.numel() // rows
+    ratio = max(1.0, rows / columns) ** 0.5 if adjust_lr_fn is None else 0.2 * max(rows, columns) ** 0.5
+    for t, g in enumerate(grads, 1):
+        rate = lr * schedule(t)
+        m = momentum * m + (1 - momentum) * g
+        u = momentum * m + (1 - momentum) * g if nesterov else m
+        u = newton_schulz(u.reshape(rows, columns).to(ns_dtype), ns_steps, ns_coefficients, eps)
+        p.mul_(1 - rate * weight_decay)
+        p.sub_(rate * ratio * u.reshape(p.shape).to(p.dtype))
         yield
 
 
@@ -543,6 +649,89 @@ def tiger(p, grads, lr=1e-3, beta=0.965, weight_decay=0.01, schedule=constant) -
     yield from signum(p, grads, lr, beta, weight_decay, schedule)
 
 
+def shampoo(
+    p,
+    grads,
+    lr=1e-3,
+    momentum=0.0,
+    weight_decay=0.0,
+    preconditioning_compute_steps=1,
+    matrix_eps=1e-6,
+    max_matrix_size=768,
+    schedule=constant,
+) -> Steps:
+    """arXiv:1802.09568, algorithm 2; with diagonals for long dimensions, and momentum over what is preconditioned."""
+    sums = [matrix_eps * torch.eye(n, dtype=p.dtype) for n in p.shape]
+    roots, m = list(sums), torch.zeros_like(p)
+    for t, g in enumerate(grads):
+        g = g + weight_decay * p
+        u = g
+        for i, n in enumerate(p.shape):
+            others = [d for d in range(p.ndim) if d != i]
+            sums[i] = sums[i] + torch.tensordot(g, g, dims=[others, others])
+            if n > max_matrix_size:
+                roots[i] = sums[i].diagonal().pow(-1 / (2 * p.ndim)).diag()
+            elif t % preconditioning_compute_steps == 0:
+                left, values, _ = torch.linalg.svd(sums[i])
+                roots[i] = left @ values.pow(-1 / (2 * p.ndim)).diag() @ left.T
+            u = torch.tensordot(u, roots[i], dims=[[i], [0]]).movedim(-1, i)
+        m = momentum * m + u
+        p.sub_(lr * schedule(t + 1) * m)
+        yield
+
+
+def soap(
+    p,
+    grads,
+    lr=3e-3,
+    betas=(0.95, 0.95),
+    shampoo_beta=-1,
+    eps=1e-8,
+    weight_decay=0.01,
+    precondition_frequency=10,
+    max_precond_dim=10000,
+    precondition_1d=False,
+    normalize_grads=False,
+    correct_bias=True,
+    schedule=constant,
+) -> Steps:
+    """arXiv:2409.11321, algorithm 3, as in the authors' code: its first step makes the bases alone."""
+    b1, b2 = betas
+    beta = b2 if shampoo_beta < 0 else shampoo_beta
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    sides = [i for i, n in enumerate(p.shape) if n <= max_precond_dim and (p.ndim > 1 or precondition_1d)]
+    outer = {i: torch.zeros(p.shape[i], p.shape[i], dtype=p.dtype) for i in sides}
+    bases: dict[int, Tensor] = {}
+
+    def along_bases(x, back):
+        for i, q in bases.items():
+            x = torch.tensordot(x, q if not back else q.T, dims=[[i], [0]]).movedim(-1, i)
+        return x
+
+    for t, g in enumerate(grads):
+        if t > 0:
+            rate = lr * schedule(t + 1)
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * along_bases(g, False) ** 2
+            u = along_bases(along_bases(m, False) / (v.sqrt() + eps), True)
+            if normalize_grads:
+                u = u / (1e-30 + size(u))
+            eta = rate * math.sqrt(1 - b2**t) / (1 - b1**t) if correct_bias else rate
+            p.sub_(eta * u)
+            p.mul_(1 - rate * weight_decay)
+        for i in sides:
+            others = [d for d in range(p.ndim) if d != i]
+            outer[i] = beta * outer[i] + (1 - beta) * torch.tensordot(g, g, dims=[others, others])
+            if t == 0:
+                bases[i] = torch.linalg.eigh(outer[i]).eigenvectors.flip(1)
+            elif t % precondition_frequency == 0:
+                ahead = outer[i] @ bases[i]
+                order = torch.einsum("ab,ab->b", bases[i], ahead).sort(descending=True).indices
+                v = v.movedim(i, 0)[order].movedim(0, i)
+                bases[i], _ = torch.linalg.qr(ahead[:, order])
+        yield
+
+
 def sophia(
     p,
     grads,
@@ -609,6 +798,7 @@ PAPERS = {
     "Adafactor": adafactor,
     "AdaMod": adamod,
     "AdamMini": adam_mini,
+    "AdamP": adamp,
     "AdamWScheduleFree": adamw_schedule_free,
     "Adan": adan,
     "AdEMAMix": ademamix,
@@ -624,12 +814,16 @@ PAPERS = {
     "LDoG": ldog,
     "Lion": lion,
     "MARS": mars,
+    "Muon": muon,
     "NovoGrad": novograd,
     "Prodigy": parameter_free.steps_of(parameter_free.Prodigy),
     "QHM": qhm,
     "SGDScheduleFree": sgd_schedule_free,
+    "SGDP": sgdp,
+    "Shampoo": shampoo,
     "Signum": signum,
     "SM3": sm3,
+    "SOAP": soap,
     "SophiaG": sophia,
     "StableAdamW": stable_adamw,
     "Tiger": tiger,

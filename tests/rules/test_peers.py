@@ -14,8 +14,8 @@ from fusedopt import rules, table
 
 STEPS = 25
 PO, TO = "pytorch_optimizer", "torch_optimizer"
-TOLERANCES = {"DAdaptAdam": 1e-3, "Prodigy": 1e-4}
-"""Relative ones, where peers keep sums in float32 of which an exponential growth is made."""
+TOLERANCES = {"DAdaptAdam": 1e-3, "Prodigy": 1e-4, "SOAP": 1e-4}
+"""Relative ones, where peers keep sums in float32 of which an exponential growth is made, or decompose in float32."""
 MATRICES = (2, 5)
 """Numbers of the problem's parameters with more than one dimension."""
 
@@ -74,6 +74,15 @@ CASES = [
         f"{PO}.AdaFactor",
         dict(warmup_init=True, betas=(None, 1.0 - 1e-9), clip_threshold=0.5),
     ),
+    # eps is added before v's bias is divided away in pytorch-optimizer
+    ("AdamP", dict(), f"{TO}.AdamP", dict()),
+    (
+        "AdamP",
+        dict(lr=0.01, weight_decay=0.1, delta=1.0, wd_ratio=0.3, nesterov=True),
+        f"{TO}.AdamP",
+        dict(lr=0.01, weight_decay=0.1, delta=1.0, wd_ratio=0.3, nesterov=True),
+    ),
+    ("AdamP", dict(eps=0.0, delta=1.0), f"{PO}.AdamP", dict(eps=0.0, delta=1.0), MATRICES),
     ("CAME", dict(), f"{PO}.CAME", dict()),
     (
         "CAME",
@@ -160,6 +169,14 @@ CASES = [
         f"{PO}.MARS",
         dict(lr=0.01, weight_decay=0.1, lr_1d=0.002, gamma=0.1, eps=0.0),
     ),
+    ("Muon", dict(), "torch.optim.Muon", dict(), (2,)),  # which takes two dimensions alone
+    (
+        "Muon",
+        dict(lr=0.01, momentum=0.8, nesterov=False, weight_decay=0.5, adjust_lr_fn="match_rms_adamw"),
+        "torch.optim.Muon",
+        dict(lr=0.01, momentum=0.8, nesterov=False, weight_decay=0.5, adjust_lr_fn="match_rms_adamw"),
+        (2,),
+    ),
     ("NovoGrad", dict(), f"{PO}.NovoGrad", dict(lr=1e-2)),
     (
         "NovoGrad",
@@ -169,7 +186,49 @@ CASES = [
     ),
     ("QHM", dict(), f"{PO}.QHM", dict(lr=1e-2, momentum=0.999, nu=0.7)),
     ("QHM", dict(weight_decay=0.1), f"{TO}.QHM", dict(lr=1e-2, momentum=0.999, weight_decay=0.1)),
+    ("SGDP", dict(), f"{TO}.SGDP", dict(lr=0.1)),
+    (
+        "SGDP",
+        dict(momentum=0.9, delta=1.0, weight_decay=0.1, nesterov=True),
+        f"{TO}.SGDP",
+        dict(lr=0.1, momentum=0.9, delta=1.0, weight_decay=0.1, nesterov=True),
+    ),  # which projects the momentum too without nesterov
+    (
+        "SGDP",
+        dict(lr=0.01, momentum=0.9, dampening=0.5, weight_decay=0.1, delta=1.0, wd_ratio=0.3),
+        f"{PO}.SGDP",
+        dict(lr=0.01, momentum=0.9, dampening=0.5, weight_decay=0.1, delta=1.0, wd_ratio=0.3),
+    ),
+    ("Shampoo", dict(), f"{PO}.Shampoo", dict()),
+    (
+        "Shampoo",
+        dict(lr=0.01, matrix_eps=1e-3, weight_decay=0.1),
+        f"{PO}.Shampoo",
+        dict(lr=0.01, matrix_eps=1e-3, weight_decay=0.1),
+    ),
     ("Signum", dict(), f"{PO}.Tiger", dict(lr=1e-2, beta=0.9, weight_decay=0.0)),
+    ("SOAP", dict(), f"{PO}.SOAP", dict()),
+    (
+        "SOAP",
+        dict(
+            betas=(0.8, 0.9), shampoo_beta=0.95, weight_decay=0.1, precondition_frequency=3, max_precond_dim=4
+        ),
+        f"{PO}.SOAP",
+        dict(
+            betas=(0.8, 0.9),
+            shampoo_beta=0.95,
+            weight_decay=0.1,
+            precondition_frequency=3,
+            max_precondition_dim=4,
+        ),
+    ),
+    (
+        "SOAP",
+        dict(precondition_1d=True, correct_bias=False, eps=1e-3),
+        f"{PO}.SOAP",
+        dict(precondition_1d=True, correct_bias=False, eps=1e-3),
+        (0, 2, 5),  # a longer vector's first basis is of a matrix of rank 1, and so of rounding
+    ),
     ("StableAdamW", dict(), f"{PO}.StableAdamW", dict(eps=1e-6)),
     ("Tiger", dict(), f"{PO}.Tiger", dict()),
     (

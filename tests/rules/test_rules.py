@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from factories import assert_equal, give_gradients, parameters
+from factories import SHAPES, assert_equal, give_gradients, parameters
 from torch.optim import lr_scheduler
 
 import fusedopt
@@ -33,6 +33,10 @@ def train(opt, steps=4, start=0):
         give_gradients(params, t)
         opt.step()
     return params
+
+
+def parameters_of(row, shapes=SHAPES, **options):
+    return parameters(row.shapes(shapes), **options)
 
 
 def stepped(make, steps=4, **options):
@@ -79,6 +83,11 @@ PURE = {
     "half_life_of",
     "math",
     "newton_schulz",
+    "projected",
+    "turned",
+    "squares_along",
+    "gram_of",
+    "sides_of",
     "adam_step",
     "radam_step",
     "min",
@@ -135,6 +144,8 @@ NUMBERS = (
     "d0",
     "d_coef",
     "growth_rate",
+    "delta",
+    "wd_ratio",
 )
 BAD = [
     (name, {key: value})
@@ -168,6 +179,12 @@ BAD += [
     ("Prodigy", dict(d0=0.0)),
     ("Prodigy", dict(beta3=1.0)),
     ("DAdaptAdam", dict(d0=math.nan)),
+    ("SOAP", dict(shampoo_beta=1.0)),
+    ("SOAP", dict(precondition_frequency=0)),
+    ("SOAP", dict(max_precond_dim=-1)),
+    ("Shampoo", dict(preconditioning_compute_steps=0)),
+    ("Shampoo", dict(matrix_eps=-1.0)),
+    ("Shampoo", dict(max_matrix_size=math.nan)),
 ]
 
 
@@ -193,11 +210,18 @@ def test_one_parameter_without_a_list_is_refused(name):
 # Steps
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("row", "variant"), VARIANTS)
+@pytest.mark.parametrize(
+    ("row", "variant", "dtype"),
+    [
+        pytest.param(*v.values, dtype, id=f"{v.id}-{str(dtype)[6:]}")
+        for v in VARIANTS
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if v.values[1] is v.values[0].variants[0] or dtype == torch.bfloat16
+    ],
+)
 def test_it_fuses_without_a_word_in_every_dtype(row, variant, dtype):
     """Warnings are errors. One kernel serves the first step and the later ones, but where the table says otherwise."""
-    params = parameters(dtype=dtype)
+    params = parameters_of(row, dtype=dtype)
     opt = row.factory(params, **variant.kwargs, backend="cpp")
     train(opt, 3)
     said = opt.explain()
@@ -210,7 +234,7 @@ def test_it_fuses_without_a_word_in_every_dtype(row, variant, dtype):
 
 @pytest.mark.parametrize(("row", "variant"), VARIANTS)
 def test_a_step_costs_what_the_table_says(row, variant):
-    params = parameters([(4, 3), (2, 3)])
+    params = parameters([(4, 3), (4, 3) if row.calls else (2, 3)])
     opt = row.factory(params, **variant.kwargs, backend="cpp")
     train(opt, 8)
     said = opt.explain()
@@ -221,7 +245,7 @@ def test_a_step_costs_what_the_table_says(row, variant):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_groups_and_schedulers_change_what_is_theirs(row):
-    first, second = parameters(), parameters()
+    first, second = parameters_of(row), parameters_of(row)
     groups = [{"params": first}, {"params": second, "lr": 0.0}]
     lr = {} if row.name == "Adafactor" else {"lr": 0.01}  # whose step is relative, and refuses one
     opt = row.factory(groups, **{**lr, **row.variants[0].kwargs}, backend="cpp")
@@ -239,7 +263,7 @@ def test_groups_and_schedulers_change_what_is_theirs(row):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_checkpoint_goes_on_where_it_was(row):
-    params, twins = parameters(), parameters()
+    params, twins = parameters_of(row), parameters_of(row)
     opt, other = (row.factory(p, **row.variants[-1].kwargs, backend="cpp") for p in (params, twins))
     train(opt, 7)
     for p, q in zip(params, twins, strict=True):
@@ -251,7 +275,7 @@ def test_a_checkpoint_goes_on_where_it_was(row):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_it_can_be_pickled(row):
-    opt = row.factory(parameters(), **row.variants[-1].kwargs, backend="cpp")
+    opt = row.factory(parameters_of(row), **row.variants[-1].kwargs, backend="cpp")
     train(opt, 2)
     other = pickle.loads(pickle.dumps(opt))
     assert_equal(train(opt, 2, start=2), train(other, 2, start=2))
@@ -262,7 +286,7 @@ def test_it_can_be_pickled(row):
 )
 def test_maximize_is_descent_on_the_other_sign(row):
     kwargs = {k: v for k, v in row.variants[-1].kwargs.items() if k != "maximize"}
-    up, down = parameters(), parameters()
+    up, down = parameters_of(row), parameters_of(row)
     opt, other = row.factory(up, **kwargs, maximize=True), row.factory(down, **kwargs)
     for t in range(3):
         give_gradients(up, t), give_gradients(down, t)
@@ -279,7 +303,7 @@ def test_parameters_flagged_do_wd_false_never_decay(row):
     """As fastai's Learner flags biases and norms."""
     variant = next(v for v in row.variants if v.kwargs.get("weight_decay"))
     none = {"weight_decay_1d": 0.0} if row.name == "MARS" else {}
-    decayed, spared, bare = parameters(), parameters(), parameters()
+    decayed, spared, bare = (parameters_of(row) for _ in range(3))
     makers = [variant.kwargs, variant.kwargs, {**variant.kwargs, **none, "weight_decay": 0.0}]
     for params, kwargs, flagged in zip((decayed, spared, bare), makers, (False, True, False), strict=True):
         opt = row.factory(params, **kwargs, backend="cpp")
@@ -378,12 +402,12 @@ SHAPED = [(), (1,), (7,), (3, 5), (1, 6), (6, 1), (1, 1), (5, 1, 3), (4, 3, 3, 3
 def test_every_shape_fuses_with_gradients_missing_now_and_then(row):
     found = []
     for backend in ("cpp", "reference"):
-        params = parameters(SHAPED, torch.float64)
+        params = parameters_of(row, SHAPED, dtype=torch.float64)
         opt = row.factory(params, **row.variants[-1].kwargs, backend=backend)
         for t in range(5):
             give_gradients(params, t)
             for k in {1: (3, 8), 2: (2, 4, 9), 4: (3,)}.get(t, ()):
-                params[k].grad = None
+                params[k % len(params)].grad = None
             opt.step()
         assert not opt.explain().eager
         found.append(params)
@@ -507,3 +531,114 @@ def test_sophia_takes_the_hessian_that_it_is_given(dtype):
     unhelped = stepped(lambda p: rules.SophiaG(p, lr=0.01, bs=20), 8, dtype=dtype)
     assert not torch.allclose(unhelped[0], params[0])
     assert not opt.explain().eager
+
+
+@pytest.mark.parametrize(
+    "modes", [dict(capturable=True), dict(amp_fused=True)], ids=["capturable", "amp_fused"]
+)
+@pytest.mark.parametrize("make", [rules.Muon, rules.Shampoo, partial(rules.SOAP, precondition_frequency=1)])
+def test_rules_with_torch_calls_fuse_with_counts_on_the_device(make, modes):
+    params, plain = parameters(SQUARES), parameters(SQUARES)
+    opt = make(params, amp_fused=True, backend="cpp")
+    train(opt, 5), train(make(plain, backend="cpp"), 5)
+    torch.testing.assert_close(params, plain, rtol=1e-6, atol=1e-7)
+    assert not opt.explain().eager
+
+
+SQUARES = [(4, 4), (2, 3, 2)]
+
+
+def test_what_is_made_every_few_steps_by_torch_runs_eagerly_with_counts_on_the_device():
+    params, plain = parameters(SQUARES), parameters(SQUARES)
+    opt = rules.SOAP(params, precondition_frequency=2, capturable=True, backend="cpp")
+    with pytest.warns(RuntimeWarning, match="leave counts of steps on the host"):
+        train(opt, 5)
+    train(rules.SOAP(plain, precondition_frequency=2, backend="cpp"), 5)
+    torch.testing.assert_close(params, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("make", [rules.SOAP, rules.Shampoo])
+def test_square_matrices_of_dimensions_without_elements_have_none(make, backend):
+    """Such a parameter's state is made from a stand-in."""
+    params = parameters([(3, 0), (0, 2), (0,), (4, 3)])
+    opt = make(params, backend=backend)
+    train(opt, 3)
+    shapes = [{opt.state[p][k].shape for k in ("gram_0", "gram_1") if k in opt.state[p]} for p in params]
+    assert shapes[:2] == [{(3, 3), (0, 0)}, {(0, 0), (2, 2)}] and shapes[3] == {(4, 4), (3, 3)}
+    assert shapes[2] == (set() if make is rules.SOAP else {(0, 0)})
+
+
+# --
+# SOAP's bases
+
+
+def sides(opt, p):
+    return {int(k[-1]) for k in opt.state[p] if k.startswith("basis_")}
+
+
+def test_soap_has_bases_for_matrices_and_sides_up_to_a_length():
+    params = parameters([(6,), (4, 6), (2, 2, 2, 2, 2, 2), ()])
+    for options, expected in (
+        (dict(), [set(), {0, 1}, {0, 1, 2, 3, 4}, set()]),
+        (dict(max_precond_dim=5), [set(), {0}, {0, 1, 2, 3, 4}, set()]),
+        (dict(precondition_1d=True), [{0}, {0, 1}, {0, 1, 2, 3, 4}, set()]),
+    ):
+        opt = train_soap(params, 1, **options)
+        assert [sides(opt, p) for p in params] == expected
+
+
+def test_shampoo_has_matrices_for_sides_up_to_a_length_and_diagonals_for_others():
+    params = parameters([(4, 6), (7,), (3, 2, 2)])
+    opt = rules.Shampoo(params, max_matrix_size=5, backend="cpp")
+    train(opt, 3)
+    shapes = [{k: (*v.shape,) for k, v in opt.state[p].items() if k != "step"} for p in params]
+    assert shapes == [
+        {"gram_0": (4, 4), "root_0": (4, 4), "gram_1": (1, 6)},
+        {"gram_0": (7,)},
+        {f"{name}_{i}": (n, n) for i, n in enumerate((3, 2, 2)) for name in ("gram", "root")},
+    ]
+
+
+def test_shampoos_roots_are_those_of_its_averages():
+    p = parameters([(4, 3)], torch.float64)
+    opt = rules.Shampoo(p, preconditioning_compute_steps=3, matrix_eps=1e-3, backend="cpp")
+    train(opt, 4)
+    kept = opt.state[p[0]]
+    for i, n in enumerate((4, 3)):
+        again = torch.linalg.matrix_power(kept[f"root_{i}"], -4) - 1e-3 * torch.eye(n, dtype=torch.float64)
+        torch.testing.assert_close(again, kept[f"gram_{i}"], rtol=1e-8, atol=1e-10)
+
+
+def train_soap(params, steps=4, **options):
+    opt = rules.SOAP(params, backend="cpp", **options)
+    train(opt, steps)
+    return opt
+
+
+def test_soaps_first_step_makes_state_alone():
+    params, before = parameters(), parameters()
+    opt = train_soap(params, 1)
+    assert_equal(params, before)
+    assert sides(opt, params[1]) == {0, 1} and not opt.state[params[1]]["exp_avg"].any()
+    train(opt, 1, start=1)
+    assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+def test_soaps_bases_stay_orthogonal_and_follow_the_averages():
+    p = parameters([(4, 4)], torch.float64)
+    opt = train_soap(p, 1, precondition_frequency=3)
+
+    def off_diagonal():
+        turned = opt.state[p[0]]["basis_0"].mT @ opt.state[p[0]]["gram_0"] @ opt.state[p[0]]["basis_0"]
+        return ((turned - turned.diagonal().diag()).norm() / turned.norm()).item()
+
+    assert off_diagonal() < 1e-12
+    train(opt, 2, start=1)
+    stale = off_diagonal()
+    for _ in range(90):  # the same gradient over and over: the averages come to rest, and iterations converge
+        give_gradients(p, 7)
+        opt.step()
+    basis = opt.state[p[0]]["basis_0"]
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(4, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert off_diagonal() < 1e-2 * stale

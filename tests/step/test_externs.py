@@ -109,6 +109,12 @@ def indexed(p, lr, avg, **_):
     p.data.sub_(torch.zeros_like(avg @ avg.T @ avg).scatter(1, where, largest), alpha=lr)
 
 
+def reordered(p, lr, avg, **_):
+    order = (avg @ avg.T).diagonal().argsort()
+    p.data.sub_(avg.index_select(0, order) + torch.take_along_dim(avg, avg.argsort(1), 1), alpha=lr)
+    p.data.sub_(p.grad.gather(0, p.grad.argsort(0)), alpha=lr)
+
+
 def in_place(p, lr, avg, **_):
     x = avg.T @ avg
     x.div_(x.norm() + 1)
@@ -175,6 +181,7 @@ ALL = [
     ordered,
     rolled,
     indexed,
+    reordered,
     in_place,
     qr,
     svd,
@@ -346,6 +353,22 @@ def test_state_of_other_shapes_is_handed_to_calls_and_written_by_them(compiled):
     assert_near(ours, plain, 1e-4)
     assert_states_near(opt, other, 1e-4)
     assert opt.explain().eager == () and opt.explain().calls
+
+
+def viewed_again(p, lr, gram=None, **_):
+    """A view of what a program left is used once more after the next one: that of a square matrix's sum."""
+    turned = p.grad.mT
+    gram = torch.zeros(p.shape[0], p.shape[0], device=p.device) if gram is None else gram
+    gram = 0.9 * gram + p.grad @ turned
+    p.data.sub_((turned @ torch.linalg.inv(gram + 10 * torch.eye(p.shape[0], device=p.device))).mT, alpha=lr)
+    return {"gram": gram}
+
+
+def test_memory_is_not_used_again_while_a_view_of_it_is_needed(compiled):
+    ours, opt = trained(viewed_again, compiled, shapes=[(5, 5), (5, 5), (4, 6)])
+    plain, other = trained(viewed_again, "reference", shapes=[(5, 5), (5, 5), (4, 6)])
+    assert_near(ours, plain, 1e-4)
+    assert_states_near(opt, other, 1e-4)
 
 
 def test_state_of_other_shapes_survives_a_checkpoint(compiled):

@@ -14,7 +14,7 @@ from .blocks import Blocks
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
 
-VERSION = "3"
+VERSION = "4"
 SLOT = '#include "cpu_example.inc"'
 
 

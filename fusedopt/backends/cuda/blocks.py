@@ -354,9 +354,9 @@ class Blocks(blocks.Blocks):
     def one(self, i: int) -> str:
         return f"*{self.result(i)}"
 
-    def _scalar_stores(self, stage: Stage) -> list[str]:
+    def _scalar_stores(self, stores: Iterable[tuple[str, int]]) -> list[str]:
         """One thread stores, when all have read."""
-        lines = super()._scalar_stores(stage)
+        lines = super()._scalar_stores(stores)
         return ["__syncthreads();", "if (threadIdx.x != 0) return;", *lines] if lines else []
 
     # -- values --

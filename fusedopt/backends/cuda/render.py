@@ -14,7 +14,7 @@ from .blocks import Blocks
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "launches", "render", "source"]
 
-VERSION = "3"
+VERSION = "4"
 SLOT = '#include "cuda_example.inc"'
 
 
@@ -49,6 +49,7 @@ def source(skeleton: str, body: str) -> str:
 class _Body(c_family.Body):
     qualifiers = "static __device__"
     number = "::number_of(numbers, i)"
+    first = "begin == 0 && threadIdx.x == 0"
 
     def pointer(self, name: str, type_: str) -> str:
         """The gradient's comes with each launch: it is another one in every step."""

@@ -120,6 +120,7 @@ class Body(body.Body):
                 if skip is not None and stage.stores
                 else []
             ),
+            *self._numbers(stage),
             *(f"{a} = tl.load(row + HEAD + {a[1:]})" for a in addresses),
             *([f"place = tl.load(row + {place_word(self.program)})"] if self._draws(stage) else []),
             *(
@@ -158,14 +159,23 @@ class Body(body.Body):
 
     # -- one program per row --
     def scalars(self, stage: Stage) -> list[str]:
-        skip = self.program.skip
         lines = [
             f"row = rows + tl.program_id(0).to(tl.int64) * {self._width}",
             *self._prologue(stage),
-            f"if tl.load(row) > 0{'' if skip is None else f' and not {self.name(skip)}'}:",
-            *(f"    store({self._at(n)}, 0, 1, {self.name(i)}, True)" for n, i in stage.stores),
+            *self._stores("tl.load(row) > 0", stage.stores),
         ]
         return function("scalars", ["rows", "partials", "slots"], lines)
+
+    def _numbers(self, stage: Stage) -> list[str]:
+        """What a stage stores once per tensor, by who has the first elements."""
+        return self._stores("begin == 0", stage.numbers) if stage.numbers else []
+
+    def _stores(self, when: str, stores: Iterable[tuple[str, int]]) -> list[str]:
+        skip = self.program.skip
+        return [
+            f"if {when}{'' if skip is None else f' and not {self.name(skip)}'}:",
+            *(f"    store({self._at(n)}, 0, 1, {self.name(i)}, True)" for n, i in stores),
+        ]
 
     # -- the once-per-tensor part --
     @property

@@ -18,7 +18,7 @@ from .body import Body
 
 __all__ = ["entries", "joins_parts", "kernels", "render", "source"]
 
-VERSION = "2"
+VERSION = "3"
 SLOT = "# ---- generated ----\n"
 TYPES = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
 
