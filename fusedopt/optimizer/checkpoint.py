@@ -18,7 +18,7 @@ import torch
 
 from ..callback import GROUPS_OWN, arguments_of
 from ..step.items import begun
-from . import loadable
+from . import loadable, storing
 from .loadable import LOOKAHEAD, Pair
 from .names import check as check_hyper
 from .names import number, plain
@@ -27,7 +27,7 @@ from .state import COUNTERS, FLAGS, count
 if TYPE_CHECKING:
     from .core import Optimizer
 
-OWN = ("foreach", "fused", "capturable", "differentiable")
+OWN = ("foreach", "fused", "capturable", "differentiable", storing.HYPER)
 """Group keys that say how to run and not what to compute: a checkpoint does not decide them."""
 EXTRA = "fusedopt"
 VERSION = 1
@@ -42,7 +42,7 @@ def to_torch(opt: Optimizer) -> dict[Any, Any]:
     known = {p for group in opt.param_groups for p in group["params"]}
     out = {key: value for key, value in list(opt.state.items()) if not isinstance(key, torch.Tensor)}
     for p, state in opt.state.of_parameters():
-        kept = {k: _as_tensor(k, v) for k, v in begun(state).items() if k not in FLAGS}
+        kept = {k: _as_tensor(k, v) for k, v in storing.plain(p, begun(state)).items() if k not in FLAGS}
         if p in known and kept:
             out[p] = kept
     return out
@@ -81,7 +81,7 @@ def to_fastai(opt: Optimizer) -> dict[str, Any]:
     slow: list[list[Any]] = []
     counts, lost = [0], set()
     for group in opt.param_groups:
-        found = [opt.state.get(p, {}) for p in group["params"]]
+        found = [storing.plain(p, opt.state.get(p, {})) for p in group["params"]]
         slow.append([_own(s.get("slow")) for s in found])
         counts += [int(s.get("lookahead_count", 0)) for s in found]
         for stored in found:
@@ -165,6 +165,11 @@ class Load:
             for g, (live, theirs) in enumerate(zip(opt.param_groups, saved, strict=True))
         ]
         loadable.check_complete(opt, groups, self.state, MOMENTA if lost else set())
+        storing.say_changed(saved, opt.param_groups)
+        for p, (g, _), _ in pairs:
+            if p in self.state:
+                chosen = opt.param_groups[g].get(storing.HYPER, "")
+                self.state[p] = storing.as_stored(p, self.state[p], chosen, opt.groups)
         ids = {i for group in saved for i in group["params"]}
         strange = {k: copy.deepcopy(v) for k, v in state_dict["state"].items() if k not in ids}
         return {**state_dict, "param_groups": groups, "state": strange}

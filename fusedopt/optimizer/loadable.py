@@ -13,6 +13,7 @@ from ..callbacks import step_stat
 from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer
 from ..step.items import Item
+from ..storage.callbacks import is_of_storage
 from ..trace.run import NeedsAttribute
 from ..trace.tensor import Untraceable
 from ..trace.tracer import trace
@@ -144,6 +145,8 @@ def check_complete(
                 known[kind] = _FirstStates(opt, cbs, hyper)
             first = known[kind].of(p)
             for key in first.keys() - {*LOOKAHEAD, *optional}:
+                if is_of_storage(key):  # which is made here of what there is
+                    continue
                 _check_entry(key, first[key], state, p, f"parameter {i} of group {g}")
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..callback import arguments_of, looked_up
-from ..storage.callbacks import decode, encode
-from ..storage.policy import OTHERS, PARAM, choice, chosen
+from ..storage import functions
+from ..storage.callbacks import decode, dtypes, encode, encoded, keys, parted
+from ..storage.policy import OTHERS, PARAM, POLICIES, choice, chosen, of
 
 if TYPE_CHECKING:
     from .groups import ParamGroups
@@ -37,3 +42,74 @@ def as_text(storage: Any, groups: ParamGroups) -> str:
                 f"storage names the state {groups.stored(name)!r}, and no callback keeps such{hint}"
             )
     return chosen(found)
+
+
+MASTER = f"{PARAM}:master"
+"""Under which a checkpoint has the parameter that a policy makes more precise than its dtype."""
+
+
+def plain(p: torch.Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state as numbers, in plain tensors."""
+    found = parted(state)
+    rest = {key for name, policy in found.items() for key in keys(name, policy)}
+    out = {key: value for key, value in state.items() if key not in rest}
+    for name, policy in found.items():
+        code = p.detach() if name == PARAM else state[name]
+        more = [state[key] for key in keys(name, policy)]
+        out[MASTER if name == PARAM else name] = _local(POLICIES[policy].decode, code, more)
+    return out
+
+
+def as_stored(p: torch.Tensor, state: Mapping[str, Any], storage: str, groups: ParamGroups) -> dict[str, Any]:
+    """A parameter's plain state as it is stored here."""
+    out = {key: value for key, value in state.items() if key != MASTER}
+    there = {groups.called(key): value for key, value in state.items()}
+    if MASTER in state:
+        there[PARAM] = state[MASTER]
+    for name, value in there.items():
+        policy = of(storage, name) if ":" not in name and functions.is_whole(p, value) else None
+        found = POLICIES.get(policy or "")
+        if policy is None or found is None or p.numel() < found.least or p.dtype == torch.float64:
+            continue
+        if name == PARAM and p.dtype != found.code:
+            continue
+        parts = _split(found, value)
+        made = dict(zip([name, *keys(name, policy)], parts, strict=True))
+        out |= {groups.stored(key): part for key, part in made.items() if key != PARAM}
+    return out
+
+
+def _split(policy: Any, value: Any) -> list[torch.Tensor]:
+    """What a policy makes of numbers; of a DTensor of those that are here, each as its part is."""
+    local = value.to_local() if hasattr(value, "placements") else value
+    parts = [
+        part.to(dtype)
+        for part, dtype in zip(encoded(policy, local.to(torch.float32), None), dtypes(policy), strict=True)
+    ]
+    return [_like(part, value) if part.shape == local.shape else part for part in parts]
+
+
+def _local(decode: Any, code: Any, rest: list[Any]) -> Any:
+    """What a policy decodes; of a DTensor of what is here."""
+    parts = [t.to_local() if hasattr(t, "placements") else t for t in (code, *rest)]
+    return _like(decode(*(t.to(torch.float32) for t in parts)), code)
+
+
+def _like(local: torch.Tensor, like: Any) -> Any:
+    if not hasattr(like, "placements"):
+        return local
+    shape = {"shape": like.shape, "stride": like.stride()}
+    return type(like).from_local(local, like.device_mesh, like.placements, run_check=False, **shape)
+
+
+def say_changed(saved: Iterable[Mapping[str, Any]], live: Iterable[Mapping[str, Any]]) -> None:
+    """Warn of a checkpoint that was stored in other policies than are asked for here, which are used from now on."""
+    for g, (theirs, ours) in enumerate(zip(saved, live, strict=True)):
+        old, new = theirs.get(HYPER, ""), ours.get(HYPER, "")
+        if old != new:
+            warnings.warn(
+                f"group {g} of the checkpoint was stored as {old or 'plain tensors'}, and is from here on as "
+                f"{new or 'plain tensors'}",
+                stacklevel=6,
+            )
+            return

@@ -23,6 +23,11 @@ def keys(name: str, policy: str) -> list[str]:
     return [f"{name}:{policy}{f':{k}' if k else ''}" for k in range(len(dtypes(POLICIES[policy])) - 1)]
 
 
+def is_of_storage(key: str) -> bool:
+    """Whether what is in the state under this key is there because of a policy."""
+    return key == STEP or ":" in key
+
+
 def dtypes(policy: Policy) -> list[torch.dtype]:
     """Those of all that is stored: the code, the rest, and the scale."""
     return [policy.code, *policy.rest, *([torch.float32] if policy.block else [])]

@@ -33,6 +33,12 @@ def low_bits(x: Any) -> Any:
     return _op("low_bits", x)
 
 
+def cut(x: Any) -> Any:
+    """x without the lower 16 bits: a number of bfloat16 that is no larger in size."""
+    low = low_bits(x)
+    return add_bits(x, -torch.where(low < 0, low + 65536.0, low))
+
+
 def near_root(x: Any) -> Any:
     """Close to the root of x, within 6 %, for no more than an addition costs; `near_square` undoes it.
 

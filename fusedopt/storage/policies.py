@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .functions import block_amax, joined, near_root, near_square, rounded, shortened, split, spread
+from .functions import block_amax, cut, joined, near_root, near_square, rounded, shortened, split, spread
 from .policy import Policy, register
 
 
@@ -24,7 +24,7 @@ class Rounded(Policy):
 
 
 class Kahan(Policy):
-    """A bfloat16 number, and in a second one what that is too small by: 16 bits of precision, where bfloat16 has 8.
+    """A bfloat16 number, and in a second one what that is too small by: 15 bits of precision, where bfloat16 has 8.
 
     For parameters this is Kahan's summation: what an update has lost is kept, and added to the next one.
     """
@@ -33,10 +33,11 @@ class Kahan(Policy):
 
     def encode(self, x: Any, noise: Any) -> Any:
         high = rounded(x, torch.bfloat16)
-        low = x - high
+        # Towards zero: with half of the last bit of `high` that would be another number, the next time.
+        low = cut(x - high)
         return high, torch.where(
             low.abs() < float("inf"), low, 0.0
-        )  # of what is beyond the largest number nothing
+        )  # what is beyond the largest number has none
 
     def decode(self, code: Any, *rest: Any) -> Any:
         return code + rest[0]
