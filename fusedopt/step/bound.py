@@ -42,9 +42,14 @@ class Unbound(Exception):
 
 
 class BoundStep:
-    """One structure of steps. ``run`` does a step of it, or says why this is none, having changed nothing."""
+    """One structure of steps. ``run`` does a step of it, or says why this is none, having changed nothing.
 
-    def __init__(self, groups: Groups, launched: Sequence[Launched], rounds: list[Round]) -> None:
+    ``whole``: a parameter that is not stepped has no gradient; else it may have one, and is not looked at.
+    """
+
+    def __init__(
+        self, groups: Groups, launched: Sequence[Launched], rounds: list[Round], whole: bool = True
+    ) -> None:
         self.groups, self.rounds = groups, rounds
         self.resident: Any = None
         self._extra = list(groups.extra)
@@ -99,7 +104,7 @@ class BoundStep:
             states=[state[item.owner] for item, _ in rows],
             bucket_of=[bucket for _, bucket in rows],
             indices=[item.where[1] for item, _ in rows],
-            absent=[p for group in groups.live for p in group["params"] if id(p) not in stepped],
+            absent=[p for group in groups.live for p in group["params"] if whole and id(p) not in stepped],
             rounds=[] if self._measured else before,
             graded=not any(item.modes.bare for item, _ in rows),
         )
@@ -112,7 +117,7 @@ class BoundStep:
 
     def run(self, scaling: Scaling) -> str | None:
         """Do the step if it is of this structure; else why not."""
-        if (scaling.max_norm is None) == any(isinstance(each, Norm) for each in self.rounds):
+        if scaling.measures != any(isinstance(each, Norm) for each in self.rounds):
             return "max_grad_norm was set or unset"
         extra = self.groups.extra
         if list(extra) != self._extra:
