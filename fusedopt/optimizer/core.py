@@ -142,7 +142,8 @@ class Optimizer(FastaiFace):
         self._engine: Engine | None = None
         self._applications = Applications()
         self._captured: list[GraphScalars] = []
-        self._release: GradientRelease | None = None
+        self.gradient_release: GradientRelease | None = None
+        """What `release_gradients` returned, until that is removed."""
         tracer = transforms.tracer()
         self._made_in = None if tracer is None else weakref.ref(tracer)
 
@@ -152,7 +153,7 @@ class Optimizer(FastaiFace):
 
         accelerate knows a skipped step by its not being called, so in its calls GradScaler decides.
         """
-        if self._release is not None:
+        if self.gradient_release is not None:
             raise RuntimeError(
                 "GradScaler looks at all gradients before a step, and release_gradients() has stepped most of them "
                 "already, scaled as they were. Remedy: train in bfloat16, which needs no loss scaling, or without "
@@ -179,8 +180,8 @@ class Optimizer(FastaiFace):
 
         None without ``max_grad_norm``, and before the first step.
         """
-        if self._release is not None:
-            return self._release.grad_norm
+        if self.gradient_release is not None:
+            return self.gradient_release.grad_norm
         norm = self._engine and self._engine.norm
         return self._scaling.buffer(NORM, norm.main) if norm else None
 
@@ -301,7 +302,8 @@ class Optimizer(FastaiFace):
         Raises:
             TypeError: a callback that cannot be called; a hyperparameter or extra tensors that no callback takes.
             ValueError: a hyperparameter that is NaN, or negative where it must not be; extra tensors that do not fit.
-            RuntimeError: the callbacks read gradients and no parameter has one; a CUDA graph is being captured.
+            RuntimeError: the callbacks read gradients and no parameter has one, or `release_gradients` frees them; a
+                CUDA graph is being captured.
 
         If anything is raised, nothing has changed.
         """
@@ -312,6 +314,12 @@ class Optimizer(FastaiFace):
                 "before or after the graph is replayed"
             )
         applied = self._applications.of(self, found)
+        if self.gradient_release is not None and applied.graded is not None:
+            raise RuntimeError(
+                f"the callback {name_of(applied.graded)} reads gradients, and release_gradients() frees them in the "
+                "backward pass; nothing was applied. Remedy: remove() what release_gradients() returned, or write the "
+                "callback without p.grad"
+            )
         applied.take(hypers)
         with applied.groups.with_extra(extra):
             if transforms.active():
@@ -343,16 +351,12 @@ class Optimizer(FastaiFace):
                 two passes for one step; GradScaler; extra tensors; a CUDA graph is captured.
             ValueError: a negative size, another ``clip``.
         """
-        if self._release is not None:
+        if self.gradient_release is not None:
             raise RuntimeError(
                 "gradients are released already. Remedy: remove() what the first call returned"
             )
-        self._release = GradientRelease(self, batch_bytes, clip)
-        return self._release
-
-    def released(self) -> None:
-        """What `GradientRelease.remove` calls."""
-        self._release = None
+        self.gradient_release = GradientRelease(self, batch_bytes, clip)
+        return self.gradient_release
 
     def step_some(self, among: frozenset[int], engine: Engine, scaling: Scaling) -> Engine:
         """Step these parameters, by their ids, which all have gradients; returns the engine that did.
@@ -413,7 +417,7 @@ class Optimizer(FastaiFace):
                 loss = closure()
         if self._scaling.amp:  # GradScaler sets these attributes for the time of its call
             self._scaling.receive(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if extra and self._release is not None:
+        if extra and self.gradient_release is not None:
             raise RuntimeError(
                 "extra tensors are for a whole step, and release_gradients() has stepped most of it already. Remedy: "
                 "step without them, or without release_gradients()"
@@ -429,8 +433,8 @@ class Optimizer(FastaiFace):
         return loss
 
     def _step_now(self) -> None:
-        if self._release is not None:
-            self._release.end()
+        if self.gradient_release is not None:
+            self.gradient_release.end()
         elif transforms.active():
             self._step_transformed(self._scaling)
         elif not self.engine.repeat(self._scaling):
@@ -530,7 +534,7 @@ class Optimizer(FastaiFace):
         super().clear_state()
 
     def _forget_bound(self) -> None:
-        released = self._release.engines if self._release is not None else []
+        released = self.gradient_release.engines if self.gradient_release is not None else []
         for engine in (self.engine, *released, *(applied.engine for applied in self._applications)):
             engine.bound.clear()
 

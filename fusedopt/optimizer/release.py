@@ -67,8 +67,9 @@ class GradientRelease:
         """By their ids, the parameters that this pass has stepped, or measured."""
         self._engines: dict[frozenset[int], tuple[Engine, int]] = {}
         """That of each batch, and the pass that it was last used in."""
-        self._passes = self._batches = 0
-        self._last_batches = self._measured = 0
+        self._passes = self._batches = self._last_batches = 0
+        self._all = self._repeated = 0
+        self._why = ""
         self._stepping, self._measuring, self._fresh = True, False, False
         self._scalings: dict[bool, Given] = {}
         self._squares: dict[torch.device, torch.Tensor] = {}
@@ -126,8 +127,8 @@ class GradientRelease:
         self._hooks.clear()
         self._forget_pass()
         opt = self._ref()
-        if opt is not None:
-            opt.released()
+        if opt is not None and opt.gradient_release is self:
+            opt.gradient_release = None
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -169,28 +170,28 @@ class GradientRelease:
     def __str__(self) -> str:
         if not self._passes:
             return ""
-        repeated = sum(engine.steps.repeated for engine in self.engines)
-        anew = [engine.steps for engine in self.engines if engine.steps.anew]
-        why = next((f", the last one: {steps.why}" for steps in reversed(anew) if steps.why), "")
-        total = repeated + sum(steps.anew for steps in anew)
+        why = f", the last time because {self._why}" if self._why else ""
         return (
-            f"the last one in {self._last_batches} batches, as gradients were complete; {repeated} of {total} batches "
-            f"without Python work for each tensor{why}"
+            f"the last one in {self._last_batches} batches, as gradients were complete; "
+            f"{self._repeated} of {self._all} batches without Python work for each tensor{why}"
         )
 
     # -- the hook --
     def complete(self, p: torch.Tensor) -> None:
         """This parameter's gradient is complete."""
-        if (self._ref() is None) or not (self._stepping or self._measuring) or p.grad is None:
+        if not (self._stepping or self._measuring):
             return
         with self._lock:
-            if id(p) in self._stepped:
+            known = id(p)
+            if known in self._stepped:
                 raise self._again(p)
-            where = _where(p)
-            waiting = self._waiting.setdefault(where, Waiting())
-            if id(p) not in waiting.params:
-                waiting.params[id(p)] = p
-                waiting.size += p.grad.numel() * p.grad.element_size()
+            where = None if p.is_cpu else _where(p)
+            waiting = self._waiting.get(where)
+            if waiting is None:
+                waiting = self._waiting[where] = Waiting()
+            if known not in waiting.params:
+                waiting.params[known] = p
+                waiting.size += p.nbytes
             if waiting.size >= self.batch_bytes:
                 self._release(where)
 
@@ -200,6 +201,9 @@ class GradientRelease:
 
     def _release(self, where: Hashable) -> None:
         """Step what waits there; if that raises, it waits on."""
+        if self._ref() is None:  # nobody steps any more
+            self.remove()
+            return
         found = [p for p in self._waiting[where].params.values() if p.grad is not None]
         if found:
             self._step(found)
@@ -221,16 +225,24 @@ class GradientRelease:
         if self._measuring:
             self._measure(opt, engine, among)
         else:
+            before = engine.steps.repeated
             engine = opt.step_some(among, engine, self._scaling(opt))
             self._engines[among] = engine, self._passes
-            self._batches += 1
+            self._note(engine, engine.steps.repeated > before)
         if (norm := engine.norm) is not None:
             squares = norm.squares.sum()
-            before = self._squares.get(squares.device)
-            self._squares[squares.device] = squares if before is None else before + squares
+            others = self._squares.get(squares.device)
+            self._squares[squares.device] = squares if others is None else others + squares
         self._stepped |= among
         for p in batch:
             p.grad = None
+
+    def _note(self, engine: Engine, repeated: bool) -> None:
+        self._batches, self._all = self._batches + 1, self._all + 1
+        if repeated:
+            self._repeated += 1
+        else:
+            self._why = engine.steps.why
 
     @torch.no_grad()
     def _measure(self, opt: Optimizer, engine: Engine, among: frozenset[int]) -> None:
@@ -307,8 +319,8 @@ class GradientRelease:
             for i, p in enumerate(group["params"]):
                 if p.grad is not None:
                     raise RuntimeError(
-                        f"{what}, and parameter {i} of group {g} has one already. Remedy: zero_grad() before it; a norm "
-                        'over accumulated gradients is had with clip="last"'
+                        f"{what}, and parameter {i} of group {g} has one already. Remedy: zero_grad() before it; "
+                        'clip="last" takes the norm of accumulated gradients too'
                     )
 
     def _again(self, p: torch.Tensor) -> RuntimeError:
@@ -342,9 +354,8 @@ def _unclipped() -> RuntimeError:
 
 
 def _where(p: torch.Tensor) -> Hashable:
-    """What gradients must share to be used together: a device, and there the stream that they are made on."""
-    stream = None if p.device.type == "cpu" else torch.accelerator.current_stream(p.device).stream_id
-    return p.device, stream
+    """What gradients must share to be used together: a device, and the stream there that they are made on."""
+    return p.device, torch.accelerator.current_stream(p.device).stream_id
 
 
 def _hook_of(ref: weakref.ref[GradientRelease]) -> Any:
@@ -352,7 +363,7 @@ def _hook_of(ref: weakref.ref[GradientRelease]) -> Any:
 
     def complete(p: torch.Tensor) -> None:
         release = ref()
-        if release is not None:
+        if release is not None:  # the optimizer lives
             release.complete(p)
 
     return complete
