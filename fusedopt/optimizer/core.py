@@ -358,7 +358,7 @@ class Optimizer(FastaiFace):
         self.gradient_release = GradientRelease(self, batch_bytes, clip)
         return self.gradient_release
 
-    def step_some(self, among: frozenset[int], engine: Engine, scaling: Scaling) -> Engine:
+    def _step_some(self, among: frozenset[int], engine: Engine, scaling: Scaling) -> Engine:
         """Step these parameters, by their ids, which all have gradients; returns the engine that did.
 
         ``engine``: the one of the last step of the same ones.

@@ -21,6 +21,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..callback import name_of
+from ..step import sharded
 from ..step.engine import Engine
 from ..step.scaling import EPS, Given, Scaling
 
@@ -104,7 +105,7 @@ class GradientRelease:
         try:
             yield
             with self._lock:
-                self._release_all()
+                self._use_left()
                 self._take_norm()
                 self._fresh = True
         finally:
@@ -121,7 +122,7 @@ class GradientRelease:
             self._fresh = False
 
     def remove(self) -> None:
-        """Step in ``opt.step()`` alone again. Gradients that are left are stepped there."""
+        """Step in ``opt.step()`` alone again, from the next pass on. Gradients that are left are stepped there."""
         for hook in list(self._hooks.values()):
             hook.remove()
         self._hooks.clear()
@@ -145,18 +146,12 @@ class GradientRelease:
     def end(self) -> None:
         """Step what is left, and end the pass: ``opt.step()``."""
         with self._lock:
-            opt = self._optimizer()
             if self._measuring:
                 raise RuntimeError(
                     "opt.step() within measure(), which only takes the norm. Remedy: step after it"
                 )
-            left = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
-            if left:
-                self._step(left)
-            for p in left:
-                self._hook(p)  # new ones, and those that were frozen
-            if self._squares:
-                self._take_norm()
+            self._use_left()
+            self._take_norm()
             self._last_batches, self._fresh = self._batches, False
             self._forget_pass()
             self._passes += 1
@@ -195,9 +190,14 @@ class GradientRelease:
             if waiting.size >= self.batch_bytes:
                 self._release(where)
 
-    def _release_all(self) -> None:
-        for where in list(self._waiting):
-            self._release(where)
+    def _use_left(self) -> None:
+        """Step, or measure, whatever has a gradient."""
+        groups = self._optimizer().param_groups
+        left = [p for group in groups for p in group["params"] if p.grad is not None]
+        if left:
+            self._use(left)
+        for p in left:
+            self._hook(p)  # new ones, and those that were frozen
 
     def _release(self, where: Hashable) -> None:
         """Step what waits there; if that raises, it waits on."""
@@ -206,10 +206,10 @@ class GradientRelease:
             return
         found = [p for p in self._waiting[where].params.values() if p.grad is not None]
         if found:
-            self._step(found)
+            self._use(found)
         self._waiting.pop(where, None)
 
-    def _step(self, batch: list[torch.Tensor]) -> None:
+    def _use(self, batch: list[torch.Tensor]) -> None:
         """Step these, or measure, and free their gradients."""
         opt = self._optimizer()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -226,7 +226,7 @@ class GradientRelease:
             self._measure(opt, engine, among)
         else:
             before = engine.steps.repeated
-            engine = opt.step_some(among, engine, self._scaling(opt))
+            engine = opt._step_some(among, engine, self._scaling(opt))
             self._engines[among] = engine, self._passes
             self._note(engine, engine.steps.repeated > before)
         if (norm := engine.norm) is not None:
@@ -300,14 +300,18 @@ class GradientRelease:
     def _refuse(self, opt: Optimizer, params: list[torch.Tensor]) -> None:
         """Raise RuntimeError for what cannot be had a batch at a time."""
         distributed = torch.distributed
+        alone = (
+            not (distributed.is_available() and distributed.is_initialized())
+            or distributed.get_world_size() < 2
+        )
         if len({id(p) for p in params}) < len(params):
             raise RuntimeError(
                 "a parameter is listed twice, and its gradient is used once. Remedy: list every parameter once"
             )
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if not alone and not all(map(sharded.is_dtensor, params)):
             raise RuntimeError(
-                "several processes train, and exchange gradients once these are complete, which is when "
-                "release_gradients() steps. Remedy: shard gradients and state instead (torch's fully_shard)"
+                "several processes train, and average gradients once these are complete, which is when "
+                "release_gradients() uses them. Remedy: torch's fully_shard, which does so before"
             )
         if opt.max_grad_norm is not None and self.clip is None:
             raise _unclipped()
@@ -355,7 +359,8 @@ def _unclipped() -> RuntimeError:
 
 def _where(p: torch.Tensor) -> Hashable:
     """What gradients must share to be used together: a device, and the stream there that they are made on."""
-    return p.device, torch.accelerator.current_stream(p.device).stream_id
+    streams = p.is_cuda or p.is_xpu
+    return p.device, torch.accelerator.current_stream(p.device).stream_id if streams else None
 
 
 def _hook_of(ref: weakref.ref[GradientRelease]) -> Any:

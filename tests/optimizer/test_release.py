@@ -559,6 +559,24 @@ def test_a_measured_norm_begins_clipping_by_the_last_one():
     train(m, opt, 2)
 
 
+def test_the_norm_is_of_all_gradients_whenever_their_parameters_came():
+    m = net()
+    m.words.requires_grad_(False)
+    opt = optim.SGD([p for p in m.parameters() if p is not m.scale], lr=1.0, max_grad_norm=1e-3)
+    release = opt.release_gradients(0, clip="measured")
+    m.words.requires_grad_(True)
+    opt.add_param_group({"params": [m.scale]})
+    before = [p.detach().clone() for p in m.parameters()]
+    with release.measure():
+        loss_of(m, 0).backward()
+    assert all(p.grad is None for p in m.parameters())
+    loss_of(m, 0).backward()
+    assert all(p.grad is None for p in m.parameters())
+    opt.step()
+    moved = torch.cat([(p - q).flatten() for p, q in zip(m.parameters(), before, strict=True)]).norm()
+    assert moved.item() == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_measuring_is_for_gradients_of_one_pass():
     m = net()
     opt = optim.SGD(m.parameters(), lr=1.0, max_grad_norm=1e-3)
