@@ -358,24 +358,21 @@ class Optimizer(FastaiFace):
         self.gradient_release = GradientRelease(self, batch_bytes, clip)
         return self.gradient_release
 
-    def _step_some(self, among: frozenset[int], engine: Engine, scaling: Scaling) -> Engine:
-        """Step these parameters, by their ids, which all have gradients; returns the engine that did.
-
-        ``engine``: the one of the last step of the same ones.
-        """
+    def _step_some(self, engine: Engine, scaling: Scaling) -> Engine:
+        """Step those of the engine's parameters that have a gradient; returns the engine that did."""
         if transforms.active():
-            return self._step_transformed(scaling, among)
+            return self._step_transformed(scaling, engine.among)
         if not engine.repeat(scaling):
-            engine = self._step_some_anew(among, engine, scaling)
+            engine = self._step_some_anew(engine, scaling)
         return engine
 
     @torch.no_grad()
-    def _step_some_anew(self, among: frozenset[int], engine: Engine, scaling: Scaling) -> Engine:
+    def _step_some_anew(self, engine: Engine, scaling: Scaling) -> Engine:
         buckets = self.look_at_groups().buckets
         if engine.buckets is not buckets:
-            engine = Engine(buckets, whole=False)
+            engine = Engine(buckets, engine.among)
         refuse_totals(self)
-        engine.step(self.groups.items(scaling, among=among), scaling, self.groups, bind=True)
+        engine.step(self.groups.items(scaling, among=engine.among), scaling, self.groups, bind=True)
         return engine
 
     def upload_hypers(self) -> None:

@@ -299,15 +299,17 @@ class ParamGroups:
             check_extra(p, name, value, g, i, name in taken)
         return found
 
-    def resting(self, stepped: list[Item]) -> list[Item]:
+    def resting(self, stepped: list[Item], among: Container[int] | None = None) -> list[Item]:
         """Parameters without a gradient now that had one before, as if theirs were zero; the groups' hyperparameters
-        are taken from those that are stepped."""
+        are taken from those that are stepped. ``among``: the ids of the parameters that are looked at; None: all."""
         found: list[Item] = []
         if len(stepped) == sum(len(group["params"]) for group in self.live):
             return found
         like = {item.where[0]: item for item in stepped}
         for g, group in enumerate(self.live):
             for i, p in enumerate(group["params"]) if g in like else ():
+                if among is not None and id(p) not in among:
+                    continue
                 if p.grad is None and (state := self.state.get(p)):
                     modes, hyper = like[g].modes, like[g].hyper
                     state = self.state_of(p, g, modes.on_device)

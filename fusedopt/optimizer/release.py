@@ -5,7 +5,7 @@ A parameter's gradient is complete when torch has accumulated all of it, and say
 together, and their gradients freed. What is left is stepped by ``opt.step()``, which ends the pass.
 
 A batch is a step of some parameters, by an engine of its own over the optimizer's groups, state and traces. So it is
-bound, and repeated, like any other step, as long as backward passes complete gradients in the same order.
+bound, and repeated, like any other step.
 """
 
 from __future__ import annotations
@@ -31,8 +31,18 @@ if TYPE_CHECKING:
 Clipping = Literal["last", "measured"]
 SHARE, LEAST, MOST = 16, 1 << 20, 1 << 26
 """A batch is a sixteenth of all gradients, if nobody says how large, and of 1 to 64 MiB."""
-KEPT = 8
-"""Passes after which the engine of a batch that was not seen again is dropped."""
+
+
+@dataclass(eq=False)
+class Batch:
+    """Parameters, by their ids, whose gradients were complete together when each was for the first time.
+
+    Later passes may complete them in other batches: then some of them are stepped with some of another one, by the
+    engine of each. Its kernels leave out what has no gradient, so nothing is bound anew.
+    """
+
+    params: dict[int, torch.Tensor]
+    engine: Engine | None = None
 
 
 @dataclass
@@ -47,7 +57,7 @@ class GradientRelease:
     """What ``opt.release_gradients()`` returns, and ends with ``remove()``, or as a context manager.
 
     ``batch_bytes``: gradients of which size are stepped together; ``clip``: which norm ``max_grad_norm`` is compared
-    with. Both may be changed between passes.
+    with, which may be changed between passes.
     """
 
     def __init__(self, opt: Optimizer, batch_bytes: int | None, clip: Clipping | None) -> None:
@@ -66,9 +76,9 @@ class GradientRelease:
         self._waiting: dict[Hashable, Waiting] = {}
         self._stepped: set[int] = set()
         """By their ids, the parameters that this pass has stepped, or measured."""
-        self._engines: dict[frozenset[int], tuple[Engine, int]] = {}
-        """That of each batch, and the pass that it was last used in."""
-        self._passes = self._batches = self._last_batches = 0
+        self._batches: dict[int, Batch] = {}
+        """That of each parameter, by its id."""
+        self._passes = self._steps = self._last_steps = 0
         self._all = self._repeated = 0
         self._why = ""
         self._stepping, self._measuring, self._fresh = True, False, False
@@ -152,22 +162,21 @@ class GradientRelease:
                 )
             self._use_left()
             self._take_norm()
-            self._last_batches, self._fresh = self._batches, False
+            self._last_steps, self._fresh = self._steps, False
             self._forget_pass()
             self._passes += 1
-            self._engines = {k: v for k, v in self._engines.items() if v[1] + KEPT >= self._passes}
 
     @property
     def engines(self) -> list[Engine]:
         """Those of the batches."""
-        return [engine for engine, _ in self._engines.values()]
+        return [batch.engine for batch in dict.fromkeys(self._batches.values()) if batch.engine is not None]
 
     def __str__(self) -> str:
         if not self._passes:
             return ""
         why = f", the last time because {self._why}" if self._why else ""
         return (
-            f"the last one in {self._last_batches} batches, as gradients were complete; "
+            f"the last one in {self._last_steps} batches, as gradients were complete; "
             f"{self._repeated} of {self._all} batches without Python work for each tensor{why}"
         )
 
@@ -209,7 +218,7 @@ class GradientRelease:
             self._use(found)
         self._waiting.pop(where, None)
 
-    def _use(self, batch: list[torch.Tensor]) -> None:
+    def _use(self, params: list[torch.Tensor]) -> None:
         """Step these, or measure, and free their gradients."""
         opt = self._optimizer()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -217,37 +226,54 @@ class GradientRelease:
                 "a CUDA graph is being captured, and release_gradients() steps in the backward pass. Remedy: remove() "
                 "what it returned, and capture the step"
             )
-        among = frozenset(map(id, batch))
-        known = self._engines.get(among)
-        engine = known[0] if known is not None else None
+        scaling = self._given(opt, measures=True) if self._measuring else self._scaling(opt)
+        for batch, some in self._shares(params).items():
+            ids = set(map(id, some))
+            kept = [(p, p.grad) for key, p in batch.params.items() if key not in ids and p.grad is not None]
+            try:
+                for p, _ in kept:  # accumulated before, and not complete
+                    p.grad = None
+                self._use_share(opt, batch, scaling)
+            finally:
+                for p, grad in kept:
+                    p.grad = grad
+            self._stepped |= ids
+            for p in some:
+                p.grad = None
+
+    def _shares(self, params: list[torch.Tensor]) -> dict[Batch, list[torch.Tensor]]:
+        """These parameters by the batch of each; those that have none are a new one."""
+        new = {id(p): p for p in params if id(p) not in self._batches}
+        if new:
+            self._batches |= dict.fromkeys(new, Batch(new))
+        shares: dict[Batch, list[torch.Tensor]] = {}
+        for p in params:
+            shares.setdefault(self._batches[id(p)], []).append(p)
+        return shares
+
+    def _use_share(self, opt: Optimizer, batch: Batch, scaling: Scaling) -> None:
+        """Step, or measure, those of a batch that have a gradient."""
+        engine = batch.engine
         if engine is None or engine.buckets is not opt.engine.buckets:
-            engine = Engine(opt.engine.buckets, whole=False)
+            engine = Engine(opt.engine.buckets, frozenset(batch.params))
         if self._measuring:
-            self._measure(opt, engine, among)
+            with torch.no_grad():
+                engine.measure(opt.groups.items(scaling, among=engine.among), scaling)
         else:
             before = engine.steps.repeated
-            engine = opt._step_some(among, engine, self._scaling(opt))
-            self._engines[among] = engine, self._passes
+            engine = batch.engine = opt._step_some(engine, scaling)
             self._note(engine, engine.steps.repeated > before)
         if (norm := engine.norm) is not None:
             squares = norm.squares.sum()
             others = self._squares.get(squares.device)
             self._squares[squares.device] = squares if others is None else others + squares
-        self._stepped |= among
-        for p in batch:
-            p.grad = None
 
     def _note(self, engine: Engine, repeated: bool) -> None:
-        self._batches, self._all = self._batches + 1, self._all + 1
+        self._steps, self._all = self._steps + 1, self._all + 1
         if repeated:
             self._repeated += 1
         else:
             self._why = engine.steps.why
-
-    @torch.no_grad()
-    def _measure(self, opt: Optimizer, engine: Engine, among: frozenset[int]) -> None:
-        scaling = self._given(opt, measures=True)
-        engine.measure(opt.groups.items(scaling, among=among), scaling)
 
     # -- clipping --
     def _scaling(self, opt: Optimizer) -> Scaling:
@@ -295,7 +321,7 @@ class GradientRelease:
         self._waiting.clear()
         self._stepped.clear()
         self._squares.clear()
-        self._batches = 0
+        self._steps = 0
 
     def _refuse(self, opt: Optimizer, params: list[torch.Tensor]) -> None:
         """Raise RuntimeError for what cannot be had a batch at a time."""

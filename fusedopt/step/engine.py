@@ -31,12 +31,12 @@ class Engine:
 
     ``buckets`` has what callbacks are compiled to. ``rounds`` are those of the last step, ``resident`` its launches
     whose scalars live on the device. ``bound`` are the structures of steps that were bound, the last one
-    first; without ``binds`` every step looks at each tensor; ``steps``: how they went. ``whole``: steps are of all
-    parameters with a gradient; else of some, always the same, whatever the others have.
+    first; without ``binds`` every step looks at each tensor; ``steps``: how they went. ``among``: the
+    parameters, by their ids, that steps are about, whatever gradients others have; None: all.
     """
 
-    def __init__(self, buckets: Buckets, whole: bool = True) -> None:
-        self.buckets, self.whole = buckets, whole
+    def __init__(self, buckets: Buckets, among: frozenset[int] | None = None) -> None:
+        self.buckets, self.among = buckets, among
         self.rounds: list[Round] = []
         self.resident: GraphScalars | None = None
         self.binds = True
@@ -180,8 +180,8 @@ class Engine:
         todo = [item for plan in plans for item in plan.items]
         calls = any(plan.trace.externs is not None for plan in plans)  # which are made for all rows
         native = all(plan.known.backend.native for plan in plans) and not calls
-        if native and self.whole and not any(map(sharded.is_shard, todo)):
-            plans = [*plans, *self._resting(groups.resting(todo), plans)]
+        if native and not any(map(sharded.is_shard, todo)):
+            plans = [*plans, *self._resting(groups.resting(todo, self.among), plans)]
         tables, shared = [], launching.together(plans)
         for group in shared:
             for plan in group:
@@ -191,7 +191,7 @@ class Engine:
         norm = launching.norm_of(plans, [], scaling)
         rounds = [*([norm] if norm else []), *launching.totals_of(shared, scaling, groups)]
         try:
-            return BoundStep(groups, tables, rounds, self.whole), tables
+            return BoundStep(groups, tables, rounds, self.among), tables
         except ValueError as error:  # a number that only Python can hold
             raise Unbound(str(error)) from None
         finally:

@@ -161,16 +161,44 @@ def test_batches_are_bound_and_repeated():
     assert "AdamW #1" in str(opt.explain())
 
 
-def test_engines_of_batches_that_are_not_seen_again_are_dropped():
-    m = net()
-    opt = RULES["AdamW"](m)
-    release = opt.release_gradients(0)
-    for t in range(30):
-        release.batch_bytes = 40 * t
-        train(m, opt, 1)
-    release.batch_bytes = 0
-    train(m, opt, 10)
-    assert len(release.engines) == 12
+class Experts(nn.Module):
+    """Layers of which others are used each time, in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(8))
+
+    def forward(self, t):
+        gen = torch.Generator().manual_seed(t)
+        x = torch.randn(3, 8, generator=gen)
+        for k in torch.randperm(8, generator=gen)[:6].tolist():
+            x = x + torch.tanh(self.layers[k](x))
+        return x.square().mean()
+
+
+@needs_extension
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_gradients_in_another_order_each_time_are_stepped_by_what_was_bound(accumulates):
+    results = []
+    for released in (False, True):
+        torch.manual_seed(0)
+        m = Experts()
+        opt = RULES["AdamW"](m)
+        release = opt.release_gradients(600) if released else None
+        for t in range(20):
+            if accumulates and release is None:
+                m(100 + t).backward()
+            elif accumulates:
+                with release.accumulate():
+                    m(100 + t).backward()
+            m(t).backward()
+            opt.step()
+            opt.zero_grad()
+            if released and t == 9:
+                before = [engine.steps.anew for engine in release.engines]
+        results.append((m, opt))
+    assert_same(*results)
+    assert [engine.steps.anew for engine in release.engines] == before and len(before) > 2
 
 
 # -- memory
