@@ -239,7 +239,8 @@ class GradientRelease:
                     p.grad = grad
             self._stepped |= ids
             for p in some:
-                p.grad = None
+                if id(p) in self._batches:
+                    p.grad = None
 
     def _shares(self, params: list[torch.Tensor]) -> dict[Batch, list[torch.Tensor]]:
         """These parameters by the batch of each; those that have none are a new one."""
@@ -262,11 +263,23 @@ class GradientRelease:
         else:
             before = engine.steps.repeated
             engine = batch.engine = opt._step_some(engine, scaling)
-            self._note(engine, engine.steps.repeated > before)
+            repeated = engine.steps.repeated > before
+            self._note(engine, repeated)
+            if not repeated:
+                self._let_go(opt, batch)
         if (norm := engine.norm) is not None:
             squares = norm.squares.sum()
             others = self._squares.get(squares.device)
             self._squares[squares.device] = squares if others is None else others + squares
+
+    def _let_go(self, opt: Optimizer, batch: Batch) -> None:
+        """Leave parameters alone that the groups no longer have."""
+        listed = {id(p) for group in opt.param_groups for p in group["params"]}
+        for key in [key for key in batch.params if key not in listed]:
+            p = batch.params.pop(key)
+            del self._batches[key]
+            if (hook := self._hooks.pop(p, None)) is not None:
+                hook.remove()
 
     def _note(self, engine: Engine, repeated: bool) -> None:
         self._steps, self._all = self._steps + 1, self._all + 1

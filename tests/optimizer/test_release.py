@@ -458,6 +458,22 @@ def test_freezing_and_new_groups():
     assert_same(run(False), run(True))
 
 
+@pytest.mark.parametrize("batch_bytes", [0, 500])
+def test_parameters_that_leave_the_groups_keep_their_gradients(batch_bytes):
+    m = net()
+    opt = RULES["AdamW"](m)
+    opt.release_gradients(batch_bytes)
+    train(m, opt, 3)
+    opt.param_lists = [[p for p in m.parameters() if p is not m.scale]]
+    for t in (3, 4):
+        before, moves = m.scale.detach().clone(), m.norm.bias.detach().clone()
+        loss_of(m, t).backward()
+        opt.step()
+        assert m.scale.grad is not None and m.norm.bias.grad is None
+        assert_same_bits(m.scale.detach(), before)
+        assert not torch.equal(m.norm.bias.detach(), moves)
+
+
 def test_callbacks_that_are_changed_between_passes():
     def run(released):
         m = net()
