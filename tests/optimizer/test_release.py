@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedopt
 import fusedopt.optim as optim
+from fusedopt.extension import leaf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
@@ -144,6 +147,16 @@ def test_what_runs_eagerly():
     with pytest.warns(RuntimeWarning, match="larger_first runs eagerly"):
         one, other, _ = both(make, 500)
     assert_same(one, other)
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "Lamb"])
+def test_without_the_extension(rule, monkeypatch):
+    monkeypatch.setattr(leaf, "native", None)
+    for name in ("write_pointers", "run_cpu", "bump_versions"):
+        monkeypatch.setattr(leaf, name, getattr(leaf.python, name))
+    one, other, _ = both(RULES[rule], 500)
+    assert_same(one, other)
+    clipped(True, clip="last")
 
 
 @needs_extension
