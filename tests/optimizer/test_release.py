@@ -553,9 +553,13 @@ def test_removal():
 # -- clipping
 
 
-def clipped(released, steps=4, **kwargs):
+def adamw(m, **kwargs):
+    return optim.AdamW(groups(m, lr=1e-3), lr=1e-2, max_grad_norm=0.05, **kwargs)
+
+
+def clipped(released, steps=4, make=adamw, **kwargs):
     m = net()
-    opt = optim.AdamW(groups(m, lr=1e-3), lr=1e-2, max_grad_norm=0.05)
+    opt = make(m)
     release = opt.release_gradients(500, **kwargs) if released else None
     norms = []
     for t in range(steps):
@@ -570,9 +574,23 @@ def clipped(released, steps=4, **kwargs):
     return m, norms, opt
 
 
-def test_clipping_by_a_norm_that_was_measured():
-    m, norms, _ = clipped(False)
-    m_too, norms_too, opt = clipped(True, clip="measured")
+CLIPPED = {
+    "fused": adamw,
+    "amp_fused": lambda m: adamw(m, amp_fused=True),
+    "capturable": lambda m: adamw(m, capturable=True),
+    "reference": lambda m: adamw(m, backend="reference"),
+    "eager": lambda m: fusedopt.Optimizer(
+        m.parameters(), [larger_first, nesterov], lr=0.1, mom=0.9, max_grad_norm=0.05
+    ),
+    "sums": lambda m: fusedopt.Lamb(m.parameters(), lr=1e-2, max_grad_norm=0.05),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fusedopt. the callback larger_first runs eagerly:RuntimeWarning")
+@pytest.mark.parametrize("make", CLIPPED)
+def test_clipping_by_a_norm_that_was_measured(make):
+    m, norms, _ = clipped(False, make=CLIPPED[make])
+    m_too, norms_too, opt = clipped(True, make=CLIPPED[make], clip="measured")
     assert norms_too == pytest.approx(norms, rel=1e-6) and min(norms) > 0.05
     for p, q in zip(m.parameters(), m_too.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
@@ -581,11 +599,14 @@ def test_clipping_by_a_norm_that_was_measured():
     assert opt.gradient_release.clip == "measured"  # it has to live for that
 
 
-def test_clipping_by_the_norm_of_the_pass_before():
+@pytest.mark.filterwarnings("ignore:fusedopt. the callback larger_first runs eagerly:RuntimeWarning")
+@pytest.mark.parametrize("make", CLIPPED)
+def test_clipping_by_the_norm_of_the_pass_before(make):
     """Against gradients that are scaled by hand."""
-    m, norms, _ = clipped(True, clip="last")
+    m, norms, _ = clipped(True, make=CLIPPED[make], clip="last")
     other = net()
-    by_hand, last, expected = optim.AdamW(groups(other, lr=1e-3), lr=1e-2), None, []
+    by_hand, last, expected = CLIPPED[make](other), None, []
+    by_hand.max_grad_norm = None
     for t in range(4):
         loss_of(other, t).backward()
         grads = [p.grad for p in other.parameters() if p.grad is not None]
