@@ -243,10 +243,13 @@ class GradientRelease:
                     p.grad = None
 
     def _shares(self, params: list[torch.Tensor]) -> dict[Batch, list[torch.Tensor]]:
-        """These parameters by the batch of each; those that have none are a new one."""
-        new = {id(p): p for p in params if id(p) not in self._batches}
-        if new:
-            self._batches |= dict.fromkeys(new, Batch(new))
+        """These parameters by the batch of each; those that have none are a new one for each device, whose gradients
+        are completed by a thread of its own."""
+        new: dict[torch.device, Batch] = {}
+        for p in params:
+            if id(p) not in self._batches:
+                batch = self._batches[id(p)] = new.setdefault(p.device, Batch({}))
+                batch.params[id(p)] = p
         shares: dict[Batch, list[torch.Tensor]] = {}
         for p in params:
             shares.setdefault(self._batches[id(p)], []).append(p)
