@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -142,14 +142,14 @@ class ClassGroups:
     def _all(self) -> list[torch.Tensor]:
         return [p for group in self.opt.param_groups for p in group["params"]]
 
-    def resting(self, stepped: list[Item]) -> list[Item]:
+    def resting(self, stepped: list[Item], among: Container[int] | None = None) -> list[Item]:
         """Parameters without a gradient now that had one before, as if theirs were zero."""
         modes, state = stepped[0].modes, self.state
         return [
             ClassItem(p, p.detach(), values_of(state[p]), (g, i), self.numbers, modes)
             for g, group in enumerate(self.opt.param_groups)
             for i, p in enumerate(group["params"])
-            if p.grad is None and p in state and not _strange(p)
+            if p.grad is None and (among is None or id(p) in among) and p in state and not _strange(p)
         ]
 
 

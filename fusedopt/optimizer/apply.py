@@ -6,7 +6,7 @@ does not name them are run on every parameter, and no gradient is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +69,8 @@ class AppliedGroups(ParamGroups):
                 if name != "params":
                     yield name, i, part, (name, i) if several else name, part, names.lowest(name)
 
-    def resting(self, stepped: list[Item]) -> list[Item]:
-        return [] if self._bare else super().resting(stepped)
+    def resting(self, stepped: list[Item], among: Container[int] | None = None) -> list[Item]:
+        return [] if self._bare else super().resting(stepped, among)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:

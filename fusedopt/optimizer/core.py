@@ -24,6 +24,7 @@ from .apply import Applications
 from .explain import Explanation, explain
 from .fastai import FastaiFace
 from .groups import ParamGroups
+from .release import Clipping, GradientRelease, refuse_totals
 from .state import State
 
 
@@ -153,6 +154,8 @@ class Optimizer(FastaiFace):
         self._engine: Engine | None = None
         self._applications = Applications()
         self._captured: list[GraphScalars] = []
+        self.gradient_release: GradientRelease | None = None
+        """What `release_gradients` returned, until that is removed."""
         tracer = transforms.tracer()
         self._made_in = None if tracer is None else weakref.ref(tracer)
 
@@ -162,6 +165,12 @@ class Optimizer(FastaiFace):
 
         accelerate knows a skipped step by its not being called, so in its calls GradScaler decides.
         """
+        if self.gradient_release is not None:
+            raise RuntimeError(
+                "GradScaler looks at all gradients before a step, and release_gradients() has stepped most of them "
+                "already, scaled as they were. Remedy: train in bfloat16, which needs no loss scaling, or without "
+                "release_gradients()"
+            )
         if not self._scaling.amp:
             raise AttributeError("_step_supports_amp_scaling")
         return getattr(self.step, "__module__", "") != "accelerate.optimizer"
@@ -183,6 +192,8 @@ class Optimizer(FastaiFace):
 
         None without ``max_grad_norm``, and before the first step.
         """
+        if self.gradient_release is not None:
+            return self.gradient_release.grad_norm
         norm = self._engine and self._engine.norm
         return self._scaling.buffer(NORM, norm.main) if norm else None
 
@@ -310,7 +321,8 @@ class Optimizer(FastaiFace):
         Raises:
             TypeError: a callback that cannot be called; a hyperparameter or extra tensors that no callback takes.
             ValueError: a hyperparameter that is NaN, or negative where it must not be; extra tensors that do not fit.
-            RuntimeError: the callbacks read gradients and no parameter has one; a CUDA graph is being captured.
+            RuntimeError: the callbacks read gradients and no parameter has one, or `release_gradients` frees them; a
+                CUDA graph is being captured.
 
         If anything is raised, nothing has changed.
         """
@@ -321,6 +333,12 @@ class Optimizer(FastaiFace):
                 "before or after the graph is replayed"
             )
         applied = self._applications.of(self, found)
+        if self.gradient_release is not None and applied.graded is not None:
+            raise RuntimeError(
+                f"the callback {name_of(applied.graded)} reads gradients, and release_gradients() frees them in the "
+                "backward pass; nothing was applied. Remedy: remove() what release_gradients() returned, or write the "
+                "callback without p.grad"
+            )
         applied.take(hypers)
         with applied.groups.with_extra(extra):
             if transforms.active():
@@ -328,6 +346,53 @@ class Optimizer(FastaiFace):
                 self._run_transformed(applied.items(), buckets, Scaling(amp=False))
             else:
                 applied.run()
+
+    def release_gradients(
+        self, batch_bytes: int | None = None, *, clip: Clipping | None = None
+    ) -> GradientRelease:
+        """Step parameters during the backward pass, as their gradients are complete, and free these.
+
+        So the gradients of the whole model never exist at once. ``step()`` stays in the training loop: it steps what is
+        left, and ends the pass; all else goes on as before. What is stepped has the values that an ordinary step would
+        give it. Where several backward passes are for one step, all but the last run within ``accumulate()`` of what
+        this returns; its ``remove()`` ends it, and it is a context manager. See docs/memory.md.
+
+        Args:
+            batch_bytes: parameters are stepped together when their gradients are of this size; 0: each on its own.
+                Default: a sixteenth of all gradients, from 1 to 64 MiB.
+            clip: which norm ``max_grad_norm`` is compared with, as that of all gradients comes too late: ``"last"``,
+                that of the pass before (the first is not clipped), or ``"measured"``, that of a backward pass more,
+                within ``measure()`` of what this returns.
+
+        Raises:
+            RuntimeError: gradients are released already; a parameter is listed twice; ``max_grad_norm`` without
+                ``clip``; callbacks call ``fusedopt.total``; several processes train. Later, in backward or ``step()``:
+                two passes for one step; GradScaler; extra tensors; a CUDA graph is captured.
+            ValueError: a negative size, another ``clip``.
+        """
+        if self.gradient_release is not None:
+            raise RuntimeError(
+                "gradients are released already. Remedy: remove() what the first call returned"
+            )
+        self.gradient_release = GradientRelease(self, batch_bytes, clip)
+        return self.gradient_release
+
+    def _step_some(self, engine: Engine, scaling: Scaling) -> Engine:
+        """Step those of the engine's parameters that have a gradient; returns the engine that did."""
+        if transforms.active():
+            return self._step_transformed(scaling, engine.among)
+        if not engine.repeat(scaling):
+            engine = self._step_some_anew(engine, scaling)
+        return engine
+
+    @torch.no_grad()
+    def _step_some_anew(self, engine: Engine, scaling: Scaling) -> Engine:
+        buckets = self.look_at_groups().buckets
+        if engine.buckets is not buckets:
+            engine = Engine(buckets, engine.among)
+        refuse_totals(self)
+        engine.step(self.groups.items(scaling, among=engine.among), scaling, self.groups, bind=True)
+        return engine
 
     def upload_hypers(self) -> None:
         """Send the hyperparameters of ``param_groups`` to where a step captured into a CUDA graph reads them.
@@ -368,6 +433,11 @@ class Optimizer(FastaiFace):
                 loss = closure()
         if self._scaling.amp:  # GradScaler sets these attributes for the time of its call
             self._scaling.receive(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if extra and self.gradient_release is not None:
+            raise RuntimeError(
+                "extra tensors are for a whole step, and release_gradients() has stepped most of it already. Remedy: "
+                "step without them, or without release_gradients()"
+            )
         if extra:
             with self.groups.with_extra(extra):
                 self._step_now()
@@ -379,8 +449,10 @@ class Optimizer(FastaiFace):
         return loss
 
     def _step_now(self) -> None:
-        if transforms.active():
-            self._step_transformed()
+        if self.gradient_release is not None:
+            self.gradient_release.end()
+        elif transforms.active():
+            self._step_transformed(self._scaling)
         elif not self.engine.repeat(self._scaling):
             self._step_anew()
 
@@ -411,14 +483,14 @@ class Optimizer(FastaiFace):
             self.engine.step(todo, self._scaling, self.groups, bind=False)
 
     @torch.no_grad()
-    def _step_transformed(self) -> None:
+    def _step_transformed(self, scaling: Scaling, among: frozenset[int] | None = None) -> Engine:
         """A step that a transform or a dispatch mode sees: see `transforms`."""
         buckets = self.look_at_groups().buckets
         own = Buckets(buckets.callbacks, "reference", "transformed", self.state_dtype)
         own.spans = buckets.spans
-        self._run_transformed(self.groups.items(self._scaling), own, self._scaling.fresh())
+        return self._run_transformed(self.groups.items(scaling, among=among), own, scaling.fresh())
 
-    def _run_transformed(self, todo: list[Item], buckets: Buckets, scaling: Scaling) -> None:
+    def _run_transformed(self, todo: list[Item], buckets: Buckets, scaling: Scaling) -> Engine:
         made_in = self._made_in and self._made_in()
         todo, again = _apart(transforms.prepared(todo, made_in))
         if again:
@@ -426,8 +498,10 @@ class Optimizer(FastaiFace):
         if made_in is None and (names := transforms.names()):
             what = f"operations go through {names}, so parameters are stepped unfused, by operations that it sees"
             self.engine.buckets.verdicts.warn("transformed", what)
-        Engine(buckets).step(todo, scaling)
+        engine = Engine(buckets)
+        engine.step(todo, scaling)
         self.groups.keep(todo)
+        return engine
 
     def state_dict(self) -> dict[str, Any]:
         """The state in torch.optim's schema, plus ``"fusedopt"`` if fastai's flags are set. Tensors are live."""
@@ -476,7 +550,8 @@ class Optimizer(FastaiFace):
         super().clear_state()
 
     def _forget_bound(self) -> None:
-        for engine in (self.engine, *(applied.engine for applied in self._applications)):
+        released = self.gradient_release.engines if self.gradient_release is not None else []
+        for engine in (self.engine, *released, *(applied.engine for applied in self._applications)):
             engine.bound.clear()
 
     def to_fastai_state_dict(self) -> dict[str, Any]:

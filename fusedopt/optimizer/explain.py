@@ -143,7 +143,8 @@ def explain(opt: Optimizer) -> Explanation:
     found = explanation(engine, title, callbacks, launched, eager, without)
     applied = tuple(_explain_applied(each, title) for each in opt.applications)
     source = "\n".join(part for part in (found.source, *(each.source for each in applied)) if part)
-    return replace(found, applied=applied, source=source, lists=_lists(engine, callbacks))
+    steps = str(opt.gradient_release) if opt.gradient_release is not None else found.steps
+    return replace(found, applied=applied, source=source, lists=_lists(engine, callbacks), steps=steps)
 
 
 def _lists(engine: Engine, callbacks: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], tuple[str, ...]], ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -229,18 +229,25 @@ class ParamGroups:
                     yield key, i, part, name, hyper_of(group, name, part), lowest(name)
 
     # -- what there is to step --
-    def items(self, scaling: Scaling, pretend: bool = False) -> list[Item]:
-        """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it)."""
+    def items(
+        self, scaling: Scaling, pretend: bool = False, among: Container[int] | None = None
+    ) -> list[Item]:
+        """What there is to step. ``pretend``: as if every parameter had a gradient (to explain a step before it).
+        ``among``: the parameters, by their ids, that are looked at; None: all."""
         todo: list[Item] = []
         apart: list[Item] = []  # those that were not known to be like an earlier one
         for g, group in enumerate(self._held.param_groups):
             modes = self.modes(group, scaling)
-            hyper, params = self.hypers(group), list(group["params"])
+            params = list(group["params"])
+            places = [i for i, p in enumerate(params) if among is None or id(p) in among]
+            if among is not None and not places:
+                continue
+            hyper, params = self.hypers(group), [params[i] for i in places]
             leaf.settle(params)
             names: dict[int, list[str]] = {}  # of the state of parameters of each kind
             instead = pretend or modes.bare
             each = instead or modes.on_device or bool(self.extra)
-            for i, (p, kind, grad, state) in enumerate(self._surveyed(params, each)):
+            for i, (p, kind, grad, state) in zip(places, self._surveyed(params, each), strict=True):
                 if kind < 0:
                     grad = p if instead else None if kind == _ABSENT else p.grad
                 if grad is None:
@@ -305,15 +312,17 @@ class ParamGroups:
             check_extra(p, name, value, g, i, name in taken)
         return found
 
-    def resting(self, stepped: list[Item]) -> list[Item]:
+    def resting(self, stepped: list[Item], among: Container[int] | None = None) -> list[Item]:
         """Parameters without a gradient now that had one before, as if theirs were zero; the groups' hyperparameters
-        are taken from those that are stepped."""
+        are taken from those that are stepped. ``among``: the ids of the parameters that are looked at; None: all."""
         found: list[Item] = []
         if len(stepped) == sum(len(group["params"]) for group in self.live):
             return found
         like = {item.where[0]: item for item in stepped}
         for g, group in enumerate(self.live):
             for i, p in enumerate(group["params"]) if g in like else ():
+                if among is not None and id(p) not in among:
+                    continue
                 if p.grad is None and (state := self.state.get(p)):
                     modes, hyper = like[g].modes, like[g].hyper
                     state = self.state_of(p, g, modes.on_device)

@@ -9,7 +9,7 @@ A step that is none of those bound so far says why, is bound, and then runs like
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -42,9 +42,18 @@ class Unbound(Exception):
 
 
 class BoundStep:
-    """One structure of steps. ``run`` does a step of it, or says why this is none, having changed nothing."""
+    """One structure of steps. ``run`` does a step of it, or says why this is none, having changed nothing.
 
-    def __init__(self, groups: Groups, launched: Sequence[Launched], rounds: list[Round]) -> None:
+    ``among``: the parameters, by their ids, that it is about; None: all. Others may have gradients, and keep them.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        launched: Sequence[Launched],
+        rounds: list[Round],
+        among: Container[int] | None = None,
+    ) -> None:
         self.groups, self.rounds = groups, rounds
         self.resident: Any = None
         self._extra = list(groups.extra)
@@ -91,6 +100,7 @@ class BoundStep:
         ]
         self._measured = None in before
         stepped = {id(item.owner) for item, _ in rows}
+        every = [p for group in groups.live for p in group["params"]]
         self._bound = native.BoundStep(
             groups=described,
             buckets=buckets,
@@ -99,7 +109,7 @@ class BoundStep:
             states=[state[item.owner] for item, _ in rows],
             bucket_of=[bucket for _, bucket in rows],
             indices=[item.where[1] for item, _ in rows],
-            absent=[p for group in groups.live for p in group["params"] if id(p) not in stepped],
+            absent=[p for p in every if id(p) not in stepped and (among is None or id(p) in among)],
             rounds=[] if self._measured else before,
             graded=not any(item.modes.bare for item, _ in rows),
         )
@@ -112,7 +122,7 @@ class BoundStep:
 
     def run(self, scaling: Scaling) -> str | None:
         """Do the step if it is of this structure; else why not."""
-        if (scaling.max_norm is None) == any(isinstance(each, Norm) for each in self.rounds):
+        if scaling.measures != any(isinstance(each, Norm) for each in self.rounds):
             return "max_grad_norm was set or unset"
         extra = self.groups.extra
         if list(extra) != self._extra:

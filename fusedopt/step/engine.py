@@ -31,11 +31,12 @@ class Engine:
 
     ``buckets`` has what callbacks are compiled to. ``rounds`` are those of the last step, ``resident`` its launches
     whose scalars live on the device. ``bound`` are the structures of steps that were bound, the last one
-    first; without ``binds`` every step looks at each tensor; ``steps``: how they went.
+    first; without ``binds`` every step looks at each tensor; ``steps``: how they went. ``among``: the
+    parameters, by their ids, that steps are about, whatever gradients others have; None: all.
     """
 
-    def __init__(self, buckets: Buckets) -> None:
-        self.buckets = buckets
+    def __init__(self, buckets: Buckets, among: frozenset[int] | None = None) -> None:
+        self.buckets, self.among = buckets, among
         self.rounds: list[Round] = []
         self.resident: GraphScalars | None = None
         self.binds = True
@@ -122,6 +123,15 @@ class Engine:
             kept = {id(item) for item in (*unfused, *(i for plan in plans for i in plan.items))}
             groups.keep([item for item in todo if id(item) not in kept])
 
+    def measure(self, todo: list[Item], scaling: Scaling) -> None:
+        """Take the norm of these items' gradients, and step none."""
+        plans, unfused = self._prepared(todo)
+        norm = launching.norm_of(plans, unfused, scaling)
+        if norm is not None:
+            norm.run([])
+            norm.let_go()
+        self._last, self.rounds = None, [norm] if norm else []
+
     def _prepared(self, todo: list[Item]) -> tuple[list[Bucket], list[Item]]:
         """Plans, and the items that are stepped on work copies: all, where totals are to be taken and not all fuse."""
         plans, unfused = self.buckets.prepare(sharded.localized(todo))
@@ -171,7 +181,7 @@ class Engine:
         calls = any(plan.trace.externs is not None for plan in plans)  # which are made for all rows
         native = all(plan.known.backend.native for plan in plans) and not calls
         if native and not any(map(sharded.is_shard, todo)):
-            plans = [*plans, *self._resting(groups.resting(todo), plans)]
+            plans = [*plans, *self._resting(groups.resting(todo, self.among), plans)]
         tables, shared = [], launching.together(plans)
         for group in shared:
             for plan in group:
@@ -181,7 +191,7 @@ class Engine:
         norm = launching.norm_of(plans, [], scaling)
         rounds = [*([norm] if norm else []), *launching.totals_of(shared, scaling, groups)]
         try:
-            return BoundStep(groups, tables, rounds), tables
+            return BoundStep(groups, tables, rounds, self.among), tables
         except ValueError as error:  # a number that only Python can hold
             raise Unbound(str(error)) from None
         finally:

@@ -224,7 +224,7 @@ def launch(plans: list[Bucket], slots: np.ndarray, scaling: Scaling) -> tuple[La
 
 def norm_of(plans: list[Bucket], work: list[Item], scaling: Scaling) -> Norm | None:
     """What takes the norm of all gradients: of plans, and of work copies."""
-    if scaling.max_norm is None or not (plans or work):
+    if not scaling.measures or not (plans or work):
         return None
     for plan in plans:
         for item in plan.items:

@@ -45,6 +45,11 @@ class Scaling:
     def __bool__(self) -> bool:
         return self.amp or self.max_norm is not None
 
+    @property
+    def measures(self) -> bool:
+        """Whether a step takes the norm of its gradients."""
+        return self.max_norm is not None
+
     def modes(self, capturable: bool) -> Modes:
         return Modes(on_device=capturable or self.amp, scaled=bool(self), skips=self.amp)
 
@@ -84,6 +89,27 @@ class Scaling:
         return any(bool(self.buffer(FOUND_INF, device)) for device in devices)
 
 
+class Given(Scaling):
+    """A factor that is known before the step. ``measures``: a step takes its gradients' norm all the same."""
+
+    measures = False
+
+    def __bool__(self) -> bool:
+        return True
+
+    def fresh(self) -> Given:
+        other = Given(self.amp)
+        other.measures, other._received = self.measures, self._received
+        return other
+
+    def multiply(self, factor: torch.Tensor | float) -> None:
+        """Multiply the gradients of the steps to come by this."""
+        for (name, _), there in self._there.items():
+            if name == INVERSE:
+                _set(there, factor)
+        self._received = {**self._received, INVERSE: factor}
+
+
 def _set(there: torch.Tensor, value: torch.Tensor | float) -> None:
     there.copy_(value, non_blocking=True) if isinstance(value, torch.Tensor) else there.fill_(value)
 
@@ -92,7 +118,7 @@ class Norm(Round):
     """The global norm of one step's gradients, and the factor that follows.
 
     launches: for each main launch of the step its backend, rows and program; eager: the items that are stepped without
-    one.
+    one. Where the scaling has no limit, the squares are all that is taken.
     """
 
     def __init__(
@@ -113,12 +139,12 @@ class Norm(Round):
             self.add(k, backend, kernel, items, columns, main, [pieces[k]])
         self._eager = list(zip(pieces[len(launches) :], eager, strict=True))
         self.pieces += [piece for piece, _ in self._eager]
-        if launches:
+        if launches and scaling.max_norm is not None:
             self._set_coefficient(launches[0][0])
 
     @property
     def limits(self) -> bool:
-        return True
+        return self.join is not None
 
     def run(self, slots: Sequence[np.ndarray]) -> None:
         for (out, _), item in self._eager:
@@ -147,7 +173,8 @@ class Norm(Round):
 
     def finish(self) -> None:
         scaling, limit = self.scaling, self.scaling.max_norm
-        assert limit is not None
+        if limit is None:
+            return
         norm, factor, inverse = (scaling.buffer(name, self.main) for name in (NORM, FACTOR, INVERSE))
         if self.join is not None:
             self.join.run(np.array([[limit]], dtype=np.float64))

@@ -41,6 +41,12 @@ def _dtensor() -> Any:
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
+def is_dtensor(t: torch.Tensor) -> bool:
+    """Whether it is spread over processes."""
+    kind = _dtensor()
+    return kind is not None and isinstance(t, kind)
+
+
 def _localized(item: Item, kind: Any) -> Item:
     p: Any = item.home
     group, i = item.where

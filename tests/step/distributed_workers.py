@@ -184,6 +184,58 @@ def clipping_is_by_the_norm_of_the_whole_model(kind):
     assert opt.explain().eager == ()
 
 
+@check("two AdamW", "two Lamb", "hybrid AdamW", "hybrid Lamb")
+def gradients_are_released_as_fully_shard_has_reduced_them(kind_and_rule):
+    kind, rule = kind_and_rule.split()
+    first, _ = sharded_and_whole(kind)
+    second, _ = sharded_and_whole(kind)
+    second.load_state_dict(first.state_dict())
+    opt, released = (RULES[rule](m.parameters()) for m in (first, second))
+    release = released.release_gradients(0)
+    for t in range(6):
+        for m, o in ((first, opt), (second, released)):
+            torch.manual_seed(t)
+            m.set_requires_gradient_sync(bool(t % 2))
+            with release.accumulate(t % 2 == 0):
+                m(torch.randn(6, 4)).square().mean().backward()
+            if t % 2:
+                assert all((p.grad is None) == (o is released) for p in m.parameters())
+                o.step()
+                o.zero_grad()
+    for p, q in zip(second.parameters(), first.parameters(), strict=True):
+        assert_same(full(p.detach()), full(q.detach()))
+        state, expected = released.state[p], opt.state[q]
+        assert all(
+            torch.equal(full(state[k]), full(v)) if torch.is_tensor(v) else state[k] == v
+            for k, v in expected.items()
+        )
+
+
+@check("two", "hybrid")
+def released_gradients_are_measured_over_the_whole_model(kind):
+    m, _ = sharded_and_whole(kind)
+    x = torch.randn(6, 4)
+    m(x).square().mean().backward()
+    expected = torch.nn.utils.get_total_norm([full(p.grad) for p in m.parameters()])
+    opt = fusedopt.optim.SGD(m.parameters(), lr=0.1, max_grad_norm=0.05)
+    opt.zero_grad()
+    with opt.release_gradients(0, clip="measured") as release:
+        with release.measure():
+            m(x).square().mean().backward()
+        torch.testing.assert_close(opt.grad_norm, expected, rtol=1e-6, atol=0)
+        before = [full(p.detach()).clone() for p in m.parameters()]
+        m(x).square().mean().backward()
+        opt.step()
+    moved = [full(p.detach()) - q for p, q in zip(m.parameters(), before, strict=True)]
+    torch.testing.assert_close(torch.nn.utils.get_total_norm(moved), torch.tensor(0.005), rtol=1e-4, atol=0)
+
+
+@check()
+def gradients_that_processes_average_afterwards_are_not_released():
+    with raises(RuntimeError, "several processes train"):
+        fusedopt.optim.SGD(model().parameters(), lr=0.1).release_gradients()
+
+
 def clip_and_descend(p, lr, **kwargs):
     norm = fusedopt.total(p.grad**2).sqrt()
     scale = (0.05 / (norm + 1e-6)).clamp(max=1)
