@@ -86,20 +86,13 @@ def _split(policy: Any, value: Any) -> list[torch.Tensor]:
         part.to(dtype)
         for part, dtype in zip(encoded(policy, local.to(torch.float32), None), dtypes(policy), strict=True)
     ]
-    return [_like(part, value) if part.shape == local.shape else part for part in parts]
+    return [functions.part_of(part, value) if part.shape == local.shape else part for part in parts]
 
 
 def _local(decode: Any, code: Any, rest: list[Any]) -> Any:
     """What a policy decodes; of a DTensor of what is here."""
     parts = [t.to_local() if hasattr(t, "placements") else t for t in (code, *rest)]
-    return _like(decode(*(t.to(torch.float32) for t in parts)), code)
-
-
-def _like(local: torch.Tensor, like: Any) -> Any:
-    if not hasattr(like, "placements"):
-        return local
-    shape = {"shape": like.shape, "stride": like.stride()}
-    return type(like).from_local(local, like.device_mesh, like.placements, run_check=False, **shape)
+    return functions.part_of(decode(*(t.to(torch.float32) for t in parts)), code)
 
 
 def say_changed(saved: Iterable[Mapping[str, Any]], live: Iterable[Mapping[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from ..storage.callbacks import block_of
 from ..trace import axes
 from ..trace.signature import (
     CODES,
+    HERE_IN_ORDER,
     HOST,
     LINE,
     PLAIN,
@@ -130,7 +131,7 @@ class Item:
             return int(name.removeprefix(LINE))
         if name.startswith("fewer:"):  # than a number of elements
             return p.numel() < int(name.partition(":")[2])
-        if name == "in_order":  # what is not dense is copied, and then is
+        if name in ("in_order", HERE_IN_ORDER):  # what is not dense is copied, and then is
             return (p.is_contiguous() or not dense(p)) if walkable(p) else None
         if name == "dims":
             return axes.full(p.shape) if p.dim() <= axes.MOST else None

@@ -21,6 +21,7 @@ from ..backends.cpp.backend import joined
 from ..extension import leaf
 from ..ir.ops import ELEMENT
 from ..ir.program import Buffer
+from ..trace.signature import HERE_IN_ORDER
 from . import reference
 from .items import Item, walkable
 
@@ -76,7 +77,7 @@ class Whole(Item):
     __slots__ = ()
 
     def attribute(self, name: str) -> Any:
-        if name == "in_order" and isinstance(self.param, _dtensor() or ()):  # of what kernels walk
+        if name == HERE_IN_ORDER and isinstance(self.param, _dtensor() or ()):
             return _local(self.param).is_contiguous()
         return super().attribute(name)
 

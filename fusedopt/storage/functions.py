@@ -8,7 +8,7 @@ import torch
 
 from ..ir.ops import ELEMENT, OPS
 from ..trace.signals import Untraceable
-from ..trace.signature import CODES, LINE
+from ..trace.signature import CODES, HERE_IN_ORDER, LINE
 from ..trace.tensor import FLOATS, METHODS, SymTensor, called
 
 
@@ -19,8 +19,19 @@ def _is_symbolic(x: Any) -> bool:
 def _op(name: str, x: Any, *args: Any) -> Any:
     if _is_symbolic(x):
         return called(name, METHODS[name], x, *args)
+    if hasattr(x, "placements"):  # torch sees no bits of a DTensor
+        here = [a.to_local() if hasattr(a, "placements") else a for a in args]
+        return part_of(_op(name, x.to_local(), *here), x)
     other = [a if isinstance(a, torch.Tensor) else torch.full_like(x, a) for a in args]
     return OPS[name].torch(x, *other)
+
+
+def part_of(local: torch.Tensor, like: Any) -> Any:
+    """What is here of a DTensor that is spread as another one, if that is one."""
+    if not hasattr(like, "placements"):
+        return local
+    shape = {"shape": like.shape, "stride": like.stride()}
+    return type(like).from_local(local, like.device_mesh, like.placements, run_check=False, **shape)
 
 
 def add_bits(x: Any, n: Any) -> Any:
@@ -83,6 +94,11 @@ def block_amax(x: Any, block: int, signed: bool = True) -> Any:
     signed: else NaN where one is negative
     """
     if not _is_symbolic(x):
+        if hasattr(x, "placements"):
+            raise RuntimeError(
+                "blocks of a DTensor, whose callbacks run eagerly; opt.explain() says why. Remedy: a policy of storage "
+                "without blocks, such as bf16+8"
+            )
         flat = (x.abs() if signed else torch.where(x.signbit(), float("nan"), x)).reshape(-1)
         left = -flat.numel() % block
         return torch.cat([flat, flat.new_zeros(left)]).view(-1, block).amax(1)
@@ -90,7 +106,7 @@ def block_amax(x: Any, block: int, signed: bool = True) -> Any:
     run.attribute(ELEMENT, f"{LINE}{block}")
     if run.signature.line != block:
         raise Untraceable(f"blocks of {block} and of {run.signature.line} elements in one rule")
-    if run.attribute(ELEMENT, "in_order") is None:
+    if run.attribute(ELEMENT, HERE_IN_ORDER) is None:
         raise Untraceable("blocks of a tensor whose memory is elsewhere")
     return SymTensor(
         run, run.graph.op("absmax" if signed else "bitmax", x.node, to="0", where=run.where), x.asked

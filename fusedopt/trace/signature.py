@@ -91,6 +91,8 @@ STARTED = "started:"
 a first step may be skipped."""
 
 
+HERE_IN_ORDER = "here_in_order"
+"""Attribute: whether the dimensions of what is here of the parameter follow one another in memory as they are."""
 LINE = "line:"
 """Attribute of parameters that says into blocks of how many elements they are cut."""
 

@@ -24,7 +24,7 @@ from .externs import EXTERN, Calls, Kept
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Matrix, Pass, alike, either, is_number, load
 from .signals import NeedsAttribute, Untraceable
-from .signature import CODES, FACTOR, FOUND_INF, STARTED, Foreign, Signature, stored_dtype
+from .signature import CODES, FACTOR, FOUND_INF, HERE_IN_ORDER, STARTED, Foreign, Signature, stored_dtype
 from .totals import BUFFER, Total
 
 BLOCKED = "01"
@@ -70,7 +70,7 @@ class Trace:
         if self.externs is not None or (drawn and not self.signature.in_order):
             return True
         if self.signature.line:
-            return bool(self.axes) and not self.signature.in_order
+            return bool(self.axes) and dict(self.signature.attributes)[HERE_IN_ORDER] is not True
         old = [v for _, v in self.signature.state if isinstance(v, Buffer)]
         return in_memory(self.signature, [*old, *self.created.values()]) != list(self.signature.order)
 

@@ -388,6 +388,32 @@ def any_placement_steps_like_the_whole_tensor(name):
             assert_same_training(*by_hand(mesh, PLACEMENTS[name], make), exact=False)
 
 
+@check("int8", "int8_256", "bf16+8", "bfloat16_sr")
+def policies_store_what_is_here_of_a_tensor(name):
+    """Blocks do not reach over to other processes. Here they end where shards do, so all is as in one tensor."""
+    mesh = mesh_of("two")
+    torch.manual_seed(1)
+    values, grads = torch.randn(64, 128), [torch.randn(64, 128) for _ in range(4)]
+    p = nn.Parameter(distribute_tensor(values, mesh, [Shard(0)]))
+    q = nn.Parameter(values.clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # random numbers of shards are drawn eagerly
+        opt, twin = (fusedopt.optim.AdamW([x], lr=0.1, storage=name) for x in (p, q))
+        for t, g in enumerate(grads):
+            p.grad, q.grad = distribute_tensor(g, mesh, [Shard(0)]), g.clone()
+            opt.step(), twin.step()
+            if t == 1:
+                saved = copy.deepcopy(opt.state_dict())
+                opt = fusedopt.optim.AdamW([p], lr=0.1, storage=name)
+                opt.load_state_dict(saved)
+    assert_same(full(p.detach()), q.detach(), exact=name != "bfloat16_sr")
+    assert_same(full(opt.state[p]["exp_avg"]), twin.state[q]["exp_avg"])
+    whole, shards = twin.state_dict()["state"][0], opt.state_dict()["state"][0]
+    assert_same(full(shards["exp_avg_sq"]), whole["exp_avg_sq"])
+    if name != "bfloat16_sr":
+        assert opt.explain().eager == ()
+
+
 def noise(p, lr, seed=3, step=0, **kwargs):
     p.data.add_(fusedopt.normal(p, seed=seed, step=step)).sub_(p.grad * lr)
     return {"step": step + 1}
