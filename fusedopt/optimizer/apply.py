@@ -86,13 +86,14 @@ class Applied:
     def __init__(self, opt: Optimizer, cbs: Sequence[Callable[..., Any]]) -> None:
         self.cbs, self.own = list(cbs), list(opt.cbs)
         self.graded = next((cb for cb in cbs if reads_gradient(cb)), None)
-        self.groups = AppliedGroups(opt, cbs, self.graded is None)
+        whole = opt.groups.whole(self.cbs)
+        self.groups = AppliedGroups(opt, whole, self.graded is None)
         title = name_of(cbs[-1]) if cbs else "nothing"
-        self.engine = Engine(Buckets(cbs, opt.backend, title, opt.state_dtype, beside=opt.groups.callbacks))
+        self.engine = Engine(Buckets(whole, opt.backend, title, opt.state_dtype, beside=opt.groups.callbacks))
 
     def fits(self, opt: Optimizer) -> bool:
         """Whether it is still what its callbacks do, beside the optimizer's."""
-        return self.own == opt.cbs and self.engine.buckets.follow(self.cbs)
+        return self.own == opt.cbs and self.engine.buckets.follow(opt.groups.whole(self.cbs))
 
     def take(self, hypers: Mapping[str, Any]) -> None:
         """Take the hyperparameters of this call. Raises TypeError for one that no callback takes."""

@@ -11,6 +11,7 @@ from ..extension import leaf
 from ..ir.program import identifier
 from ..ir.stages import Stage, scalar_stores, schedule
 from ..step.verdicts import Eager
+from . import storing
 
 if TYPE_CHECKING:
     from ..step.engine import Engine
@@ -73,7 +74,8 @@ class Explanation:
     before the first. ``calls`` are torch calls that are made between launches, a line for each bucket. ``extension``
     says why the host's side of a step runs without the C++ extension; "" where it does not. ``applied`` explains the
     last call of each ``opt.apply``, ``over`` what such a call goes over. ``lists``: where param groups have callbacks
-    of their own, the numbers of the groups that share a list, and that.
+    of their own, the numbers of the groups that share a list, and that. ``held``: with policies of storage, how many
+    bytes there are for each parameter.
     """
 
     optimizer: str
@@ -89,6 +91,7 @@ class Explanation:
     applied: tuple[Explanation, ...] = ()
     lists: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = ()
     over: str = ""
+    held: str = ""
 
     @property
     def launches(self) -> int:
@@ -124,6 +127,7 @@ class Explanation:
         lines += [f"stage {k + 1}: {stage}" for k, stage in enumerate(self.stages)]
         lines += [f"between stages: {call}" for call in self.calls]
         lines += [f"runs eagerly: {e.callback}: {e.reason}" for e in self.eager]
+        lines += [f"held: {self.held}"] if self.held else []
         lines += [f"kernel {c}" for c in self.compiled]
         lines += [f"{'calls' if self.over else 'steps'}: {self.steps}"] if self.steps else []
         lines += map(str, self.applied)
@@ -144,7 +148,10 @@ def explain(opt: Optimizer) -> Explanation:
     applied = tuple(_explain_applied(each, title) for each in opt.applications)
     source = "\n".join(part for part in (found.source, *(each.source for each in applied)) if part)
     steps = str(opt.gradient_release) if opt.gradient_release is not None else found.steps
-    return replace(found, applied=applied, source=source, lists=_lists(engine, callbacks), steps=steps)
+    held = storing.held(opt) if opt.groups.around else ""
+    return replace(
+        found, applied=applied, source=source, lists=_lists(engine, callbacks), steps=steps, held=held
+    )
 
 
 def _lists(engine: Engine, callbacks: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], tuple[str, ...]], ...]:

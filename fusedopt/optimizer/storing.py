@@ -15,6 +15,7 @@ from ..storage.callbacks import decode, dtypes, encode, encoded, keys, parted
 from ..storage.policy import OTHERS, PARAM, POLICIES, choice, chosen, of
 
 if TYPE_CHECKING:
+    from .core import Optimizer
     from .groups import ParamGroups
 
 AROUND = decode, encode
@@ -42,6 +43,35 @@ def as_text(storage: Any, groups: ParamGroups) -> str:
                 f"storage names the state {groups.stored(name)!r}, and no callback keeps such{hint}"
             )
     return chosen(found)
+
+
+def held(opt: Optimizer) -> str:
+    """How many bytes there are for each parameter of what is in the state, and how many there would be as float32."""
+    sizes: dict[str, int] = {}
+    count = numbers = 0
+    policies: dict[str, str] = {}
+    for group in opt.param_groups:
+        for p in group["params"]:
+            state = {PARAM: p.detach(), **opt.state.get(p, {})}
+            policies |= parted(state)
+            count += p.numel()
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.dim():
+                    name = key.split(":")[0]
+                    sizes[name] = sizes.get(name, 0) + _here(value).nbytes
+                    numbers += 4 * _here(value).numel() if ":" not in key else 0
+    if not count:
+        return ""
+    each = (
+        f"{name} {size / count:.2f}{f' ({policies[name]})' if name in policies else ''}"
+        for name, size in sizes.items()
+    )
+    total = f"{sum(sizes.values()) / count:.2f} bytes per parameter, {numbers / count:.2f} as float32"
+    return f"{', '.join(each)}: {total}"
+
+
+def _here(t: Any) -> torch.Tensor:
+    return t.to_local() if hasattr(t, "placements") else t
 
 
 MASTER = f"{PARAM}:master"
@@ -81,7 +111,7 @@ def as_stored(p: torch.Tensor, state: Mapping[str, Any], storage: str, groups: P
 
 def _split(policy: Any, value: Any) -> list[torch.Tensor]:
     """What a policy makes of numbers; of a DTensor of those that are here, each as its part is."""
-    local = value.to_local() if hasattr(value, "placements") else value
+    local = _here(value)
     parts = [
         part.to(dtype)
         for part, dtype in zip(encoded(policy, local.to(torch.float32), None), dtypes(policy), strict=True)
@@ -91,7 +121,7 @@ def _split(policy: Any, value: Any) -> list[torch.Tensor]:
 
 def _local(decode: Any, code: Any, rest: list[Any]) -> Any:
     """What a policy decodes; of a DTensor of what is here."""
-    parts = [t.to_local() if hasattr(t, "placements") else t for t in (code, *rest)]
+    parts = [_here(t) for t in (code, *rest)]
     return functions.part_of(decode(*(t.to(torch.float32) for t in parts)), code)
 
 

@@ -398,3 +398,67 @@ def test_state_dtype_beside_it_and_groups_without_it_are_refused():
     opt = optim.AdamW(parameters())
     with pytest.raises(ValueError, match="a param group has 'storage'"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], "storage": "bfloat16"})
+
+
+# ---------------------------------------------------------------- beside steps
+
+
+def test_what_is_applied_sees_numbers_and_leaves_what_is_stored():
+    def double(p, grad_avg=None, **kwargs):
+        return {"grad_avg": grad_avg * 4}
+
+    params, opt = run(RULES["AdamW"], "int8", torch.float32, "cpp")
+    before = opt.state_dict()["state"][0]["exp_avg"].clone()
+    opt.apply(double)
+    state = opt.state[params[0]]
+    assert state["exp_avg"].dtype == torch.int8
+    assert_same_bits(opt.state_dict()["state"][0]["exp_avg"], 4 * before)
+    assert "runs eagerly" not in str(opt.explain())
+
+
+def test_explain_says_what_is_held():
+    params, opt = run(RULES["AdamW"], "int8", torch.float32, "cpp")
+    big = sum(p.numel() for p in params if p.numel() >= 4096)
+    count = sum(p.numel() for p in params)
+    code = (big + 4 * sum(-(-p.numel() // 64) for p in params if p.numel() >= 4096) + 4 * 5) / count
+    assert opt.explain().held == (
+        f"param 4.00, exp_avg {code:.2f} (int8), exp_avg_sq {code:.2f} (uint8): "
+        f"{4 * (count - 1) / count + 2 * code:.2f} bytes per parameter, {12 * (count - 1) / count:.2f} as float32"
+    )
+    assert "held: " not in str(optim.AdamW(parameters()).explain())
+
+
+@pytest.mark.parametrize("name", ["bfloat16_sr", "int8"])
+def test_counts_on_the_device_and_clipping_change_nothing_of_it(name):
+    ours, opt = run(RULES["AdamW"], name, torch.float32, "cpp", capturable=True, max_grad_norm=10.0)
+    theirs, twin = run(RULES["AdamW"], name, torch.float32, "cpp", max_grad_norm=10.0)
+    assert opt.engine.bound and isinstance(opt.state[ours[0]]["step"], torch.Tensor)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrapped", [fusedopt.Lookahead, fusedopt.rules.Cautious, fusedopt.rules.GrokFast])
+def test_wrappers_of_rules_store_theirs_too(wrapped):
+    def make(params, **options):
+        return wrapped(optim.AdamW(params, lr=0.01, **options))
+
+    ours, opt = run(make, {"*": "bf16+8"}, torch.float32, "cpp", steps=8)
+    theirs, _ = run(make, {"*": "bf16+8"}, torch.float32, "reference", steps=8)
+    assert "runs eagerly" not in str(opt.explain())
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_a_parameter_in_another_order_of_memory_has_its_blocks_in_the_order_of_dimensions():
+    torch.manual_seed(0)
+    values = torch.randn(8, 16, 8, 8)
+    p = nn.Parameter(values.clone().to(memory_format=torch.channels_last))
+    q = nn.Parameter(values.clone())
+    opts = [optim.AdamW([x], lr=0.1, storage="int8") for x in (p, q)]
+    for t in range(3):
+        torch.manual_seed(t)
+        for x, opt in zip((p, q), opts, strict=True):
+            torch.manual_seed(t)
+            x.grad = torch.randn(values.shape)
+            opt.step()
+    assert_same_bits(p.detach().contiguous(), q.detach())
