@@ -21,13 +21,14 @@ from ..step.items import Item
 from ..trace.axes import along
 from ..trace.externs import Calls
 from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
-from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, alike, is_number, load, merged
+from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Matrix, Outcomes, alike, is_number, load, merged
 from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest
 from ..trace.signature import FACTOR, PLAIN, Foreign, Signature
 from ..trace.standins import StandIns
 from ..trace.tensor import SymTensor
 from ..trace.totals import Total
 from ..trace.tracer import Trace, cut_up, program_of
+from . import matrices
 from .host import FILL, Host, There
 from .shadow import NewState, Path, Shadow, shown
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
@@ -70,6 +71,7 @@ class Representative:
         self.stores, self.whole = stores, whole_of(stores, item.owner)
         self.index, self.item, self.signature = index, item, signature
         self.graph, self.scalars = Graph(along(signature.dims) if signature.dims else "0"), scalars
+        self.calls = Calls(self.graph, signature.device)
         self.outcomes: Outcomes = {}
         self.todo: list[tuple[bool, ...]] = [()]
         self.by_step: dict[tuple[bool, ...], Outcomes] = {}
@@ -84,7 +86,7 @@ class Representative:
         decisions = self.todo.pop() if self.todo else ()
         item, signature = self.item, self.signature
         self.run = run = Elements(self.graph, self.scalars, signature, self.index, decisions)
-        run.shape, run.step = item.param.shape, step
+        run.shape, run.step, run.calls = item.param.shape, step, self.calls
         self.p = SymTensor(run, self.graph.leaf("load", "param", kind=ELEMENT), signature.param)
         self.g = SymTensor(run, self.grad, signature.grad)
         self.gradient = made(self.g, meta_of(item.grad))
@@ -99,8 +101,8 @@ class Representative:
                 sym = SymTensor(run, load(self.graph, signature, f"state.{key}", what), what.dtype, what.dims)
                 self.put[key] = made(sym, meta_of(value))
             elif isinstance(what, Foreign):
-                why = f"the state {key!r} is a {what.dtype} tensor of another shape than the parameter, or of integers"
-                self.put[key] = made(None, meta_of(value), why)
+                kept = self.calls.keep(key, what.dtype, what.shape)
+                self.put[key] = made(None, meta_of(value), ext=self.calls.tensor(run, kept, None))
             elif type(value) in (int, float):
                 self.put[key] = self.scalars.number(("state", self.index, key), value)
             elif isinstance(value, PLAIN):
@@ -126,16 +128,12 @@ class Representative:
         state = values_of(self.state or {})
         if state.keys() != self.put.keys():
             raise NewState(f"state {', '.join(map(str, state.keys() ^ self.put.keys()))} comes or goes")
-        taken = {id(self.p.place), id(self.g.place)}
+        taken: set[Any] = {id(self.p.place), id(self.g.place)}
         for key, value in state.items():
             cells[key] = self._left(key, value, taken)
         path = tuple(self.run.taken)
         if path in self.outcomes:  # while others go along more of theirs, or with fewer of them
-            if any(
-                not alike(v, cells[k])
-                for k, v in self.outcomes[path][1].items()
-                if not isinstance(v, Foreign)
-            ):
+            if any(not alike(v, cells[k]) for k, v in self.outcomes[path][1].items()):
                 raise Untraceable(
                     "what it does to a parameter depends on how many there are, or on their order"
                 )
@@ -145,16 +143,28 @@ class Representative:
         if len(self.outcomes) + len(self.todo) > MAX_PATHS:
             raise Untraceable(f"more than {MAX_PATHS} paths through branches on norms and means")
 
-    def _left(self, key: str, value: Any, taken: set[int]) -> Any:
+    def _own_memory(self, key: str, value: Symbolic, taken: set[Any]) -> None:
+        """Raises Untraceable if what torch calls give is a view of another tensor that stays."""
+        if value.ext is not None:
+            memory = "calls", self.calls.memory(value.ext.meta)
+            if memory in taken or matrices.is_lent(value.ext):
+                raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
+            taken.add(memory)
+
+    def _left(self, key: str, value: Any, taken: set[Any]) -> Any:
         """What the step leaves as this state."""
         put = self.put[key]
-        if isinstance(put, Symbolic) and put.sym is None:
-            if value is not put:
-                raise Untraceable(f"the state {key!r}, which kernels cannot take, is replaced")
-            return Foreign(put.meta.dtype, put.meta.shape)
+        if isinstance(put, Symbolic) and isinstance(value, Symbolic) and put.sym is None:
+            if (value.meta.shape, value.meta.dtype) != (put.meta.shape, put.meta.dtype):
+                raise NewState(f"the state {key!r} gets another shape or dtype")
+            if value.ext is None and id(place(value).place) in taken:
+                raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
+            self._own_memory(key, value, taken)
+            return Matrix(matrices.entered(value).spot.ref, None)
         if isinstance(value, Symbolic):
             if not isinstance(put, Symbolic):
                 raise NewState(f"the state {key!r} becomes a tensor")
+            self._own_memory(key, value, taken)
             sym = self._place(value, f"the state {key!r}", self.item.state[key])
             if id(sym.place) in taken:
                 raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
@@ -185,6 +195,8 @@ class Representative:
         raise Untraceable(f"the state {key!r} is left as a {type(value).__name__}")
 
     def _place(self, value: Symbolic, what: str, real: torch.Tensor) -> SymTensor:
+        if isinstance(value, Symbolic) and value.ext is not None and value.meta.shape == real.shape:
+            value = matrices.left(value)
         if isinstance(value, Symbolic) and value.sym is not None:
             value.__dict__["sym"] = settled(value.sym)
             if of_step(value.sym):
@@ -232,21 +244,34 @@ class Representative:
             raise Untraceable("the step writes to gradients, and max_grad_norm scales them")
         graded = grad and write_grads
         rounds: tuple[Program, ...] = ()
-        program, slots, axes = program_of(self.graph, self.signature, {}, cells, {}, graded)
-        if totals := {k: depths[k.call] for k in cells if isinstance(k, Total)}:
-            calls = Calls(self.graph, self.signature.device)
-            program, rounds, slots, axes, _ = cut_up(
-                self.graph, calls, self.signature, {}, cells, {}, graded, totals
+        externs = None
+        totals = {k: depths[k.call] for k in cells if isinstance(k, Total)}
+        if totals and self.calls.calls:
+            raise Untraceable("sums over parameters, and torch calls between programs")
+        if totals or self.calls.calls:
+            program, rounds, slots, axes, externs = cut_up(
+                self.graph, self.calls, self.signature, {}, cells, {}, graded, totals or None
             )
+        else:
+            program, slots, axes = program_of(self.graph, self.signature, {}, cells, {}, graded)
         ours = ScalarProgram()
         move = mover(self.scalars, ours, self.index)
         numbers = {
             k: Number(ours, move(v.index), v.value) if type(v) is Number else v
             for k, v in cells.items()
-            if not isinstance(v, (Cell, Foreign)) and not isinstance(k, Total)
+            if not isinstance(v, (Cell, Matrix)) and not isinstance(k, Total)
         }
         trace = Trace(
-            self.signature, program, ours, tuple(map(move, slots)), numbers, {}, {}, axes, rounds=rounds
+            self.signature,
+            program,
+            ours,
+            tuple(map(move, slots)),
+            numbers,
+            {},
+            {},
+            axes,
+            rounds=rounds,
+            externs=externs,
         )
         for guard in guards:
             ours.guard(move(guard.index), guard.value, guard.where)
@@ -515,6 +540,7 @@ def _different(a: Trace, b: Trace) -> bool:
         of(a) != of(b)
         for of in (
             lambda t: (t.program, t.rounds, t.slots, t.scalars.entries, t.scalars.guards),
+            lambda t: t.externs and t.externs.key(),
             lambda t: {k: _plain(v) for k, v in t.numbers.items()},
             lambda t: [
                 repr(v) for e, v in zip(t.scalars.entries, t.scalars.values, strict=True) if e[0] == "raw"

@@ -170,8 +170,14 @@ class Calling:
         for step in function.steps:
             args = mapped(step.call.args, value)
             kwargs = {k: mapped(v, value) for k, v in step.call.kwargs}
-            if single:
+            of_parameters = any(isinstance(x, (Result, Load, Kept)) for x in step.call.refs())
+            if step.call.function is torch.Tensor.clone and not kwargs and of_parameters:
+                known[step.number] = args[0]  # nothing is written in place
+            elif single:
                 known[step.number] = step.call.function(*args, **kwargs)
+            elif not of_parameters:  # of constants alone
+                made = step.call.function(*args, **kwargs)
+                known[step.number] = made.expand(len(next(iter(views.values()))), *made.shape)
             else:
                 known[step.number] = stacked(step, self.externs)(args, kwargs)
             for gone in step.last:
