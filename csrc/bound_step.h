@@ -269,7 +269,7 @@ class BoundStep {
     bool requires_grad = false, distributed = false;
     bool on = false, copied = false; // whether it has a gradient, and one in another layout
     py::object spec{};               // how a DTensor is spread
-    std::vector<at::DimVector> parts{}; // the sizes of state with one number for each place along some dimensions
+    std::vector<at::DimVector> parts{}; // the sizes of state of other shapes than the parameter, in its order
     size_t first_number = 0, first_tensor = 0;
     size_t first_line = 0, dict_lines = 0, lines = 0; // of cache, to fetch early: its dict's, then all others
   };
@@ -471,12 +471,15 @@ class BoundStep {
     return std::all_of(runs_.begin(), runs_.end(), [](const Run& run) { return run.movable; });
   }
 
-  // What stays what it is: None, truth values, dtypes and their like by identity, strings by what they say.
+  // What stays what it is: None, truth values, dtypes and their like by identity, strings by what they say,
+  // lists as long as they are empty.
   static bool same_flag(PyObject* a, PyObject* b) {
     if (a == b)
       return true;
     if (PyUnicode_CheckExact(a) && PyUnicode_CheckExact(b))
       return PyUnicode_Compare(a, b) == 0;
+    if (PyList_CheckExact(a) && PyList_CheckExact(b))
+      return !PyList_GET_SIZE(a) && !PyList_GET_SIZE(b);
     return PyBytes_CheckExact(a) && PyBytes_CheckExact(b) && PyBytes_GET_SIZE(a) == PyBytes_GET_SIZE(b) &&
            std::equal(PyBytes_AS_STRING(a), PyBytes_AS_STRING(a) + PyBytes_GET_SIZE(a), PyBytes_AS_STRING(b));
   }
@@ -616,7 +619,7 @@ class BoundStep {
             return "a tensor in its state is of another kind";
           at::TensorImpl& t = *found->unsafeGetTensorImpl();
           if (entry.kind == Entry::Kind::other) {
-            if (scalar_type(t) != *entry.dtype || equal(t.sizes(), param.sizes()))
+            if (scalar_type(t) != *entry.dtype || !equal(t.sizes(), had(row, t, part)))
               return "a tensor in its state is of another dtype or shape";
             break;
           }
@@ -642,9 +645,14 @@ class BoundStep {
       return t.numel() == 1;
     if (kind == Entry::Kind::element)
       return equal(t.sizes(), param.sizes()) && same_layout(t, param);
-    if (row.parts.size() == part) // the first step: what it was bound for
+    return equal(t.sizes(), had(row, t, part)) && t.is_contiguous();
+  }
+
+  // The shape that a tensor in the state had when the step was bound. `part` counts those of other shapes.
+  static at::IntArrayRef had(Row& row, const at::TensorImpl& t, size_t& part) {
+    if (row.parts.size() == part) // the first step
       row.parts.emplace_back(t.sizes());
-    return t.is_contiguous() && equal(t.sizes(), row.parts[part++]);
+    return row.parts[part++];
   }
 
   // -- DTensors: kernels take their local tensors --

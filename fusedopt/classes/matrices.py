@@ -15,7 +15,7 @@ from ..ir.ops import TENSOR
 from ..trace.externs import Constant, ExternTensor, Spot, dispatch, enter, leave, shown_of
 from ..trace.externs import STARTERS as MATRIX_FUNCTIONS
 from ..trace.number import Number
-from ..trace.signals import Untraceable
+from ..trace.signals import Mismatched, Untraceable
 from ..trace.tensor import FLOATS, METHODS, SymTensor
 from .sums import Elements, of_step, settled
 from .symbolic import Symbolic, TensorNumber, made, place
@@ -67,7 +67,9 @@ def left(x: Any) -> Any:
     if type(x) is not Symbolic or x.ext is None:
         return x
     if not fits(x):
-        raise Untraceable(f"a {x.meta.dtype} tensor of shape {list(x.meta.shape)} meets the parameter's elements")
+        error = Mismatched(f"a {x.meta.dtype} tensor of shape {list(x.meta.shape)} meets the parameter's elements")
+        error.of, error.matrix = x.ext.run.callback, True
+        raise error
     return made(leave(x.ext), x.meta)
 
 
@@ -118,6 +120,8 @@ def recorded(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
             return constant(run, a.constant)
         return _filled(run, a) if a.number is not None else entered(a)
 
+    if name == "cpu" and run.device.type == "cpu":
+        return wrapped(x.ext.data)
     if name in _RESHAPES:
         return _turned(name, run, x, args[1:])
     if name in ("__matmul__", "__rmatmul__"):

@@ -12,6 +12,10 @@ State = dict[Any, Any]
 """What is kept of one parameter: its entry in the store; of several stores, by their number, each with its entry."""
 
 
+NOTHING = "an empty list"
+"""In place of a list without elements, in a container in a state: this string."""
+
+
 def stores_of(opt: Any) -> list[dict[Any, State]]:
     """The dicts in which an optimizer, and those in it, keep state by parameter."""
     found: dict[int, dict[Any, State]] = {}
@@ -51,20 +55,27 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
     return list(value.items() if isinstance(value, dict) else enumerate(value) if type(value) is list else ())
 
 
+def _is_empty(value: Any) -> bool:
+    return type(value) is list and not value
+
+
 def values_of(state: State) -> dict[str, Any]:
-    return {name: value for name, (_, _, _, value) in flattened(state).items()}
+    found = flattened(state).items()
+    return {name: NOTHING if nested and _is_empty(value) else value for name, (_, nested, _, value) in found}
 
 
 def put(state: State, values: dict[str, Any]) -> None:
     """Put values where a state has these names."""
-    for name, (key, nested, inner, _) in flattened(state).items():
-        (state[key] if nested else state)[inner if nested else key] = values[name]
+    for name, (key, nested, inner, value) in flattened(state).items():
+        if not _is_empty(value) or values[name] is not NOTHING:
+            (state[key] if nested else state)[inner if nested else key] = values[name]
 
 
 def rebuilt(state: State, make: Callable[[str, Any], Any]) -> State:
     """A copy of a state with other values: ``make(name, value)``."""
     out = {key: copy.copy(value) if _parts(value) else value for key, value in state.items()}
-    put(out, {name: make(name, value) for name, value in values_of(state).items()})
+    values = {name: [] if value is NOTHING else make(name, value) for name, value in values_of(state).items()}
+    put(out, values)
     return out
 
 

@@ -8,8 +8,9 @@ tensors are traced along both of their ways, all parameters at once.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph, Program
 from ..step.items import Item
 from ..trace.axes import along
-from ..trace.externs import Calls
+from ..trace.externs import Calls, is_lent
 from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
 from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Matrix, Outcomes, alike, is_number, load, merged
 from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest
-from ..trace.signature import FACTOR, PLAIN, Foreign, Signature
+from ..trace.signature import FACTOR, PLAIN, Foreign, Several, Signature
 from ..trace.standins import StandIns
 from ..trace.tensor import SymTensor
 from ..trace.totals import Total
@@ -38,6 +39,8 @@ from .watch import Watch
 
 Bucket = tuple[list[Item], Signature]
 REPRESENTATIVES = 2
+CHOICES = 16
+"""How many ways are tried in which state may go along a parameter's dimensions."""
 COMPARED, SMALL = 8, 1 << 20
 """Parameters of each bucket that a step which sums over them is compared with the class's own; one more at least, and
 others of no more elements."""
@@ -147,7 +150,7 @@ class Representative:
         """Raises Untraceable if what torch calls give is a view of another tensor that stays."""
         if value.ext is not None:
             memory = "calls", self.calls.memory(value.ext.meta)
-            if memory in taken or matrices.is_lent(value.ext):
+            if memory in taken or is_lent(value.ext):
                 raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
             taken.add(memory)
 
@@ -380,7 +383,7 @@ def trace_step(
 
     Where sizes leave open along which dimensions a state goes, the first choice is taken that fits.
     """
-    choices = [list(signature.resolved()) for _, signature in buckets]
+    choices = [[*islice(signature.resolved(), CHOICES), *_of_other_shapes(items, signature)] for items, signature in buckets]
     while True:
         chosen = [(items, found[0]) for (items, _), found in zip(buckets, choices, strict=True)]
         try:
@@ -390,7 +393,17 @@ def trace_step(
             found = choices[bucket_of[error.of]] if error.of is not None else []
             if len(found) < 2:
                 raise
-            found.pop(0)
+            del found[: -1 if error.matrix else 1]
+
+
+def _of_other_shapes(items: list[Item], signature: Signature) -> Iterator[Signature]:
+    """The signature if state that might go along the parameter's dimensions is of its own shape, as factors of a
+    covariance are."""
+    along = {k for k, v in signature.state if isinstance(v, Several) or (isinstance(v, Buffer) and v.dims is not None)}
+    if along:
+        found = {k: items[0].state[k] for k in along}
+        state = {k: Foreign(found[k].dtype, found[k].shape) if k in along else v for k, v in signature.state}
+        yield replace(signature, state=tuple(state.items()))
 
 
 def _trace_step(

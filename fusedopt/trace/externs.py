@@ -566,9 +566,11 @@ def _dispatched(run: Run, function: Callable[..., Any], args: tuple, kwargs: dic
     base = name[:-1] if name.endswith("_") and not name.endswith("__") else None
     if base is not None or out is not None:
         box = args[0] if out is None else out
-        whole = _functional(base) if base is not None else function
-        filled = base in ("copy", "zero", "fill")
-        made = _filled(run, base, args) if filled else dispatch(run, whole, args, kwargs)
+        if base in ("copy", "zero", "fill"):
+            made = _filled(run, base, args)
+        else:
+            whole = _functional(base) if base is not None else function
+            made = dispatch(run, whole, args, kwargs)
         return rebind(box, made) if isinstance(box, SymTensor) else replaced(box, made)
     if name in _CASTS:
         return _cast(run, function, args, kwargs)

@@ -53,10 +53,11 @@ class Starts(Untraceable):
 class Mismatched(Untraceable):
     """Tensors meet along different dimensions of their parameter. ``of`` is the number of the run that met it.
 
-    If sizes left open along which a state goes, another choice may fit.
+    If sizes left open along which a state goes, another choice may fit. ``matrix``: what torch calls give met elements.
     """
 
     of: int | None = None
+    matrix = False
 
 
 class NeedsAttribute(Signal):
