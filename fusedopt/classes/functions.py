@@ -341,6 +341,8 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _stack(name, func, args, kwargs)
     if any(t.parts is not None for t in tensors):
         return _on_parts(name, func, args, kwargs)
+    if (outer := matrices.outer(name, args, kwargs)) is not None:
+        return _function("mul", torch.mul, outer, {})
     if matrices.calls(name, base, tensors, x if in_place else None):
         if in_place and isinstance(x, Symbolic) and x.ext is None and name not in matrices.STARTERS:
             whole = getattr(torch.Tensor, base, None) or getattr(torch, base, None)
@@ -672,7 +674,7 @@ def _write(to: Any, value: Any) -> None:
         raise Untraceable("a tensor from outside is written to")
     if to.ext is not None or (value.ext is not None and to.sym is None):
         return matrices.write(to, value)
-    value = matrices.left(value)
+    value = matrices.left(matrices.in_dtype(value, to.meta.dtype))
     _settle([to, value])
     if value.sym is not None:
         if to.number is not None:

@@ -23,7 +23,7 @@ from .symbolic import Symbolic, TensorNumber, made, place
 STARTERS = MATRIX_FUNCTIONS | frozenset(
     """
     index_select gather take_along_dim narrow select tensor_split split chunk unfold searchsorted bucketize
-    triangular_solve eigh eigvalsh svdvals inv solve pinv solve_triangular lstsq matrix_norm lu_factor cond
+    softmax log_softmax logsumexp std_mean var_mean aminmax triangular_solve eigh eigvalsh svdvals inv solve pinv solve_triangular lstsq matrix_norm lu_factor cond
     transpose_ t_ swapaxes_ swapdims_ index_add index_copy scatter scatter_add repeat_interleave tile repeat cdist
     """.split()  # noqa: SIM905
 )
@@ -47,6 +47,23 @@ def calls(name: str, base: str, tensors: list[Symbolic], target: Any) -> bool:
     if base not in METHODS or base in _CASTS or any(x is target for x in externs):
         return True
     return not (any(map(_has_elements, tensors)) and all(map(fits, externs)))
+
+
+def outer(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Two matrices whose product has sums of one term each: that of their elements, broadcast. None if they are not."""
+    if name not in ("matmul", "mm", "__matmul__", "__rmatmul__") or kwargs or len(args) != 2:
+        return None
+    a, b = args[::-1] if name == "__rmatmul__" else args
+    if not all(type(x) is Symbolic and x.ext is None and x.sym is not None and x.meta.dim() >= 2 for x in (a, b)):
+        return None
+    return (a, b) if a.meta.shape[-1] == b.meta.shape[-2] == 1 and a.meta.dtype == b.meta.dtype else None
+
+
+def in_dtype(x: Symbolic, dtype: torch.dtype) -> Symbolic:
+    """What torch calls give in this dtype, where fused programs do not have its own."""
+    if x.ext is None or fits(x) or x.meta.dtype == dtype:
+        return x
+    return wrapped(dispatch(x.ext.run, torch.Tensor.to, (x.ext, dtype), {}))
 
 
 def _has_elements(x: Symbolic) -> bool:
