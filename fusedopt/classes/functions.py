@@ -464,7 +464,7 @@ def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic
     if meta.dtype not in FLOATS or (
         meta.dtype == torch.float64 and sym.run.compute != torch.float64 and not step
     ):
-        return matrices.recorded("to", torch.Tensor.to, (x, meta.dtype), {}, [x])
+        raise Untraceable(f"a cast to {meta.dtype}; values are {sym.run.compute}")
     value = SymTensor(sym.run, as_float(sym).node, meta.dtype, sym.shown)
     return made(_as_stored(value, meta.dtype, always=True) if meta.dtype != x.meta.dtype else value, meta)
 

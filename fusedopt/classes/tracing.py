@@ -26,7 +26,7 @@ from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Matrix, Outcomes, alike, i
 from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest
 from ..trace.signature import FACTOR, PLAIN, Foreign, Several, Signature
 from ..trace.standins import StandIns
-from ..trace.tensor import SymTensor
+from ..trace.tensor import FLOATS, SymTensor
 from ..trace.totals import Total
 from ..trace.tracer import Trace, cut_up, program_of
 from . import matrices
@@ -104,8 +104,11 @@ class Representative:
                 sym = SymTensor(run, load(self.graph, signature, f"state.{key}", what), what.dtype, what.dims)
                 self.put[key] = made(sym, meta_of(value))
             elif isinstance(what, Foreign):
-                kept = self.calls.keep(key, what.dtype, what.shape)
-                self.put[key] = made(None, meta_of(value), ext=self.calls.tensor(run, kept, None))
+                if what.dtype in FLOATS:
+                    kept = self.calls.keep(key, what.dtype, what.shape)
+                    self.put[key] = made(None, meta_of(value), ext=self.calls.tensor(run, kept, None))
+                else:  # nothing would be won: what is done to it is no product of matrices
+                    self.put[key] = made(None, meta_of(value), f"the state {key!r} is a {what.dtype} tensor")
             elif type(value) in (int, float):
                 self.put[key] = self.scalars.number(("state", self.index, key), value)
             elif isinstance(value, PLAIN):
@@ -136,7 +139,8 @@ class Representative:
             cells[key] = self._left(key, value, taken)
         path = tuple(self.run.taken)
         if path in self.outcomes:  # while others go along more of theirs, or with fewer of them
-            if any(not alike(v, cells[k]) for k, v in self.outcomes[path][1].items()):
+            before = self.outcomes[path][1]
+            if any(not alike(v, cells[k]) for k, v in before.items() if not isinstance(v, Foreign)):
                 raise Untraceable(
                     "what it does to a parameter depends on how many there are, or on their order"
                 )
@@ -157,6 +161,10 @@ class Representative:
     def _left(self, key: str, value: Any, taken: set[Any]) -> Any:
         """What the step leaves as this state."""
         put = self.put[key]
+        if isinstance(put, Symbolic) and put.sym is None and put.why:
+            if value is not put:
+                raise Untraceable(f"the state {key!r}, which kernels cannot take, is replaced")
+            return Foreign(put.meta.dtype, put.meta.shape)
         if isinstance(put, Symbolic) and isinstance(value, Symbolic) and put.sym is None:
             if (value.meta.shape, value.meta.dtype) != (put.meta.shape, put.meta.dtype):
                 raise NewState(f"the state {key!r} gets another shape or dtype")
@@ -262,7 +270,7 @@ class Representative:
         numbers = {
             k: Number(ours, move(v.index), v.value) if type(v) is Number else v
             for k, v in cells.items()
-            if not isinstance(v, (Cell, Matrix)) and not isinstance(k, Total)
+            if not isinstance(v, (Cell, Foreign, Matrix)) and not isinstance(k, Total)
         }
         trace = Trace(
             self.signature,

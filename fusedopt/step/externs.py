@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..trace.cuts import Externs, Function, Load, Number, Step
-from ..trace.externs import Kept, Result, leaves, mapped
+from ..trace.externs import Call, Kept, Result, leaves, mapped
 from ..trace.methods import METHODS
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 BATCH = 1 << 20
 """Elements of a parameter and those stacked with it: more does not pay, and has to be kept in memory."""
+
+ALONE = 1 << 17
+"""Bytes of a tensor from which on calls on a CPU are made for each: its products of stacks are no faster, and what has
+to be copied for a stack is large."""
 
 Memory = dict[str, torch.Tensor]
 """What programs leave and find, by buffer: a slice for each parameter."""
@@ -92,8 +96,11 @@ class Calling:
     @property
     def stack(self) -> int:
         """How many parameters a call is made for."""
-        most = max(math.prod(shape) for _, shape in self.externs.buffers.values())
-        return max(1, BATCH // max(most, 1))
+        sizes = [(math.prod(shape), dtype.itemsize) for dtype, shape in self.externs.buffers.values()]
+        on_cpu = all(t.device.type == "cpu" for t in self.memory.values())
+        if on_cpu and max(n * size for n, size in sizes) >= ALONE:
+            return 1
+        return max(1, BATCH // max(1, *(n for n, _ in sizes)))
 
     def commit(self) -> None:
         """Write what calls left for the state."""
@@ -233,6 +240,8 @@ def stacked(step: Step, externs: Externs) -> Stacked:
         return lambda args, kwargs: args[0].mT
     if name in ("matmul", "mm", "bmm") and len(set(of_tensors)) == 1 and of_tensors[0] >= 2:
         return lambda args, kwargs: torch.matmul(*args)
+    if name == "tensordot" and of_tensors == [2, 2] and (turned := _contracted(step.call)) is not None:
+        return lambda args, kwargs: torch.matmul(*(x.mT if t else x for x, t in zip(args, turned, strict=False)))
     if name == "addmm" and of_tensors == [2, 2, 2]:
         return lambda args, kwargs: torch.baddbmm(*args, **kwargs)
     if name in ("norm", "linalg_norm", "linalg_matrix_norm") and of_tensors == [2] and len(parts) == 1:
@@ -242,6 +251,16 @@ def stacked(step: Step, externs: Externs) -> Stacked:
     if name.strip("_").removesuffix("_") in METHODS.keys() - _NOT_ELEMENTWISE and None not in of_tensors:
         return functools.partial(_elementwise, call.function, ranks, max(of_tensors, default=0))
     return functools.partial(_mapped, call.function, ranks)
+
+
+def _contracted(call: Call) -> tuple[bool, bool] | None:
+    """Which of two matrices to transpose, for their product to sum along these dimensions; None for other sums."""
+    dims = [*call.args[2:], *(v for k, v in call.kwargs if k == "dims")]
+    pair = [list(d) for d in dims[0]] if dims and type(dims[0]) in (list, tuple) else []
+    if len(dims) != 1 or len(call.kwargs) > 1 or list(map(len, pair)) != [1, 1]:
+        return None
+    (a,), (b,) = pair
+    return a % 2 == 0, b % 2 == 1
 
 
 def _rank(x: Any, externs: Externs) -> int | None:

@@ -96,5 +96,5 @@ def line_now() -> str:
 
 def where_now() -> str:
     """``callback, file.py:12`` for the innermost frame outside this package's tracer."""
-    frame = _caller()
+    frame = _caller((*_OURS, "torch."))
     return f"{frame.f_code.co_name}, {place_of(frame.f_code, frame.f_lineno)}"
