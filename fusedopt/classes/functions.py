@@ -337,7 +337,9 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     in_place = name.endswith("_") and not name.endswith("__")
     base = name[:-1] if in_place and name not in METHODS else name
     tensors = [t for t in flat((args, kwargs)) if type(t) is Symbolic]
-    if name in ("stack", "cat") and not matrices.calls(name, base, tensors, None):
+    if name in ("stack", "cat") and not (
+        matrices.of_one(tensors) and matrices.calls(name, base, tensors, None)
+    ):
         return _stack(name, func, args, kwargs)
     if any(t.parts is not None for t in tensors):
         return _on_parts(name, func, args, kwargs)
@@ -547,13 +549,13 @@ def _put(x: Any, mask: Any, value: Any) -> None:
 
 
 def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """``torch.stack`` of 0-d tensors (``cat`` of those of one element): what is done to all of them is done to each."""
+    """``torch.stack`` (``cat`` of tensors of one element): what is done to all of them is done to each."""
     parts = list(args[0])
     if all(part.numel() == 1 for part in parts):
         parts = list(map(matrices.left, parts))
-    if (name == "stack" and any(part.dim() for part in parts)) or (
-        name == "cat" and any(p.shape != (1,) for p in parts)
-    ):
+    if name == "cat" and any(p.shape != (1,) for p in parts):
+        _refuse(name)
+    if any(p.dim() for p in parts) and (len(args) > 1 or kwargs or any(not matrices.is_matrix(p) for p in parts)):
         _refuse(name)
     copies = [
         made(
@@ -561,6 +563,7 @@ def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             p.meta,
             p.why,
             p.number,
+            ext=None if p.ext is None else matrices.copied(p.ext),
         )
         for p in parts
     ]
@@ -569,6 +572,8 @@ def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _on_parts(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     x = args[0]
+    if any(t.dim() > 1 for t in flat((args, kwargs)) if type(t) is Symbolic and t.parts is not None):
+        return _on_stack(name, func, args, kwargs)
     if name in ("unbind", "__iter__", "split", "chunk"):
         parts = x.parts
         return tuple(parts) if name != "__iter__" else iter(parts)
@@ -591,6 +596,55 @@ def _on_parts(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name.endswith("_") and not name.endswith("__"):
         return x
     return made(None, torch.stack([r.meta.reshape(()) for r in results]), parts=results)
+
+
+_OF_STACKS = {"bmm": torch.mm, "baddbmm": torch.addmm}
+"""Functions of stacks of matrices, and those of one."""
+_OF_EACH = frozenset(["mT", "matmul", "__matmul__"])
+
+
+def _on_stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A function of stacked matrices that takes each by itself."""
+    stacks = [t for t in flat((args, kwargs)) if type(t) is Symbolic and t.parts is not None]
+    x, base, count = args[0], name.removesuffix("_"), len(stacks[0].parts)
+    if name in ("unbind", "__iter__") and len(args) == 1 and not kwargs:
+        return tuple(x.parts) if name == "unbind" else iter(x.parts)
+    if name == "__getitem__" and type(args[1]) is int:
+        return x.parts[args[1]]
+    meta = _like(func, args, kwargs)
+    others = [t for t in flat((args, kwargs)) if isinstance(t, torch.Tensor) and all(t is not s for s in stacks)]
+    alike = {t.dim() for t in stacks} == {3} and {len(t.parts) for t in stacks} == {count}
+    if not alike or any(t.dim() > 2 for t in others) or type(x) is not Symbolic or x.parts is None:
+        raise Untraceable(f"torch.{name} mixes parameters")
+    if name == "flatten" and meta.shape == x.meta.shape:
+        return x
+    if name in ("reshape", "view") and meta.shape[:1] == (count,):
+        nested = not isinstance(args[1], int)
+        each = tuple(args[1] if nested else args[1:])[1:]
+        args = (x, each) if nested else (x, *each)
+    elif base in _DIMENSIONAL:
+        dims = kwargs.get("dim")
+        if not all(-2 <= d < 0 for d in (dims if isinstance(dims, (tuple, list)) else (0 if dims is None else dims,))):
+            raise Untraceable(f"torch.{name} mixes parameters")
+    elif name in _VIEWS or (base not in METHODS and base not in _CASTS and name not in _OF_EACH | _OF_STACKS.keys()):
+        raise Untraceable(f"torch.{name} of a stack of matrices")
+    one = _OF_STACKS.get(name, func)
+
+    def of(a: Any, i: int) -> Any:
+        return a.parts[i] if type(a) is Symbolic and a.parts is not None else a
+
+    results = [
+        _function(
+            getattr(one, "__name__", name) if name in _OF_STACKS else name,
+            one,
+            tuple(of(a, i) for a in args),
+            {k: of(v, i) for k, v in kwargs.items()},
+        )
+        for i in range(count)
+    ]
+    if name.endswith("_") and not name.endswith("__"):
+        return x
+    return made(None, meta, parts=results)
 
 
 def _over_parts(base: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic:
@@ -672,6 +726,8 @@ def _broadcast(sym: SymTensor, meta: _Meta) -> Symbolic:
 def _write(to: Any, value: Any) -> None:
     if not isinstance(to, Symbolic) or not isinstance(value, Symbolic):
         raise Untraceable("a tensor from outside is written to")
+    if value.parts is not None and (to.parts is not None or to.number is not None):
+        return _write_parts(to, value)
     if to.ext is not None or (value.ext is not None and to.sym is None):
         return matrices.write(to, value)
     value = matrices.left(matrices.in_dtype(value, to.meta.dtype))
@@ -686,6 +742,17 @@ def _write(to: Any, value: Any) -> None:
     else:
         given = value.number if value.sym is None and value.number is not None else place(value)
         rebind(place(to), lowered_to(place(to).run, given))
+
+
+def _write_parts(to: Symbolic, value: Symbolic) -> None:
+    """What is made of stacked tensors, to a stack."""
+    if to.meta.shape != value.meta.shape or to.meta.dtype != value.meta.dtype or to.hosted:
+        raise Untraceable("a stack of tensors is written to another kind of tensor")
+    if to.parts is None:
+        to.__dict__.update(parts=value.parts, number=None)
+        return
+    for one, part in zip(to.parts, value.parts or (), strict=True):
+        _write(one, part)
 
 
 _POSITIONS = {"addcdiv": 3, "addcmul": 3}

@@ -120,6 +120,21 @@ def run_of(tensors: list[Symbolic]) -> Elements:
     return run
 
 
+def of_one(tensors: list[Symbolic]) -> bool:
+    """Whether all of them belong to one parameter."""
+    found = [t.ext if t.ext is not None else t.sym for t in tensors]
+    return len({id(x.run) for x in found if x is not None}) == 1
+
+
+def is_matrix(x: Any) -> bool:
+    return type(x) is Symbolic and x.dim() == 2 and (x.ext is not None or (x.sym is not None and not of_step(x.sym)))
+
+
+def copied(x: ExternTensor) -> ExternTensor:
+    """The same values somewhere else."""
+    return ExternTensor(x.run, Spot(x.spot.ref, x.spot.asked))
+
+
 def recorded(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], tensors: list[Symbolic]) -> Any:
     """What a torch call gives."""
     run, x = run_of(tensors), args[0] if args else None
@@ -220,5 +235,5 @@ def write(to: Symbolic, value: Symbolic) -> None:
     if source.meta.dtype != to.meta.dtype:
         source = dispatch(source.run, torch.Tensor.to, (source, to.meta.dtype), {})
     if source is value.ext:
-        source = ExternTensor(source.run, Spot(source.spot.ref, None))
+        source = copied(source)
     to.__dict__.update(ext=source, number=None)

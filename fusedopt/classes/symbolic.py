@@ -68,6 +68,8 @@ class Symbolic(torch.Tensor):
     def device_now(self) -> torch.device:
         """Where it would be."""
         of = next((x for x in (self.sym, self.ext) if x is not None), None)
+        if self.parts:
+            return self.parts[0].device_now()
         if of is not None:
             return of.run.device
         return torch.device("cpu") if self.constant is None else self.constant.device
