@@ -275,7 +275,9 @@ def _of_constants(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def seen(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        return given[id(x)] if id(x) in given else made(None, x.to("meta"), "a tensor of constants", constant=x)
+        return (
+            given[id(x)] if id(x) in given else made(None, x.to("meta"), "a tensor of constants", constant=x)
+        )
 
     if isinstance(found, tuple) and type(found) is not tuple:  # torch's own kinds of tuples
         return type(found)(map(seen, found))
@@ -555,7 +557,9 @@ def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         parts = list(map(matrices.left, parts))
     if name == "cat" and any(p.shape != (1,) for p in parts):
         _refuse(name)
-    if any(p.dim() for p in parts) and (len(args) > 1 or kwargs or any(not matrices.is_matrix(p) for p in parts)):
+    if any(p.dim() for p in parts) and (
+        len(args) > 1 or kwargs or any(not matrices.is_matrix(p) for p in parts)
+    ):
         _refuse(name)
     copies = [
         made(
@@ -606,14 +610,16 @@ _OF_EACH = frozenset(["mT", "matmul", "__matmul__"])
 def _on_stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """A function of stacked matrices that takes each by itself."""
     stacks = [t for t in flat((args, kwargs)) if type(t) is Symbolic and t.parts is not None]
-    x, base, count = args[0], name.removesuffix("_"), len(stacks[0].parts)
+    x, base, count = args[0], name.removesuffix("_"), len(stacks[0].parts or ())
     if name in ("unbind", "__iter__") and len(args) == 1 and not kwargs:
         return tuple(x.parts) if name == "unbind" else iter(x.parts)
     if name == "__getitem__" and type(args[1]) is int:
         return x.parts[args[1]]
     meta = _like(func, args, kwargs)
-    others = [t for t in flat((args, kwargs)) if isinstance(t, torch.Tensor) and all(t is not s for s in stacks)]
-    alike = {t.dim() for t in stacks} == {3} and {len(t.parts) for t in stacks} == {count}
+    others = [
+        t for t in flat((args, kwargs)) if isinstance(t, torch.Tensor) and all(t is not s for s in stacks)
+    ]
+    alike = {t.dim() for t in stacks} == {3} and {len(t.parts or ()) for t in stacks} == {count}
     if not alike or any(t.dim() > 2 for t in others) or type(x) is not Symbolic or x.parts is None:
         raise Untraceable(f"torch.{name} mixes parameters")
     if name == "flatten" and meta.shape == x.meta.shape:
@@ -624,9 +630,13 @@ def _on_stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         args = (x, each) if nested else (x, *each)
     elif base in _DIMENSIONAL:
         dims = kwargs.get("dim")
-        if not all(-2 <= d < 0 for d in (dims if isinstance(dims, (tuple, list)) else (0 if dims is None else dims,))):
+        if not all(
+            -2 <= d < 0 for d in (dims if isinstance(dims, (tuple, list)) else (0 if dims is None else dims,))
+        ):
             raise Untraceable(f"torch.{name} mixes parameters")
-    elif name in _VIEWS or (base not in METHODS and base not in _CASTS and name not in _OF_EACH | _OF_STACKS.keys()):
+    elif name in _VIEWS or (
+        base not in METHODS and base not in _CASTS and name not in _OF_EACH | _OF_STACKS.keys()
+    ):
         raise Untraceable(f"torch.{name} of a stack of matrices")
     one = _OF_STACKS.get(name, func)
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..ir.ops import TENSOR
-from ..trace.externs import Constant, ExternTensor, Spot, dispatch, enter, leave, shown_of
 from ..trace.externs import STARTERS as MATRIX_FUNCTIONS
+from ..trace.externs import Constant, ExternTensor, Spot, dispatch, enter, leave, shown_of
 from ..trace.number import Number
 from ..trace.signals import Mismatched, Untraceable
 from ..trace.tensor import FLOATS, METHODS, SymTensor
@@ -22,9 +22,10 @@ from .symbolic import Symbolic, TensorNumber, made, place
 
 STARTERS = MATRIX_FUNCTIONS | frozenset(
     """
-    index_select gather take_along_dim narrow select tensor_split split chunk unfold searchsorted bucketize
-    softmax log_softmax logsumexp std_mean var_mean aminmax triangular_solve eigh eigvalsh svdvals inv solve pinv solve_triangular lstsq matrix_norm lu_factor cond
-    transpose_ t_ swapaxes_ swapdims_ index_add index_copy scatter scatter_add repeat_interleave tile repeat cdist
+    index_select gather take_along_dim narrow select tensor_split split chunk unfold searchsorted bucketize cdist
+    softmax log_softmax logsumexp std_mean var_mean aminmax repeat_interleave tile repeat
+    eigh eigvalsh svdvals inv solve pinv solve_triangular triangular_solve lstsq matrix_norm lu_factor cond
+    transpose_ t_ swapaxes_ swapdims_ index_add index_copy scatter scatter_add
     """.split()  # noqa: SIM905
 )
 """Functions that a tensor of fused programs enters for."""
@@ -54,7 +55,9 @@ def outer(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if name not in ("matmul", "mm", "__matmul__", "__rmatmul__") or kwargs or len(args) != 2:
         return None
     a, b = args[::-1] if name == "__rmatmul__" else args
-    if not all(type(x) is Symbolic and x.ext is None and x.sym is not None and x.meta.dim() >= 2 for x in (a, b)):
+    if not all(
+        type(x) is Symbolic and x.ext is None and x.sym is not None and x.meta.dim() >= 2 for x in (a, b)
+    ):
         return None
     return (a, b) if a.meta.shape[-1] == b.meta.shape[-2] == 1 and a.meta.dtype == b.meta.dtype else None
 
@@ -84,7 +87,9 @@ def left(x: Any) -> Any:
     if type(x) is not Symbolic or x.ext is None:
         return x
     if not fits(x):
-        error = Mismatched(f"a {x.meta.dtype} tensor of shape {list(x.meta.shape)} meets the parameter's elements")
+        error = Mismatched(
+            f"a {x.meta.dtype} tensor of shape {list(x.meta.shape)} meets the parameter's elements"
+        )
         error.of, error.matrix = x.ext.run.callback, True
         raise error
     return made(leave(x.ext), x.meta)
@@ -127,7 +132,11 @@ def of_one(tensors: list[Symbolic]) -> bool:
 
 
 def is_matrix(x: Any) -> bool:
-    return type(x) is Symbolic and x.dim() == 2 and (x.ext is not None or (x.sym is not None and not of_step(x.sym)))
+    return (
+        type(x) is Symbolic
+        and x.dim() == 2
+        and (x.ext is not None or (x.sym is not None and not of_step(x.sym)))
+    )
 
 
 def copied(x: ExternTensor) -> ExternTensor:
@@ -135,9 +144,11 @@ def copied(x: ExternTensor) -> ExternTensor:
     return ExternTensor(x.run, Spot(x.spot.ref, x.spot.asked))
 
 
-def recorded(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], tensors: list[Symbolic]) -> Any:
+def recorded(
+    name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], tensors: list[Symbolic]
+) -> Any:
     """What a torch call gives."""
-    run, x = run_of(tensors), args[0] if args else None
+    run, x = run_of(tensors), args[0]
 
     def given(a: Any) -> Any:
         if type(a) in (list, tuple):
@@ -166,7 +177,9 @@ def recorded(name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, A
         func, args = torch.Tensor.to, (x, args[1].dtype if name == "type_as" else args[1])
     if name == "copy_":  # which is no view of what it is a copy of
         args = (x, _function_of(torch.Tensor.clone, run, given(args[1])))
-    result = dispatch(run, _ATTRIBUTES.get(name, func), given(tuple(args)), {k: given(v) for k, v in kwargs.items()})
+    result = dispatch(
+        run, _ATTRIBUTES.get(name, func), given(tuple(args)), {k: given(v) for k, v in kwargs.items()}
+    )
     if isinstance(x, Symbolic) and x.ext is result:
         return x
     return _all_wrapped(result)

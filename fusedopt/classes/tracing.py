@@ -391,7 +391,10 @@ def trace_step(
 
     Where sizes leave open along which dimensions a state goes, the first choice is taken that fits.
     """
-    choices = [[*islice(signature.resolved(), CHOICES), *_of_other_shapes(items, signature)] for items, signature in buckets]
+    choices = [
+        [*islice(signature.resolved(), CHOICES), *_of_other_shapes(items, signature)]
+        for items, signature in buckets
+    ]
     while True:
         chosen = [(items, found[0]) for (items, _), found in zip(buckets, choices, strict=True)]
         try:
@@ -407,7 +410,11 @@ def trace_step(
 def _of_other_shapes(items: list[Item], signature: Signature) -> Iterator[Signature]:
     """The signature if state that might go along the parameter's dimensions is of its own shape, as factors of a
     covariance are."""
-    along = {k for k, v in signature.state if isinstance(v, Several) or (isinstance(v, Buffer) and v.dims is not None)}
+    along = {
+        k
+        for k, v in signature.state
+        if isinstance(v, Several) or (isinstance(v, Buffer) and v.dims is not None)
+    }
     if along:
         found = {k: items[0].state[k] for k in along}
         state = {k: Foreign(found[k].dtype, found[k].shape) if k in along else v for k, v in signature.state}

@@ -139,7 +139,7 @@ class Calling:
         self._kept = self._kept or [{} for _ in batches]
         with torch.no_grad():
             for batch, known in zip(batches, self._kept, strict=True):
-                self._batch(function, batch, known, slots, {k: v[batch] for k, v in state.items()})
+                self._batch(number, batch, known, slots, {k: v[batch] for k, v in state.items()})
                 if last:
                     known.clear()
         if last:
@@ -150,45 +150,22 @@ class Calling:
 
     def _batch(
         self,
-        function: Function,
+        number: int,
         batch: slice,
         known: dict[int, Any],
         slots: Sequence[float],
         state: dict[str, list[torch.Tensor]],
     ) -> None:
         views = {name: t[batch] for name, t in self.memory.items()}
-        single = len(next(iter(views.values()))) == 1
-        used = {x.key for step in function.steps for x in step.call.refs() if isinstance(x, Kept)}
-        kept = {
-            k: (state[k][0] if single else torch.stack(state[k])).to(self.externs.kept[k][0]) for k in used
-        }
-        if single:
+        count = len(next(iter(views.values())))
+        if count == 1:
             views = {name: t[0] for name, t in views.items()}
-
-        def value(x: Any) -> Any:
-            if isinstance(x, Result):
-                return known[x.call]
-            if isinstance(x, Load):
-                return views[x.buffer]
-            if isinstance(x, Kept):
-                return kept[x.key]
-            return slots[x.slot] if isinstance(x, Number) else x
-
-        for step in function.steps:
-            args = mapped(step.call.args, value)
-            kwargs = {k: mapped(v, value) for k, v in step.call.kwargs}
-            of_parameters = any(isinstance(x, (Result, Load, Kept)) for x in step.call.refs())
-            if step.call.function is torch.Tensor.clone and not kwargs and of_parameters:
-                known[step.number] = args[0]  # nothing is written in place
-            elif single:
-                known[step.number] = step.call.function(*args, **kwargs)
-            elif not of_parameters:  # of constants alone
-                made = step.call.function(*args, **kwargs)
-                known[step.number] = made.expand(len(next(iter(views.values()))), *made.shape)
-            else:
-                known[step.number] = stacked(step, self.externs)(args, kwargs)
-            for gone in step.last:
-                del known[gone]
+        used, between = _between(self.externs, number, count == 1)
+        kept = {
+            k: (state[k][0] if count == 1 else torch.stack(state[k])).to(self.externs.kept[k][0])
+            for k in used
+        }
+        between(known, views, kept, slots, count)
         theirs = {t.untyped_storage().data_ptr() for t in (*views.values(), *kept.values())}
 
         def own(call: int) -> torch.Tensor:
@@ -196,12 +173,77 @@ class Calling:
             found = known[call]
             return found.clone() if found.untyped_storage().data_ptr() in theirs else found
 
+        function = self.externs.functions[number]
+        assert function is not None
         made = [(name, own(call)) for name, call in function.outputs]
         for key, call in function.written:
-            new = [own(call)] if single else own(call).unbind()
+            new = [own(call)] if count == 1 else own(call).unbind()
             self._new += zip(state[key], new, strict=True)
         for name, found in made:
             views[name].copy_(found)
+
+
+Between = Callable[[dict[int, Any], Memory, Memory, Sequence[float], int], None]
+"""The calls of a round: what calls gave by number, which it adds to, what programs left, state, slots, how many."""
+
+
+def _between(externs: Externs, number: int, single: bool) -> tuple[list[str], Between]:
+    """The state that the calls of a round take, and these as one generated function, of stacks or of one parameter."""
+    key = number, single
+    if key not in externs.compiled:
+        function = externs.functions[number]
+        assert function is not None
+        used = {x.key for step in function.steps for x in step.call.refs() if isinstance(x, Kept)}
+        externs.compiled[key] = sorted(used), _generated(externs, function, single)
+    found: tuple[list[str], Between] = externs.compiled[key]
+    return found
+
+
+def _generated(externs: Externs, function: Function, single: bool) -> Between:
+    space: dict[str, Any] = {}
+    own = {step.number for step in function.steps}
+    lines = ["def between(known, views, kept, slots, count):"]
+
+    def constant(x: Any) -> str:
+        space[name := f"k{len(space)}"] = x
+        return name
+
+    def spelled(x: Any) -> str:
+        if type(x) in (tuple, list):
+            inner = "".join(f"{spelled(part)}, " for part in x)
+            return f"({inner})" if type(x) is tuple else f"[{inner}]"
+        if isinstance(x, Result):
+            return f"r{x.call}" if x.call in own else f"known[{x.call}]"
+        if isinstance(x, Load):
+            return f"views[{x.buffer!r}]"
+        if isinstance(x, Kept):
+            return f"kept[{x.key!r}]"
+        return f"slots[{x.slot}]" if isinstance(x, Number) else constant(x)
+
+    for step in function.steps:
+        call = step.call
+        args = [spelled(x) for x in call.args]
+        kwargs = [(k, spelled(v)) for k, v in call.kwargs]
+        of_parameters = any(isinstance(x, (Result, Load, Kept)) for x in call.refs())
+        if call.function is torch.Tensor.clone and not kwargs and of_parameters:
+            made = args[0]  # nothing is written in place
+        elif single or not of_parameters:
+            made = f"{constant(call.function)}({', '.join([*args, *(f'{k}={v}' for k, v in kwargs)])})"
+            made = made if single else f"{constant(_spread)}({made}, count)"  # of constants alone
+        else:
+            named = "".join(f"{k!r}: {v}, " for k, v in kwargs)
+            made = f"{constant(stacked(step, externs))}(({''.join(f'{a}, ' for a in args)}), {{{named}}})"
+        lines.append(f"    r{step.number} = {made}")
+        lines += [f"    del r{gone}" if gone in own else f"    del known[{gone}]" for gone in step.last]
+        own -= set(step.last)
+    lines += [f"    known[{n}] = r{n}" for n in sorted(own)]
+    exec("\n".join(lines), space)
+    between: Between = space["between"]
+    return between
+
+
+def _spread(x: torch.Tensor, count: int) -> torch.Tensor:
+    return x.expand(count, *x.shape)
 
 
 # --
@@ -241,7 +283,9 @@ def stacked(step: Step, externs: Externs) -> Stacked:
     if name in ("matmul", "mm", "bmm") and len(set(of_tensors)) == 1 and of_tensors[0] >= 2:
         return lambda args, kwargs: torch.matmul(*args)
     if name == "tensordot" and of_tensors == [2, 2] and (turned := _contracted(step.call)) is not None:
-        return lambda args, kwargs: torch.matmul(*(x.mT if t else x for x, t in zip(args, turned, strict=False)))
+        return lambda args, kwargs: torch.matmul(
+            *(x.mT if t else x for x, t in zip(args, turned, strict=False))
+        )
     if name == "addmm" and of_tensors == [2, 2, 2]:
         return lambda args, kwargs: torch.baddbmm(*args, **kwargs)
     if name in ("norm", "linalg_norm", "linalg_matrix_norm") and of_tensors == [2] and len(parts) == 1:

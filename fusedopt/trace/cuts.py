@@ -57,7 +57,8 @@ class Externs:
 
     ``buffers``: the dtype and shape of each for one parameter; ``kept``: those of the state's tensors that calls take
     or write, in the type that callbacks compute in; ``ranks``: of each call's result its dimensions; ``reused``:
-    buffers of results with that of a given tensor which has room for it; ``dtypes``: those of all results.
+    buffers of results with that of a given tensor which has room for it; ``dtypes``: those of all results;
+    ``compiled``: what makes the calls (see step/externs.py).
     """
 
     functions: tuple[Function | None, ...]
@@ -66,6 +67,7 @@ class Externs:
     reused: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
     dtypes: frozenset[torch.dtype] = frozenset()
+    compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def key(self) -> Any:
         """What it is compared by with others: tensors by what they hold."""

@@ -14,7 +14,7 @@ import functools
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -489,7 +489,7 @@ def leave(x: ExternTensor) -> SymTensor:
     if isinstance(ref, Given):
         node = _rounded(run, ref)
     else:
-        if isinstance(ref, Kept):
+        if not isinstance(ref, Result):
             ref = calls.record(torch.Tensor.clone, (ref,), {})
         node = calls.value(ref, kind, "d" if wide else "f")
     known = run.graph.values[node].kind
@@ -635,8 +635,10 @@ def _cast(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[str,
     )
     if wanted.dtype == x.asked and not kwargs.get("copy"):
         return x.data
-    same = wanted.dtype == x.meta.dtype
-    made = _recorded(run, *((torch.Tensor.clone, (x,)) if same else (torch.Tensor.to, (x, wanted.dtype))), {})
+    if wanted.dtype == x.meta.dtype:
+        made = _recorded(run, torch.Tensor.clone, (x,), {})
+    else:
+        made = _recorded(run, torch.Tensor.to, (x, wanted.dtype), {})
     made.spot.asked = None
     return made
 
