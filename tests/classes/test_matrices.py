@@ -1,4 +1,4 @@
-"""`fusedopt.fuse` on classes of our own that multiply and decompose matrices: torch's calls, with fused programs around.
+"""`fusedopt.fuse` on classes of our own that multiply and decompose matrices: calls of torch, fused programs around them.
 
 Each construct is what the class itself does, or is announced.
 """
