@@ -114,6 +114,9 @@ class ClassGroups:
                 todo.append(ClassItem(p, p.grad, state, (g, i), self.numbers, modes))
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
+        factors = [v for item in todo for v in item.state.values() if _is_factor(v, item.param)]
+        if len(set(map(id, factors))) < len(factors):
+            raise Untraceable("parameters have a tensor of their state in common")
         if len({id(item.owner) for item in todo}) < len(todo):
             raise Untraceable("a parameter is listed twice")
         return todo
@@ -151,6 +154,11 @@ class ClassGroups:
             for i, p in enumerate(group["params"])
             if p.grad is None and p in state and not _strange(p)
         ]
+
+
+def _is_factor(value: Any, p: torch.Tensor) -> bool:
+    """Whether it is a tensor of another shape than the parameter, which torch calls may write to."""
+    return isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != p.shape
 
 
 def _strange(t: torch.Tensor) -> str:

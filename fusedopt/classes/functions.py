@@ -557,9 +557,8 @@ def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         parts = list(map(matrices.left, parts))
     if name == "cat" and any(p.shape != (1,) for p in parts):
         _refuse(name)
-    if any(p.dim() for p in parts) and (
-        len(args) > 1 or kwargs or any(not matrices.is_matrix(p) for p in parts)
-    ):
+    matrices_only = not (len(args) > 1 or kwargs) and all(map(matrices.is_matrix, parts))
+    if name == "stack" and any(p.dim() for p in parts) and not matrices_only:
         _refuse(name)
     copies = [
         made(

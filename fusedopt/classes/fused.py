@@ -80,7 +80,7 @@ class Fused:
         self._steps += 1
         sampled = self.options.check > 1 and self._steps % self.options.check == 0
         sample = Sample(opt, closure is not None, self.buckets.sums) if sampled else None
-        if not self.engine.repeat(self.scaling) and not self._anew(opt):
+        if not self._repeat() and not self._anew(opt):
             return self._own(opt, None if closure is None else lambda: loss)
         host: Any = self.engine.read
         host.write(vars(opt), self._total)
@@ -119,6 +119,15 @@ class Fused:
             return own(opt, clipped)
         clip()
         return own(opt)
+
+    def _repeat(self) -> bool:
+        """Repeat a known step. False if this is none, or a torch call in it raises, nothing having changed."""
+        try:
+            return bool(self.engine.repeat(self.scaling))
+        except Exception as error:
+            if not getattr(error, "of_a_call", False) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
 
     def _can(self, opt: torch.optim.Optimizer) -> bool:
         """Whether the step calls its closure first, and once, so that we may."""

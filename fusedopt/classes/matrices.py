@@ -15,6 +15,7 @@ from ..ir.ops import TENSOR
 from ..trace.externs import STARTERS as MATRIX_FUNCTIONS
 from ..trace.externs import Constant, ExternTensor, Spot, dispatch, enter, leave, shown_of
 from ..trace.number import Number
+from ..trace.run import Run
 from ..trace.signals import Mismatched, Untraceable
 from ..trace.tensor import FLOATS, METHODS, SymTensor
 from .sums import Elements, of_step, settled
@@ -188,7 +189,7 @@ def recorded(
 _OF_OTHERS = frozenset(["view_as", "reshape_as", "expand_as"])
 
 
-def _function_of(function: Callable[..., Any], run: Elements, x: Any) -> Any:
+def _function_of(function: Callable[..., Any], run: Run, x: Any) -> Any:
     return dispatch(run, function, (x,), {}) if type(x) is ExternTensor else x
 
 
@@ -237,7 +238,10 @@ def _turned(name: str, run: Elements, x: Symbolic, args: Any) -> Symbolic:
 def write(to: Symbolic, value: Symbolic) -> None:
     """``to.copy_(value)``, where one of them is of torch calls."""
     if to.ext is not None:
-        dispatch(to.ext.run, torch.Tensor.copy_, (to.ext, entered(value)), {})
+        given = entered(value)
+        if value.ext is None:  # whose memory it stays
+            given = _function_of(torch.Tensor.clone, to.ext.run, given)
+        dispatch(to.ext.run, torch.Tensor.copy_, (to.ext, given), {})
         return
     assert value.ext is not None
     if to.hosted or to.parts is not None or to.number is None:

@@ -152,9 +152,13 @@ class Representative:
 
     def _own_memory(self, key: str, value: Symbolic, taken: set[Any]) -> None:
         """Raises Untraceable if what torch calls give is a view of another tensor that stays."""
+        memory: Any = None
         if value.ext is not None:
             memory = "calls", self.calls.memory(value.ext.meta)
-            if memory in taken or is_lent(value.ext):
+        elif self.put[key].ext is not None:
+            memory = id(place(value).place)
+        if memory is not None:
+            if memory in taken or (value.ext is not None and is_lent(value.ext)):
                 raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
             taken.add(memory)
 
@@ -168,8 +172,6 @@ class Representative:
         if isinstance(put, Symbolic) and isinstance(value, Symbolic) and put.sym is None:
             if (value.meta.shape, value.meta.dtype) != (put.meta.shape, put.meta.dtype):
                 raise NewState(f"the state {key!r} gets another shape or dtype")
-            if value.ext is None and id(place(value).place) in taken:
-                raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
             self._own_memory(key, value, taken)
             return Matrix(matrices.entered(value).spot.ref, None)
         if isinstance(value, Symbolic):

@@ -139,7 +139,11 @@ class Calling:
         self._kept = self._kept or [{} for _ in batches]
         with torch.no_grad():
             for batch, known in zip(batches, self._kept, strict=True):
-                self._batch(number, batch, known, slots, {k: v[batch] for k, v in state.items()})
+                try:
+                    self._batch(number, batch, known, slots, {k: v[batch] for k, v in state.items()})
+                except Exception as error:
+                    error.of_a_call = True  # type: ignore[attr-defined]
+                    raise
                 if last:
                     known.clear()
         if last:

@@ -1,4 +1,4 @@
-"""`fusedopt.fuse` on classes of our own that multiply and decompose matrices: calls of torch, fused programs around them.
+"""`fusedopt.fuse` on classes of our own that multiply and decompose matrices: torch calls, and fused programs around.
 
 Each construct is what the class itself does, or is announced.
 """
@@ -214,6 +214,27 @@ def test_clipping_scales_what_calls_are_given():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours, strict=True))
 
 
+def test_a_call_that_fails_leaves_the_step_to_the_class():
+    """Which may know what to do then."""
+
+    def falls_back(self, p, g, s):
+        c = p.grad @ p.grad.mT + (5 - g["step"]) * torch.eye(len(p))
+        try:
+            c = torch.linalg.cholesky(c)
+        except RuntimeError:
+            self.failures = self.failures + 1
+        p.sub_(c @ p.grad, alpha=1e-2 * g["lr"])
+
+    kind = rule(
+        falls_back,
+        failures=0,
+        __init__=lambda self, params: (Base.__init__(self, params), vars(self).update(failures=0))[0],
+    )
+    with pytest.warns(RuntimeWarning, match="falls_back.step runs as it was written"):
+        opt = compared(kind, steps=12, shapes=((4, 6), (4, 6)))
+    assert opt.failures
+
+
 # ---------------------------------------------------------------- what does not, and is right
 
 
@@ -284,9 +305,24 @@ def both_sums_and_products(self, p, g, s):
     p.sub_(p.grad @ p.grad.mT @ p.grad * total, alpha=1e-3 * g["lr"])
 
 
+def shares_a_factor(self, p, g, s):
+    s["c"] = self.common = getattr(self, "common", torch.zeros(5, 5))
+    s["c"].add_(p.grad.sum())
+    p.sub_(p.grad * s["c"].trace(), alpha=1e-2 * g["lr"])
+
+
+def two_of_one_value(self, p, g, s):
+    """A factor and what it is copied to are the same numbers, and stay apart."""
+    row = p.grad.sum(1)
+    s["a"], s["b"] = s.get("a", torch.zeros(len(p), 1)), s.get("b", torch.zeros(len(p), 1))
+    s["a"] = s["b"] = row[:, None] @ row[None, :1]
+    p.sub_(p.grad + s["a"], alpha=g["lr"])
+
+
 EAGER = [
     draws, writes_under_a_view, writes_through_a_view, writes_through_what_may_be_a_view, keeps_a_view, keeps_one_twice,
     decides_about_factors, used_by_its_old_shape, whole_numbers, in_float64, mixes, both_sums_and_products,
+    shares_a_factor, two_of_one_value,
 ]  # fmt: skip
 
 
