@@ -57,7 +57,8 @@ struct Group {
 
 // An entry of a parameter's state.
 struct Entry {
-  // The object itself, or what a dict or list there has under the key `inner`; its entries follow one another.
+  // The object itself, or what a dict or list there has under the key `inner`, or an object of the type `owner` as an
+  // attribute; its entries follow one another.
   // Of tensors: a number per element, one for all, one for each place along some dimensions, others.
   enum class Kind { flag, number, element, whole, part, other, ignored };
   py::object key;
@@ -67,11 +68,22 @@ struct Entry {
   bool written;
   bool nested = false;
   py::object inner{};
+  py::object owner{}; // None for dicts and lists
   int64_t extra = -1; // which of the step's extra tensors it is, and none of the state; these entries come last
   Scalar::Type type = Scalar::Type::real;
   std::optional<at::ScalarType> dtype;
 };
 
+// A dict or list, or the dict of an object's attributes, which that keeps; null if it has none.
+inline PyObject* contents(PyObject* container) {
+  if (!container || PyDict_Check(container) || PyList_CheckExact(container))
+    return container;
+  PyObject* own = PyObject_GenericGetDict(container, nullptr);
+  if (!own)
+    PyErr_Clear();
+  Py_XDECREF(own);
+  return own;
+}
 // What a dict or list has under a key; null if it has not.
 inline PyObject* within(PyObject* container, PyObject* key) {
   if (PyDict_Check(container))
@@ -588,13 +600,16 @@ class BoundStep {
       }
       if (entry.nested) {
         if (another) {
-          container = value;
+          const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
+          if (!entry.owner.is_none() && type != entry.owner.ptr())
+            return "an object in its state is of another type";
+          container = entry.owner.is_none() ? value : contents(value);
           size_t siblings = 1;
           while (e + siblings < bucket.entries.size() && bucket.entries[e + siblings].nested &&
                  bucket.entries[e + siblings].key.ptr() == entry.key.ptr())
             ++siblings;
-          if (!(PyDict_Check(value) || PyList_CheckExact(value)) ||
-              static_cast<size_t>(PyObject_Size(value)) != siblings)
+          if (!container || !(PyDict_Check(container) || PyList_CheckExact(container)) ||
+              static_cast<size_t>(PyObject_Size(container)) != siblings)
             return "a container in its state has other entries";
         }
         value = within(container, entry.inner.ptr());
@@ -933,7 +948,7 @@ class BoundStep {
       for (size_t k = 0; row.on && k < bucket.outputs.size(); ++k) {
         const Entry& entry = bucket.entries[bucket.outputs[k]];
         PyObject* made = sets_[row.set].made[k].ptr();
-        const bool put = entry.nested ? put_within(within(row.state, entry.key.ptr()), entry.inner.ptr(), made)
+        const bool put = entry.nested ? put_within(contents(within(row.state, entry.key.ptr())), entry.inner.ptr(), made)
                                       : PyDict_SetItem(row.state, entry.key.ptr(), made) == 0;
         if (!put)
           throw py::error_already_set();

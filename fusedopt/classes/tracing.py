@@ -70,7 +70,9 @@ class Representative:
         signature: Signature,
         scalars: ScalarProgram,
         stores: Sequence[dict[Any, Any]],
+        kinds: Callable[[type], type],
     ) -> None:
+        self.kinds = kinds
         self.stores, self.whole = stores, whole_of(stores, item.owner)
         self.index, self.item, self.signature = index, item, signature
         self.graph, self.scalars = Graph(along(signature.dims) if signature.dims else "0"), scalars
@@ -115,7 +117,9 @@ class Representative:
                 self.put[key] = value
             else:
                 raise Untraceable(f"the state {key!r} is a {type(value).__name__}")
-        self.state = None if self.whole is None else rebuilt(self.whole, lambda name, _: self.put[name])
+        self.state = (
+            None if self.whole is None else rebuilt(self.whole, lambda name, _: self.put[name], self.kinds)
+        )
 
     def tensors(self) -> dict[int, Any]:
         item = self.item
@@ -360,6 +364,10 @@ class _Closure:
 def shadow_class(kind: type, stand_ins: StandIns) -> type:
     """The class with stand-ins in its methods."""
     own: dict[str, Any] = {}
+    if not issubclass(kind, torch.optim.Optimizer) and "__init_subclass__" in dir(kind):
+        hook: Any = kind.__init_subclass__
+        if getattr(hook, "__objclass__", None) is not object and hasattr(hook, "__func__"):
+            raise Untraceable(f"{kind.__qualname__} looks after its subclasses, which a trace makes")
     for base in kind.__mro__:
         if base in (torch.optim.Optimizer, object) or base.__module__ == "typing":
             continue
@@ -370,7 +378,9 @@ def shadow_class(kind: type, stand_ins: StandIns) -> type:
                 own[name] = type(value)(stand_ins.of(plain_function(value.__func__)))
             elif isinstance(value, types.FunctionType) or hasattr(value, "_torchdynamo_orig_callable"):
                 own[name] = stand_ins.of(plain_function(value))
-    own["__module__"] = kind.__module__
+            elif type(value) is property:
+                own[name] = property(*(f and stand_ins.of(f) for f in (value.fget, value.fset, value.fdel)))
+    own |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), own)
 
 
@@ -431,16 +441,24 @@ def _trace_step(
     names: Callable[[Path], str],
 ) -> StepTrace:
     scalars, stores = ScalarProgram(), stores_of(opt)
+    stand_ins = StandIns("torch.optim")
+    shadows: dict[type, type] = {}
+
+    def kinds(kind: type) -> type:
+        return shadows.get(kind) or shadows.setdefault(kind, shadow_class(kind, stand_ins))
+
     groups: list[list[Representative]] = []
     for items, signature in buckets:
         chosen = sorted(items, key=lambda item: item.param.numel())[:REPRESENTATIVES]
         first = sum(map(len, groups))
         groups.append(
-            [Representative(first + k, item, signature, scalars, stores) for k, item in enumerate(chosen)]
+            [
+                Representative(first + k, item, signature, scalars, stores, kinds)
+                for k, item in enumerate(chosen)
+            ]
         )
     representatives = [r for group in groups for r in group]
-    stand_ins = StandIns("torch.optim")
-    kind = shadow_class(type(opt), stand_ins)
+    kind = kinds(type(opt))
     bucket_of = [b for b, group in enumerate(groups) for _ in group]
     sums = Sums(bucket_of, [group[0].item.where[0] for group in groups])
     codes: set[types.CodeType] = set()
@@ -656,7 +674,7 @@ def _run(
         return scalars.number(("hyper", used[path]), plain)
 
     _resting(opt, representatives[0].stores, tensors, known)
-    shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of)
+    shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of, representatives[0].kinds)
     given = _Closure()
     watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred, codes)
     latest()
