@@ -52,8 +52,8 @@ class Fused:
         self.groups = ClassGroups(opt)
         self.buckets = StepBuckets(self.groups, type(opt).__name__, options)
         self.engine = Engine(self.buckets)
-        self.reason, self.given_up = "", False
-        self._misses = self._steps = 0
+        self.reason, self.given_up, self._why = "", False, ""
+        self._misses = self._steps = self._failures = self._waits = 0
         self._calls_first = self._new_trace = False
         self.said: set[Any] = set()
 
@@ -80,7 +80,9 @@ class Fused:
         self._steps += 1
         sampled = self.options.check > 1 and self._steps % self.options.check == 0
         sample = Sample(opt, closure is not None, self.buckets.sums) if sampled else None
-        if not self._repeat() and not self._anew(opt):
+        if self._repeat():
+            self.reason = ""
+        elif not self._anew(opt):
             return self._own(opt, None if closure is None else lambda: loss)
         host: Any = self.engine.read
         host.write(vars(opt), self._total)
@@ -135,13 +137,20 @@ class Fused:
         return self._calls_first
 
     def _anew(self, opt: torch.optim.Optimizer) -> bool:
-        """A step of a structure that is not known; False if the class has to do it, nothing having changed."""
+        """A step of a structure that is not known; False if the class has to do it, nothing having changed.
+
+        Where such steps have no trace time and again, between others that do, ever fewer of them are tried.
+        """
+        if self._waits:
+            self._waits -= 1
+            self.reason = self._why
+            return False
         made = self.buckets.traces_made
         if not self._traceable(
             opt, lambda todo: self.engine.step(todo, self.scaling, self.groups, bind=True)
         ):
             return False
-        self.reason = ""
+        self.reason, self._failures = "", 0
         self._new_trace = self.buckets.traces_made > made
         return True
 
@@ -160,6 +169,9 @@ class Fused:
             self.reason = self._described(opt, error)
             missed = not isinstance(error, NewState) or error.traced
         if missed:
+            self._failures += 1
+            if self._failures >= RETRACES:
+                self._waits, self._why = 2 ** min(self._failures, 16), self.reason
             self._miss(opt, self.reason)
         return False
 

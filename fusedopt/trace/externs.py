@@ -667,6 +667,8 @@ def _recorded(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[
             return Slot(x.index) if mine else x.escape() if x.program is run.scalars else x.value
         if isinstance(x, torch.Tensor):
             return Constant(x)
+        if isinstance(x, slice):
+            return slice(*(i.escape() if isinstance(i, Number) else i for i in (x.start, x.stop, x.step)))
         return x
 
     made = calls.record(function, mapped(args, ref), mapped_dict(kwargs, ref))

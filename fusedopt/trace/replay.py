@@ -22,14 +22,17 @@ def can_replay(trace: Trace) -> bool:
 
     Such an escape (a step count that is formatted, say) is guarded by the value it had, and would fail each time.
     """
-    return not any(_changes(trace.scalars, g.index) for g in trace.scalars.guards if g.where == "escape")
+    return not any(_changes(trace, g.index) for g in trace.scalars.guards if g.where == "escape")
 
 
-def _changes(scalars: ScalarProgram, index: int) -> bool:
-    op, *operands = scalars.entries[index]
+def _changes(trace: Trace, index: int) -> bool:
+    op, *operands = trace.scalars.entries[index]
     if op in ARITHMETIC:
-        return any(_changes(scalars, i) for i in operands)
-    return op in ("state", "default")
+        return any(_changes(trace, i) for i in operands)
+    if op == "state":  # unless it is left as it was
+        new = trace.numbers.get(operands[0])
+        return not (type(new) is Number and new.index == index)
+    return bool(op == "default")
 
 
 def _power(a: Scalar, b: Scalar) -> Scalar:
