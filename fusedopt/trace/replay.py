@@ -54,8 +54,10 @@ class Replay:
         self.trace = trace
         scalars = trace.scalars
         self.leaves = [e for e in scalars.entries if e[0] in ("hyper", "state")]
-        self.number_keys = [k for k, v in trace.numbers.items() if isinstance(v, Number)]
-        numbers = [trace.numbers[k].index for k in self.number_keys]
+        # A number that the state had, and in whose place a constant comes, is written like any other.
+        left = {k: v for k, v in trace.numbers.items() if type(v) in (Number, int, float)}
+        self.number_keys = list(left)
+        numbers = [v.index if type(v) is Number else scalars.constant(v) for v in left.values()]
         needed = _needed(scalars, [*trace.slots, *numbers, *(g.index for g in scalars.guards)])
         at = {i: k for k, i in enumerate(needed)}
         self.instructions = [self._instruction(i, at) for i in needed]
@@ -117,7 +119,7 @@ class Replay:
             return None
         if not all(guards):
             return None
-        flags = {k: v for k, v in self.trace.numbers.items() if not isinstance(v, Number)}
+        flags = {k: v for k, v in self.trace.numbers.items() if k not in self.number_keys}
         return slots, flags | dict(zip(self.number_keys, numbers, strict=True))
 
 

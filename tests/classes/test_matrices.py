@@ -10,6 +10,7 @@ import torch
 from test_fuse import Base, compared, rule, run
 
 import fusedopt
+from fusedopt.classes import buckets
 
 SHAPES = ((5,), (4, 6), (6, 4), (4, 6), (5, 5), (4, 3, 3, 3))
 
@@ -159,6 +160,95 @@ def test_sums_of_one_term_are_elementwise():
 
     opt = compared(rule(factored), shapes=((4, 6), (5, 5)))
     assert opt.explain().launches and not opt.explain().calls and not opt.explain().eager
+
+
+SCALE = 1.0
+
+
+class Projector:
+    """Keeps what it projects to, and for how long it does."""
+
+    def __init__(self, rank):
+        self.rank, self.left, self.basis = rank, 0, None
+
+    @property
+    def scale(self):
+        return SCALE
+
+    def __call__(self, x):
+        if not self.left:
+            self.left, self.basis = 3, torch.linalg.svd(x, full_matrices=False)[0][:, : self.rank].clone()
+        self.left -= 1
+        return self.scale * (self.basis @ (self.basis.mT @ x))
+
+
+def projects(self, p, g, s):
+    """An object in the state, with a tensor of another shape, and numbers that index and count."""
+    if not s:
+        s["projector"] = Projector(2)
+    p.sub_(s["projector"](p.grad), alpha=g["lr"])
+
+
+def asks_an_object(self, p, g, s):
+    if self.calls == 1:
+        self.object = Projector(1)
+    p.sub_(p.grad, alpha=g["lr"] * self.object.scale)
+
+
+@pytest.mark.parametrize("one", [projects, asks_an_object], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("changes", [False, True], ids=["", "changes"])
+def test_objects_of_other_classes_in_state_and_attributes(one, changes, monkeypatch):
+    """What their code reads around it may change, too."""
+    results = []
+    for fuse in (False, True):
+        monkeypatch.setitem(globals(), "SCALE", 1.0)
+        poke = (lambda opt: globals().update(SCALE=0.5)) if changes else None
+        results.append(run(rule(one), steps=9, fuse=fuse, shapes=((4, 6), (4, 6), (6, 4)), poke=poke))
+    (theirs, eager), (ours, opt) = results
+    assert not opt.explain().eager and opt.explain().launches
+    for a, b in zip(theirs, ours, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+        mine, own = (vars(o.state[p].get("projector", Projector(0))) for o, p in ((opt, b), (eager, a)))
+        assert mine.keys() == own.keys() and (mine["left"], mine["rank"]) == (own["left"], own["rank"])
+        assert one is asks_an_object or torch.allclose(mine["basis"], own["basis"], atol=1e-5)
+
+
+def test_an_object_of_another_type_is_noticed():
+    class Other(Projector):
+        def __call__(self, x):
+            return 0.5 * super().__call__(x)
+
+    def replaced(opt):
+        for s in opt.state.values():
+            other = Other(2)
+            vars(other).update(vars(s["projector"]))
+            s["projector"] = other
+
+    shapes = ((4, 6), (4, 6))
+    (theirs, _), (ours, opt) = (
+        run(rule(projects), steps=9, fuse=f, shapes=shapes, poke=replaced) for f in (False, True)
+    )
+    assert not opt.explain().eager and opt.explain().launches
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(theirs, ours, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:fusedopt")
+def test_steps_that_have_no_trace_now_and_then_are_tried_ever_less_often(monkeypatch):
+    def now_and_then(self, p, g, s):
+        m = p.grad @ p.grad.mT
+        p.sub_(m @ p.grad, alpha=1e-2 * g["lr"])
+        if g["step"] % 4 == 0:
+            p.copy_(p.flip(0).t().contiguous().t().apply_(lambda x: x) * 0.5)
+
+    traced = []
+    monkeypatch.setattr(
+        "fusedopt.classes.buckets.trace_step", lambda *a, f=buckets.trace_step: traced.append(1) or f(*a)
+    )
+    theirs, _ = run(rule(now_and_then), steps=80, fuse=False, shapes=((4, 6), (4, 6)))
+    ours, opt = run(rule(now_and_then), steps=80, shapes=((4, 6), (4, 6)))
+    repeated = int(opt.explain().steps.partition(" ")[0])
+    assert len(traced) < 10 and repeated > 50
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(theirs, ours, strict=True))
 
 
 class Stacking(Base):
