@@ -175,14 +175,18 @@ def _strange(t: torch.Tensor) -> str:
 _ORDINARY = (torch.Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
 
 
+class Waits(Exception):
+    """This step has no known trace, and is not traced."""
+
+
 class StepBuckets(Buckets):
-    """``closure``: whether the next step is given one; ``known_kinds``: whether the last trace was of parameters of the
-    same kinds as one before."""
+    """``waits``: how many steps that have no known trace are not traced; ``closure``: whether the next step is given one;
+    ``known_kinds``: whether the last trace was of parameters of the same kinds as one before."""
 
     def __init__(self, groups: ClassGroups, title: str, options: Options) -> None:
         super().__init__([], options.backend, title, None)
         self.groups, self.options = groups, options
-        self.closure, self.traces_made, self.known_kinds = False, 0, False
+        self.closure, self.traces_made, self.known_kinds, self.waits = False, 0, False, 0
         self.read: Any = None
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
         self._current: list[tuple[tuple, CompiledTrace]] = []
@@ -229,6 +233,9 @@ class StepBuckets(Buckets):
                 plans = [self._replayed(*b, c) for b, c in zip(buckets, compiled, strict=True)]
                 if all(plans):
                     return self._taken(host, keys, compiled, plans)
+        if self.waits:
+            self.waits -= 1
+            raise Waits
         opt = self.groups.opt
         for _, signature in buckets:
             if not is_plain(v for _, v in signature.state):

@@ -26,7 +26,7 @@ from ..step.verdicts import Eager
 from ..trace.signals import Untraceable
 from ..trace.signals import place_of as place_in
 from ..trace.totals import Total
-from .buckets import ClassGroups, StepBuckets
+from .buckets import ClassGroups, StepBuckets, Waits
 from .check import Sample
 from .shadow import NewState
 from .tracing import Options, plain_function
@@ -53,7 +53,7 @@ class Fused:
         self.buckets = StepBuckets(self.groups, type(opt).__name__, options)
         self.engine = Engine(self.buckets)
         self.reason, self.given_up, self._why = "", False, ""
-        self._misses = self._steps = self._failures = self._waits = 0
+        self._misses = self._steps = self._failures = 0
         self._calls_first = self._new_trace = False
         self.said: set[Any] = set()
 
@@ -137,21 +137,15 @@ class Fused:
         return self._calls_first
 
     def _anew(self, opt: torch.optim.Optimizer) -> bool:
-        """A step of a structure that is not known; False if the class has to do it, nothing having changed.
-
-        Where such steps have no trace time and again, between others that do, ever fewer of them are tried.
-        """
-        if self._waits:
-            self._waits -= 1
-            self.reason = self._why
-            return False
+        """A step of a structure that is not known; False if the class has to do it, nothing having changed."""
         made = self.buckets.traces_made
         if not self._traceable(
             opt, lambda todo: self.engine.step(todo, self.scaling, self.groups, bind=True)
         ):
             return False
-        self.reason, self._failures = "", 0
+        self.reason = ""
         self._new_trace = self.buckets.traces_made > made
+        self._failures = 0 if self._new_trace else self._failures
         return True
 
     @torch.no_grad()
@@ -163,6 +157,9 @@ class Fused:
                 raise NewState("no parameter has a gradient", traced=False)
             use(todo)
             return True
+        except Waits:
+            self.reason = self._why
+            return False
         except (Untraceable, Exception) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -170,8 +167,8 @@ class Fused:
             missed = not isinstance(error, NewState) or error.traced
         if missed:
             self._failures += 1
-            if self._failures >= RETRACES:
-                self._waits, self._why = 2 ** min(self._failures, 16), self.reason
+            if self._failures >= RETRACES:  # time and again, between steps that have one: try ever fewer
+                self.buckets.waits, self._why = 2 ** min(self._failures, 16), self.reason
             self._miss(opt, self.reason)
         return False
 
