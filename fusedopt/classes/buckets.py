@@ -180,7 +180,7 @@ class Waits(Exception):
 
 
 class StepBuckets(Buckets):
-    """``waits``: how many steps that have no known trace are not traced; ``closure``: whether the next step is given one;
+    """``waits``: how many steps without a known trace are not traced; ``closure``: whether the next step is given one;
     ``known_kinds``: whether the last trace was of parameters of the same kinds as one before."""
 
     def __init__(self, groups: ClassGroups, title: str, options: Options) -> None:
