@@ -57,7 +57,8 @@ struct Group {
 
 // An entry of a parameter's state.
 struct Entry {
-  // The object itself, or what a dict or list there has under the key `inner`; its entries follow one another.
+  // The object itself, or what a dict or list there has under the key `inner`, or an object of the type `owner` as an
+  // attribute; its entries follow one another.
   // Of tensors: a number per element, one for all, one for each place along some dimensions, others.
   enum class Kind { flag, number, element, whole, part, other, ignored };
   py::object key;
@@ -67,11 +68,22 @@ struct Entry {
   bool written;
   bool nested = false;
   py::object inner{};
+  py::object owner{}; // None for dicts and lists
   int64_t extra = -1; // which of the step's extra tensors it is, and none of the state; these entries come last
   Scalar::Type type = Scalar::Type::real;
   std::optional<at::ScalarType> dtype;
 };
 
+// A dict or list, or the dict of an object's attributes, which that keeps; null if it has none.
+inline PyObject* contents(PyObject* container) {
+  if (!container || PyDict_Check(container) || PyList_CheckExact(container))
+    return container;
+  PyObject* own = PyObject_GenericGetDict(container, nullptr);
+  if (!own)
+    PyErr_Clear();
+  Py_XDECREF(own);
+  return own;
+}
 // What a dict or list has under a key; null if it has not.
 inline PyObject* within(PyObject* container, PyObject* key) {
   if (PyDict_Check(container))
@@ -269,7 +281,7 @@ class BoundStep {
     bool requires_grad = false, distributed = false;
     bool on = false, copied = false; // whether it has a gradient, and one in another layout
     py::object spec{};               // how a DTensor is spread
-    std::vector<at::DimVector> parts{}; // the sizes of state with one number for each place along some dimensions
+    std::vector<at::DimVector> parts{}; // the sizes of state of other shapes than the parameter, in its order
     size_t first_number = 0, first_tensor = 0;
     size_t first_line = 0, dict_lines = 0, lines = 0; // of cache, to fetch early: its dict's, then all others
   };
@@ -471,12 +483,15 @@ class BoundStep {
     return std::all_of(runs_.begin(), runs_.end(), [](const Run& run) { return run.movable; });
   }
 
-  // What stays what it is: None, truth values, dtypes and their like by identity, strings by what they say.
+  // What stays what it is: None, truth values, dtypes and their like by identity, strings by what they say,
+  // lists as long as they are empty.
   static bool same_flag(PyObject* a, PyObject* b) {
     if (a == b)
       return true;
     if (PyUnicode_CheckExact(a) && PyUnicode_CheckExact(b))
       return PyUnicode_Compare(a, b) == 0;
+    if (PyList_CheckExact(a) && PyList_CheckExact(b))
+      return !PyList_GET_SIZE(a) && !PyList_GET_SIZE(b);
     return PyBytes_CheckExact(a) && PyBytes_CheckExact(b) && PyBytes_GET_SIZE(a) == PyBytes_GET_SIZE(b) &&
            std::equal(PyBytes_AS_STRING(a), PyBytes_AS_STRING(a) + PyBytes_GET_SIZE(a), PyBytes_AS_STRING(b));
   }
@@ -585,13 +600,16 @@ class BoundStep {
       }
       if (entry.nested) {
         if (another) {
-          container = value;
+          const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
+          if (!entry.owner.is_none() && type != entry.owner.ptr())
+            return "an object in its state is of another type";
+          container = entry.owner.is_none() ? value : contents(value);
           size_t siblings = 1;
           while (e + siblings < bucket.entries.size() && bucket.entries[e + siblings].nested &&
                  bucket.entries[e + siblings].key.ptr() == entry.key.ptr())
             ++siblings;
-          if (!(PyDict_Check(value) || PyList_CheckExact(value)) ||
-              static_cast<size_t>(PyObject_Size(value)) != siblings)
+          if (!container || !(PyDict_Check(container) || PyList_CheckExact(container)) ||
+              static_cast<size_t>(PyObject_Size(container)) != siblings)
             return "a container in its state has other entries";
         }
         value = within(container, entry.inner.ptr());
@@ -616,7 +634,7 @@ class BoundStep {
             return "a tensor in its state is of another kind";
           at::TensorImpl& t = *found->unsafeGetTensorImpl();
           if (entry.kind == Entry::Kind::other) {
-            if (scalar_type(t) != *entry.dtype || equal(t.sizes(), param.sizes()))
+            if (scalar_type(t) != *entry.dtype || !equal(t.sizes(), had(row, t, part)))
               return "a tensor in its state is of another dtype or shape";
             break;
           }
@@ -642,9 +660,14 @@ class BoundStep {
       return t.numel() == 1;
     if (kind == Entry::Kind::element)
       return equal(t.sizes(), param.sizes()) && same_layout(t, param);
-    if (row.parts.size() == part) // the first step: what it was bound for
+    return equal(t.sizes(), had(row, t, part)) && t.is_contiguous();
+  }
+
+  // The shape that a tensor in the state had when the step was bound. `part` counts those of other shapes.
+  static at::IntArrayRef had(Row& row, const at::TensorImpl& t, size_t& part) {
+    if (row.parts.size() == part) // the first step
       row.parts.emplace_back(t.sizes());
-    return t.is_contiguous() && equal(t.sizes(), row.parts[part++]);
+    return row.parts[part++];
   }
 
   // -- DTensors: kernels take their local tensors --
@@ -925,7 +948,7 @@ class BoundStep {
       for (size_t k = 0; row.on && k < bucket.outputs.size(); ++k) {
         const Entry& entry = bucket.entries[bucket.outputs[k]];
         PyObject* made = sets_[row.set].made[k].ptr();
-        const bool put = entry.nested ? put_within(within(row.state, entry.key.ptr()), entry.inner.ptr(), made)
+        const bool put = entry.nested ? put_within(contents(within(row.state, entry.key.ptr())), entry.inner.ptr(), made)
                                       : PyDict_SetItem(row.state, entry.key.ptr(), made) == 0;
         if (!put)
           throw py::error_already_set();

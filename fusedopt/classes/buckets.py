@@ -114,6 +114,9 @@ class ClassGroups:
                 todo.append(ClassItem(p, p.grad, state, (g, i), self.numbers, modes))
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
+        factors = [v for item in todo for v in item.state.values() if _is_factor(v, item.param)]
+        if len(set(map(id, factors))) < len(factors):
+            raise Untraceable("parameters have a tensor of their state in common")
         if len({id(item.owner) for item in todo}) < len(todo):
             raise Untraceable("a parameter is listed twice")
         return todo
@@ -153,6 +156,11 @@ class ClassGroups:
         ]
 
 
+def _is_factor(value: Any, p: torch.Tensor) -> bool:
+    """Whether it is a tensor of another shape than the parameter, which torch calls may write to."""
+    return isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != p.shape
+
+
 def _strange(t: torch.Tensor) -> str:
     """Why kernels cannot take a tensor."""
     if t.layout != torch.strided or t.is_complex() or not t.is_floating_point():
@@ -167,14 +175,18 @@ def _strange(t: torch.Tensor) -> str:
 _ORDINARY = (torch.Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
 
 
+class Waits(Exception):
+    """This step has no known trace, and is not traced."""
+
+
 class StepBuckets(Buckets):
-    """``closure``: whether the next step is given one; ``known_kinds``: whether the last trace was of parameters of the
-    same kinds as one before."""
+    """``waits``: how many steps without a known trace are not traced; ``closure``: whether the next step is given one;
+    ``known_kinds``: whether the last trace was of parameters of the same kinds as one before."""
 
     def __init__(self, groups: ClassGroups, title: str, options: Options) -> None:
         super().__init__([], options.backend, title, None)
         self.groups, self.options = groups, options
-        self.closure, self.traces_made, self.known_kinds = False, 0, False
+        self.closure, self.traces_made, self.known_kinds, self.waits = False, 0, False, 0
         self.read: Any = None
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
         self._current: list[tuple[tuple, CompiledTrace]] = []
@@ -221,6 +233,9 @@ class StepBuckets(Buckets):
                 plans = [self._replayed(*b, c) for b, c in zip(buckets, compiled, strict=True)]
                 if all(plans):
                     return self._taken(host, keys, compiled, plans)
+        if self.waits:
+            self.waits -= 1
+            raise Waits
         opt = self.groups.opt
         for _, signature in buckets:
             if not is_plain(v for _, v in signature.state):

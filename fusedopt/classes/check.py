@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..ir.program import Program, interpret
+from ..step import externs
 from ..step.items import Item
 from ..trace.signals import Untraceable
 from ..trace.totals import SUM, TOTAL, Total
@@ -62,11 +63,39 @@ def difference(opt: torch.optim.Optimizer, step: StepTrace, options: Options) ->
     """What a trace does otherwise than the class's own step, to copies of the parameters it was traced with."""
     examples = [example for bucket in step.examples for example in bucket]
     copies = Copies(opt, [item.owner for item, _ in examples], step.closure)
-    totals = _totals(examples)
-    for item, trace in examples:
-        if why := _apart(item, trace, *copies.of(item.owner), options.write_grads, totals):
-            return why
+    totals = _totals([each for each in examples if each[1].externs is None])
+    for bucket in step.examples:
+        called = _Called(bucket) if bucket[0][1].externs is not None else None
+        for k, (item, trace) in enumerate(bucket):
+            given, new = (totals, {}) if called is None else called.of(k)
+            if why := _apart(item, trace, *copies.of(item.owner), options.write_grads, given, new):
+                return why
     return step.host.differs(vars(opt), vars(copies.shadow.opt), lambda k: totals[str(Total(0, k))].item())
+
+
+class _Called:
+    """The torch calls of a bucket's examples, of all at once as in a step."""
+
+    def __init__(self, bucket: list[tuple[Item, Trace]]) -> None:
+        found = bucket[0][1].externs
+        assert found is not None
+        self._memory = externs.memory(found, len(bucket), torch.device("cpu"))
+        self._state = {
+            key: [item.state[key].detach().cpu().clone() for item, _ in bucket] for key in found.kept
+        }
+        calling = externs.Calling(found, self._memory, 0, lambda key: self._state[key])
+        for number, program in enumerate(bucket[0][1].rounds):
+            for k, (item, trace) in enumerate(bucket):
+                left = _interpreted(trace, program, item, _given(item, program, self.of(k)[0]))
+                for name, value in left.items():
+                    self._memory[name][k].copy_(value)
+            calling.run(number, bucket[0][1].slot_values())
+        calling.commit()
+
+    def of(self, k: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Of an example, what is between its programs, and its state that they take or write."""
+        state = {f"state.{key}": values[k] for key, values in self._state.items()}
+        return {name: values[k] for name, values in self._memory.items()}, state
 
 
 def _totals(examples: list[tuple[Item, Trace]]) -> dict[str, torch.Tensor]:
@@ -154,10 +183,14 @@ def _apart(
     state: dict[str, Any],
     grads: bool,
     totals: dict[str, torch.Tensor],
+    new: dict[str, torch.Tensor],
 ) -> str | None:
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
-    ours = _interpreted(trace, trace.program, item, _given(item, trace.program, totals))
-    close = _closeness([item.param, item.grad, *item.state.values()])
+    ours = new | _interpreted(trace, trace.program, item, _given(item, trace.program, totals))
+    between = trace.externs.dtypes if trace.externs is not None else ()
+    close = max(
+        _closeness([item.param, item.grad, *item.state.values()]), *(CLOSE.get(t, 0.0) for t in between), 0.0
+    )
     theirs = (
         {"param": p.detach()}
         | ({"grad": p.grad} if grads else {})

@@ -32,6 +32,7 @@ from ..trace.tensor import (
     new,
     rebind,
 )
+from . import matrices
 from .counts import Count, plain
 from .sums import StepRun, added, is_open, lowered_to, of_step, opened, run_of, settled, snapshot, view_of
 from .symbolic import Symbolic, TensorNumber, Tracing, made, place
@@ -131,10 +132,12 @@ def _property(name: str, func: Any, args: Any) -> Any:
         return func(*args)
     if name in _OF_SHAPE or name in _OF_TYPE:
         return _fact(name, func, args, {})
+    if name in ("T", "mT", "H", "mH"):
+        return _function(name, func, args, {})
     if name == "device" or name in _OF_DEVICE:
         if x.sym is None and x.why:
             raise Untraceable(x.why)
-        device = torch.device("cpu") if x.sym is None else x.sym.run.device
+        device = x.device_now()
         return device if name == "device" else device.type == name.removeprefix("is_")
     if name == "is_leaf":
         return True
@@ -146,6 +149,8 @@ def _property(name: str, func: Any, args: Any) -> Any:
 def _fact(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What a tensor says of itself. What depends on its shape splits the parameters by it."""
     for x in flat(args):
+        if name == "is_contiguous" and isinstance(x, Symbolic) and x.ext is not None:
+            raise Untraceable("is_contiguous() of a matrix")
         ours = isinstance(x, Symbolic) and name in _OF_SHAPE and x.sym is not None and not of_step(x.sym)
         if ours and x.sym.kind != TENSOR:
             if _OF_SHAPE[name] == "count" and x.sym.shown is None and x.sym.kind == ELEMENT:
@@ -185,6 +190,8 @@ def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _outside(name, func, args, kwargs)
     if mode is not None:
         mode.acted = True
+    if all(x.constant is not None for x in symbolic):
+        return _of_constants(func, args, kwargs)
     if name in _OF_SHAPE or name in _OF_TYPE:
         return _fact(name, func, args, kwargs)
     if name == "get_device":
@@ -198,6 +205,8 @@ def _function(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "__bool__" or name == "is_nonzero":
         if args[0].number is not None:
             return bool(args[0].number)
+        args = mapped(matrices.left, args)
+        symbolic = list(args)
         _settle(symbolic)
         x = place(args[0])
         if x.kind != TENSOR:
@@ -224,6 +233,8 @@ def _outside(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise Untraceable(
             f"torch.{name} of a tensor from outside the parameters, their gradients and their state"
         )
+    if name in _CONSTANT:
+        return _of_constants(func, args, kwargs)
     if name not in _FACTORIES:
         _refuse(name)
     values = kwargs.get("data", args[0] if args else None) if name in _OF_DATA else None
@@ -244,6 +255,33 @@ def _outside(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if type(number) is TensorNumber:
         return made(number.sym, meta)
     return made(None, meta, number=number)
+
+
+_CONSTANT = frozenset(["eye", "arange", "linspace", "tril_indices", "triu_indices"])
+"""What makes tensors of constants."""
+
+
+def _of_constants(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A function of nothing but constants, on the real ones."""
+
+    def real(x: Any) -> Any:
+        return x.constant if type(x) is Symbolic else x.escape() if type(x) is Number else x
+
+    if any(type(x) is TensorNumber for x in flat((args, kwargs))):
+        raise Untraceable("constants meet a number that was read from a tensor")
+    found = func(*mapped(real, args), **mapped(real, kwargs))
+    given = {id(x.constant): x for x in flat((args, kwargs)) if type(x) is Symbolic}
+
+    def seen(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return (
+            given[id(x)] if id(x) in given else made(None, x.to("meta"), "a tensor of constants", constant=x)
+        )
+
+    if isinstance(found, tuple) and type(found) is not tuple:  # torch's own kinds of tuples
+        return type(found)(map(seen, found))
+    return mapped(seen, found)
 
 
 def _like(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -301,10 +339,24 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     in_place = name.endswith("_") and not name.endswith("__")
     base = name[:-1] if in_place and name not in METHODS else name
     tensors = [t for t in flat((args, kwargs)) if type(t) is Symbolic]
-    if name in ("stack", "cat"):
+    if name in ("stack", "cat") and not (
+        matrices.of_one(tensors) and matrices.calls(name, base, tensors, None)
+    ):
         return _stack(name, func, args, kwargs)
     if any(t.parts is not None for t in tensors):
         return _on_parts(name, func, args, kwargs)
+    if (outer := matrices.outer(name, args, kwargs)) is not None:
+        return _function("mul", torch.mul, outer, {})
+    if matrices.calls(name, base, tensors, x if in_place else None):
+        if in_place and isinstance(x, Symbolic) and x.ext is None and name not in matrices.STARTERS:
+            whole = getattr(torch.Tensor, base, None) or getattr(torch, base, None)
+            made_of = args[1] if base == "copy" else _function(base, whole, args, kwargs)
+            _write(x, made_of)
+            return x
+        return matrices.recorded(name, func, args, kwargs, tensors)
+    if any(t.ext is not None for t in tensors):
+        args, kwargs = mapped(matrices.left, args), mapped(matrices.left, kwargs)
+        x = args[0]
     if name in _PARTS and isinstance(x, Symbolic) and (one := _only(x)) is not None:
         if name != "__getitem__":
             return iter((one,)) if name == "__iter__" else (one,)
@@ -499,11 +551,14 @@ def _put(x: Any, mask: Any, value: Any) -> None:
 
 
 def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """``torch.stack`` of 0-d tensors (``cat`` of those of one element): what is done to all of them is done to each."""
+    """``torch.stack`` (``cat`` of tensors of one element): what is done to all of them is done to each."""
     parts = list(args[0])
-    if (name == "stack" and any(part.dim() for part in parts)) or (
-        name == "cat" and any(p.shape != (1,) for p in parts)
-    ):
+    if all(part.numel() == 1 for part in parts):
+        parts = list(map(matrices.left, parts))
+    if name == "cat" and any(p.shape != (1,) for p in parts):
+        _refuse(name)
+    matrices_only = not (len(args) > 1 or kwargs) and all(map(matrices.is_matrix, parts))
+    if name == "stack" and any(p.dim() for p in parts) and not matrices_only:
         _refuse(name)
     copies = [
         made(
@@ -511,6 +566,7 @@ def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             p.meta,
             p.why,
             p.number,
+            ext=None if p.ext is None else matrices.copied(p.ext),
         )
         for p in parts
     ]
@@ -519,6 +575,8 @@ def _stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _on_parts(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     x = args[0]
+    if any(t.dim() > 1 for t in flat((args, kwargs)) if type(t) is Symbolic and t.parts is not None):
+        return _on_stack(name, func, args, kwargs)
     if name in ("unbind", "__iter__", "split", "chunk"):
         parts = x.parts
         return tuple(parts) if name != "__iter__" else iter(parts)
@@ -541,6 +599,61 @@ def _on_parts(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name.endswith("_") and not name.endswith("__"):
         return x
     return made(None, torch.stack([r.meta.reshape(()) for r in results]), parts=results)
+
+
+_OF_STACKS = {"bmm": torch.mm, "baddbmm": torch.addmm}
+"""Functions of stacks of matrices, and those of one."""
+_OF_EACH = frozenset(["mT", "matmul", "__matmul__"])
+
+
+def _on_stack(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A function of stacked matrices that takes each by itself."""
+    stacks = [t for t in flat((args, kwargs)) if type(t) is Symbolic and t.parts is not None]
+    x, base, count = args[0], name.removesuffix("_"), len(stacks[0].parts or ())
+    if name in ("unbind", "__iter__") and len(args) == 1 and not kwargs:
+        return tuple(x.parts) if name == "unbind" else iter(x.parts)
+    if name == "__getitem__" and type(args[1]) is int:
+        return x.parts[args[1]]
+    meta = _like(func, args, kwargs)
+    others = [
+        t for t in flat((args, kwargs)) if isinstance(t, torch.Tensor) and all(t is not s for s in stacks)
+    ]
+    alike = {t.dim() for t in stacks} == {3} and {len(t.parts or ()) for t in stacks} == {count}
+    if not alike or any(t.dim() > 2 for t in others) or type(x) is not Symbolic or x.parts is None:
+        raise Untraceable(f"torch.{name} mixes parameters")
+    if name == "flatten" and meta.shape == x.meta.shape:
+        return x
+    if name in ("reshape", "view") and meta.shape[:1] == (count,):
+        nested = not isinstance(args[1], int)
+        each = tuple(args[1] if nested else args[1:])[1:]
+        args = (x, each) if nested else (x, *each)
+    elif base in _DIMENSIONAL:
+        dims = kwargs.get("dim")
+        if not all(
+            -2 <= d < 0 for d in (dims if isinstance(dims, (tuple, list)) else (0 if dims is None else dims,))
+        ):
+            raise Untraceable(f"torch.{name} mixes parameters")
+    elif name in _VIEWS or (
+        base not in METHODS and base not in _CASTS and name not in _OF_EACH | _OF_STACKS.keys()
+    ):
+        raise Untraceable(f"torch.{name} of a stack of matrices")
+    one = _OF_STACKS.get(name, func)
+
+    def of(a: Any, i: int) -> Any:
+        return a.parts[i] if type(a) is Symbolic and a.parts is not None else a
+
+    results = [
+        _function(
+            getattr(one, "__name__", name) if name in _OF_STACKS else name,
+            one,
+            tuple(of(a, i) for a in args),
+            {k: of(v, i) for k, v in kwargs.items()},
+        )
+        for i in range(count)
+    ]
+    if name.endswith("_") and not name.endswith("__"):
+        return x
+    return made(None, meta, parts=results)
 
 
 def _over_parts(base: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic:
@@ -622,6 +735,11 @@ def _broadcast(sym: SymTensor, meta: _Meta) -> Symbolic:
 def _write(to: Any, value: Any) -> None:
     if not isinstance(to, Symbolic) or not isinstance(value, Symbolic):
         raise Untraceable("a tensor from outside is written to")
+    if value.parts is not None and (to.parts is not None or to.number is not None):
+        return _write_parts(to, value)
+    if to.ext is not None or (value.ext is not None and to.sym is None):
+        return matrices.write(to, value)
+    value = matrices.left(matrices.in_dtype(value, to.meta.dtype))
     _settle([to, value])
     if value.sym is not None:
         if to.number is not None:
@@ -633,6 +751,17 @@ def _write(to: Any, value: Any) -> None:
     else:
         given = value.number if value.sym is None and value.number is not None else place(value)
         rebind(place(to), lowered_to(place(to).run, given))
+
+
+def _write_parts(to: Symbolic, value: Symbolic) -> None:
+    """What is made of stacked tensors, to a stack."""
+    if to.meta.shape != value.meta.shape or to.meta.dtype != value.meta.dtype or to.hosted:
+        raise Untraceable("a stack of tensors is written to another kind of tensor")
+    if to.parts is None:
+        to.__dict__.update(parts=value.parts, number=None)
+        return
+    for one, part in zip(to.parts, value.parts or (), strict=True):
+        _write(one, part)
 
 
 _POSITIONS = {"addcdiv": 3, "addcmul": 3}

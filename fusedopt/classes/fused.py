@@ -26,7 +26,7 @@ from ..step.verdicts import Eager
 from ..trace.signals import Untraceable
 from ..trace.signals import place_of as place_in
 from ..trace.totals import Total
-from .buckets import ClassGroups, StepBuckets
+from .buckets import ClassGroups, StepBuckets, Waits
 from .check import Sample
 from .shadow import NewState
 from .tracing import Options, plain_function
@@ -52,8 +52,8 @@ class Fused:
         self.groups = ClassGroups(opt)
         self.buckets = StepBuckets(self.groups, type(opt).__name__, options)
         self.engine = Engine(self.buckets)
-        self.reason, self.given_up = "", False
-        self._misses = self._steps = 0
+        self.reason, self.given_up, self._why = "", False, ""
+        self._misses = self._steps = self._failures = 0
         self._calls_first = self._new_trace = False
         self.said: set[Any] = set()
 
@@ -80,7 +80,9 @@ class Fused:
         self._steps += 1
         sampled = self.options.check > 1 and self._steps % self.options.check == 0
         sample = Sample(opt, closure is not None, self.buckets.sums) if sampled else None
-        if not self.engine.repeat(self.scaling) and not self._anew(opt):
+        if self._repeat():
+            self.reason = ""
+        elif not self._anew(opt):
             return self._own(opt, None if closure is None else lambda: loss)
         host: Any = self.engine.read
         host.write(vars(opt), self._total)
@@ -120,6 +122,15 @@ class Fused:
         clip()
         return own(opt)
 
+    def _repeat(self) -> bool:
+        """Repeat a known step. False if this is none, or a torch call in it raises, nothing having changed."""
+        try:
+            return bool(self.engine.repeat(self.scaling))
+        except Exception as error:
+            if not getattr(error, "of_a_call", False) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+
     def _can(self, opt: torch.optim.Optimizer) -> bool:
         """Whether the step calls its closure first, and once, so that we may."""
         self._calls_first = self._traceable(opt, self.buckets.prepare)
@@ -134,6 +145,7 @@ class Fused:
             return False
         self.reason = ""
         self._new_trace = self.buckets.traces_made > made
+        self._failures = 0 if self._new_trace else self._failures
         return True
 
     @torch.no_grad()
@@ -145,12 +157,18 @@ class Fused:
                 raise NewState("no parameter has a gradient", traced=False)
             use(todo)
             return True
+        except Waits:
+            self.reason = self._why
+            return False
         except (Untraceable, Exception) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self.reason = self._described(opt, error)
             missed = not isinstance(error, NewState) or error.traced
         if missed:
+            self._failures += 1
+            if self._failures >= RETRACES:  # time and again, between steps that have one: try ever fewer
+                self.buckets.waits, self._why = 2 ** min(self._failures, 16), self.reason
             self._miss(opt, self.reason)
         return False
 

@@ -69,8 +69,9 @@ def is_own(name: str) -> bool:
 
 class Shadow:
     """A copy of an optimizer. ``tensors`` are what stands for its tensors, by id; ``number(path, value)`` makes what
-    stands for a number, ``function(f)`` for a function; ``state`` has what stands for the entries of each store of
-    state, by the ids of store and parameter. ``numbers`` and ``flags`` are the optimizer's, by path.
+    stands for a number, ``function(f)`` for a function, ``kinds(c)`` for a class; ``state`` has what stands for the
+    entries of each store of state, by the ids of store and parameter. ``numbers`` and ``flags`` are the optimizer's, by
+    path.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class Shadow:
         number: Callable[[Path, Any], Any],
         state: dict[int, dict[int, Any]],
         function: Callable[[Any], Any] = lambda f: f,
+        kinds: Callable[[type], type] = lambda kind: kind,
     ) -> None:
+        self._kinds = kinds
         self._number, self._tensors, self._function = number, tensors, function
         self.params = {id(p) for group in opt.param_groups for p in group["params"]}
         self._memo: dict[int, Any] = {}
@@ -206,7 +209,7 @@ class Shadow:
         return self._object(kind, value, path)
 
     def _object(self, kind: type, value: Any, path: Path) -> Any:
-        copy: Any = object.__new__(kind)
+        copy: Any = object.__new__(self._kinds(kind))
         self._memo[id(value)] = copy
         entries = {
             k: v if is_own(k) else self._copied(v, (*path, ("attr", k))) for k, v in vars(value).items()

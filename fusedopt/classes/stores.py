@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
+import enum
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ..step.items import inside
+
 State = dict[Any, Any]
 """What is kept of one parameter: its entry in the store; of several stores, by their number, each with its entry."""
+
+
+_OTHERS = (torch.Tensor, torch.nn.Module, torch.optim.Optimizer, dict, list, tuple, set, type, enum.Enum)
+_LIBRARIES = frozenset({"torch", "numpy", *sys.builtin_module_names, *sys.stdlib_module_names})
+_SET = object.__setattr__
+NOTHING = "an empty list"
+"""In place of a list without elements, in a container in a state: this string."""
 
 
 def stores_of(opt: Any) -> list[dict[Any, State]]:
@@ -41,6 +52,8 @@ def flattened(state: State) -> dict[str, tuple[Any, bool, Any, Any]]:
         parts = _parts(value)
         for inner, part in parts:
             name = f"{key}[{inner!r}]" if not isinstance(key, int) else str(inner)
+            if _is_object(value):
+                name = f"{key}.{inner} of {type(value).__module__}.{type(value).__qualname__}"
             out[name if name not in out else f"{name}@{key}"] = key, True, inner, part
         if not parts:
             out[str(key)] = key, False, None, value
@@ -48,23 +61,55 @@ def flattened(state: State) -> dict[str, tuple[Any, bool, Any, Any]]:
 
 
 def _parts(value: Any) -> list[tuple[Any, Any]]:
-    return list(value.items() if isinstance(value, dict) else enumerate(value) if type(value) is list else ())
+    found = vars(value) if _is_object(value) else value
+    return list(found.items() if isinstance(found, dict) else enumerate(found) if type(found) is list else ())
+
+
+def _is_object(value: Any) -> bool:
+    """Whether it is an object of somebody's own class, which has nothing but attributes."""
+    kind = type(value)
+    if (
+        isinstance(value, _OTHERS)
+        or kind.__module__.split(".")[0] in _LIBRARIES
+        or kind.__setattr__ is not _SET
+    ):
+        return False
+    plain = not any(vars(base).get("__slots__") for base in kind.__mro__[:-1])
+    return plain and type(getattr(value, "__dict__", None)) is dict
+
+
+def _copied(container: Any, kinds: Callable[[type], type]) -> Any:
+    """A container with the same in it."""
+    if not _is_object(container):
+        return copy.copy(container)
+    out: Any = object.__new__(kinds(type(container)))
+    vars(out).update(vars(container))
+    return out
+
+
+def _is_empty(value: Any) -> bool:
+    return type(value) is list and not value
 
 
 def values_of(state: State) -> dict[str, Any]:
-    return {name: value for name, (_, _, _, value) in flattened(state).items()}
+    found = flattened(state).items()
+    return {name: NOTHING if nested and _is_empty(value) else value for name, (_, nested, _, value) in found}
 
 
 def put(state: State, values: dict[str, Any]) -> None:
     """Put values where a state has these names."""
-    for name, (key, nested, inner, _) in flattened(state).items():
-        (state[key] if nested else state)[inner if nested else key] = values[name]
+    for name, (key, nested, inner, value) in flattened(state).items():
+        if not _is_empty(value) or values[name] is not NOTHING:
+            (inside(state[key]) if nested else state)[inner if nested else key] = values[name]
 
 
-def rebuilt(state: State, make: Callable[[str, Any], Any]) -> State:
-    """A copy of a state with other values: ``make(name, value)``."""
-    out = {key: copy.copy(value) if _parts(value) else value for key, value in state.items()}
-    put(out, {name: make(name, value) for name, value in values_of(state).items()})
+def rebuilt(
+    state: State, make: Callable[[str, Any], Any], kinds: Callable[[type], type] = lambda kind: kind
+) -> State:
+    """A copy of a state with other values: ``make(name, value)``; objects in it are of the class ``kinds(theirs)``."""
+    out = {key: _copied(value, kinds) if _parts(value) else value for key, value in state.items()}
+    values = {name: [] if value is NOTHING else make(name, value) for name, value in values_of(state).items()}
+    put(out, values)
     return out
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..ir.ops import ELEMENT, TENSOR
 from ..trace import methods  # noqa: F401  (fills the table of tensor methods)
+from ..trace.externs import ExternTensor, leave
 from ..trace.number import Number, operate
 from ..trace.run import Run
 from ..trace.signals import Untraceable
@@ -34,8 +35,9 @@ _Meta = torch.Tensor
 class Symbolic(torch.Tensor):
     """A tensor of the shadow. ``meta`` has its shape and dtype.
 
-    It is one of four: ``sym``, a place in the graph of a parameter; ``number``, one number of the host in all its
-    elements; ``parts``, several tensors stacked; or none of these, where kernels cannot take it: ``why``.
+    It is one of six: ``sym``, a place in the graph of a parameter; ``ext``, what torch calls give (see matrices.py);
+    ``constant``, a real tensor made of nothing else; ``number``, one number of the host in all its elements; ``parts``,
+    several tensors stacked; or none of these, where kernels cannot take it: ``why``.
     """
 
     sym: SymTensor | None
@@ -43,6 +45,8 @@ class Symbolic(torch.Tensor):
     why: str
     number: Any
     parts: list[Symbolic] | None
+    ext: ExternTensor | None
+    constant: torch.Tensor | None
     hosted: bool
     """Whether it is a tensor of the optimizer itself, with one number in it."""
     symbolic = True
@@ -61,6 +65,15 @@ class Symbolic(torch.Tensor):
 
     __hash__ = object.__hash__  # which tensor it is, is known
 
+    def device_now(self) -> torch.device:
+        """Where it would be."""
+        of = next((x for x in (self.sym, self.ext) if x is not None), None)
+        if self.parts:
+            return self.parts[0].device_now()
+        if of is not None:
+            return of.run.device
+        return torch.device("cpu") if self.constant is None else self.constant.device
+
     @property
     def grad(self) -> Any:
         return self.__dict__.get("gradient")
@@ -73,6 +86,8 @@ class Symbolic(torch.Tensor):
 
     @property
     def data(self) -> Any:
+        if self.ext is not None:
+            return made(None, self.meta, ext=self.ext.data)
         return made(view_of(place(self)), self.meta)
 
     @data.setter
@@ -82,6 +97,7 @@ class Symbolic(torch.Tensor):
             self.meta.dtype,
         ):
             raise Untraceable("a tensor's memory is replaced by that of another kind of tensor")
+        value = made(leave(value.ext), value.meta) if value.ext is not None else value
         rebind(place(self), place(value))
 
     @property
@@ -111,13 +127,17 @@ def made(
     number: Any = None,
     parts: list[Symbolic] | None = None,
     hosted: bool = False,
+    ext: ExternTensor | None = None,
+    constant: torch.Tensor | None = None,
 ) -> Symbolic:
-    device = sym.run.device if sym is not None else torch.device("cpu")
+    of = next((x for x in (sym, ext) if x is not None), None)
+    device = of.run.device if of is not None else torch.device("cpu") if constant is None else constant.device
     with torch._C.DisableTorchFunction():
         out = torch.Tensor._make_wrapper_subclass(
             Symbolic, meta.shape, strides=meta.stride(), dtype=meta.dtype, device=device
         )
     out.__dict__.update(sym=sym, meta=meta, why=why, number=number, parts=parts, hosted=hosted)
+    out.__dict__.update(ext=ext, constant=constant)
     return out
 
 
@@ -160,6 +180,8 @@ class TensorNumber:
         """The number of a tensor with one element."""
         if x.number is not None:
             return x.number
+        if x.ext is not None:
+            return TensorNumber.read(made(leave(x.ext), x.meta))
         one = x.__dict__["sym"] = settled(place(x))
         run, one = one.run, as_float(one)
         if one.kind != TENSOR:

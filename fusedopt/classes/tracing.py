@@ -8,8 +8,9 @@ tensors are traced along both of their ways, all parameters at once.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,16 @@ from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph, Program
 from ..step.items import Item
 from ..trace.axes import along
-from ..trace.externs import Calls
+from ..trace.externs import Calls, is_lent
 from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
-from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Outcomes, alike, is_number, load, merged
+from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Matrix, Outcomes, alike, is_number, load, merged
 from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest
-from ..trace.signature import FACTOR, PLAIN, Foreign, Signature
+from ..trace.signature import FACTOR, PLAIN, Foreign, Several, Signature
 from ..trace.standins import StandIns
-from ..trace.tensor import SymTensor
+from ..trace.tensor import FLOATS, SymTensor
 from ..trace.totals import Total
 from ..trace.tracer import Trace, cut_up, program_of
+from . import matrices
 from .host import FILL, Host, There
 from .shadow import NewState, Path, Shadow, shown
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
@@ -37,6 +39,8 @@ from .watch import Watch
 
 Bucket = tuple[list[Item], Signature]
 REPRESENTATIVES = 2
+CHOICES = 16
+"""How many ways are tried in which state may go along a parameter's dimensions."""
 COMPARED, SMALL = 8, 1 << 20
 """Parameters of each bucket that a step which sums over them is compared with the class's own; one more at least, and
 others of no more elements."""
@@ -66,10 +70,13 @@ class Representative:
         signature: Signature,
         scalars: ScalarProgram,
         stores: Sequence[dict[Any, Any]],
+        kinds: Callable[[type], type],
     ) -> None:
+        self.kinds = kinds
         self.stores, self.whole = stores, whole_of(stores, item.owner)
         self.index, self.item, self.signature = index, item, signature
         self.graph, self.scalars = Graph(along(signature.dims) if signature.dims else "0"), scalars
+        self.calls = Calls(self.graph, signature.device)
         self.outcomes: Outcomes = {}
         self.todo: list[tuple[bool, ...]] = [()]
         self.by_step: dict[tuple[bool, ...], Outcomes] = {}
@@ -84,7 +91,7 @@ class Representative:
         decisions = self.todo.pop() if self.todo else ()
         item, signature = self.item, self.signature
         self.run = run = Elements(self.graph, self.scalars, signature, self.index, decisions)
-        run.shape, run.step = item.param.shape, step
+        run.shape, run.step, run.calls = item.param.shape, step, self.calls
         self.p = SymTensor(run, self.graph.leaf("load", "param", kind=ELEMENT), signature.param)
         self.g = SymTensor(run, self.grad, signature.grad)
         self.gradient = made(self.g, meta_of(item.grad))
@@ -99,15 +106,20 @@ class Representative:
                 sym = SymTensor(run, load(self.graph, signature, f"state.{key}", what), what.dtype, what.dims)
                 self.put[key] = made(sym, meta_of(value))
             elif isinstance(what, Foreign):
-                why = f"the state {key!r} is a {what.dtype} tensor of another shape than the parameter, or of integers"
-                self.put[key] = made(None, meta_of(value), why)
+                if what.dtype in FLOATS:
+                    kept = self.calls.keep(key, what.dtype, what.shape)
+                    self.put[key] = made(None, meta_of(value), ext=self.calls.tensor(run, kept, None))
+                else:  # nothing would be won: what is done to it is no product of matrices
+                    self.put[key] = made(None, meta_of(value), f"the state {key!r} is a {what.dtype} tensor")
             elif type(value) in (int, float):
                 self.put[key] = self.scalars.number(("state", self.index, key), value)
             elif isinstance(value, PLAIN):
                 self.put[key] = value
             else:
                 raise Untraceable(f"the state {key!r} is a {type(value).__name__}")
-        self.state = None if self.whole is None else rebuilt(self.whole, lambda name, _: self.put[name])
+        self.state = (
+            None if self.whole is None else rebuilt(self.whole, lambda name, _: self.put[name], self.kinds)
+        )
 
     def tensors(self) -> dict[int, Any]:
         item = self.item
@@ -126,16 +138,13 @@ class Representative:
         state = values_of(self.state or {})
         if state.keys() != self.put.keys():
             raise NewState(f"state {', '.join(map(str, state.keys() ^ self.put.keys()))} comes or goes")
-        taken = {id(self.p.place), id(self.g.place)}
+        taken: set[Any] = {id(self.p.place), id(self.g.place)}
         for key, value in state.items():
             cells[key] = self._left(key, value, taken)
         path = tuple(self.run.taken)
         if path in self.outcomes:  # while others go along more of theirs, or with fewer of them
-            if any(
-                not alike(v, cells[k])
-                for k, v in self.outcomes[path][1].items()
-                if not isinstance(v, Foreign)
-            ):
+            before = self.outcomes[path][1]
+            if any(not alike(v, cells[k]) for k, v in before.items() if not isinstance(v, Foreign)):
                 raise Untraceable(
                     "what it does to a parameter depends on how many there are, or on their order"
                 )
@@ -145,16 +154,34 @@ class Representative:
         if len(self.outcomes) + len(self.todo) > MAX_PATHS:
             raise Untraceable(f"more than {MAX_PATHS} paths through branches on norms and means")
 
-    def _left(self, key: str, value: Any, taken: set[int]) -> Any:
+    def _own_memory(self, key: str, value: Symbolic, taken: set[Any]) -> None:
+        """Raises Untraceable if what torch calls give is a view of another tensor that stays."""
+        memory: Any = None
+        if value.ext is not None:
+            memory = "calls", self.calls.memory(value.ext.meta)
+        elif self.put[key].ext is not None:
+            memory = id(place(value).place)
+        if memory is not None:
+            if memory in taken or (value.ext is not None and is_lent(value.ext)):
+                raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
+            taken.add(memory)
+
+    def _left(self, key: str, value: Any, taken: set[Any]) -> Any:
         """What the step leaves as this state."""
         put = self.put[key]
-        if isinstance(put, Symbolic) and put.sym is None:
+        if isinstance(put, Symbolic) and put.sym is None and put.why:
             if value is not put:
                 raise Untraceable(f"the state {key!r}, which kernels cannot take, is replaced")
             return Foreign(put.meta.dtype, put.meta.shape)
+        if isinstance(put, Symbolic) and isinstance(value, Symbolic) and put.sym is None:
+            if (value.meta.shape, value.meta.dtype) != (put.meta.shape, put.meta.dtype):
+                raise NewState(f"the state {key!r} gets another shape or dtype")
+            self._own_memory(key, value, taken)
+            return Matrix(matrices.entered(value).spot.ref, None)
         if isinstance(value, Symbolic):
             if not isinstance(put, Symbolic):
                 raise NewState(f"the state {key!r} becomes a tensor")
+            self._own_memory(key, value, taken)
             sym = self._place(value, f"the state {key!r}", self.item.state[key])
             if id(sym.place) in taken:
                 raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
@@ -185,6 +212,8 @@ class Representative:
         raise Untraceable(f"the state {key!r} is left as a {type(value).__name__}")
 
     def _place(self, value: Symbolic, what: str, real: torch.Tensor) -> SymTensor:
+        if isinstance(value, Symbolic) and value.ext is not None and value.meta.shape == real.shape:
+            value = matrices.left(value)
         if isinstance(value, Symbolic) and value.sym is not None:
             value.__dict__["sym"] = settled(value.sym)
             if of_step(value.sym):
@@ -232,21 +261,34 @@ class Representative:
             raise Untraceable("the step writes to gradients, and max_grad_norm scales them")
         graded = grad and write_grads
         rounds: tuple[Program, ...] = ()
-        program, slots, axes = program_of(self.graph, self.signature, {}, cells, {}, graded)
-        if totals := {k: depths[k.call] for k in cells if isinstance(k, Total)}:
-            calls = Calls(self.graph, self.signature.device)
-            program, rounds, slots, axes, _ = cut_up(
-                self.graph, calls, self.signature, {}, cells, {}, graded, totals
+        externs = None
+        totals = {k: depths[k.call] for k in cells if isinstance(k, Total)}
+        if totals and self.calls.calls:
+            raise Untraceable("sums over parameters, and torch calls between programs")
+        if totals or self.calls.calls:
+            program, rounds, slots, axes, externs = cut_up(
+                self.graph, self.calls, self.signature, {}, cells, {}, graded, totals or None
             )
+        else:
+            program, slots, axes = program_of(self.graph, self.signature, {}, cells, {}, graded)
         ours = ScalarProgram()
         move = mover(self.scalars, ours, self.index)
         numbers = {
             k: Number(ours, move(v.index), v.value) if type(v) is Number else v
             for k, v in cells.items()
-            if not isinstance(v, (Cell, Foreign)) and not isinstance(k, Total)
+            if not isinstance(v, (Cell, Foreign, Matrix)) and not isinstance(k, Total)
         }
         trace = Trace(
-            self.signature, program, ours, tuple(map(move, slots)), numbers, {}, {}, axes, rounds=rounds
+            self.signature,
+            program,
+            ours,
+            tuple(map(move, slots)),
+            numbers,
+            {},
+            {},
+            axes,
+            rounds=rounds,
+            externs=externs,
         )
         for guard in guards:
             ours.guard(move(guard.index), guard.value, guard.where)
@@ -322,6 +364,10 @@ class _Closure:
 def shadow_class(kind: type, stand_ins: StandIns) -> type:
     """The class with stand-ins in its methods."""
     own: dict[str, Any] = {}
+    if not issubclass(kind, torch.optim.Optimizer) and "__init_subclass__" in dir(kind):
+        hook: Any = kind.__init_subclass__
+        if getattr(hook, "__objclass__", None) is not object and hasattr(hook, "__func__"):
+            raise Untraceable(f"{kind.__qualname__} looks after its subclasses, which a trace makes")
     for base in kind.__mro__:
         if base in (torch.optim.Optimizer, object) or base.__module__ == "typing":
             continue
@@ -332,7 +378,9 @@ def shadow_class(kind: type, stand_ins: StandIns) -> type:
                 own[name] = type(value)(stand_ins.of(plain_function(value.__func__)))
             elif isinstance(value, types.FunctionType) or hasattr(value, "_torchdynamo_orig_callable"):
                 own[name] = stand_ins.of(plain_function(value))
-    own["__module__"] = kind.__module__
+            elif type(value) is property:
+                own[name] = property(*(f and stand_ins.of(f) for f in (value.fget, value.fset, value.fdel)))
+    own |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), own)
 
 
@@ -355,7 +403,10 @@ def trace_step(
 
     Where sizes leave open along which dimensions a state goes, the first choice is taken that fits.
     """
-    choices = [list(signature.resolved()) for _, signature in buckets]
+    choices = [
+        [*islice(signature.resolved(), CHOICES), *_of_other_shapes(items, signature)]
+        for items, signature in buckets
+    ]
     while True:
         chosen = [(items, found[0]) for (items, _), found in zip(buckets, choices, strict=True)]
         try:
@@ -365,7 +416,21 @@ def trace_step(
             found = choices[bucket_of[error.of]] if error.of is not None else []
             if len(found) < 2:
                 raise
-            found.pop(0)
+            del found[: -1 if error.matrix else 1]
+
+
+def _of_other_shapes(items: list[Item], signature: Signature) -> Iterator[Signature]:
+    """The signature if state that might go along the parameter's dimensions is of its own shape, as factors of a
+    covariance are."""
+    along = {
+        k
+        for k, v in signature.state
+        if isinstance(v, Several) or (isinstance(v, Buffer) and v.dims is not None)
+    }
+    if along:
+        found = {k: items[0].state[k] for k in along}
+        state = {k: Foreign(found[k].dtype, found[k].shape) if k in along else v for k, v in signature.state}
+        yield replace(signature, state=tuple(state.items()))
 
 
 def _trace_step(
@@ -376,16 +441,24 @@ def _trace_step(
     names: Callable[[Path], str],
 ) -> StepTrace:
     scalars, stores = ScalarProgram(), stores_of(opt)
+    stand_ins = StandIns("torch.optim")
+    shadows: dict[type, type] = {}
+
+    def kinds(kind: type) -> type:
+        return shadows.get(kind) or shadows.setdefault(kind, shadow_class(kind, stand_ins))
+
     groups: list[list[Representative]] = []
     for items, signature in buckets:
         chosen = sorted(items, key=lambda item: item.param.numel())[:REPRESENTATIVES]
         first = sum(map(len, groups))
         groups.append(
-            [Representative(first + k, item, signature, scalars, stores) for k, item in enumerate(chosen)]
+            [
+                Representative(first + k, item, signature, scalars, stores, kinds)
+                for k, item in enumerate(chosen)
+            ]
         )
     representatives = [r for group in groups for r in group]
-    stand_ins = StandIns("torch.optim")
-    kind = shadow_class(type(opt), stand_ins)
+    kind = kinds(type(opt))
     bucket_of = [b for b, group in enumerate(groups) for _ in group]
     sums = Sums(bucket_of, [group[0].item.where[0] for group in groups])
     codes: set[types.CodeType] = set()
@@ -515,6 +588,7 @@ def _different(a: Trace, b: Trace) -> bool:
         of(a) != of(b)
         for of in (
             lambda t: (t.program, t.rounds, t.slots, t.scalars.entries, t.scalars.guards),
+            lambda t: t.externs and t.externs.key(),
             lambda t: {k: _plain(v) for k, v in t.numbers.items()},
             lambda t: [
                 repr(v) for e, v in zip(t.scalars.entries, t.scalars.values, strict=True) if e[0] == "raw"
@@ -600,7 +674,7 @@ def _run(
         return scalars.number(("hyper", used[path]), plain)
 
     _resting(opt, representatives[0].stores, tensors, known)
-    shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of)
+    shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of, representatives[0].kinds)
     given = _Closure()
     watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred, codes)
     latest()

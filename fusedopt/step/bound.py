@@ -26,7 +26,7 @@ from ..ir.program import Buffer
 from ..trace.signature import PLAIN, Foreign
 from . import sharded
 from .buckets import Bucket
-from .items import Groups, Item, dense
+from .items import Groups, Item, dense, inside
 from .launching import Launched
 from .rounds import Round
 from .scaling import Norm, Scaling
@@ -251,6 +251,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
         elif type(value) in (int, float):
             kind, numbers[key] = kinds.number, len(numbers)
         at[key] = len(entries)
+        container = groups.state[item.owner][stored] if nested else None
         entries.append(
             native.Entry(
                 key=stored,
@@ -260,6 +261,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
                 written=buffer in written,
                 nested=nested,
                 inner=inner,
+                owner=None if container is None or inside(container) is container else type(container),
             )
         )
     for which, key in enumerate(groups.extra):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..trace.cuts import Externs, Function, Load, Number, Step
-from ..trace.externs import Kept, Result, leaves, mapped
+from ..trace.externs import Call, Kept, Result, leaves, mapped
 from ..trace.methods import METHODS
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 BATCH = 1 << 20
 """Elements of a parameter and those stacked with it: more does not pay, and has to be kept in memory."""
+
+ALONE = 1 << 17
+"""Bytes of a tensor from which on calls on a CPU are made for each: its products of stacks are no faster, and what has
+to be copied for a stack is large."""
 
 Memory = dict[str, torch.Tensor]
 """What programs leave and find, by buffer: a slice for each parameter."""
@@ -92,8 +96,11 @@ class Calling:
     @property
     def stack(self) -> int:
         """How many parameters a call is made for."""
-        most = max(math.prod(shape) for _, shape in self.externs.buffers.values())
-        return max(1, BATCH // max(most, 1))
+        sizes = [(math.prod(shape), dtype.itemsize) for dtype, shape in self.externs.buffers.values()]
+        on_cpu = all(t.device.type == "cpu" for t in self.memory.values())
+        if on_cpu and max(n * size for n, size in sizes) >= ALONE:
+            return 1
+        return max(1, BATCH // max(1, *(n for n, _ in sizes)))
 
     def commit(self) -> None:
         """Write what calls left for the state."""
@@ -132,7 +139,11 @@ class Calling:
         self._kept = self._kept or [{} for _ in batches]
         with torch.no_grad():
             for batch, known in zip(batches, self._kept, strict=True):
-                self._batch(function, batch, known, slots, {k: v[batch] for k, v in state.items()})
+                try:
+                    self._batch(number, batch, known, slots, {k: v[batch] for k, v in state.items()})
+                except Exception as error:
+                    error.of_a_call = True  # type: ignore[attr-defined]
+                    raise
                 if last:
                     known.clear()
         if last:
@@ -143,39 +154,22 @@ class Calling:
 
     def _batch(
         self,
-        function: Function,
+        number: int,
         batch: slice,
         known: dict[int, Any],
         slots: Sequence[float],
         state: dict[str, list[torch.Tensor]],
     ) -> None:
         views = {name: t[batch] for name, t in self.memory.items()}
-        single = len(next(iter(views.values()))) == 1
-        used = {x.key for step in function.steps for x in step.call.refs() if isinstance(x, Kept)}
-        kept = {
-            k: (state[k][0] if single else torch.stack(state[k])).to(self.externs.kept[k][0]) for k in used
-        }
-        if single:
+        count = len(next(iter(views.values())))
+        if count == 1:
             views = {name: t[0] for name, t in views.items()}
-
-        def value(x: Any) -> Any:
-            if isinstance(x, Result):
-                return known[x.call]
-            if isinstance(x, Load):
-                return views[x.buffer]
-            if isinstance(x, Kept):
-                return kept[x.key]
-            return slots[x.slot] if isinstance(x, Number) else x
-
-        for step in function.steps:
-            args = mapped(step.call.args, value)
-            kwargs = {k: mapped(v, value) for k, v in step.call.kwargs}
-            if single:
-                known[step.number] = step.call.function(*args, **kwargs)
-            else:
-                known[step.number] = stacked(step, self.externs)(args, kwargs)
-            for gone in step.last:
-                del known[gone]
+        used, between = _between(self.externs, number, count == 1)
+        kept = {
+            k: (state[k][0] if count == 1 else torch.stack(state[k])).to(self.externs.kept[k][0])
+            for k in used
+        }
+        between(known, views, kept, slots, count)
         theirs = {t.untyped_storage().data_ptr() for t in (*views.values(), *kept.values())}
 
         def own(call: int) -> torch.Tensor:
@@ -183,12 +177,77 @@ class Calling:
             found = known[call]
             return found.clone() if found.untyped_storage().data_ptr() in theirs else found
 
+        function = self.externs.functions[number]
+        assert function is not None
         made = [(name, own(call)) for name, call in function.outputs]
         for key, call in function.written:
-            new = [own(call)] if single else own(call).unbind()
+            new = [own(call)] if count == 1 else own(call).unbind()
             self._new += zip(state[key], new, strict=True)
         for name, found in made:
             views[name].copy_(found)
+
+
+Between = Callable[[dict[int, Any], Memory, Memory, Sequence[float], int], None]
+"""The calls of a round: what calls gave by number, which it adds to, what programs left, state, slots, how many."""
+
+
+def _between(externs: Externs, number: int, single: bool) -> tuple[list[str], Between]:
+    """The state that the calls of a round take, and these as one generated function, of stacks or of one parameter."""
+    key = number, single
+    if key not in externs.compiled:
+        function = externs.functions[number]
+        assert function is not None
+        used = {x.key for step in function.steps for x in step.call.refs() if isinstance(x, Kept)}
+        externs.compiled[key] = sorted(used), _generated(externs, function, single)
+    found: tuple[list[str], Between] = externs.compiled[key]
+    return found
+
+
+def _generated(externs: Externs, function: Function, single: bool) -> Between:
+    space: dict[str, Any] = {}
+    own = {step.number for step in function.steps}
+    lines = ["def between(known, views, kept, slots, count):"]
+
+    def constant(x: Any) -> str:
+        space[name := f"k{len(space)}"] = x
+        return name
+
+    def spelled(x: Any) -> str:
+        if type(x) in (tuple, list):
+            inner = "".join(f"{spelled(part)}, " for part in x)
+            return f"({inner})" if type(x) is tuple else f"[{inner}]"
+        if isinstance(x, Result):
+            return f"r{x.call}" if x.call in own else f"known[{x.call}]"
+        if isinstance(x, Load):
+            return f"views[{x.buffer!r}]"
+        if isinstance(x, Kept):
+            return f"kept[{x.key!r}]"
+        return f"slots[{x.slot}]" if isinstance(x, Number) else constant(x)
+
+    for step in function.steps:
+        call = step.call
+        args = [spelled(x) for x in call.args]
+        kwargs = [(k, spelled(v)) for k, v in call.kwargs]
+        of_parameters = any(isinstance(x, (Result, Load, Kept)) for x in call.refs())
+        if call.function is torch.Tensor.clone and not kwargs and of_parameters:
+            made = args[0]  # nothing is written in place
+        elif single or not of_parameters:
+            made = f"{constant(call.function)}({', '.join([*args, *(f'{k}={v}' for k, v in kwargs)])})"
+            made = made if single else f"{constant(_spread)}({made}, count)"  # of constants alone
+        else:
+            named = "".join(f"{k!r}: {v}, " for k, v in kwargs)
+            made = f"{constant(stacked(step, externs))}(({''.join(f'{a}, ' for a in args)}), {{{named}}})"
+        lines.append(f"    r{step.number} = {made}")
+        lines += [f"    del r{gone}" if gone in own else f"    del known[{gone}]" for gone in step.last]
+        own -= set(step.last)
+    lines += [f"    known[{n}] = r{n}" for n in sorted(own)]
+    exec("\n".join(lines), space)
+    between: Between = space["between"]
+    return between
+
+
+def _spread(x: torch.Tensor, count: int) -> torch.Tensor:
+    return x.expand(count, *x.shape)
 
 
 # --
@@ -227,6 +286,10 @@ def stacked(step: Step, externs: Externs) -> Stacked:
         return lambda args, kwargs: args[0].mT
     if name in ("matmul", "mm", "bmm") and len(set(of_tensors)) == 1 and of_tensors[0] >= 2:
         return lambda args, kwargs: torch.matmul(*args)
+    if name == "tensordot" and of_tensors == [2, 2] and (turned := _contracted(step.call)) is not None:
+        return lambda args, kwargs: torch.matmul(
+            *(x.mT if t else x for x, t in zip(args, turned, strict=False))
+        )
     if name == "addmm" and of_tensors == [2, 2, 2]:
         return lambda args, kwargs: torch.baddbmm(*args, **kwargs)
     if name in ("norm", "linalg_norm", "linalg_matrix_norm") and of_tensors == [2] and len(parts) == 1:
@@ -236,6 +299,16 @@ def stacked(step: Step, externs: Externs) -> Stacked:
     if name.strip("_").removesuffix("_") in METHODS.keys() - _NOT_ELEMENTWISE and None not in of_tensors:
         return functools.partial(_elementwise, call.function, ranks, max(of_tensors, default=0))
     return functools.partial(_mapped, call.function, ranks)
+
+
+def _contracted(call: Call) -> tuple[bool, bool] | None:
+    """Which of two matrices to transpose, for their product to sum along these dimensions; None for other sums."""
+    dims = [*call.args[2:], *(v for k, v in call.kwargs if k == "dims")]
+    pair = [list(d) for d in dims[0]] if dims and type(dims[0]) in (list, tuple) else []
+    if len(dims) != 1 or len(call.kwargs) > 1 or list(map(len, pair)) != [1, 1]:
+        return None
+    (a,), (b,) = pair
+    return a % 2 == 0, b % 2 == 1
 
 
 def _rank(x: Any, externs: Externs) -> int | None:

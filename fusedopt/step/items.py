@@ -181,6 +181,11 @@ def facts(kernel: Kernel, rows: Sequence[Item], shapes: Sequence[tuple[int, ...]
     return found | drawn
 
 
+def inside(container: Any) -> Any:
+    """What a container in the state has: the dict or list itself, or an object's attributes."""
+    return container if isinstance(container, (dict, list)) else vars(container)
+
+
 class Groups(Protocol):
     """What is asked of `optimizer.groups.ParamGroups`."""
 

@@ -134,7 +134,7 @@ def _in_groups(groups: Groups, plan: Bucket) -> Callable[[str], list[torch.Tenso
     def found(key: str) -> list[torch.Tensor]:
         stored, nested, inner = places[key]
         values = [groups.state[owner()][stored] for owner in owners]
-        return [value[inner] for value in values] if nested else values
+        return [items.inside(value)[inner] for value in values] if nested else values
 
     return found
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ir.program import Buffer, Graph, Value, reachable
-from .externs import EXTERN, Call, Calls, Constant, Given, Kept, Ref, Result, Slot, mapped, memory_of
+from .externs import EXTERN, Call, Calls, Constant, Given, Kept, Ref, Result, Slot, mapped
 from .signals import Untraceable
 from .totals import BUFFER, TOTAL, Total
 
@@ -57,7 +57,8 @@ class Externs:
 
     ``buffers``: the dtype and shape of each for one parameter; ``kept``: those of the state's tensors that calls take
     or write, in the type that callbacks compute in; ``ranks``: of each call's result its dimensions; ``reused``:
-    buffers of results with that of a given tensor which has room for it.
+    buffers of results with that of a given tensor which has room for it; ``dtypes``: those of all results;
+    ``compiled``: what makes the calls (see step/externs.py).
     """
 
     functions: tuple[Function | None, ...]
@@ -65,6 +66,21 @@ class Externs:
     ranks: Mapping[int, int | None]
     reused: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    dtypes: frozenset[torch.dtype] = frozenset()
+    compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def key(self) -> Any:
+        """What it is compared by with others: tensors by what they hold."""
+
+        def keyed(x: Any) -> Any:
+            return Constant(x) if isinstance(x, torch.Tensor) else x
+
+        calls = [
+            (s.number, s.call.function, mapped(s.call.args, keyed), mapped(s.call.kwargs, keyed), s.last)
+            for f in self.functions
+            for s in (f.steps if f else ())
+        ]
+        return calls, [f and (f.outputs, f.written) for f in self.functions], self.buffers, self.kept
 
     @property
     def may_fail(self) -> bool:
@@ -256,9 +272,11 @@ def _described(
     refs = {x for k in order for x in calls.calls[k].refs() if isinstance(x, Kept)}
     refs |= {Kept(key) for _, _, written in rounds for key, _ in written}
     state = {ref.key: (calls.meta(ref).dtype, tuple(calls.meta(ref).shape)) for ref in sorted(refs)}
-    names = {memory_of(calls.meta(one)): name for one, name in given.items()}
-    views = {k: names[memory_of(m)] for k, m in metas.items() if memory_of(m) in names}
-    return Externs(tuple(functions), shapes, ranks, _reused(functions, shapes, views), state)
+    names = {calls.memory(calls.meta(one)): name for one, name in given.items()}
+    tensors = {k: m for k, m in metas.items() if isinstance(m, torch.Tensor)}
+    views = {k: names[calls.memory(m)] for k, m in tensors.items() if calls.memory(m) in names}
+    dtypes = frozenset(m.dtype for m in tensors.values())
+    return Externs(tuple(functions), shapes, ranks, _reused(functions, shapes, views), state, dtypes)
 
 
 def _with_names(call: Call, given: dict[Given, str]) -> Call:

@@ -14,10 +14,11 @@ import functools
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ir.ops import ELEMENT, TENSOR, is_partial, kind_of
 from . import axes
@@ -105,7 +106,7 @@ class Constant:
         return isinstance(other, Constant) and self.key == other.key
 
 
-Ref = Given | Result | Kept
+Ref = Given | Result | Kept | Constant
 
 
 class Call(NamedTuple):
@@ -163,6 +164,7 @@ class Calls:
         self.calls: list[Call] = []
         self._metas: list[Any] = []
         self._given: dict[Given, torch.Tensor] = {}
+        self._same: dict[int, int] = {}
         self._kept: dict[Kept, torch.Tensor] = {}
         self._known: dict[Any, int] = {}
 
@@ -193,23 +195,30 @@ class Calls:
             return 0.5
         return torch.device("meta") if ref == self.device else ref
 
-    def given_metas(self) -> Iterable[tuple[Given, torch.Tensor]]:
-        return self._given.items()
-
     def record(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Result:
         """Another call. Raises what torch does for such arguments."""
         named = tuple(sorted(kwargs.items()))
         key = function, name_of(function), _key(args), _key(named)
         if key not in self._known:
-            with torch.no_grad():
-                made = function(*mapped(args, self.meta), **dict(mapped(named, self.meta)))
+            metas = mapped(args, self.meta), dict(mapped(named, self.meta))
+            with torch.no_grad(), _NoEffects(metas, name_of(function)):
+                made = function(*metas[0], **metas[1])
             parts = made if isinstance(made, tuple) else (made,)
             if not all(isinstance(part, torch.Tensor) for part in parts):
                 raise Untraceable(f"torch.{name_of(function)} gives no tensor")
             self._known[key] = len(self.calls)
             self.calls.append(Call(function, args, named, where_now()))
             self._metas.append(made)
+            if name_of(function) in _MAY_VIEW:
+                self._same[self.memory(parts[0])] = self.memory(metas[0][0])
         return Result(self._known[key])
+
+    def memory(self, meta: torch.Tensor) -> int:
+        """Which memory a tensor has, one of those that it may be a view of, too."""
+        found: int = meta.untyped_storage()._cdata
+        while self._same.get(found, found) != found:
+            found = self._same[found]
+        return found
 
     def given(self, ref: Ref) -> list[Given]:
         """What programs have to leave for it, in the order in which it is needed."""
@@ -265,7 +274,18 @@ class Calls:
 
     def cast(self, x: SymTensor, dtype: torch.dtype) -> ExternTensor:
         """In a type in which fused programs do not compute."""
-        return enter(x, dtype)
+        return enter(x, dtype, copies=True)
+
+    def written(self, x: SymTensor) -> None:
+        """Something else comes where x is. Raises Untraceable if an extern tensor is a view of that."""
+        for ref, places in x.run.lent.items():
+            if x.place in places:
+                if any(_sharing(self, x.run, self.meta(ref))):
+                    raise Untraceable(
+                        "a tensor is written to in place while a matrix may be a view of it",
+                        "write to it out of place: x = x * 2 instead of x.mul_(2)",
+                    )
+                places.discard(x.place)
 
     def fuses(self, name: str, args: Any) -> bool:
         return fuses(name, args)
@@ -287,9 +307,35 @@ class Calls:
         return sorted(found)
 
 
-def memory_of(meta: Any) -> int | None:
-    """What tensors are views of each other by; None of what is no tensor."""
-    return meta.untyped_storage()._cdata if isinstance(meta, torch.Tensor) else None
+_MAY_VIEW = frozenset(["reshape", "reshape_as", "flatten", "ravel", "contiguous"])
+"""Functions that give a view, or a copy where that cannot be, which the tensor's layout decides."""
+
+
+class _NoEffects(TorchDispatchMode):
+    """Raises Untraceable for what a recorded call must not do: draw random numbers, or write to what it is given."""
+
+    def __init__(self, given: Any, name: str) -> None:
+        super().__init__()
+        self._name = name
+        tensors = [x for x in leaves((given[0], tuple(given[1].values()))) if isinstance(x, torch.Tensor)]
+        self._given = {x.untyped_storage()._cdata for x in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise Untraceable(f"torch.{self._name} draws random numbers")
+        for argument, x in zip(func._schema.arguments, args, strict=False):
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes and any(t.untyped_storage()._cdata in self._given for t in leaves(x)):
+                raise Untraceable(f"torch.{self._name} writes to a tensor that it is given")
+        return func(*args, **(kwargs or {}))
+
+
+def _sharing(calls: Calls, run: Run, meta: torch.Tensor) -> Iterator[Spot]:
+    """Where extern tensors are that share its memory, or may."""
+    mine = calls.memory(meta)
+    for ref in run.spots:
+        if (spot := ref()) is not None and calls.memory(calls.meta(spot.ref)) == mine:
+            yield spot
 
 
 class Spot:
@@ -408,17 +454,29 @@ def calls_of(run: Run) -> Calls:
     return run.calls
 
 
-def enter(x: SymTensor, dtype: torch.dtype | None = None) -> ExternTensor:
-    """The value of a fused program as a real tensor, in this dtype if it is another."""
+def enter(x: SymTensor, dtype: torch.dtype | None = None, copies: bool = False) -> ExternTensor:
+    """The value of a fused program as a real tensor, in this dtype if it is another; ``copies``: not x's own memory."""
     run, calls = x.run, calls_of(x.run)
     own = torch.float64 if run.graph.values[x.node].type == "d" else run.compute
     if x.is_bool:
         real = enter(as_float(x))
         return dispatch(run, torch.Tensor.bool, (real,), {})
     run.attribute(ELEMENT, "shape")  # the call is made for these sizes alone
-    ref = calls.give(x.node, dtype or own, x.fact("shape"))
+    ref = _came_from(calls, x, dtype or own) or calls.give(x.node, dtype or own, x.fact("shape"))
+    if not copies:
+        run.lent.setdefault(ref, weakref.WeakSet()).add(x.place)
     asked = dtype if dtype is not None else x.asked
-    return ExternTensor(run, Spot(ref, asked if asked != ref.dtype else None))
+    return ExternTensor(run, Spot(ref, asked if asked != calls.meta(ref).dtype else None))
+
+
+def _came_from(calls: Calls, x: SymTensor, dtype: torch.dtype) -> Result | None:
+    """What a call gave, if x is that: no program has to leave it again."""
+    value = calls.graph.values[x.node]
+    if value.op != EXTERN:
+        return None
+    result = Result(value.attr)
+    meta = calls.meta(result)
+    return result if (meta.dtype, meta.shape) == (dtype, x.fact("shape")) else None
 
 
 def leave(x: ExternTensor, dims: axes.Dims | None = None) -> SymTensor:
@@ -438,7 +496,7 @@ def leave(x: ExternTensor, dims: axes.Dims | None = None) -> SymTensor:
     if isinstance(ref, Given):
         node = _rounded(run, ref)
     else:
-        if isinstance(ref, Kept):
+        if not isinstance(ref, Result):
             ref = calls.record(torch.Tensor.clone, (ref,), {})
         node = calls.value(ref, kind, "d" if wide else "f")
     known = run.graph.values[node].kind
@@ -515,9 +573,11 @@ def _dispatched(run: Run, function: Callable[..., Any], args: tuple, kwargs: dic
     base = name[:-1] if name.endswith("_") and not name.endswith("__") else None
     if base is not None or out is not None:
         box = args[0] if out is None else out
-        whole = _functional(base) if base is not None else function
-        filled = base in ("copy", "zero", "fill")
-        made = _filled(run, base, args) if filled else dispatch(run, whole, args, kwargs)
+        if base in ("copy", "zero", "fill"):
+            made = _filled(run, base, args)
+        else:
+            whole = _functional(base) if base is not None else function
+            made = dispatch(run, whole, args, kwargs)
         return rebind(box, made) if isinstance(box, SymTensor) else replaced(box, made)
     if name in _CASTS:
         return _cast(run, function, args, kwargs)
@@ -551,9 +611,7 @@ def replaced(box: ExternTensor, value: Any) -> ExternTensor:
         raise Starts("a tensor that is not made from the parameter, its gradient or its state is written to")
     run, calls = box.run, calls_of(box.run)
     meta = box.meta
-    spots = [spot for ref in run.spots if (spot := ref()) is not None and spot is not box.spot]
-    shares = any(memory_of(calls.meta(spot.ref)) == memory_of(meta) for spot in spots)
-    if shares or _is_lent(calls, box):
+    if any(spot is not box.spot for spot in _sharing(calls, run, meta)) or is_lent(box):
         raise Untraceable(
             "a matrix is written to in place while another tensor may be a view of it",
             "write to it out of place: x = x * 2 instead of x.mul_(2)",
@@ -567,14 +625,11 @@ def replaced(box: ExternTensor, value: Any) -> ExternTensor:
     return box
 
 
-def _is_lent(calls: Calls, box: ExternTensor) -> bool:
+def is_lent(box: ExternTensor) -> bool:
     """Whether it is a view of a tensor of the fused programs, so that what is written to it would be written there."""
-    own = {"d": torch.float64}
-    return any(
-        memory_of(meta) == memory_of(box.meta)
-        and given.dtype == own.get(calls.graph.values[given.node].type, box.run.compute)
-        for given, meta in calls.given_metas()
-    )
+    calls = calls_of(box.run)
+    mine = calls.memory(box.meta)
+    return any(places and calls.memory(calls.meta(ref)) == mine for ref, places in box.run.lent.items())
 
 
 def _cast(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -587,7 +642,10 @@ def _cast(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[str,
     )
     if wanted.dtype == x.asked and not kwargs.get("copy"):
         return x.data
-    made = _recorded(run, torch.Tensor.to, (x, wanted.dtype), {})
+    if wanted.dtype == x.meta.dtype:
+        made = _recorded(run, torch.Tensor.clone, (x,), {})
+    else:
+        made = _recorded(run, torch.Tensor.to, (x, wanted.dtype), {})
     made.spot.asked = None
     return made
 
@@ -598,6 +656,8 @@ def mapped_dict(kwargs: dict[str, Any], f: Callable[[Any], Any]) -> dict[str, An
 
 def _recorded(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     calls, factors = calls_of(run), name_of(function).strip("_").removesuffix("_") in _SCALED
+    given = [x for x in leaves((args, tuple(kwargs.values()))) if type(x) is ExternTensor]
+    floating = all(x.meta.dtype.is_floating_point for x in given)
     tensors: list[ExternTensor] = []
 
     def ref(x: Any) -> Any:
@@ -609,10 +669,13 @@ def _recorded(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[
             tensors.append(x)
             return x.spot.ref
         if isinstance(x, Number):
-            mine = x.program is run.scalars and factors
+            # A slot is a float, which does not leave integers what they are.
+            mine = x.program is run.scalars and factors and (type(x.value) is float or floating)
             return Slot(x.index) if mine else x.escape() if x.program is run.scalars else x.value
         if isinstance(x, torch.Tensor):
             return Constant(x)
+        if isinstance(x, slice):
+            return slice(*(i.escape() if isinstance(i, Number) else i for i in (x.start, x.stop, x.step)))
         return x
 
     made = calls.record(function, mapped(args, ref), mapped_dict(kwargs, ref))

@@ -22,14 +22,17 @@ def can_replay(trace: Trace) -> bool:
 
     Such an escape (a step count that is formatted, say) is guarded by the value it had, and would fail each time.
     """
-    return not any(_changes(trace.scalars, g.index) for g in trace.scalars.guards if g.where == "escape")
+    return not any(_changes(trace, g.index) for g in trace.scalars.guards if g.where == "escape")
 
 
-def _changes(scalars: ScalarProgram, index: int) -> bool:
-    op, *operands = scalars.entries[index]
+def _changes(trace: Trace, index: int) -> bool:
+    op, *operands = trace.scalars.entries[index]
     if op in ARITHMETIC:
-        return any(_changes(scalars, i) for i in operands)
-    return op in ("state", "default")
+        return any(_changes(trace, i) for i in operands)
+    if op == "state":  # unless it is left as it was
+        new = trace.numbers.get(operands[0])
+        return not (type(new) is Number and new.index == index)
+    return bool(op == "default")
 
 
 def _power(a: Scalar, b: Scalar) -> Scalar:
@@ -51,8 +54,10 @@ class Replay:
         self.trace = trace
         scalars = trace.scalars
         self.leaves = [e for e in scalars.entries if e[0] in ("hyper", "state")]
-        self.number_keys = [k for k, v in trace.numbers.items() if isinstance(v, Number)]
-        numbers = [trace.numbers[k].index for k in self.number_keys]
+        # A number that the state had, and in whose place a constant comes, is written like any other.
+        left = {k: v for k, v in trace.numbers.items() if type(v) in (Number, int, float)}
+        self.number_keys = list(left)
+        numbers = [v.index if type(v) is Number else scalars.constant(v) for v in left.values()]
         needed = _needed(scalars, [*trace.slots, *numbers, *(g.index for g in scalars.guards)])
         at = {i: k for k, i in enumerate(needed)}
         self.instructions = [self._instruction(i, at) for i in needed]
@@ -114,7 +119,7 @@ class Replay:
             return None
         if not all(guards):
             return None
-        flags = {k: v for k, v in self.trace.numbers.items() if not isinstance(v, Number)}
+        flags = {k: v for k, v in self.trace.numbers.items() if k not in self.number_keys}
         return slots, flags | dict(zip(self.number_keys, numbers, strict=True))
 
 

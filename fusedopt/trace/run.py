@@ -51,7 +51,7 @@ class Run:
 
     ``callback`` is counted from number ``first`` of the optimizer's list on; ``totals`` are its shares of these.
     ``calls``: where torch calls that have no fused form are recorded (see externs.py); None if they may not be made.
-    ``spots``: weak references to where results of those are.
+    ``spots``: weak references to where results of those are; ``lent``: the places whose memory calls were given.
     """
 
     graph: Graph
@@ -67,6 +67,7 @@ class Run:
     finished: bool = False
     calls: Any = None
     spots: list[Any] = field(default_factory=list)
+    lent: dict[Any, Any] = field(default_factory=dict)
 
     where = staticmethod(where_now)
     """What is said of the code that a new value comes from."""

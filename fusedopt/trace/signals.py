@@ -53,10 +53,11 @@ class Starts(Untraceable):
 class Mismatched(Untraceable):
     """Tensors meet along different dimensions of their parameter. ``of`` is the number of the run that met it.
 
-    If sizes left open along which a state goes, another choice may fit.
+    If sizes left open along which a state goes, another choice may fit. ``matrix``: what torch calls give met elements.
     """
 
     of: int | None = None
+    matrix = False
 
 
 class NeedsAttribute(Signal):
@@ -95,5 +96,5 @@ def line_now() -> str:
 
 def where_now() -> str:
     """``callback, file.py:12`` for the innermost frame outside this package's tracer."""
-    frame = _caller()
+    frame = _caller((*_OURS, "torch."))
     return f"{frame.f_code.co_name}, {place_of(frame.f_code, frame.f_lineno)}"

@@ -39,7 +39,7 @@ Shown = axes.Dims | Callable[[], axes.Dims] | None
 class Place:
     """Where a value is: ``node`` is the value now, ``asked`` the dtype eager torch would give it."""
 
-    __slots__ = ("asked", "node")
+    __slots__ = ("__weakref__", "asked", "node")
 
     def __init__(self, node: int, asked: torch.dtype | None) -> None:
         self.node, self.asked = node, asked
@@ -239,6 +239,8 @@ def called(name: str, method: Callable[..., Any], x: SymTensor, *args: Any, **kw
 def rebind(box: SymTensor, value: Any) -> SymTensor:
     """``box.copy_(value)``: the place gets the value; its kind stays (an S value is expanded into an F place)."""
     new = lift(box.run, value)
+    if box.run.lent:
+        box.run.calls.written(box)
     if box.kind == TENSOR and new.kind == ELEMENT:
         raise Untraceable("an in-place result does not fit the 0-d tensor it is written to")
     if box.shown != new.shown and not _fits(box, new):

@@ -306,11 +306,24 @@ def state_of_a_view(self, p, g, s):
     p.sub_((matrix / (s["columns"] + 1)).view_as(p), alpha=g["lr"])
 
 
+def counts_down(self, p, g, s):
+    """A number of the state is set to a constant again."""
+    s["left"] = s.get("left", 3) or 3
+    p.sub_(p.grad, alpha=g["lr"] / s["left"])
+    s["left"] -= 1
+
+
+def starts_over(self, p, g, s):
+    s["wait"] = 2 if not s.get("wait") else s["wait"] - 1
+    p.sub_(p.grad, alpha=g["lr"] / (1 + s["wait"]))
+
+
 COMPLETE = [
     state_of_a_view, rows, factored, centralized, as_matrix, largest_of_rows, spread_of_columns,
     plain, operators, momentum, adam, tensor_count, count_in_group, count_on_self, own_schedule, float_and_int,
     trust_ratio, branch_on_norm, branch_on_read_number, read_number, replaces_state, number_in_state, writes_gradient,
     writes_through_out, flat_view, mask, tensor_of_a_number, stacked_norms, nested_helper, asks_for_its_device,
+    counts_down, starts_over,
 ]  # fmt: skip
 
 

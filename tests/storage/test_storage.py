@@ -431,7 +431,7 @@ def test_explain_says_what_is_held():
 @pytest.mark.parametrize("name", ["bfloat16_sr", "int8"])
 def test_counts_on_the_device_and_clipping_change_nothing_of_it(name):
     ours, opt = run(RULES["AdamW"], name, torch.float32, "cpp", capturable=True, max_grad_norm=10.0)
-    theirs, twin = run(RULES["AdamW"], name, torch.float32, "cpp", max_grad_norm=10.0)
+    theirs, _ = run(RULES["AdamW"], name, torch.float32, "cpp", max_grad_norm=10.0)
     assert opt.engine.bound and isinstance(opt.state[ours[0]]["step"], torch.Tensor)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)

@@ -588,6 +588,25 @@ def test_constants_that_a_callback_reads_are_followed_and_traced_when_they_chang
         assert_same_bits(ours, eager)
 
 
+@pytest.mark.parametrize(
+    "native", [pytest.param(True, marks=needs_extension), False], ids=["bound", "replayed"]
+)
+def test_a_number_of_the_state_that_becomes_a_constant_is_written(native):
+    def counts_down(p, lr, left=0, **kwargs):
+        left = left or 3.0
+        p.data.sub_(p.grad.data, alpha=lr / left)
+        return {"left": left - 1.0}
+
+    ours, theirs = make(counts_down), make(counts_down, backend="reference")
+    for _ in range(8):
+        for opt in (ours, theirs):
+            opt.step()
+            native or forget(ours)
+        (mine,), (right,) = ([opt.state[p]["left"] for p in params_of(opt)] for opt in (ours, theirs))
+        assert type(mine) is type(right) and mine == right
+    assert torch.allclose(params_of(ours)[0], params_of(theirs)[0])
+
+
 @pytest.mark.parametrize("name", [n for n in callbacks.__all__ if n != "debias"])
 def test_our_callbacks_are_pure(name):
     assert is_pure(getattr(callbacks, name))
