@@ -67,6 +67,12 @@ def encode(p: Any, storage: str = "", storage_step: Any = 0, storage_seed: Any =
     new: dict[str, Any] = {}
     if functions.is_zero_dim(p):
         return new
+    for name, was in parted(state).items():
+        if of(storage, name) != was:
+            raise RuntimeError(
+                f"{name!r} is stored in the policy {was!r}, and the param group's storage has {of(storage, name)!r} "
+                "for it now. Remedy: make an optimizer with the storage that you want, and load this one's state_dict()"
+            )
     stream = 0
     for name, value in [(PARAM, p.data), *sorted(state.items())]:
         found = _policy(p, storage, name, value)

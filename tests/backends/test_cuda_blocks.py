@@ -63,7 +63,8 @@ OURS = [
     "part",
     "sums2",
 ]
-ALL = PROGRAMS | MORE | {f"state called {name}": (test_blocks.named(name), 2) for name in OURS}
+ALL = PROGRAMS | MORE
+CALLED = {f"state called {name}": (test_blocks.named(name), 2) for name in OURS}
 SMALL = {
     LINES: [(1,), (63,), (64,), (65,), (1000,), (0,)],
     2: [(1, 1), (3, 5), (64, 33), (1, 1100), (90, 1), (5, 1025), (401, 3), (0, 4), (2, 0), (17, 16)],
@@ -77,7 +78,9 @@ SMALL = {
 def images(tmp_path_factory):
     """What stands for cubins: a library with the kernels of all programs."""
     folder = tmp_path_factory.mktemp("images")
-    bodies = {f"p{k}": renderer.render(p, ["s"], "blocks") for k, (p, _) in enumerate(ALL.values())}
+    bodies = {
+        f"p{k}": renderer.render(p, ["s"], "blocks") for k, (p, _) in enumerate((ALL | CALLED).values())
+    }
     library = cuda_kernels.emulation(cuda_kernels.together(bodies))
     made = {}
     for name, body in bodies.items():
@@ -111,9 +114,9 @@ def fake(built, images, monkeypatch):  # noqa: F811
     return built.fake
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ALL | CALLED)
 def test_kernels_do_what_the_program_says(fake, name):
-    program, axes = ALL[name]
+    program, axes = (ALL | CALLED)[name]
     compared(program, test_blocks.SHAPES[axes], "cuda")
 
 
@@ -287,6 +290,24 @@ def test_an_optimizer_of_callbacks_computes_what_cpp_does(fake):
     assert {"fusedopt_stage_0", "fusedopt_before_1", "fusedopt_stage_1"} >= {
         launch[0] for launch in fake.launches
     }
+
+
+@pytest.mark.parametrize("storage", ["int8", "bf16+8", "bfloat16_sr", "float16_sr"])
+def test_policies_of_storage_are_those_of_cpp(fake, storage):
+    fake.threads = 64
+    found = []
+    for on in ("cuda", "cpp"):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(70, 61), (4096,), (5,)]]
+        opt = fusedopt.optim.AdamW(params, lr=0.1, storage=storage, backend=on)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            opt.step()
+        assert {kernel.backend for kernel, _ in opt.engine.launched} == {on} and not opt.explain().eager
+        found.append([*params, *(s["exp_avg_sq"] for s in opt.state_dict()["state"].values())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- NVRTC

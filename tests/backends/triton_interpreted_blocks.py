@@ -15,6 +15,7 @@ import fusedopt
 from fusedopt.backends import chunking as plan
 from fusedopt.backends.triton import backend
 from fusedopt.ir.program import Value
+from fusedopt.storage import policies
 
 if not backend.interpreting():
     pytest.skip("TRITON_INTERPRET=1 must be set when Python starts", allow_module_level=True)
@@ -138,3 +139,21 @@ def trained(on):
 def test_a_factored_step_is_the_references(small):
     for ours, theirs in zip(trained("triton"), trained("reference"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["int8", "float16_sr"])
+def test_policies_of_storage_are_the_references(storage, monkeypatch, small):
+    monkeypatch.setattr(policies.Blocks, "least", 0)
+    found = []
+    for on in ("triton", "reference"):
+        generator = torch.Generator().manual_seed(2)
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in ((101,), (5,))]
+        opt = fusedopt.optim.AdamW(params, lr=0.1, storage=storage, backend=on)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            opt.step()
+        assert opt.explain().backend == on
+        found.append([*params, *(s["exp_avg_sq"] for s in opt.state_dict()["state"].values())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -462,3 +462,16 @@ def test_a_parameter_in_another_order_of_memory_has_its_blocks_in_the_order_of_d
             x.grad = torch.randn(values.shape)
             opt.step()
     assert_same_bits(p.detach().contiguous(), q.detach())
+
+
+def test_another_policy_for_what_is_stored_is_refused():
+    params, opt = run(RULES["AdamW"], "int8", torch.float32, "cpp")
+    before = [p.detach().clone() for p in params]
+    opt.param_groups[0]["storage"] = "*=bfloat16"
+    give(params, 9)
+    with pytest.raises(
+        RuntimeError, match="is stored in the policy 'int8', and the param group's storage has 'bfl"
+    ):
+        opt.step()
+    for p, old in zip(params, before, strict=True):
+        assert_same_bits(p.detach(), old)
