@@ -725,6 +725,7 @@ def checkpoint_goes_on(mode, rule, dtype=None):
     make = {
         "AdamW": lambda ps: flagged(RULES["AdamW"](ps)),
         "Lamb": lambda ps: flagged(RULES["Lamb"](ps)),
+        "stored": lambda ps: fusedopt.optim.AdamW(ps, lr=0.1, storage="bf16+8"),
         "bf16": lambda ps: fusedopt.Optimizer(
             ps,
             [
@@ -766,6 +767,11 @@ def checkpoint_goes_on(mode, rule, dtype=None):
 def a_checkpoint_goes_on_in_a_fresh_optimizer_with_flags(mode):
     for rule in ("AdamW", "Lamb"):
         checkpoint_goes_on(mode, rule)
+
+
+@check(*MODES)
+def a_checkpoint_of_what_policies_store_goes_on(mode):
+    checkpoint_goes_on(mode, "stored")
 
 
 @check(*MODES)
