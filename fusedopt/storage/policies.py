@@ -35,9 +35,7 @@ class Kahan(Policy):
         high = rounded(x, torch.bfloat16)
         # Towards zero: with half of the last bit of `high` that would be another number, the next time.
         low = cut(x - high)
-        return high, torch.where(
-            low.abs() < float("inf"), low, 0.0
-        )  # what is beyond the largest number has none
+        return high, torch.where(low.abs() < float("inf"), low, 0.0)  # infinity has none
 
     def decode(self, code: Any, *rest: Any) -> Any:
         return code + rest[0]
@@ -46,7 +44,7 @@ class Kahan(Policy):
 class Corrected(Policy):
     """A bfloat16 number, and 8 or 16 bits of what a float32 number has more; with 16 bits exactly that.
 
-    With 8 bits float32 numbers of 16 bits of precision, rounded to the nearest.
+    With 8 bits that is float32 numbers of 15 to 16 bits of precision.
     """
 
     code, params = torch.bfloat16, True
