@@ -15,8 +15,8 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     const T v0 = load<T>(param, i);
     const T v2 = v0 * s0;                             // weight_decay
     const T v6 = load<T>(grad, i);
-    const T v8 = v2 * v2;                             // handle_torch_function
-    const T v13 = v6 * v6;                            // handle_torch_function
+    const T v8 = v2 * v2;                             // larc_layer_lr
+    const T v13 = v6 * v6;                            // larc_layer_lr
     acc0.add(lane, v8);
     acc1.add(lane, v13);
   };
@@ -31,12 +31,12 @@ static void stage_1([[maybe_unused]] const Launch& launch, const Row row, int64_
                     [[maybe_unused]] double* partial) {
   const T s0 = T(row.slot(launch, 0));              // (1 - (lr * wd))
   const T s1 = T(row.slot(launch, 1));              // mom
-  const T r0 = T(combine<sum_>(launch, row, 0));    // handle_torch_function
-  const T v10 = ::sqrt(r0);                         // handle_torch_function
+  const T r0 = T(combine<sum_>(launch, row, 0));    // larc_layer_lr
+  const T v10 = ::sqrt(r0);                         // larc_layer_lr
   const T s2 = T(row.slot(launch, 2));              // (lr * trust_coeff)
   const T v12 = v10 * s2;                           // larc_layer_lr
-  const T r1 = T(combine<sum_>(launch, row, 1));    // handle_torch_function
-  const T v15 = ::sqrt(r1);                         // handle_torch_function
+  const T r1 = T(combine<sum_>(launch, row, 1));    // larc_layer_lr
+  const T v15 = ::sqrt(r1);                         // larc_layer_lr
   const T s3 = T(row.slot(launch, 3));              // wd
   const T v17 = v10 * s3;                           // larc_layer_lr
   const T v18 = v15 + v17;                          // larc_layer_lr
@@ -66,12 +66,12 @@ FUSEDOPT_STAGE(1)
 
 // Once per tensor, after the last stage.
 static void scalars([[maybe_unused]] const Launch& launch, const Row row) {
-  const T r0 = T(combine<sum_>(launch, row, 0));    // handle_torch_function
-  const T v10 = ::sqrt(r0);                         // handle_torch_function
+  const T r0 = T(combine<sum_>(launch, row, 0));    // larc_layer_lr
+  const T v10 = ::sqrt(r0);                         // larc_layer_lr
   const T s2 = T(row.slot(launch, 2));              // (lr * trust_coeff)
   const T v12 = v10 * s2;                           // larc_layer_lr
-  const T r1 = T(combine<sum_>(launch, row, 1));    // handle_torch_function
-  const T v15 = ::sqrt(r1);                         // handle_torch_function
+  const T r1 = T(combine<sum_>(launch, row, 1));    // larc_layer_lr
+  const T v15 = ::sqrt(r1);                         // larc_layer_lr
   const T s3 = T(row.slot(launch, 3));              // wd
   const T v17 = v10 * s3;                           // larc_layer_lr
   const T v18 = v15 + v17;                          // larc_layer_lr

@@ -600,7 +600,7 @@ UNTRACEABLE = {
     "tolist": ("p.grad.tolist()", "read on the host"),
     "unknown function": ("p.data.add_(torch.logcumsumexp(p.grad, 0))", r"torch\.logcumsumexp"),
     "unknown method": ("p.data.add_(p.grad.logcumsumexp(0))", r"Tensor\.logcumsumexp"),
-    "unknown in-place method": ("p.data.copysign_(p.grad)", r"Tensor\.copysign_"),
+    "unknown in-place method": ("p.data.hypot_(p.grad)", r"Tensor\.hypot_"),
     "sort": ("torch.msort(p.grad)", r"torch\.msort"),
     "stack": ("torch.stack([p.grad, p.data])", r"torch\.stack"),
     "foreach": ("torch._foreach_add_([p.data], [p.grad])", r"torch\._foreach_add_"),
