@@ -287,7 +287,7 @@ Choices that begin with float32 are of parameters in float32; models of all othe
 """
 
 
-def table(points: Sequence[Point], where: dict[str, str], minutes: str) -> str:
+def table(points: Sequence[Point], where: dict[str, str]) -> str:
     """The document."""
     tasks = [t for t in TASKS if any(p.task == t for p in points)]
     said = " and ".join(
@@ -307,7 +307,7 @@ def table(points: Sequence[Point], where: dict[str, str], minutes: str) -> str:
     facts_ = (
         f"{where['date']}, commit {where['commit']}, {where['device']}, torch {where['torch']}, one thread"
     )
-    return "".join([*lines, f"\n{facts_}{minutes}.\n"])
+    return "".join([*lines, f"\n{facts_}, {where['minutes']} minutes.\n"])
 
 
 def _cell(x: float, before: str = "") -> str:
@@ -397,7 +397,7 @@ def main() -> None:
         where["minutes"] = f"{(time.perf_counter() - begin) / 60:.0f}"
         write(points, where)
     points, where = read()
-    TABLE.write_text(table(points, where, f", {where['minutes']} minutes"), encoding="utf-8")
+    TABLE.write_text(table(points, where), encoding="utf-8")
     draw(points, PICTURE)
 
 
