@@ -89,7 +89,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """279,264 parameters with the defaults. It sees each character with the three before it, and so learns in minutes."""
+    """279,264 parameters. It sees each character with the three before it, and so learns within minutes."""
 
     def __init__(self, width: int = 96, layers: int = 2, heads: int = 4, length: int = 64) -> None:
         super().__init__()
@@ -323,15 +323,15 @@ def _cell(x: float, before: str = "") -> str:
 COLOURS = {
     PLAIN: "black",
     BARE: "#d1352b",
-    "master": "#3b7dd8",
+    "bf16+8, state int8": "#3b7dd8",
     "bf16+16, state int8": "#2a9d5c",
     "bfloat16_sr, state int8": "#f2a134",
 }
-"""Of the choices whose curves are drawn; the ends of all others are grey."""
+"""Of the choices whose curves are drawn, which have all seeds; the ends of all others are grey."""
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """A row for each task: curves of some choices, and where all seeds of all choices end."""
+    """A row for each task: curves of some choices, and where all seeds of all choices end beside float32's."""
     tasks = [t for t in TASKS if any(p.task == t for p in points)]
     figure = Figure(figsize=(12, 4.4 * len(tasks)), layout="constrained")
     axes = figure.subplots(len(tasks), 2, squeeze=False, width_ratios=(1, 1.15))
@@ -354,20 +354,30 @@ def _draw_curves(axis: Any, points: Sequence[Point], task: Task) -> None:
     axis.set(
         title=f"{task.title}: mean of {task.seeds} seeds", xlabel="step", ylabel=f"validation, {task.loss}"
     )
-    axis.set_yscale("log")
+    if task.unit == 1:  # losses that become ten times smaller
+        axis.set_yscale("log")
     axis.grid(alpha=0.25, which="both")
 
 
 def _draw_ends(axis: Any, points: Sequence[Point], task: str) -> None:
-    names = [*CHOICES][::-1]
-    plain = last(points, task, PLAIN).values()
-    axis.axvspan(min(plain), max(plain), color="black", alpha=0.08, linewidth=0)
+    names = [c for c in CHOICES if c != PLAIN][::-1]
+    plain = last(points, task, PLAIN)
+    spread = _stdev([*plain.values()])
+    axis.axvspan(
+        -spread, spread, color="black", alpha=0.08, linewidth=0, label="float32: spread between seeds"
+    )
+    axis.axvline(0, color="black", linewidth=1)
     for y, choice in enumerate(names):
-        ends, colour = [*last(points, task, choice).values()], COLOURS.get(choice, "#777777")
-        axis.plot(ends, [y] * len(ends), "o", color=colour, markersize=5, alpha=0.6)
-        axis.plot([statistics.mean(ends)] * 2, [y - 0.33, y + 0.33], color=colour, linewidth=2.4)
+        ends, colour = last(points, task, choice), COLOURS.get(choice, "#777777")
+        apart = [ends[seed] - plain[seed] for seed in ends]
+        axis.plot(apart, [y] * len(apart), "o", color=colour, markersize=5, alpha=0.6)
+        axis.plot([statistics.mean(apart)] * 2, [y - 0.33, y + 0.33], color=colour, linewidth=2.4)
     axis.set_yticks(range(len(names)), [f"{n}  ({held(n)} B)" for n in names], fontsize=9)
-    axis.set(title="in the end: each seed, and the mean", xlabel=f"validation, {TASKS[task].loss}")
+    axis.set(
+        title="in the end, above float32 from the same seed: each, and the mean",
+        xlabel=f"validation, difference in {TASKS[task].loss}; left is better",
+    )
+    axis.legend(fontsize=9)
     axis.grid(alpha=0.25)
 
 
