@@ -374,10 +374,11 @@ def _draw_ends(axis: Any, points: Sequence[Point], task: str) -> None:
         axis.plot([statistics.mean(apart)] * 2, [y - 0.33, y + 0.33], color=colour, linewidth=2.4)
     axis.set_yticks(range(len(names)), [f"{n}  ({held(n)} B)" for n in names], fontsize=9)
     axis.set(
-        title="in the end, above float32 from the same seed: each, and the mean",
+        title="in the end: each seed beside float32's, and the mean",
         xlabel=f"validation, difference in {TASKS[task].loss}; left is better",
     )
-    axis.legend(fontsize=9)
+    axis.legend(fontsize=8, loc="upper right")
+    axis.set_ylim(-0.7, len(names) + 0.4)
     axis.grid(alpha=0.25)
 
 
