@@ -21,10 +21,11 @@ import pytest
 
 from fusedopt import backends
 from fusedopt.ir.ops import OPS
+from fusedopt.storage.policy import POLICIES
 from fusedopt.trace.tensor import METHODS
 
 ROOT = Path(__file__).parents[1]
-WRITTEN = {"classes_table.md", "rules_table.md"}
+WRITTEN = {"classes_table.md", "rules_table.md", "storage_table.md", "storage_curves.md"}
 """By a command, and without examples."""
 DOCUMENTS = [
     ROOT / "README.md",
@@ -33,7 +34,7 @@ DOCUMENTS = [
 EXAMPLE = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\s*?^```(?:text|cpp)\n(?P<shown>.*?)^```$)?", re.M | re.S
 )
-TABLES = (OPS, METHODS, backends.ROWS)
+TABLES = (OPS, METHODS, backends.ROWS, POLICIES)
 """What a document's examples may add to; it is restored behind them."""
 
 

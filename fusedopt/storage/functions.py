@@ -105,7 +105,10 @@ def block_amax(x: Any, block: int, signed: bool = True) -> Any:
     run = x.run
     run.attribute(ELEMENT, f"{LINE}{block}")
     if run.signature.line != block:
-        raise Untraceable(f"blocks of {block} and of {run.signature.line} elements in one rule")
+        raise Untraceable(
+            f"blocks of {block} and of {run.signature.line} elements in one rule",
+            "choose policies with blocks of one size for all state of a group",
+        )
     if run.attribute(ELEMENT, HERE_IN_ORDER) is None:
         raise Untraceable("blocks of a tensor whose memory is elsewhere")
     return SymTensor(

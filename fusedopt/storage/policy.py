@@ -68,8 +68,12 @@ class Policy:
 
 
 POLICIES: dict[str, Policy] = {}
-PRESETS: dict[str, dict[str, str]] = {}
-"""Names for choices of policies."""
+PRESETS = {
+    "memory": {PARAM: "bfloat16_sr", OTHERS: "int8"},
+    "balanced": {PARAM: "bf16+16", OTHERS: "bfloat16_sr"},
+}
+"""Names for choices of policies: the fewest bytes that trained as float32 did (docs/storage_curves.md), and fewer bytes
+whose steps, of float32 parameters, take no longer (docs/storage_table.md)."""
 
 
 def register(name: str, policy: Policy) -> None:

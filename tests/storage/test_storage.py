@@ -9,7 +9,7 @@ from torch import nn
 
 import fusedopt
 from fusedopt import optim
-from fusedopt.storage import functions, policy
+from fusedopt.storage import PRESETS, functions, policy
 from fusedopt.storage.callbacks import dtypes, encoded
 from fusedopt.storage.policy import POLICIES
 
@@ -321,6 +321,41 @@ def test_groups_may_have_their_own():
         "exp_avg_sq": torch.bfloat16,
         "exp_avg_sq:bf16+8": torch.int8,
     }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_presets_are_choices_of_fewer_bytes_and_fuse(name, dtype):
+    def held(found, opt):
+        kept = [*found, *(t for state in tensors(opt, found) for t in state.values())]
+        return sum(t.numel() * t.element_size() for t in kept)
+
+    plain = {"param": "master", "*": "float32"} if dtype == torch.bfloat16 else None
+    assert PRESETS[name].keys() == {"param", "*"}
+    ours, opt = run(RULES["AdamW"], name, dtype, "cpp")
+    assert (
+        opt.param_groups[0]["storage"]
+        == run(RULES["AdamW"], PRESETS[name], dtype, "cpp")[1].param_groups[0]["storage"]
+    )
+    assert opt.engine.bound and "runs eagerly" not in str(opt.explain())
+    assert held(ours, opt) < 0.75 * held(*run(RULES["AdamW"], plain, dtype, "cpp"))
+
+
+def test_less_memory_is_less_than_a_balance():
+    def bytes_of(policy):
+        found = POLICIES[policy]
+        return sum(d.itemsize for d in (found.code, *found.rest)) + (4 / found.block if found.block else 0)
+
+    memory, balanced = ({k: bytes_of(v) for k, v in PRESETS[name].items()} for name in ("memory", "balanced"))
+    assert all(memory[k] <= balanced[k] for k in memory) and memory != balanced
+
+
+def test_blocks_of_two_sizes_are_told_what_to_do():
+    params = parameters()
+    opt = optim.AdamW(params, storage={"exp_avg": "int8", "exp_avg_sq": "uint8_256"})
+    give(params, 0)
+    with pytest.warns(RuntimeWarning, match="blocks of 256 and of 64 .* one size for all state of a group"):
+        opt.step()
 
 
 # ---------------------------------------------------------------- a policy of one's own
