@@ -206,7 +206,8 @@ def table(plans: list[Bucket], scaling: Scaling) -> Launch:
     sets = [k for k, plan in enumerate(plans) for _ in plan.items]
     sizes = [item.param.numel() for item in rows]
     resident = any(item.hyper.get("capturable") for item in rows)
-    shapes = [plan.trace.lengths(item.param.shape) for plan in plans for item in plan.items]
+    several = [plan for plan in plans if kernel.program.axes > 1]
+    shapes = [plan.trace.lengths(item.param.shape) for plan in several for item in plan.items]
     prepare = plans[0].known.backend.prepare
     return prepare(kernel, columns, sizes, sets, resident, **items.facts(kernel, rows, shapes))
 
