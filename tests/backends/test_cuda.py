@@ -238,8 +238,12 @@ def test_every_op_keeps_torchs_rules_on_special_values(dtype):
     given |= {"param": [x], "grad": [y], "state.third": [x.flip(0)]}
     found, _ = emulated(kernel(program), "k", program, given, [0], np.zeros((1, 0)))
     expected = interpreted(program, given, [0], np.zeros((1, 0)))
+    noise = (y >= 1) & (y < 2)
+    meant = {"add_bits": y.abs() < 2**31, "bfloat16_at_random": noise, "float16_at_random": noise}
     for name in expected:
-        if name.removeprefix("state.") not in LIBRARY:
+        if (among := meant.get(name.removeprefix("state."))) is not None:
+            assert_same_bits(found[name][0][among], expected[name][0][among])
+        elif name.removeprefix("state.") not in LIBRARY:
             assert_same_bits(found[name][0], expected[name][0])
         else:
             torch.testing.assert_close(found[name][0], expected[name][0], equal_nan=True)
