@@ -11,7 +11,7 @@ import torch
 
 from ..callback import arguments_of, looked_up
 from ..storage import functions
-from ..storage.callbacks import decode, dtypes, encode, encoded, keys, parted
+from ..storage.callbacks import SMALL, decode, dtypes, encode, encoded, keys, parted
 from ..storage.policy import OTHERS, PARAM, POLICIES, choice, chosen, of
 
 if TYPE_CHECKING:
@@ -99,8 +99,10 @@ def as_stored(p: torch.Tensor, state: Mapping[str, Any], storage: str, groups: P
     for name, value in there.items():
         policy = of(storage, name) if ":" not in name and functions.is_whole(p, value) else None
         found = POLICIES.get(policy or "")
-        if policy is None or found is None or p.numel() < found.least or p.dtype == torch.float64:
+        if policy is None or found is None or p.dtype == torch.float64:
             continue
+        if p.numel() < found.least:
+            policy, found = SMALL, POLICIES[SMALL]
         if name == PARAM and p.dtype != found.code:
             continue
         parts = _split(found, value)

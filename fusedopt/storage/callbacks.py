@@ -16,6 +16,8 @@ from . import functions
 from .policy import PARAM, POLICIES, Policy, of
 
 STEP = "storage_step"
+SMALL = "float32"
+"""The policy of state of tensors that are too small for another."""
 
 
 def keys(name: str, policy: str) -> list[str]:
@@ -103,6 +105,8 @@ def _policy(p: Any, storage: str, name: str, value: Any) -> str | None:
     if name.startswith("_") or ":" in name or not functions.is_whole(p, value):
         return None
     found = of(storage, name)
-    if found is None or functions.fewer(p, POLICIES[found].least) or not functions.is_narrow(p):
+    if found is None or not functions.is_narrow(p):
         return None
+    if functions.fewer(p, POLICIES[found].least):
+        return None if name == PARAM else SMALL
     return None if name == PARAM and functions.dtype_of(p) != POLICIES[found].code else found

@@ -510,3 +510,17 @@ def test_another_policy_for_what_is_stored_is_refused():
         opt.step()
     for p, old in zip(params, before, strict=True):
         assert_same_bits(p.detach(), old)
+
+
+def test_state_of_small_tensors_is_float32_whatever_their_parameter_is():
+    params, opt = run(RULES["AdamW"], {"param": "bf16+16", "*": "int8"}, torch.bfloat16, "cpp")
+    for p in params:
+        dtype = torch.int8 if p.numel() >= 4096 else torch.float32 if p.dim() else torch.bfloat16
+        assert opt.state[p]["exp_avg"].dtype == dtype
+    others, other = run(
+        RULES["AdamW"], {"param": "bf16+16", "*": "int8"}, torch.bfloat16, "reference", steps=1
+    )
+    other.load_state_dict(opt.state_dict())
+    assert [other.state[p]["exp_avg"].dtype for p in others] == [
+        opt.state[p]["exp_avg"].dtype for p in params
+    ]
