@@ -88,7 +88,7 @@ def register(name: str, policy: Policy) -> None:
     POLICIES[name] = policy
 
 
-def chosen(storage: Any, params: Any = None) -> str:
+def chosen(storage: Any) -> str:
     """A choice of policies as one text, which groups and callbacks have: ``"param=kahan exp_avg=bfloat16"``.
 
     Raises TypeError or ValueError, naming what there is, for what is no choice.
@@ -134,7 +134,7 @@ def choice(text: str) -> dict[str, str]:
 
 NOT_NEGATIVE = frozenset(
     {
-        *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sqr_avg", "sum", "nu", "v"),
+        *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sqr_avg", "sum"),
         *("exp_avg_var", "exp_avg_res_sq", "acc_delta"),
     }
 )
