@@ -176,6 +176,26 @@ def _looked_up(code: types.CodeType) -> frozenset[str] | None:
     return frozenset(c for code in codes for c in code.co_consts if isinstance(c, str))
 
 
+def keys_made(callback: Callback) -> frozenset[str]:
+    """Keys of the dicts that its code makes of several names at once: ``{"a": a, "b": b}``, ``return dict(a=a)``."""
+    function = function_of(callback)
+    return _keys_made(function.__code__) if isinstance(function, types.FunctionType) else frozenset()
+
+
+@functools.lru_cache(maxsize=256)
+def _keys_made(code: types.CodeType) -> frozenset[str]:
+    steps = list(dis.get_instructions(code))
+    found: set[str] = set()
+    for i, step in enumerate(steps):
+        keys = step.argval
+        if not isinstance(keys, tuple) or not all(isinstance(key, str) for key in keys):
+            continue
+        after = [s.opname for s in steps[i + 1 : i + 4]]
+        if "BUILD_CONST_KEY_MAP" in after[:1] or ("dict" in code.co_names and "RETURN_VALUE" in after):
+            found |= {*keys}
+    return frozenset(found)
+
+
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     yield code
     for constant in code.co_consts:

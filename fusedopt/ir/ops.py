@@ -60,6 +60,7 @@ class Op:
     """An elementwise operation: its types, its eager torch meaning, and its spelling in C++ and in Triton.
 
     triton: None if it has none; ``triton_double`` is whether that is accurate in float64 too
+    bits: whether it computes with the bits of floats, as integers
     """
 
     name: str
@@ -68,6 +69,7 @@ class Op:
     cpp: str
     triton: str | None = None
     triton_double: bool = True
+    bits: bool = False
 
     @property
     def arity(self) -> int:
@@ -88,6 +90,7 @@ class Reduction:
 
     triton: joins a block of numbers; None: by ``join``
     averaged: whether the result is divided by the element count
+    exact: whether it is the same in any order, and needs no double
     """
 
     name: str
@@ -97,6 +100,7 @@ class Reduction:
     join: str
     triton: str | None = None
     averaged: bool = False
+    exact: bool = False
 
     types = "f>f"
     arity = 1
@@ -177,10 +181,10 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def _called(f: Callable[..., torch.Tensor], arguments: str) -> Op:
-    """An op that every language has a function of the same name for."""
+    """An op on bits, which every language has a function of the same name for."""
     name = f.__name__.removeprefix("_")
     call = f"{name}({arguments})"
-    return Op(name, f"{'f' * arguments.count('{')}>f", f, call, call)
+    return Op(name, f"{'f' * arguments.count('{')}>f", f, call, call, bits=True)
 
 
 def _unary(name: str, cpp: str, triton: str | None = None) -> Op:
@@ -250,24 +254,12 @@ OPS: dict[str, Op | Reduction] = {
         _called(_near_square, "{0}"),
         Reduction("sum", torch.sum, np.add, "0.0", "{0} + {1}", "tl.sum({0}, 0)"),
         Reduction("mean", torch.mean, np.add, "0.0", "{0} + {1}", "tl.sum({0}, 0)", averaged=True),
-        Reduction("amax", torch.amax, np.maximum, "-infinity", "maximum({0}, {1})"),
-        Reduction("absmax", _absmax, np.maximum, "0.0", "absmax({0}, {1})"),
-        Reduction("bitmax", _bitmax, np.maximum, "0.0", "bitmax({0}, {1})"),
-        Reduction("amin", torch.amin, np.minimum, "infinity", "minimum({0}, {1})"),
+        Reduction("amax", torch.amax, np.maximum, "-infinity", "maximum({0}, {1})", exact=True),
+        Reduction("absmax", _absmax, np.maximum, "0.0", "absmax({0}, {1})", exact=True),
+        Reduction("bitmax", _bitmax, np.maximum, "0.0", "bitmax({0}, {1})", exact=True),
+        Reduction("amin", torch.amin, np.minimum, "infinity", "minimum({0}, {1})", exact=True),
     )
 }
-
-
-BITS = {
-    "add_bits",
-    "low_bits",
-    "high_bits",
-    "bfloat16_at_random",
-    "float16_at_random",
-    "near_root",
-    "near_square",
-}
-"""Ops that compute with the bits of floats, as integers."""
 
 
 @dataclass(frozen=True)

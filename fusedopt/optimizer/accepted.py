@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import dis
 import functools
-import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -101,25 +99,9 @@ def roles_of(cbs: Iterable[Callable], stored: Iterable[str], closed: bool) -> Ro
         first |= set(own[:1])
         anything |= found is None
         returned |= (found or set()) & {*own}
-        function = callback.function_of(cb)
-        returned |= _keys_made(function.__code__) if isinstance(function, types.FunctionType) else set()
+        returned |= callback.keys_made(cb)
     taken = None if anything else frozenset((arguments | mentioned) - returned)
     return Roles(frozenset(returned), taken, frozenset(first | bound))
-
-
-@functools.lru_cache(maxsize=256)
-def _keys_made(code: types.CodeType) -> frozenset[str]:
-    """Keys of the dicts that the code makes of several names at once: ``{"a": a, "b": b}``, ``return dict(a=a)``."""
-    steps = list(dis.get_instructions(code))
-    found: set[str] = set()
-    for i, step in enumerate(steps):
-        keys = step.argval
-        if not isinstance(keys, tuple) or not all(isinstance(key, str) for key in keys):
-            continue
-        after = [s.opname for s in steps[i + 1 : i + 4]]
-        if "BUILD_CONST_KEY_MAP" in after[:1] or ("dict" in code.co_names and "RETURN_VALUE" in after):
-            found |= {*keys}
-    return frozenset(found)
 
 
 def warn_of_misspelt(strange: Iterable[str], known: Iterable[str]) -> None:

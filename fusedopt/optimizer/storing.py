@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..callback import arguments_of, looked_up
+from ..callback import arguments_of, keys_made, looked_up
 from ..storage import functions
 from ..storage.callbacks import SMALL, decode, dtypes, encode, encoded, keys, parted
 from ..storage.policy import OTHERS, PARAM, POLICIES, choice, chosen, of
@@ -34,7 +34,7 @@ def as_text(storage: Any, groups: ParamGroups) -> str:
         mentioned = looked_up(cb)
         if mentioned is None:  # it may keep anything
             return chosen(found)
-        known |= {*list(arguments_of(cb))[1:]} | mentioned
+        known |= {*list(arguments_of(cb))[1:], *mentioned, *keys_made(cb)}
     for name in found:
         if name not in known and name not in (PARAM, OTHERS):
             near = difflib.get_close_matches(groups.stored(name), map(groups.stored, known), 1)

@@ -13,7 +13,7 @@ import torch
 
 from ..trace.draws import noise
 from . import functions
-from .policy import PARAM, POLICIES, Policy, of
+from .policy import OTHERS, PARAM, POLICIES, Policy, choice, of
 
 STEP = "storage_step"
 SMALL = "float32"
@@ -74,6 +74,13 @@ def encode(p: Any, storage: str = "", storage_step: Any = 0, storage_seed: Any =
             raise RuntimeError(
                 f"{name!r} is stored in the policy {was!r}, and the param group's storage has {of(storage, name)!r} "
                 "for it now. Remedy: make an optimizer with the storage that you want, and load this one's state_dict()"
+            )
+    for name in choice(storage):
+        value = state.get(name)
+        if name not in (PARAM, OTHERS) and value is not None and not functions.is_whole(p, value):
+            raise ValueError(
+                f"storage names the state {name!r}, which is not one number for each element: policies are for state "
+                "of the parameter's shape. Remedy: leave it out"
             )
     stream = 0
     for name, value in [(PARAM, p.data), *sorted(state.items())]:

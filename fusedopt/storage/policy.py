@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ PARAM, OTHERS = "param", "*"
 """What a choice of policies calls the parameter, and all state that it does not name."""
 
 
-class Policy:
+class Policy(ABC):
     """How a tensor is stored: a *code*, and further tensors if that is not all.
 
     A subclass says how in plain torch, as callbacks do: arithmetic on whole tensors, and the functions of
@@ -28,7 +29,7 @@ class Policy:
 
             def encode(self, x, noise):
                 high = functions.rounded(x, torch.bfloat16)
-                return high, x - high
+                return high, functions.cut(x - high)
 
             def decode(self, code, low):
                 return code + low
@@ -46,7 +47,7 @@ class Policy:
     rest: the dtypes of further tensors of its shape
     block: besides there is a float32 number for so many neighbouring elements, the last of what is stored; 0: none
     noisy: whether ``encode`` uses ``noise``
-    least: tensors with fewer elements are stored as they are
+    least: the state of tensors with fewer elements is float32
     state: whether it is for state; params: whether it is for parameters
     """
 
@@ -58,13 +59,13 @@ class Policy:
     state: ClassVar[bool] = True
     params: ClassVar[bool] = False
 
+    @abstractmethod
     def encode(self, x: Any, noise: Any) -> Any:
         """What is stored: the code, or a tuple with the rest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, code: Any, *rest: Any) -> Any:
         """The numbers."""
-        raise NotImplementedError
 
 
 POLICIES: dict[str, Policy] = {}

@@ -59,6 +59,14 @@ def test_the_error_of_others_is_half_of_the_last_bit(name, bits):
     assert error.max() > 2.0**-bits / 4
 
 
+@pytest.mark.parametrize("name", [n for n in POLICIES if POLICIES[n].code == torch.bfloat16])
+def test_every_number_of_bfloat16_is_stored_as_it_is(name):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    noise = torch.full_like(every, 1.75) if POLICIES[name].noisy else None
+    out = there_and_back(name, every, noise)
+    assert ((out == every) | (out.isnan() & every.isnan())).all()
+
+
 def unsigned(name):
     return name.startswith("uint8")
 
@@ -288,6 +296,22 @@ def test_steps_repeat_and_another_seed_is_another_run():
     assert not torch.equal(params[0], a[0])
 
 
+@pytest.mark.parametrize("storage", ["bfloat16_sr", "int8"])
+def test_what_is_stored_does_not_depend_on_threads(storage):
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(3)
+        p = nn.Parameter(torch.randn(200_000))
+        opt = optim.AdamW([p], lr=0.01, storage=storage)
+        for _ in range(2):
+            p.grad = torch.randn(200_000)
+            opt.step()
+        found.append([p.detach(), *(v for v in opt.state[p].values() if isinstance(v, torch.Tensor))])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_parameter_that_somebody_has_set_is_taken_as_it_is():
     p = nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
     opt = optim.SGD([p], lr=0.0, momentum=0.9, storage={"param": "master"})
@@ -433,6 +457,34 @@ def test_state_dtype_beside_it_and_groups_without_it_are_refused():
     opt = optim.AdamW(parameters())
     with pytest.raises(ValueError, match="a param group has 'storage'"):
         opt.add_param_group({"params": [nn.Parameter(torch.ones(3))], "storage": "bfloat16"})
+
+
+@pytest.mark.parametrize("name", ["step", "size"])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_policy_for_one_number_per_tensor_is_refused_before_anything_is_stepped(name, backend):
+    def sized(p, lr, step=0, **kwargs):
+        p.data.sub_(p.grad, alpha=lr)
+        return {"size": p.grad.norm(), "step": step + 1}
+
+    params = parameters()
+    opt = fusedopt.Optimizer(params, [sized], lr=0.1, storage={name: "int8"}, backend=backend)
+    give(params, 0)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(
+        ValueError, match=f"storage names the state '{name}', which is not one number for each"
+    ):
+        opt.step()
+    for p, old in zip(params, before, strict=True):
+        assert_same_bits(p.detach(), old)
+
+
+def test_a_policy_without_both_halves_is_none():
+    class Half(policy.Policy):
+        def encode(self, x, noise):
+            return x
+
+    with pytest.raises(TypeError, match="abstract"):
+        Half()
 
 
 # ---------------------------------------------------------------- beside steps

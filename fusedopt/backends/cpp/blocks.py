@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from ...ir.ops import ELEMENT, TENSOR
+from ...ir.ops import ELEMENT, TENSOR, reduction
 from ...ir.program import Value, identifier
 from ...ir.stages import Nest, Stage, regions
 from .. import blocks
 from ..c_family import indent
-
-EXACT = ("amax", "amin", "absmax", "bitmax")
-"""Reductions that are the same in any order, and need no double."""
 
 
 class Blocks(blocks.Blocks):
@@ -116,7 +113,7 @@ class Blocks(blocks.Blocks):
         first = set(self._varying(values[i].args[0] for sums in stage.lines for i in sums))
         later = set(self._varying(self._roots(stage))) - first
         needed = {a for i in later for a in values[i].args} | set(self._roots(stage))
-        needed |= {values[i].args[0] for sums in stage.lines for i in sums if values[i].op in EXACT}
+        needed |= {values[i].args[0] for sums in stage.lines for i in sums if reduction(values[i].op).exact}
         return sorted(i for i in first & needed if values[i].op != "load")
 
     def _varying(self, roots: Iterable[int]) -> list[int]:
@@ -139,7 +136,7 @@ class Blocks(blocks.Blocks):
         args = {i: values[i].args[0] for i in sums}
         made = self._varying(args.values())
         new = [i for i in self.notes if i in made and i not in self.noted_now]
-        exact = [i for i in sums if values[i].op in EXACT and args[i] in (*new, *self.noted_now)]
+        exact = [i for i in sums if reduction(values[i].op).exact and args[i] in (*new, *self.noted_now)]
         notes = [f"k{i}[c] = {self.name(i)};" for i in new]
         rest = [i for i in sums if i not in exact]
         inner = [*map(self._line, made), *map(self._added, rest), *notes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ...ir.ops import BITS, OPS, Op
+from ...ir.ops import OPS, Op
 from ...ir.program import Program, identifier
 from ...ir.stages import Stage
 from .. import c_family
@@ -40,7 +40,11 @@ class _Body(c_family.Body):
         return [*(["FUSEDOPT_WIDEST"] if self._has_integers() else []), *functions, *super().declarations()]
 
     def _has_integers(self) -> bool:
-        return self.program.draws or self.program.line > 0 or any(v.op in BITS for v in self.program.values)
+        return (
+            self.program.draws
+            or self.program.line > 0
+            or any(getattr(OPS.get(v.op), "bits", False) for v in self.program.values)
+        )
 
     def loop(self, stage: Stage) -> list[str]:
         return self._reduce(stage) if stage.reductions else self._plain(stage)
