@@ -185,6 +185,8 @@ class Build:
         if self._stopped:
             raise toolchain.CompileError("extension", source, shlex.join(command), "stopped")
         with toolchain.started(command) as self._process:
+            if self._stopped:  # between the start and its being known here: nobody has killed it
+                toolchain._kill(self._process)
             try:
                 output, _ = self._process.communicate(timeout=TIMEOUT)
             except subprocess.TimeoutExpired:
