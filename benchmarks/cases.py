@@ -124,6 +124,7 @@ _CASES = (
     ("gpt2-124m", "GPT-2 124M, embedding tied", gpt2()),
     ("moe-1000", "a mixture of experts in 1,000 tensors", mixture_of_experts()),
     ("4x32m", "4 tensors of 33,554,432: bound by a GPU's memory", [(1 << 25,)] * 4),
+    ("48-matrices", "the 48 matrices of GPT-2 124M", [s for s in gpt2()[2:] if len(s) > 1]),
     ("10000x64", "10,000 tensors of 64", [(64,)] * 10_000),
     ("1000x1024", "1,000 tensors of 1,024", [(1024,)] * 1000),
     ("tiny", "a linear layer of 64×64 and its bias", [(64, 64), (64,)]),

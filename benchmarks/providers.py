@@ -49,6 +49,27 @@ def adabelief(p, lr, wd, beta1, beta2, eps, step=0, exp_avg=None, exp_avg_var=No
     return {"step": step, "exp_avg": exp_avg, "exp_avg_var": exp_avg_var}
 
 
+class Lion(torch.optim.Optimizer):
+    """The same as people publish it: a class, with a loop over groups and parameters."""
+
+    def __init__(self, params, lr: float, wd: float, beta1: float, beta2: float) -> None:
+        super().__init__(params, dict(lr=lr, wd=wd, beta1=beta1, beta2=beta2))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                exp_avg, beta1, beta2 = state["exp_avg"], group["beta1"], group["beta2"]
+                p.mul_(1 - group["lr"] * group["wd"])
+                p.sub_(torch.sign(exp_avg * beta1 + p.grad * (1 - beta1)) * group["lr"])
+                exp_avg.mul_(beta2).add_(p.grad, alpha=1 - beta2)
+
+
 @dataclass(frozen=True)
 class Rule:
     """An update rule: what makes fusedopt's optimizer, and torch's class where torch has the rule.
@@ -66,6 +87,8 @@ class Rule:
     callback_momentum_key: str = "mom"
     fused: bool = False
     bare: bool = False
+    comparable: bool = True
+    """Whether all who do it come to the same numbers. False where it multiplies matrices in bfloat16."""
 
     @property
     def lr(self) -> float:
@@ -87,6 +110,7 @@ def _in_torch(name: str, momentum_key: str | None = None, **options: Any) -> Rul
 
 
 _LAMB = dict(lr=1e-3, mom=0.9, sqr_mom=0.99, eps=1e-6, wd=0.01)
+_ADAMW = dict(lr=1e-3, weight_decay=0.01)
 _LION = dict(lr=1e-4, wd=0.01, beta1=0.9, beta2=0.99)
 _ADABELIEF = dict(lr=1e-3, wd=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
 _RULES = (
@@ -104,6 +128,20 @@ _RULES = (
         momentum_key="beta1",
         callback_momentum_key="beta1",
     ),
+    Rule(
+        "Lion-class",
+        lambda params, **hypers: fusedopt.fuse(Lion(params, **hypers)),
+        _LION,
+        Lion,
+        "beta1",
+        "beta1",
+    ),
+    *(
+        Rule(f"AdamW-{name}", partial(fusedopt.optim.AdamW, storage=name), _ADAMW, momentum_key="betas")
+        for name in ("bfloat16_sr", "int8")
+    ),
+    Rule("Adafactor", fusedopt.rules.Adafactor, dict(lr=1e-2, relative_step=False)),
+    Rule("Muon", fusedopt.rules.Muon, dict(lr=1e-3), torch.optim.Muon, comparable=False),
     Rule(
         "AdaBelief",
         partial(fusedopt.Optimizer, cbs=adabelief),
@@ -165,7 +203,7 @@ def _fusedopt(
 ) -> Runner:
     name = f"fusedopt {backend}" if backend else "fusedopt"
     opt = _ours(rule, params, rates, backend)
-    return _runner(name, opt, rule.momentum_key, rates)
+    return _runner(name, opt, rule.momentum_key, rates, comparable=rule.comparable)
 
 
 def _one_group(
@@ -213,7 +251,8 @@ def _torch(
         raise Unavailable(f"torch.optim has no fused {rule.name}")
     if not rule.fused:
         flags.pop("fused", None)
-    return _runner(name, rule.torch(_groups(params, rates), **rule.hypers, **flags), rule.momentum_key, rates)
+    opt = rule.torch(_groups(params, rates), **rule.hypers, **flags)
+    return _runner(name, opt, rule.momentum_key, rates, comparable=rule.comparable)
 
 
 def _compiled(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> Runner:

@@ -19,7 +19,7 @@ from .device import Device, find
 from .jobs import Job, Outcome, Part, do
 
 FOLDER = Path(__file__).parents[1] / "results"
-SHARES = 6
+SHARES = 10
 """Processes that share the tests: most of their time is the host's, and compilers'."""
 REPORTING = 15
 """Seconds kept for the report."""
@@ -47,12 +47,12 @@ def plans(rehearse: bool) -> dict[str, Plan]:
 
     A rehearsal has all jobs in one process but the first: starting processes is most of what it would do.
     """
-    shares = 1 if rehearse else min(SHARES, max(1, (os.cpu_count() or 2) // 2 - 2))
+    shares = 1 if rehearse else min(SHARES, max(1, (os.cpu_count() or 2) - 4))
     parts = {"environment": Plan(jobs(environment.jobs), 60)}
     for k in range(shares):
-        parts[f"tests-{k + 1}"] = Plan(partial(checks.do, share=k, shares=shares), 200, beside=True)
+        parts[f"tests-{k + 1}"] = Plan(partial(checks.do, share=k, shares=shares), 130, beside=True)
     alone = {
-        "kernels": (kernels.jobs, 150),
+        "kernels": (kernels.jobs, 110),
         "host": (host.host_jobs, 60),
         "graphs": (host.graph_jobs, 60),
         "first-steps": (fresh.first_jobs, 90),
@@ -62,7 +62,7 @@ def plans(rehearse: bool) -> dict[str, Plan]:
     if rehearse:
         every = (*beside.values(), *(part for part, _ in alone.values()))
         return parts | {"rehearsal": Plan(jobs(*every), 300)}
-    parts |= {name: Plan(jobs(part), 150, beside=True) for name, part in beside.items()}
+    parts |= {name: Plan(jobs(part), 130, beside=True) for name, part in beside.items()}
     return parts | {name: Plan(jobs(part), seconds) for name, (part, seconds) in alone.items()}
 
 

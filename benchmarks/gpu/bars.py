@@ -12,7 +12,7 @@ from .host import SMALL
 from .kernels import BOUND_BY_MEMORY, MANY, MODELS
 
 Verdict = tuple[str, bool]
-MEMORY_BOUND_RULES = ("RAdam", "NAdam", "Lion", "AdaBelief")
+MEMORY_BOUND_RULES = ("RAdam", "NAdam", "Lion", "Lion-class", "AdaBelief")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,15 @@ from typing import Any
 from .device import Device
 from .jobs import DEVICE_LOST, Outcome, begin, begun, finish
 
-FILES = ("tests/test_every_optimizer.py", "tests/step/test_dtypes_layouts.py", "tests/step/test_scaling.py")
+FILES = (
+    "tests/test_every_optimizer.py",
+    "tests/step/test_dtypes_layouts.py",
+    "tests/step/test_scaling.py",
+    "tests/step/test_totals.py",
+    "tests/step/test_drawing.py",
+    "tests/step/test_externs.py",
+    "tests/storage/test_storage.py::test_kernels_do_what_the_reference_does",
+)
 SANITIZED = f"{FILES[0]}::test_nothing_outside_of_the_tensors_is_written"
 FEW = 7
 """Tests in a rehearsal."""

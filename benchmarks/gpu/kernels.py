@@ -23,6 +23,8 @@ WARM = 8
 """Steps before the first one that counts: RAdam changes its structure at the sixth."""
 BOUND_BY_MEMORY = "4x32m"
 RULES_TIMED = ("AdamW", "LAMB", "RAdam", "NAdam", "Lion", "AdaBelief", "SGD-momentum")
+STORED = ("AdamW-bfloat16_sr", "AdamW-int8")
+MATRICES = "48-matrices"
 MODELS = ("resnet-50", "gpt2-124m", "llama-1b")
 MANY = ("10000x64", "1000x1024")
 OTHERS = ("torch foreach", "torch fused", "optimi", "apex")
@@ -38,6 +40,9 @@ def pairs(device: Device) -> list[Pair]:
         for rule in RULES_TIMED
     ]
     out += [Pair(case, "AdamW", names) for case in (*MODELS, *MANY)]
+    out += [Pair(BOUND_BY_MEMORY, rule, ours) for rule in STORED]  # others' arithmetic is another
+    out.append(Pair(BOUND_BY_MEMORY, "Lion-class", (*ours, "torch default")))
+    out += [Pair(MATRICES, rule, (*ours, "torch default")) for rule in ("Adafactor", "Muon")]
     return [*out, Pair("groups-465", "AdamW", (*ours, *one_group, "torch fused"))]
 
 

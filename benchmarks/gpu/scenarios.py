@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import fusedopt
 from fusedopt import optim
 
+from ..providers import RULES, Lion
 from .device import Device
 from .jobs import Job, Skipped
 
 SHAPES = ((1,), (127,), (64, 64), (4097,), (100_003,))
+CLASSES: tuple[tuple[Any, dict[str, Any]], ...] = (
+    (Lion, {k: v for k, v in RULES["Lion"].hypers.items() if k != "lr"}),
+    *(
+        (getattr(torch.optim, name), {})
+        for name in (
+            "Adadelta",
+            "Adagrad",
+            "Adam",
+            "AdamW",
+            "Adamax",
+            "NAdam",
+            "RAdam",
+            "RMSprop",
+            "Rprop",
+            "SGD",
+        )
+    ),
+)
 
 
 def jobs(device: Device) -> Iterator[Job]:
     """Every check on every backend."""
-    checks: tuple[Callable[[Device, str], str], ...] = (graph, no_waiting, huge_tensor, huge_total)
+    checks: tuple[Callable[[Device, str], str], ...] = (
+        graph, no_waiting, overflow, sharded, classes, huge_tensor, huge_total,
+    )  # fmt: skip
     for check in checks:
         for backend in device.backends:
             yield Job(f"{check.__name__}/{backend}", partial(check, device, backend))
@@ -132,3 +157,80 @@ def no_waiting(device: Device, backend: str) -> str:
             opt.param_groups[0]["lr"] = 1e-3 * k
             opt.step()
     return "three steps"
+
+
+def overflow(device: Device, backend: str) -> str:
+    """A loss scaler that finds an infinity in the first step, and in a later one: nothing is stored or counted."""
+    ours, plain = _start(device), _start(device)
+    opt = optim.AdamW(ours, lr=1e-2, backend=backend, amp_fused=True)
+    other = optim.AdamW(plain, lr=1e-2, backend=backend)
+    scaler = torch.amp.GradScaler(device.type, init_scale=8.0)
+    for step in range(5):
+        given, before = _noise(device, 1 + step), [p.detach().clone() for p in ours]
+        scale = scaler.scale(torch.ones((), device=device.type)).item()
+        _feed(ours, [g * scale for g in given])
+        if bad := step in (0, 3):
+            ours[2].grad.view(-1)[5] = float("inf")  # type: ignore[union-attr]
+        scaler.step(opt)
+        scaler.update()
+        if not bad:
+            _feed(plain, given)
+            other.step()
+        for p, b, q in zip(ours, before, plain, strict=True):
+            torch.testing.assert_close(p, b if bad else q, rtol=1e-6, atol=1e-6 * (not bad))
+    if (count := float(opt.state[ours[0]]["step"])) != 3:
+        raise AssertionError(f"three of five steps are to be counted, and {count} were")
+    return "five steps, of which two overflow"
+
+
+def sharded(device: Device, backend: str) -> str:
+    """FSDP2 in a group of one process, against the same model whole."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    library = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(library, store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        plain = torch.nn.Sequential(torch.nn.Linear(65, 33), torch.nn.ReLU(), torch.nn.Linear(33, 7))
+        plain = plain.to(device.type)
+        model = copy.deepcopy(plain)
+        fully_shard(model, mesh=init_device_mesh(device.type, (1,)))
+        opt = optim.AdamW(model.parameters(), lr=1e-2, backend=backend, max_grad_norm=1.0)
+        other = optim.AdamW(plain.parameters(), lr=1e-2, backend=backend, max_grad_norm=1.0)
+        for step in range(4):
+            torch.manual_seed(1 + step)
+            x = torch.randn(16, 65, device=device.type)
+            for net, each in ((model, opt), (plain, other)):
+                each.zero_grad()
+                net(x).square().sum().backward()
+                each.step()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
+        if opt.explain().eager:
+            raise AssertionError(f"something runs eagerly:\n{opt.explain()}")
+    finally:
+        distributed.destroy_process_group()
+    return "four steps, clipped"
+
+
+def classes(device: Device, backend: str) -> str:
+    """torch.optim's classes as they are, fused, against their own steps."""
+    eager = []
+    for kind, more in CLASSES:
+        ours, plain = _start(device), _start(device)
+        opt = fusedopt.fuse(kind(ours, lr=1e-2, **more), backend=backend)
+        other = kind(plain, lr=1e-2, **more)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is eager is in the words below
+            for step in range(8):
+                _feed(ours, _noise(device, 1 + step))
+                _feed(plain, _noise(device, 1 + step))
+                opt.step()
+                other.step()
+        for p, q in zip(ours, plain, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, k=kind: f"{k.__name__}: {m}")
+        if opt.explain().eager:  # type: ignore[attr-defined]
+            eager.append(kind.__name__)
+    return f"{len(CLASSES)} classes; by their own step: {', '.join(eager) or 'none'}"
