@@ -238,7 +238,10 @@ def _ours(
 
 
 def _eager(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> Runner:
-    opt = EagerOptimizer.like(rule.ours(_groups(params, rates), **rule.hypers))
+    ours = rule.ours(_groups(params, rates), **rule.hypers)
+    if not isinstance(ours, fusedopt.Optimizer):
+        raise Unavailable(f"{rule.name} has no callbacks")
+    opt = EagerOptimizer.like(ours)
     return _runner("eager", opt, rule.momentum_key and rule.callback_momentum_key, rates)
 
 

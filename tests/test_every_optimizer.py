@@ -107,21 +107,21 @@ def assert_same(ours, others):
         assert_same_bits(a, b)
 
 
-def assert_competes(ours, eager, truth):
+def assert_competes(ours, eager, truth, ulp=2.0):
     """In 16 bits, where eager's error is large, all but a few elements of each tensor must also be eager's."""
-    assert_close_to_float64(ours, eager, truth)
+    assert_close_to_float64(ours, eager, truth, ulp)
     for a, e in zip(ours, eager, strict=True):
         flipped = int((bits(a) != bits(e)).sum())
         allowed = max(2, FLIPPED * a.numel()) if a.itemsize == 2 else a.numel()
         assert flipped <= allowed, f"{flipped} of {a.numel()} elements are not eager torch's"
 
 
-def check(make, backend, dtype=torch.float32, state=(), shapes=SHAPES, wrong=None):
+def check(make, backend, dtype=torch.float32, state=(), shapes=SHAPES, wrong=None, ulp=2.0):
     """Compiled steps compete with the reference's; ``wrong``: another optimizer takes them."""
     start, gradients = problem(shapes, dtype)
     opt, ours = compiled_steps(wrong or make, start, gradients, backend, state)
     truth, eager = (eagerly(make, start, gradients, d, state) for d in (torch.float64, dtype))
-    assert_competes(ours, eager, truth)
+    assert_competes(ours, eager, truth, ulp)
     return opt, ours
 
 
@@ -135,7 +135,8 @@ def test_every_optimizer_is_as_near_to_float64_as_eager_torch(row, variant, dtyp
     def make(params):
         return row.factory(params, **variant.kwargs)
 
-    _, ours = check(make, compiled, dtype, variant.state)
+    ulp = 16.0 if row.calls and DEVICE.type != "cpu" else 2.0  # torch's matrix products are others on a GPU
+    _, ours = check(make, compiled, dtype, variant.state, ulp=ulp)
     others = [] if row.reductions else COMPILED[: COMPILED.index(compiled)]
     for backend in (compiled, *others):
         assert_same(compiled_steps(make, *problem(dtype=dtype), backend, variant.state)[1], ours)

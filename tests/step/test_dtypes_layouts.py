@@ -293,10 +293,8 @@ def test_mutation_the_comparisons_notice(dtype, mutation, compiled):
 
 @pytest.mark.parametrize("case", [c for c in LAYOUTS if "empty" not in c])
 def test_mutation_one_wrong_element_is_noticed_in_every_layout(case, monkeypatch, compiled):
-    (
-        reference("SGD", torch.float32, None, STEPS),
-        truth("SGD", torch.float32, None, STEPS),
-    )  # as they should be
+    reference("SGD", torch.float32, None, STEPS, ())  # as they should be
+    truth("SGD", torch.float32, None, STEPS)
     make = LAYOUTS[case]
 
     def spoilt(r):

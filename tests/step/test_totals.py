@@ -580,6 +580,7 @@ def test_what_has_been_summed_is_not_kept_alive(options, backend):
 
 
 @needs_extension
+@pytest.mark.cpu_only("launches of rounds on GPUs are Python's")
 def test_steps_with_totals_are_repeated_without_python():
     ours = parameters([(64,)] * 20)
     opt = fusedopt.Optimizer(ours, [clip, descend], lr=0.1)
@@ -616,6 +617,7 @@ def test_captured_numbers_can_be_sent_anew(backend):
     assert len(launches) == 2
 
 
+@pytest.mark.cpu_only("what is another device here is the CPU by another name")
 def test_sums_of_another_device_are_brought_to_the_first(monkeypatch):
     """What is another device here is the same by another name. Python runs the rounds then, of bound steps too."""
     other = torch.device("cpu", 1)

@@ -23,8 +23,11 @@ OPTIONS = {
     "prec_div": True,
     "prec_sqrt": True,
     "ftz": False,
+    "device_as_default_execution_space": True,  # else NVRTC 12 and 13.0 take lambdas for the host's
     "ptxas_options": ["-v"],  # registers and spills, for the log
 }
+OLDEST = 12, 3
+"""The first that has all that the kernels are written with."""
 INSTALL = 'install them with `pip install "fusedopt[cuda]"`'
 FALLBACK = 'or use backend="triton" or backend="reference", which need no NVRTC'
 SHOWN_LINES = 20
@@ -81,6 +84,11 @@ def _find() -> Nvrtc | str:
     except Exception as error:  # a library that is not there or too old is reported in many ways
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return f"cuda-core with NVRTC does not work here ({reason}). Remedy: {INSTALL}, {FALLBACK}."
+    if tuple(version) < OLDEST:
+        return (
+            f"NVRTC {'.'.join(map(str, version))} is here, and kernels need {'.'.join(map(str, OLDEST))} or later. "
+            f"Remedy: `pip install --upgrade nvidia-cuda-nvrtc`, {FALLBACK}."
+        )
 
     def compile(name: str, source: str, arch: str) -> tuple[bytes, str]:
         options = ProgramOptions(name=f"{cache.plain(name)}.cu", arch=arch, **OPTIONS)
