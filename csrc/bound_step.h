@@ -72,6 +72,7 @@ struct Entry {
   int64_t extra = -1; // which of the step's extra tensors it is, and none of the state; these entries come last
   Scalar::Type type = Scalar::Type::real;
   std::optional<at::ScalarType> dtype;
+  std::optional<at::ScalarType> held{}; // of a number that a tensor on the host holds, the dtype
 };
 
 // A dict or list, or the dict of an object's attributes, which that keeps; null if it has none.
@@ -624,7 +625,8 @@ class BoundStep {
         case Entry::Kind::ignored:
           break;
         case Entry::Kind::number:
-          if (!Scalar::read(value, numbers_[number]) || numbers_[number].type != entry.type)
+          if (!(entry.held ? read_held(value, entry, numbers_[number]) : Scalar::read(value, numbers_[number])) ||
+              numbers_[number].type != entry.type)
             return "a number in its state is of another type";
           ++number;
           break;
@@ -652,6 +654,29 @@ class BoundStep {
     }
     const bool more = static_cast<size_t>(PyDict_GET_SIZE(row.state)) != entries;
     return more ? "its state has other entries" : nullptr;
+  }
+
+  // The number of a tensor that the host keeps; false if it is of another kind.
+  static bool read_held(PyObject* value, const Entry& entry, Scalar& out) {
+    if (!THPVariable_CheckExact(value))
+      return false;
+    const at::Tensor& t = THPVariable_Unpack(value);
+    if (t.scalar_type() != *entry.held || !t.device().is_cpu() || t.numel() != 1 || t.layout() != at::kStrided)
+      return false;
+    if (t.scalar_type() == at::kFloat && !t.is_neg()) { // as most are: without a call of torch
+      out = Scalar::of(*static_cast<const float*>(t.const_data_ptr()));
+      return true;
+    }
+    return Scalar::element(t, out);
+  }
+  static void write_held(const at::Tensor& t, const Scalar& number) {
+    if (t.scalar_type() == at::kFloat && !t.is_neg()) {
+      *static_cast<float*>(t.mutable_data_ptr()) = static_cast<float>(number.real);
+      bump(t.unsafeGetTensorImpl());
+    } else {
+      const at::NoGradGuard none;
+      t.fill_(number.is_real() ? at::Scalar(number.real) : at::Scalar(number.whole));
+    }
   }
 
   // Whether a tensor in the state has the shape that it had. `part` counts those along some dimensions.
@@ -947,6 +972,12 @@ class BoundStep {
       const Bucket& bucket = buckets_[row.bucket];
       for (size_t k = 0; row.on && k < bucket.outputs.size(); ++k) {
         const Entry& entry = bucket.entries[bucket.outputs[k]];
+        if (entry.held) {
+          PyObject* value = entry.nested ? within(contents(within(row.state, entry.key.ptr())), entry.inner.ptr())
+                                         : within(row.state, entry.key.ptr());
+          write_held(THPVariable_Unpack(value), sets_[row.set].next[k]);
+          continue;
+        }
         PyObject* made = sets_[row.set].made[k].ptr();
         const bool put = entry.nested ? put_within(contents(within(row.state, entry.key.ptr())), entry.inner.ptr(), made)
                                       : PyDict_SetItem(row.state, entry.key.ptr(), made) == 0;

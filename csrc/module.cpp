@@ -145,12 +145,13 @@ void bind_step(py::module_& m) {
       .value("ignored", Entry::Kind::ignored);
   py::class_<Entry>(m, "Entry")
       .def(py::init([](py::object key, Entry::Kind kind, py::object value, int64_t column, bool written, bool nested,
-                       py::object inner, py::object owner, int64_t extra) {
+                       py::object inner, py::object owner, int64_t extra, std::optional<at::ScalarType> held) {
              return Entry{std::move(key), kind,  std::move(value), column, written, nested, std::move(inner),
-                          std::move(owner), extra};
+                          std::move(owner), extra, Scalar::Type::real, std::nullopt, held};
            }),
            py::kw_only(), py::arg("key"), py::arg("kind"), py::arg("value"), py::arg("column"), py::arg("written"),
-           py::arg("nested"), py::arg("inner"), py::arg("owner") = py::none(), py::arg("extra") = -1);
+           py::arg("nested"), py::arg("inner"), py::arg("owner") = py::none(), py::arg("extra") = -1,
+           py::arg("held") = py::none());
   py::class_<Bucket>(m, "Bucket")
       .def(py::init([](size_t group, size_t launch, at::ScalarType param, at::ScalarType grad, int64_t param_column,
                        int64_t grad_column, bool param_written, bool grad_written, bool looked_at, std::vector<Entry> entries,

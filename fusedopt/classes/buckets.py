@@ -25,11 +25,35 @@ from .stores import flattened, put, stores_of, values_of, whole_of
 from .tracing import Options, trace_step
 
 
-class ClassItem(Item):
-    """An item of a class: a state tensor of one element is one number per tensor, whatever its shape."""
+def on_host(value: Any, p: torch.Tensor) -> bool:
+    """Whether it is a tensor of one number that stays with the host while the parameter is elsewhere: a step count."""
+    return (
+        type(value) is torch.Tensor
+        and value.numel() == 1
+        and value.device.type == "cpu" != p.device.type
+        and not value.is_complex()
+    )
 
-    __slots__ = ()
+
+class ClassItem(Item):
+    """An item of a class: a state tensor of one element is one number per tensor, whatever its shape.
+
+    ``hosted``: the tensors that `on_host` is about. In ``state`` are their numbers, which is what they are to kernels.
+    """
+
+    __slots__ = ("hosted",)
     one_is_whole = True
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.hosted = {k: v for k, v in self.state.items() if on_host(v, self.param)}
+        self.state |= {k: v.item() for k, v in self.hosted.items()}
+
+    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
+        *before, read, asked, zero_dim, modes = super().visible(attributes, work)
+        if self.hosted:
+            read = *read, ("on the host", " ".join(map(str, self.hosted)))
+        return *before, read, asked, zero_dim, modes
 
 
 class ClassGroups:
@@ -111,8 +135,8 @@ class ClassGroups:
                 if why := _strange(p) or _strange(p.grad):
                     raise Untraceable(f"parameter {i} of group {g} {why}")
                 state = values_of(whole[p])
-                todo.append(ClassItem(p, p.grad, state, (g, i), self.numbers, modes))
-                if any(isinstance(v, torch.Tensor) and v.device != p.device for v in state.values()):
+                todo.append(item := ClassItem(p, p.grad, state, (g, i), self.numbers, modes))
+                if any(isinstance(v, torch.Tensor) and v.device != p.device for v in item.state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
         factors = [v for item in todo for v in item.state.values() if _is_factor(v, item.param)]
         if len(set(map(id, factors))) < len(factors):

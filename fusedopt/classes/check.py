@@ -196,18 +196,21 @@ def _apart(
         | ({"grad": p.grad} if grads else {})
         | {f"state.{k}": v for k, v in state.items()}
     )
+    numbers = trace.new_numbers()
     for name, value in theirs.items():
         before = buffers[name]
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or name.removeprefix("state.") in numbers:
             continue
         now = ours.get(name, before)
         if now is None or not _close(
             now, value.cpu(), before.detach().cpu() if name == "param" else None, close
         ):
             return f"{name} of a parameter of shape {tuple(item.param.shape)}"
-    numbers = trace.new_numbers()
     for key, value in numbers.items():
-        if type(value) is not type(state[key]) or not _same_number(value, state[key]):
+        if isinstance(held := state[key], torch.Tensor):  # by the host, in this precision
+            if not _close(torch.full_like(held, value), held, None, close):
+                return f"the state {key!r} is {value!r}, not {held.item()!r}"
+        elif type(value) is not type(state[key]) or not _same_number(value, state[key]):
             return f"the state {key!r} is {value!r}, not {state[key]!r}"
     return None
 

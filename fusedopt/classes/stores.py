@@ -97,9 +97,11 @@ def values_of(state: State) -> dict[str, Any]:
 
 
 def put(state: State, values: dict[str, Any]) -> None:
-    """Put values where a state has these names."""
+    """Put values where a state has these names; a number where a tensor is becomes the tensor's."""
     for name, (key, nested, inner, value) in flattened(state).items():
-        if not _is_empty(value) or values[name] is not NOTHING:
+        if isinstance(value, torch.Tensor) and type(values[name]) in (int, float):
+            value.fill_(values[name])
+        elif not _is_empty(value) or values[name] is not NOTHING:
             (inside(state[key]) if nested else state)[inner if nested else key] = values[name]
 
 

@@ -66,7 +66,7 @@ class Representative:
     def __init__(
         self,
         index: int,
-        item: Item,
+        item: Any,
         signature: Signature,
         scalars: ScalarProgram,
         stores: Sequence[dict[Any, Any]],
@@ -112,7 +112,11 @@ class Representative:
                 else:  # nothing would be won: what is done to it is no product of matrices
                     self.put[key] = made(None, meta_of(value), f"the state {key!r} is a {what.dtype} tensor")
             elif type(value) in (int, float):
-                self.put[key] = self.scalars.number(("state", self.index, key), value)
+                held = self.scalars.number(("state", self.index, key), value)
+                there = item.hosted.get(key)
+                self.put[key] = (
+                    held if there is None else made(None, meta_of(there), number=held, hosted=True)
+                )
             elif isinstance(value, PLAIN):
                 self.put[key] = value
             else:
@@ -124,7 +128,8 @@ class Representative:
     def tensors(self) -> dict[int, Any]:
         item = self.item
         found = {id(item.owner): self.param, id(item.owner.grad): self.gradient}
-        found |= {id(item.state[k]): v for k, v in self.put.items() if isinstance(v, Symbolic)}
+        real = item.state | item.hosted
+        found |= {id(real[k]): v for k, v in self.put.items() if isinstance(v, Symbolic)}
         return found
 
     def end(self, step: tuple[bool, ...]) -> None:
@@ -169,6 +174,12 @@ class Representative:
     def _left(self, key: str, value: Any, taken: set[Any]) -> Any:
         """What the step leaves as this state."""
         put = self.put[key]
+        if key in self.item.hosted:
+            if not isinstance(value, Symbolic) or value.number is None:
+                raise Untraceable(f"the state {key!r}, which the host keeps, becomes a number of the device")
+            if (value.meta.shape, value.meta.dtype) != (put.meta.shape, put.meta.dtype):
+                raise NewState(f"the state {key!r} gets another shape or dtype")
+            return value.number
         if isinstance(put, Symbolic) and put.sym is None and put.why:
             if value is not put:
                 raise Untraceable(f"the state {key!r}, which kernels cannot take, is replaced")

@@ -248,8 +248,8 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
             kind, kept = (kinds.whole if what.kind == TENSOR else plain), what.dtype
         elif isinstance(what, Foreign):
             kind, kept = kinds.other, what.dtype
-        elif type(value) in (int, float):
-            kind, numbers[key] = kinds.number, len(numbers)
+        elif type(what) in (int, float):
+            kind, kept, numbers[key] = kinds.number, what, len(numbers)
         at[key] = len(entries)
         container = groups.state[item.owner][stored] if nested else None
         entries.append(
@@ -262,6 +262,7 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
                 nested=nested,
                 inner=inner,
                 owner=None if container is None or inside(container) is container else type(container),
+                held=value.dtype if kind == kinds.number and isinstance(value, torch.Tensor) else None,
             )
         )
     for which, key in enumerate(groups.extra):
