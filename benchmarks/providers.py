@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ class Rule:
     fused: bool = False
     bare: bool = False
     comparable: bool = True
-    """Whether all who do it come to the same numbers. False where it multiplies matrices in bfloat16."""
+    """Whether all who do it come to the same numbers. False where matrices or state are rounded."""
 
     @property
     def lr(self) -> float:
@@ -137,7 +138,13 @@ _RULES = (
         "beta1",
     ),
     *(
-        Rule(f"AdamW-{name}", partial(fusedopt.optim.AdamW, storage=name), _ADAMW, momentum_key="betas")
+        Rule(
+            f"AdamW-{name}",
+            partial(fusedopt.optim.AdamW, storage=name),
+            _ADAMW,
+            momentum_key="betas",
+            comparable=False,
+        )
         for name in ("bfloat16_sr", "int8")
     ),
     Rule("Adafactor", fusedopt.rules.Adafactor, dict(lr=1e-2, relative_step=False)),
@@ -211,7 +218,7 @@ def _one_group(
 ) -> Runner:
     name = f"fusedopt {backend} one group" if backend else "fusedopt one group"
     opt = _ours(rule, params, [rule.lr], backend)
-    return _runner(name, opt, rule.momentum_key, [rule.lr], comparable=len(rates) == 1)
+    return _runner(name, opt, rule.momentum_key, [rule.lr], comparable=rule.comparable and len(rates) == 1)
 
 
 @contextlib.contextmanager
@@ -254,6 +261,8 @@ def _torch(
         raise Unavailable(f"torch.optim has no fused {rule.name}")
     if not rule.fused:
         flags.pop("fused", None)
+    if unknown := flags.keys() - inspect.signature(rule.torch).parameters.keys():
+        raise Unavailable(f"{rule.name} has no {', '.join(unknown)}")
     opt = rule.torch(_groups(params, rates), **rule.hypers, **flags)
     return _runner(name, opt, rule.momentum_key, rates, comparable=rule.comparable)
 

@@ -50,19 +50,19 @@ def plans(rehearse: bool) -> dict[str, Plan]:
     shares = 1 if rehearse else min(SHARES, max(1, (os.cpu_count() or 2) - 4))
     parts = {"environment": Plan(jobs(environment.jobs), 60)}
     for k in range(shares):
-        parts[f"tests-{k + 1}"] = Plan(partial(checks.do, share=k, shares=shares), 130, beside=True)
+        parts[f"tests-{k + 1}"] = Plan(partial(checks.do, share=k, shares=shares), 150, beside=True)
     alone = {
-        "kernels": (kernels.jobs, 110),
-        "host": (host.host_jobs, 60),
-        "graphs": (host.graph_jobs, 60),
-        "first-steps": (fresh.first_jobs, 90),
+        "kernels": (kernels.jobs, 90),
+        "host": (host.host_jobs, 45),
+        "graphs": (host.graph_jobs, 30),
+        "first-steps": (fresh.first_jobs, 60),
     }
     tools = {t: partial(fresh.sanitizer_jobs, tool=t) for t in (fresh.TOOLS[:1] if rehearse else fresh.TOOLS)}
     beside = {"scenarios": scenarios.jobs, **tools}
     if rehearse:
         every = (*beside.values(), *(part for part, _ in alone.values()))
         return parts | {"rehearsal": Plan(jobs(*every), 300)}
-    parts |= {name: Plan(jobs(part), 130, beside=True) for name, part in beside.items()}
+    parts |= {name: Plan(jobs(part), 150, beside=True) for name, part in beside.items()}
     return parts | {name: Plan(jobs(part), seconds) for name, (part, seconds) in alone.items()}
 
 

@@ -17,7 +17,7 @@ from ..measure import Row, one_cycle
 from ..providers import compiled_by
 from .device import Device
 from .jobs import Job
-from .kernels import MANY, WARM, contenders, whole
+from .kernels import MANY, WARM, contenders, rounds, whole
 
 SMALL = "small-500"
 GRAPHS = (SMALL, "resnet-50")
@@ -42,7 +42,7 @@ def race(device: Device, case: str, mode: str, contenders: Sequence[Contender]) 
     """In turns: until ``step()`` returns (host), and until the device has done it (step); the queue is empty before."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name, _, _ in contenders}
     order = random.Random(0)
-    for turn in range(2 * device.rounds + 3):
+    for turn in rounds(device, 3):
         for name, before, step in order.sample(list(contenders), len(contenders)):
             for _ in range(2):  # the first brings the contender's own memory back into the host's caches
                 before()

@@ -22,6 +22,8 @@ from .jobs import Job, Partly, Skipped
 WARM = 8
 """Steps before the first one that counts: RAdam changes its structure at the sixth."""
 BOUND_BY_MEMORY = "4x32m"
+LONGEST_RACE = 3.0
+"""Seconds."""
 RULES_TIMED = ("AdamW", "LAMB", "RAdam", "NAdam", "Lion", "AdaBelief", "SGD-momentum")
 STORED = ("AdamW-bfloat16_sr", "AdamW-int8")
 MATRICES = "48-matrices"
@@ -51,6 +53,14 @@ def jobs(device: Device) -> Iterator[Job]:
     yield Job("copy", partial(bandwidth, device))
     for pair in pairs(device):
         yield Job(f"{pair.case}/{pair.rule}", partial(times, device, pair))
+
+
+def rounds(device: Device, more: int = 0) -> Iterator[int]:
+    """Rounds of a race: as many as the device has, or a third of that if they take long; and ``more``."""
+    begin = time.perf_counter()
+    for k in range(device.rounds + more):
+        if k < device.rounds // 3 + more or time.perf_counter() - begin < LONGEST_RACE:
+            yield k
 
 
 def bandwidth(device: Device) -> list[Row]:
@@ -137,7 +147,7 @@ def times(device: Device, pair: Pair) -> list[Row]:
     runners, problems = contenders(device, pair)
     numbers, order = count(), random.Random(0)
     clocks = [Clock(device, runner, numbers) for runner in runners]
-    for _ in range(device.rounds):
+    for _ in rounds(device):
         for clock in order.sample(clocks, len(clocks)):
             clock.take()
     ours = next((c for c in clocks if c.runner.name == f"fusedopt {device.backends[0]}"), None)

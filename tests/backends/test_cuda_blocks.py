@@ -179,12 +179,12 @@ def test_a_step_is_launched_in_order_over_chunks_and_tensors(fake):
     test_blocks.run(program, rows_of(program, shapes), shapes, "cuda")
     chunks, pieces = 4 + 1, 3 * 8 + 2 + 1  # of 94 lines, the last one of 18; those are cut into twelves
     assert [launch[:3] for launch in fake.launches] == [
-        ("fusedopt_stage_0", chunks, 256),
-        ("fusedopt_join_1", 1, 256),  # of a tensor's 2,800 parts of columns
-        ("fusedopt_before_1", 3, 256),
-        ("fusedopt_stage_1", chunks, 256),
-        ("fusedopt_stage_2", pieces, 256),
-        ("fusedopt_scalars", 3, 256),
+        ("fusedopt_stage_0", chunks, cuda.THREADS),
+        ("fusedopt_join_1", 1, cuda.THREADS),  # of a tensor's 2,800 parts of columns
+        ("fusedopt_before_1", 3, cuda.THREADS),
+        ("fusedopt_stage_1", chunks, cuda.THREADS),
+        ("fusedopt_stage_2", pieces, cuda.THREADS),
+        ("fusedopt_scalars", 3, cuda.THREADS),
     ]
     fake.clear()
     program = PROGRAMS["centred"][0]

@@ -230,7 +230,7 @@ def test_scalar_state_is_stored_once_for_each_tensor(fake):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
     assert ours[-1].dim() == 0 and ours[-1] > 0
-    assert ("fusedopt_scalars", 3, 256, 0, 1, 1) in fake.launches
+    assert ("fusedopt_scalars", 3, cuda.THREADS, 0, 1, 1) in fake.launches
 
 
 # ---------------------------------------------------------------- what goes along by value
@@ -329,8 +329,8 @@ def test_launches_have_a_block_per_tile_and_go_to_the_current_stream(fake, monke
     give_gradients(small, 0)
     sgd(small).step()
     assert fake.launches == [
-        ("fusedopt_stage_0", 11, 256, 77, 1, 1),
-        ("fusedopt_stage_0", 1, 256, 77, 1, 1),
+        ("fusedopt_stage_0", 11, cuda.THREADS, 77, 1, 1),
+        ("fusedopt_stage_0", 1, cuda.THREADS, 77, 1, 1),
     ]
 
 
