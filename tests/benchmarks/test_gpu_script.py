@@ -182,10 +182,13 @@ import sys
 from pathlib import Path
 import pytest
 from benchmarks.gpu import checks, device
-class Lost(device.Rehearsal):
+class All(device.Rehearsal):
+    def some(self, things, few=1):
+        return things
+class Lost(All):
     def synchronize(self):
         raise RuntimeError("an illegal memory access was encountered")
-where = Lost() if "lost" in sys.argv else device.Rehearsal()
+where = Lost() if "lost" in sys.argv else All()
 checks.FILES, checks.options = ("test_here.py", "test_broken.py"), lambda device: ["-c/dev/null", "--rootdir=."]
 sys.exit(checks.do(where, Path("log")))
 """
