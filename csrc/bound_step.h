@@ -14,6 +14,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/GradMode.h>
 #include <c10/core/impl/COW.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -674,7 +675,7 @@ class BoundStep {
       *static_cast<float*>(t.mutable_data_ptr()) = static_cast<float>(number.real);
       bump(t.unsafeGetTensorImpl());
     } else {
-      const at::NoGradGuard none;
+      const c10::NoGradGuard none;
       t.fill_(number.is_real() ? at::Scalar(number.real) : at::Scalar(number.whole));
     }
   }
