@@ -42,11 +42,12 @@ class Driver {
   Status (*cuModuleLoadData)(Handle* module, const void* image);
   Status (*cuModuleUnload)(Handle module);
   Status (*cuModuleGetFunction)(Handle* function, Handle module, const char* name);
+  Status (*cuOccupancyMaxActiveBlocksPerMultiprocessor)(int* blocks, Handle function, int threads, size_t shared);
   Status (*cuLaunchKernel)(Handle function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                            unsigned block_y, unsigned block_z, unsigned shared, Handle stream, void** parameters,
                            void** extra);
 
-  static constexpr int major = 75, minor = 76; // CU_DEVICE_ATTRIBUTE_...
+  static constexpr int multiprocessors = 16, major = 75, minor = 76; // CU_DEVICE_ATTRIBUTE_...
 
   explicit Driver(const std::string& library) {
     void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -68,6 +69,7 @@ class Driver {
     find(handle, "cuModuleLoadData", cuModuleLoadData);
     find(handle, "cuModuleUnload", cuModuleUnload);
     find(handle, "cuModuleGetFunction", cuModuleGetFunction);
+    find(handle, "cuOccupancyMaxActiveBlocksPerMultiprocessor", cuOccupancyMaxActiveBlocksPerMultiprocessor);
     find(handle, "cuLaunchKernel", cuLaunchKernel);
     cuDriverGetVersion(&version_); // works before cuInit, and messages name it
     check("cuInit", cuInit(0));
@@ -198,6 +200,7 @@ class Module {
   Module(std::shared_ptr<Driver> driver, const std::string& image, int index) : context_(std::move(driver), index) {
     const Current current(*context_.driver, context_.handle);
     check("cuModuleLoadData", context_.driver->cuModuleLoadData(&handle_, image.c_str()));
+    multiprocessors_ = context_.driver->attribute(Driver::multiprocessors, context_.device);
   }
   ~Module() {
     if (getpid() != context_.owner || context_.driver->cuCtxPushCurrent(context_.handle) != 0)
@@ -209,12 +212,15 @@ class Module {
   Module(const Module&) = delete;
   Module& operator=(const Module&) = delete;
 
-  // A kernel's address.
-  uintptr_t function(const std::string& name) const {
+  // A kernel's address, and how many blocks of this many threads the whole device runs at a time.
+  std::pair<uintptr_t, int64_t> function(const std::string& name, int threads) const {
     const Current current(*context_.driver, context_.handle);
     Driver::Handle function = nullptr;
+    int blocks = 0;
     check("cuModuleGetFunction", context_.driver->cuModuleGetFunction(&function, handle_, name.c_str()));
-    return reinterpret_cast<uintptr_t>(function);
+    check("cuOccupancyMaxActiveBlocksPerMultiprocessor",
+          context_.driver->cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, 0));
+    return {reinterpret_cast<uintptr_t>(function), std::max<int64_t>(1, int64_t(blocks) * multiprocessors_)};
   }
 
   const Context& context() const { return context_; }
@@ -223,6 +229,7 @@ class Module {
  private:
   Context context_;
   Driver::Handle handle_ = nullptr;
+  int multiprocessors_ = 0;
 };
 
 // All launches of a kernel's step, over tables that stay; what changes from step to step goes along by value.
@@ -233,11 +240,11 @@ class Launcher {
     uintptr_t rows, pieces, partials, slots, gradients;
     int64_t row_words, n_slots, n_reductions, first_gradient;
   };
-  using Kernels = std::vector<std::tuple<uintptr_t, uintptr_t, unsigned>>;
+  using Kernels = std::vector<std::tuple<uintptr_t, unsigned, uintptr_t, int64_t>>;
 
-  // kernels: (function, pieces, how many), in the order they run. tables: (rows, partials). widths: (words of a row,
-  // slots of a set, reductions). gradients: (address of the first on the host, how many), one in each row; none if the
-  // address is null. words: what the kernels take by value.
+  // kernels: (function, blocks, pieces, how many), in the order they run. tables: (rows, partials). widths: (words of a
+  // row, slots of a set, reductions). gradients: (address of the first on the host, how many), one in each row; none if
+  // the address is null. words: what the kernels take by value.
   Launcher(std::shared_ptr<Module> module, const Kernels& kernels, std::pair<uintptr_t, uintptr_t> tables,
            std::tuple<int64_t, int64_t, int64_t> widths, std::pair<uintptr_t, int64_t> gradients, size_t words,
            unsigned threads)
@@ -262,12 +269,12 @@ class Launcher {
       words_[n_slots + i] = gradients_[i * launch.row_words];
     const Context& context = module_->context();
     const Current current(*context.driver, context.handle);
-    for (const auto& [function, pieces, n] : kernels_) {
+    for (auto& [function, blocks, pieces, n] : kernels_) {
       launch.pieces = pieces;
-      void* parameters[] = {&launch, words_.data()};
+      void* parameters[] = {&launch, &n, words_.data()};
       module_->check("cuLaunchKernel",
-                     context.driver->cuLaunchKernel(reinterpret_cast<Driver::Handle>(function), n, 1, 1, threads_, 1, 1, 0,
-                                                    reinterpret_cast<Driver::Handle>(stream), parameters, nullptr));
+                     context.driver->cuLaunchKernel(reinterpret_cast<Driver::Handle>(function), blocks, 1, 1, threads_, 1,
+                                                    1, 0, reinterpret_cast<Driver::Handle>(stream), parameters, nullptr));
     }
   }
 
@@ -293,7 +300,7 @@ inline void bind_cuda(py::module_& m) {
              return std::make_shared<Module>(std::move(driver), std::string(image), index);
            }),
            py::arg("driver"), py::arg("image"), py::arg("index"))
-      .def("function", &Module::function, py::arg("name"));
+      .def("function", &Module::function, py::arg("name"), py::arg("threads"));
   py::class_<Launcher>(m, "Launcher")
       .def(py::init<std::shared_ptr<Module>, const Launcher::Kernels&, std::pair<uintptr_t, uintptr_t>,
                     std::tuple<int64_t, int64_t, int64_t>, std::pair<uintptr_t, int64_t>, size_t, unsigned>(),

@@ -32,7 +32,7 @@ template <int n>
 struct Inline {
   int64_t words[n];
 };
-constexpr int parameter_bytes = sizeof(Launch);
+constexpr int parameter_bytes = sizeof(Launch) + sizeof(int64_t);
 constexpr int small_words = (4096 - parameter_bytes) / 8, big_words = (32764 - parameter_bytes) / 8;
 
 constexpr int head_words = 4, piece_words = 3;
@@ -84,6 +84,7 @@ __device__ inline E* global(E* p) {
   asm("cvta.to.global.u64 %0, %1;" : "=l"(address) : "l"(p));
   return static_cast<E*>(__cvta_global_to_generic(address));
 }
+__device__ inline void prefetch(const int64_t* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global(p))); }
 #endif
 
 template <class T, class E>
@@ -550,12 +551,16 @@ __device__ inline void join_chunks(Row row, Join join, int k, int word, int64_t 
   }
 }
 
-// -- entries: a block per piece. As many as fit at a time, taking turns, would all wait for the slowest. --
+// -- entries --
+// Blocks take turns at the pieces. While one is worked on, the next one's row is on its way.
 template <void stage(const Launch&, Row, int64_t, int64_t, double*)>
-__device__ inline void each_piece(const Launch& launch, const int64_t* inlined) {
-  const int64_t c = blockIdx.x;
-  const int64_t* piece = launch.pieces + c * piece_words;
-  stage(launch, Row(launch, piece[0], inlined), piece[1], piece[2], launch.partials + c * launch.n_reductions);
+__device__ inline void each_piece(const Launch& launch, int64_t n, const int64_t* inlined) {
+  for (unsigned c = blockIdx.x; c < n; c += gridDim.x) {
+    const int64_t* piece = launch.pieces + int64_t(c) * piece_words;
+    if (c + gridDim.x < n && threadIdx.x < unsigned(launch.row_words))
+      prefetch(launch.rows + piece[int64_t(gridDim.x) * piece_words] * launch.row_words + threadIdx.x);
+    stage(launch, Row(launch, piece[0], inlined), piece[1], piece[2], launch.partials + c * launch.n_reductions);
+  }
 }
 
 template <int n>
@@ -563,31 +568,38 @@ __device__ constexpr int regions_of(void (*)(const Launch&, Row, int64_t, int64_
   return n;
 }
 template <auto stage>
-__device__ inline void each_block(const Launch& launch, const int64_t* inlined) {
-  constexpr int regions = regions_of(stage);
-  const int64_t c = blockIdx.x;
-  const int64_t* piece = launch.pieces + c * (piece_words + regions);
-  stage(launch, Row(launch, piece[0], inlined), piece[1], piece[2], launch.partials + c * launch.n_reductions,
-        Regions<regions>{piece + piece_words});
+__device__ inline void each_block(const Launch& launch, int64_t n, const int64_t* inlined) {
+  constexpr int regions = regions_of(stage), words = piece_words + regions;
+  for (unsigned c = blockIdx.x; c < n; c += gridDim.x) {
+    const int64_t* piece = launch.pieces + int64_t(c) * words;
+    if (c + gridDim.x < n && threadIdx.x < unsigned(launch.row_words))
+      prefetch(launch.rows + piece[int64_t(gridDim.x) * words] * launch.row_words + threadIdx.x);
+    stage(launch, Row(launch, piece[0], inlined), piece[1], piece[2], launch.partials + c * launch.n_reductions,
+          Regions<regions>{piece + piece_words});
+  }
 }
 
 template <void scalars(const Launch&, Row)>
-__device__ inline void each_row(const Launch& launch, const int64_t* inlined) {
-  const Row row(launch, blockIdx.x, inlined);
-  if (row.numel() > 0) scalars(launch, row);
+__device__ inline void each_row(const Launch& launch, int64_t n, const int64_t* inlined) {
+  for (int64_t r = blockIdx.x; r < n; r += gridDim.x) {
+    const Row row(launch, r, inlined);
+    if (row.numel() > 0) scalars(launch, row);
+  }
 }
 
 // A piece here is a row, which of its places, and the address of its first chunk.
 template <void joined(const Launch&, Row, Join)>
-__device__ inline void each_join(const Launch& launch, const int64_t* inlined) {
-  const int64_t* piece = launch.pieces + int64_t(blockIdx.x) * 4;
-  joined(launch, Row(launch, piece[0], inlined), {piece[1], piece[2], reinterpret_cast<const int64_t*>(piece[3])});
+__device__ inline void each_join(const Launch& launch, int64_t n, const int64_t* inlined) {
+  for (int64_t c = blockIdx.x; c < n; c += gridDim.x) {
+    const int64_t* piece = launch.pieces + c * 4;
+    joined(launch, Row(launch, piece[0], inlined), {piece[1], piece[2], reinterpret_cast<const int64_t*>(piece[3])});
+  }
 }
 
-#define FUSEDOPT_ENTRY(name, n_words, each, function)                                           \
-  extern "C" __global__ void __launch_bounds__(max_threads, resident_blocks) name(              \
-      const __grid_constant__ Launch launch, const __grid_constant__ Inline<n_words> inlined) { \
-    each<function>(launch, inlined.words);                                                      \
+#define FUSEDOPT_ENTRY(name, n_words, each, function)                                                              \
+  extern "C" __global__ void __launch_bounds__(max_threads, resident_blocks) name(                                 \
+      const __grid_constant__ Launch launch, int64_t n, const __grid_constant__ Inline<n_words> inlined) {         \
+    each<function>(launch, n, inlined.words);                                                                      \
   }
 #ifdef FUSEDOPT_SMALL_ONLY  // for drivers that refuse more parameters
 #define FUSEDOPT_ENTRIES(name, each, function) FUSEDOPT_ENTRY(name, small_words, each, function)

@@ -153,16 +153,18 @@ class Report:
             (f"{BOUND_BY_MEMORY}: device", [x for x in device if x["case"] == BOUND_BY_MEMORY], "rule"),
             ("AdamW: host", [x for x in lines if x["what"] == "host"], "case"),
         ]
+        panels = [panel for panel in panels if panel[1]]
         used = list(dict.fromkeys(line["provider"] for _, found, _ in panels for line in found))
         colors = {p: COLORS[k % len(COLORS)] for k, p in enumerate(used)}
         plt.switch_backend("agg")
-        figure, axes = plt.subplots(1, len(panels), figsize=(17, 8), layout="constrained")
-        for axis, (title, found, label) in zip(axes, panels, strict=True):
+        size = 1 + 5.4 * len(panels), 8
+        figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+        for axis, (title, found, label) in zip(axes[0], panels, strict=True):
             _panel(axis, title, found, label, colors)
-        handles = [plt.Rectangle((0, 0), 1, 1, color=colors[p]) for p in used]
+        handles = [plt.Line2D([], [], marker="o", linestyle="", color=colors[p]) for p in used]
         figure.legend(handles, used, loc="outside right upper", fontsize=8, frameon=False)
         title = "REHEARSAL on a CPU: no number means anything" if self.rehearsal else "Optimizer step"
-        figure.suptitle(f"{title}: median and 20th to 80th percentile, shorter is faster")
+        figure.suptitle(f"{title}: median and 20th to 80th percentile, left is faster")
         figure.supxlabel(plot.where_from(self.results), fontsize=7, color="#666666")
         figure.savefig(path, dpi=100)
         plt.close(figure)
@@ -181,14 +183,15 @@ def _panel(axis: Any, title: str, found: Sequence[Line], label: str, colors: dic
         for i, line in enumerate(_ordered(group, colors)):
             y, middle = k + (i - (len(group) - 1) / 2) * height, line["p50"]
             spread = [[max(0.0, middle - line["p20"])], [max(0.0, line["p80"] - middle)]]
-            axis.barh(y, middle, height * 0.92, color=colors[line["provider"]], xerr=spread,
-                      error_kw=dict(ecolor="#444444", elinewidth=0.8))  # fmt: skip
-            axis.annotate(_ms(line), (max(line["p80"], middle), y), (3, 0), textcoords="offset points",
+            axis.errorbar(middle, y, xerr=spread, fmt="o", markersize=5, color=colors[line["provider"]],
+                          ecolor="#444444", elinewidth=0.8)  # fmt: skip
+            axis.annotate(_ms(line), (max(line["p80"], middle), y), (6, 0), textcoords="offset points",
                           va="center", fontsize=6.5)  # fmt: skip
+        axis.axhspan(k - 0.5, k + 0.5, color="#000000", alpha=0.04 * (k % 2), linewidth=0)
     axis.set_yticks(range(len(groups)), groups)
     axis.set_ylim(len(groups) - 0.5, -0.5)
     if times := [line["p50"] for line in found if line["p50"] > 0 and math.isfinite(line["p50"])]:
-        axis.set(xscale="log", xlim=(min(times) / 2, max(times) * 4))
+        axis.set(xscale="log", xlim=(min(times) / 1.5, max(times) * 2.5))
     axis.set(title=title, xlabel="milliseconds")
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)

@@ -98,11 +98,12 @@ class LaunchTable(ctypes.Structure):
 EMULATE = f"""
 static_assert(sizeof(Launch) == {ctypes.sizeof(LaunchTable)});
 static_assert(small_words == {runtime.SMALL} && big_words == {runtime.BIG});
-static_assert(max_threads == {runtime.THREADS});
+static_assert(max_threads >= {runtime.THREADS});
 template <int n>
 void launch(void* kernel, void** parameters, unsigned blocks, unsigned threads) {{
-  emulate(reinterpret_cast<void (*)(Launch, Inline<n>)>(kernel), blocks, threads,
-          *static_cast<const Launch*>(parameters[0]), *static_cast<const Inline<n>*>(parameters[1]));
+  emulate(reinterpret_cast<void (*)(Launch, int64_t, Inline<n>)>(kernel), blocks, threads,
+          *static_cast<const Launch*>(parameters[0]), *static_cast<const int64_t*>(parameters[1]),
+          *static_cast<const Inline<n>*>(parameters[2]));
 }}
 extern "C" void emulated(void* kernel, bool big, void** parameters, unsigned blocks, unsigned threads) {{
   (big ? launch<big_words> : launch<small_words>)(kernel, parameters, blocks, threads);
@@ -143,6 +144,7 @@ def run(
     columns: dict[str, list[torch.Tensor]],
     sets: Sequence[int],
     slots: np.ndarray,
+    blocks: int = 1,
     threads: int = 1,
     chunks: plan.Layout | None = None,
 ) -> np.ndarray:
@@ -161,8 +163,11 @@ def run(
 
     def start(symbol: str, n: int) -> None:
         kernel: Any = ctypes.cast(getattr(library, f"{name}_{symbol}"), ctypes.c_void_p)
-        parameters = (ctypes.c_void_p * 2)(ctypes.addressof(launch), words.ctypes.data)
-        library.emulated(kernel, False, parameters, n, threads)
+        count = ctypes.c_int64(n)
+        parameters = (ctypes.c_void_p * 3)(
+            ctypes.addressof(launch), ctypes.addressof(count), words.ctypes.data
+        )
+        library.emulated(kernel, False, parameters, blocks, threads)
 
     for k in range(len(stages(program))):
         start(f"stage_{k}", len(layout))

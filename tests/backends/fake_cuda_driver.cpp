@@ -34,6 +34,7 @@ struct Launch {
 struct Captured {
   const Function* function;
   Launch launch;
+  int64_t n;
   std::vector<int64_t> words;
   unsigned blocks;
 };
@@ -44,7 +45,7 @@ static int depth = 0;
 static const char* const context = "the primary context";
 
 extern "C" {
-int fake_version = 13000, fake_devices = 1, fake_major = 9, fake_minor = 0, fake_threads = 1;
+int fake_version = 13000, fake_devices = 1, fake_major = 9, fake_minor = 0, fake_blocks = 2, fake_threads = 1;
 int fake_status = 0, fake_modules = 0, fake_retained = 0;
 int fake_capturing = 0, fake_words = 0, fake_big_words = 0;
 char fake_failing[64] = "";
@@ -56,7 +57,7 @@ extern int fake_threads;
 // Does what was captured.
 void fake_replay() {
   for (Captured& c : graph) {
-    void* parameters[] = {&c.launch, c.words.data()};
+    void* parameters[] = {&c.launch, &c.n, c.words.data()};
     c.function->emulated(c.function->kernel, c.function->big(), parameters, c.blocks, fake_threads);
   }
 }
@@ -80,7 +81,7 @@ Status cuDeviceGetCount(int* count) { return *count = fake_devices, result("cuDe
 Status cuDeviceGet(int* device, int index) { return *device = index, index < fake_devices ? 0 : 101; }
 Status cuDeviceGetName(char* name, int length, int) { return std::strncpy(name, "a fake GPU", length), 0; }
 Status cuDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == 75 ? fake_major : attribute == 76 ? fake_minor : -1;
+  *value = attribute == 16 ? 2 : attribute == 75 ? fake_major : attribute == 76 ? fake_minor : -1;
   return 0;
 }
 Status cuDevicePrimaryCtxRetain(void** handle, int) {
@@ -123,6 +124,10 @@ Status cuModuleGetFunction(void** function, void* handle, const char* name) {
   *function = new Function{name, kernel, reinterpret_cast<Emulated>(dlsym(module->library, "emulated"))};
   return 0;
 }
+Status cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int, size_t) {
+  NEEDS_CONTEXT;
+  return *blocks = fake_blocks, 0;
+}
 // A line of the log: name, blocks, threads, stream, whether scalars and gradients came by value.
 Status cuLaunchKernel(void* handle, unsigned blocks, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned,
                       void* stream, void** parameters, void**) {
@@ -135,8 +140,8 @@ Status cuLaunchKernel(void* handle, unsigned blocks, unsigned, unsigned, unsigne
        << !launch->slots << ' ' << !launch->gradients << '\n';
   logged += line.str();
   if (fake_capturing) {
-    const auto* words = static_cast<const int64_t*>(parameters[1]);
-    graph.push_back({function, *launch,
+    const auto* words = static_cast<const int64_t*>(parameters[2]);
+    graph.push_back({function, *launch, *static_cast<int64_t*>(parameters[1]),
                      {words, words + (function->big() ? fake_big_words : fake_words)}, blocks});
     return 0;
   }

@@ -161,12 +161,12 @@ def test_blocks_of_several_threads_compute_the_same(library, case):
     expected, name = interpreted(program, given, SETS, slots), f"{case}_{len(rendered(case)) - 1}"
     for threads in (2, 16):
         found = []
-        for offset in (0, 1):
-            how = dict(offset=offset, threads=threads)
+        for blocks, offset in ((1, 0), (3, 0), (20, 1)):
+            how = dict(offset=offset, blocks=blocks, threads=threads)
             results, partials = emulated(library, name, program, given, SETS, slots, **how)
             assert_same(results, expected)
             found.append(partials)
-        assert np.array_equal(*found)
+        assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("case", ["torch_AdamW_float32", "fastai_Lamb_bfloat16", "fastai_ranger_float16"])
@@ -270,7 +270,7 @@ def test_a_number_that_only_earlier_stages_read_is_stored_by_the_last_one(skip):
     assert not scalar_stores(program).stores
     given, none = inputs(program), np.zeros((3, 0))
     library, expected = kernel(program), interpreted(program, given, SETS, none)
-    for how in (dict(), dict(offset=1), dict(offset=3, threads=4)):
+    for how in (dict(), dict(offset=1), dict(offset=3, threads=4, blocks=2)):
         assert_same(emulated(library, "k", program, given, SETS, none, **how)[0], expected)
 
 
@@ -291,7 +291,7 @@ def test_buffers_of_all_dtypes_side_by_side(compute):
     verify(program)
     given, none = inputs(program), np.zeros((3, 0))
     library, expected = kernel(program), interpreted(program, given, SETS, none)
-    for how in (dict(), dict(offset=1), dict(offset=3, threads=4)):
+    for how in (dict(), dict(offset=1), dict(offset=3, threads=4, blocks=2)):
         found, _ = emulated(library, "k", program, given, SETS, none, **how)
         means = (found.pop("state.seen"), expected["state.seen"])
         assert_same(found, {name: tensors for name, tensors in expected.items() if name != "state.seen"})
@@ -313,7 +313,7 @@ def test_reductions_are_those_of_float64_and_pass_on_nan():
         for t in given["param"]:
             if where is not None:
                 t[where] = number
-        for how in (dict(), dict(threads=8)):
+        for how in (dict(), dict(threads=8, blocks=2)):
             found, _ = emulated(library, "k", program, given, [0] * 4, np.zeros((1, 0)), **how)
             for name in names:
                 truth = [OPS[name].torch(t.double()).float().double() for t in given["param"]]

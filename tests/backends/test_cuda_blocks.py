@@ -147,6 +147,22 @@ def test_many_chunks_are_joined(fake, small_chunks, name, threads):
     compared(program, SMALL[axes], "cuda")
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_results_do_not_depend_on_how_many_blocks_there_are(fake, small_chunks, name):
+    program, axes = ALL[name]
+    found = []
+    fake.threads = 8
+    for blocks in (1, 3, 100):
+        fake.blocks = blocks
+        backends.made["cuda"]._kernels.clear()
+        rows = [tensors(program, shape, seed) for seed, shape in enumerate(SMALL[axes])]
+        test_blocks.run(program, rows, SMALL[axes], "cuda")
+        found.append(rows)
+    for row, *others in zip(*found, strict=True):
+        for n, t in row.items():
+            assert all(torch.equal(t.nan_to_num(7), other[n].nan_to_num(7)) for other in others)
+
+
 MUTATIONS = {
     "half a team is not joined": ("for (unsigned n = size / 2; n > 0; n /= 2) {", "n > 0", "n > 1"),
     "the last chunk is not joined": ("(first + inside - 1) / length + 1, [&]", "+ 1, [&]", ", [&]"),
@@ -175,6 +191,7 @@ def rows_of(program, shapes):
 
 def test_a_step_is_launched_in_order_over_chunks_and_tensors(fake):
     """Before a stage and after all of them a block per tensor, a stage with a block per chunk or piece of one."""
+    fake.blocks = 1000
     program, shapes = PROGRAMS["factored matrix"][0], [(300, 700), (3, 5), (0, 4)]
     test_blocks.run(program, rows_of(program, shapes), shapes, "cuda")
     chunks, pieces = 4 + 1, 3 * 8 + 2 + 1  # of 94 lines, the last one of 18; those are cut into twelves

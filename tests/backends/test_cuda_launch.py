@@ -27,6 +27,7 @@ from fusedopt.backends.cuda import render as renderer
 from fusedopt.compile import BuildError, cache, toolchain
 from fusedopt.extension import leaf
 from fusedopt.kernels import source as skeleton
+from fusedopt.step import buckets
 
 pytestmark = needs_extension
 ROOT = Path(__file__).parent
@@ -60,7 +61,7 @@ class Fake:
         self.library.fake_clear()
 
 
-DEFAULTS = dict(version=13000, devices=1, major=9, minor=0, threads=1, status=0, capturing=0)
+DEFAULTS = dict(version=13000, devices=1, major=9, minor=0, blocks=2, threads=1, status=0, capturing=0)
 DEFAULTS |= dict(words=cuda.SMALL, big_words=cuda.BIG)
 
 
@@ -207,13 +208,22 @@ def test_tensors_of_many_chunks_are_joined_by_all_threads(fake, name):
     assert first[0] == "fusedopt_stage_0" and second[0] == "fusedopt_stage_1"
 
 
-def test_stages_that_reduce_have_a_block_per_chunk_and_others_one_per_tile(fake):
-    params = parameters(3 * 65536 + 5)
-    opt = fusedopt.Lamb(params, lr=0.01, wd=0.01)
-    opt.backend = "cuda"
-    give_gradients(params, 1)
-    opt.step()
-    assert [blocks for _, blocks, *_ in fake.launches] == [4, 25]
+def test_joining_does_not_depend_on_how_many_blocks_there_are(fake):
+    found = []
+    fake.threads = 4
+    for blocks in (1, 2, 100):
+        fake.blocks = blocks
+        backends.made["cuda"]._kernels.clear()
+        buckets.known_traces.cache_clear()
+        torch.manual_seed(0)
+        params = parameters(3 * 65536 + 5)
+        opt = fusedopt.Lamb(params, lr=0.01, wd=0.01)
+        opt.backend = "cuda"
+        give_gradients(params, 1)
+        opt.step()
+        found.append(params[0].detach())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert [blocks for _, blocks, *_ in fake.launches] == [2, 2, 4, 4, 4, 25]
 
 
 def test_scalar_state_is_stored_once_for_each_tensor(fake):
@@ -320,7 +330,7 @@ def test_an_older_driver_gets_small_kernels_and_tables(fake):
     } == {("fusedopt_stage_0", 1, 0)}
 
 
-def test_launches_have_a_block_per_tile_and_go_to_the_current_stream(fake, monkeypatch):
+def test_launches_are_sized_by_the_device_and_go_to_the_current_stream(fake, monkeypatch):
     monkeypatch.setattr(cuda, "_stream", lambda device: 77)
     params = parameters(10 * 8192, 5)
     give_gradients(params, 0)
@@ -329,7 +339,7 @@ def test_launches_have_a_block_per_tile_and_go_to_the_current_stream(fake, monke
     give_gradients(small, 0)
     sgd(small).step()
     assert fake.launches == [
-        ("fusedopt_stage_0", 11, cuda.THREADS, 77, 1, 1),
+        ("fusedopt_stage_0", 4, cuda.THREADS, 77, 1, 1),  # two multiprocessors with two blocks each, for eleven tiles
         ("fusedopt_stage_0", 1, cuda.THREADS, 77, 1, 1),
     ]
 
@@ -359,9 +369,9 @@ def test_modules_are_unloaded_with_their_kernels(fake):
     assert (fake.modules, fake.retained) == (before[0] + 1, before[1] + 1)
     launch = prepared(opt, params)
     module = launch.kernel.handle.module
-    assert module.function("fusedopt_stage_0")
+    assert module.function("fusedopt_stage_0", 256)[1] == 4
     with pytest.raises(RuntimeError, match="cuModuleGetFunction: error 500"):
-        module.function("fusedopt_nothing")
+        module.function("fusedopt_nothing", 256)
     image = b"/nowhere k_"
     with pytest.raises(RuntimeError, match="INVALID_IMAGE"):
         leaf.native.Module(backends.get("cuda").driver(), image, 0)

@@ -25,9 +25,9 @@ from . import nvrtc
 from . import render as renderer
 
 LIBRARY = "libcuda.so.1"
-THREADS = 256
+THREADS = 128
 """Of a block."""
-SMALL, BIG = ((limit - 72) // 8 for limit in (4096, 32764))
+SMALL, BIG = ((limit - 80) // 8 for limit in (4096, 32764))
 """Words that a launch carries by value: `small_words` and `big_words` of the skeleton."""
 BIG_SINCE = 12010
 """The first driver that takes so many, as the driver counts versions."""
@@ -41,10 +41,11 @@ FALLBACK = 'or use backend="triton" or backend="reference"'
 
 
 class Handle(NamedTuple):
-    """A loaded module; the address of each of its kernels, by name; what a launch may carry by value."""
+    """A loaded module; the address and the most useful number of blocks of each of its kernels, by name; what a launch
+    may carry by value."""
 
     module: Any
-    functions: dict[str, int]
+    functions: dict[str, tuple[int, int]]
     capacities: tuple[int, ...]
 
 
@@ -118,7 +119,9 @@ class Cuda(Compiler):
         kernel.handle = Handle(module, functions, capacities)
         return kernel
 
-    def _load(self, name: str, entry: Any, index: int, symbols: list[str]) -> tuple[Any, dict[str, int]]:
+    def _load(
+        self, name: str, entry: Any, index: int, symbols: list[str]
+    ) -> tuple[Any, dict[str, tuple[int, int]]]:
         key = str(entry.path), index
         if key in self._refused:
             raise self._refused[key].with_traceback(None)
@@ -126,7 +129,7 @@ class Cuda(Compiler):
         try:
             with _refusing(f"kernel {name!r}, {made_by}, cannot be loaded on GPU {index}: "):
                 module = leaf.native.Module(self.driver(), entry.path.read_bytes(), index)  # type: ignore[union-attr]
-                return module, {s: module.function(s) for s in symbols}
+                return module, {s: module.function(s, THREADS) for s in symbols}
         except BuildError as error:
             self._refused[key] = error
             raise
@@ -184,8 +187,9 @@ class Launch(Rows):
         suffix = _suffixes(handle.capacities)[handle.capacities.index(self.carried.capacity)]
         kernels = []
         for symbol, over in renderer.launches(self.kernel.program):
+            function, blocks = handle.functions[symbol + suffix]
             if n := len(tables[over]):
-                kernels.append((handle.functions[symbol + suffix], tables[over].data_ptr(), n))
+                kernels.append((function, min(n, blocks), tables[over].data_ptr(), n))
         gradients = self._gradients
         return leaf.native.Launcher(  # type: ignore[union-attr]
             handle.module,
