@@ -31,6 +31,7 @@ class ActivationStats(Callback):
     (40 counts of sizes, without sign, from 0 to 10), each a list with a tensor per batch. All but ``hist`` is as in
     fastai. Of a layer that gives several tensors it is the first (fastai: each), and of one that runs twice in a batch
     there are two (fastai: the last).
+
     Raises:
         ValueError: ``every`` below 1; when training begins, no layers to look at.
     """

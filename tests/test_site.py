@@ -1,0 +1,214 @@
+"""The documents as a site: it builds without a warning, has every public name, and works in a browser, without a net.
+
+It is skipped where the packages of the ``docs`` extra, or Chromium, are missing.
+"""
+
+import functools
+import http.server
+import importlib.util
+import subprocess
+import sys
+import threading
+import types
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+import browser
+import pytest
+import test_docstrings
+
+ROOT = Path(__file__).parents[1]
+NEEDED = ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers.python", "websockets")
+MISSING = [name for name in NEEDED if not importlib.util.find_spec(name.partition(".")[0])]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"pip install '.[docs]': there is no {', '.join(MISSING)}"
+)
+IN_BROWSER = pytest.mark.skipif(browser.path() is None, reason="no chromium is installed")
+
+
+class Page(HTMLParser):
+    """What a page links to, what can be linked to in it, and what it loads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids |= {
+            value for name in ("id", "name") if (value := found.get(name)) and (name == "id" or tag == "a")
+        }
+        if tag == "a" and (href := found.get("href")):
+            self.links.append(href)
+        elif tag in ("script", "img", "iframe", "source") and (src := found.get("src")):
+            self.loads.append(src)
+        elif tag == "link" and found.get("rel") not in ("canonical", "next", "prev") and found.get("href"):
+            self.loads.append(found["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """Built as ``make docs`` does."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site) -> dict[str, Page]:
+    return {
+        path.relative_to(site).as_posix(): Page(path.read_text(encoding="utf-8"))
+        for path in sorted(site.rglob("*.html"))
+        if path.name != "404.html"
+    }
+
+
+def test_it_has_every_document(pages):
+    documents = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/api/*.md"), ROOT / "benchmarks" / "README.md"]
+    expected = {
+        path.relative_to(ROOT).as_posix().replace("README.md", "index.html").replace(".md", ".html")
+        for path in documents
+    }
+    assert expected | {"index.html"} <= pages.keys()
+
+
+def test_every_public_name_has_an_entry(pages):
+    entries = {anchor for page in pages.values() for anchor in page.ids}
+    public = [
+        (f"{m.__name__}.{n}", getattr(m, n)) for m, names in test_docstrings.PUBLIC.items() for n in names
+    ]
+    for name, thing in public:
+        if isinstance(thing, types.ModuleType):
+            continue
+        own = f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
+        assert entries & {own, *(other for other, it in public if it is thing)}, f"docs/api has no {name}"
+
+
+def test_links_lead_somewhere(site, pages):
+    dead = []
+    for name, page in pages.items():
+        for link in page.links:
+            place, anchor = urldefrag(urljoin(name, link))
+            if urlsplit(link).scheme in ("http", "https", "mailto"):
+                continue
+            target = unquote(place)
+            if target not in pages and not (site / target).is_file():
+                dead.append(f"{name}: {link}")
+            elif anchor and target in pages and unquote(anchor) not in pages[target].ids:
+                dead.append(f"{name}: {link}, of which there is the page, but not the place in it")
+    assert not dead
+
+
+def test_nothing_is_loaded_from_elsewhere(site, pages):
+    for name, page in pages.items():
+        for src in page.loads:
+            assert not urlsplit(src).netloc, f"{name} loads {src}"
+            if not src.startswith("data:"):
+                assert (site / unquote(urldefrag(urljoin(name, src))[0])).is_file(), f"{name}: {src}"
+
+
+# --
+# In a browser
+
+SHOWN = (
+    "index.html",
+    "docs/writing_rules.html",
+    "docs/classes_table.html",
+    "docs/api/rules.html",
+    "benchmarks/index.html",
+)
+WINDOWS = {
+    "light": dict(width=1400, height=1000),
+    "dark": dict(width=1400, height=1000, dark=True),
+    "phone": dict(width=390, height=844, phone=True),
+}
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.started() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))
+    ) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+def heard(chromium, url):
+    """What the browser complains of on a page, and what it loads for it."""
+    chromium.complaints.clear(), chromium.requests.clear()
+    chromium.open(url)
+    chromium.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))")
+    return list(chromium.complaints), list(chromium.requests)
+
+
+@IN_BROWSER
+@pytest.mark.parametrize("window", WINDOWS)
+def test_pages_open_without_complaints_and_fit(chromium, address, window, request):
+    """``pytest tests/test_site.py --pictures FOLDER`` keeps what is seen."""
+    chromium.size(**WINDOWS[window])
+    folder = request.config.getoption("--pictures")
+    for name in SHOWN:
+        complaints, requests = heard(chromium, address + name)
+        assert not complaints, name
+        assert requests and all(url.startswith((address, "data:")) for url in requests), requests
+        dark = "slate" if window == "dark" else "default"
+        assert chromium.run("document.body.dataset.mdColorScheme") == dark
+        assert chromium.run("document.documentElement.scrollWidth <= window.innerWidth"), (
+            f"{name} is too wide"
+        )
+        if folder:
+            chromium.picture(Path(folder) / f"{window}-{name.replace('/', '-').removesuffix('.html')}.png")
+
+
+@IN_BROWSER
+@pytest.mark.parametrize("opened", ["served", "as files"])
+def test_the_search_finds(chromium, site, address, opened):
+    chromium.size(**WINDOWS["light"])
+    complaints, _ = heard(chromium, (address if opened == "served" else f"{site.as_uri()}/") + "index.html")
+    found = chromium.run(
+        """(async () => {
+            const wait = ms => new Promise(done => setTimeout(done, ms));
+            document.querySelector("[data-md-toggle=search]").click();
+            const input = document.querySelector("[data-md-component=search-query]");
+            input.focus();
+            for (let i = 0; i < 100; i++) {
+                input.value = "release_gradients";
+                input.dispatchEvent(new Event("input", {bubbles: true}));
+                input.dispatchEvent(new Event("keyup", {bubbles: true}));
+                await wait(100);
+                const links = [...document.querySelectorAll(".md-search-result__link")].map(a => a.href);
+                if (links.length) return links;
+            }
+            return [];
+        })()"""
+    )
+    assert any("docs/memory.html" in link for link in found), found
+    assert not complaints
+
+
+@IN_BROWSER
+def test_a_page_with_a_fault_is_noticed(chromium, tmp_path):
+    page = tmp_path / "wrong.html"
+    page.write_text("<script src='missing.js'></script><script>console.error('one'); nothing.at.all</script>")
+    complaints, requests = heard(chromium, page.as_uri())
+    assert any("one" in c for c in complaints) and any("nothing is not defined" in c for c in complaints)
+    assert any("missing.js" in c for c in complaints) and any("missing.js" in r for r in requests)
