@@ -84,7 +84,8 @@ class Browser:
     def open(self, url: str) -> None:
         """Go to an address, and wait until it is loaded."""
         self._loaded = False
-        self("Page.navigate", url=url)
+        if "loaderId" not in self("Page.navigate", url=url):
+            return  # another place on the same page
         until = time.monotonic() + PATIENCE
         while not self._loaded:
             if time.monotonic() > until:

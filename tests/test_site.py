@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers.python", "websockets")
 MISSING = [name for name in NEEDED if not importlib.util.find_spec(name.partition(".")[0])]
 pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"pip install '.[docs]': there is no {', '.join(MISSING)}"
+    bool(MISSING), reason=f"pip install '.[dev]': there is no {', '.join(MISSING)}"
 )
 IN_BROWSER = pytest.mark.skipif(browser.path() is None, reason="no chromium is installed")
 
@@ -119,8 +119,11 @@ def test_nothing_is_loaded_from_elsewhere(site, pages):
 SHOWN = (
     "index.html",
     "docs/writing_rules.html",
+    "docs/troubleshooting.html",
     "docs/classes_table.html",
+    "docs/api/optimizer.html",
     "docs/api/rules.html",
+    "docs/coming_from.html",
     "benchmarks/index.html",
 )
 WINDOWS = {
@@ -162,11 +165,12 @@ def heard(chromium, url):
 
 @IN_BROWSER
 @pytest.mark.parametrize("window", WINDOWS)
-def test_pages_open_without_complaints_and_fit(chromium, address, window, request):
-    """``pytest tests/test_site.py --pictures FOLDER`` keeps what is seen."""
+def test_pages_open_without_complaints_and_fit(chromium, address, pages, window, request):
+    """All but those of source files on a phone, some in other windows. ``--pictures FOLDER`` keeps what is seen."""
     chromium.size(**WINDOWS[window])
     folder = request.config.getoption("--pictures")
-    for name in SHOWN:
+    documents = [name for name in pages if name.startswith("docs/")]
+    for name in dict.fromkeys([*SHOWN, *(documents if window == "phone" else ())]):
         complaints, requests = heard(chromium, address + name)
         assert not complaints, name
         assert requests and all(url.startswith((address, "data:")) for url in requests), requests
@@ -175,7 +179,7 @@ def test_pages_open_without_complaints_and_fit(chromium, address, window, reques
         assert chromium.run("document.documentElement.scrollWidth <= window.innerWidth"), (
             f"{name} is too wide"
         )
-        if folder:
+        if folder and name in SHOWN:
             chromium.picture(Path(folder) / f"{window}-{name.replace('/', '-').removesuffix('.html')}.png")
 
 

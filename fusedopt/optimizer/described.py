@@ -91,7 +91,7 @@ def _rest(named: Any, cbs: Iterable[Callable[..., Any]]) -> Iterator[str]:
         f"Formula, in this order ({symbols}):", [f"{_called(cb)}: {parts['Formula']}" for cb, parts in found]
     )
     if shared := [f"{n}: {SHARED[n]}." for n in arguments if n in SHARED and f"`{n}`" not in own]:
-        yield _block("Arguments:", shared)
+        yield _block("Arguments that others have too:", shared)
         yield _block("Raises:", RAISES)
     yield _block("Source:", of_each("Source"))
     if deviations:
