@@ -50,7 +50,7 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 docs: setup ## the documents as a site, in build/site; a warning, such as a dead link, is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "Open build/site/index.html"
 
 # In the current Python, whose torch has to be one for CUDA: setup's environment may have another. Nothing is fetched

@@ -50,12 +50,20 @@ class Page(HTMLParser):
             self.loads.append(found["href"])
 
 
+BUILD = ("-m", "mkdocs", "build")
+"""As in the Makefile: with --quiet, MkDocs would not notice its own warnings."""
+
+
+def build(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *BUILD, "--site-dir", str(folder), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """Built as ``make docs`` does."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = build(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -67,6 +75,26 @@ def pages(site) -> dict[str, Page]:
         for path in sorted(site.rglob("*.html"))
         if path.name != "404.html"
     }
+
+
+def test_make_builds_it_so():
+    assert f"python {' '.join(BUILD)}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("link", ["nowhere.md", "#nowhere", "other.md#nowhere", "/index.md", "folder/"])
+def test_a_dead_link_stops_the_build(tmp_path, link):
+    """In a site of two pages with the same settings."""
+    (tmp_path / "docs").mkdir()
+    for name in ("index", "other"):
+        (tmp_path / "docs" / f"{name}.md").write_text(f"# {name}\n\n[here](index.md#index)\n")
+    own = "docs_dir: docs\nhooks: []\nplugins: []\nnav: [index.md, other.md]\n"
+    settings = tmp_path / "mkdocs.yml"
+    settings.write_text(f"INHERIT: {ROOT / 'mkdocs.yml'}\n{own}")
+    assert build(tmp_path / "site", "--config-file", str(settings)).returncode == 0
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write(f"[there]({link})\n")
+    done = build(tmp_path / "site", "--config-file", str(settings))
+    assert done.returncode == 1 and link in done.stderr
 
 
 def test_it_has_every_document(pages):
@@ -194,7 +222,7 @@ def test_the_search_finds(chromium, site, address, opened):
             document.querySelector("[data-md-toggle=search]").click();
             const input = document.querySelector("[data-md-component=search-query]");
             input.focus();
-            for (let i = 0; i < 100; i++) {
+            for (let i = 0; i < 300; i++) {
                 input.value = "release_gradients";
                 input.dispatchEvent(new Event("input", {bubbles: true}));
                 input.dispatchEvent(new Event("keyup", {bubbles: true}));
