@@ -54,11 +54,28 @@ def quoted(document: str) -> list[str]:
     return [" ".join(m.split()) for m in re.findall(r"^```text\n(.*?)\n```$", rest, re.M | re.S)]
 
 
+def unexplained(document: str) -> list[str]:
+    """Messages with no text behind them that says why, and what to do."""
+    rest = test_docs.EXAMPLE.sub("", document)
+    return [
+        m["message"]
+        for m in re.finditer(
+            r"^```text\n(?P<message>.*?)\n```\n(?P<prose>.*?)(?=^```|^#|\Z)", rest, re.M | re.S
+        )
+        if len(m["prose"].split()) < 8
+    ]
+
+
 MESSAGES = quoted(PAGE.read_text(encoding="utf-8"))
 
 
 def test_the_page_quotes_many():
     assert len(MESSAGES) > 50
+
+
+def test_each_says_why_and_what_to_do():
+    assert not unexplained(PAGE.read_text(encoding="utf-8"))
+    assert unexplained("```text\na message\n```\n\nToo little.\n\n## Next\n") == ["a message"]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message[:50])

@@ -215,7 +215,8 @@ def test_pages_open_without_complaints_and_fit(chromium, address, pages, window,
 @pytest.mark.parametrize("opened", ["served", "as files"])
 def test_the_search_finds(chromium, site, address, opened):
     chromium.size(**WINDOWS["light"])
-    complaints, _ = heard(chromium, (address if opened == "served" else f"{site.as_uri()}/") + "index.html")
+    root = address if opened == "served" else f"{site.as_uri()}/"
+    heard(chromium, f"{root}index.html")
     found = chromium.run(
         """(async () => {
             const wait = ms => new Promise(done => setTimeout(done, ms));
@@ -234,7 +235,8 @@ def test_the_search_finds(chromium, site, address, opened):
         })()"""
     )
     assert any("docs/memory.html" in link for link in found), found
-    assert not complaints
+    assert not chromium.complaints
+    assert all(url.startswith((root, "data:", "blob:")) for url in chromium.requests), chromium.requests
 
 
 @IN_BROWSER
