@@ -66,7 +66,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if (ROOT / path).is_dir():
             linked += [f"{path}/{name}" for name in re.findall(r"\]\((.+)\.md\)", _text(path))]
     for file in found:
-        if file.generated_by:
+        # Every document has to be named in mkdocs.yml, but for results, of which there may be one for each machine.
+        if file.generated_by or file.src_uri.startswith("benchmarks/results/"):
             file.inclusion = file.inclusion.NOT_IN_NAV
     return Files([*themes, *found])
 
