@@ -1,5 +1,5 @@
 # make demo and make test each do all the set-up they need. make check changes nothing.
-.PHONY: setup demo test test-torch check fix bench gpu clean
+.PHONY: setup demo test test-torch check fix bench docs gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -48,6 +48,10 @@ test-torch:
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+docs: setup ## the documents as a site, in build/site; a warning, such as a dead link, is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "Open build/site/index.html"
 
 # In the current Python, whose torch has to be one for CUDA: setup's environment may have another. Nothing is fetched
 # if all that is needed is there.

@@ -1,6 +1,20 @@
 """fusedopt: write an optimizer as a list of small callbacks; it runs as one fused multi-tensor kernel.
 
-The names here mirror ``fastai.optimizer``; ``fusedopt.optim`` mirrors ``torch.optim``.
+`Optimizer` is the class that takes callbacks. `SGD`, `RMSProp`, `Adam`, `RAdam`, `QHAdam`, `Larc`, `Lamb`, `Lookahead`
+and `ranger` mirror ``fastai.optimizer``. `fuse` takes any optimizer of torch's kind as it is, `unfuse` undoes that.
+
+Modules:
+    optim: mirrors ``torch.optim``.
+    rules: published update rules, with their callbacks.
+    callbacks: the parts that optimizers are made of. These are here too: `sgd_step`, `momentum_step`, `rms_prop_step`,
+        `adam_step`, `radam_step`, `qhadam_step`, `lamb_step`, `larc_step`, `larc_layer_lr`, `weight_decay`, `l2_reg`,
+        `average_grad`, `average_sqr_grad`, `step_stat`, `debias`, `lookahead_slow`, `lookahead`.
+    storage: policies of how state and parameters are stored.
+    learner: a training loop; to be imported by itself.
+
+For callbacks of one's own: `total`, a sum over all parameters; `uniform` and `normal`, random numbers.
+
+All other modules are internal.
 """
 
 import sys as _sys
@@ -12,7 +26,7 @@ __path__ = [
     *([] if _Path(__file__).with_name("kernels").is_dir() else [str(_Path(__file__).parents[1])]),
 ]
 
-from . import callbacks, optim, rules
+from . import callbacks, optim, rules, storage
 from .callbacks import (
     adam_step,
     average_grad,
@@ -75,6 +89,7 @@ __all__ = [
     "rules",
     "sgd_step",
     "step_stat",
+    "storage",
     "total",
     "unfuse",
     "uniform",

@@ -42,6 +42,7 @@ from .callbacks import (
     step_stat,
 )
 from .optimizer import AllOptions, Options
+from .optimizer.described import described
 from .optimizer.names import MOMENTS, MOMENTUM
 from .optimizer.torch_face import TorchFace
 
@@ -59,10 +60,14 @@ _ADAM = [maximize_grad, flagged_weight_decay, _dampened, average_sqr_grad, step_
 # The optimizers
 
 
+@described(l2_reg, sgd_momentum_step)
 class SGD(TorchFace):
-    """torch.optim.SGD: see `callbacks.sgd_momentum_step`.
+    """torch.optim.SGD.
 
+    Args: `dampening`: how much less than 1 a gradient counts in the momentum; `nesterov`: whether to look ahead along
+    it.
     State: ``momentum_buffer`` while momentum is not 0.
+    Raises: ValueError: `nesterov` without momentum, or with dampening.
     """
 
     state_names: ClassVar[dict[str, str]] = MOMENTUM
@@ -90,9 +95,12 @@ class SGD(TorchFace):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
 
+@described(l2_reg, average_sqr_grad, rms_momentum_step)
 class RMSprop(TorchFace):
-    """torch.optim.RMSprop: see `callbacks.rms_momentum_step`.
+    """torch.optim.RMSprop.
 
+    Args: `alpha`: weight of the old average of squared gradients in the new one; `centered`: divide by the root of
+    their variance.
     State: ``step``, ``square_avg``, ``momentum_buffer`` while momentum is not 0, ``grad_avg`` if centered.
     """
 
@@ -117,9 +125,11 @@ class RMSprop(TorchFace):
         self._start([maximize_grad, l2_reg, step_stat, average_sqr_grad, rms_momentum_step], locals())
 
 
+@described(flagged_weight_decay, _dampened, average_sqr_grad, adam_step)
 class Adam(TorchFace):
-    """torch.optim.Adam: see `callbacks.adam_step`.
+    """torch.optim.Adam.
 
+    Args: `amsgrad`: divide by the root of the largest second moment so far; `decoupled_weight_decay`: AdamW's decay.
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, and ``max_exp_avg_sq`` if amsgrad.
     """
 
@@ -145,8 +155,13 @@ class Adam(TorchFace):
         self._start(_ADAM, locals())
 
 
+@described(flagged_weight_decay, _dampened, average_sqr_grad, adam_step)
 class AdamW(Adam):
-    """torch.optim.AdamW: Adam whose weight decay is always decoupled, also after loading an Adam's state."""
+    """torch.optim.AdamW: Adam whose weight decay is always decoupled, also after loading an Adam's state.
+
+    Args: `amsgrad`: divide by the root of the largest second moment so far.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``, and ``max_exp_avg_sq`` if amsgrad.
+    """
 
     def __init__(
         self,
@@ -172,8 +187,14 @@ class AdamW(Adam):
             group["decoupled_weight_decay"] = True
 
 
+@described(l2_reg, adagrad_step)
 class Adagrad(TorchFace):
-    """torch.optim.Adagrad: see `callbacks.adagrad_step`. State: ``step``, ``sum``, from the first step on."""
+    """torch.optim.Adagrad.
+
+    Args: `lr_decay`: per step, ``lr / (1 + (t - 1)·lr_decay)``; `initial_accumulator_value`: what the sum of squares
+    starts with, in gradient units squared.
+    State: ``step``, ``sum``, from the first step on.
+    """
 
     state_names: ClassVar[dict[str, str]] = {"sqr_sum": "sum"}
 
@@ -202,8 +223,12 @@ class Adagrad(TorchFace):
         )
 
 
+@described(l2_reg, _dampened, adamax_step)
 class Adamax(TorchFace):
-    """torch.optim.Adamax: see `callbacks.adamax_step`. State: ``step``, ``exp_avg``, ``exp_inf``."""
+    """torch.optim.Adamax.
+
+    State: ``step``, ``exp_avg``, ``exp_inf``.
+    """
 
     state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "inf_avg": "exp_inf"}
 
@@ -224,9 +249,11 @@ class Adamax(TorchFace):
         self._start([maximize_grad, l2_reg, _dampened, step_stat, adamax_step], locals())
 
 
+@described(flagged_weight_decay, _dampened, average_sqr_grad, nadam_step)
 class NAdam(TorchFace):
-    """torch.optim.NAdam: see `callbacks.nadam_step`.
+    """torch.optim.NAdam.
 
+    Args: `momentum_decay`: how fast the momentum warms up, per step; `decoupled_weight_decay`: AdamW's decay.
     State: ``step``, ``mu_product`` (both numbers), ``exp_avg``, ``exp_avg_sq``.
     """
 
@@ -254,9 +281,11 @@ class NAdam(TorchFace):
         )
 
 
+@described(flagged_weight_decay, _dampened, average_sqr_grad, _radam_step)
 class RAdam(TorchFace):
-    """torch.optim.RAdam: `callbacks.radam_step` with eps inside the bias correction.
+    """torch.optim.RAdam: `callbacks.radam_step` with eps inside the bias correction (``eps_before_debias``).
 
+    Args: `decoupled_weight_decay`: AdamW's decay.
     State: ``step``, ``exp_avg``, ``exp_avg_sq``.
     """
 
@@ -283,8 +312,14 @@ class RAdam(TorchFace):
         )
 
 
+@described(l2_reg, average_sqr_grad, adadelta_step)
 class Adadelta(TorchFace):
-    """torch.optim.Adadelta: see `callbacks.adadelta_step`. State: ``step``, ``square_avg``, ``acc_delta``."""
+    """torch.optim.Adadelta.
+
+    Args: `rho`: weight of the old averages of squares in the new ones, in [0, 1].
+    State: ``step``, ``square_avg``, ``acc_delta``.
+    Raises: ValueError: another `rho`.
+    """
 
     state_names: ClassVar[dict[str, str]] = {"sqr_avg": "square_avg", "sqr_delta": "acc_delta"}
     hyper_names: ClassVar[dict[str, str]] = {"sqr_mom": "rho"}

@@ -55,6 +55,7 @@ def pytest_addoption(parser):
         action="store_true",
         help="compile GPU kernels for every architecture and dtype, as .ci/run does; else for one",
     )
+    parser.addoption("--pictures", metavar="FOLDER", help="where test_site.py puts what a browser shows")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -395,7 +395,8 @@ def _maker(make: Callable[..., Any], options: Options) -> Callable[..., Any]:
 def unfuse(opt: Opt) -> Opt:
     """Give an optimizer its own ``step`` back; state and groups stay as they are.
 
-    Raises TypeError if it is not fused.
+    Args: `opt`, as `fuse` returned it.
+    Raises: TypeError if it is not fused.
     """
     if "_fusedopt" not in vars(opt):
         raise TypeError(f"this {type(opt).__name__} is not fused")

@@ -20,7 +20,7 @@ from .order import listed
 class Fitting:
     """Part of the `Learner`. Rates are a number, a list with one per group, or a slice: see ``Optimizer.set_hyper``.
 
-    ``start_epoch`` is as for `Learner.fit`.
+    ``n_epoch``, ``wd``, ``cbs``, ``reset_opt`` and ``start_epoch`` are as for `Learner.fit`.
     """
 
     dls: Any
@@ -50,6 +50,7 @@ class Fitting:
         """Train with one cycle: the rate from lr_max / div to lr_max to lr_max / div_final, momentum through ``moms``.
 
         ``pct_start`` of the batches are for the way up. Both ways are half cosines.
+        ``n_epoch``, ``wd``, ``cbs``, ``reset_opt`` and ``start_epoch`` are as for `Learner.fit`.
         """
         top = self._rates(lr_max)
         scheds = {
@@ -69,7 +70,10 @@ class Fitting:
         reset_opt: bool = False,
         start_epoch: int = 0,
     ) -> None:
-        """Train at a flat rate for ``pct_start`` of the batches, then along half a cosine down to lr / div_final."""
+        """Train at a flat rate for ``pct_start`` of the batches, then along half a cosine down to lr / div_final.
+
+        ``n_epoch``, ``wd``, ``cbs``, ``reset_opt`` and ``start_epoch`` are as for `Learner.fit`.
+        """
         flat = self._rates(lr)
         scheds = {"lr": combined_cos(pct_start, flat, flat, flat / div_final)}
         self._fit_scheduled(n_epoch, scheds, wd, cbs, reset_opt, start_epoch)
@@ -87,7 +91,8 @@ class Fitting:
     ) -> None:
         """Train in cycles with warm restarts: each from lr_max down to 0, and ``cycle_mult`` times as long as the last.
 
-        ``cycle_len`` is in epochs. ``cycle_mult`` may be 1 (fastai divides by zero).
+        There are ``n_cycles``, the first of ``cycle_len`` epochs. ``cycle_mult`` may be 1 (fastai divides by zero).
+        ``wd``, ``cbs``, ``reset_opt`` and ``start_epoch`` are as for `Learner.fit`.
         """
         top, lengths = self._rates(lr_max), [cycle_len * cycle_mult**i for i in range(n_cycles)]
         n_epoch = sum(lengths)
@@ -105,9 +110,15 @@ class Fitting:
         div: float = 5.0,
         **kwargs: Any,
     ) -> None:
-        """Train the last group for ``freeze_epochs``, then all of them at half the rate, a ``lr_mult``-th at the first.
+        """Train the last group for a while, then all of them at half the rate, both by `fit_one_cycle`.
 
-        Both by `fit_one_cycle`, which takes ``kwargs``.
+        Args:
+            epochs: how many with all groups.
+            base_lr: the highest rate of the first part; in the second half of it is that of the last group.
+            freeze_epochs: how many with the last group alone.
+            lr_mult: by what the first group's rate is smaller.
+            pct_start, div: of the second part's cycle.
+            kwargs: of `fit_one_cycle`.
         """
         self.freeze()
         self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, **kwargs)
@@ -126,8 +137,10 @@ class Fitting:
     ) -> Any:
         """Train at growing rates, undo it all, and return what the losses suggest: a named tuple of learning rates.
 
-        ``suggest_funcs``: of `valley`, `slide`, `minimum`, `steep`, or functions like them; None for none.
-        ``show_plot`` draws the losses and what is suggested. See `LRFinder` for the rest.
+        Args:
+            start_lr, end_lr, num_it, stop_div: as of `LRFinder`.
+            show_plot: draw the losses and what is suggested.
+            suggest_funcs: of `valley`, `slide`, `minimum`, `steep`, or functions like them; None for none.
 
         Raises:
             ValueError: too few losses to suggest anything, because there were few batches or they became NaN.

@@ -17,7 +17,7 @@ class Having:
     _listening: dict[str, list[Callback]]
 
     def add_cb(self, cb: Callback | type[Callback]) -> Any:
-        """Add a callback, or one of this class; it is found under its name from now on."""
+        """Add the callback ``cb``, or one of this class; it is found under its name from now on."""
         new = as_callback(cb)
         refuse_half(new)
         in_order([*self.cbs, new])  # a cycle is refused before anything has changed
@@ -28,7 +28,7 @@ class Having:
         return self
 
     def remove_cb(self, cb: Callback | type[Callback]) -> Any:
-        """Remove a callback, or all of this class."""
+        """Remove the callback ``cb``, or all of this class."""
         for found in [c for c in self.cbs if c is cb or (isinstance(cb, type) and isinstance(c, cb))]:
             found.learn = None
             self.cbs.remove(found)

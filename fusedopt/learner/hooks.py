@@ -11,7 +11,7 @@ from .batches import mapped
 
 
 class Hook:
-    """Calls ``hook_func(module, input, output)`` whenever a module has run, and keeps in ``stored`` what that returns.
+    """Calls ``hook_func(module, input, output)`` whenever ``m`` has run, and keeps in ``stored`` what that returns.
 
     In a ``with`` block it removes itself at the end, however that is reached; elsewhere call `remove`.
     With ``is_forward`` False it sees the gradients, after the backward pass. ``detach``: tensors come without their
@@ -32,7 +32,7 @@ class Hook:
         self.hook = register(self.hook_fn)
 
     def hook_fn(self, module: nn.Module, input: Any, output: Any) -> None:
-        """What torch calls."""
+        """What torch calls, with the ``module``, its ``input`` and its ``output``."""
         if self.detach:
             input, output = _detached(input, self.cpu), _detached(output, self.cpu)
         self.stored = self.hook_func(module, input, output)
@@ -49,7 +49,7 @@ class Hook:
 
 
 class Hooks:
-    """A `Hook` on each of several modules: a ``with`` block removes all of them."""
+    """A `Hook` with ``hook_func`` and ``kwargs`` on each of the modules ``ms``; a ``with`` block removes them."""
 
     def __init__(
         self, ms: Iterable[nn.Module], hook_func: Callable[[nn.Module, Any, Any], Any], **kwargs: Any
@@ -89,14 +89,14 @@ class Hooks:
 
 
 def hook_output(module: nn.Module, detach: bool = True, cpu: bool = False, grad: bool = False) -> Hook:
-    """A `Hook` that keeps what a module gives, or with ``grad`` the gradients of that."""
+    """A `Hook` that keeps what a module gives, or with ``grad`` the gradients of that; ``detach``, ``cpu`` as there."""
     return Hook(module, _output, is_forward=not grad, detach=detach, cpu=cpu)
 
 
 def hook_outputs(
     modules: Iterable[nn.Module], detach: bool = True, cpu: bool = False, grad: bool = False
 ) -> Hooks:
-    """`Hooks` that keep what modules give, or with ``grad`` the gradients of that."""
+    """`Hooks` that keep what modules give, or with ``grad`` the gradients of that; ``detach``, ``cpu`` as of `Hook`."""
     return Hooks(modules, _output, is_forward=not grad, detach=detach, cpu=cpu)
 
 

@@ -61,7 +61,11 @@ class Inference:
     def validate(
         self, ds_idx: int = 1, dl: Iterable[Any] | None = None, cbs: Any = None
     ) -> list[float] | None:
-        """The loss and the metrics over a loader, by default that for validation; None without a Recorder."""
+        """The loss and the metrics over a loader; None without a Recorder.
+
+        ``ds_idx`` is the loader's number, by default that for validation, ``dl`` another in place of it; ``cbs`` are
+        callbacks for this time.
+        """
         self._infer(self.dls[ds_idx] if dl is None else as_loader(dl), cbs)
         return getattr(self, "final_record", None)
 
@@ -128,7 +132,7 @@ class Inference:
         return decoded if vocab is None else vocab[int(decoded)], decoded, preds[0]
 
     def to_detach(self, b: Any, cpu: bool = True) -> Any:
-        """Tensors of a batch or predictions without their history, on the CPU: for metrics that keep them."""
+        """Tensors of ``b``, a batch or predictions, without their history, and with ``cpu`` on the CPU."""
         return mapped(b, lambda x: x.detach().cpu() if cpu else x.detach())
 
     def _infer(self, dl: Iterable[Any], cbs: Any) -> None:

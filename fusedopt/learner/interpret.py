@@ -14,8 +14,17 @@ from .inference import class_names
 class Interpretation:
     """A classifier's predictions, of shape (items, classes, ...), beside their targets, with one loss per item.
 
-    ``vocab`` names the classes: the data loaders' if they have one, else their numbers. Items are numbered as in
-    the predictions. It is fastai's ``ClassificationInterpretation``, but for what that reads from fastai's data sets.
+    Items are numbered as in the predictions. It is fastai's ``ClassificationInterpretation``, but for what that reads
+    from fastai's data sets.
+
+    Args:
+        preds: scores of classes.
+        targs: class numbers.
+        losses: of shape (items,).
+        vocab: names of classes; None: their numbers.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or another number of names than of classes.
     """
 
     def __init__(
@@ -47,7 +56,10 @@ class Interpretation:
     def from_learner(
         cls, learn: Any, ds_idx: int = 1, dl: Iterable[Any] | None = None, vocab: Sequence[Any] | None = None
     ) -> Interpretation:
-        """From `Learner.get_preds` with a loss for each item: by default of the loader for validation."""
+        """From `Learner.get_preds` with a loss for each item: by default of the loader for validation.
+
+        ``learn``, its ``ds_idx``-th loader, or ``dl`` in place of that; ``vocab``: None: the loaders', if there is one.
+        """
         preds, targs, losses = learn.get_preds(ds_idx, dl, with_loss=True)
         return cls(preds, targs, losses, class_names(learn.dls) if vocab is None else vocab)
 
@@ -78,7 +90,10 @@ class Interpretation:
         plot_txt: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Draw it, with ``normalize`` as shares of the actual class. Returns the Axes; ``kwargs`` are the figure's."""
+        """Draw it, with ``normalize`` as shares of the actual class. Returns the Axes; ``kwargs`` are the figure's.
+
+        ``title`` and ``cmap`` are matplotlib's; ``plot_txt``: with the numbers, shares with ``norm_dec`` decimals.
+        """
         import matplotlib.pyplot as plt
 
         matrix = self.confusion_matrix()

@@ -20,6 +20,7 @@ class GeneralRelu(nn.Module):
         self.leak, self.sub, self.maxv = leak, sub, maxv
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the formula makes of x."""
         x = F.relu(x) if self.leak is None else F.leaky_relu(x, self.leak)
         if self.sub is not None:
             x = x - self.sub
@@ -30,7 +31,9 @@ class GeneralRelu(nn.Module):
 
 
 class RunningBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalization by running statistics, in training too: it works with batches of two, for any (N, C, ...).
+    """Batch normalization by running statistics, in training too: it works with batches of two.
+
+    ``nf`` is C of inputs of any shape (N, C, ...).
 
     ``nn.BatchNorm2d`` trains on one batch's mean and variance, which are noise where batches are small. Here
     ``y = weight * (x - mean) / sqrt(var + eps) + bias`` with ``mean = sums / count``, ``var = sqrs / count - mean**2``:
@@ -63,6 +66,7 @@ class RunningBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.register_buffer("items", torch.tensor(0.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x, normalized; in training the averages take it in."""
         sums, sqrs = self._averaged(x) if self.training else (self.sums, self.sqrs)
         mean = sums / self.count
         # A tensor, not a branch: the host need not wait for the device. Rounding may take it below zero later.

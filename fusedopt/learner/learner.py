@@ -122,8 +122,14 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
     ) -> None:
         """Train for some epochs, with these callbacks besides the Learner's own.
 
-        ``start_epoch`` goes on with a training that was interrupted: epochs before it count as done, for schedules too.
-        (In fastai they are gone through, without batches.)
+        Args:
+            n_epoch: how many, those before ``start_epoch`` among them.
+            lr: learning rate; None: the Learner's.
+            wd: weight decay; None: the Learner's.
+            cbs: callbacks for this time.
+            reset_opt: make the optimizer anew, without its state.
+            start_epoch: goes on with a training that was interrupted: epochs before it are done, for schedules too.
+                (In fastai they are gone through, without batches.)
         """
         as_loss_func(self.loss_func)
         self.start_epoch = epoch_number(start_epoch)
@@ -165,7 +171,7 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
         self.freeze_to(0)
 
     def one_batch(self, i: int, b: Any) -> None:
-        """Train on this batch, the ``i``-th of its loader, or evaluate it, as ``learn.training`` says.
+        """Train on the batch ``b``, the ``i``-th of its loader, or evaluate it, as ``learn.training`` says.
 
         Outside of a fit it is a fit of its own, but for the results, which stay: ``learn.pred``, ``learn.loss``.
         """
@@ -229,23 +235,26 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
         return None
 
     def add_cb(self, cb: Any) -> Learner:
+        """Add the callback ``cb``, or one of this class; it is found under its name from now on."""
         cb = as_callback(cb)
         tell_misspelt(cb)
         return super().add_cb(cb)
 
     def add_cbs(self, cbs: Any) -> Learner:
+        """Add each of ``cbs``, callbacks or their classes."""
         for cb in listed(cbs):
             self.add_cb(cb)
         return self
 
     def remove_cbs(self, cbs: Any) -> Learner:
+        """Remove each of ``cbs``, callbacks or all of a class."""
         for cb in listed(cbs):
             self.remove_cb(cb)
         return self
 
     @contextlib.contextmanager
     def added_cbs(self, cbs: Any) -> Iterator[Learner]:
-        """With these callbacks in a ``with`` block."""
+        """With the callbacks ``cbs`` in a ``with`` block."""
         made = [as_callback(cb) for cb in listed(cbs)]
         try:
             self.add_cbs(made)
@@ -255,7 +264,7 @@ class Learner(Fitting, Inference, Precision, Saving, Summary, Loop):
 
     @contextlib.contextmanager
     def removed_cbs(self, cbs: Any) -> Iterator[Learner]:
-        """Without these callbacks, or all of these classes, in a ``with`` block; then they are where they were."""
+        """Without the callbacks ``cbs``, or all of their classes, in a ``with`` block, and as before it then."""
         before, named = list(self.cbs), listed(cbs)
         gone = [
             cb for cb in before if any(cb is x or (isinstance(x, type) and isinstance(cb, x)) for x in named)

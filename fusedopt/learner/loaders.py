@@ -31,9 +31,9 @@ class DataLoaders:
 
     @classmethod
     def from_dsets(cls, *dsets: Any, bs: int = 64, path: str | Path = ".", **kwargs: Any) -> DataLoaders:
-        """Loaders of these datasets in batches of ``bs``: the first shuffles, and drops what makes no whole batch.
+        """Loaders of these ``dsets`` in batches of ``bs``: the first shuffles, and drops what makes no whole batch.
 
-        ``kwargs`` are of torch's DataLoader, for all of them.
+        ``path`` is as for the class; ``kwargs`` are of torch's DataLoader, for all of them.
         """
         first = {"shuffle": True, "drop_last": True}
         return cls(
@@ -43,18 +43,22 @@ class DataLoaders:
 
     @property
     def train(self) -> Any:
+        """The loader for training."""
         return self.loaders[0]
 
     @property
     def valid(self) -> Any:
+        """The loader for validation."""
         return self.loaders[1]
 
     @property
     def train_ds(self) -> Any:
+        """The dataset that is trained on."""
         return self.train.dataset
 
     @property
     def valid_ds(self) -> Any:
+        """The dataset for validation."""
         return self.valid.dataset
 
     def __getitem__(self, i: int) -> Any:

@@ -23,7 +23,7 @@ class Metric(ABC):
         """Forget all batches."""
 
     def accumulate(self, learn: Any) -> None:  # noqa: B027
-        """Take in the batch that the Learner has just been through."""
+        """Take in the batch that ``learn``, the Learner, has just been through."""
 
     @property
     @abstractmethod
@@ -32,6 +32,7 @@ class Metric(ABC):
 
     @property
     def name(self) -> str:
+        """What the column of its values is called."""
         return type(self).__name__.removesuffix("Metric").lower()
 
 
@@ -47,7 +48,7 @@ class Average(Metric):
 
     @abstractmethod
     def measure(self, learn: Any) -> Any:
-        """A batch's mean."""
+        """A batch's mean; ``learn`` has been through it."""
 
     def accumulate(self, learn: Any) -> None:
         n, value = batch_size(learn.yb), self.measure(learn)
@@ -60,7 +61,7 @@ class Average(Metric):
 
 
 class AvgMetric(Average):
-    """Mean over items of a function of predictions and targets, which itself gives a batch's mean."""
+    """Mean over items of ``func(predictions, targets)``, which itself gives a batch's mean."""
 
     def __init__(self, func: Callable[..., Any]) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class AvgLoss(Average):
 
 
 class AvgSmoothLoss(Metric):
-    """Moving average of the loss, debiased: v ← β v + (1 − β) loss; v / (1 − β^n)."""
+    """Moving average of the loss, debiased: v ← β v + (1 − β) loss; v / (1 − β^n), where β is ``beta``."""
 
     name = "smooth_loss"
 
@@ -109,7 +110,7 @@ class AvgSmoothLoss(Metric):
 
 
 class ValueMetric(Metric):
-    """What a function without arguments gives, such as a number that a callback has."""
+    """What ``func()`` gives, such as a callback's number; the column is ``metric_name``, or the function's name."""
 
     def __init__(self, func: Callable[[], Any], metric_name: str | None = None) -> None:
         self.func, self.metric_name = func, metric_name
@@ -138,7 +139,7 @@ def as_metric(given: Any) -> Any:
 
 
 def accuracy(pred: torch.Tensor, target: torch.Tensor, axis: int = -1) -> torch.Tensor:
-    """The share of items whose target is the class with the highest score, along ``axis``.
+    """The share of items whose target is the class with the highest score in ``pred``, along ``axis``.
 
     Raises ValueError if there is not one target for each.
     """
@@ -152,5 +153,5 @@ def accuracy(pred: torch.Tensor, target: torch.Tensor, axis: int = -1) -> torch.
 
 
 def error_rate(pred: torch.Tensor, target: torch.Tensor, axis: int = -1) -> torch.Tensor:
-    """The share of items whose target is another class than that: 1 − `accuracy`."""
+    """The share of items whose target is another class than that of ``pred``, along ``axis``: 1 − `accuracy`."""
     return 1 - accuracy(pred, target, axis)

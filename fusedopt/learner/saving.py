@@ -78,6 +78,9 @@ class Saving:
 
         It is a pickle: whoever loads it must have the code of your model, and trust you. To hand on weights, `save`.
 
+        Args:
+            fname: relative to ``learn.path``.
+
         Raises:
             ValueError: something of the Learner cannot be pickled, or a fit runs that it would cut short.
         """

@@ -29,19 +29,25 @@ from .state import State
 
 
 class Options(TypedDict, total=False):
-    """What every named optimizer takes besides its hyperparameters; see `Optimizer` for what each means."""
+    """What every named optimizer takes besides its hyperparameters; `Optimizer` says more of each."""
 
     backend: str | None
+    """"auto" (by device), "cpp", "cuda", "triton" or "reference" (eagerly); None: ``FUSEDOPT_BACKEND``, else auto."""
     state_dtype: torch.dtype | None
+    """The dtype that new state is stored in; None: what the rule asks for, which is mostly the parameter's."""
     storage: str | Mapping[str, str] | torch.dtype | None
+    """How state and parameters are stored: a policy's name, or a dict from names of state, "param" and "*" to such."""
     amp_fused: bool
+    """Read GradScaler's scale, and what it found, in the kernel."""
     max_grad_norm: float | None
+    """The global norm above which gradients are scaled down inside the step; None: they are not."""
 
 
 class AllOptions(Options, total=False):
     """With ``capturable``, which some of torch's optimizers name among their arguments."""
 
     capturable: bool
+    """Keep counts of steps on the device, so that a step can be captured into a CUDA graph."""
 
 
 class Optimizer(FastaiFace):
@@ -67,8 +73,8 @@ class Optimizer(FastaiFace):
             clips between ``unscale_`` and ``step`` (Lightning) refuses optimizers that do this.
         max_grad_norm: scale gradients as if by ``torch.nn.utils.clip_grad_norm_`` over all parameters with a gradient:
             by min(max_grad_norm / (norm + 1e-6), 1), inside the step, none is rewritten. See ``grad_norm``.
-        capturable: (a hyperparameter, so groups may differ) keep step counts on the device; see ``upload_hypers``.
         hypers: hyperparameters, by fastai's names or torch's; ``lr`` may be a slice or a list, one value per group.
+            ``capturable`` is one of them: keep step counts on the device; see ``upload_hypers``.
 
     Raises:
         TypeError: parameters that are no tensors, a hyperparameter given twice, callbacks that cannot be called.
@@ -229,7 +235,17 @@ class Optimizer(FastaiFace):
         super().__setattr__(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group: ``{"params": ..., **hypers}`` with hypers by either vocabulary. See torch.optim."""
+        """Add a group of parameters, as torch.optim does.
+
+        Args:
+            param_group: ``{"params": ..., **hypers}``, with hyperparameters by torch's names or fastai's; ``cbs`` are
+                callbacks of its own.
+
+        Raises:
+            TypeError: it is no dict; callbacks that cannot be called.
+            ValueError: a parameter that another group has, or that is complex; an empty list of callbacks; a negative
+                or NaN hyperparameter; ``storage`` where the optimizer has none.
+        """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, not {type(param_group).__name__}")
         group = {k: v for k, v in param_group.items() if k in names.NO_HYPERS}
@@ -531,8 +547,13 @@ class Optimizer(FastaiFace):
         """Take over a state dict of ours, of torch.optim's matching optimizer, or of fastai's.
 
         Nothing is shared with it, and every tensor keeps its dtype. State that the same rule of the other library
-        means differently (RMSProp's momentum) is left out with a warning. Raises ValueError, changing nothing, if it
-        does not fit.
+        means differently (RMSProp's momentum) is left out with a warning.
+
+        Args:
+            state_dict: what ``state_dict()`` or ``to_fastai_state_dict()`` returned.
+
+        Raises:
+            ValueError: it does not fit; nothing has changed.
         """
         if not isinstance(state_dict, dict):
             raise ValueError(
@@ -546,6 +567,7 @@ class Optimizer(FastaiFace):
             self._forget_bound()  # they are of the old tensors
 
     def clear_state(self) -> None:
+        """Forget all state of parameters but the flags ``do_wd`` and ``force_train``."""
         self._forget_bound()
         super().clear_state()
 

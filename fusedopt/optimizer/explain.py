@@ -68,14 +68,23 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Explanation:
-    """``opt.explain()``. ``launches`` is the number of kernel launches per step; ``bytes_per_element`` their sum.
+    """``opt.explain()``, as text if it is printed.
 
-    ``steps`` says how steps went so far: how many needed Python work for each tensor, and why the last of them did; ""
-    before the first. ``calls`` are torch calls that are made between launches, a line for each bucket. ``extension``
-    says why the host's side of a step runs without the C++ extension; "" where it does not. ``applied`` explains the
-    last call of each ``opt.apply``, ``over`` what such a call goes over. ``lists``: where param groups have callbacks
-    of their own, the numbers of the groups that share a list, and that. ``held``: with policies of storage, how many
-    bytes there are for each parameter.
+    Args:
+        optimizer, backend: names.
+        callbacks: names of those that were called, in order.
+        stages: the launches.
+        eager: callbacks that run eagerly, and why.
+        compiled: kernels, each with why it was needed.
+        source: of all kernels.
+        steps: how steps went so far: how many needed Python work for each tensor, and why the last of them did; ""
+            before the first.
+        extension: why the host's side of a step runs without the C++ extension; "" where it does not.
+        calls: torch calls that are made between launches, a line for each bucket.
+        applied: explains the last call of each ``opt.apply``.
+        lists: where param groups have callbacks of their own, the numbers of the groups that share a list, and that.
+        over: what a call of ``opt.apply`` goes over.
+        held: with policies of storage, how many bytes there are for each parameter.
     """
 
     optimizer: str
@@ -95,6 +104,7 @@ class Explanation:
 
     @property
     def launches(self) -> int:
+        """How many kernel launches a step is."""
         return len(self.stages)
 
     @property

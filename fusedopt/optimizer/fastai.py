@@ -43,7 +43,17 @@ class FastaiFace(torch.optim.Optimizer):
         return [HypersView(self, i) for i in range(len(self.param_groups))]
 
     def set_hyper(self, name: str, value: Any) -> None:
-        """Set a hyperparameter: one value, one per group, or a slice (see ``names.per_group``)."""
+        """Set a hyperparameter in all groups.
+
+        Args:
+            name: fastai's or torch's.
+            value: one for all; a list, one per group; ``slice(first, last)``, even ratios from group to group;
+                ``slice(last)``, which is a tenth of it for all groups but the last.
+
+        Raises:
+            ValueError: NaN, or a negative value.
+            AssertionError: a list of another length, as in fastai.
+        """
         values = names.per_group(name, value, len(self.param_groups))
         for v in values:
             names.check(name, v)
@@ -51,12 +61,15 @@ class FastaiFace(torch.optim.Optimizer):
             self.hyper_map.write(group, name, v)
 
     def set_hypers(self, **hypers: Any) -> None:
-        """Set several hyperparameters."""
+        """Set several hyperparameters: ``hypers`` are `set_hyper`'s names and values."""
         for name, value in hypers.items():
             self.set_hyper(name, value)
 
     def all_params(self, n: slice | int = slice(None), with_grad: bool = False) -> list[tuple]:
-        """``(p, group's parameters, p's state, group's hypers)`` of groups ``n``; fastcore's list if it is loaded."""
+        """``(p, group's parameters, p's state, group's hypers)`` of groups ``n``; fastcore's list if it is loaded.
+
+        ``with_grad``: only of parameters that have a gradient.
+        """
         lists, hypers = self.param_lists, self.hypers
         chosen = range(len(lists))[n]
         rows = [
@@ -86,7 +99,7 @@ class FastaiFace(torch.optim.Optimizer):
                 p.requires_grad_(i >= self.frozen_idx or bool(self.state.get(p, {}).get("force_train")))
 
     def freeze(self) -> None:
-        """Freeze all groups but the last."""
+        """Freeze all groups but the last. Raises AssertionError, as in fastai, if there is only one."""
         if len(self.param_groups) < 2:
             raise AssertionError("freezing needs more than one param group: a splitter")
         self.freeze_to(-1)

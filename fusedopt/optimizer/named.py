@@ -33,11 +33,13 @@ from ..callbacks import (
 )
 from .accepted import list_of
 from .core import AllOptions, Optimizer
+from .described import described
 from .names import MOMENTS, MOMENTUM
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_dampened = partial(average_grad, dampening=True)
 _SQUARES = {"sqr_avg": "square_avg"}
 _RMS_HYPERS = {"mom": "momentum", "sqr_mom": "alpha"}
 
@@ -50,9 +52,10 @@ def _decay(decouple_wd: bool) -> Callable:
 
 def _moments(decouple_wd: bool, step: Callable) -> list[Callable]:
     """What every Adam-like optimizer is made of: decay, two dampened moments, a step count, and `step`."""
-    return [_decay(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, step]
+    return [_decay(decouple_wd), _dampened, average_sqr_grad, step_stat, step]
 
 
+@described(weight_decay, average_grad, momentum_step)
 def SGD(
     params: Any,
     lr: Any,
@@ -63,8 +66,9 @@ def SGD(
 ) -> Optimizer:
     """SGD, with undampened momentum if `mom` is not 0 here.
 
-    Args: `mom` decides at construction whether there is momentum at all, as in fastai: with 0, a schedule of
-    ``mom`` (`fit_one_cycle`) changes nothing. `wd` is true weight decay, or L2 with ``decouple_wd=False``.
+    Args: `mom` decides at construction whether there is momentum at all, as in fastai: with 0, it is plain descent (m
+    is g), and a schedule of ``mom`` (`fit_one_cycle`) changes nothing. `wd` is true weight decay, or L2 with
+    ``decouple_wd=False``.
     """
     momentum = [average_grad, momentum_step] if mom != 0 else [sgd_step]
     cbs = [_decay(decouple_wd), *momentum]
@@ -74,6 +78,7 @@ def SGD(
     )
 
 
+@described(weight_decay, average_grad, average_sqr_grad, rms_prop_step)
 def RMSProp(
     params: Any,
     lr: Any,
@@ -86,6 +91,7 @@ def RMSProp(
 ) -> Optimizer:
     """RMSProp, with momentum over the raw gradients if `mom` is not 0 here.
 
+    Args: `mom`: with 0, m is g. `eps`: in gradient units.
     Deviations: `eps` counts (fastai takes it and drops it, so its value is always 1e-8 there). Steps are counted, which
     torch's checkpoints need. The average of raw gradients keeps its name ``grad_avg``: torch.optim.RMSprop's
     ``momentum_buffer`` is an average of steps, and neither can be made from the other.
@@ -98,6 +104,7 @@ def RMSProp(
     )
 
 
+@described(weight_decay, _dampened, average_sqr_grad, adam_step)
 def Adam(
     params: Any,
     lr: Any,
@@ -124,6 +131,7 @@ def Adam(
     )
 
 
+@described(weight_decay, _dampened, average_sqr_grad, radam_step)
 def RAdam(
     params: Any,
     lr: Any,
@@ -135,7 +143,10 @@ def RAdam(
     decouple_wd: bool = True,
     **options: Unpack[AllOptions],
 ) -> Optimizer:
-    """Rectified Adam; `beta` other than 0 softens the denominator (SAdam)."""
+    """Rectified Adam.
+
+    Args: `beta`: other than 0, it softens the denominator (SAdam), the more the smaller it is.
+    """
     cbs = _moments(decouple_wd, radam_step)
     return Optimizer(
         params,
@@ -152,6 +163,7 @@ def RAdam(
     )
 
 
+@described(weight_decay, _dampened, average_sqr_grad, qhadam_step)
 def QHAdam(
     params: Any,
     lr: Any,
@@ -164,7 +176,10 @@ def QHAdam(
     decouple_wd: bool = True,
     **options: Unpack[AllOptions],
 ) -> Optimizer:
-    """Quasi-hyperbolic Adam: `nu_1` and `nu_2` weigh the averages against this step's own gradient."""
+    """Quasi-hyperbolic Adam.
+
+    Args: `nu_1` and `nu_2` weigh the averages against this step's own gradient, and its square; 1: Adam.
+    """
     cbs = _moments(decouple_wd, qhadam_step)
     return Optimizer(
         params,
@@ -182,6 +197,7 @@ def QHAdam(
     )
 
 
+@described(weight_decay, average_grad, larc_layer_lr, larc_step)
 def Larc(
     params: Any,
     lr: Any,
@@ -193,7 +209,11 @@ def Larc(
     decouple_wd: bool = True,
     **options: Unpack[AllOptions],
 ) -> Optimizer:
-    """LARC, or LARS for ``clip=False``: one learning rate per tensor; momentum if `mom` is not 0 here."""
+    """LARC, or LARS for ``clip=False``: one learning rate per tensor; momentum if `mom` is not 0 here.
+
+    Args: `clip`: let no tensor's learning rate exceed `lr`; `trust_coeff`: the part of a tensor's norm that a step may
+    have. `mom` and `lr` as of `SGD`.
+    """
     momentum = [average_grad] if mom != 0 else []
     cbs = [_decay(decouple_wd), *momentum, partial(larc_layer_lr, clip=clip), larc_step]
     return Optimizer(
@@ -210,6 +230,7 @@ def Larc(
     )
 
 
+@described(weight_decay, _dampened, average_sqr_grad, lamb_step)
 def Lamb(
     params: Any,
     lr: Any,
@@ -236,6 +257,7 @@ def Lamb(
     )
 
 
+@described(lookahead_slow, lookahead)
 def Lookahead(opt: Optimizer, k: int = 6, alpha: float = 0.5) -> Optimizer:
     """Add lookahead to `opt` and return it: every `k`-th step the weights go back to the slow ones.
 
@@ -246,7 +268,7 @@ def Lookahead(opt: Optimizer, k: int = 6, alpha: float = 0.5) -> Optimizer:
     [0, 1], or an optimizer that looks ahead already.
     Deviations: fastai's is a wrapper around `opt`; here `opt` itself is changed, so schedulers, checkpoints
     and param groups keep working on one object. ``k`` and ``alpha`` are the hyperparameters ``lookahead_k``
-    and ``lookahead_alpha``. Source: arXiv:1907.08610.
+    and ``lookahead_alpha``.
     """
     if not isinstance(opt, Optimizer):
         raise TypeError(
@@ -271,6 +293,7 @@ def Lookahead(opt: Optimizer, k: int = 6, alpha: float = 0.5) -> Optimizer:
     return opt
 
 
+@described(weight_decay, _dampened, average_sqr_grad, radam_step, lookahead_slow, lookahead)
 def ranger(
     params: Any,
     lr: Any,
@@ -285,7 +308,10 @@ def ranger(
     decouple_wd: bool = True,
     **options: Unpack[AllOptions],
 ) -> Optimizer:
-    """RAdam with Lookahead, under the defaults of the ranger experiments."""
+    """RAdam with Lookahead, under the defaults of the ranger experiments.
+
+    Args: `k` and `alpha` as of `Lookahead`, `beta` as of `RAdam`; `sqr_mom`, `beta` and `decouple_wd` are additions.
+    """
     adaptive = RAdam(
         params, lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta, decouple_wd=decouple_wd, **options
     )

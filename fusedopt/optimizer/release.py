@@ -56,8 +56,10 @@ class Waiting:
 class GradientRelease:
     """What ``opt.release_gradients()`` returns, and ends with ``remove()``, or as a context manager.
 
-    ``batch_bytes``: gradients of which size are stepped together; ``clip``: which norm ``max_grad_norm`` is compared
-    with, which may be changed between passes.
+    ``opt`` is the optimizer; ``batch_bytes``: gradients of which size are stepped together; ``clip``: which norm
+    ``max_grad_norm`` is compared with, which may be changed between passes.
+
+    Raises: as `Optimizer.release_gradients`: RuntimeError, ValueError.
     """
 
     def __init__(self, opt: Optimizer, batch_bytes: int | None, clip: Clipping | None) -> None:
@@ -154,7 +156,7 @@ class GradientRelease:
 
     # -- what the optimizer says --
     def end(self) -> None:
-        """Step what is left, and end the pass: ``opt.step()``."""
+        """Step what is left, and end the pass: ``opt.step()``. Raises RuntimeError within ``measure()``."""
         with self._lock:
             if self._measuring:
                 raise RuntimeError(

@@ -101,7 +101,7 @@ class TorchFace(Optimizer):
         super().__init__(params, cbs, **given, **arguments["options"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's add_param_group; a group's own flags are checked as the constructor's are."""
+        """As `Optimizer.add_param_group`; the flags of ``param_group`` are checked as the constructor's are."""
         if isinstance(param_group, dict):
             _refuse_modes(type(self).__name__, param_group)
         super().add_param_group(param_group)

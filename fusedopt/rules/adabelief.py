@@ -8,6 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import adam_step, radam_step
+from ..optimizer.described import described
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
 
@@ -65,10 +66,12 @@ _CBS = [
 ]
 
 
+@described(callbacks.weight_decay, dampened, average_sqr_surprise, adabelief_step)
 class AdaBelief(TorchFace):
     """AdaBelief: `average_sqr_surprise` in the place of Adam's second moment, rectified as RAdam.
 
-    Args: `rectify` is of the authors' code; without it, this is the paper's algorithm. Decay is decoupled.
+    Args: `eps`: in gradient units squared; `rectify` is of the authors' code; without it, this is the paper's
+    algorithm.
     State: ``step``, ``exp_avg``, ``exp_avg_var``.
     """
 

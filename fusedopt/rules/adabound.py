@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
@@ -48,11 +49,15 @@ _CBS = [
 ]
 
 
+@described(callbacks.l2_reg, dampened, callbacks.average_sqr_grad, adabound_step)
 class AdaBound(TorchFace):
     """AdaBound: see `adabound_step`. Weight decay is L2, as in the authors' code.
 
-    Args: ``base_lr`` of a group is the learning rate that `final_lr` belongs to: `lr`, unless the group says otherwise.
+    Args: `lr`: one number above 0; `final_lr`: the learning rate of SGD that the bounds meet at; `gamma`: how fast they
+    do, in (0, 1). ``base_lr`` of a group is the learning rate that `final_lr` belongs to: `lr`, unless the group says
+    otherwise.
     State: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    Raises: ValueError: another `lr` or `gamma`.
     """
 
     state_names: ClassVar[dict[str, str]] = MOMENTS
@@ -80,7 +85,7 @@ class AdaBound(TorchFace):
         self._start(_CBS, locals(), base_lr=lr)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's; the group's own ``lr`` is its ``base_lr`` too."""
+        """As `Optimizer.add_param_group`; the own ``lr`` of ``param_group`` is its ``base_lr`` too."""
         if isinstance(param_group, dict) and "lr" in param_group:
             param_group.setdefault("base_lr", param_group["lr"])
         super().add_param_group(param_group)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import Place
 from ..optimizer.torch_face import TorchFace, check_betas, check_numbers
 from .factored import inverse_root_factored, rms
@@ -64,11 +65,15 @@ def adafactor_step(
 adafactor_step.defaults = dict(mom=None, eps1=1e-30, eps2=1e-3, clip_threshold=1.0, decay_rate=-0.8, wd=0.0)
 
 
+@described(adafactor_step)
 class Adafactor(TorchFace):
     """Adafactor: see `adafactor_step`. The interface is that of transformers, and its defaults.
 
     Args: `lr` has to be None with `relative_step`; the groups' ``lr`` is then 1, a factor for schedulers. `eps`: what
-    is added to squared gradients, and the least size that a parameter is taken to have.
+    is added to squared gradients, and the least size that a parameter is taken to have. `clip_threshold`: the root mean
+    square above which an update is scaled down; `decay_rate`: of the second moment's weight over the steps, at most 0;
+    `beta1`: of momentum in [0, 1), None: none; `scale_parameter`: steps in proportion to the parameter's size;
+    `relative_step`: of ``1/√t``; `warmup_init`: these begin at 1e-6.
     State: ``step``, ``exp_avg_sq_row`` and ``exp_avg_sq_col``, for vectors ``exp_avg_sq``; with `beta1` ``exp_avg``.
     Raises: ValueError for a combination that transformers refuses.
     """

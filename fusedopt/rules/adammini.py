@@ -8,6 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
 
@@ -48,6 +49,7 @@ adam_mini_step.defaults = dict(eps=1e-8, sqr_mom=0.999)
 _CBS = [callbacks.maximize_grad, callbacks.weight_decay, dampened, callbacks.step_stat, adam_mini_step]
 
 
+@described(callbacks.weight_decay, dampened, adam_mini_step)
 class AdamMini(TorchFace):
     """Adam-mini by rows, with decoupled weight decay: see `adam_mini_step`.
 

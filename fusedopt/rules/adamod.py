@@ -8,6 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.names import Place
 from ..optimizer.torch_face import TorchFace, check_betas
 from .parts import dampened
@@ -54,9 +55,11 @@ _CBS = [
 ]
 
 
+@described(callbacks.weight_decay, dampened, callbacks.average_sqr_grad, adamod_step)
 class AdaMod(TorchFace):
     """AdaMod with decoupled weight decay: see `adamod_step`.
 
+    Args: `beta3`: weight of the old average of learning rates in the new one, in [0, 1).
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, ``exp_avg_lr``.
     """
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
@@ -47,8 +48,14 @@ adamp_step.defaults = dict(eps=1e-8, wd=0.0, delta=0.1, wd_ratio=0.1)
 _CBS = [callbacks.maximize_grad, dampened, callbacks.average_sqr_grad, callbacks.step_stat, adamp_step]
 
 
+@described(dampened, callbacks.average_sqr_grad, adamp_step)
 class AdamP(TorchFace):
-    """AdamP: see `adamp_step`. Decay is decoupled. State: ``step``, ``exp_avg``, ``exp_avg_sq``."""
+    """AdamP: see `adamp_step`. Decay is decoupled.
+
+    Args: `delta`: below which cosine, times the root of a row's length, a gradient counts as orthogonal; `wd_ratio`: of
+    the decay of such weights to that of others; `nesterov`: whether to look ahead along the momentum.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    """
 
     state_names: ClassVar[dict[str, str]] = MOMENTS
     _not_negative = ("delta", "wd_ratio")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import Place
 from ..optimizer.torch_face import TorchFace
 from .first import first_step
@@ -59,8 +60,14 @@ def adan_step(
 adan_step.defaults = dict(mom=0.98, diff_mom=0.92, sqr_mom=0.99, eps=1e-8, wd=0.0)
 
 
+@described(adan_step)
 class Adan(TorchFace):
-    """Adan: see `adan_step`. State: ``step``, ``exp_avg``, ``exp_avg_diff``, ``exp_avg_sq``, ``previous_grad``."""
+    """Adan: see `adan_step`.
+
+    Args: `betas`: of gradients, of their changes, of squares, each in [0, 1); `no_prox`: decay as AdamW's, in place of
+    a division by ``1 + lr·weight_decay``.
+    State: ``step``, ``exp_avg``, ``exp_avg_diff``, ``exp_avg_sq``, ``previous_grad``.
+    """
 
     state_names: ClassVar[dict[str, str]] = {
         "grad_avg": "exp_avg",

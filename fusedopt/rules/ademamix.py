@@ -9,6 +9,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.names import Place
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
@@ -74,9 +75,13 @@ _CBS = [
 ]
 
 
+@described(callbacks.weight_decay, dampened, callbacks.average_sqr_grad, ademamix_step)
 class AdEMAMix(TorchFace):
     """AdEMAMix with decoupled weight decay: see `ademamix_step`.
 
+    Args: `betas`: of gradients, of squares, of the slow average of gradients, each in [0, 1); `alpha`: how much the
+    slow average counts; `beta3_warmup`, `alpha_warmup`: in how many steps its beta and `alpha` reach their values,
+    None: at once.
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, ``exp_avg_slow``.
     """
 

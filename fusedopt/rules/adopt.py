@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 from .first import first_step
@@ -68,8 +69,15 @@ def adopt_step(
 adopt_step.defaults = dict(mom=0.9, sqr_mom=0.9999, eps=1e-6, clip_exp=0.25, wd=0.0)
 
 
+@described(adopt_step)
 class ADOPT(TorchFace):
-    """ADOPT: see `adopt_step`. State: ``step``, ``exp_avg``, ``exp_avg_sq``."""
+    """ADOPT: see `adopt_step`.
+
+    Args: `clip_exp`: above 0, the power of the step that divided gradients are clipped to; `decouple`: AdamW's decay,
+    in place of L2.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    Raises: ValueError: another `clip_exp`.
+    """
 
     state_names: ClassVar[dict[str, str]] = MOMENTS
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import Place
 from ..optimizer.torch_face import TorchFace
 from .adafactor import check_pair
@@ -66,10 +67,13 @@ came_step.defaults = dict(
 )
 
 
+@described(came_step)
 class CAME(TorchFace):
     """CAME: see `came_step`.
 
-    Args: the authors' code has no default for `lr`; the paper's runs have up to 2e-4.
+    Args: the authors' code has no default for `lr`; the paper's runs have up to 2e-4. `eps`: what is added to squared
+    gradients, and to squared distances of updates; `clip_threshold`: the root mean square above which an update is
+    scaled down; `betas`: of updates, of squared gradients, of squared distances, each in [0, 1).
     State: ``exp_avg``, ``exp_avg_sq_row``, ``exp_avg_sq_col``, ``exp_avg_res_row``, ``exp_avg_res_col``; for vectors
     ``exp_avg`` and ``exp_avg_sq``.
     """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..callback import defaults_of, function_of, name_of
 from ..callbacks import lookahead
 from ..optimizer import Optimizer
+from ..optimizer.described import described
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +45,7 @@ def cautious(rule: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+@described(cautious_step)
 def Cautious(opt: Optimizer) -> Optimizer:
     """Make the last callback of `opt`, its step, cautious, and return `opt`: ``Cautious(optim.AdamW(params))``.
 

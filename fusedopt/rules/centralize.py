@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..optimizer import Optimizer
+from ..optimizer.described import described
 
 
 def centralize(p, **kwargs):
@@ -21,6 +22,7 @@ def centralize(p, **kwargs):
         grad.sub_(grad.mean(dim=tuple(range(1, grad.dim())), keepdim=True))
 
 
+@described(centralize)
 def Centralize(opt: Optimizer) -> Optimizer:
     """Centralize the gradients before all callbacks of `opt`, and return `opt`: ``Centralize(optim.SGD(params, 0.1))``.
 

@@ -9,6 +9,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..trace.totals import total
 from .distance import FindsDistance, check_d0
 
@@ -72,10 +73,14 @@ def dadapt_adam_step(
 dadapt_adam_step.defaults = dict(mom=0.9, sqr_mom=0.999, eps=1e-8, wd=0.0, d0=1e-6, growth_rate=math.inf)
 
 
+@described(dadapt_adam_step)
 class DAdaptAdam(FindsDistance):
     """D-Adapted Adam: see `dadapt_adam_step`; leave `lr` at 1, but for a schedule.
 
+    Args: `lr`: a factor; `decouple`: AdamW's decay, in place of L2; `use_bias_correction`: Adam's; `d0`: the first
+    estimate, above 0, in parameter units; `growth_rate`: how many times the last one an estimate may be, at most.
     State: ``step``, ``s``, ``exp_avg``, ``exp_avg_sq``; ``d``, ``numerator_weighted``.
+    Raises: ValueError: another `d0`.
     """
 
     state_names: ClassVar[dict[str, str]] = {

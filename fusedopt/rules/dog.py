@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.torch_face import TorchFace
 from ..trace.totals import total
 
@@ -43,10 +44,12 @@ def dog_step(p, lr, eps, reps_rel, start=None, farthest=None, sqr_sum=0.0, **kwa
 dog_step.defaults = dict(eps=1e-8, reps_rel=1e-6)
 
 
+@described(callbacks.l2_reg, dog_step)
 class DoG(TorchFace):
     """DoG: see `dog_step`; leave `lr` at 1, and average the weights, e.g. by ``torch.optim.swa_utils``. Decay is L2.
 
-    Args: `reps_rel` is better 1e-4 for a model with batch normalization.
+    Args: `lr`: a factor; `reps_rel`: the first distance, in parts of 1 and the parameters' norm, is better 1e-4 for a
+    model with batch normalization; `eps`: in gradient units squared.
     State: ``init_buffer``; ``rbar`` and ``G``.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..optimizer import Optimizer
+from ..optimizer.described import described
 from .first import first_step
 
 
@@ -30,6 +31,7 @@ def grokfast_filter(p, grok_alpha, grok_lamb, grok_avg=None, grok_count=0, **kwa
 grokfast_filter.defaults = dict(grok_alpha=0.98, grok_lamb=2.0)
 
 
+@described(grokfast_filter)
 def GrokFast(opt: Optimizer, alpha: float = 0.98, lamb: float = 2.0) -> Optimizer:
     """Filter the gradients before all callbacks of `opt`, and return `opt`: ``GrokFast(optim.AdamW(params))``.
 

@@ -8,6 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 
@@ -50,8 +51,12 @@ _CBS = [
 ]
 
 
+@described(callbacks.weight_decay, callbacks.average_sqr_grad, laprop_step)
 class LaProp(TorchFace):
-    """LaProp with decoupled weight decay: see `laprop_step`. State: ``step``, ``exp_avg``, ``exp_avg_sq``."""
+    """LaProp with decoupled weight decay: see `laprop_step`.
+
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    """
 
     state_names: ClassVar[dict[str, str]] = MOMENTS
 

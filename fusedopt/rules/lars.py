@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTUM
 from ..optimizer.torch_face import TorchFace
 
@@ -46,11 +47,12 @@ def lars_step(p, lr, mom, wd, trust_coefficient, eps, do_wd=True, grad_avg=None,
 lars_step.defaults = dict(mom=0.9, wd=0.0, trust_coefficient=1e-3, eps=0.0)
 
 
+@described(lars_step)
 class LARS(TorchFace):
     """LARS: see `lars_step`. Biases and norms' weights are better put into a group of another optimizer.
 
-    Args: the paper gives `lr` for each task (defaults here: 0.1), `trust_coefficient` 0.001, `momentum` 0.9 and
-    `weight_decay` 0.0005.
+    Args: the paper gives `lr` for each task (defaults here: 0.1), `trust_coefficient` 0.001, the part of a tensor's
+    norm that a step may have, `momentum` 0.9 and `weight_decay` 0.0005.
     State: ``momentum_buffer``.
     """
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from ..callbacks import l2_reg
+from ..optimizer.described import described
 from .dog import DoG
 
 
 def ldog_step(p, lr, eps, reps_rel, start=None, farthest=None, sqr_sum=0.0, **kwargs):
     """L-DoG: DoG for each tensor by itself.
 
-    Formula: that of `dog_step`, with sums over the tensor.
+    Formula: ``r ← max(r, ‖p - p₀‖)`` from ``reps_rel·(1 + ‖p₀‖)``; ``G ← G + ‖g‖²`` from zero;
+    ``p ← p - lr·r / √(G + eps)·g``. Norms are of the tensor.
     Args: `lr` number, 1 in the paper; `eps` (gradient units squared), `reps_rel` numbers; `start` tensor; `farthest`,
     `sqr_sum` 0-d tensors.
     State: ``start`` (p₀); ``farthest`` (r), ``sqr_sum`` (G), one number per tensor.
@@ -29,7 +32,11 @@ def ldog_step(p, lr, eps, reps_rel, start=None, farthest=None, sqr_sum=0.0, **kw
 ldog_step.defaults = dict(eps=1e-8, reps_rel=1e-6)
 
 
+@described(l2_reg, ldog_step)
 class LDoG(DoG):
-    """L-DoG: see `ldog_step`; otherwise as `DoG`."""
+    """L-DoG: see `ldog_step`; otherwise as `DoG`.
+
+    Args: `lr`, `reps_rel` and `eps` as of `DoG`.
+    """
 
     _rule = staticmethod(ldog_step)

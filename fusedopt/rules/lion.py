@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.torch_face import TorchFace
 
 if TYPE_CHECKING:
@@ -36,8 +37,13 @@ def lion_step(p, lr, mom, sqr_mom, grad_avg=None, **kwargs):
 lion_step.defaults = dict(mom=0.9, sqr_mom=0.99)
 
 
+@described(callbacks.weight_decay, lion_step)
 class Lion(TorchFace):
-    """Lion with decoupled weight decay: see `lion_step`. State: ``exp_avg``."""
+    """Lion with decoupled weight decay: see `lion_step`.
+
+    Args: `lr`: what every element moves by, in parameter units.
+    State: ``exp_avg``.
+    """
 
     state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg"}
 

@@ -8,6 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTS, Place
 from ..optimizer.torch_face import TorchFace, check_betas, check_numbers
 
@@ -63,11 +64,15 @@ mars_step.defaults = dict(
 )  # fmt: skip
 
 
+@described(mars_step)
 class MARS(TorchFace):
     """MARS-AdamW: see `mars_step`.
 
-    Args: `lr_1d` is what vectors' learning rate is while that of the others is `lr`; a schedule changes both alike.
+    Args: `gamma`: how much of a gradient's change is added to it; `optimize_1d`: vectors too; else they are AdamW's,
+    with `betas_1d` and `weight_decay_1d`. `lr_1d` is what vectors' learning rate is while that of the others is `lr`,
+    one number; a schedule changes both alike.
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, ``last_grad``.
+    Raises: TypeError: another `lr`.
     """
 
     state_names: ClassVar[dict[str, str]] = MOMENTS

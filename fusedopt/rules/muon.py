@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTUM
 from ..optimizer.torch_face import TorchFace
 
@@ -88,11 +89,15 @@ def muon_step(
 muon_step.defaults = dict(mom=0.95, wd=0.1, eps=1e-7, ns_steps=5, ns_coefficients=COEFFICIENTS)
 
 
+@described(muon_step)
 class Muon(TorchFace):
     """Muon for the matrices of hidden layers: see `muon_step`. All else is better put into another optimizer.
 
-    Args: as of ``torch.optim.Muon``; `ns_dtype` is the type of the matrix products.
+    Args: as of ``torch.optim.Muon``: `nesterov`: whether to look ahead along the momentum; `ns_coefficients`: a, b and
+    c of `ns_steps` Newton-Schulz iterations; `adjust_lr_fn`: "original" (None) or "match_rms_adamw", how the step's
+    size goes by the matrix's. `ns_dtype` is the type of the matrix products.
     State: ``momentum_buffer``.
+    Raises: ValueError: a parameter that is no matrix, another `adjust_lr_fn`.
     """
 
     state_names: ClassVar[dict[str, str]] = MOMENTUM
@@ -119,7 +124,7 @@ class Muon(TorchFace):
         self._start([callbacks.maximize_grad, muon_step], locals())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's add_param_group. Raises ValueError for a parameter that is no matrix."""
+        """As `Optimizer.add_param_group`. Raises ValueError if a parameter of ``param_group`` is no matrix."""
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.ndim < 2:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.torch_face import TorchFace
 from .first import first_step
 
@@ -61,8 +62,13 @@ def novograd_step(
 novograd_step.defaults = dict(mom=0.95, sqr_mom=0.98, eps=1e-8, wd=0.0)
 
 
+@described(novograd_step)
 class NovoGrad(TorchFace):
-    """NovoGrad: see `novograd_step`. State: ``step``, ``exp_avg``, and ``exp_avg_sq``, one number per tensor."""
+    """NovoGrad: see `novograd_step`.
+
+    Args: `grad_averaging`: whether gradients are averaged, or summed.
+    State: ``step``, ``exp_avg``, and ``exp_avg_sq``, one number per tensor.
+    """
 
     state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg", "layer_sqr_avg": "exp_avg_sq"}
 

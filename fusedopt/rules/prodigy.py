@@ -9,6 +9,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.names import Place
 from ..optimizer.torch_face import check_betas
 from ..trace.totals import total
@@ -83,11 +84,18 @@ prodigy_step.defaults = dict(
 )
 
 
+@described(prodigy_step)
 class Prodigy(FindsDistance):
     """Prodigy: see `prodigy_step`; leave `lr` at 1, but for a schedule, and change `d_coef` rather.
 
     For parameters of half precision, d² is too small a number: give ``state_dtype=torch.float32``.
+
+    Args: `lr`: a factor; `beta3`: of the sums that d is estimated from, in [0, 1), None: the root of ``betas[1]``;
+    `decouple`: AdamW's decay, in place of L2; `use_bias_correction`: Adam's; `safeguard_warmup`: leave `lr` out of the
+    estimate's denominator; `d0`: the first estimate, above 0, in parameter units; `growth_rate`: how many times the
+    last one an estimate may be, at most; `d_coef`: a factor of estimates.
     State: ``step``, ``p0``, ``s``, ``exp_avg``, ``exp_avg_sq``; ``d``, ``d_max``, ``d_numerator``.
+    Raises: ValueError: another `d0`.
     """
 
     state_names: ClassVar[dict[str, str]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTUM
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
@@ -32,8 +33,13 @@ def qhm_step(p, lr, nu, grad_avg, **kwargs):
 qhm_step.defaults = dict(nu=0.7)
 
 
+@described(callbacks.l2_reg, dampened, qhm_step)
 class QHM(TorchFace):
-    """QHM: see `qhm_step`. Weight decay is L2. State: ``momentum_buffer``."""
+    """QHM: see `qhm_step`. Weight decay is L2.
+
+    Args: `nu`: weight of the average against the gradient itself.
+    State: ``momentum_buffer``.
+    """
 
     state_names: ClassVar[dict[str, str]] = MOMENTUM
     _not_negative = ("nu",)

@@ -8,6 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.torch_face import TorchFace
 from .first import first_step
 
@@ -116,9 +117,13 @@ def _check_momentum(mom: float) -> None:
         raise ValueError(f"Invalid momentum value: {mom}; Schedule-Free needs one between 0 and 1")
 
 
+@described(schedule_free_step)
 class SGDScheduleFree(_ScheduleFree):
     """Schedule-Free SGD: see `schedule_free_step`. Needs `train` and `eval` calls, as a model does.
 
+    Args: `momentum`: in (0, 1), the average's share of where gradients are taken; `warmup_steps`: in how many steps the
+    learning rate reaches `lr`; `r`, `weight_lr_power`: powers of the step and of the largest learning rate in a step's
+    weight in the average.
     State: ``step``, ``z``, ``lr_max``, ``weight_sum``.
     """
 
@@ -139,9 +144,13 @@ class SGDScheduleFree(_ScheduleFree):
         self._start(_SGD, locals(), train_mode=True)
 
 
+@described(callbacks.average_sqr_grad, divide_by_rms, schedule_free_step)
 class AdamWScheduleFree(_ScheduleFree):
     """Schedule-Free AdamW: see `schedule_free_step`. Needs `train` and `eval` calls, as a model does.
 
+    Args: `betas`: the average's share of where gradients are taken, in (0, 1), and the weight of the old average of
+    squares; `warmup_steps`: in how many steps the learning rate reaches `lr`; `r`, `weight_lr_power`: powers of the
+    step and of the largest learning rate in a step's weight in the average.
     State: ``step``, ``z``, ``exp_avg_sq``, ``lr_max``, ``weight_sum``.
     """
 

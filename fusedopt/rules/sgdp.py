@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTUM
 from ..optimizer.torch_face import TorchFace
 from .projected import projected
@@ -48,8 +49,15 @@ def sgdp_step(
 sgdp_step.defaults = dict(mom=0.0, dampening=0.0, eps=1e-8, wd=0.0, delta=0.1, wd_ratio=0.1)
 
 
+@described(sgdp_step)
 class SGDP(TorchFace):
-    """SGDP: see `sgdp_step`. Decay is decoupled. State: ``momentum_buffer``."""
+    """SGDP: see `sgdp_step`. Decay is decoupled.
+
+    Args: `dampening`: how much less than 1 a gradient counts in the momentum; `nesterov`: whether to look ahead along
+    it; `delta`: below which cosine, times the root of a row's length, a gradient counts as orthogonal; `wd_ratio`: of
+    the decay of such weights to that of others.
+    State: ``momentum_buffer``.
+    """
 
     state_names: ClassVar[dict[str, str]] = MOMENTUM
     _not_negative = ("delta", "wd_ratio")

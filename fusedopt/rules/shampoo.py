@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTUM, Place
 from ..optimizer.torch_face import TorchFace, check_whole
 from .sides import gram_of, squares_along, turned
@@ -64,10 +65,13 @@ def shampoo_step(
 shampoo_step.defaults = dict(mom=0.0, eps=1e-6, frequency=1, most=768)
 
 
+@described(callbacks.l2_reg, shampoo_step)
 class Shampoo(TorchFace):
-    """Shampoo: see `shampoo_step`. Weight decay is L2. The interface is pytorch-optimizer's, and `max_matrix_size` that
-    of the authors' code.
+    """Shampoo: see `shampoo_step`. Weight decay is L2. The interface is pytorch-optimizer's, with `max_matrix_size` of
+    the authors' code.
 
+    Args: `preconditioning_compute_steps`: inverse roots are made anew in every so many steps; `matrix_eps`: added to a
+    matrix's eigenvalues, in gradient units squared; `max_matrix_size`: the longest side that has a matrix.
     State: ``step``, ``gram_0``, ``root_0``, ``gram_1``, ``root_1``, ...; with `momentum` ``momentum_buffer``.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTUM
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
@@ -29,9 +30,11 @@ def sign_step(p, lr, grad_avg, **kwargs):
     p.data.sub_(grad_avg.sign(), alpha=lr)
 
 
+@described(callbacks.weight_decay, dampened, sign_step)
 class Signum(TorchFace):
     """signSGD with momentum and decoupled weight decay: see `sign_step`; ``momentum=0`` is signSGD.
 
+    Args: `lr`: what every element moves by, in parameter units.
     State: ``momentum_buffer``.
     """
 

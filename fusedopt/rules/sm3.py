@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import Place
 from ..optimizer.torch_face import TorchFace, check_betas
 
@@ -65,8 +66,13 @@ def zero_bounds(x):
 sm3_step.defaults = dict(mom=0.0, sqr_mom=0.0, eps=1e-30)
 
 
+@described(sm3_step)
 class SM3(TorchFace):
-    """SM3: see `sm3_step`. State: ``accumulator_0``, ``accumulator_1``, ...; with `momentum` ``momentum_buffer``."""
+    """SM3: see `sm3_step`.
+
+    Args: `beta`: weight of the old bounds in the new ones, in [0, 1); 0: the paper's, which only grow.
+    State: ``accumulator_0``, ``accumulator_1``, ...; with `momentum` ``momentum_buffer``.
+    """
 
     state_names: ClassVar[dict[str, str]] = {
         "grad_avg": "momentum_buffer",

@@ -8,6 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTS, Place
 from ..optimizer.torch_face import TorchFace, check_betas, check_whole
 from .sides import gram_of, sides_of, turned
@@ -82,9 +83,13 @@ def soap_step(
 soap_step.defaults = dict(mom=0.95, sqr_mom=0.95, gram_mom=-1.0, eps=1e-8, wd=1e-2, frequency=10, most=10000)
 
 
+@described(soap_step)
 class SOAP(TorchFace):
     """SOAP: see `soap_step`. Vectors, unless `precondition_1d`, and sides above `max_precond_dim` have AdamW's step.
 
+    Args: `shampoo_beta`: weight of the old products in the new averages, in [0, 1); -1: ``betas[1]``;
+    `precondition_frequency`: bases are turned in every so many steps; `normalize_grads`: scale updates to a root mean
+    square of 1; `correct_bias`: Adam's.
     State: ``step``, ``exp_avg``, ``exp_avg_sq``; ``gram_0``, ``basis_0``, ``gram_1``, ``basis_1``, ...
     """
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.torch_face import TorchFace
 from .parts import dampened
 
@@ -39,10 +40,13 @@ def sophia_step(p, lr, rho, bs, grad_avg, hessian=None, **kwargs):
 sophia_step.defaults = dict(rho=0.04, bs=5120)
 
 
+@described(callbacks.weight_decay, dampened, sophia_step)
 class SophiaG(TorchFace):
     """Sophia with the Gauss-Newton-Bartlett estimate: see `sophia_step`. Decay is decoupled.
 
     Every tenth step or so, call `update_hessian` with the gradients of a loss whose labels were drawn from the model.
+
+    Args: `rho`: the larger, the fewer elements are clipped; `bs`: how many samples (tokens) a batch's mean loss is of.
     State: ``exp_avg``, ``hessian``.
     """
 

@@ -8,6 +8,7 @@ import torch
 
 from .. import callbacks
 from ..callbacks import debias
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 
@@ -49,8 +50,12 @@ def stable_adamw_step(p, lr, mom, sqr_mom, eps, wd, step, do_wd=True, grad_avg=N
 stable_adamw_step.defaults = dict(mom=0.9, sqr_mom=0.99, eps=1e-6, wd=1e-2)
 
 
+@described(stable_adamw_step)
 class StableAdamW(TorchFace):
-    """AdamW with update clipping: see `stable_adamw_step`. State: ``step``, ``exp_avg``, ``exp_avg_sq``."""
+    """AdamW with update clipping: see `stable_adamw_step`.
+
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    """
 
     state_names: ClassVar[dict[str, str]] = MOMENTS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import Place
 from ..optimizer.torch_face import TorchFace, check_betas
 from .parts import dampened
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
+@described(callbacks.weight_decay, dampened, sign_step)
 class Tiger(TorchFace):
     """Tiger: `signum.sign_step` with one decay rate, and decoupled weight decay.
 
+    Args: `lr`: what every element moves by, in parameter units; `beta`: weight of the old average, in [0, 1).
+    State: ``exp_avg``.
     Source: Su, "Tiger: A Tight-fisted Optimizer", 2023, github.com/bojone/tiger.
     Deviations: gradient accumulation in the average, learning rates by layer and the start-up for NaN are left out.
-    State: ``exp_avg``.
     """
 
     state_names: ClassVar[dict[str, str]] = {"grad_avg": "exp_avg"}

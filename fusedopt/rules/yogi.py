@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import callbacks
+from ..optimizer.described import described
 from ..optimizer.names import MOMENTS
 from ..optimizer.torch_face import TorchFace
 from .first import first_step
@@ -51,13 +52,15 @@ _CBS = [
 ]
 
 
+@described(callbacks.l2_reg, dampened, average_sqr_yogi, callbacks.adam_step)
 class Yogi(TorchFace):
     """Yogi: `average_sqr_yogi` in the place of Adam's second moment; weight decay is L2.
 
+    Args: `initial_accumulator_value`: what the second moment starts with, in gradient units squared.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``.
     Deviations: from the paper's algorithm: Adam's bias corrections, as in its first author's code (TensorFlow Addons,
     which adds eps before the second moment's correction). The first moment starts at zero, in torch-optimizer and optax
     at ``initial_accumulator_value``.
-    State: ``step``, ``exp_avg``, ``exp_avg_sq``.
     """
 
     state_names: ClassVar[dict[str, str]] = MOMENTS

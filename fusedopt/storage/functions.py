@@ -11,6 +11,21 @@ from ..trace.signals import Untraceable
 from ..trace.signature import CODES, HERE_IN_ORDER, LINE
 from ..trace.tensor import FLOATS, METHODS, SymTensor, called
 
+__all__ = [
+    "add_bits",
+    "block_amax",
+    "cut",
+    "joined",
+    "low_bits",
+    "near_root",
+    "near_square",
+    "rounded",
+    "shortened",
+    "split",
+    "spread",
+]
+"""What policies may call besides torch; the rest is for the callbacks that apply policies."""
+
 
 def _is_symbolic(x: Any) -> bool:
     return issubclass(type(x), SymTensor)
@@ -40,7 +55,7 @@ def add_bits(x: Any, n: Any) -> Any:
 
 
 def low_bits(x: Any) -> Any:
-    """The lower 16 bits of float32 numbers, as numbers from -2¹⁵ up to 2¹⁵ - 1."""
+    """The lower 16 bits of the float32 numbers x, as numbers from -2¹⁵ up to 2¹⁵ - 1."""
     return _op("low_bits", x)
 
 
@@ -89,9 +104,11 @@ joined = add_bits
 
 
 def block_amax(x: Any, block: int, signed: bool = True) -> Any:
-    """The largest size of each block of so many neighbouring elements, the last of which may be shorter.
+    """The largest size in x of each block of so many neighbouring elements, the last of which may be shorter.
 
     signed: else NaN where one is negative
+
+    Raises RuntimeError for a DTensor. (Untraceable, within a trace, has the callback run eagerly.)
     """
     if not _is_symbolic(x):
         if hasattr(x, "placements"):
@@ -117,7 +134,7 @@ def block_amax(x: Any, block: int, signed: bool = True) -> Any:
 
 
 def spread(scale: Any, x: Any, block: int) -> Any:
-    """One number of each block as one for each element of x."""
+    """One number of each block, of ``scale``, as one for each element of x."""
     if _is_symbolic(scale):
         return scale
     return scale.repeat_interleave(block)[: x.numel()].view(x.shape)

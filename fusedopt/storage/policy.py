@@ -61,11 +61,11 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, x: Any, noise: Any) -> Any:
-        """What is stored: the code, or a tuple with the rest."""
+        """What is stored of the numbers ``x``: the code, or a tuple with the rest. ``noise``: see above."""
 
     @abstractmethod
     def decode(self, code: Any, *rest: Any) -> Any:
-        """The numbers."""
+        """The numbers that ``code`` and ``rest`` are stored for."""
 
 
 POLICIES: dict[str, Policy] = {}
@@ -78,7 +78,11 @@ whose steps, of float32 parameters, take no longer (docs/storage_table.md)."""
 
 
 def register(name: str, policy: Policy) -> None:
-    """Make a policy known by this name. Raises ValueError for a name that is taken or has other than letters."""
+    """Make a policy known by a name.
+
+    Args: `name`: of letters, digits, + and _; `policy`: see `Policy`.
+    Raises: ValueError: a name that is taken or has other characters, or a policy that does more than compute.
+    """
     if not name.replace("+", "").replace("_", "").isalnum():
         raise ValueError(f"a policy's name has letters, digits, + and _ only, not {name!r}")
     if name in POLICIES:

@@ -49,8 +49,9 @@ def uniform(p: Any, *, seed: Any, step: Any, stream: int = 0) -> Any:
 def normal(p: Any, *, seed: Any, step: Any, stream: int = 0) -> Any:
     """Random numbers of the standard normal distribution, one for each element of the parameter; for callbacks.
 
-    Like ``torch.randn_like(p)``; all else is as with `uniform`, whose numbers are independent of these also where the
-    arguments are the same. They are float32 numbers in any dtype, up to ±6.7, and the same on all backends to the bit.
+    Like ``torch.randn_like(p)``; all else is as with `uniform`, ``seed``, ``step`` and ``stream`` too: its numbers are
+    independent of these also where the arguments are the same. They are float32 numbers in any dtype, up to ±6.7, and
+    the same on all backends to the bit.
     """
     return _drawn("normal", p, seed, step, stream)
 

@@ -31,6 +31,9 @@ class ActivationStats(Callback):
     (40 counts of sizes, without sign, from 0 to 10), each a list with a tensor per batch. All but ``hist`` is as in
     fastai. Of a layer that gives several tensors it is the first (fastai: each), and of one that runs twice in a batch
     there are two (fastai: the last).
+
+    Raises:
+        ValueError: ``every`` below 1; when training begins, no layers to look at.
     """
 
     order = -20
@@ -92,11 +95,11 @@ class ActivationStats(Callback):
         return torch.stack(found).tolist() if found else []
 
     def layer_stats(self, idx: int) -> list[list[float]]:
-        """Means, standard deviations and near-zero shares of a layer (fastai's name)."""
+        """Means, standard deviations and near-zero shares of layer ``idx`` (fastai's name)."""
         return [self._curve(idx, what) for what in ("mean", "std", "near_zero")]
 
     def hist(self, idx: int) -> torch.Tensor:
-        """A layer's histograms on a logarithmic scale, ``log(1 + count)``: sizes by batches (fastai's name)."""
+        """The histograms of layer ``idx`` by the logarithm, ``log(1 + count)``: sizes by batches (fastai's name)."""
         seen = self.stats[idx]["hist"] or [torch.zeros(BINS)]  # a layer may have had no turn
         return torch.stack(seen).cpu().T.log1p()
 

@@ -15,6 +15,9 @@ class EMA(Callback):
 
     Buffers are copied. From validation on until the next epoch's training the model has the average, so that what is
     saved after an epoch is what was validated; and it keeps it when the fit ends, unless that is by an error.
+
+    Raises:
+        ValueError: a ``decay`` below 0, or of 1 or more.
     """
 
     order = 55  # before those that save the model

@@ -9,7 +9,7 @@ from .mixed_precision import MixedPrecision
 
 
 class GradientClip(Callback):
-    """Scales the gradients of a step so that the norm over all of them is at most ``max_norm``.
+    """Scales the gradients of a step so that the ``norm_type``-norm over all of them is at most ``max_norm``.
 
     An optimizer made with ``max_grad_norm`` does it within its step, and rewrites no gradient.
     """

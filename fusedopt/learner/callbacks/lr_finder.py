@@ -123,21 +123,30 @@ def _arrays(lrs: Any, losses: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def minimum(lrs: Any, losses: Any, num_it: int) -> Suggestion:
-    """A tenth of the rate with the least loss: the last before it diverges."""
+    """A tenth of the rate with the least loss: the last before it diverges.
+
+    ``lrs``, ``losses`` and ``num_it`` are as of `valley`.
+    """
     lrs, losses = _arrays(lrs, losses)
     i = losses.argmin()
     return float(lrs[i]) / 10, (float(lrs[i]), float(losses[i]))
 
 
 def steep(lrs: Any, losses: Any, num_it: int) -> Suggestion:
-    """The rate at which the loss falls fastest, by the rate's logarithm."""
+    """The rate at which the loss falls fastest, by the rate's logarithm.
+
+    ``lrs``, ``losses`` and ``num_it`` are as of `valley`.
+    """
     lrs, losses = _arrays(lrs, losses)
     i = (np.diff(losses) / np.diff(np.log(lrs))).argmin()
     return float(lrs[i]), (float(lrs[i]), float(losses[i]))
 
 
 def valley(lrs: Any, losses: Any, num_it: int) -> Suggestion:
-    """Half way down the longest valley: the longest series of losses that fall, others between them aside."""
+    """Half way down the longest valley: the longest series of losses that fall, others between them aside.
+
+    ``lrs`` and ``losses`` have one number per batch; ``num_it`` is how many batches there were to be.
+    """
     lrs, losses = _arrays(lrs, losses)
     length = np.ones(len(losses), int)
     """Of the longest such series that ends at each."""
@@ -157,7 +166,11 @@ def slide(
     thresh: float = 0.005,
     adjust_value: float = 1.0,
 ) -> Suggestion:
-    """From the highest rate down, the one where the slope is no longer another than ``lr_diff`` batches before."""
+    """From the highest rate down, the one where the slope is no longer another than ``lr_diff`` batches before.
+
+    Slopes are the same up to ``thresh``; the rate is multiplied by ``adjust_value``. ``lrs``, ``losses`` and
+    ``num_it`` are as of `valley`.
+    """
     lrs, losses = _arrays(lrs, losses)
     lr_diff = min(lr_diff, len(lrs) - 1)
     slope = np.gradient(losses)[::-1]

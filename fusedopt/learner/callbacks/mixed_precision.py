@@ -121,9 +121,11 @@ class MixedPrecision(Callback):
     # -- an optimizer, as far as GradScaler can tell: its step only notes that it would be done --
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, for GradScaler."""
         return self.opt.param_groups
 
     def step(self) -> None:
+        """What GradScaler calls where no gradient is infinite."""
         self.skipped = False
 
     # --

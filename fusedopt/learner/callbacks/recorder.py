@@ -125,7 +125,15 @@ class Recorder(Callback):
         show_epochs: bool = False,
         ax: Any = None,
     ) -> Any:
-        """Draw the smoothed training loss over batches, and validation's after each epoch. Returns the Axes."""
+        """Draw the smoothed training loss over batches, and validation's after each epoch. Returns the Axes.
+
+        Args:
+            skip_start: how many batches to leave out.
+            with_valid: draw validation's too.
+            log: logarithmic axes.
+            show_epochs: mark where epochs end.
+            ax: the Axes to draw into; None: new ones.
+        """
         ax = _axes() if ax is None else ax
         steps = range(skip_start, len(self.losses))
         ax.plot(steps, [float(x) for x in self.losses[skip_start:]], label="train")
@@ -143,7 +151,10 @@ class Recorder(Callback):
         return ax
 
     def plot_sched(self, keys: Sequence[str] | str | None = None, figsize: Any = None) -> list[Any]:
-        """Draw each of the hyperparameters (those that were recorded) over batches. Returns a list of Axes."""
+        """Draw hyperparameters over batches: ``keys``, or all that were recorded. Returns a list of Axes.
+
+        ``figsize``: the figure's, in inches.
+        """
         import matplotlib.pyplot as plt
 
         keys = [keys] if isinstance(keys, str) else list(keys or (k for k, v in self.hps.items() if v))
@@ -163,7 +174,14 @@ class Recorder(Callback):
         nms: Sequence[str] | None = None,
         ax: Any = None,
     ) -> Any:
-        """Draw the loss over the rates of `Learner.lr_find`, with a mark at each suggestion. Returns the Axes."""
+        """Draw the loss over the rates of `Learner.lr_find`, with a mark at each suggestion. Returns the Axes.
+
+        Args:
+            skip_end: how many batches to leave out at the end.
+            suggestions: points to mark.
+            nms: their names.
+            ax: the Axes to draw into; None: new ones.
+        """
         ax = _axes() if ax is None else ax
         until = max(len(self.lrs) - skip_end, 0)
         ax.plot(self.lrs[:until], [float(x) for x in self.losses[:until]])

@@ -13,7 +13,8 @@ class ReduceLROnPlateau(Patient):
     Args:
         factor: what they are divided by.
         min_lr: what they do not fall below.
-        args, kwargs: of `Patient`.
+        monitor, comp, min_delta, reset_on_fit: see `Tracker`.
+        patience: how many epochs it waits.
     """
 
     order = Tracker.order + 2

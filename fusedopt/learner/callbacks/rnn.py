@@ -58,6 +58,6 @@ class RNNRegularizer(Callback):
 
 
 def rnn_cbs(alpha: float = 0.0, beta: float = 0.0) -> list[Callback]:
-    """All that a recurrent model needs, regularized or not."""
+    """All that a recurrent model needs; regularized unless ``alpha`` and ``beta`` are 0."""
     regularizer = [RNNRegularizer(alpha, beta)] if alpha or beta else []
     return [ModelResetter(), RNNCallback(), *regularizer]

@@ -38,7 +38,7 @@ def sched_cos(start: Any, end: Any, pos: float) -> Any:
 
 @annealer
 def sched_no(start: Any, end: Any, pos: float) -> Any:
-    """``start``, all the time."""
+    """``start`` at each ``pos``, whatever the ``end``."""
     return start
 
 
@@ -58,7 +58,7 @@ SchedLin, SchedCos, SchedNo, SchedExp, SchedPoly = sched_lin, sched_cos, sched_n
 
 
 def combine_scheds(pcts: Sequence[float], scheds: Sequence[Callable[[float], Any]]) -> Callable[[float], Any]:
-    """One schedule after another, each for its share of the way.
+    """One of ``scheds`` after another, each for its share ``pcts`` of the way.
 
     Raises ValueError if shares are negative, do not sum up to 1, or are not one per schedule.
     """
@@ -107,6 +107,7 @@ class ParamScheduler(Callback):
         self.set_at(self.pct_train)
 
     def set_at(self, pos: float) -> None:
+        """Set the hyperparameters to their values at ``pos``, from 0 to 1."""
         for name, sched in self.scheds.items():
             self.opt.set_hyper(name, sched(pos))
 
