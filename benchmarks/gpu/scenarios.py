@@ -207,7 +207,7 @@ def sharded(device: Device, backend: str) -> str:
                 each.step()
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
-        if opt.explain().eager:
+        if opt.explain().eager or not opt.explain().launches:
             raise AssertionError(f"something runs eagerly:\n{opt.explain()}")
     finally:
         distributed.destroy_process_group()

@@ -178,7 +178,9 @@ class Buckets:
         for bucket, plan in self.traced(todo):
             if isinstance(plan, Bucket):
                 along = plan.trace.signature.dims is not None or plan.trace.externs is not None
-                fuses = [item.fuses(plan.known.backend, along) for item in bucket]
+                programs = [plan.kernel.program, *(kernel.program for _, kernel in plan.known.rounds)]
+                whole = any(map(sharded.looks_at_all, programs))
+                fuses = [item.fuses(plan.known.backend, along, whole) for item in bucket]
                 plan.items = list(compress(bucket, fuses))
                 plans += [plan] if plan.items else []
                 bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]

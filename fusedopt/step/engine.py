@@ -189,6 +189,8 @@ class Engine:
                     item.lay_out(plan.by_rows)
             tables.append(Launched(group, launching.table(group, scaling)))
         norm = launching.norm_of(plans, [], scaling)
+        if norm is not None and norm.eager:
+            raise Unbound("the norm is of tensors spread over processes, and is torch's")
         rounds = [*([norm] if norm else []), *launching.totals_of(shared, scaling, groups)]
         try:
             return BoundStep(groups, tables, rounds, self.among), tables

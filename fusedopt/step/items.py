@@ -103,8 +103,9 @@ class Item:
             if any(overlap(value, other) for other in others):
                 self.state[key] = with_layout(value, value.contiguous())
 
-    def fuses(self, backend: Backend, along: bool = False) -> bool:
-        """Whether the backend's kernels can step it; ``along``: they tell its dimensions apart."""
+    def fuses(self, backend: Backend, along: bool = False, whole: bool = False) -> bool:
+        """Whether the backend's kernels can step it. along: they tell its dimensions apart; whole: they look at all of
+        the tensor, which may be spread over processes."""
         return self.walkable()
 
     def walkable(self) -> bool:

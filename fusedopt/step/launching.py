@@ -230,8 +230,11 @@ def norm_of(plans: list[Bucket], work: list[Item], scaling: Scaling) -> Norm | N
     for plan in plans:
         for item in plan.items:
             item.lay_out(plan.by_rows)
-    launches = [
-        (group[0].known.backend, [item for plan in group for item in plan.items], group[0].kernel.program)
-        for group in together(plans)
-    ]
-    return Norm(scaling, launches, work)
+    launches, apart = [], list(work)
+    for group in together(plans):
+        backend, rows = group[0].known.backend, [item for plan in group for item in plan.items]
+        if any(map(sharded.is_shard, rows)) and not sharded.runs_parts(backend):
+            apart += [item.whole if isinstance(item, sharded.Shard) else item for item in rows]
+        else:
+            launches.append((backend, rows, group[0].kernel.program))
+    return Norm(scaling, launches, apart)

@@ -137,8 +137,8 @@ class Norm(Round):
             kernel = self._compiled(backend, NORM_KERNEL, squares(items[0].grad.dtype), on[k])
             columns = {"grad": [item.grad for item in items], NORM: list(pieces[k][0].unbind())}
             self.add(k, backend, kernel, items, columns, main, [pieces[k]])
-        self._eager = list(zip(pieces[len(launches) :], eager, strict=True))
-        self.pieces += [piece for piece, _ in self._eager]
+        self.eager = list(zip(pieces[len(launches) :], eager, strict=True))
+        self.pieces += [piece for piece, _ in self.eager]
         if launches and scaling.max_norm is not None:
             self._set_coefficient(launches[0][0])
 
@@ -147,15 +147,15 @@ class Norm(Round):
         return self.join is not None
 
     def run(self, slots: Sequence[np.ndarray]) -> None:
-        for (out, _), item in self._eager:
+        for (out, _), item in self.eager:
             out.fill_(_square(item.grad))
         super().run(slots)
 
     def native(self) -> Any:
-        return None if self._eager else super().native()
+        return None if self.eager else super().native()
 
     def let_go(self) -> None:
-        self._eager = []
+        self.eager = []
         super().let_go()
 
     def upload(self) -> None:

@@ -19,8 +19,9 @@ import torch
 
 from ..backends.cpp.backend import joined
 from ..extension import leaf
-from ..ir.ops import ELEMENT
-from ..ir.program import Buffer
+from ..ir.ops import ELEMENT, is_reduction
+from ..ir.program import Buffer, Program
+from ..ir.stages import scalar_stores
 from ..trace.signature import HERE_IN_ORDER
 from . import reference
 from .items import Item, walkable
@@ -114,13 +115,15 @@ class Shard(Item):
         self.whole, self.owner = whole, whole.home
         self.known: dict[str, torch.Tensor] = {}
 
-    def fuses(self, backend: Backend, along: bool = False) -> bool:
+    def fuses(self, backend: Backend, along: bool = False, whole: bool = False) -> bool:
         if along:  # of whose rows or columns a part may be elsewhere
+            return False
+        if whole and not runs_parts(backend):
             return False
         tensors = (self.whole.grad, *(value for _, value in self.whole.tensors()))
         kind = _dtensor()
         plain = all(walkable(_local(t) if isinstance(t, kind) else t) for t in tensors)
-        return plain and walkable(self.home) and getattr(backend, "runs_parts", False)
+        return plain and walkable(self.home)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((key, self.state[key]) for key, _ in self.whole.tensors())
@@ -233,9 +236,22 @@ def is_shard(item: Item) -> bool:
     return isinstance(item, Shard)
 
 
+def runs_parts(backend: Backend) -> bool:
+    """Whether processes can exchange between its stages what these reduce."""
+    return getattr(backend, "runs_parts", False)
+
+
+def looks_at_all(program: Program) -> bool:
+    """Whether it needs to know something of a tensor as a whole, of which only a part may be here, or none: then a
+    number per tensor is stored all the same."""
+    return bool(scalar_stores(program).stores) or any(
+        is_reduction(v.op) or v.op == "numel" for v in program.values
+    )
+
+
 def runner(launch: Any, rows: Sequence[Item]) -> Callable[[np.ndarray], None]:
     """What runs a launch whose rows may be shards, with these scalars."""
-    if not any(map(is_shard, rows)):
+    if not any(map(is_shard, rows)) or not looks_at_all(launch.kernel.program):
         return launch.run
     counts = [item.whole.home.numel() if isinstance(item, Shard) else item.param.numel() for item in rows]
     return functools.partial(launch.run_parts, counts=counts, exchange=exchange(rows))

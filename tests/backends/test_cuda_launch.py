@@ -339,7 +339,14 @@ def test_launches_are_sized_by_the_device_and_go_to_the_current_stream(fake, mon
     give_gradients(small, 0)
     sgd(small).step()
     assert fake.launches == [
-        ("fusedopt_stage_0", 4, cuda.THREADS, 77, 1, 1),  # two multiprocessors with two blocks each, for eleven tiles
+        (
+            "fusedopt_stage_0",
+            4,
+            cuda.THREADS,
+            77,
+            1,
+            1,
+        ),  # two multiprocessors with two blocks each, for eleven tiles
         ("fusedopt_stage_0", 1, cuda.THREADS, 77, 1, 1),
     ]
 

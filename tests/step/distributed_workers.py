@@ -22,6 +22,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fusedopt
 import fusedopt.optim
+from fusedopt import backends
+from fusedopt.backends.cpp.backend import Cpp
 
 CHECKS = {}
 CPU = torch.device("cpu")
@@ -64,6 +66,51 @@ def main(rank, world, folder):
     (folder / f"{rank}.json").write_text(json.dumps(found))
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
+
+
+class Apart(Cpp):
+    """As backends for GPUs are: processes exchange nothing between its stages."""
+
+    runs_parts = False
+
+
+@check()
+def a_backend_that_exchanges_nothing_fuses_what_needs_no_exchange():
+    """Elements alone: clipped by torch's norm, with a group beside it that is not sharded. Norms run unfused."""
+    row = backends.ROWS["cpp"]
+    backends.register("cpp", Apart, "cpu", tried=True)
+    try:
+        for options in ({}, {"max_grad_norm": 0.1}, {"amsgrad": True}):
+            sharded, whole = sharded_and_whole("two")
+            beside = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+            opt, twin = (
+                fusedopt.optim.AdamW(
+                    [{"params": list(m.parameters())}, {"params": [p], "lr": 0.05}], lr=0.1, **options
+                )
+                for m, p in zip((sharded, whole), beside, strict=True)
+            )
+            for t in range(5):
+                for p in beside:
+                    p.grad = torch.full((3,), 0.3 - t)
+                train(sharded, whole, opt, twin, 1, t)
+                if options.get("max_grad_norm"):
+                    torch.testing.assert_close(full(opt.grad_norm), twin.grad_norm)
+            for p, q in zip(
+                [*sharded.parameters(), beside[0]], [*whole.parameters(), beside[1]], strict=True
+            ):
+                torch.testing.assert_close(full(p), q, rtol=1e-5, atol=1e-6)
+            assert "unfused" not in str(opt.explain()) and opt.explain().launches >= 1
+            assert all(is_sharded(opt.state[p]["exp_avg"]) for p in sharded.parameters())
+        sharded, whole = sharded_and_whole("two")
+        opt, twin = (fusedopt.Lamb(m.parameters(), lr=0.1) for m in (sharded, whole))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train(sharded, whole, opt, twin)
+        assert any("stepped unfused" in str(w.message) for w in said), [str(w.message) for w in said]
+        for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(full(p), q, rtol=1e-5, atol=1e-6)
+    finally:
+        backends.register("cpp", *row)
 
 
 # --
