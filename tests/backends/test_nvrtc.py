@@ -1,12 +1,16 @@
 """What NVRTC makes of generated CUDA C++, for GPUs that need not be here, and how compiling fails."""
 
+import ctypes
+import importlib.util
 import re
 import sys
+from pathlib import Path
 
 import cuda_kernels
 import golden
 import pytest
 import sass
+import test_blocks
 import torch
 from test_cuda import all_ops
 from triton_programs import traced
@@ -185,6 +189,58 @@ def test_the_gates_notice_contraction_spills_and_narrow_accesses(monkeypatch):
     monkeypatch.setitem(nvrtc.OPTIONS, "fma", True)
     fused = nvrtc.compile_cubin("fused", sgd, "sm_80")
     assert sass.functions(fused.path)["k_stage_0"].count(r"FFMA(\..*)?") > 0
+
+
+# ---------------------------------------------------------------- other versions
+
+
+def by_another(source, arch):
+    """What the NVRTC of CUDA 12, which the package for tests brings as torch does, has against a source."""
+    found = importlib.util.find_spec("nvidia.cuda_nvrtc")
+    if found is None:
+        pytest.skip("the package nvidia-cuda-nvrtc-cu12 is not installed")
+    library = ctypes.CDLL(str(Path(next(iter(found.submodule_search_locations)), "lib", "libnvrtc.so.12")))
+    from cuda.core import ProgramOptions
+
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    options = ProgramOptions(arch=arch, **nvrtc.OPTIONS).as_bytes("nvrtc")
+    assert (
+        library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
+    )
+    status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return log.value.decode() if status else ""
+
+
+@needs_nvrtc
+def test_kernels_compile_with_an_older_nvrtc(monkeypatch):
+    """All ops, stages that reduce, joins: on a GPU, NVRTC 13.0 refused lambdas that 13.5 takes."""
+    bodies = {"k": cuda_kernels.rendered("fastai_Lamb_float32")[0].body}
+    sources = [
+        cuda.source(skeleton("cuda.cu"), cuda.render(all_ops(t))) for t in (torch.float32, torch.float64)
+    ]
+    factored, _ = test_blocks.PROGRAMS["factored matrix"]
+    sources += [cuda_kernels.together(bodies), cuda.source(skeleton("cuda.cu"), cuda.render(factored))]
+    for source in sources:
+        assert by_another(source, "sm_90") == ""
+    monkeypatch.delitem(nvrtc.OPTIONS, "device_as_default_execution_space")
+    assert "without execution space annotations" in by_another(sources[0], "sm_90")
+
+
+def test_an_nvrtc_that_is_too_old_is_named(monkeypatch):
+    bindings = pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setattr(bindings, "nvrtcVersion", lambda: (0, 12, 2))
+    nvrtc._find.cache_clear()
+    try:
+        with pytest.raises(
+            nvrtc.NvrtcNotFound, match=r"NVRTC 12\.2 is here, and kernels need 12\.3 or later"
+        ):
+            nvrtc.nvrtc()
+    finally:
+        nvrtc._find.cache_clear()
 
 
 # ---------------------------------------------------------------- every op
