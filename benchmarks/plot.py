@@ -51,20 +51,40 @@ FACTS = ("commit", "device", "cores", "threads", "python", "torch", "fusedopt", 
 
 
 def _commit() -> str:
-    """The short commit of this checkout, with ``-dirty`` if there are changes on top other than results."""
+    """The short commit of this checkout, with ``-dirty`` if what is measured, or measures, has changed since."""
     try:
         return _git("rev-parse", "--short=10", "HEAD") + "-dirty" * bool(_git("status", "--porcelain", *CODE))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-CODE = ("--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs", ":!*.md")
+CODE = ("--", "fusedopt", "kernels", "csrc", "benchmarks", "setup.py", ":!benchmarks/results", ":!*.md")
+"""Where a change, or a file that is not committed, makes other numbers."""
+
+
+class NotOneState(Exception):
+    """Numbers that are kept would be of a tree that nobody can go back to, or of several."""
+
+
+def check_clean(
+    commit: str, others: Iterable[str] = (), remedy: str = "--out FOLDER writes elsewhere"
+) -> None:
+    """Raise NotOneState unless ``commit`` is one, without changes, and the ``others`` are the same."""
+    if commit == "unknown":
+        raise NotOneState(f"this is no git checkout, so nobody could say what was measured; {remedy}")
+    if commit.endswith("-dirty"):
+        changed = ", ".join(line[3:] for line in _git("status", "--porcelain", *CODE).splitlines())
+        raise NotOneState(f"not committed: {changed}. Commit or stash it first, or {remedy}")
+    if different := sorted(set(others) - {commit}):
+        raise NotOneState(
+            f"there are lines of {', '.join(different)} beside those of {commit}: measure everything, or {remedy}"
+        )
 
 
 def _git(*arguments: str) -> str:
     return subprocess.run(
         ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    ).stdout.rstrip()
 
 
 def slug() -> str:
@@ -386,6 +406,13 @@ LOOKS = {
     "torch compiled": "#8d6cc9",
     "torch fused": "#2a5db0",
     "deepspeed": "#5fa777",
+    "optimi": "#3f9b8f",
+    "heavyball": "#86a83c",
+    "pytorch-optimizer": "#5fa777",
+    "timm": "#3c8a3c",
+    "transformers": "#b07cc6",
+    "bitsandbytes": "#a8743a",
+    "torchao": "#c9609c",
     "bare loop": "#9a9a9a",
     "fusedopt": "#d1382c",
     "fusedopt one group": "#e78d85",
