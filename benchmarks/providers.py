@@ -276,11 +276,13 @@ class Peer:
     """Another package's class for a rule: its name, its arguments, and the key of its groups for the momentum.
 
     None where the class has its step compiled by torch, which would be done again for another momentum.
+    ``near``: it does something that is alike, and as much work.
     """
 
     kind: str
     options: dict[str, Any]
     momentum_key: str | None = "betas"
+    near: bool = False
 
 
 _BETAS = dict(betas=(0.9, 0.999), eps=1e-8)
@@ -302,7 +304,7 @@ PEERS: dict[str, tuple[str, dict[str, Peer]]] = {
     "heavyball": (
         "heavyball",
         {
-            "AdamW": Peer("AdamW", _PEER_ADAMW | _HEAVYBALL),
+            "AdamW": Peer("AdamW", _PEER_ADAMW | _HEAVYBALL, near=True),  # divides by no less than eps
             "SGD-momentum": Peer("SGD", dict(lr=1e-2, beta=0.9) | _HEAVYBALL, "beta"),
         },
     ),
@@ -352,7 +354,7 @@ def _peer(rule: Rule, params: Sequence[Tensor], rates: Sequence[float], *, name:
     options = peer.options | (dict(triton=params[0].device.type == "cuda") if name == "optimi" else {})
     opt = getattr(importlib.import_module(module), peer.kind)(_groups(params, rates), **options)
     runner = _runner(name, opt, peer.momentum_key, rates)
-    runner.package = package
+    runner.package, runner.near = package, peer.near
     if name == "torchao":
         runner.set = partial(_fill_rates, opt, rates)
     return runner
@@ -403,5 +405,5 @@ def make(name: str, rule: str, params: Sequence[Tensor], rates: Sequence[float] 
     """
     chosen = RULES[rule]
     runner = PROVIDERS[name](chosen, params, [chosen.lr * rate for rate in rates])
-    runner.near = chosen.near
+    runner.near |= chosen.near
     return runner
