@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import dataclasses
 import functools
@@ -392,7 +393,8 @@ def fuse(
 
 def _maker(make: Callable[..., Any], options: Options) -> Callable[..., Any]:
     if isinstance(make, type) and issubclass(make, torch.optim.Optimizer):
-        return _class(make, options)
+        with contextlib.suppress(TypeError):  # of a class that wants no subclasses, or other ones
+            return _class(make, options)
 
     @functools.wraps(make)
     def fused(*args: Any, **kwargs: Any) -> Any:

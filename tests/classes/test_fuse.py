@@ -893,6 +893,18 @@ def test_such_a_class_has_subclasses_that_make_fused_ones_too():
     assert torch.equal(p.data, torch.zeros(3)) and opt.explain().launches == 1 and not opt.explain().eager
 
 
+def test_of_a_class_that_wants_no_subclass_it_makes_a_function():
+    class Last(Base):
+        one = Peculiar.one
+
+        def __init_subclass__(cls):
+            raise TypeError("Last is the last one")
+
+    made = fusedopt.fuse(Last)
+    assert not isinstance(made, type) and made.__name__ == "Last"
+    assert type(made([torch.nn.Parameter(torch.ones(3))])) is Last
+
+
 def test_bad_input_says_what_to_do():
     p = torch.nn.Parameter(torch.randn(3))
     with pytest.raises(
