@@ -97,10 +97,7 @@ def train(make) -> Trained:
 
 def main() -> dict[str, float]:
     """How far the weights are apart, by optimizer."""
-    pairs = {
-        "AdamW": (torch.optim.AdamW, fusedopt.optim.AdamW),
-        "RAdam": (torch.optim.RAdam, fusedopt.optim.RAdam),
-    }
+    pairs = {"AdamW": (torch.optim.AdamW, fusedopt.optim.AdamW)}
     return compare(train, pairs, tolerance=1e-9)
 
 

@@ -62,10 +62,7 @@ def main() -> dict[str, float]:
     ray.init(num_cpus=WORLD + 1, include_dashboard=False, log_to_driver=False,
              runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}})  # fmt: skip
     try:
-        pairs = {
-            "AdamW": (torch.optim.AdamW, fusedopt.optim.AdamW),
-            "RAdam": (torch.optim.RAdam, fusedopt.optim.RAdam),
-        }
+        pairs = {"AdamW": (torch.optim.AdamW, fusedopt.optim.AdamW)}
         return compare(train, pairs, tolerance=1e-9)
     finally:
         ray.shutdown()
