@@ -20,12 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import fusedopt
-from fusedopt.compile.toolchain import FLAGS, compiler
+from fusedopt.compile.toolchain import FLAGS, compiler, cpu_features
 
 from . import providers
 from .baseline import SOURCE
@@ -34,16 +35,17 @@ from .providers import Runner
 Timed = Callable[[], float]
 """Does its work once, and returns the seconds of the part that counts."""
 OURS = "fusedopt"
-MARGIN = 1.4
-"""How much more than usual is too much. The ratios below move by a few hundredths from run to run, loaded or not."""
+HOME = "Intel(R) Xeon(R) Processor"
+"""The processor that the usual ratios are of, with g++ 12.2, torch 2.13 and Python 3.11."""
+MARGIN = 1.4 if cpu_features().model == HOME else 2.5
+"""How much more than usual is too much. Ratios move by a tenth from run to run; another processor has others."""
 
 
 @dataclass(frozen=True)
 class Gate:
     """What is timed, and by name of the others the usual ratio of fusedopt's time to theirs.
 
-    The usual ratios are of an Intel Xeon (family 6, model 207), g++ 12.2 and torch 2.13. Another processor or torch
-    moves them, which is why one of them is enough to be let through.
+    Another processor or torch moves them, which is why one of them is enough to be let through.
     """
 
     name: str
@@ -183,7 +185,7 @@ _LISTS = itertools.product((_sine, _root, _square, _decay), repeat=6)
 
 
 def compiling() -> dict[str, Timed]:
-    """First steps that have a kernel compiled, beside the compiler's run over a file of our own."""
+    """First steps that have a kernel compiled, beside the compiler's runs over the bare loop and over nothing."""
     params = tensors([(64,)] * 4)
     tool = compiler()
 
@@ -194,12 +196,24 @@ def compiling() -> dict[str, Timed]:
             assert len(opt.explain().compiled) == 1, "nothing was compiled"
             return seconds
 
-    def alone() -> float:
+    def alone(source: str, text: str | None = None) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            command = [tool.path, *tool.command[1:], *FLAGS, "-fopenmp", str(SOURCE), "-o", f"{folder}/a.so"]
-            return timed(lambda: subprocess.run(command, check=True, capture_output=True), processor)
+            command = [
+                tool.path,
+                *tool.command[1:],
+                *FLAGS,
+                "-fopenmp",
+                "-x",
+                "c++",
+                source,
+                "-o",
+                f"{folder}/a.so",
+            ]
+            work = partial(subprocess.run, command, input=text, text=True, check=True, capture_output=True)
+            return timed(work, processor)
 
-    return {OURS: first, "the compiler alone": alone}
+    bare, nothing = partial(alone, str(SOURCE)), partial(alone, "-", "int nothing;")
+    return {OURS: first, "the compiler over the bare loop": bare, "over nothing": nothing}
 
 
 @contextmanager
@@ -220,7 +234,12 @@ GATES = (
     Gate("kernel: AdamW", warm(_IN_CACHE), {"torch fused": 0.58, "bare loop": 1.38}),
     Gate("kernel: LAMB", warm(_IN_CACHE, fusedopt="LAMB"), {"torch fused": 1.20, "bare loop": 2.85}),
     Gate("first step, compiled before", first_steps, {"torch fused": 1.2, "torch foreach": 0.61}),
-    Gate("first step, compiling", compiling, {"the compiler alone": 0.3}, least=5),
+    Gate(
+        "first step, compiling",
+        compiling,
+        {"the compiler over the bare loop": 0.3, "over nothing": 2.2},
+        least=5,
+    ),
 )
 
 
