@@ -38,12 +38,12 @@ OTHER_PIP = $(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/con
 test-torch:
 	@$(MAKE) --no-print-directory VENV=$(OTHER) $(OTHER)/bin/pip
 	grep -vE '^(torch|torchvision|triton|cuda-.*|nvidia-.*)==' constraints.txt > $(OTHER)/constraints.txt
-	$(OTHER)/bin/python -m pip uninstall -qq --yes fastai
+	$(OTHER)/bin/python -m pip uninstall -qq --yes fastai timm
 	$(OTHER_PIP) setuptools numpy torch==$(TORCH) torchvision
 	rm -rf $(OTHER)/tree && mkdir $(OTHER)/tree
 	tar -cf - --exclude='./.*' --exclude=./build --exclude='*.so' . | tar -xf - -C $(OTHER)/tree
 	$(OTHER_PIP) --no-build-isolation --editable '$(OTHER)/tree[demo,test,dev]'
-	$(OTHER_PIP) --no-deps fastai
+	$(OTHER_PIP) --no-deps fastai timm
 	cd $(OTHER)/tree && $(call PYTEST,../bin) $(TESTS)
 
 bench: setup
@@ -69,12 +69,13 @@ clean:
 
 # torch comes before the project: the extension is compiled against it. fastai comes last, and goes first where it is
 # from an earlier set-up: its requirements are not all installed, and pip would call that an error in every later call.
+# So do torchvision and timm, which asks for it.
 TELL := from fusedopt.extension.leaf import extension_status as s; print('extension:', *s())
 $(STAMP): constraints.txt pyproject.toml setup.py fusedopt/extension/recipe.py $(wildcard csrc/*) | $(BIN)/pip
-	@$(BIN)/python -m pip uninstall -qq --yes fastai torchvision
+	@$(BIN)/python -m pip uninstall -qq --yes fastai timm torchvision
 	$(INSTALL) setuptools torch numpy
 	$(INSTALL) --no-build-isolation --editable '.[demo,test,dev]'
-	$(INSTALL) --no-deps fastai torchvision
+	$(INSTALL) --no-deps fastai timm torchvision
 	@$(BIN)/python -c "$(TELL)"
 	@touch $@
 

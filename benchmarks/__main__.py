@@ -16,9 +16,10 @@ import matplotlib.pyplot as plt
 from . import measure, plot, situations
 from .cases import FIRST_STEPS, MEMORY, PAIRS, matches
 from .measure import FULL, QUICK, ROOT, SCHEDULES, Effort, Row
+from .providers import PEERS, installed
 from .timing import machine
 
-FOLDER = Path(__file__).with_name("results")
+FOLDER = Path(__file__).resolve().with_name("results")
 QUICK_FOLDER = ROOT / "build" / "bench"
 PICTURE = ROOT / "docs" / "images" / "bench.png"
 
@@ -70,16 +71,26 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def run(todo: Sequence[Job], path: Path, keep: bool) -> plot.Results:
-    """Measure; the CSV is written after every job. ``keep``: lines of earlier runs stay where they are not replaced."""
+    """Measure; the CSV is written after every job. ``keep``: lines of earlier runs stay where they are not replaced.
+
+    What is written into the folder of results is of one commit. Raises `plot.NotOneState` before anything is measured
+    if it would not be, and afterwards if the tree was changed meanwhile.
+    """
     where, old, new = plot.facts(), plot.read(path), []
+    old = old if keep else []
+    kept = path.parent.resolve() == FOLDER
+    if kept:
+        plot.check_clean(where["commit"], (line["commit"] for line in old))
     for k, job in enumerate(todo, 1):
         start = time.perf_counter()
         print(f"[{k}/{len(todo)}] {job.id}", flush=True)
         rows = job.run()
+        if kept:
+            plot.check_clean(plot.facts()["commit"], [where["commit"]])
         new += plot.lines(rows, where)
         plot.write(path, plot.merge(old, new))
         print(f"  {summary(rows)}  [{time.perf_counter() - start:.0f} s]", flush=True)
-    found = plot.merge(old if keep else [], new)
+    found = plot.merge(old, new)
     plot.write(path, found)
     return plot.Results(found)
 
@@ -88,6 +99,14 @@ def busy() -> str:
     """A warning if other processes are at work: the threads then wait for each other, and no time means much."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return f"\nWARNING: the load is {load:.1f}; wait until the machine is quiet" if load > 0.5 else ""
+
+
+def peers() -> str:
+    """The packages that take part, and those that do not because they are not here."""
+    found = {name: installed(module) for name, (module, _) in PEERS.items()}
+    missing = ", ".join(name for name, package in found.items() if package is None)
+    here = ", ".join(package for package in found.values() if package) or "none"
+    return here + (f"; not installed, so left out: {missing}" if missing else "")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, help=f"folder for all output ({_shown(FOLDER)}; --quick: build/bench)"
     )
     out.add_argument("--publish", action="store_true", help=f"also write the picture to {_shown(PICTURE)}")
+    out.add_argument("--draw", action="store_true", help="measure nothing: tables and picture from the CSV")
     out.add_argument("--list", action="store_true", help="print the ids of what would be measured")
     return out
 
@@ -125,9 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(job.id for job in todo) or f"nothing matches {given.only!r}")
         return 0 if todo else 2
     start = time.perf_counter()
-    print(f"machine: {machine()}{busy()}", flush=True)
     path = (given.out or (QUICK_FOLDER if given.quick else FOLDER)) / f"{plot.slug()}.csv"
-    results = run(todo, path, keep=given.only is not None)
+    if given.draw:
+        results = plot.Results(plot.read(path))
+    else:
+        print(f"machine: {machine()}{busy()}\npeers: {peers()}", flush=True)
+        try:
+            results = run(todo, path, keep=given.only is not None)
+        except plot.NotOneState as error:
+            print(f"{_shown(path)} is of one commit: {error}", file=sys.stderr)
+            return 1
     path.with_suffix(".md").write_text(plot.report(results), encoding="utf-8")
     print(f"\n{plot.bars_table(results)}\n\n{plot.bars_table(results, plot.SITUATION_BARS)}")
     print(f"\n{plot.steps_table(results)}\n\n{plot.others_table(results)}")

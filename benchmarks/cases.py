@@ -246,16 +246,20 @@ _ALL = (
     "fusedopt",
 )
 _SOME = ("eager", *_TORCH, "torch compiled", "deepspeed", "bare loop", "fusedopt")
+_PEERS = ("optimi", "heavyball", "pytorch-optimizer", "timm", "transformers", "bitsandbytes", "torchao")
+"""Packages beside torch, where there is room for them."""
 _FEW = ("torch default", "torch fused", "bare loop", "fusedopt")
 _GROUPS = ("torch default", "torch fused", "fusedopt", "fusedopt one group")
 
 PAIRS = (
-    Pair("small-500", "AdamW", _ALL, quick=True),
+    Pair("small-500", "AdamW", (*_ALL, *_PEERS), quick=True),
     Pair("small-500", "AdamW", _ALL, "training", quick=True),
-    Pair("small-500", "Lion", _SOME),
-    Pair("20x1m", "AdamW", _SOME),
-    *(Pair("resnet-50", rule, _SOME) for rule in ("AdamW", "SGD-momentum", "RMSprop", "Adagrad")),
-    *(Pair("resnet-50", rule, _SOME) for rule in ("RAdam", "NAdam", "LAMB", "Lion")),
+    Pair("small-500", "Lion", (*_SOME, *_PEERS)),
+    Pair("20x1m", "AdamW", (*_SOME, *_PEERS)),
+    Pair("20x1m", "AdamW-int8", (*_PEERS, "fusedopt")),
+    *(Pair("resnet-50", rule, (*_SOME, *_PEERS)) for rule in ("AdamW", "SGD-momentum", "RMSprop", "Adagrad")),
+    *(Pair("resnet-50", rule, (*_SOME, *_PEERS)) for rule in ("RAdam", "NAdam", "LAMB", "Lion")),
+    *(Pair("resnet-50", rule, (*_PEERS, "eager", "fusedopt")) for rule in ("AdaBelief", "Adafactor")),
     *(Pair("resnet-34", rule, _SOME) for rule in ("AdamW", "SGD-momentum")),
     Pair("gpt2-124m", "AdamW", _FEW),
     Pair("moe-1000", "AdamW", _SOME),

@@ -116,8 +116,8 @@ def agree(
     """Run every provider for a few steps from the same start and compare where they arrive.
 
     Returns the seconds of first steps, and why optional providers failed. Raises Disagreement if a parameter is off by
-    more than a thousandth of the largest update, plus rounding. In 16 bits that is as large as an update; there it is
-    half of the norm of all updates.
+    more than a thousandth of the largest update, plus rounding. In 16 bits that is as large as an update; there, and
+    where state is kept in fewer bits, it is half of the norm of all updates.
     """
     start, grads = [p.clone() for p in params], [p.grad for p in params]
     first, expected = "", None
@@ -127,7 +127,7 @@ def agree(
         try:
             seconds[runner.name] = _first_steps(runner, grads, steps)
             if runner.comparable and expected is not None:
-                _compare(runner.name, first, params, expected, start)
+                _compare(runner.name, first, params, expected, start, runner.near)
         except Exception as error:
             if runner.name not in providers.OPTIONAL:
                 raise
@@ -156,8 +156,10 @@ def _first_steps(runner: Runner, grads: Sequence[Tensor | None], steps: int) -> 
     return seconds
 
 
-def _compare(name: str, other: str, found: Sequence, expected: Sequence, start: Sequence) -> None:
-    if expected[0].itemsize == 2:
+def _compare(
+    name: str, other: str, found: Sequence, expected: Sequence, start: Sequence, near: bool = False
+) -> None:
+    if near or expected[0].itemsize == 2:
         update, off = _norm(expected, start, 2), _norm(found, expected, 2)
         allowed = update / 2
     else:
@@ -327,7 +329,7 @@ def step_rows(
         ratios = _ratios(record, ours) if ours else []
         ratio = statistics.median(ratios) if ratios else math.nan
         ms = [s * 1e3 for s in record.steps]
-        rows.append(Row.of(key, "step", "ms", ms, rounds=len(record.turns), ratio=ratio))
+        rows.append(Row.of(key, "step", "ms", ms, rounds=len(record.turns), ratio=ratio, note=runner.package))
         if record.host:
             rows.append(Row.of(key, "host", "ms", [s * 1e3 for s in record.host], rounds=len(record.turns)))
         if isinstance(runner.optimizer, fusedopt.Optimizer):

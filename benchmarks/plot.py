@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator
 
 import fusedopt
 from fusedopt.compile.toolchain import compiler, cpu_features
@@ -50,20 +51,40 @@ FACTS = ("commit", "device", "cores", "threads", "python", "torch", "fusedopt", 
 
 
 def _commit() -> str:
-    """The short commit of this checkout, with ``-dirty`` if there are changes on top other than results."""
+    """The short commit of this checkout, with ``-dirty`` if what is measured, or measures, has changed since."""
     try:
         return _git("rev-parse", "--short=10", "HEAD") + "-dirty" * bool(_git("status", "--porcelain", *CODE))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-CODE = ("--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs", ":!*.md")
+CODE = ("--", "fusedopt", "kernels", "csrc", "benchmarks", "setup.py", ":!benchmarks/results", ":!*.md")
+"""Where a change, or a file that is not committed, makes other numbers."""
+
+
+class NotOneState(Exception):
+    """Numbers that are kept would be of a tree that nobody can go back to, or of several."""
+
+
+def check_clean(
+    commit: str, others: Iterable[str] = (), remedy: str = "--out FOLDER writes elsewhere"
+) -> None:
+    """Raise NotOneState unless ``commit`` is one, without changes, and the ``others`` are the same."""
+    if commit == "unknown":
+        raise NotOneState(f"this is no git checkout, so nobody could say what was measured; {remedy}")
+    if commit.endswith("-dirty"):
+        changed = ", ".join(line[3:] for line in _git("status", "--porcelain", *CODE).splitlines())
+        raise NotOneState(f"not committed: {changed}. Commit or stash it first, or {remedy}")
+    if different := sorted(set(others) - {commit}):
+        raise NotOneState(
+            f"there are lines of {', '.join(different)} beside those of {commit}: measure everything, or {remedy}"
+        )
 
 
 def _git(*arguments: str) -> str:
     return subprocess.run(
         ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    ).stdout.rstrip()
 
 
 def slug() -> str:
@@ -383,36 +404,64 @@ LOOKS = {
     "torch default": "#6ea6e8",
     "torch foreach": "#3b7dd8",
     "torch compiled": "#8d6cc9",
-    "torch fused": "#1f4e96",
+    "torch fused": "#2a5db0",
     "deepspeed": "#5fa777",
+    "optimi": "#3f9b8f",
+    "heavyball": "#86a83c",
+    "pytorch-optimizer": "#5fa777",
+    "timm": "#3c8a3c",
+    "transformers": "#b07cc6",
+    "bitsandbytes": "#a8743a",
+    "torchao": "#c9609c",
     "bare loop": "#9a9a9a",
     "fusedopt": "#d1382c",
     "fusedopt one group": "#e78d85",
 }
-"""Providers in the order of their bars."""
+"""Providers from top to bottom, in colours that can be seen on white and on black."""
 
 
 def draw(results: Results, path: Path) -> None:
-    """Step times of AdamW on every case, and of every rule on ResNet-50, on logarithmic scales."""
-    steps = [line for line in results.lines if line["what"] == "step" and line["case"] != CASE]
+    """How many times fusedopt's step others take: AdamW on every case, and every rule on ResNet-50.
+
+    Marks are joined with 1, fusedopt's own time, and have milliseconds beside them. Scales are logarithmic, where bars
+    from the edge of a picture would be as long as somebody chose the edge.
+    """
+    steps = _comparable(results)
     panels = [
         ("AdamW", [line for line in steps if line["rule"] == "AdamW"], _case_label),
         ("ResNet-50", [line for line in steps if line["case"] == "resnet-50"], lambda line: line["rule"]),
     ]
     panels = [panel for panel in panels if panel[1]] or [("Steps", steps, _pair_label)]
-    heights = [len({label(line) for line in found}) for _, found, label in panels]
+    lanes = [len(found) + len({label(line) for line in found}) for _, found, label in panels]
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(7.2 * len(panels), 2 + max(heights)), layout="constrained", squeeze=False
+        1,
+        len(panels),
+        figsize=(7.6 * len(panels), 2.2 + 0.2 * max(lanes)),
+        layout="constrained",
+        squeeze=False,
     )
     for axis, (title, found, label) in zip(axes.flat, panels, strict=True):
         _draw_panel(axis, title, found, label)
     _legend(figure, steps)
-    figure.suptitle("Optimizer step: median and 20th to 80th percentile, shorter is faster", fontsize=12)
-    where = textwrap.fill(where_from(results), 100 * len(panels))
-    figure.supxlabel(where, fontsize=7, color="#666666")
+    figure.suptitle(
+        "Optimizer step, in steps of fusedopt: median and 20th to 80th percentile; left is faster",
+        fontsize=13,
+    )
+    figure.supxlabel(textwrap.fill(where_from(results), 100 * len(panels)), fontsize=8, alpha=0.7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _comparable(results: Results) -> list[Line]:
+    """Steps of the cases that fusedopt stepped in, too."""
+    steps = [line for line in results.lines if line["what"] == "step" and line["case"] != CASE]
+    ours = {_place(line) for line in steps if line["provider"] == "fusedopt"}
+    return [line for line in steps if _place(line) in ours and line["provider"] in LOOKS]
+
+
+def _place(line: Line) -> tuple[str, str, str]:
+    return line["case"], line["rule"], line["mode"]
 
 
 def _case_label(line: Line) -> str:
@@ -427,39 +476,49 @@ def _draw_panel(axis: Any, title: str, found: Sequence[Line], label: Callable[[L
     groups: dict[str, dict[str, Line]] = {}
     for line in found:
         groups.setdefault(label(line), {})[line["provider"]] = line
-    height = 0.86 / max(map(len, groups.values()))
-    for k, by in enumerate(groups.values()):
+    lane, places = 0, {}
+    for k, (name, by) in enumerate(groups.items()):
         shown = [p for p in LOOKS if p in by]
-        for i, name in enumerate(shown):
-            _draw_bar(axis, k + (i - (len(shown) - 1) / 2) * height, height, by[name])
-    axis.set_yticks(range(len(groups)), groups)
-    axis.set_ylim(len(groups) - 0.5, -0.5)
-    smallest, largest = (f(line["p50"] for line in found) for f in (min, max))
-    limits = 10 ** math.floor(math.log10(smallest) - 0.3), largest * 4
-    axis.set(title=title, xlabel="milliseconds per step", xscale="log", xlim=limits)
+        if k % 2:
+            axis.axhspan(lane - 1, lane + len(shown), color="grey", alpha=0.08, linewidth=0)
+        places[lane + (len(shown) - 1) / 2] = name
+        for provider in shown:
+            _draw_mark(axis, lane, by[provider], by["fusedopt"]["p50"])
+            lane += 1
+        lane += 1
+    ratios = [line["p50"] / groups[label(line)]["fusedopt"]["p50"] for line in found]
+    axis.axvline(1, color=LOOKS["fusedopt"], linewidth=1.2, zorder=0)
+    axis.set_yticks([*places], places.values())
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(lane - 1, -1)
+    axis.set(
+        title=title, xlabel="times fusedopt's step", xscale="log", xlim=(min(ratios) / 1.6, max(ratios) * 2.2)
+    )
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
+    axis.minorticks_off()
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
 
 
-def _draw_bar(axis: Any, y: float, height: float, line: Line) -> None:
-    middle, name = line["p50"], line["provider"]
-    spread = [[max(0.0, middle - line["p20"])], [max(0.0, line["p80"] - middle)]]
-    whiskers = dict(ecolor="#444444", elinewidth=0.8)
-    axis.barh(y, middle, height * 0.92, color=LOOKS[name], xerr=spread, error_kw=whiskers)
+def _draw_mark(axis: Any, y: float, line: Line, ours: float) -> None:
+    low, middle, high = (line[k] / ours for k in ("p20", "p50", "p80"))
+    colour, own = LOOKS[line["provider"]], line["provider"] == "fusedopt"
+    axis.plot([1, middle], [y, y], color=colour, linewidth=2.2, alpha=0.6, solid_capstyle="butt")
+    axis.plot([low, high], [y, y], color=colour, linewidth=5, alpha=0.4, solid_capstyle="butt")
+    axis.plot(middle, y, "o", color=colour, markersize=6)
     axis.annotate(
-        f"{_ms(line)}", (max(line["p80"], middle), y), (3, 0), textcoords="offset points", va="center",
-        fontsize=6.5, color="#222222", fontweight="bold" if name == "fusedopt" else "normal",
+        f"{_ms(line)} ms" if own else _ms(line), (max(high, middle, 1.0), y), (6, 0), textcoords="offset points",
+        va="center", fontsize=8, fontweight="bold" if own else "normal",
     )  # fmt: skip
 
 
 def _legend(figure: Any, steps: Sequence[Line]) -> None:
     used = [p for p in LOOKS if any(line["provider"] == p for line in steps)]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=LOOKS[p]) for p in used]
-    figure.legend(handles, used, loc="outside right upper", fontsize=8, frameon=False)
+    handles = [plt.Line2D([], [], color=LOOKS[p], marker="o", linewidth=2.2) for p in used]
+    figure.legend(handles, used, loc="outside right upper", fontsize=9, frameon=False)
 
 
 def publishable(results: Results) -> bool:
     """Whether there is enough for a picture."""
-    return any(
-        line["what"] == "step" and line["rule"] in RULES and line["case"] != CASE for line in results.lines
-    )
+    return any(line["rule"] in RULES for line in _comparable(results))

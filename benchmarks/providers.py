@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import fusedopt
 import fusedopt.optim
+import fusedopt.rules
 
 from .baseline import BareLoop
 from .eager import EagerOptimizer
@@ -77,7 +79,8 @@ class Rule:
 
     ``hypers`` fit both. ``momentum_key`` is the param-group key that a one-cycle schedule changes besides ``lr``,
     ``callback_momentum_key`` the same by the callbacks' names. ``fused``: torch has a fused kernel of it for CPUs.
-    ``bare``: the bare loop has it.
+    ``bare``: the bare loop has it. ``near``: state is kept in fewer bits, by each provider in its own way, or matrices
+    are multiplied in fewer, so that what they do is alike and not the same.
     """
 
     name: str
@@ -88,8 +91,7 @@ class Rule:
     callback_momentum_key: str = "mom"
     fused: bool = False
     bare: bool = False
-    comparable: bool = True
-    """Whether all who do it come to the same numbers. False where matrices or state are rounded."""
+    near: bool = False
 
     @property
     def lr(self) -> float:
@@ -114,6 +116,7 @@ _LAMB = dict(lr=1e-3, mom=0.9, sqr_mom=0.99, eps=1e-6, wd=0.01)
 _ADAMW = dict(lr=1e-3, weight_decay=0.01)
 _LION = dict(lr=1e-4, wd=0.01, beta1=0.9, beta2=0.99)
 _ADABELIEF = dict(lr=1e-3, wd=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
+_ADAFACTOR = dict(lr=1e-3, scale_parameter=False, relative_step=False)
 _RULES = (
     _in_torch("AdamW", "betas", lr=1e-3, weight_decay=0.01, fused=True, bare=True),
     _in_torch("SGD", "momentum", lr=1e-2, momentum=0.9, fused=True, bare=True),
@@ -143,12 +146,11 @@ _RULES = (
             partial(fusedopt.optim.AdamW, storage=name),
             _ADAMW,
             momentum_key="betas",
-            comparable=False,
+            near=True,
         )
         for name in ("bfloat16_sr", "int8")
     ),
-    Rule("Adafactor", fusedopt.rules.Adafactor, dict(lr=1e-2, relative_step=False)),
-    Rule("Muon", fusedopt.rules.Muon, dict(lr=1e-3), torch.optim.Muon, comparable=False),
+    Rule("Muon", fusedopt.rules.Muon, dict(lr=1e-3), torch.optim.Muon, near=True),
     Rule(
         "AdaBelief",
         partial(fusedopt.Optimizer, cbs=adabelief),
@@ -156,6 +158,7 @@ _RULES = (
         momentum_key="beta1",
         callback_momentum_key="beta1",
     ),
+    Rule("Adafactor", fusedopt.rules.Adafactor, _ADAFACTOR),
 )
 RULES = {rule.name: rule for rule in _RULES}
 
@@ -174,6 +177,10 @@ class Runner:
     prepare: Callable[[], None] = lambda: None
     comparable: bool = True
     """Whether it does what the others do. False for the same rule with other learning rates."""
+    near: bool = False
+    """Whether it does only nearly what the others do."""
+    package: str = ""
+    """The package that it is of, with its version, if that is neither torch nor this one."""
 
     def __call__(self, factor: float, momentum: float | None = None) -> None:
         """A whole step at ``factor`` times the learning rate, with that momentum where the rule has one."""
@@ -210,7 +217,7 @@ def _fusedopt(
 ) -> Runner:
     name = f"fusedopt {backend}" if backend else "fusedopt"
     opt = _ours(rule, params, rates, backend)
-    return _runner(name, opt, rule.momentum_key, rates, comparable=rule.comparable)
+    return _runner(name, opt, rule.momentum_key, rates)
 
 
 def _one_group(
@@ -218,7 +225,7 @@ def _one_group(
 ) -> Runner:
     name = f"fusedopt {backend} one group" if backend else "fusedopt one group"
     opt = _ours(rule, params, [rule.lr], backend)
-    return _runner(name, opt, rule.momentum_key, [rule.lr], comparable=rule.comparable and len(rates) == 1)
+    return _runner(name, opt, rule.momentum_key, [rule.lr], comparable=len(rates) == 1)
 
 
 @contextlib.contextmanager
@@ -264,7 +271,7 @@ def _torch(
     if unknown := flags.keys() - inspect.signature(rule.torch).parameters.keys():
         raise Unavailable(f"{rule.name} has no {', '.join(unknown)}")
     opt = rule.torch(_groups(params, rates), **rule.hypers, **flags)
-    return _runner(name, opt, rule.momentum_key, rates, comparable=rule.comparable)
+    return _runner(name, opt, rule.momentum_key, rates)
 
 
 def _compiled(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> Runner:
@@ -277,12 +284,7 @@ def _compiled(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> R
     runner.step = torch.compile(runner.optimizer.step)
     for group in runner.optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"])
-
-    def set_rates(factor: float, momentum: float | None) -> None:
-        for group, rate in zip(runner.optimizer.param_groups, rates, strict=True):
-            group["lr"].fill_(rate * factor)
-
-    runner.set = set_rates
+    runner.set = partial(_fill_rates, runner.optimizer, rates)
     return runner
 
 
@@ -310,24 +312,108 @@ def _bare(rule: Rule, params: Sequence[Tensor], rates: Sequence[float]) -> Runne
     return Runner("bare loop", loop, loop.step, set_, loop.prepare)
 
 
-def _peer_adamw(
-    rule: Rule,
-    params: Sequence[Tensor],
-    rates: Sequence[float],
-    *,
-    name: str,
-    module: str,
-    kind: str,
-    **flags: Any,
-) -> Runner:
-    """Another package's AdamW for GPUs."""
-    if rule.name != "AdamW" or params[0].device.type != "cuda":
-        raise Unavailable(f"{name} is taken for AdamW on GPUs")
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
+@dataclass(frozen=True)
+class Peer:
+    """Another package's class for a rule: its name, its arguments, and the key of its groups for the momentum.
+
+    None where the class has its step compiled by torch, which would be done again for another momentum.
+    ``near``: it does something that is alike, and as much work.
+    """
+
+    kind: str
+    options: dict[str, Any]
+    momentum_key: str | None = "betas"
+    near: bool = False
+
+
+_BETAS = dict(betas=(0.9, 0.999), eps=1e-8)
+_PEER_ADAMW = dict(lr=1e-3, weight_decay=0.01, **_BETAS)
+_PEER_LION = dict(lr=1e-4, weight_decay=0.01, betas=(0.9, 0.99))
+_PEER_RADAM = dict(lr=1e-3, **_BETAS)
+_OPTIMI = dict(kahan_sum=False)
+_HEAVYBALL = dict(consume_grad=False)  # else it takes the gradients away, which the others need
+PEERS: dict[str, tuple[str, dict[str, Peer]]] = {
+    "optimi": (
+        "optimi",
+        {
+            "AdamW": Peer("AdamW", _PEER_ADAMW | _OPTIMI, "beta1"),
+            "SGD-momentum": Peer("SGD", dict(lr=1e-2, momentum=0.9) | _OPTIMI, "momentum"),
+            "RAdam": Peer("RAdam", _PEER_RADAM | _OPTIMI, "beta1"),
+            "Lion": Peer("Lion", _PEER_LION | _OPTIMI, "beta1"),
+        },
+    ),
+    "heavyball": (
+        "heavyball",
+        {
+            "AdamW": Peer("AdamW", _PEER_ADAMW | _HEAVYBALL, near=True),  # divides by no less than eps
+            "SGD-momentum": Peer("SGD", dict(lr=1e-2, beta=0.9) | _HEAVYBALL, "beta"),
+        },
+    ),
+    "pytorch-optimizer": (
+        "pytorch_optimizer",
+        {
+            "Lion": Peer("Lion", _PEER_LION),
+            "AdaBelief": Peer("AdaBelief", _PEER_ADAMW | dict(weight_decouple=True, rectify=False)),
+        },
+    ),
+    "timm": (
+        "timm.optim",
+        {
+            "AdamW": Peer("AdamWLegacy", _PEER_ADAMW),
+            "SGD-momentum": Peer("SGDW", dict(lr=1e-2, momentum=0.9, weight_decay=0.0), "momentum"),
+            "RAdam": Peer("RAdamLegacy", _PEER_RADAM),
+            "Lion": Peer("Lion", _PEER_LION),
+            "AdaBelief": Peer("AdaBelief", _PEER_ADAMW | dict(decoupled_decay=True, rectify=False)),
+        },
+    ),
+    "transformers": ("transformers.optimization", {"Adafactor": Peer("Adafactor", _ADAFACTOR, None)}),
+    "bitsandbytes": (
+        "bitsandbytes.optim",
+        {
+            "AdamW": Peer("AdamW32bit", _PEER_ADAMW),
+            "SGD-momentum": Peer("SGD32bit", dict(lr=1e-2, momentum=0.9)),
+            "Lion": Peer("Lion32bit", _PEER_LION),
+            "AdamW-int8": Peer("AdamW8bit", _PEER_ADAMW),
+        },
+    ),
+    "torchao": (
+        "torchao.optim",
+        {"AdamW": Peer("_AdamW", _PEER_ADAMW, None), "AdamW-int8": Peer("AdamW8bit", _PEER_ADAMW, None)},
+    ),
+    "apex": ("apex.optimizers", {"AdamW": Peer("FusedAdam", _PEER_ADAMW | dict(adam_w_mode=True))}),
+}
+"""Packages that have rules of ours, by the names of providers: the module, and the class for each rule."""
+
+
+def _peer(rule: Rule, params: Sequence[Tensor], rates: Sequence[float], *, name: str) -> Runner:
+    module, kinds = PEERS[name]
+    if rule.name not in kinds:
+        raise Unavailable(f"{name} is not taken for {rule.name}")
+    if (package := installed(module)) is None:
         raise Unavailable(f"{name} is not installed")
-    make = getattr(importlib.import_module(module), kind)
-    opt = make(_groups(params, rates), **rule.hypers, betas=(0.9, 0.999), eps=1e-8, **flags)
-    return _runner(name, opt, rule.momentum_key, rates)
+    peer = kinds[rule.name]
+    options = peer.options | (dict(triton=params[0].device.type == "cuda") if name == "optimi" else {})
+    opt = getattr(importlib.import_module(module), peer.kind)(_groups(params, rates), **options)
+    runner = _runner(name, opt, peer.momentum_key, rates)
+    runner.package, runner.near = package, peer.near
+    if name == "torchao":
+        runner.set = partial(_fill_rates, opt, rates)
+    return runner
+
+
+def installed(module: str) -> str | None:
+    """Name and version of the package that a module is of; None if it is not here."""
+    top = module.partition(".")[0]
+    if importlib.util.find_spec(top) is None:
+        return None
+    name = metadata.packages_distributions().get(top, [top])[0]
+    return f"{name} {metadata.version(name)}"
+
+
+def _fill_rates(opt: Any, rates: Sequence[float], factor: float, momentum: float | None) -> None:
+    """Write a step's learning rates into groups where they are tensors; momentum stays."""
+    for group, rate in zip(opt.param_groups, rates, strict=True):
+        group["lr"].fill_(rate * factor)
 
 
 BACKENDS = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
@@ -343,16 +429,13 @@ PROVIDERS: dict[str, Callable[..., Runner]] = {
     "bare loop": _bare,
     "fusedopt": _fusedopt,
     "fusedopt one group": _one_group,
-    "optimi": partial(
-        _peer_adamw, name="optimi", module="optimi", kind="AdamW", triton=True, kahan_sum=False
-    ),
-    "apex": partial(_peer_adamw, name="apex", module="apex.optimizers", kind="FusedAdam", adam_w_mode=True),
+    **{name: partial(_peer, name=name) for name in PEERS},
     **{f"fusedopt {b}": partial(_fusedopt, backend=b) for b in BACKENDS},
     **{f"fusedopt {b} one group": partial(_one_group, backend=b) for b in BACKENDS},
 }
-SLOW_TO_START = ("torch compiled",)
+SLOW_TO_START = ("torch compiled", "torchao")
 """Providers that are used only when asked for."""
-OPTIONAL = ("torch compiled", "deepspeed", "optimi", "apex")
+OPTIONAL = ("torch compiled", "deepspeed", *PEERS)
 """Providers whose failure is theirs: they are left out."""
 
 
@@ -362,4 +445,6 @@ def make(name: str, rule: str, params: Sequence[Tensor], rates: Sequence[float] 
     Raises Unavailable.
     """
     chosen = RULES[rule]
-    return PROVIDERS[name](chosen, params, [chosen.lr * rate for rate in rates])
+    runner = PROVIDERS[name](chosen, params, [chosen.lr * rate for rate in rates])
+    runner.near |= chosen.near
+    return runner

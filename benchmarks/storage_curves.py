@@ -31,7 +31,7 @@ from tqdm import tqdm
 from fusedopt import optim
 
 from .demo import Digits, one_cycle, resnet
-from .plot import ROOT, facts
+from .plot import ROOT, check_clean, facts
 
 TABLE = ROOT / "docs" / "storage_curves.md"
 PICTURE = ROOT / "docs" / "images" / "storage_curves.png"
@@ -410,6 +410,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if not given.draw:
         where, begin = facts(), time.perf_counter()
+        check_clean(where["commit"], remedy="leave it")
         points = trained(given.tasks)
         where["minutes"] = f"{(time.perf_counter() - begin) / 60:.0f}"
         write(points, where)

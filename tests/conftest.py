@@ -24,6 +24,7 @@ LONGEST = (
     "test_cuda_launch",
     "test_stress",
     "test_examples",
+    "test_integrations",
     "test_nvrtc",
 )
 

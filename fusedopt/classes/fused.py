@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
 import dataclasses
 import functools
 import inspect
@@ -297,6 +299,16 @@ def fuse(
 ) -> Opt: ...
 @overload
 def fuse(
+    opt: type[Opt],
+    *,
+    backend: str | None = None,
+    max_grad_norm: float | None = None,
+    write_grads: bool = True,
+    check: int = 1,
+    rounding: str = "each",
+) -> type[Opt]: ...
+@overload
+def fuse(
     opt: Callable[..., Opt],
     *,
     backend: str | None = None,
@@ -322,8 +334,8 @@ def fuse(
     the place in the code. ``opt.explain()`` and ``opt.kernel_source()`` show what became of it; `unfuse` undoes it.
 
     Args:
-        opt: a ``torch.optim.Optimizer``; or a class or function that makes one, for which one is returned that makes
-            fused ones.
+        opt: a ``torch.optim.Optimizer``; or a class or function that makes one, for which a class or function is
+            returned that makes fused ones.
         backend: as of `fusedopt.Optimizer`.
         max_grad_norm: as of `fusedopt.Optimizer`: gradients are scaled inside the step.
         write_grads: whether what the class writes into gradients is written; without, that much traffic is saved.
@@ -380,6 +392,10 @@ def fuse(
 
 
 def _maker(make: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    if isinstance(make, type) and issubclass(make, torch.optim.Optimizer):
+        with contextlib.suppress(TypeError):  # of a class that wants no subclasses, or other ones
+            return _class(make, options)
+
     @functools.wraps(make)
     def fused(*args: Any, **kwargs: Any) -> Any:
         made = make(*args, **kwargs)
@@ -390,6 +406,43 @@ def _maker(make: Callable[..., Any], options: Options) -> Callable[..., Any]:
         return fuse(made, **dataclasses.asdict(options))
 
     return fused
+
+
+class _Maker(type):
+    """What ``fuse(cls)`` returns is a class of this kind, for trainers that look whether they got a class.
+
+    Calling it makes a fused ``cls``, not an instance of a class that nobody could name, so that pickles are as before.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        of, options = cls._fuses  # type: ignore[attr-defined]
+        made = super().__call__(*args, **kwargs) if "_fuses" not in vars(cls) else of(*args, **kwargs)
+        return fuse(made, **dataclasses.asdict(options))
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if "_fuses" not in vars(cls):  # somebody's subclass of what fuse() returned
+            return super().__instancecheck__(instance)
+        return isinstance(instance, vars(cls)["_fuses"][0]) and "_fusedopt" in vars(instance)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:  # else it would be that of the above
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _class(of: type, options: Options) -> type:
+    kind = _Maker if type(of) is type else type(_Maker.__name__, (_Maker, type(of)), {})
+    copyreg.pickle(kind, _remake)
+    names = {name: vars(of)[name] for name in ("__module__", "__doc__") if name in vars(of)}
+    return kind(of.__name__, (of,), {**names, "__qualname__": of.__qualname__, "_fuses": (of, options)})
+
+
+def _remake(cls: Any) -> Any:
+    """By name, as classes are pickled, or as the class and the options that it was made from."""
+    if "_fuses" not in vars(cls):
+        return cls.__qualname__
+    of, options = cls._fuses
+    return functools.partial(fuse, **dataclasses.asdict(options)), (of,)
 
 
 def unfuse(opt: Opt) -> Opt:

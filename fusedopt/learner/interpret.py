@@ -93,6 +93,7 @@ class Interpretation:
         """Draw it, with ``normalize`` as shares of the actual class. Returns the Axes; ``kwargs`` are the figure's.
 
         ``title`` and ``cmap`` are matplotlib's; ``plot_txt``: with the numbers, shares with ``norm_dec`` decimals.
+        Where nothing was taken for a class there is no number, so that mistakes stand out.
         """
         import matplotlib.pyplot as plt
 
@@ -104,9 +105,16 @@ class Interpretation:
         ticks = range(len(self.vocab))
         ax.set_xticks(ticks, [str(name) for name in self.vocab], rotation=90)
         ax.set_yticks(ticks, [str(name) for name in self.vocab])
+        edges = [tick - 0.5 for tick in ticks]
+        ax.set_xticks(edges, minor=True)
+        ax.set_yticks(edges, minor=True)
+        ax.grid(which="minor", color="grey", alpha=0.25, linewidth=0.6)
+        ax.tick_params(which="minor", length=0)
         ax.set(title=title, xlabel="Predicted", ylabel="Actual")
         for i, row in enumerate(matrix.tolist() if plot_txt else []):
             for j, value in enumerate(row):
+                if not value:
+                    continue
                 color = "white" if value > matrix.max() / 2 else "black"
                 text = f"{value:.{norm_dec}f}" if normalize else str(value)
                 ax.text(j, i, text, ha="center", va="center", color=color)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import itertools
 import logging
 import math
@@ -839,6 +840,69 @@ def test_a_class_or_function_makes_fused_optimizers():
     assert fusedopt.fuse(rule_at_top).__name__ == "rule_at_top"
     with pytest.raises(TypeError, match="made a list, which is no optimizer"):
         fusedopt.fuse(list)([p])
+
+
+def test_of_a_class_it_makes_a_class():
+    """transformers' Trainer takes whatever is no class for a factory that is called without arguments first."""
+    p = torch.nn.Parameter(torch.randn(3))
+    made = fusedopt.fuse(rule_at_top, max_grad_norm=0.5)
+    assert issubclass(made, rule_at_top) and made.__doc__ == rule_at_top.__doc__
+    assert (made.__module__, made.__qualname__) == (rule_at_top.__module__, "rule_at_top")
+    assert inspect.signature(made) == inspect.signature(rule_at_top) != inspect.signature(torch.optim.SGD)
+    assert isinstance(made([p]), made) and not isinstance(rule_at_top([p]), made)
+    for again in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        opt = again([p], lr=0.3)
+        assert type(opt) is rule_at_top and opt.param_groups[0]["lr"] == 0.3
+        assert type(pickle.loads(pickle.dumps(opt))) is rule_at_top
+        p.grad = torch.full((3,), 100.0)
+        opt.step()  # as the class does, for it makes state
+        assert p.grad.norm() < 0.51, "the options are lost"
+
+
+class Kind(type):
+    """A kind of class of somebody's."""
+
+
+class Peculiar(Base, metaclass=Kind):
+    """An optimizer of that kind."""
+
+    def one(self, p, group, state):
+        p.sub_(p.grad, alpha=group["lr"])
+
+
+FusedPeculiar = fusedopt.fuse(Peculiar)
+
+
+class Named(FusedPeculiar):
+    """A subclass of what `fuse` returned."""
+
+    def __init__(self, params, rate):
+        super().__init__(params, lr=rate)
+
+
+def test_such_a_class_has_subclasses_that_make_fused_ones_too():
+    p = torch.nn.Parameter(torch.ones(3))
+    assert type(FusedPeculiar([p])) is Peculiar and isinstance(FusedPeculiar, Kind)
+    opt = Named([p], rate=0.5)
+    assert type(opt) is Named and isinstance(opt, Named) and not isinstance(FusedPeculiar([p]), Named)
+    assert list(inspect.signature(Named).parameters) == ["params", "rate"]
+    assert pickle.loads(pickle.dumps(Named)) is Named is type(pickle.loads(pickle.dumps(opt)))
+    p.grad = torch.ones(3)
+    opt.step()
+    opt.step()
+    assert torch.equal(p.data, torch.zeros(3)) and opt.explain().launches == 1 and not opt.explain().eager
+
+
+def test_of_a_class_that_wants_no_subclass_it_makes_a_function():
+    class Last(Base):
+        one = Peculiar.one
+
+        def __init_subclass__(cls):
+            raise TypeError("Last is the last one")
+
+    made = fusedopt.fuse(Last)
+    assert not isinstance(made, type) and made.__name__ == "Last"
+    assert type(made([torch.nn.Parameter(torch.ones(3))])) is Last
 
 
 def test_bad_input_says_what_to_do():

@@ -195,8 +195,27 @@ def test_pictures(agg):
     assert again is ax and (ax.get_xscale(), ax.get_yscale()) == ("log", "log") and len(ax.lines) == 6
     lr, mom = learn.recorder.plot_sched()
     assert [ax.get_ylabel() for ax in (lr, mom)] == ["lr", "mom"]
+    assert [ax.get_title() for ax in (lr, mom)] == [
+        "learning rate",
+        "momentum",
+    ] and lr.get_xlabel() == "batch"
     assert lr.lines[0].get_ydata().tolist() == learn.recorder.lrs
     assert [ax.get_ylabel() for ax in learn.recorder.plot_sched("mom")] == ["mom"]
+
+
+def test_the_picture_of_a_finder_says_the_rate(agg):
+    learn = make_learner()
+    marks = [(0.012345, 1.0), (3e-6, 2.0)]
+    ax = learn.recorder.plot_lr_find(suggestions=marks, nms=["valley", "steep"])
+    assert [text.get_text() for text in ax.texts] == ["0.012", "3e-06"] and [t.xy for t in ax.texts] == marks
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["valley", "steep"]
+
+
+def test_three_schedules_leave_no_empty_axes(agg):
+    learn = make_learner()
+    learn.fit(1, cbs=fl.ParamScheduler({"eps": fl.sched_exp(1e-8, 1e-2)}))
+    axes = learn.recorder.plot_sched(["lr", "mom", "eps"])
+    assert axes[0].figure.axes == axes
 
 
 def test_a_picture_before_there_is_anything_to_see(agg):

@@ -13,6 +13,15 @@ from ...optimizer.names import number
 from ..callback import Callback
 from ..metrics import AvgLoss, AvgSmoothLoss
 
+TITLES = {
+    "lr": "learning rate",
+    "mom": "momentum",
+    "sqr_mom": "momentum of squares",
+    "wd": "weight decay",
+    "eps": "epsilon",
+}
+"""Hyperparameters in words; others are titled by their names."""
+
 
 class Recorder(Callback):
     """Keeps what a training does. Values of the last training stay until the next: validating leaves them alone.
@@ -160,11 +169,14 @@ class Recorder(Callback):
         keys = [keys] if isinstance(keys, str) else list(keys or (k for k, v in self.hps.items() if v))
         columns = min(2, len(keys))
         rows = (len(keys) + 1) // 2
-        _, axes = plt.subplots(rows, columns, figsize=figsize or (6 * columns, 4 * rows), squeeze=False)
-        drawn = list(axes.flatten()[: len(keys)])
+        size = figsize or (6 * columns, 4 * rows)
+        _, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        drawn, unused = axes.flatten()[: len(keys)].tolist(), axes.flatten()[len(keys) :]
         for key, ax in zip(keys, drawn, strict=True):
             ax.plot(self.hps[key])
-            ax.set_ylabel(key)
+            ax.set(title=TITLES.get(key, key), xlabel="batch", ylabel=key)
+        for ax in unused:
+            ax.remove()
         return drawn
 
     def plot_lr_find(
@@ -174,7 +186,8 @@ class Recorder(Callback):
         nms: Sequence[str] | None = None,
         ax: Any = None,
     ) -> Any:
-        """Draw the loss over the rates of `Learner.lr_find`, with a mark at each suggestion. Returns the Axes.
+        """Draw the loss over the rates of `Learner.lr_find`, marked at each suggestion with its rate. Returns the
+        Axes.
 
         Args:
             skip_end: how many batches to leave out at the end.
@@ -188,6 +201,7 @@ class Recorder(Callback):
         ax.set(ylabel="Loss", xlabel="Learning Rate", xscale="log")
         for i, (point, name) in enumerate(zip(suggestions or (), nms or (), strict=True)):
             ax.plot(*point, "o", label=name, c=f"C{i + 1}")
+            ax.annotate(f"{point[0]:.2g}", point, (7, 5), textcoords="offset points", c=f"C{i + 1}")
         if suggestions:
             ax.legend(loc="best")
         return ax
