@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import platform
-import sys
 import time
 import traceback
 import warnings
@@ -263,7 +262,7 @@ def _extension() -> Status:
         from .extension import leaf
 
         if leaf.native is None:
-            print("fusedopt: looking for the C++ extension, or building it: up to a minute", file=sys.stderr)
+            env.logger.info("fusedopt: looking for the C++ extension, or building it: up to a minute")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report has a line for it
             leaf.seek(wait=True)

@@ -6,15 +6,24 @@
 | `FUSEDOPT_CACHE_DIR` | a folder | where compiled kernels are kept |
 | `FUSEDOPT_DEBUG` | 0, 1, 2, 3 | 1 prints the program, 2 also its source, 3 also the compiler's output |
 | `CXX` | a compiler, arguments allowed | compiles CPU kernels |
+
+And what is told without being a warning: records of the logger ``fusedopt``. Programs, sources and compilers' words are
+DEBUG records of ``fusedopt.program``, ``fusedopt.source`` and ``fusedopt.compiler``. Where an application has set up no
+logging, the messages alone go to stderr.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("fusedopt")
+TOPICS = ("program", "source", "compiler")
+"""Loggers below that one, for each level of ``FUSEDOPT_DEBUG``."""
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 
@@ -54,9 +63,27 @@ def cxx() -> str | None:
 
 
 def debug(level: int, *lines: object) -> None:
-    """Print `lines` to stderr when `FUSEDOPT_DEBUG` is at least `level`; else they are not even made strings."""
-    if debug_level() >= level:
+    """Log `lines` where this level's logger has DEBUG enabled; else to stderr if `FUSEDOPT_DEBUG` is at least `level`.
+
+    If neither, they are not even made strings.
+    """
+    topic, asked = logger.getChild(TOPICS[level - 1]), debug_level() >= level
+    if topic.isEnabledFor(logging.DEBUG):
+        topic.debug("%s", "\n".join(map(str, lines)))
+    elif asked:  # past all levels and handlers of an application, which are not what was asked
         print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+class _Stderr(logging.Handler):
+    """The messages alone, to what is stderr now; nothing where the application's own handlers get them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
+logger.setLevel(logging.INFO)
+logger.addHandler(_Stderr())
 
 
 def warn_once(said: set[Any], topic: Any, text: str) -> None:

@@ -100,14 +100,14 @@ def test_doctor_with_an_unsafe_cache(capsys, root):
     assert "a temporary folder is used" in doctor.render(found)
 
 
-def test_doctor_has_a_missing_extension_built_and_waits(capsys, monkeypatch):
+def test_doctor_has_a_missing_extension_built_and_waits(caplog, monkeypatch):
     asked = []
     monkeypatch.setattr(leaf, "native", None)
     monkeypatch.setattr(leaf, "seek", lambda wait: asked.append(wait))
     monkeypatch.setattr(leaf, "extension_status", lambda: (not asked, "for a reason"))
     assert doctor._extension() == doctor.Status(False, "for a reason")
     assert asked == [True]
-    assert "building it" in capsys.readouterr().err
+    assert "building it" in caplog.text
 
 
 def test_doctor_with_wrong_variables(capsys, monkeypatch):
