@@ -55,7 +55,7 @@ class FastaiFace(torch.optim.Optimizer):
         for name, value in hypers.items():
             self.set_hyper(name, value)
 
-    def all_params(self, n: slice | int = slice(None), with_grad: bool = False) -> list[tuple]:
+    def all_params(self, n: slice | int = slice(None), with_grad: bool = False) -> list[tuple[Any, ...]]:
         """``(p, group's parameters, p's state, group's hypers)`` of groups ``n``; fastcore's list if it is loaded."""
         lists, hypers = self.param_lists, self.hypers
         chosen = range(len(lists))[n]
@@ -102,7 +102,7 @@ class FastaiFace(torch.optim.Optimizer):
                 state.pop(key, None)
 
 
-class HypersView(MutableMapping):
+class HypersView(MutableMapping[str, Any]):
     """One param group's numbers under fastai's names: live and writable. Flags and None are not shown."""
 
     def __init__(self, opt: FastaiFace, index: int) -> None:
