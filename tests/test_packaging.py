@@ -232,6 +232,14 @@ def test_another_torch_has_an_environment_of_its_own():
     assert ".venv-torch-2.14.1/bin/python" in commands and " .venv/bin" not in commands
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_alone_says_what_there_is_to_make():
+    printed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert re.findall(r"^make (\S+) +\w", printed, re.M) == targets.split()
+    assert max(map(len, printed.splitlines())) <= 120
+
+
 def test_constraints_are_for_every_python_that_is_claimed():
     """Exactly one line for a package and a Python; torch's lines are left out for another torch by their names."""
     from packaging.requirements import Requirement
