@@ -78,10 +78,7 @@ whose steps, of float32 parameters, take no longer (docs/storage_table.md)."""
 
 
 def register(name: str, policy: Policy) -> None:
-    """Make a policy known by this name.
-
-    Raises ValueError for a name that is taken or has other than letters, and for a policy that cannot be one.
-    """
+    """Make a policy known by this name. Raises ValueError for a name that is taken or has other than letters."""
     if not name.replace("+", "").replace("_", "").isalnum():
         raise ValueError(f"a policy's name has letters, digits, + and _ only, not {name!r}")
     if name in POLICIES:
