@@ -62,6 +62,19 @@ def cxx() -> str | None:
     return _text("CXX")
 
 
+class _Stderr(logging.Handler):
+    """The messages alone, to what is stderr now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+_stderr = _Stderr()
+_stderr.addFilter(lambda record: not logging.getLogger().handlers)  # an application's own, which get it too
+logger.addHandler(_stderr)
+logger.setLevel(logger.level or logging.INFO)  # an application may have set one before it imports this
+
+
 def debug(level: int, *lines: object) -> None:
     """Log `lines` where this level's logger has DEBUG enabled; else to stderr if `FUSEDOPT_DEBUG` is at least `level`.
 
@@ -69,21 +82,10 @@ def debug(level: int, *lines: object) -> None:
     """
     topic, asked = logger.getChild(TOPICS[level - 1]), debug_level() >= level
     if topic.isEnabledFor(logging.DEBUG):
-        topic.debug("%s", "\n".join(map(str, lines)))
+        topic.debug("\n".join(map(str, lines)), stacklevel=2)
     elif asked:  # past all levels and handlers of an application, which are not what was asked
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
-class _Stderr(logging.Handler):
-    """The messages alone, to what is stderr now; nothing where the application's own handlers get them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
-            print(self.format(record), file=sys.stderr, flush=True)
-
-
-logger.setLevel(logging.INFO)
-logger.addHandler(_Stderr())
+        message = "\n".join(map(str, lines))
+        _stderr.emit(topic.makeRecord(topic.name, logging.DEBUG, __file__, 0, message, (), None))
 
 
 def warn_once(said: set[Any], topic: Any, text: str) -> None:

@@ -84,14 +84,28 @@ def test_what_is_logged_goes_to_stderr_where_nobody_has_set_up_logging(monkeypat
     assert capsys.readouterr() == ("", "this takes a minute\n")
 
 
+def run(code, *arguments, **environment):
+    """A process of its own, in which nothing of fusedopt is imported yet."""
+    environment = os.environ | environment | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "")
+    return done.stderr
+
+
 def test_debug_reaches_stderr_past_an_applications_logging(tmp_path):
     """And the logging of an application that wants nothing of it has nothing."""
     code = (
         "import logging, sys; from fusedopt import env; logging.basicConfig(filename=sys.argv[1], level='INFO');"
         "env.debug(1, 'shown'); logging.getLogger('app').info('own')"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "log")]
-    environment = os.environ | {"FUSEDOPT_DEBUG": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "shown\n")
+    assert run(code, tmp_path / "log", FUSEDOPT_DEBUG="1") == "shown\n"
     assert (tmp_path / "log").read_text() == "INFO:app:own\n"
+
+
+def test_logging_may_be_set_up_before_the_import():
+    code = (
+        "import logging; logging.basicConfig(format='%(name)s, %(filename)s: %(message)s');"
+        "logging.getLogger('fusedopt').setLevel('DEBUG'); from fusedopt import env; env.debug(3, 'words')"
+    )
+    assert run(code, FUSEDOPT_DEBUG="3") == "fusedopt.compiler, <string>: words\n"
