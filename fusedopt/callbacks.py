@@ -226,14 +226,9 @@ def momentum_step(p: Any, lr: Any, grad_avg: Any, **kwargs: Any) -> None:
 
 
 def sgd_momentum_step(
-    p: Any,
-    lr: Any,
-    mom: Any,
-    dampening: Any = 0.0,
-    nesterov: bool = False,
-    grad_avg: Any = None,
+    p: Any, lr: Any, mom: Any, dampening: Any = 0.0, nesterov: bool = False, grad_avg: Any = None,
     **kwargs: Any,
-) -> Any:
+) -> Any:  # fmt: skip
     """torch.optim's SGD: momentum that can be switched on, dampened and looked ahead.
 
     Formula: ``m ← mom·m + (1 - dampening)·g`` (``m ← g`` the first time); ``u = g + mom·m`` if `nesterov`
@@ -277,17 +272,9 @@ rms_prop_step.defaults = dict(eps=1e-8)
 
 
 def rms_momentum_step(
-    p: Any,
-    lr: Any,
-    mom: Any,
-    sqr_mom: Any,
-    sqr_avg: Any,
-    eps: Any,
-    centered: bool = False,
-    grad_avg: Any = None,
-    momentum_buffer: Any = None,
-    **kwargs: Any,
-) -> Any:
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, sqr_avg: Any, eps: Any, centered: bool = False,
+    grad_avg: Any = None, momentum_buffer: Any = None, **kwargs: Any,
+) -> Any:  # fmt: skip
     """torch.optim's RMSprop: momentum over the divided gradients, variance in place of the second moment.
 
     Formula: ``d = √v + eps``, or ``√(v - a²) + eps`` with ``a ← sqr_mom·a + (1 - sqr_mom)·g`` if `centered`;
@@ -320,18 +307,9 @@ rms_momentum_step.defaults = dict(mom=0.0, eps=1e-8)
 
 
 def adam_step(
-    p: Any,
-    lr: Any,
-    mom: Any,
-    step: Any,
-    sqr_mom: Any,
-    grad_avg: Any,
-    sqr_avg: Any,
-    eps: Any,
-    amsgrad: bool = False,
-    max_sqr_avg: Any = None,
-    **kwargs: Any,
-) -> Any:
+    p: Any, lr: Any, mom: Any, step: Any, sqr_mom: Any, grad_avg: Any, sqr_avg: Any, eps: Any,
+    amsgrad: bool = False, max_sqr_avg: Any = None, **kwargs: Any,
+) -> Any:  # fmt: skip
     """Adam: bias-corrected momentum over the root of the bias-corrected second moment.
 
     Formula: ``p ← p - lr · m̂ / (√v̂ + eps)``, ``m̂ = m / (1 - mom^t)``, ``v̂ = v / (1 - sqr_mom^t)``; with
@@ -359,18 +337,9 @@ adam_step.defaults = dict(eps=1e-5)
 
 
 def radam_step(
-    p: Any,
-    lr: Any,
-    mom: Any,
-    step: Any,
-    sqr_mom: Any,
-    grad_avg: Any,
-    sqr_avg: Any,
-    eps: Any,
-    beta: Any = 0.0,
-    eps_before_debias: bool = False,
-    **kwargs: Any,
-) -> None:
+    p: Any, lr: Any, mom: Any, step: Any, sqr_mom: Any, grad_avg: Any, sqr_avg: Any, eps: Any,
+    beta: Any = 0.0, eps_before_debias: bool = False, **kwargs: Any,
+) -> None:  # fmt: skip
     """RAdam: Adam whose adaptive part waits until its variance is known well enough, and is rectified for it.
 
     Formula: ``r∞ = 2/(1 - sqr_mom) - 1``, ``r = r∞ - 2·t·sqr_mom^t / (1 - sqr_mom^t)``. If ``r > 5``:
@@ -406,18 +375,9 @@ radam_step.defaults = dict(eps=1e-5)
 
 
 def qhadam_step(
-    p: Any,
-    lr: Any,
-    mom: Any,
-    sqr_mom: Any,
-    sqr_avg: Any,
-    nu_1: Any,
-    nu_2: Any,
-    step: Any,
-    grad_avg: Any,
-    eps: Any,
-    **kwargs: Any,
-) -> None:
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, sqr_avg: Any, nu_1: Any, nu_2: Any, step: Any, grad_avg: Any,
+    eps: Any, **kwargs: Any,
+) -> None:  # fmt: skip
     """QHAdam: each moment is a blend of its running average and of what this step alone says.
 
     Formula: ``p ← p - lr · ((1-nu_1)·g + nu_1·m̂) / (√((1-nu_2)·g² + nu_2·v̂) + eps)``.
@@ -439,15 +399,9 @@ qhadam_step.defaults = dict(eps=1e-8, nu_1=0.7, nu_2=1.0)
 
 
 def adagrad_step(
-    p: Any,
-    lr: Any,
-    step: Any,
-    eps: Any,
-    lr_decay: Any = 0.0,
-    initial_accumulator_value: Any = 0.0,
-    sqr_sum: Any = None,
-    **kwargs: Any,
-) -> dict[str, Any]:
+    p: Any, lr: Any, step: Any, eps: Any, lr_decay: Any = 0.0, initial_accumulator_value: Any = 0.0,
+    sqr_sum: Any = None, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Adagrad: divide by the root of the sum of all squared gradients.
 
     Formula: ``s ← s + g²; p ← p - lr / (1 + (t-1)·lr_decay) · g / (√s + eps)``; s starts at
@@ -473,16 +427,9 @@ adagrad_step.defaults = dict(eps=1e-10, lr_decay=0.0, initial_accumulator_value=
 
 
 def adamax_step(
-    p: Any,
-    lr: Any,
-    mom: Any,
-    sqr_mom: Any,
-    step: Any,
-    grad_avg: Any,
-    eps: Any,
-    inf_avg: Any = None,
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, step: Any, grad_avg: Any, eps: Any, inf_avg: Any = None,
     **kwargs: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Adamax: Adam under the infinity norm.
 
     Formula: ``u ← max(sqr_mom·u, |g| + eps); p ← p - lr · m / ((1 - mom^t)·u)``; u starts at zero.
@@ -502,18 +449,9 @@ adamax_step.defaults = dict(eps=1e-8)
 
 
 def nadam_step(
-    p: Any,
-    lr: Any,
-    mom: Any,
-    sqr_mom: Any,
-    step: Any,
-    grad_avg: Any,
-    sqr_avg: Any,
-    eps: Any,
-    momentum_decay: Any = 4e-3,
-    mu_product: Any = 1.0,
-    **kwargs: Any,
-) -> dict[str, Any]:
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, step: Any, grad_avg: Any, sqr_avg: Any, eps: Any,
+    momentum_decay: Any = 4e-3, mu_product: Any = 1.0, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """NAdam: Adam with Nesterov momentum and a momentum that warms up.
 
     Formula: ``μ_t = mom · (1 - 0.96^(t·momentum_decay) / 2)``, ``Π ← Π·μ_t``, ``d = √v̂ + eps``;

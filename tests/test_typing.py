@@ -91,4 +91,4 @@ def test_the_program_runs(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, PROGRAM], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 12 and "AdamW cpp: 1 launches" in done.stdout
+    assert len(done.stdout.splitlines()) == 13 and "AdamW cpp: 1 launches" in done.stdout

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .dog import DoG
 
 
-def ldog_step(p, lr, eps, reps_rel, start=None, farthest=None, sqr_sum=0.0, **kwargs):
+def ldog_step(
+    p: Any, lr: Any, eps: Any, reps_rel: Any, start: Any = None, farthest: Any = None, sqr_sum: Any = 0.0,
+    **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """L-DoG: DoG for each tensor by itself.
 
     Formula: that of `dog_step`, with sums over the tensor.

@@ -41,6 +41,10 @@ def clipped_adam(p: Any, max_size: float = 1.0, **kwargs: Any) -> Any:
     return fusedopt.adam_step(p, **kwargs)
 
 
+def slow_lion(p: Any, lr: float, **kwargs: Any) -> Any:
+    return rules.lion_step(p, lr / 2, **kwargs)
+
+
 class Halves(storage.Policy):
     code, rest = torch.bfloat16, (torch.bfloat16,)
 
@@ -98,6 +102,7 @@ def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
         ),
         fusedopt.Optimizer(model.parameters(), dog, lr=1e-3),
         optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, max_grad_norm=1.0),
+        fusedopt.Optimizer(model.parameters(), slow_lion, lr=1e-4, mom=0.9, sqr_mom=0.99),
         rules.Lion(model.parameters(), lr=1e-4),
         rules.Cautious(rules.Muon(model.parameters())),
         fusedopt.Lookahead(fusedopt.RAdam(model.parameters(), lr=1e-3)),
@@ -162,7 +167,7 @@ def main() -> None:
     torch.manual_seed(0)
     storage.register("halves", Halves())
     x, y = torch.randn(16, 4), torch.randint(3, (16,))
-    for index in range(11):
+    for index in range(12):
         model = torch.nn.Linear(4, 3, bias=False)
         opt = optimizers(model)[index]
         losses = [train(model, opt, x, y) for _ in range(5)]
