@@ -1,5 +1,6 @@
 # make demo and make test each do all the set-up they need. make check changes nothing.
-.PHONY: setup demo test test-torch check fix bench docs gpu clean
+.PHONY: help setup demo test check fix test-torch bench docs gpu clean
+.DEFAULT_GOAL := help
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,25 +8,28 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-setup: $(STAMP)
+help: ## what there is to make: this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: setup
+setup: $(STAMP) ## an environment in .venv with the exact tools of constraints.txt, and the extension
+
+demo: setup ## train a ResNet on real digits with five update rules, four ways each, and two classes
 	$(BIN)/python -m benchmarks.demo
 
-test: setup
+test: setup ## set up, then check: formatting, lint, types and all tests (TEST_OPTIONS=... for pytest, WORKERS=2)
 	$(MAKE) --no-print-directory check
 
 # A file's tests stay together: what its fixtures make is made once. Threads that wait leave the core to the other worker.
 # .ci/run compiles GPU kernels for all architectures: make test TEST_OPTIONS=--all-architectures
 WORKERS ?= 2
 PYTEST = OMP_WAIT_POLICY=passive $(1)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
-check:
+check: ## the same in an environment that is set up; changes nothing
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(call PYTEST,$(BIN)) $(TEST_OPTIONS)
 
-fix:
+fix: ## format, and mend what the linter can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
@@ -35,7 +39,7 @@ TORCH ?= 2.14.1
 TESTS ?=
 OTHER := .venv-torch-$(TORCH)
 OTHER_PIP = $(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt
-test-torch:
+test-torch: ## the tests with another torch: TORCH=2.14.1, and TESTS=tests/step/test_warm.py for some of them
 	@$(MAKE) --no-print-directory VENV=$(OTHER) $(OTHER)/bin/pip
 	grep -vE '^(torch|torchvision|triton|cuda-.*|nvidia-.*)==' constraints.txt > $(OTHER)/constraints.txt
 	$(OTHER)/bin/python -m pip uninstall -qq --yes fastai timm
@@ -46,7 +50,7 @@ test-torch:
 	$(OTHER_PIP) --no-deps fastai timm
 	cd $(OTHER)/tree && $(call PYTEST,../bin) $(TESTS)
 
-bench: setup
+bench: setup ## measure everything against torch.optim: about nine minutes
 	$(BIN)/python -m benchmarks
 
 docs: setup ## the documents as a site, in build/site; a warning, such as a dead link, is an error
@@ -57,14 +61,14 @@ docs: setup ## the documents as a site, in build/site; a warning, such as a dead
 # if all that is needed is there.
 GPU_INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation
 GPU_NEEDS := matplotlib pytest pytest-timeout
-gpu:
+gpu: ## check and measure on a GPU, in the current Python (PYTHON=...), whose torch has to find one
 	@$(PYTHON) -c "import torch; torch.cuda.init()" 2>/dev/null || { \
 		echo "The torch of $(PYTHON) finds no GPU. Activate an environment whose torch does, or: make gpu PYTHON=..."; exit 1; }
 	$(GPU_INSTALL) --no-index --editable '.[cuda,triton]' $(GPU_NEEDS) 2>/dev/null || \
 		$(GPU_INSTALL) --editable '.[cuda,triton]' $(GPU_NEEDS)
 	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
-clean:
+clean: ## remove what was built, and the caches of tools; .venv stays
 	rm -rf build dist .venv-torch-*/tree *.egg-info fusedopt/_C.* .pytest_cache .ruff_cache .mypy_cache .hypothesis $(STAMP)
 
 # torch comes before the project: the extension is compiled against it. fastai comes last, and goes first where it is

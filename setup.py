@@ -1,5 +1,10 @@
-"""The build: finds the packages, and compiles fusedopt._C if it can. Metadata is in pyproject.toml."""
+"""The build: finds the packages, compiles fusedopt._C if it can, and makes the long description of README.md.
 
+The other metadata is in pyproject.toml.
+"""
+
+import os
+import re
 import runpy
 import sys
 from glob import glob
@@ -19,6 +24,14 @@ if (
     )
 
 
+# FUSEDOPT_EXTENSION=0 makes a wheel for every platform, and 1 has a build fail that cannot make the extension.
+WANTED = os.environ.get("FUSEDOPT_EXTENSION", "").strip()
+if WANTED not in ("", "0", "1"):
+    sys.exit(
+        f"FUSEDOPT_EXTENSION={WANTED!r}: expected 0 (without), 1 (not without), or nothing (if it can be built)"
+    )
+
+
 class OptionalBuildExt(build_ext):
     """Compiles against the installed torch; when that fails, the install goes on without the extension.
 
@@ -33,6 +46,8 @@ class OptionalBuildExt(build_ext):
                 _use_torch(extension)
             super().build_extensions()
         except Exception as error:
+            if WANTED == "1":
+                raise
             self.extensions = []
             print(_notice(error), file=sys.stderr, flush=True)
 
@@ -42,6 +57,17 @@ class OptionalBuildExt(build_ext):
             Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             if self.editable_mode:
                 Path("fusedopt", Path(self.get_ext_filename(extension.name)).name).unlink(missing_ok=True)
+
+
+def _extension():
+    return Extension(
+        "fusedopt._C",
+        [f"csrc/{RECIPE['SOURCE']}"],
+        depends=sorted(glob("csrc/*.h")),
+        language="c++",
+        extra_compile_args=list(RECIPE["FLAGS"]),
+        libraries=list(RECIPE["LIBRARIES"]),
+    )
 
 
 def _use_torch(extension):
@@ -61,24 +87,30 @@ def _notice(error):
 """
 
 
+def _long_description():
+    """README.md for a package index, which has none of the files that its links and pictures lead to.
+
+    A link leaves its text, which is the file's path in the sources; a picture leaves nothing.
+    """
+    code = re.compile(r"(^```.*?^```$)", re.M | re.S)
+    relative = re.compile(r"(!)?\[([^]]*)\]\((?!https?://|#)[^)]*\)")
+    parts = code.split(Path(__file__).with_name("README.md").read_text(encoding="utf-8"))
+    parts[::2] = [relative.sub(lambda link: "" if link[1] else link[2], part) for part in parts[::2]]
+    return "".join(parts)
+
+
 setup(
+    long_description=_long_description(),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["fusedopt", "fusedopt.*"]), "fusedopt.kernels", "fusedopt.csrc"],
     # A wheel needs no more than this mapping; an editable install also needs kernels/__init__.py. The extension's
     # sources are installed because it is compiled where it runs if it could not be here.
     package_dir={"fusedopt.kernels": "kernels", "fusedopt.csrc": "csrc"},
     package_data={
+        "fusedopt": ["py.typed"],
         "fusedopt.kernels": ["*.cpp", "*.cu", "*.cuh", "*.h", "*.inc", "*.py.in"],
         "fusedopt.csrc": ["*.cpp", "*.h"],
     },
-    ext_modules=[
-        Extension(
-            "fusedopt._C",
-            [f"csrc/{RECIPE['SOURCE']}"],
-            depends=sorted(glob("csrc/*.h")),
-            language="c++",
-            extra_compile_args=list(RECIPE["FLAGS"]),
-            libraries=list(RECIPE["LIBRARIES"]),
-        )
-    ],
+    ext_modules=[] if WANTED == "0" else [_extension()],
     cmdclass={"build_ext": OptionalBuildExt},
 )

@@ -1,12 +1,13 @@
-"""`python -m fusedopt doctor [--json]` and `python -m fusedopt cache show|clear`."""
+"""The command `fusedopt`, or `python -m fusedopt`: `doctor [--json]`, `cache show|clear`, `--version`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from . import doctor
+from . import __version__, doctor
 from .compile import cache
 
 
@@ -20,7 +21,9 @@ def _cache(action: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fusedopt")
+    as_module = Path(sys.argv[0]).name == "__main__.py"
+    parser = argparse.ArgumentParser(prog="python -m fusedopt" if as_module else "fusedopt")
+    parser.add_argument("--version", action="version", version=f"fusedopt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("doctor", help="what is installed, which backends work, and what to do")
     check.add_argument("--json", action="store_true", help="for programs")

@@ -53,7 +53,9 @@ def arguments_of(callback: Callback) -> Mapping[str, Any]:
     return known[1]
 
 
-_known: weakref.WeakKeyDictionary[Callback, tuple[tuple, Mapping[str, Any]]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Callback, tuple[tuple[Any, ...], Mapping[str, Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _arguments(callback: Callback) -> Mapping[str, Any]:

@@ -19,6 +19,8 @@ every deviation from the peer of the same name in ``fastai.optimizer``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import softplus
 
@@ -55,7 +57,7 @@ __all__ = [
 # What happens to the parameter or the gradient before the update
 
 
-def maximize_grad(p, maximize=False, **kwargs):
+def maximize_grad(p: Any, maximize: bool = False, **kwargs: Any) -> None:
     """Ascend instead of descend.
 
     Formula: ``g ← -g`` if `maximize`.
@@ -68,7 +70,7 @@ def maximize_grad(p, maximize=False, **kwargs):
         p.grad.data.neg_()
 
 
-def weight_decay(p, lr, wd, do_wd=True, **kwargs):
+def weight_decay(p: Any, lr: Any, wd: Any, do_wd: bool = True, **kwargs: Any) -> None:
     """Shrink the parameter itself, apart from its gradient.
 
     Formula: ``p ← p · (1 - lr·wd)`` if `do_wd`.
@@ -84,7 +86,7 @@ def weight_decay(p, lr, wd, do_wd=True, **kwargs):
 weight_decay.defaults = dict(wd=0.0)
 
 
-def l2_reg(p, lr, wd, do_wd=True, **kwargs):
+def l2_reg(p: Any, lr: Any, wd: Any, do_wd: bool = True, **kwargs: Any) -> None:
     """Add the gradient of an L2 penalty to the gradient.
 
     Formula: ``g ← g + wd·p`` if `do_wd`.
@@ -101,7 +103,9 @@ def l2_reg(p, lr, wd, do_wd=True, **kwargs):
 l2_reg.defaults = dict(wd=0.0)
 
 
-def flagged_weight_decay(p, lr, wd, decoupled_weight_decay=False, do_wd=True, **kwargs):
+def flagged_weight_decay(
+    p: Any, lr: Any, wd: Any, decoupled_weight_decay: bool = False, do_wd: bool = True, **kwargs: Any
+) -> None:
     """Weight decay of either kind, chosen per param group by a flag.
 
     Formula: ``p ← p · (1 - lr·wd)`` if `decoupled_weight_decay`, else ``g ← g + wd·p``; neither if
@@ -125,7 +129,9 @@ flagged_weight_decay.defaults = dict(wd=0.0)
 # Running statistics
 
 
-def average_grad(p, mom, dampening=False, grad_avg=None, **kwargs):
+def average_grad(
+    p: Any, mom: Any, dampening: bool = False, grad_avg: Any = None, **kwargs: Any
+) -> dict[str, Any]:
     """Running average (`dampening`) or running sum of the gradients.
 
     Formula: ``m ← mom·m + d·g`` with ``d = 1 - mom`` if `dampening` else ``1``; m starts at zero.
@@ -143,7 +149,9 @@ def average_grad(p, mom, dampening=False, grad_avg=None, **kwargs):
 average_grad.defaults = dict(mom=0.9)
 
 
-def average_sqr_grad(p, sqr_mom, dampening=True, sqr_avg=None, **kwargs):
+def average_sqr_grad(
+    p: Any, sqr_mom: Any, dampening: bool = True, sqr_avg: Any = None, **kwargs: Any
+) -> dict[str, Any]:
     """Running average (`dampening`) or running sum of the squared gradients.
 
     Formula: ``v ← sqr_mom·v + d·g²`` with ``d = 1 - sqr_mom`` if `dampening` else ``1``; v starts at zero.
@@ -161,7 +169,7 @@ def average_sqr_grad(p, sqr_mom, dampening=True, sqr_avg=None, **kwargs):
 average_sqr_grad.defaults = dict(sqr_mom=0.99)
 
 
-def step_stat(p, step=0, **kwargs):
+def step_stat(p: Any, step: Any = 0, **kwargs: Any) -> dict[str, Any]:
     """Count this parameter's steps.
 
     Formula: ``t ← t + 1``, from 0, so that the first update sees 1.
@@ -173,7 +181,7 @@ def step_stat(p, step=0, **kwargs):
     return {"step": step + 1}
 
 
-def debias(mom, damp, step):
+def debias(mom: Any, damp: Any, step: Any) -> Any:
     """Sum of the weights in a running average after `step` steps, by which to divide its bias away.
 
     Formula: ``damp · (1 - mom^t) / (1 - mom)``.
@@ -193,7 +201,7 @@ def debias(mom, damp, step):
 # Steps without per-tensor reductions
 
 
-def sgd_step(p, lr, **kwargs):
+def sgd_step(p: Any, lr: Any, **kwargs: Any) -> None:
     """Plain gradient descent.
 
     Formula: ``p ← p - lr·g``.
@@ -205,7 +213,7 @@ def sgd_step(p, lr, **kwargs):
     p.data.add_(p.grad.data, alpha=-lr)
 
 
-def momentum_step(p, lr, grad_avg, **kwargs):
+def momentum_step(p: Any, lr: Any, grad_avg: Any, **kwargs: Any) -> None:
     """Descend along the running average of the gradients.
 
     Formula: ``p ← p - lr·m``.
@@ -217,7 +225,10 @@ def momentum_step(p, lr, grad_avg, **kwargs):
     p.data.add_(grad_avg, alpha=-lr)
 
 
-def sgd_momentum_step(p, lr, mom, dampening=0.0, nesterov=False, grad_avg=None, **kwargs):
+def sgd_momentum_step(
+    p: Any, lr: Any, mom: Any, dampening: Any = 0.0, nesterov: bool = False, grad_avg: Any = None,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
     """torch.optim's SGD: momentum that can be switched on, dampened and looked ahead.
 
     Formula: ``m ← mom·m + (1 - dampening)·g`` (``m ← g`` the first time); ``u = g + mom·m`` if `nesterov`
@@ -244,7 +255,7 @@ def sgd_momentum_step(p, lr, mom, dampening=0.0, nesterov=False, grad_avg=None, 
 sgd_momentum_step.defaults = dict(mom=0.0, dampening=0.0)
 
 
-def rms_prop_step(p, lr, sqr_avg, eps, grad_avg=None, **kwargs):
+def rms_prop_step(p: Any, lr: Any, sqr_avg: Any, eps: Any, grad_avg: Any = None, **kwargs: Any) -> None:
     """Divide the step by the root of the mean squared gradient.
 
     Formula: ``p ← p - lr · a / (√v + eps)`` with ``a = m`` where `average_grad` ran, else ``g``.
@@ -261,8 +272,9 @@ rms_prop_step.defaults = dict(eps=1e-8)
 
 
 def rms_momentum_step(
-    p, lr, mom, sqr_mom, sqr_avg, eps, centered=False, grad_avg=None, momentum_buffer=None, **kwargs
-):
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, sqr_avg: Any, eps: Any, centered: bool = False,
+    grad_avg: Any = None, momentum_buffer: Any = None, **kwargs: Any,
+) -> Any:  # fmt: skip
     """torch.optim's RMSprop: momentum over the divided gradients, variance in place of the second moment.
 
     Formula: ``d = √v + eps``, or ``√(v - a²) + eps`` with ``a ← sqr_mom·a + (1 - sqr_mom)·g`` if `centered`;
@@ -294,7 +306,10 @@ def rms_momentum_step(
 rms_momentum_step.defaults = dict(mom=0.0, eps=1e-8)
 
 
-def adam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, amsgrad=False, max_sqr_avg=None, **kwargs):
+def adam_step(
+    p: Any, lr: Any, mom: Any, step: Any, sqr_mom: Any, grad_avg: Any, sqr_avg: Any, eps: Any,
+    amsgrad: bool = False, max_sqr_avg: Any = None, **kwargs: Any,
+) -> Any:  # fmt: skip
     """Adam: bias-corrected momentum over the root of the bias-corrected second moment.
 
     Formula: ``p ← p - lr · m̂ / (√v̂ + eps)``, ``m̂ = m / (1 - mom^t)``, ``v̂ = v / (1 - sqr_mom^t)``; with
@@ -322,8 +337,9 @@ adam_step.defaults = dict(eps=1e-5)
 
 
 def radam_step(
-    p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, beta=0.0, eps_before_debias=False, **kwargs
-):
+    p: Any, lr: Any, mom: Any, step: Any, sqr_mom: Any, grad_avg: Any, sqr_avg: Any, eps: Any,
+    beta: Any = 0.0, eps_before_debias: bool = False, **kwargs: Any,
+) -> None:  # fmt: skip
     """RAdam: Adam whose adaptive part waits until its variance is known well enough, and is rectified for it.
 
     Formula: ``r∞ = 2/(1 - sqr_mom) - 1``, ``r = r∞ - 2·t·sqr_mom^t / (1 - sqr_mom^t)``. If ``r > 5``:
@@ -358,7 +374,10 @@ def radam_step(
 radam_step.defaults = dict(eps=1e-5)
 
 
-def qhadam_step(p, lr, mom, sqr_mom, sqr_avg, nu_1, nu_2, step, grad_avg, eps, **kwargs):
+def qhadam_step(
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, sqr_avg: Any, nu_1: Any, nu_2: Any, step: Any, grad_avg: Any,
+    eps: Any, **kwargs: Any,
+) -> None:  # fmt: skip
     """QHAdam: each moment is a blend of its running average and of what this step alone says.
 
     Formula: ``p ← p - lr · ((1-nu_1)·g + nu_1·m̂) / (√((1-nu_2)·g² + nu_2·v̂) + eps)``.
@@ -379,7 +398,10 @@ def qhadam_step(p, lr, mom, sqr_mom, sqr_avg, nu_1, nu_2, step, grad_avg, eps, *
 qhadam_step.defaults = dict(eps=1e-8, nu_1=0.7, nu_2=1.0)
 
 
-def adagrad_step(p, lr, step, eps, lr_decay=0.0, initial_accumulator_value=0.0, sqr_sum=None, **kwargs):
+def adagrad_step(
+    p: Any, lr: Any, step: Any, eps: Any, lr_decay: Any = 0.0, initial_accumulator_value: Any = 0.0,
+    sqr_sum: Any = None, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Adagrad: divide by the root of the sum of all squared gradients.
 
     Formula: ``s ← s + g²; p ← p - lr / (1 + (t-1)·lr_decay) · g / (√s + eps)``; s starts at
@@ -404,7 +426,10 @@ def adagrad_step(p, lr, step, eps, lr_decay=0.0, initial_accumulator_value=0.0, 
 adagrad_step.defaults = dict(eps=1e-10, lr_decay=0.0, initial_accumulator_value=0.0)
 
 
-def adamax_step(p, lr, mom, sqr_mom, step, grad_avg, eps, inf_avg=None, **kwargs):
+def adamax_step(
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, step: Any, grad_avg: Any, eps: Any, inf_avg: Any = None,
+    **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Adamax: Adam under the infinity norm.
 
     Formula: ``u ← max(sqr_mom·u, |g| + eps); p ← p - lr · m / ((1 - mom^t)·u)``; u starts at zero.
@@ -424,8 +449,9 @@ adamax_step.defaults = dict(eps=1e-8)
 
 
 def nadam_step(
-    p, lr, mom, sqr_mom, step, grad_avg, sqr_avg, eps, momentum_decay=4e-3, mu_product=1.0, **kwargs
-):
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, step: Any, grad_avg: Any, sqr_avg: Any, eps: Any,
+    momentum_decay: Any = 4e-3, mu_product: Any = 1.0, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """NAdam: Adam with Nesterov momentum and a momentum that warms up.
 
     Formula: ``μ_t = mom · (1 - 0.96^(t·momentum_decay) / 2)``, ``Π ← Π·μ_t``, ``d = √v̂ + eps``;
@@ -448,7 +474,9 @@ def nadam_step(
 nadam_step.defaults = dict(eps=1e-8, momentum_decay=4e-3)
 
 
-def adadelta_step(p, lr, sqr_mom, sqr_avg, eps, sqr_delta=None, **kwargs):
+def adadelta_step(
+    p: Any, lr: Any, sqr_mom: Any, sqr_avg: Any, eps: Any, sqr_delta: Any = None, **kwargs: Any
+) -> dict[str, Any]:
     """Adadelta: a step whose size follows that of the steps before it, in the parameter's own units.
 
     Formula: ``δ = g · √(u + eps) / √(v + eps); u ← sqr_mom·u + (1 - sqr_mom)·δ²; p ← p - lr·δ``; u starts at
@@ -473,7 +501,9 @@ adadelta_step.defaults = dict(eps=1e-6)
 # Steps scaled by a norm of the whole tensor
 
 
-def larc_layer_lr(p, lr, trust_coeff, wd, eps, clip=True, **kwargs):
+def larc_layer_lr(
+    p: Any, lr: Any, trust_coeff: Any, wd: Any, eps: Any, clip: bool = True, **kwargs: Any
+) -> dict[str, Any]:
     """One learning rate per tensor, from the ratio of its norm to its gradient's.
 
     Formula: ``η = lr · trust_coeff · ‖p‖ / (‖g‖ + wd·‖p‖ + eps)``; ``η ← min(lr, η)`` if `clip`.
@@ -491,7 +521,7 @@ def larc_layer_lr(p, lr, trust_coeff, wd, eps, clip=True, **kwargs):
 larc_layer_lr.defaults = dict(trust_coeff=0.02, wd=0.0, eps=1e-8)
 
 
-def larc_step(p, local_lr, grad_avg=None, **kwargs):
+def larc_step(p: Any, local_lr: Any, grad_avg: Any = None, **kwargs: Any) -> None:
     """Descend with the tensor's own learning rate.
 
     Formula: ``p ← p - η·a`` with ``a = m`` where `average_grad` ran, else ``g``.
@@ -503,7 +533,9 @@ def larc_step(p, local_lr, grad_avg=None, **kwargs):
     p.data.sub_((p.grad.data if grad_avg is None else grad_avg) * local_lr)
 
 
-def lamb_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, **kwargs):
+def lamb_step(
+    p: Any, lr: Any, mom: Any, step: Any, sqr_mom: Any, grad_avg: Any, sqr_avg: Any, eps: Any, **kwargs: Any
+) -> None:
     """LAMB: Adam's update, scaled per tensor to the size of the parameter.
 
     Formula: ``u = m̂ / (√v̂ + eps)``; ``q = min(rms(p) / rms(u), 10)``, or 1 if either is 0;
@@ -529,7 +561,7 @@ lamb_step.defaults = dict(eps=1e-6, wd=0.0)
 # Lookahead: `lookahead_slow` goes first in the list, `lookahead` last
 
 
-def lookahead_slow(p, slow=None, **kwargs):
+def lookahead_slow(p: Any, slow: Any = None, **kwargs: Any) -> Any:
     """Remember where the parameter was before its first step.
 
     Formula: ``s ← p``, once.
@@ -542,7 +574,9 @@ def lookahead_slow(p, slow=None, **kwargs):
         return {"slow": p.data.clone()}
 
 
-def lookahead(p, slow, lookahead_k, lookahead_alpha, lookahead_count=0, **kwargs):
+def lookahead(
+    p: Any, slow: Any, lookahead_k: Any, lookahead_alpha: Any, lookahead_count: Any = 0, **kwargs: Any
+) -> dict[str, Any]:
     """Every k-th step, move the slow weights towards the fast ones and restart from there.
 
     Formula: ``c ← c + 1``; if k divides c: ``s ← s + lookahead_alpha·(p - s); p ← s``.

@@ -1,4 +1,4 @@
-"""`python -m fusedopt doctor`: what is installed, which backends work, why the others do not, what to do.
+"""`fusedopt doctor`: what is installed, which backends work, why the others do not, what to do.
 
 `report()` finds out, `render()` prints it. What a backend needs is imported inside its probe, so that one
 broken part is a line of the report and not the end of it.
@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import platform
-import sys
 import time
 import traceback
 import warnings
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import env
+from . import __version__, env
 from .compile import cache, toolchain
 
 STEPS = 3
@@ -201,8 +200,8 @@ def report() -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     """Of everything that decides what fusedopt does; "not installed" for what is not there."""
-    versions = {"python": platform.python_version()}
-    for package in ("fusedopt", "torch", "numpy", "triton"):
+    versions = {"python": platform.python_version(), "fusedopt": __version__}
+    for package in ("torch", "numpy", "triton"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -263,7 +262,7 @@ def _extension() -> Status:
         from .extension import leaf
 
         if leaf.native is None:
-            print("fusedopt: looking for the C++ extension, or building it: up to a minute", file=sys.stderr)
+            env.logger.info("fusedopt: looking for the C++ extension, or building it: up to a minute")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report has a line for it
             leaf.seek(wait=True)

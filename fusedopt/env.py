@@ -6,15 +6,24 @@
 | `FUSEDOPT_CACHE_DIR` | a folder | where compiled kernels are kept |
 | `FUSEDOPT_DEBUG` | 0, 1, 2, 3 | 1 prints the program, 2 also its source, 3 also the compiler's output |
 | `CXX` | a compiler, arguments allowed | compiles CPU kernels |
+
+And what is told without being a warning: records of the logger ``fusedopt``. Programs, sources and compilers' words are
+DEBUG records of ``fusedopt.program``, ``fusedopt.source`` and ``fusedopt.compiler``. Where an application has set up no
+logging, the messages alone go to stderr.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("fusedopt")
+TOPICS = ("program", "source", "compiler")
+"""Loggers below that one, for each level of ``FUSEDOPT_DEBUG``."""
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 
@@ -53,10 +62,30 @@ def cxx() -> str | None:
     return _text("CXX")
 
 
+class _Stderr(logging.Handler):
+    """The messages alone, to what is stderr now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+_stderr = _Stderr()
+_stderr.addFilter(lambda record: not logging.getLogger().handlers)  # an application's own, which get it too
+logger.addHandler(_stderr)
+logger.setLevel(logger.level or logging.INFO)  # an application may have set one before it imports this
+
+
 def debug(level: int, *lines: object) -> None:
-    """Print `lines` to stderr when `FUSEDOPT_DEBUG` is at least `level`; else they are not even made strings."""
-    if debug_level() >= level:
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    """Log `lines` where this level's logger has DEBUG enabled; else to stderr if `FUSEDOPT_DEBUG` is at least `level`.
+
+    If neither, they are not even made strings.
+    """
+    topic, asked = logger.getChild(TOPICS[level - 1]), debug_level() >= level
+    if topic.isEnabledFor(logging.DEBUG):
+        topic.debug("\n".join(map(str, lines)), stacklevel=2)
+    elif asked:  # past all levels and handlers of an application, which are not what was asked
+        message = "\n".join(map(str, lines))
+        _stderr.emit(topic.makeRecord(topic.name, logging.DEBUG, __file__, 0, message, (), None))
 
 
 def warn_once(said: set[Any], topic: Any, text: str) -> None:

@@ -46,7 +46,17 @@ from .optimizer.described import described
 from .optimizer.names import MOMENTS, MOMENTUM
 from .optimizer.torch_face import TorchFace
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what __getattr__ finds, with torch's types
+    from torch.optim import ASGD as ASGD
+    from torch.optim import LBFGS as LBFGS
+    from torch.optim import Adafactor as Adafactor
+    from torch.optim import Muon as Muon
+    from torch.optim import Optimizer as Optimizer
+    from torch.optim import Rprop as Rprop
+    from torch.optim import SparseAdam as SparseAdam
+    from torch.optim import lr_scheduler as lr_scheduler
+    from torch.optim import swa_utils as swa_utils
+    from torch.optim import swap_in_optimizer_params_and_state as swap_in_optimizer_params_and_state
     from typing_extensions import Unpack
 
 __all__ = [*torch.optim.__all__]
@@ -347,10 +357,12 @@ class Adadelta(TorchFace):
 # Everything else is torch's
 
 
-def __getattr__(name: str) -> Any:
-    if not name.startswith("__") and hasattr(torch.optim, name):
-        return getattr(torch.optim, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}, and neither has torch.optim")
+if not TYPE_CHECKING:  # else every name would be there, and be anything
+
+    def __getattr__(name: str) -> Any:
+        if not name.startswith("__") and hasattr(torch.optim, name):
+            return getattr(torch.optim, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, and neither has torch.optim")
 
 
 def __dir__() -> list[str]:

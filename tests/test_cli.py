@@ -1,4 +1,4 @@
-"""`python -m fusedopt`: what doctor and cache print, and their exit status."""
+"""The command `fusedopt`, also as `python -m fusedopt`: what doctor and cache print, and their exit status."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import fusedopt
 from fusedopt import __main__, doctor
 from fusedopt.compile import cache, toolchain
 from fusedopt.extension import leaf
@@ -99,14 +100,14 @@ def test_doctor_with_an_unsafe_cache(capsys, root):
     assert "a temporary folder is used" in doctor.render(found)
 
 
-def test_doctor_has_a_missing_extension_built_and_waits(capsys, monkeypatch):
+def test_doctor_has_a_missing_extension_built_and_waits(caplog, monkeypatch):
     asked = []
     monkeypatch.setattr(leaf, "native", None)
     monkeypatch.setattr(leaf, "seek", lambda wait: asked.append(wait))
     monkeypatch.setattr(leaf, "extension_status", lambda: (not asked, "for a reason"))
     assert doctor._extension() == doctor.Status(False, "for a reason")
     assert asked == [True]
-    assert "building it" in capsys.readouterr().err
+    assert "building it" in caplog.text
 
 
 def test_doctor_with_wrong_variables(capsys, monkeypatch):
@@ -189,7 +190,25 @@ def test_wrong_arguments(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         __main__.main(arguments)
     assert caught.value.code == 2
-    assert "usage: python -m fusedopt" in capsys.readouterr().err
+    assert re.match(r"usage: .*fusedopt .*-h", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("program", "name"), [("/bin/fusedopt", "fusedopt"), ("__main__.py", "python -m fusedopt")]
+)
+def test_help_names_the_command_as_it_was_called(capsys, monkeypatch, program, name):
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit) as caught:
+        __main__.main(["--help"])
+    assert caught.value.code == 0
+    assert f"usage: {name} " in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        __main__.main(["--version"])
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"fusedopt {fusedopt.__version__}\n")
+    assert doctor.report()["versions"]["fusedopt"] == fusedopt.__version__
 
 
 def test_as_a_program(root):

@@ -1,4 +1,6 @@
-"""The code in README.md and docs/ runs, and prints what the documents show. ``python tests/test_docs.py`` updates that.
+"""The code in README.md, CONTRIBUTING.md and docs/ runs, and prints what the documents show.
+
+``python tests/test_docs.py`` updates that.
 
 A fence ``python`` is run, all of a document in one namespace. The fence ``text`` or ``cpp`` right behind it is what it
 prints, with fusedopt's warnings among it; ``...`` stands for anything. Other fences are left alone.
@@ -29,8 +31,11 @@ WRITTEN = {"classes_table.md", "rules_table.md", "storage_table.md", "storage_cu
 """By a command, and without examples."""
 DOCUMENTS = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in WRITTEN),
 ]
+PLAIN = [ROOT / name for name in ("CHANGELOG.md", "SECURITY.md")]
+"""Without examples."""
 EXAMPLE = re.compile(
     r"^```python\n(?P<code>.*?)^```\n(?:\s*?^```(?:text|cpp)\n(?P<shown>.*?)^```$)?", re.M | re.S
 )
@@ -130,7 +135,7 @@ def test_right_documents_pass():
 
 
 def test_links_lead_to_files():
-    for document in DOCUMENTS:
+    for document in DOCUMENTS + PLAIN:
         prose = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", prose):
             assert (document.parent / target).exists(), f"{document.name}: {target}"

@@ -1,5 +1,9 @@
 """The environment variables: defaults, values, and what a wrong value says."""
 
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +60,52 @@ def test_debug_prints_from_its_level_on(monkeypatch, capsys):
         env.debug(level, f"level {level}")
     out, err = capsys.readouterr()
     assert (out, err) == ("", "level 1\nlevel 2\n")
+
+
+class Unprintable:
+    def __str__(self):
+        raise AssertionError("nobody asked")
+
+
+def test_debug_is_logged_where_its_topic_is_enabled(caplog, capsys):
+    with caplog.at_level("DEBUG", "fusedopt.source"):
+        env.debug(1, Unprintable())
+        env.debug(2, "a kernel's", "source, 100%")
+        env.debug(3, Unprintable())
+    assert caplog.record_tuples == [("fusedopt.source", logging.DEBUG, "a kernel's\nsource, 100%")]
+    assert capsys.readouterr() == ("", ""), "the application's handlers have it"
+
+
+def test_what_is_logged_goes_to_stderr_where_nobody_has_set_up_logging(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])
+        env.logger.info("this takes a %s", "minute")
+        env.logger.debug("a detail")
+    assert capsys.readouterr() == ("", "this takes a minute\n")
+
+
+def run(code, *arguments, **environment):
+    """A process of its own, in which nothing of fusedopt is imported yet."""
+    environment = os.environ | environment | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "")
+    return done.stderr
+
+
+def test_debug_reaches_stderr_past_an_applications_logging(tmp_path):
+    """And the logging of an application that wants nothing of it has nothing."""
+    code = (
+        "import logging, sys; from fusedopt import env; logging.basicConfig(filename=sys.argv[1], level='INFO');"
+        "env.debug(1, 'shown'); logging.getLogger('app').info('own')"
+    )
+    assert run(code, tmp_path / "log", FUSEDOPT_DEBUG="1") == "shown\n"
+    assert (tmp_path / "log").read_text() == "INFO:app:own\n"
+
+
+def test_logging_may_be_set_up_before_the_import():
+    code = (
+        "import logging; logging.basicConfig(format='%(name)s, %(filename)s: %(message)s');"
+        "logging.getLogger('fusedopt').setLevel('DEBUG'); from fusedopt import env; env.debug(3, 'words')"
+    )
+    assert run(code, FUSEDOPT_DEBUG="3") == "fusedopt.compiler, <string>: words\n"

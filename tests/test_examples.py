@@ -27,9 +27,14 @@ with warnings.catch_warnings():
     import book_ch05_breeds as breeds
     import book_ch16_optimizers as optimizers
     import fastai.optimizer
+    from fastai.callback.progress import ProgressCallback
+    from fastai.learner import defaults
     from fastai.torch_core import set_seed
 
 import fusedopt
+
+# The examples' imports give a progress bar to every Learner that will be made, those of other test files as well.
+defaults.callbacks = [cb for cb in defaults.callbacks if cb is not ProgressCallback]
 
 pytestmark = [
     # fastai's load_model names a module that numpy has renamed,

@@ -1,10 +1,13 @@
-"""fusedopt installs without a compiler, and `kernels/` becomes `fusedopt.kernels`."""
+"""fusedopt installs without a compiler; `kernels/` becomes `fusedopt.kernels`; what wheels and the sources hold."""
 
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -64,6 +67,42 @@ def test_wheel_has_every_module_and_kernel(built_without_compiler):
     assert not (site / "kernels").exists() and not (site / "tests").exists()
 
 
+def metadata(site: Path) -> importlib.metadata.Distribution:
+    (found,) = importlib.metadata.distributions(name="fusedopt", path=[str(site)])
+    return found
+
+
+def test_wheel_says_who_it_is(built_without_compiler, tmp_path):
+    """One version, types, and a command that can be called."""
+    site, _ = built_without_compiler
+    wheel = metadata(site)
+    printed = run_python(
+        "-c", "import fusedopt; print(fusedopt.__version__)", cwd=tmp_path, PYTHONPATH=str(site)
+    )
+    assert wheel.version == printed.strip()
+    assert wheel.metadata["Author"] == "fusedopt authors" and "optimizer" in wheel.metadata["Keywords"]
+    assert (
+        "Typing :: Typed" in wheel.metadata.get_all("Classifier")
+        and (site / "fusedopt" / "py.typed").is_file()
+    )
+    (command,) = wheel.entry_points.select(group="console_scripts")
+    assert (command.name, command.value) == ("fusedopt", "fusedopt.__main__:main")
+
+
+def test_the_long_description_leads_nowhere(built_without_compiler):
+    """An index has no docs/: links are their text, and pictures are gone, but not what looks like them in code."""
+    text = metadata(built_without_compiler[0]).metadata.get_payload()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (
+        text.startswith("# fusedopt")
+        and "[docs/gpu.md](docs/gpu.md)" in readme
+        and "see docs/gpu.md." in text
+    )
+    assert "const auto element = [&](int64_t i) {" in text and "![" in readme and "![" not in text
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    assert not re.findall(r"\]\((?!https?://)", prose)
+
+
 def test_wheel_imports(built_without_compiler, tmp_path):
     site, _ = built_without_compiler
     printed = run_python("-c", IMPORT, cwd=tmp_path, PYTHONPATH=str(site))
@@ -88,6 +127,63 @@ sys.path += {[p for p in sys.path if p.endswith("-packages")]!r}
 import fusedopt.kernels
 print(fusedopt.kernels.__file__)
 """
+
+
+# -- With and without the extension, and the sources
+
+
+@pytest.fixture
+def tracked_tree(tmp_path) -> Path:
+    """A copy of what git tracks, or of all that an unpacked source distribution holds."""
+    git = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        names = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    else:
+        names = (ROOT / "fusedopt.egg-info" / "SOURCES.txt").read_text().splitlines()
+    for name in names:
+        if (ROOT / name).is_file():  # one may be deleted, and not committed yet
+            (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    return tmp_path / "tree"
+
+
+def build(tree: Path, what: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = f"import setuptools.build_meta as build; build.build_{what}('dist')"
+    environment = os.environ | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_sources_are_complete(tracked_tree):
+    """Tests, documents and benchmarks run from an unpacked source distribution, so it has every tracked file."""
+    tracked = {
+        path.relative_to(tracked_tree).as_posix() for path in tracked_tree.rglob("*") if path.is_file()
+    }
+    (tracked_tree / "fusedopt" / EXTENSION).write_bytes(b"of this machine")
+    done = build(tracked_tree, "sdist")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = (tracked_tree / "dist").iterdir()
+    with tarfile.open(archive) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    assert len(tracked) > 400 and not tracked - packed
+    assert not [name for name in packed if name.endswith((".so", ".pyc"))]
+
+
+def test_a_wheel_for_every_platform(tracked_tree):
+    done = build(tracked_tree, "wheel", FUSEDOPT_EXTENSION="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tracked_tree / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "fusedopt/csrc/module.cpp" in names and not [name for name in names if name.endswith(".so")]
+
+
+def test_a_wheel_that_was_to_have_the_extension_is_not_made_without(tracked_tree):
+    done = build(tracked_tree, "wheel", FUSEDOPT_EXTENSION="1", CC="/missing", CXX="/missing")
+    assert done.returncode and "/missing" in done.stderr and not list(tracked_tree.glob("dist/*"))
+    done = build(tracked_tree, "wheel", FUSEDOPT_EXTENSION="yes")
+    assert done.returncode and "FUSEDOPT_EXTENSION='yes': expected 0" in done.stderr
 
 
 @pytest.fixture
@@ -134,6 +230,14 @@ def test_another_torch_has_an_environment_of_its_own():
     commands = "\n".join(made("test-torch", "TORCH=2.14.1"))
     assert "torch==2.14.1" in commands
     assert ".venv-torch-2.14.1/bin/python" in commands and " .venv/bin" not in commands
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_alone_says_what_there_is_to_make():
+    printed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert re.findall(r"^make (\S+) +\w", printed, re.M) == targets.split()
+    assert max(map(len, printed.splitlines())) <= 120
 
 
 def test_constraints_are_for_every_python_that_is_claimed():

@@ -49,7 +49,7 @@ class ClassItem(Item):
         self.hosted = {k: v for k, v in self.state.items() if on_host(v, self.param)}
         self.state |= {k: v.item() for k, v in self.hosted.items()}
 
-    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
+    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple[Any, ...]:
         *before, read, asked, zero_dim, modes = super().visible(attributes, work)
         if self.hosted:
             read = *read, ("on the host", " ".join(map(str, self.hosted)))
@@ -213,7 +213,7 @@ class StepBuckets(Buckets):
         self.closure, self.traces_made, self.known_kinds, self.waits = False, 0, False, 0
         self.read: Any = None
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
-        self._current: list[tuple[tuple, CompiledTrace]] = []
+        self._current: list[tuple[tuple[Any, ...], CompiledTrace]] = []
 
     @property
     def sums(self) -> bool:
@@ -286,7 +286,7 @@ class StepBuckets(Buckets):
         return self._taken(step.host, keys, compiled, plans)
 
     def _taken(
-        self, host: Host, keys: list[tuple], compiled: list[CompiledTrace], plans: list[Any]
+        self, host: Host, keys: list[tuple[Any, ...]], compiled: list[CompiledTrace], plans: list[Any]
     ) -> list[Bucket]:
         self.read, self._current = host, list(zip(keys, compiled, strict=True))
         for plan in plans:
@@ -329,5 +329,5 @@ def _writes_elsewhere(trace: Trace, items: list[Item]) -> bool:
     return writes and not all(same_layout(item.grad, item.param) for item in items)
 
 
-def _key(items: list[Item], signature: Signature) -> tuple:
+def _key(items: list[Item], signature: Signature) -> tuple[Any, ...]:
     return items[0].where[0], structure_of(signature)

@@ -108,7 +108,7 @@ class Host:
                 return lambda left: float(left.values[node])
             if type(value) is Symbolic and not value.why and value.parts is None:
                 return tensor(value, where)
-            if isinstance(value, (*PLAIN, int, float)) and type(value) is not Number:
+            if isinstance(value, (*PLAIN, int, float)) and type(value) is not Number:  # type: ignore[comparison-overlap]
                 return lambda left: value
             if type(value) in (tuple, list):
                 parts = [template(v, where) for v in value]

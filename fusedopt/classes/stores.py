@@ -71,7 +71,7 @@ def _is_object(value: Any) -> bool:
     if (
         isinstance(value, _OTHERS)
         or kind.__module__.split(".")[0] in _LIBRARIES
-        or kind.__setattr__ is not _SET
+        or kind.__setattr__ is not _SET  # type: ignore[comparison-overlap]
     ):
         return False
     plain = not any(vars(base).get("__slots__") for base in kind.__mro__[:-1])

@@ -318,7 +318,7 @@ def mover(shared: ScalarProgram, ours: ScalarProgram, index: int | None) -> Call
         if i not in known:
             op, *operands = shared.entries[i]
             if op in ARITHMETIC:
-                entry: tuple = (op, *map(move, operands))
+                entry: tuple[Any, ...] = (op, *map(move, operands))
             elif op in ("state", "raw"):
                 whose, *rest = operands
                 if op == "state" and whose != index:

@@ -36,7 +36,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import env
 
@@ -94,7 +94,7 @@ class Stored(NamedTuple):
     stem: str
     files: tuple[Path, ...]
     size: int
-    meta: dict
+    meta: dict[str, Any]
 
 
 # ---------------------------------------------------------------- the folder

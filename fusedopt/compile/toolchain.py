@@ -334,7 +334,7 @@ def started(command: Sequence[str]) -> subprocess.Popen[str]:
     )
 
 
-def _kill(process: subprocess.Popen) -> None:
+def _kill(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(OSError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)

@@ -136,7 +136,7 @@ class Build:
         self.path: Path | None = None
         self.error = ""
         self._pid = os.getpid()
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[str] | None = None
         self._stopped = False
         cache.folder()  # here, where a warning about it can be seen
         self._thread = threading.Thread(target=self._run, name="fusedopt-extension", daemon=True)

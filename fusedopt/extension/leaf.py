@@ -100,7 +100,7 @@ def _settle(params: list[Tensor]) -> None:
     """Wait until no other thread is freeing one of these parameters' gradients. (Python cannot tell.)"""
 
 
-def _run_range(stage, launch_ptr: int, bounds: tuple[int, int]) -> None:
+def _run_range(stage: Callable[..., object], launch_ptr: int, bounds: tuple[int, int]) -> None:
     stage(launch_ptr, *bounds)
 
 

@@ -106,7 +106,7 @@ class Graph:
     def __init__(self, axes: str = "0") -> None:
         self.axes = axes
         self.values: list[Value] = []
-        self._known: dict[tuple, int] = {}
+        self._known: dict[tuple[Any, ...], int] = {}
 
     def leaf(self, op: str, attr: Any = None, kind: str = TENSOR, type: str = "f") -> int:
         key = (op, attr, kind, type, _is_negative_zero(attr))
@@ -483,7 +483,7 @@ def names(program: Program) -> list[str]:
     """A readable name for each value: buffers and slots by theirs, the rest by number."""
     out = []
     for i, v in enumerate(program.values):
-        fixed = {
+        fixed: dict[str, Callable[[Value], str]] = {
             "load": lambda v: identifier(v.attr),
             "slot": lambda v: f"s{v.attr}",
             "numel": lambda v: "numel",

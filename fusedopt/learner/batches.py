@@ -80,7 +80,7 @@ def plain(x: torch.Tensor) -> torch.Tensor:
     return x.as_subclass(torch.Tensor)
 
 
-def parts(batch: Any, n_inp: int | None, model: Any) -> tuple[tuple, tuple]:
+def parts(batch: Any, n_inp: int | None, model: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Inputs and targets of a batch: the first ``n_inp``, or all but the last, are inputs.
 
     A batch that is a dict has its target under one of `TARGETS`, else it is the last. A model with one argument gets
@@ -95,7 +95,7 @@ def parts(batch: Any, n_inp: int | None, model: Any) -> tuple[tuple, tuple]:
     return batch[:n], batch[n:]
 
 
-def _from_dict(batch: Mapping, n_inp: int | None, model: Any) -> tuple[list[Any], int]:
+def _from_dict(batch: Mapping[Any, Any], n_inp: int | None, model: Any) -> tuple[list[Any], int]:
     """The values, inputs first, and how many of them are inputs."""
     names = list(batch)
     targets = names[n_inp:] if n_inp is not None else [_target(names)] if len(names) > 1 else []

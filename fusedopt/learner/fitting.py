@@ -32,7 +32,7 @@ class Fitting:
     create_opt: Callable[[], None]
     freeze: Callable[[], None]
     unfreeze: Callable[[], None]
-    no_logging: Callable[[], AbstractContextManager]
+    no_logging: Callable[[], AbstractContextManager[Any]]
 
     def fit_one_cycle(
         self,
@@ -186,7 +186,7 @@ class Fitting:
         return np.array([h["lr"] for h in self.opt.hypers])
 
     def _fit_scheduled(
-        self, n_epoch: int, scheds: dict, wd: Any, cbs: Any, reset_opt: bool, start_epoch: int
+        self, n_epoch: int, scheds: dict[str, Any], wd: Any, cbs: Any, reset_opt: bool, start_epoch: int
     ) -> None:
         cbs = [ParamScheduler(scheds), *listed(cbs)]
         self.fit(n_epoch, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)

@@ -32,7 +32,7 @@ class GatherPreds(Callback):
         self.with_input, self.with_loss = with_input, with_loss
 
     def before_validate(self) -> None:
-        self.seen: list[tuple] = []
+        self.seen: list[tuple[Any, ...]] = []
         self.iters: list[int] = []
 
     def after_loss(self) -> None:
@@ -79,7 +79,7 @@ class Inference:
         act: Callable[[Any], Any] | None = None,
         reorder: bool = True,
         cbs: Any = None,
-    ) -> tuple:
+    ) -> tuple[Any, ...]:
         """Predictions and targets, on the CPU: ``([inputs,] preds, targets[, decoded][, losses])``.
 
         They come in the order of the dataset, whatever a loader's sampler does. A loader that drops its last batch is

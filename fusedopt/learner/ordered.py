@@ -88,7 +88,7 @@ def _as_numbers(keys: Iterable[Any]) -> list[int] | None:
     return [int(n) for n in numbers] if all(isinstance(n, Integral) for n in numbers) else None
 
 
-def _with(dl: DataLoader, sampler: Any, batch_sampler: Any) -> DataLoader:
+def _with(dl: DataLoader[Any], sampler: Any, batch_sampler: Any) -> DataLoader[Any]:
     """The same loader, of the same class and settings, with other samplers: torch has no way to ask for that."""
     other = copy.copy(dl)
     other.__dict__.update(sampler=sampler, batch_sampler=batch_sampler, drop_last=False, _iterator=None)

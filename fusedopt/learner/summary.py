@@ -29,7 +29,7 @@ class Summary:
     opt: Any
     loss_func: Any
     opt_func: Any
-    cbs: list
+    cbs: list[Any]
 
     def summary(self) -> Table:
         """Layers in the order they run in: output shape, parameters and whether they are trained; then the totals.
@@ -56,7 +56,7 @@ class Summary:
         ]
         return Table("\n".join(lines))
 
-    def _first_inputs(self) -> tuple:
+    def _first_inputs(self) -> tuple[Any, ...]:
         device = next((p.device for p in self.model.parameters()), None)
         xb, _ = parts(next(iter(self.dls[0])), getattr(self.dls, "n_inp", None), self.model)
         return mapped(xb, lambda x: x.to(device))

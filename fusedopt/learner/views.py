@@ -9,8 +9,8 @@ class Views:
     """Part of the `Loop`: a batch's input and target by themselves, the loaders' first name, whether a batch ran."""
 
     dls: Any
-    xb: tuple
-    yb: tuple
+    xb: tuple[Any, ...]
+    yb: tuple[Any, ...]
     loss: Any
     _loss_before: Any = None
     _running = False
@@ -40,6 +40,6 @@ class Views:
         return self.loss is not self._loss_before
 
 
-def single(batch: tuple) -> Any:
+def single(batch: tuple[Any, ...]) -> Any:
     """What is alone in a tuple; None if nothing is."""
     return None if not batch else batch[0] if len(batch) == 1 else batch

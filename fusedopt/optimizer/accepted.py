@@ -14,11 +14,12 @@ from .. import callback, env
 from ..callback import arguments_of, defaults_of
 from ..step.reference import FLOATS
 from . import names
-from .checkpoint import FASTAI, LOOKAHEAD
+from .checkpoint import FASTAI
+from .loadable import LOOKAHEAD
 from .state import COUNTERS, FLAGS
 
 
-def as_callbacks(cbs: Any) -> list[Callable]:
+def as_callbacks(cbs: Any) -> list[Callable[..., Any]]:
     found = list(cbs) if isinstance(cbs, Iterable) and not callable(cbs) else [cbs]
     for cb in found:
         if not callable(cb):
@@ -26,7 +27,7 @@ def as_callbacks(cbs: Any) -> list[Callable]:
     return found
 
 
-def list_of(group: Mapping[str, Any], own: list[Callable]) -> list[Callable]:
+def list_of(group: Mapping[str, Any], own: list[Callable[..., Any]]) -> list[Callable[..., Any]]:
     """The callbacks of a param group: its own, else the optimizer's."""
     found = group.get(callback.GROUPS_OWN)
     return own if found is None else as_callbacks(found)
@@ -40,7 +41,7 @@ COMMON = (
 
 def check_known(
     hypers: Iterable[str],
-    cbs: Sequence[Callable],
+    cbs: Sequence[Callable[..., Any]],
     what: str = "hyperparameter",
     common: Sequence[str] = (*COMMON, "backend", "state_dtype", "title"),
 ) -> None:
@@ -81,7 +82,7 @@ class Roles(NamedTuple):
         return name not in self.state | self.never and (self.taken is None or name in self.taken)
 
 
-def roles_of(cbs: Iterable[Callable], stored: Iterable[str], closed: bool) -> Roles:
+def roles_of(cbs: Iterable[Callable[..., Any]], stored: Iterable[str], closed: bool) -> Roles:
     """The roles of names in callbacks that keep state under the names ``stored`` too.
 
     ``closed``: what our own callbacks can be told beyond the hyperparameters that the optimizer was given is not taken.

@@ -15,8 +15,9 @@ from .. import backends, env
 from ..callback import GROUPS_OWN, defaults_of, name_of
 from ..step import transforms
 from ..step.buckets import Buckets
-from ..step.engine import Engine, GraphScalars
+from ..step.engine import Engine
 from ..step.items import Item
+from ..step.launching import GraphScalars
 from ..step.scaling import NORM, Scaling
 from . import checkpoint, names, storing
 from .accepted import as_callbacks, as_param_groups, check_known, default_of, is_listed, list_of

@@ -65,7 +65,7 @@ class FastaiFace(torch.optim.Optimizer):
         for name, value in hypers.items():
             self.set_hyper(name, value)
 
-    def all_params(self, n: slice | int = slice(None), with_grad: bool = False) -> list[tuple]:
+    def all_params(self, n: slice | int = slice(None), with_grad: bool = False) -> list[tuple[Any, ...]]:
         """``(p, group's parameters, p's state, group's hypers)`` of groups ``n``; fastcore's list if it is loaded.
 
         ``with_grad``: only of parameters that have a gradient.
@@ -115,7 +115,7 @@ class FastaiFace(torch.optim.Optimizer):
                 state.pop(key, None)
 
 
-class HypersView(MutableMapping):
+class HypersView(MutableMapping[str, Any]):
     """One param group's numbers under fastai's names: live and writable. Flags and None are not shown."""
 
     def __init__(self, opt: FastaiFace, index: int) -> None:

@@ -14,8 +14,7 @@ from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer
 from ..step.items import Item
 from ..storage.callbacks import is_of_storage
-from ..trace.run import NeedsAttribute
-from ..trace.tensor import Untraceable
+from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.tracer import trace
 from .names import number
 from .state import COUNTERS

@@ -46,11 +46,11 @@ _RMS_HYPERS = {"mom": "momentum", "sqr_mom": "alpha"}
 __all__ = ["SGD", "Adam", "Lamb", "Larc", "Lookahead", "QHAdam", "RAdam", "RMSProp", "ranger"]
 
 
-def _decay(decouple_wd: bool) -> Callable:
+def _decay(decouple_wd: bool) -> Callable[..., Any]:
     return weight_decay if decouple_wd else l2_reg
 
 
-def _moments(decouple_wd: bool, step: Callable) -> list[Callable]:
+def _moments(decouple_wd: bool, step: Callable[..., Any]) -> list[Callable[..., Any]]:
     """What every Adam-like optimizer is made of: decay, two dampened moments, a step count, and `step`."""
     return [_decay(decouple_wd), _dampened, average_sqr_grad, step_stat, step]
 

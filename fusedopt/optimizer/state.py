@@ -30,7 +30,7 @@ def counts_to(device: torch.device, state: dict[str, Any]) -> None:
             state[key] = value.detach().reshape(()).to(device, torch.float64)
 
 
-class State(defaultdict):
+class State(defaultdict[Any, Any]):
     """``opt.state``: one dict per parameter, made on first access; and what users keep under keys of their own.
 
     It counts as empty while it holds nothing of a parameter's but fastai's flags: checkpoint code asks ``if
@@ -43,7 +43,7 @@ class State(defaultdict):
         self.version = 0
         """Counts changes of which parameters have a dict, and which dict that is."""
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return State, (dict(self),)
 
     def __bool__(self) -> bool:
@@ -54,7 +54,7 @@ class State(defaultdict):
         return [(p, s) for p, s in list(self.items()) if isinstance(p, torch.Tensor) and isinstance(s, dict)]
 
 
-def _counted(name: str) -> Callable:
+def _counted(name: str) -> Callable[..., Any]:
     method = getattr(defaultdict, name)
 
     @functools.wraps(method)

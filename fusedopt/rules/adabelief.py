@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def average_sqr_surprise(p, sqr_mom, eps, grad_avg, sqr_avg=None, **kwargs):
+def average_sqr_surprise(
+    p: Any, sqr_mom: Any, eps: Any, grad_avg: Any, sqr_avg: Any = None, **kwargs: Any
+) -> dict[str, Any]:
     """Running average of the squared distance of the gradient from its own average.
 
     Formula: ``s ← sqr_mom·s + (1 - sqr_mom)·(g - m)² + eps``; s starts at zero.
@@ -39,7 +41,10 @@ def average_sqr_surprise(p, sqr_mom, eps, grad_avg, sqr_avg=None, **kwargs):
 average_sqr_surprise.defaults = dict(sqr_mom=0.999, eps=1e-16)
 
 
-def adabelief_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, rectify=False, **kwargs):
+def adabelief_step(
+    p: Any, lr: Any, mom: Any, step: Any, sqr_mom: Any, grad_avg: Any, sqr_avg: Any, eps: Any,
+    rectify: bool = False, **kwargs: Any,
+) -> None:  # fmt: skip
     """Adam's step, or RAdam's if `rectify`.
 
     Formula: `callbacks.adam_step`; `callbacks.radam_step` with `eps_before_debias`.

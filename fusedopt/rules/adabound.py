@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def adabound_step(p, lr, mom, sqr_mom, step, grad_avg, sqr_avg, eps, final_lr, gamma, base_lr, **kwargs):
+def adabound_step(
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, step: Any, grad_avg: Any, sqr_avg: Any, eps: Any, final_lr: Any,
+    gamma: Any, base_lr: Any, **kwargs: Any,
+) -> None:  # fmt: skip
     """AdaBound: Adam's learning rate for each element, between bounds that end where SGD's would be.
 
     Formula: ``η = lr·√(1 - sqr_mom^t) / (1 - mom^t) / (√v + eps)``; ``f = final_lr·lr / base_lr``;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def adafactor_step(
-    p, lr, mom, eps1, eps2, clip_threshold, decay_rate, wd, step, scale_parameter=True, relative_step=True,
-    warmup_init=False, do_wd=True, sqr_row=None, sqr_col=None, sqr_avg=None, grad_avg=None, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, eps1: Any, eps2: Any, clip_threshold: Any, decay_rate: Any, wd: Any, step: Any,
+    scale_parameter: bool = True, relative_step: bool = True, warmup_init: bool = False, do_wd: bool = True,
+    sqr_row: Any = None, sqr_col: Any = None, sqr_avg: Any = None, grad_avg: Any = None, **kwargs: Any,
+) -> Any:  # fmt: skip
     """Adafactor: a step over the root of a factored second moment, clipped by its size and relative to the parameter.
 
     Formula: ``η = lr·min(1e-2, 1/√t)`` if `relative_step`, with ``1e-6·t`` for 1e-2 if `warmup_init`, else ``η = lr``;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def adam_mini_step(p, lr, mom, sqr_mom, eps, step, grad_avg, row_sqr_avg=None, **kwargs):
+def adam_mini_step(
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, eps: Any, step: Any, grad_avg: Any, row_sqr_avg: Any = None,
+    **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Adam's step with the mean square of a row in the place of each element's own.
 
     Formula: ``v ← sqr_mom·v + (1 - sqr_mom)·mean(g²)`` over all dimensions but the first, of a parameter with less than

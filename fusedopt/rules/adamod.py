@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def adamod_step(p, lr, mom, sqr_mom, lr_mom, step, grad_avg, sqr_avg, eps, lr_avg=None, **kwargs):
+def adamod_step(
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, lr_mom: Any, step: Any, grad_avg: Any, sqr_avg: Any, eps: Any,
+    lr_avg: Any = None, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """AdaMod: Adam's learning rate for each element, bounded by its average over the steps so far.
 
     Formula: ``η = lr·√(1 - sqr_mom^t) / (1 - mom^t) / (√v + eps)``; ``s ← lr_mom·s + (1 - lr_mom)·η`` from zero;

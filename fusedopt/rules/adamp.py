@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import callbacks
 from ..callbacks import debias
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 def adamp_step(
-    p, lr, mom, sqr_mom, eps, wd, delta, wd_ratio, step, grad_avg, sqr_avg, nesterov=False, do_wd=True, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, eps: Any, wd: Any, delta: Any, wd_ratio: Any, step: Any,
+    grad_avg: Any, sqr_avg: Any, nesterov: bool = False, do_wd: bool = True, **kwargs: Any,
+) -> None:  # fmt: skip
     """AdamP: Adam's step, projected for weights whose gradients are about orthogonal to them.
 
     Formula: ``u = m / (√(v / (1 - sqr_mom^t)) + eps)``, with `nesterov` ``mom·m + (1 - mom)·g`` for m; ``u, r``

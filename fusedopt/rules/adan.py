@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def adan_step(
-    p, lr, mom, diff_mom, sqr_mom, eps, wd, step, grad_avg=None, diff_avg=None, sqr_avg=None, last_grad=None,
-    no_prox=False, do_wd=True, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, diff_mom: Any, sqr_mom: Any, eps: Any, wd: Any, step: Any,
+    grad_avg: Any = None, diff_avg: Any = None, sqr_avg: Any = None, last_grad: Any = None,
+    no_prox: bool = False, do_wd: bool = True, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Adan: averages of the gradient and of its change, over the root of their sum's second moment.
 
     Formula: ``d = g - g'`` with the last step's gradient g', 0 in the first step; ``m ← mom·m + (1 - mom)·g``;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def ademamix_step(
-    p, lr, mom, sqr_mom, slow_mom, alpha, eps, step, grad_avg, sqr_avg, alpha_warmup=None, beta3_warmup=None,
-    slow_avg=None, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, slow_mom: Any, alpha: Any, eps: Any, step: Any, grad_avg: Any,
+    sqr_avg: Any, alpha_warmup: Any = None, beta3_warmup: Any = None, slow_avg: Any = None, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """AdEMAMix: Adam's step plus `alpha` times an average over very many gradients.
 
     Formula: ``s ← β₃·s + (1 - β₃)·g`` from zero; ``p ← p - lr·(m̂ + α·s) / (√v̂ + eps)``, hats as in Adam. While
@@ -55,7 +55,7 @@ def ademamix_step(
 ademamix_step.defaults = dict(eps=1e-8, slow_mom=0.9999, alpha=2.0)
 
 
-def half_life_of(mom):
+def half_life_of(mom: Any) -> Any:
     """In how many steps what has entered a running average comes to weigh half as much, less one.
 
     Formula: ``log ½ / log(mom + 1e-8) - 1``.

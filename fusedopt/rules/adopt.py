@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,20 +21,9 @@ if TYPE_CHECKING:
 
 
 def adopt_step(
-    p,
-    lr,
-    mom,
-    sqr_mom,
-    eps,
-    clip_exp,
-    wd,
-    step,
-    decouple=False,
-    do_wd=True,
-    grad_avg=None,
-    sqr_avg=None,
-    **kwargs,
-):
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, eps: Any, clip_exp: Any, wd: Any, step: Any,
+    decouple: bool = False, do_wd: bool = True, grad_avg: Any = None, sqr_avg: Any = None, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """ADOPT: average the gradients that were divided by the root of the second moment of those before them.
 
     Formula: first step: ``v ← g²``, and p stays. Later: ``c = (t - 1)^clip_exp``;

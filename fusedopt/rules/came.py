@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 
 def came_step(
-    p, lr, mom, sqr_mom, res_mom, eps1, eps2, clip_threshold, wd, do_wd=True, grad_avg=None, sqr_row=None, sqr_col=None,
-    sqr_avg=None, res_row=None, res_col=None, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, res_mom: Any, eps1: Any, eps2: Any, clip_threshold: Any, wd: Any,
+    do_wd: bool = True, grad_avg: Any = None, sqr_row: Any = None, sqr_col: Any = None, sqr_avg: Any = None,
+    res_row: Any = None, res_col: Any = None, **kwargs: Any,
+) -> Any:  # fmt: skip
     """CAME: momentum of clipped updates, over the root of their factored squared distance from it.
 
     Formula: ``v ← sqr_mom·v + (1 - sqr_mom)·(g² + eps1)``, of a parameter with two or more dimensions by rows and

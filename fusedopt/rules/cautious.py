@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..callback import defaults_of, function_of, name_of
 from ..callbacks import lookahead
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def cautious_step(p, rule, **kwargs):
+def cautious_step(p: Any, rule: Any, **kwargs: Any) -> Any:
     """Take another callback's step only where it agrees with the gradient.
 
     Formula: `rule` moves p to ``p - u``; ``φ = 1`` where ``u·g > 0``, else 0; ``p ← p - u·φ / max(mean(φ), 0.001)``,

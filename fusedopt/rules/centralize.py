@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..optimizer import Optimizer
 from ..optimizer.described import described
 
 
-def centralize(p, **kwargs):
+def centralize(p: Any, **kwargs: Any) -> None:
     """Subtract from the gradient of each output row its mean.
 
     Formula: ``g ← g - mean(g)`` over all dimensions but the first; vectors stay as they are.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def dog_step(p, lr, eps, reps_rel, start=None, farthest=None, sqr_sum=0.0, **kwargs):
+def dog_step(
+    p: Any, lr: Any, eps: Any, reps_rel: Any, start: Any = None, farthest: Any = None, sqr_sum: Any = 0.0,
+    **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """DoG: one learning rate for all, from the farthest that the parameters have been from their start.
 
     Formula: ``r ← max(r, √Σ(p - p₀)²)`` from ``reps_rel·(1 + √Σp₀²)``; ``G ← G + Σg²`` from zero;

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
-def inverse_root_factored(sqr, weight, row, col):
+def inverse_root_factored(sqr: Any, weight: Any, row: Any, col: Any) -> Any:
     """One over the root of a running average that is kept by rows and columns only; averages are made as zeros.
 
     Formula: ``r ← (1 - weight)·r + weight·mean(sqr, -1)``, ``c ← (1 - weight)·c + weight·mean(sqr, -2)``, and of these
@@ -22,6 +24,6 @@ def inverse_root_factored(sqr, weight, row, col):
     return of_row.unsqueeze(-1) * col.rsqrt().unsqueeze(-2), row, col
 
 
-def rms(x):
+def rms(x: Any) -> Any:
     """The root of the mean square of a tensor's elements, 0-d."""
     return (x**2).mean().sqrt()

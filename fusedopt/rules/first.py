@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def first_step(step):
+
+def first_step(step: Any) -> Any:
     """1 in a parameter's first step, 0 in all later ones.
 
     Formula: ``0 ** (t - 1)``: arithmetic, so it is recorded, and one kernel serves all steps; a branch would make two.

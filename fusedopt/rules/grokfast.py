@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..optimizer import Optimizer
@@ -9,7 +11,9 @@ from ..optimizer.described import described
 from .first import first_step
 
 
-def grokfast_filter(p, grok_alpha, grok_lamb, grok_avg=None, grok_count=0, **kwargs):
+def grokfast_filter(
+    p: Any, grok_alpha: Any, grok_lamb: Any, grok_avg: Any = None, grok_count: Any = 0, **kwargs: Any
+) -> dict[str, Any]:
     """Add a running average of the gradient to it.
 
     Formula: ``a ← grok_alpha·a + (1 - grok_alpha)·g``, the first time ``a ← g``; ``g ← g + grok_lamb·a``.

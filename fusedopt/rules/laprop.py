@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def laprop_step(p, lr, mom, sqr_mom, eps, step, sqr_avg, grad_avg=None, **kwargs):
+def laprop_step(
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, eps: Any, step: Any, sqr_avg: Any, grad_avg: Any = None,
+    **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """LaProp: first divide by the root of the second moment, then average.
 
     Formula: ``m ← mom·m + (1 - mom)·g / (√v̂ + eps)``, ``v̂ = v / (1 - sqr_mom^t)``; m starts at zero;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def lars_step(p, lr, mom, wd, trust_coefficient, eps, do_wd=True, grad_avg=None, **kwargs):
+def lars_step(
+    p: Any, lr: Any, mom: Any, wd: Any, trust_coefficient: Any, eps: Any, do_wd: bool = True,
+    grad_avg: Any = None, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """LARS: momentum over steps of which each is a fixed part of its tensor's norm.
 
     Formula: ``λ = trust_coefficient·‖p‖ / (‖g‖ + wd·‖p‖ + eps)``, or 1 if ``‖p‖`` or ``‖g‖`` is 0;

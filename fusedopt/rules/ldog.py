@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..callbacks import l2_reg
@@ -9,7 +11,10 @@ from ..optimizer.described import described
 from .dog import DoG
 
 
-def ldog_step(p, lr, eps, reps_rel, start=None, farthest=None, sqr_sum=0.0, **kwargs):
+def ldog_step(
+    p: Any, lr: Any, eps: Any, reps_rel: Any, start: Any = None, farthest: Any = None, sqr_sum: Any = 0.0,
+    **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """L-DoG: DoG for each tensor by itself.
 
     Formula: ``r ← max(r, ‖p - p₀‖)`` from ``reps_rel·(1 + ‖p₀‖)``; ``G ← G + ‖g‖²`` from zero;

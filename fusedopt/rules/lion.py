@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def lion_step(p, lr, mom, sqr_mom, grad_avg=None, **kwargs):
+def lion_step(p: Any, lr: Any, mom: Any, sqr_mom: Any, grad_avg: Any = None, **kwargs: Any) -> dict[str, Any]:
     """Lion: every element moves by `lr`, in the direction in which the gradient and its average agree.
 
     Formula: ``p ← p - lr·sign(mom·m + (1 - mom)·g); m ← sqr_mom·m + (1 - sqr_mom)·g``; m starts at zero.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def mars_step(
-    p, lr, mom, sqr_mom, gamma, eps, wd, mom_1d, sqr_mom_1d, lr_1d_factor, weight_decay_1d, step, optimize_1d=False,
-    do_wd=True, grad_avg=None, sqr_avg=None, last_grad=None, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, gamma: Any, eps: Any, wd: Any, mom_1d: Any, sqr_mom_1d: Any,
+    lr_1d_factor: Any, weight_decay_1d: Any, step: Any, optimize_1d: bool = False, do_wd: bool = True,
+    grad_avg: Any = None, sqr_avg: Any = None, last_grad: Any = None, **kwargs: Any,
+) -> Any:  # fmt: skip
     """MARS-AdamW: AdamW's step on a corrected and clipped gradient; plain AdamW for vectors.
 
     Formula: ``c = g + gamma·mom / (1 - mom)·(g - g')`` with the last step's gradient g', at first 0; ``c ← c / ‖c‖`` if

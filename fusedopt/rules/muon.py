@@ -40,20 +40,10 @@ def newton_schulz(x: Tensor, steps: int, coefficients: tuple[float, float, float
 
 
 def muon_step(
-    p,
-    lr,
-    mom,
-    wd,
-    eps,
-    ns_steps,
-    ns_coefficients,
-    nesterov=True,
-    adjust_lr_fn=None,
-    ns_dtype=torch.bfloat16,
-    do_wd=True,
-    grad_avg=None,
-    **kwargs,
-):
+    p: Any, lr: Any, mom: Any, wd: Any, eps: Any, ns_steps: Any, ns_coefficients: Any, nesterov: bool = True,
+    adjust_lr_fn: Any = None, ns_dtype: Any = torch.bfloat16, do_wd: bool = True, grad_avg: Any = None,
+    **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Muon: momentum, made orthogonal by Newton-Schulz iterations.
 
     Formula: ``m ← mom·m + (1 - mom)·g`` from zero; ``u = mom·m + (1 - mom)·g`` with nesterov, else m;

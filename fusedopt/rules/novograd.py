@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -20,19 +20,9 @@ if TYPE_CHECKING:
 
 
 def novograd_step(
-    p,
-    lr,
-    mom,
-    sqr_mom,
-    eps,
-    wd,
-    step,
-    grad_averaging=False,
-    do_wd=True,
-    grad_avg=None,
-    layer_sqr_avg=None,
-    **kwargs,
-):
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, eps: Any, wd: Any, step: Any, grad_averaging: bool = False,
+    do_wd: bool = True, grad_avg: Any = None, layer_sqr_avg: Any = None, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """NovoGrad: momentum over gradients that were divided by a running norm of their whole tensor.
 
     Formula: ``v ← sqr_mom·v + (1 - sqr_mom)·‖g‖²``, the first time ``v ← ‖g‖²``;

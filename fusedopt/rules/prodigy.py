@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 
 def prodigy_step(
-    p, lr, mom, sqr_mom, d_mom, eps, wd, d0, d_coef, growth_rate, step, use_bias_correction=False, decouple=True,
-    safeguard_warmup=False, do_wd=True, start=None, grad_sum=None, grad_avg=None, sqr_avg=None, d=None, d_max=None,
-    d_numerator=0.0, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, d_mom: Any, eps: Any, wd: Any, d0: Any, d_coef: Any,
+    growth_rate: Any, step: Any, use_bias_correction: bool = False, decouple: bool = True,
+    safeguard_warmup: bool = False, do_wd: bool = True, start: Any = None, grad_sum: Any = None,
+    grad_avg: Any = None, sqr_avg: Any = None, d: Any = None, d_max: Any = None, d_numerator: Any = 0.0,
+    **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Prodigy: Adam's step in units of d, a lower bound for the distance from the start to the solution.
 
     Formula: ``η = lr·d``, with `use_bias_correction` ``η = lr·d·√(1 - sqr_mom^t) / (1 - mom^t)``; ``g ← g + wd·p``

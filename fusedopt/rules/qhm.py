@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import callbacks
 from ..optimizer.described import described
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def qhm_step(p, lr, nu, grad_avg, **kwargs):
+def qhm_step(p: Any, lr: Any, nu: Any, grad_avg: Any, **kwargs: Any) -> None:
     """Quasi-hyperbolic momentum: a blend of the gradient and its average.
 
     Formula: ``p ← p - lr·((1 - nu)·g + nu·m)``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def schedule_free_step(
-    p, lr, mom, wd, step, warmup_steps, r, weight_lr_power, train_mode=True, do_wd=True, z=None, lr_max=0.0,
-    weight_sum=0.0, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, wd: Any, step: Any, warmup_steps: Any, r: Any, weight_lr_power: Any,
+    train_mode: bool = True, do_wd: bool = True, z: Any = None, lr_max: Any = 0.0, weight_sum: Any = 0.0,
+    **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Schedule-Free: step the iterate z, and move y, where gradients are taken, along with it and with the average.
 
     Formula: ``η = lr·min(t / warmup_steps, 1)``; ``η_max ← max(η_max, η)``; ``w = t^r · η_max^weight_lr_power``;
@@ -61,7 +62,7 @@ def schedule_free_step(
 schedule_free_step.defaults = dict(mom=0.9, wd=0.0, warmup_steps=0, r=0.0, weight_lr_power=2.0)
 
 
-def divide_by_rms(p, sqr_mom, sqr_avg, eps, step, **kwargs):
+def divide_by_rms(p: Any, sqr_mom: Any, sqr_avg: Any, eps: Any, step: Any, **kwargs: Any) -> None:
     """Divide the gradient by the root of its second moment, as RMSProp does, but with Adam's bias correction.
 
     Formula: ``g ← g / (√v̂ + eps)``, ``v̂ = v / (1 - sqr_mom^t)``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 def sgdp_step(
-    p, lr, mom, dampening, eps, wd, delta, wd_ratio, nesterov=False, do_wd=True, grad_avg=None, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, dampening: Any, eps: Any, wd: Any, delta: Any, wd_ratio: Any,
+    nesterov: bool = False, do_wd: bool = True, grad_avg: Any = None, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """SGDP: SGD's step with momentum, projected for weights whose gradients are about orthogonal to them.
 
     Formula: ``m ← mom·m + (1 - dampening)·g`` from zero; ``u = m``, with `nesterov` ``g + mom·m``; ``u, r`` are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 def shampoo_step(
-    p, lr, mom, eps, frequency, most, step, grad_avg=None, gram_0=None, gram_1=None, gram_2=None, gram_3=None,
-    gram_4=None, root_0=None, root_1=None, root_2=None, root_3=None, root_4=None, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, eps: Any, frequency: Any, most: Any, step: Any, grad_avg: Any = None,
+    gram_0: Any = None, gram_1: Any = None, gram_2: Any = None, gram_3: Any = None, gram_4: Any = None,
+    root_0: Any = None, root_1: Any = None, root_2: Any = None, root_3: Any = None, root_4: Any = None,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
     """Shampoo: the gradient, multiplied along each dimension by the inverse root of what it was there so far.
 
     Formula: for each of k sides i ``Lᵢ ← Lᵢ + G·Gᵀ`` from zero, G the gradient as a matrix of that side and all others;

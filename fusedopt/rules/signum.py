@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import callbacks
 from ..optimizer.described import described
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def sign_step(p, lr, grad_avg, **kwargs):
+def sign_step(p: Any, lr: Any, grad_avg: Any, **kwargs: Any) -> None:
     """Every element moves by `lr`, against the sign of the average.
 
     Formula: ``p ← p - lr·sign(m)``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def sm3_step(
-    p, lr, mom, sqr_mom, eps, grad_avg=None, max_0=None, max_1=None, max_2=None, max_3=None, max_4=None, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, eps: Any, grad_avg: Any = None, max_0: Any = None,
+    max_1: Any = None, max_2: Any = None, max_3: Any = None, max_4: Any = None, **kwargs: Any,
+) -> Any:  # fmt: skip
     """SM3-II: a step over the root of the least of the bounds that an element has, one along each dimension.
 
     Formula: ``v = minᵢ aᵢ + g²``, or with `sqr_mom` ``v = sqr_mom·minᵢ aᵢ + (1 - sqr_mom)·g²``; ``aᵢ ← max(v)`` over
@@ -52,13 +53,13 @@ def sm3_step(
     return new
 
 
-def highest_along(x, i):
+def highest_along(x: Any, i: Any) -> Any:
     """The maxima over all dimensions but the i-th, which stay, with length 1."""
     others = tuple(d for d in range(x.dim()) if d != i)
     return x.amax(dim=others, keepdim=True) if others else x
 
 
-def zero_bounds(x):
+def zero_bounds(x: Any) -> Any:
     """What the bounds are before the first step."""
     return [torch.zeros_like(highest_along(x, i)) for i in range(min(max(x.dim(), 1), 5))]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 
 def soap_step(
-    p, lr, mom, sqr_mom, gram_mom, eps, wd, frequency, most, step, precondition_1d=False, normalize_grads=False,
-    correct_bias=True, do_wd=True, grad_avg=None, sqr_avg=None, gram_0=None, gram_1=None, gram_2=None, gram_3=None,
-    gram_4=None, basis_0=None, basis_1=None, basis_2=None, basis_3=None, basis_4=None, **kwargs
-):  # fmt: skip
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, gram_mom: Any, eps: Any, wd: Any, frequency: Any, most: Any,
+    step: Any, precondition_1d: bool = False, normalize_grads: bool = False, correct_bias: bool = True,
+    do_wd: bool = True, grad_avg: Any = None, sqr_avg: Any = None, gram_0: Any = None, gram_1: Any = None,
+    gram_2: Any = None, gram_3: Any = None, gram_4: Any = None, basis_0: Any = None, basis_1: Any = None,
+    basis_2: Any = None, basis_3: Any = None, basis_4: Any = None, **kwargs: Any,
+) -> Any:  # fmt: skip
     """SOAP: Adam's step, made where the averages of the gradient's products with itself are about diagonal.
 
     Formula: for each side i ``Lᵢ ← β·Lᵢ + (1 - β)·G·Gᵀ``, G the gradient as a matrix of that side and all others, from

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def sophia_step(p, lr, rho, bs, grad_avg, hessian=None, **kwargs):
+def sophia_step(
+    p: Any, lr: Any, rho: Any, bs: Any, grad_avg: Any, hessian: Any = None, **kwargs: Any
+) -> dict[str, Any]:
     """Sophia: momentum over the diagonal of the Hessian, clipped to 1.
 
     Formula: ``p ← p - lr·sign(m)·min(|m| / (rho·bs·h + 1e-15), 1)``; h starts at zero, where every step is clipped.

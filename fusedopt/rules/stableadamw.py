@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def stable_adamw_step(p, lr, mom, sqr_mom, eps, wd, step, do_wd=True, grad_avg=None, sqr_avg=None, **kwargs):
+def stable_adamw_step(
+    p: Any, lr: Any, mom: Any, sqr_mom: Any, eps: Any, wd: Any, step: Any, do_wd: bool = True,
+    grad_avg: Any = None, sqr_avg: Any = None, **kwargs: Any,
+) -> dict[str, Any]:  # fmt: skip
     """StableAdamW: AdamW with a learning rate per tensor, divided by how much its gradients exceed what is expected.
 
     Formula: ``w = (1 - β) / (1 - β^t)`` for each β, `mom` and `sqr_mom`; ``m ← (1 - w₁)·m + w₁·g``;

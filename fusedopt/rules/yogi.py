@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from ..optimizer import AllOptions
 
 
-def average_sqr_yogi(p, sqr_mom, step, initial_accumulator_value, sqr_avg=None, **kwargs):
+def average_sqr_yogi(
+    p: Any, sqr_mom: Any, step: Any, initial_accumulator_value: Any, sqr_avg: Any = None, **kwargs: Any
+) -> dict[str, Any]:
     """A second moment that changes additively, so that it forgets large gradients slowly.
 
     Formula: ``v ← v - (1 - sqr_mom)·sign(v - g²)·g²``; v starts at `initial_accumulator_value`.

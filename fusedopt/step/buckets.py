@@ -158,7 +158,7 @@ class Buckets:
         drop_first(self.known, MAX_STRUCTURES)
         drop_first(self.verdicts.unfused, MAX_STRUCTURES)
 
-    def _shared_traces(self) -> dict[tuple, list[CompiledTrace]]:
+    def _shared_traces(self) -> dict[tuple[Any, ...], list[CompiledTrace]]:
         """Those of other engines with these callbacks; but what has a closure is not kept beyond its time."""
         key = (*map(identity, self.callbacks), *self._sources.found, *backends.ROWS.items())
         try:
@@ -213,7 +213,7 @@ class Buckets:
 
     def _sorted(self, todo: list[Item], work: bool = False) -> list[tuple[list[Item], Signature]]:
         """Items of one group with one signature, together."""
-        buckets: dict[tuple[int, tuple], list[Item]] = {}
+        buckets: dict[tuple[int, tuple[Any, ...]], list[Item]] = {}
         known: dict[Any, list[Item]] = {}
         for item in todo:
             alike = item.alike if not self.attributes else None
@@ -348,6 +348,6 @@ def drop_first(found: dict[Any, Any], most: int) -> None:
 @functools.lru_cache(maxsize=16)
 def known_traces(
     callbacks: tuple[Hashable, ...], backend: str, title: str, state_dtype: torch.dtype | None
-) -> dict[tuple, list[CompiledTrace]]:
+) -> dict[tuple[Any, ...], list[CompiledTrace]]:
     """Compiled traces, shared by all optimizers with these callbacks: a thousand small ones trace once."""
     return {}

@@ -16,7 +16,7 @@ import torch
 
 from ..trace.cuts import Externs, Function, Load, Number, Step
 from ..trace.externs import Call, Kept, Result, leaves, mapped
-from ..trace.methods import METHODS
+from ..trace.tensor import METHODS
 
 if TYPE_CHECKING:
     from .buckets import Bucket

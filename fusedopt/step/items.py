@@ -159,7 +159,7 @@ class Item:
         """What callbacks can see of it. ``work``: it is a work copy, whose dtypes are not the user's."""
         return Signature(*self.visible(attributes, work))
 
-    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
+    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple[Any, ...]:
         """The fields of its signature."""
         p, modes = self.param, self.modes
         state = [

@@ -141,7 +141,7 @@ def _in_groups(groups: Groups, plan: Bucket) -> Callable[[str], list[torch.Tenso
 
 def together(plans: list[Bucket]) -> list[list[Bucket]]:
     """The plans of each launch."""
-    found: dict[tuple, list[Bucket]] = {}
+    found: dict[tuple[Any, ...], list[Bucket]] = {}
     for plan in plans:
         found.setdefault((*plan.kernels, plan.trace.signature.device), []).append(plan)
     return list(found.values())

@@ -37,7 +37,9 @@ class AskedDtypes(TorchFunctionMode):
         self.compute = compute
         self.touched = False
 
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs, name = dict(kwargs or {}), func.__name__
         self.touched |= name in ("__set__", "__setitem__", "numpy") or name.removesuffix("__").endswith("_")
         self.touched |= "out" in kwargs
@@ -73,7 +75,7 @@ _SIZES: dict[Any, Callable[[torch.Tensor], int]] = {
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
 
 
-def _cast(func: Callable, args: Any, kwargs: Any) -> Any:
+def _cast(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A cast as the user's tensor would take it: to the dtype that it has there it is itself, to another it is new."""
     t, flags = args[0], [a for a in args[1:] if type(a) is bool]  # non_blocking and copy
     copy = kwargs.get("copy") or flags[1:] == [True]

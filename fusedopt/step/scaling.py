@@ -218,7 +218,7 @@ def coefficient() -> Program:
 
 
 def _verified(
-    graph: Graph, compute: torch.dtype, buffers: tuple, stores: dict[str, int], slots: int
+    graph: Graph, compute: torch.dtype, buffers: tuple[Any, ...], stores: dict[str, int], slots: int
 ) -> Program:
     program = Program(compute, buffers, tuple(graph.values), tuple(stores.items()), slots)
     verify(program)

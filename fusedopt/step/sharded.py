@@ -128,7 +128,7 @@ class Shard(Item):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((key, self.state[key]) for key, _ in self.whole.tensors())
 
-    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple:
+    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple[Any, ...]:
         return self.whole.visible(attributes, work)
 
     def lay_out(self, rows: bool = False) -> None:

@@ -63,11 +63,11 @@ class Verdicts:
         self.said: set[Any] = set() if said is None else said
         self._moved: set[int] | None = set()
 
-    def saved(self) -> tuple[dict, dict]:
+    def saved(self) -> tuple[dict[Any, Any], dict[Any, Any]]:
         """For `restore`, if a step raises: what raised may fuse once it no longer does."""
         return dict(self.unfused), dict(self.acts)
 
-    def restore(self, saved: tuple[dict, dict]) -> None:
+    def restore(self, saved: tuple[dict[Any, Any], dict[Any, Any]]) -> None:
         self.unfused, self.acts = saved
 
     # -- which, and in what order --

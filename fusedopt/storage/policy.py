@@ -90,6 +90,13 @@ def register(name: str, policy: Policy) -> None:
     for method in (policy.encode, policy.decode):
         if (verdict := examine(method)).level == ACTS:
             raise ValueError(f"a policy may only compute: {verdict.reason}")
+    some = torch.tensor([1.0, -0.375])
+    if not policy.rest and not policy.block and not torch.equal(policy.decode(some), some):
+        # Whether a tensor is encoded is seen by what is beside it.
+        raise ValueError(
+            "a policy that stores its code alone must decode it as it is. Remedy: have some of the number in `rest`, "
+            "or a scale for a `block`"
+        )
     POLICIES[name] = policy
 
 

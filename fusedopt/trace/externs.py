@@ -113,7 +113,7 @@ class Call(NamedTuple):
     """One call: torch's function, and arguments with references in place of tensors and numbers of the step."""
 
     function: Callable[..., Any]
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     where: str = ""
 
@@ -195,7 +195,7 @@ class Calls:
             return 0.5
         return torch.device("meta") if ref == self.device else ref
 
-    def record(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Result:
+    def record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
         """Another call. Raises what torch does for such arguments."""
         named = tuple(sorted(kwargs.items()))
         key = function, name_of(function), _key(args), _key(named)
@@ -269,7 +269,9 @@ class Calls:
         """``x.name``, of one for which it enters."""
         return getattr(enter(x), name)
 
-    def dispatch(self, run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def dispatch(
+        self, run: Run, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         return dispatch(run, function, args, kwargs)
 
     def cast(self, x: SymTensor, dtype: torch.dtype) -> ExternTensor:
@@ -315,7 +317,7 @@ class _NoEffects(TorchDispatchMode):
     """Raises Untraceable for what a recorded call must not do: draw random numbers, or write to what it is given."""
 
     def __init__(self, given: Any, name: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._name = name
         tensors = [x for x in leaves((given[0], tuple(given[1].values()))) if isinstance(x, torch.Tensor)]
         self._given = {x.untyped_storage()._cdata for x in tensors}
@@ -415,7 +417,9 @@ class ExternTensor:
         self.copy_(value)
 
     @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         run = next(x.run for x in leaves((args, tuple((kwargs or {}).values()))) if type(x) is ExternTensor)
         return dispatch(run, func, args, dict(kwargs or {}))
 
@@ -554,7 +558,7 @@ def fuses(name: str, args: Any) -> bool:
     )
 
 
-def dispatch(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def dispatch(run: Run, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call gives that extern tensors, or symbolic ones that are to enter, are arguments of."""
     try:
         return _dispatched(run, function, tuple(args), kwargs)
@@ -562,7 +566,7 @@ def dispatch(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[s
         raise Untraceable(f"torch.{name_of(function)}: {error}") from error
 
 
-def _dispatched(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _dispatched(run: Run, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name, out = name_of(function).removeprefix("linalg_"), kwargs.pop("out", None)
     if run.finished:
         raise Untraceable("a tensor kept from another call of a callback")
@@ -597,7 +601,7 @@ def _functional(base: str) -> Callable[..., Any]:
     return getattr(owner, base)
 
 
-def _filled(run: Run, base: str | None, args: tuple) -> Any:
+def _filled(run: Run, base: str | None, args: tuple[Any, ...]) -> Any:
     """What ``copy_``, ``zero_`` and ``fill_`` leave."""
     box = args[0]
     if base == "copy":
@@ -632,7 +636,7 @@ def is_lent(box: ExternTensor) -> bool:
     return any(places and calls.memory(calls.meta(ref)) == mine for ref, places in box.run.lent.items())
 
 
-def _cast(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _cast(run: Run, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A cast as the user's tensor would take it: to the dtype that it has there it is itself."""
     x = args[0]
     calls = calls_of(run)
@@ -654,7 +658,7 @@ def mapped_dict(kwargs: dict[str, Any], f: Callable[[Any], Any]) -> dict[str, An
     return {k: mapped(v, f) for k, v in kwargs.items()}
 
 
-def _recorded(run: Run, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _recorded(run: Run, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     calls, factors = calls_of(run), name_of(function).strip("_").removesuffix("_") in _SCALED
     given = [x for x in leaves((args, tuple(kwargs.values()))) if type(x) is ExternTensor]
     floating = all(x.meta.dtype.is_floating_point for x in given)

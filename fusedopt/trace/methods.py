@@ -408,7 +408,7 @@ def _max_min(pair: str, whole: str) -> Callable[..., Any]:
     return method
 
 
-class Extreme(tuple):
+class Extreme(tuple[Any, ...]):
     """What ``max(dim)`` gives: values, and where they are, which no kernel says."""
 
     values = property(operator.itemgetter(0))

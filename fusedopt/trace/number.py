@@ -102,12 +102,12 @@ class ScalarProgram:
     """
 
     def __init__(self) -> None:
-        self.entries: list[tuple] = []
+        self.entries: list[tuple[Any, ...]] = []
         self.values: list[Scalar] = []
         self.guards: list[Guard] = []
-        self._known: dict[tuple, int] = {}
+        self._known: dict[tuple[Any, ...], int] = {}
 
-    def entry(self, key: tuple, value: Scalar) -> int:
+    def entry(self, key: tuple[Any, ...], value: Scalar) -> int:
         index = self._known.get(key)
         if index is None:
             index = self._known[key] = len(self.entries)
@@ -119,7 +119,7 @@ class ScalarProgram:
         """The entry of a constant. Its text tells zeros of both signs apart, which are equal."""
         return self.entry(("const", type(value).__name__, repr(value), value), value)
 
-    def number(self, key: tuple, value: Scalar) -> Number:
+    def number(self, key: tuple[Any, ...], value: Scalar) -> Number:
         return Number(self, self.entry(key, value), value)
 
     def guard(self, index: int, value: Scalar | bool, where: str = "") -> None:
@@ -249,7 +249,9 @@ class Number:
         return getattr(ufunc, method)(*map(leave, args), **kwargs)
 
     @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return func(*map(leave, args), **{k: leave(v) for k, v in (kwargs or {}).items()})
 
 

@@ -262,7 +262,7 @@ class _Examination:
     def at_least(self, level: Level) -> None:
         self.level = max(self.level, level)
 
-    def bound_by(self, callback: functools.partial) -> None:
+    def bound_by(self, callback: functools.partial[Any]) -> None:
         for value in (*callback.args, *callback.keywords.values()):
             self._bound(value, f"{_called(callback.func)} is bound to")
 

@@ -65,7 +65,7 @@ class Replay:
         self.guards = [(at[g.index], g.value) for g in scalars.guards]
         self.function = self._compiled()
 
-    def _instruction(self, i: int, at: dict[int, int]) -> tuple:
+    def _instruction(self, i: int, at: dict[int, int]) -> tuple[Any, ...]:
         scalars = self.trace.scalars
         op, *operands = entry = scalars.entries[i]
         if op in ARITHMETIC:
@@ -88,7 +88,7 @@ class Replay:
         lines.append(f"    return ({parts[0]}), ({parts[1]}), ({parts[2]})")
         return "\n".join(lines)
 
-    def _compiled(self) -> Callable[..., tuple]:
+    def _compiled(self) -> Callable[..., tuple[Any, ...]]:
         values = {i: operands[0] for i, (op, *operands) in enumerate(self.instructions) if op == "value"}
         namespace: dict[str, Any] = {**ARITHMETIC, "pow": _power, "copysign": math.copysign, "values": values}
         namespace |= {"inf": math.inf, "nan": math.nan}  # as guards spell them

@@ -149,7 +149,7 @@ class Pass:
         self.calls = calls
         self.stand_ins = list(map(StandIns().callback, callbacks))
         self.graph, self.scalars = graph, scalars
-        self.lists: dict[str, tuple[list, tuple]] = {}
+        self.lists: dict[str, tuple[list[Any], tuple[Any, ...]]] = {}
         self.hyper = {k: self._hyper(k, v) for k, v in hyper.items()}
         self.moved: set[int] = set()
         self.totals: dict[Any, Cell] = {}
@@ -243,7 +243,7 @@ class Pass:
                 ):
                     raise Untraceable(f"the state {key!r} changes its shape")
 
-    def _number(self, key: tuple, value: Any) -> Any:
+    def _number(self, key: tuple[Any, ...], value: Any) -> Any:
         if type(value) in (int, float):
             return self.scalars.number(key, value)
         if type(value) not in (tuple, list):

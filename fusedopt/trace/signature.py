@@ -166,14 +166,14 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def structure_of(signature: Signature) -> tuple:
+def structure_of(signature: Signature) -> tuple[Any, ...]:
     """The signature without its numbers' values, and without whether it is a work copy."""
     state = tuple((k, type(v) if type(v) in (int, float, Opaque) else v) for k, v in signature.state)
     s = signature
     return s.device, s.param, s.grad, state, s.attributes, s.zero_dim, s.modes
 
 
-def static_of(hyper: dict[str, Any]) -> tuple:
+def static_of(hyper: dict[str, Any]) -> tuple[Any, ...]:
     """The hyperparameters without their numbers' values: names, types, flags, and how many numbers a tuple has."""
     return tuple((k, _shape_of(v)) for k, v in hyper.items())
 

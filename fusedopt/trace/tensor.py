@@ -147,7 +147,9 @@ class SymTensor:
         self.__dict__["place"] = self._replacement(value).place
 
     @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name, kwargs = getattr(func, "__name__", str(func)), dict(kwargs or {})
         run = next(x.run for x in _arguments(args, kwargs) if isinstance(x, SymTensor))
         base = name.removeprefix("linalg_")

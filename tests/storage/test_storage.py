@@ -426,6 +426,25 @@ class Printing(policy.Policy):
         return code
 
 
+def test_a_code_alone_that_means_other_numbers_is_refused(monkeypatch):
+    """It would be handed to rules as it is: nothing beside it says that it is encoded."""
+    monkeypatch.setattr(policy, "POLICIES", dict(POLICIES))
+
+    class Scaled(policy.Policy):
+        code = torch.float16
+
+        def encode(self, x, noise):
+            return x * 1024.0
+
+        def decode(self, code, *rest):
+            return code / 1024.0
+
+    with pytest.raises(
+        ValueError, match=r"its code alone must decode it as it is\. Remedy: .*`rest`.*`block`"
+    ):
+        policy.register("scaled", Scaled())
+
+
 def test_a_policy_that_does_more_than_compute_is_refused():
     with pytest.raises(ValueError, match=r"a policy may only compute: .*print"):
         policy.register("printing", Printing())

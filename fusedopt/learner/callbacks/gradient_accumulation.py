@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..batches import batch_size
 from ..callback import Callback
 from ..events import CancelBatchException
-from ..metrics import batch_size
 from .mixed_precision import MixedPrecision
 
 
