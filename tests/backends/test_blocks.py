@@ -101,6 +101,14 @@ def scaled(g, x):
     return {"param": new_param, "m": g.op("div", new, largest), "scale": largest, "size": count}
 
 
+def drawn(g, x):
+    """Noise, less the largest of each line, and the mean of each column of that: drawn again wherever it is needed."""
+    noise = g.op("normal", g.leaf("slot", 0, type="d"), g.leaf("const", 3.0, type="d"), to=1)
+    noisy = g.op("add", x["grad"], noise)
+    less = g.op("sub", noisy, g.op("amax", noisy, to=g.axes[:-1]))
+    return {"param": g.op("sub", x["param"], less), "col": g.op("mean", less, to=g.axes[-1])}
+
+
 PROGRAMS = {
     "in blocks": (build(2, scaled, line_length=64, param="F", grad="F", m="F", scale="0", size="S"), LINES),
     "factored matrix": (build(2, factored, param="F", grad="F", row="0", col="1"), 2),
@@ -115,6 +123,8 @@ PROGRAMS = {
     "numbers of rows": (build(2, scalars_of_rows, param="F", grad="F", col="1", size="S"), 2),
     "columns of centred": (build(2, columns_of_centred, param="F", grad="F", col="1"), 2),
     "columns of centred, of three axes": (build(3, columns_of_centred, param="F", grad="F", col="2"), 3),
+    "drawn": (build(2, drawn, param="F", grad="F", col="1"), 2),
+    "drawn, of three axes": (build(3, drawn, param="F", grad="F", col="2"), 3),
     "double": (build(2, factored, torch.float64, param="F", grad="F", row="0", col="1"), 2),
     "half": (build(2, by_rows, torch.float32, param="F", grad="F", v="0"), 2),
 }

@@ -174,8 +174,6 @@ def test_step_counts_may_be_tensors(backend, capturable):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_with_sums_along_rows_and_over_all_parameters(backend):
     """A kernel with several axes, and rounds before it, which draw the same numbers again."""
-    if backend == "triton":
-        pytest.skip("Triton kernels have no random numbers beside rows and columns")
 
     def scaled(p, seed=1, step=0, **kwargs):
         x = fusedopt.normal(p, seed=seed, step=step)

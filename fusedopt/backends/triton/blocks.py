@@ -20,9 +20,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ...ir.ops import ELEMENT, TENSOR, Reduction, axes_of, is_reduction, reduction
+from ...ir.ops import DRAWS, ELEMENT, TENSOR, Reduction, axes_of, is_reduction, reduction
 from ...ir.program import Program, Value
 from ...ir.stages import Between, Nest, Split, Stage, regions, schedule
+from ..base import place_word
 from ..body import element_op
 from .body import POINTERS, Body, function, indent
 
@@ -127,6 +128,7 @@ class Blocks(Body):
             "begin = tl.load(piece + 1)",
             "end = tl.load(piece + 2)",
             *self._lengths(),
+            *([f"which = tl.load(row + {place_word(self.program)})"] if self._draws(stage) else []),
             *self._given(stage.values),
             *self._prologue(stage),
             *(
@@ -427,9 +429,10 @@ class Blocks(Body):
 
     def _kinds(self, values: Iterable[int], stores: Iterable[tuple[str, int]], inner: bool) -> set[str]:
         """The kinds of what is read or written in the loop inside, or in the one outside alone."""
-        lying = {v.kind for i in values if self._lies(i, v := self.program.values[i])}
-        found = lying | {self.program.buffer[n].kind for n, _ in stores}
-        return {k for k in found - {TENSOR} if self._fixed_kind(k) != inner}
+        found = [(i, self.program.values[i]) for i in values]
+        lying = {v.kind for i, v in found if v.op in DRAWS or self._lies(i, v)}
+        lying |= {self.program.buffer[n].kind for n, _ in stores}
+        return {k for k in lying - {TENSOR} if self._fixed_kind(k) != inner}
 
     def _fixed(self, fixed: Sequence[int], done: set[int]) -> list[str]:
         """What is one number for all of the loop inside, as far as the sums along lines that it needs are there."""
@@ -486,7 +489,7 @@ class Blocks(Body):
     @property
     def _width(self) -> str:
         found = schedule(self.program).results
-        return f"(HEAD + {len(self.program.buffers) + self.program.axes + len(found)})"
+        return f"(HEAD + {len(self.program.buffers) + self.program.axes + len(found) + self.program.draws})"
 
     @property
     def _chunk_words(self) -> int:
@@ -571,6 +574,11 @@ class Blocks(Body):
             return f"load_tile(a{self.buffer_index[v.attr]}, {o}, {mask})"
         return f"(tl.load({self._q(i)} + {o}, mask={mask}, other=0){self._scale(v)}).to(T)"
 
+    def _expression(self, v: Value) -> str:
+        if v.op in DRAWS:
+            return f"{v.op}({', '.join(self.arguments(v))}, {v.attr}, which, at).to(T)"
+        return super()._expression(v)
+
     def _scale(self, v: Value) -> str:
         """What makes an average of a sum."""
         if not is_reduction(v.op) or not reduction(v.op).averaged:
@@ -593,7 +601,7 @@ class Blocks(Body):
     def arguments(self, v: Value) -> list[str]:
         """Masks that meet in a tile are tiles."""
         texts = super(Body, self).arguments(v)
-        if v.kind == TENSOR or element_op(v).types != "bb>b":
+        if v.kind == TENSOR or v.op in DRAWS or element_op(v).types != "bb>b":
             return texts
         tile = " + ".join(side.name for side in self.now.sides)
         kinds = [self.program.values[i].kind for i in v.args]
