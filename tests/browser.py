@@ -113,6 +113,7 @@ class Browser:
 
     def picture(self, file: Path) -> None:
         """Write what is seen to a PNG."""
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(base64.b64decode(self("Page.captureScreenshot", format="png")["data"]))
 
 
