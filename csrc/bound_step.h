@@ -544,7 +544,7 @@ class BoundStep {
     if (!strided(param, row.keys) || negative(param) || scalar_type(param) != bucket.param ||
         (!as_it_was && (!equal(param.sizes(), row.sizes) || !param.is_non_overlapping_and_dense())))
       return "it is of another dtype or shape, or not dense in memory";
-    if (bucket.looked_at && (!equal(param.strides(), row.strides) ||
+    if (bucket.looked_at && (!equal(tensor(row.param).strides(), row.strides) ||
                              tensor(row.param).requires_grad() != row.requires_grad))
       return "an attribute that callbacks ask for may have changed";
     if (const char* why = take(run, row, param_found, param, bucket.param_column, bucket.param_written))
@@ -753,6 +753,8 @@ class BoundStep {
       if (!part)
         return "its gradient is spread in another way, or still on its way";
       mine = *part;
+      if (buckets_[row.bucket].grad_written)
+        wrappers_.push_back(grad.unsafeGetTensorImpl());
     }
     return check_tensors(row, *param, mine, [&](PyObject* value) -> const at::Tensor* {
       if (own_memory(value))

@@ -1,4 +1,8 @@
-"""A trace against the class itself: one step of a few parameters, on copies of them, by both."""
+"""A trace against the class itself: one step of a few parameters, on copies of them, by both.
+
+Of DTensors the class steps DTensors, and what is here of them is compared. Traces of these look at single elements, so
+nothing is exchanged for that.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from ..ir.program import Program, interpret
 from ..step import externs
 from ..step.items import Item
+from ..step.sharded import here
 from ..trace.signals import Untraceable
 from ..trace.totals import SUM, TOTAL, Total
 from ..trace.tracer import Trace
@@ -123,7 +128,7 @@ def _given(item: Item, program: Program, totals: dict[str, torch.Tensor]) -> dic
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
     buffers |= totals
     given = {n: buffers.get(n, torch.ones(())) for n, _ in program.buffers} | {"param": item.param}
-    return {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    return {k: here(v).detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
 
 
 class Sample:
@@ -166,11 +171,12 @@ def _interpreted(
     trace: Trace, program: Program, item: Item, buffers: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """What a program of the trace leaves; it sees dimensions in the order of memory."""
-    order, lengths = [d for group in trace.axes for d in group], trace.lengths(item.param.shape)
+    shape = here(item.param).shape
+    order, lengths = [d for group in trace.axes for d in group], trace.lengths(shape)
     if order == sorted(order):
         return interpret(program, buffers, trace.slot_values(), lengths)
-    order += [d for d in range(item.param.dim()) if d not in order]  # those of length 1
-    turned = {n: t.permute(order) if t.shape == item.param.shape else t for n, t in buffers.items()}
+    order += [d for d in range(len(shape)) if d not in order]  # those of length 1
+    turned = {n: t.permute(order) if t.shape == shape else t for n, t in buffers.items()}
     found = interpret(program, turned, trace.slot_values(), lengths)
     back = [order.index(d) for d in range(len(order))]
     return {n: t.permute(back) if turned[n] is not buffers[n] else t for n, t in found.items()}
@@ -202,9 +208,7 @@ def _apart(
         if not isinstance(value, torch.Tensor) or name.removeprefix("state.") in numbers:
             continue
         now = ours.get(name, before)
-        if now is None or not _close(
-            now, value.cpu(), before.detach().cpu() if name == "param" else None, close
-        ):
+        if now is None or not _close(now, value, before if name == "param" else None, close):
             return f"{name} of a parameter of shape {tuple(item.param.shape)}"
     for key, value in numbers.items():
         if isinstance(held := state[key], torch.Tensor):  # by the host, in this precision
@@ -220,7 +224,7 @@ def _closeness(values: list[Any]) -> float:
 
 
 def _close(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor | None, close: float) -> bool:
-    a, b = a.detach().cpu().double(), b.double()
+    a, b = _wide(a), _wide(b)
     if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
         return False
     finite = torch.isfinite(b)
@@ -228,8 +232,12 @@ def _close(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor | None, close: 
     if not b.numel() or torch.equal(a, b):
         return True
     largest = float(b.abs().max())
-    moved = largest if start is None else float((b - start.double()[finite]).abs().max())
+    moved = largest if start is None else float((b - _wide(start)[finite]).abs().max())
     return float((a - b).abs().max()) <= 10 * close * moved + close * 1e-2 * largest
+
+
+def _wide(t: torch.Tensor) -> torch.Tensor:
+    return here(t.detach()).cpu().double()
 
 
 def _same_number(a: Any, b: Any) -> bool:
