@@ -239,7 +239,7 @@ def _strangely_spread(p: Any, grad: Any, state: dict[str, Any]) -> str:
         return "is no DTensor, and its gradient or state is" if any(map(is_dtensor, [grad, *tensors])) else ""
     if any(placement.is_partial() for placement in p.placements):
         return "is a DTensor whose elements are still to be summed"
-    for name, one in [("gradient", grad), *(("state", t) for t in tensors)]:
+    for name, one in [("a gradient", grad), *(("state", t) for t in tensors)]:
         if not is_dtensor(one) or one.shape != p.shape:
             return f"is a DTensor, and has {name} that is none of its shape"
         if (one.device_mesh, one.placements) != (p.device_mesh, p.placements):
@@ -317,8 +317,8 @@ class StepBuckets(Buckets):
                 raise Untraceable("the state holds other things than tensors, numbers and flags")
         self.traces_made += 1
         self.known_kinds = bool(known)
-        whole = [([*map(sharded.unfused, items)], signature) for items, signature in buckets]
-        step = trace_step(opt, whole, self.closure, self.options, self._name)
+        seen = [([*map(sharded.unfused, items)], signature) for items, signature in buckets]
+        step = trace_step(opt, seen, self.closure, self.options, self._name)
         if not any(trace.program.stores for trace in step.traces):
             raise Untraceable("the step changes no parameter and no tensor of its state")
         for (items, _), trace in zip(buckets, step.traces, strict=True):
@@ -326,11 +326,18 @@ class StepBuckets(Buckets):
                 raise Untraceable(
                     "gradients, which the step writes to, are in another layout than their parameters"
                 )
-            if any(map(sharded.is_shard, items)) and (why := _beyond_elements(trace)):
-                raise Untraceable(f"{why} of a tensor that is spread over processes")
+            if any(map(sharded.is_shard, items)) and (looks := _beyond_parts(trace)):
+                raise Untraceable(f"{looks} of a tensor that is spread over processes")
+        compiled = [self._compiled(trace) for trace in step.traces]
+        for (items, _), one in zip(buckets, compiled, strict=True):
+            whole = any(map(sharded.looks_at_all, [one.trace.program, *one.trace.rounds]))
+            if any(not item.fuses(one.backend, whole=whole) for item in items):
+                raise Untraceable(
+                    "the step takes a norm, a sum or a mean of a tensor that is spread over processes, which the "
+                    f"{one.backend.name} backend does not exchange"
+                )
         if self.options.check and (why := difference(opt, step, self.options)):
             raise Untraceable(f"what kernels would do differs from what the step does: {why}")
-        compiled = [self._compiled(trace) for trace in step.traces]
         known[:] = [*known[-MAX_KNOWN:], (step.host, compiled)]
         if why := self.changed(step.host):
             raise Untraceable(f"the step cannot be repeated: {why}")
@@ -383,15 +390,11 @@ def _writes_elsewhere(trace: Trace, items: list[Item]) -> bool:
     return writes and not all(same_layout(item.grad, item.param) for item in items)
 
 
-def _beyond_elements(trace: Trace) -> str:
-    """What it looks at besides single elements."""
+def _beyond_parts(trace: Trace) -> str:
+    """What a step looks at that processes do not exchange."""
     if trace.externs is not None:
         return "torch is called with all"
-    if trace.signature.dims is not None:
-        return "the step looks at rows and columns"
-    if any(map(sharded.looks_at_all, [trace.program, *trace.rounds])):
-        return "the step takes a norm, a sum or a mean"
-    return ""
+    return "the step looks at rows or columns" if trace.signature.dims is not None else ""
 
 
 def _key(items: list[Item], signature: Signature) -> tuple[Any, ...]:

@@ -1,11 +1,12 @@
 """A trace against the class itself: one step of a few parameters, on copies of them, by both.
 
-Of DTensors the class steps DTensors, and what is here of them is compared. Traces of these look at single elements, so
-nothing is exchanged for that.
+Of DTensors the class steps DTensors. What is here of these is compared, or, as all processes must find the same where
+they exchange what kernels reduce, all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from ..ir.program import Program, interpret
 from ..step import externs
 from ..step.items import Item
-from ..step.sharded import here
+from ..step.sharded import gathered, here, is_dtensor, looks_at_all
 from ..trace.signals import Untraceable
 from ..trace.totals import SUM, TOTAL, Total
 from ..trace.tracer import Trace
@@ -24,6 +25,10 @@ from .tracing import Options, StepTrace, plain_function
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far results may be apart, relative to the largest, by the lowest precision among the tensors of a step: a class
 rounds after every operation, kernels once."""
+
+
+View = Callable[[torch.Tensor], torch.Tensor]
+"""What is looked at of a tensor, which may be a DTensor."""
 
 
 class Copies:
@@ -59,23 +64,49 @@ class Copies:
             return value
         return self.tensors.setdefault(id(value), value.detach().clone())
 
-    def of(self, p: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    def of(self, p: torch.Tensor, view: View) -> tuple[torch.Tensor, dict[str, Any]]:
         """The copy of a parameter, and its state by name."""
-        return self.tensors[id(p)], values_of(self._states.get(id(p), {}))
+        copy, state = self.tensors[id(p)], values_of(self._states.get(id(p), {}))
+        if not is_dtensor(copy):
+            return copy, state
+        seen = view(copy.detach())
+        seen.grad = view(copy.grad)
+        return seen, _viewed(state, view)
 
 
 def difference(opt: torch.optim.Optimizer, step: StepTrace, options: Options) -> str | None:
     """What a trace does otherwise than the class's own step, to copies of the parameters it was traced with."""
-    examples = [example for bucket in step.examples for example in bucket]
+    view = view_of([program for trace in step.traces for program in (trace.program, *trace.rounds)])
+    seen = [[(_seen(item, view), trace) for item, trace in bucket] for bucket in step.examples]
+    examples = [example for bucket in seen for example in bucket]
     copies = Copies(opt, [item.owner for item, _ in examples], step.closure)
     totals = _totals([each for each in examples if each[1].externs is None])
-    for bucket in step.examples:
+    for bucket in seen:
         called = _Called(bucket) if bucket[0][1].externs is not None else None
         for k, (item, trace) in enumerate(bucket):
             given, new = (totals, {}) if called is None else called.of(k)
-            if why := _apart(item, trace, *copies.of(item.owner), options.write_grads, given, new):
+            if why := _apart(item, trace, *copies.of(item.owner, view), options.write_grads, given, new):
                 return why
     return step.host.differs(vars(opt), vars(copies.shadow.opt), lambda k: totals[str(Total(0, k))].item())
+
+
+def view_of(programs: list[Program]) -> View:
+    """What has to be looked at of a step of these programs."""
+    return gathered if any(map(looks_at_all, programs)) else here
+
+
+def _viewed(state: dict[str, Any], view: View) -> dict[str, Any]:
+    return {k: view(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
+
+def _seen(item: Item, view: View) -> Item:
+    """An item of what is looked at."""
+    if not is_dtensor(item.param):
+        return item
+    param, grad, state = view(item.param.detach()), view(item.grad), _viewed(item.state, view)
+    out = Item(param, grad, state, item.where, item.hyper, item.modes)
+    out.owner = item.owner
+    return out
 
 
 class _Called:
@@ -128,7 +159,7 @@ def _given(item: Item, program: Program, totals: dict[str, torch.Tensor]) -> dic
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
     buffers |= totals
     given = {n: buffers.get(n, torch.ones(())) for n, _ in program.buffers} | {"param": item.param}
-    return {k: here(v).detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    return {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
 
 
 class Sample:
@@ -144,13 +175,15 @@ class Sample:
         self.starts = [p.detach().clone() for p in self.params]
         self.copies = Copies(opt, self.params, closure)
 
-    def difference(self, opt: torch.optim.Optimizer) -> str | None:
+    def difference(self, opt: torch.optim.Optimizer, programs: list[Program]) -> str | None:
+        """What the step of these programs did otherwise."""
+        view = view_of(programs)
         for p, start in zip(self.params, self.starts, strict=True):
-            copy, state = self.copies.of(p)
+            copy, state = self.copies.of(p, view)
             close = _closeness([p, p.grad, *state.values()])
-            if not _close(p, copy.detach(), start, close):
+            if not _close(view(p.detach()), copy.detach(), view(start), close):
                 return f"a parameter of shape {tuple(p.shape)}"
-            real = values_of(whole_of(stores_of(opt), p) or {})
+            real = _viewed(values_of(whole_of(stores_of(opt), p) or {}), view)
             for key, value in state.items():
                 ours: Any = real.get(key)
                 same = (
@@ -171,12 +204,11 @@ def _interpreted(
     trace: Trace, program: Program, item: Item, buffers: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """What a program of the trace leaves; it sees dimensions in the order of memory."""
-    shape = here(item.param).shape
-    order, lengths = [d for group in trace.axes for d in group], trace.lengths(shape)
+    order, lengths = [d for group in trace.axes for d in group], trace.lengths(item.param.shape)
     if order == sorted(order):
         return interpret(program, buffers, trace.slot_values(), lengths)
-    order += [d for d in range(len(shape)) if d not in order]  # those of length 1
-    turned = {n: t.permute(order) if t.shape == shape else t for n, t in buffers.items()}
+    order += [d for d in range(item.param.dim()) if d not in order]  # those of length 1
+    turned = {n: t.permute(order) if t.shape == item.param.shape else t for n, t in buffers.items()}
     found = interpret(program, turned, trace.slot_values(), lengths)
     back = [order.index(d) for d in range(len(order))]
     return {n: t.permute(back) if turned[n] is not buffers[n] else t for n, t in found.items()}
@@ -208,7 +240,9 @@ def _apart(
         if not isinstance(value, torch.Tensor) or name.removeprefix("state.") in numbers:
             continue
         now = ours.get(name, before)
-        if now is None or not _close(now, value, before if name == "param" else None, close):
+        if now is None or not _close(
+            now, value.cpu(), before.detach().cpu() if name == "param" else None, close
+        ):
             return f"{name} of a parameter of shape {tuple(item.param.shape)}"
     for key, value in numbers.items():
         if isinstance(held := state[key], torch.Tensor):  # by the host, in this precision
@@ -224,7 +258,7 @@ def _closeness(values: list[Any]) -> float:
 
 
 def _close(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor | None, close: float) -> bool:
-    a, b = _wide(a), _wide(b)
+    a, b = a.detach().cpu().double(), b.double()
     if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
         return False
     finite = torch.isfinite(b)
@@ -232,12 +266,8 @@ def _close(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor | None, close: 
     if not b.numel() or torch.equal(a, b):
         return True
     largest = float(b.abs().max())
-    moved = largest if start is None else float((b - _wide(start)[finite]).abs().max())
+    moved = largest if start is None else float((b - start.double()[finite]).abs().max())
     return float((a - b).abs().max()) <= 10 * close * moved + close * 1e-2 * largest
-
-
-def _wide(t: torch.Tensor) -> torch.Tensor:
-    return here(t.detach()).cpu().double()
 
 
 def _same_number(a: Any, b: Any) -> bool:

@@ -101,6 +101,12 @@ def here(t: torch.Tensor) -> torch.Tensor:
     return local_of(t) if is_dtensor(t) else t
 
 
+def gathered(t: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, from all processes that it is spread over."""
+    whole: Any = t
+    return whole.full_tensor() if is_dtensor(t) else t
+
+
 def unfused(item: Item) -> Item:
     """The item to step eagerly in its place."""
     if isinstance(item, Shard):
