@@ -10,7 +10,10 @@ import torch
 from distributed_workers import MODES, full, is_sharded, mesh_of, sharded_and_whole, train
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fusedopt
 from fusedopt import backends
@@ -235,6 +238,67 @@ def any_placement_is_stepped_and_repeated(what):
     assert_same_training([*ps, p], [*qs, q], opt, twin)
     assert opt.explain().eager == ()
     assert opt._fusedopt.engine.steps.repeated >= 3, opt._fusedopt.engine.steps
+
+
+@check("Lion", "AdamW", "Normed")
+def tensor_parallel_layers_under_fully_shard_step_like_the_whole_model(name):
+    for shape in ((2, 1), (1, 2)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+        whole = workers.model(width=6)
+        sharded = copy.deepcopy(whole)
+        parallelize_module(sharded, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(sharded, mesh=mesh["data"])
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        make = (MAKE | REDUCING)[name]
+        opt, twin = fusedopt.fuse(make(sharded.parameters())), make(whole.parameters())
+        train(sharded, whole, opt, twin, 6)
+        assert_same_training(sharded.parameters(), whole.parameters(), opt, twin)
+        assert opt.explain().eager == ()
+
+
+@check()
+def one_group_may_have_parameters_of_both_kinds():
+    """Of one shape each, with norms: those that are spread are other kinds of parameters."""
+    mesh = mesh_of("two")
+    p, q = (nn.Parameter(torch.arange(6.0).view(3, 2)) for _ in range(2))
+    spread = nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)]))
+    plain, twin = nn.Parameter(p.detach().clone()), nn.Parameter(p.detach().clone())
+    make = REDUCING["Normed"]
+    opt, other = fusedopt.fuse(make([spread, plain])), make([q, twin])
+    for t in range(5):
+        q.grad, twin.grad = torch.full((3, 2), 0.3 * t + 0.1), torch.full((3, 2), 0.05 * t + 0.01)
+        spread.grad, plain.grad = distribute_tensor(q.grad, mesh, [Shard(0)]), twin.grad.clone()
+        opt.step(), other.step()
+    assert_same_training([spread, plain], [q, twin], opt, other)
+    assert opt.explain().eager == ()
+
+
+@check(torch.float64, torch.bfloat16)
+def other_dtypes_step_like_the_whole_model(dtype):
+    sharded, whole = sharded_and_whole("two", dtype)
+    opt, twin = fusedopt.fuse(MAKE["AdamW"](sharded.parameters())), MAKE["AdamW"](whole.parameters())
+    train(sharded, whole, opt, twin, 5)
+    close = {torch.float64: (1e-12, 1e-12), torch.bfloat16: (0.02, 0.01)}[dtype]
+    for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(full(p.detach()), q.detach(), rtol=close[0], atol=close[1])
+    assert_fused(opt)
+
+
+@check()
+def a_shard_may_have_many_chunks():
+    torch.set_num_threads(2)
+    mesh, values = mesh_of("two"), [torch.ones(300_001), torch.ones(3)]
+    params = workers.placed(values, mesh, [Shard(0)])
+    twins = [nn.Parameter(v.clone()) for v in values]
+    opt, twin = fusedopt.fuse(REDUCING["Together"](params)), REDUCING["Together"](twins)
+    for t in range(4):
+        for p, q in zip(params, twins, strict=True):
+            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(t))
+            p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+        opt.step(), twin.step()
+    torch.set_num_threads(1)
+    assert_same_training(params, twins, opt, twin)
+    assert opt.explain().eager == ()
 
 
 @check("two", "hybrid")
