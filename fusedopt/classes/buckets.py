@@ -394,7 +394,8 @@ def _beyond_parts(trace: Trace) -> str:
     """What a step looks at that processes do not exchange."""
     if trace.externs is not None:
         return "torch is called with all"
-    return "the step looks at rows or columns" if trace.signature.dims is not None else ""
+    along = any(program.axes > 1 for program in (trace.program, *trace.rounds))
+    return "the step looks at rows or columns" if along else ""
 
 
 def _key(items: list[Item], signature: Signature) -> tuple[Any, ...]:

@@ -116,9 +116,40 @@ MAKE = {
     "Adagrad": partial(torch.optim.Adagrad, lr=0.1),
     "Adamax": partial(torch.optim.Adamax, lr=0.1),
     "ASGD": partial(torch.optim.ASGD, lr=0.1),
+    "Viewed": lambda ps: Viewed(ps, dict(lr=0.1)),
     "Adan": partial(pytorch_optimizer.Adan, lr=0.1, foreach=False),
     "AdaBelief": partial(pytorch_optimizer.AdaBelief, lr=0.1),
 }
+
+
+class Viewed(torch.optim.Optimizer):
+    """By views of another shape."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if not state:
+                        state["avg"] = torch.zeros_like(p)
+                    state["avg"].mul_(0.9).add_(p.grad)
+                    p.unsqueeze(0).sub_(state["avg"].unsqueeze(0) * 2, alpha=group["lr"])
+
+
+class Counted(torch.optim.Optimizer):
+    """Its count is a DTensor, the same on all processes."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if not state:
+                        state["step"] = p.new_zeros(())
+                    state["step"] += 1
+                    p.sub_(p.grad / state["step"], alpha=group["lr"])
 
 
 REDUCING = {
@@ -362,22 +393,32 @@ def norms_are_of_whole_tensors(kind_and_name):
     assert repeated(opt) >= 4, opt.explain().steps
 
 
-@check("a backend that exchanges nothing", "rows")
+UNFUSED = {
+    "rows": (lambda ps: Rows(ps, dict(lr=0.1)), "rows or columns of a tensor that is spread over processes"),
+    "count": (lambda ps: Counted(ps, dict(lr=0.1)), "has state that is none of its shape"),
+    "exchanges nothing": (
+        REDUCING["Normed"],
+        "a norm, a sum or a mean of a tensor that is spread over processes",
+    ),
+}
+
+
+@check(*UNFUSED)
 def what_has_no_parts_is_the_classs_own_which_is_said_once(what):
     row = backends.ROWS["cpp"]
-    if what != "rows":
+    make, reason = UNFUSED[what]
+    if what == "exchanges nothing":
         backends.register("cpp", workers.Apart, "cpu", tried=True)
     try:
-        make = REDUCING["Normed"] if what != "rows" else lambda ps: Rows(ps, dict(lr=0.1))
         sharded, whole, opt, twin = both(make)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             train(sharded, whole, opt, twin, 6)
-        reason = "rows or columns" if what == "rows" else "a norm, a sum or a mean"
         found = [str(w.message) for w in said]
-        assert len(found) == 1 and f"{reason} of a tensor that is spread over processes" in found[0], found
+        assert len(found) == 1 and reason in found[0], found
         assert opt.explain().launches == 0
-        assert_same_training(sharded.parameters(), whole.parameters(), opt, twin)
+        for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+            assert_close(full(p.detach()), q.detach())
         sharded, whole, opt, twin = both(MAKE["AdamW"])
         train(sharded, whole, opt, twin, 6)
         assert_same_training(sharded.parameters(), whole.parameters(), opt, twin)
