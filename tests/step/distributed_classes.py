@@ -1,5 +1,6 @@
 """What test_distributed_classes.py runs in two processes: classes that `fusedopt.fuse` has got, of DTensors."""
 
+import contextlib
 import copy
 import warnings
 from functools import partial
@@ -188,6 +189,17 @@ def assert_fused(opt, launches=(1, 2)):
     assert (explained.backend, explained.eager) == ("cpp", ()) and explained.launches in launches, explained
 
 
+@contextlib.contextmanager
+def exchanging_nothing():
+    """With a backend whose stages exchange nothing, as those for GPUs."""
+    row = backends.ROWS["cpp"]
+    backends.register("cpp", workers.Apart, "cpu", tried=True)
+    try:
+        yield
+    finally:
+        backends.register("cpp", *row)
+
+
 def repeated(opt):
     """How many steps took no Python work for each tensor."""
     return int(opt.explain().steps.split()[0])
@@ -336,8 +348,14 @@ def a_shard_may_have_many_chunks():
     assert opt.explain().eager == ()
 
 
-@check("two", "hybrid")
-def gradients_are_clipped_by_the_norm_of_the_whole_model(kind):
+@check(*((kind, apart) for kind in ("two", "hybrid") for apart in ("", "exchanging nothing")))
+def gradients_are_clipped_by_the_norm_of_the_whole_model(kind_and_apart):
+    kind, apart = kind_and_apart
+    with exchanging_nothing() if apart else contextlib.nullcontext():
+        clipped(kind)
+
+
+def clipped(kind):
     sharded, whole, opt, twin = both(MAKE["AdamW"], kind, max_grad_norm=0.05)
     for t in range(5):
         sharded(torch.randn(6, 4, generator=torch.Generator().manual_seed(t))).square().mean().backward()
@@ -405,11 +423,8 @@ UNFUSED = {
 
 @check(*UNFUSED)
 def what_has_no_parts_is_the_classs_own_which_is_said_once(what):
-    row = backends.ROWS["cpp"]
     make, reason = UNFUSED[what]
-    if what == "exchanges nothing":
-        backends.register("cpp", workers.Apart, "cpu", tried=True)
-    try:
+    with exchanging_nothing() if what == "exchanges nothing" else contextlib.nullcontext():
         sharded, whole, opt, twin = both(make)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -423,8 +438,6 @@ def what_has_no_parts_is_the_classs_own_which_is_said_once(what):
         train(sharded, whole, opt, twin, 6)
         assert_same_training(sharded.parameters(), whole.parameters(), opt, twin)
         assert_fused(opt)
-    finally:
-        backends.register("cpp", *row)
 
 
 @check("partial", "gradient on other placements")
