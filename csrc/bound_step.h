@@ -626,7 +626,7 @@ class BoundStep {
         case Entry::Kind::ignored:
           break;
         case Entry::Kind::number:
-          if (!(entry.held ? read_held(value, entry, numbers_[number]) : Scalar::read(value, numbers_[number])) ||
+          if (!(entry.held ? read_held(row, value, entry, numbers_[number]) : Scalar::read(value, numbers_[number])) ||
               numbers_[number].type != entry.type)
             return "a number in its state is of another type";
           ++number;
@@ -658,7 +658,10 @@ class BoundStep {
   }
 
   // The number of a tensor that the host keeps; false if it is of another kind.
-  static bool read_held(PyObject* value, const Entry& entry, Scalar& out) {
+  static bool read_held(const Row& row, PyObject* value, const Entry& entry, Scalar& out) {
+    const py::object part = row.distributed && !THPVariable_CheckExact(value) ? replicated(value) : py::object();
+    if (part)
+      value = part.ptr();
     if (!THPVariable_CheckExact(value))
       return false;
     const at::Tensor& t = THPVariable_Unpack(value);
@@ -730,6 +733,13 @@ class BoundStep {
       return nullptr;
     held_.push_back(tensor(part.ptr()));
     return &held_.back();
+  }
+
+  // The local tensor of a DTensor that is the same on all processes; null if it is none.
+  static py::object replicated(PyObject* x) {
+    static PyObject *const part_name = name("_local_tensor"), *const spec_name = name("_spec");
+    const py::object part = attribute(x, part_name), spec = attribute(x, spec_name);
+    return part && spec && spec.attr("is_replicated")().cast<bool>() ? part : py::object();
   }
 
   const char* check_distributed(Row& row) {
@@ -978,6 +988,12 @@ class BoundStep {
         if (entry.held) {
           PyObject* value = entry.nested ? within(contents(within(row.state, entry.key.ptr())), entry.inner.ptr())
                                          : within(row.state, entry.key.ptr());
+          py::object part;
+          if (!THPVariable_CheckExact(value)) { // a DTensor, as was found before
+            bump(THPVariable_Unpack(value).unsafeGetTensorImpl());
+            part = replicated(value);
+            value = part.ptr();
+          }
           write_held(THPVariable_Unpack(value), sets_[row.set].next[k]);
           continue;
         }

@@ -16,7 +16,7 @@ from ..step import sharded
 from ..step.buckets import MAX_KNOWN, Bucket, Buckets, CompiledTrace, fit
 from ..step.items import Item, dense, same_layout, walkable
 from ..step.scaling import Scaling
-from ..step.sharded import Shard, Whole, here, is_dtensor
+from ..step.sharded import Shard, Whole, here, is_dtensor, is_replicated
 from ..trace.replay import Replay, can_replay
 from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, structure_of
@@ -31,13 +31,16 @@ from .tracing import Options, trace_step
 def on_host(value: Any, p: torch.Tensor) -> bool:
     """Whether it is a tensor of one number that stays with the host while the parameter is elsewhere, or spread over
     processes: a step count."""
-    return (
-        type(value) is torch.Tensor
-        and value.numel() == 1
-        and value.device.type == "cpu"
-        and (p.device.type != "cpu" or is_dtensor(p))
-        and not value.is_complex()
-    )
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.numel() != 1
+        or value.device.type != "cpu"
+        or value.is_complex()
+    ):
+        return False
+    if type(value) is torch.Tensor:
+        return p.device.type != "cpu" or is_dtensor(p)
+    return is_dtensor(p) and value.shape != p.shape and is_replicated(value)
 
 
 class ClassItem(Item):

@@ -96,6 +96,11 @@ class Whole(Item):
                 self.state[key] = _placed(value, self.param)
 
 
+def is_replicated(t: Any) -> bool:
+    """Whether it is a DTensor that is the same on all its processes."""
+    return is_dtensor(t) and all(placement.is_replicate() for placement in t.placements)
+
+
 def here(t: torch.Tensor) -> torch.Tensor:
     """What is here of a tensor: all, unless it is spread over processes."""
     return local_of(t) if is_dtensor(t) else t

@@ -117,6 +117,7 @@ MAKE = {
     "Adagrad": partial(torch.optim.Adagrad, lr=0.1),
     "Adamax": partial(torch.optim.Adamax, lr=0.1),
     "ASGD": partial(torch.optim.ASGD, lr=0.1),
+    "Counted": lambda ps: Counted(ps, dict(lr=0.1)),
     "Viewed": lambda ps: Viewed(ps, dict(lr=0.1)),
     "Adan": partial(pytorch_optimizer.Adan, lr=0.1, foreach=False),
     "AdaBelief": partial(pytorch_optimizer.AdaBelief, lr=0.1),
@@ -153,6 +154,21 @@ class Counted(torch.optim.Optimizer):
                     p.sub_(p.grad / state["step"], alpha=group["lr"])
 
 
+class Halved(torch.optim.Optimizer):
+    """State of other shapes, of which a part is here, too."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    if not state:
+                        state["halves"] = torch.zeros_like(p).unsqueeze(0) / 2
+                    state["halves"] += p.grad.unsqueeze(0) / 2
+                    p.sub_(state["halves"].squeeze(0), alpha=group["lr"])
+
+
 REDUCING = {
     "Normed": lambda ps: Normed(ps, dict(lr=0.1, most=0.2)),
     "Together": lambda ps: Together(ps, dict(lr=0.1)),
@@ -176,7 +192,9 @@ def assert_same_training(params, twins, opt, twin):
             if not isinstance(expected, torch.Tensor):
                 assert (type(s[key]), s[key]) == (type(expected), expected), key
                 continue
-            if expected.shape == q.shape and is_sharded(p):
+            if is_sharded(s[key]) and expected.shape != q.shape:
+                assert s[key].placements == (Replicate(),) * s[key].device_mesh.ndim, key
+            elif expected.shape == q.shape and is_sharded(p):
                 assert (s[key].device_mesh, s[key].placements) == (p.device_mesh, p.placements), key
             else:
                 assert not is_sharded(s[key]), key
@@ -413,7 +431,7 @@ def norms_are_of_whole_tensors(kind_and_name):
 
 UNFUSED = {
     "rows": (lambda ps: Rows(ps, dict(lr=0.1)), "rows or columns of a tensor that is spread over processes"),
-    "count": (lambda ps: Counted(ps, dict(lr=0.1)), "has state that is none of its shape"),
+    "halves": (lambda ps: Halved(ps, dict(lr=0.1)), "has state that is none of its shape"),
     "exchanges nothing": (
         REDUCING["Normed"],
         "a norm, a sum or a mean of a tensor that is spread over processes",
