@@ -544,7 +544,7 @@ class BoundStep {
     if (!strided(param, row.keys) || negative(param) || scalar_type(param) != bucket.param ||
         (!as_it_was && (!equal(param.sizes(), row.sizes) || !param.is_non_overlapping_and_dense())))
       return "it is of another dtype or shape, or not dense in memory";
-    if (bucket.looked_at && (!equal(param.strides(), row.strides) ||
+    if (bucket.looked_at && (!equal(tensor(row.param).strides(), row.strides) ||
                              tensor(row.param).requires_grad() != row.requires_grad))
       return "an attribute that callbacks ask for may have changed";
     if (const char* why = take(run, row, param_found, param, bucket.param_column, bucket.param_written))
@@ -626,7 +626,7 @@ class BoundStep {
         case Entry::Kind::ignored:
           break;
         case Entry::Kind::number:
-          if (!(entry.held ? read_held(value, entry, numbers_[number]) : Scalar::read(value, numbers_[number])) ||
+          if (!(entry.held ? read_held(row, value, entry, numbers_[number]) : Scalar::read(value, numbers_[number])) ||
               numbers_[number].type != entry.type)
             return "a number in its state is of another type";
           ++number;
@@ -658,7 +658,10 @@ class BoundStep {
   }
 
   // The number of a tensor that the host keeps; false if it is of another kind.
-  static bool read_held(PyObject* value, const Entry& entry, Scalar& out) {
+  static bool read_held(const Row& row, PyObject* value, const Entry& entry, Scalar& out) {
+    const py::object part = row.distributed && !THPVariable_CheckExact(value) ? replicated(value) : py::object();
+    if (part)
+      value = part.ptr();
     if (!THPVariable_CheckExact(value))
       return false;
     const at::Tensor& t = THPVariable_Unpack(value);
@@ -732,6 +735,13 @@ class BoundStep {
     return &held_.back();
   }
 
+  // The local tensor of a DTensor that is the same on all processes; null if it is none.
+  static py::object replicated(PyObject* x) {
+    static PyObject *const part_name = name("_local_tensor"), *const spec_name = name("_spec");
+    const py::object part = attribute(x, part_name), spec = attribute(x, spec_name);
+    return part && spec && spec.attr("is_replicated")().cast<bool>() ? part : py::object();
+  }
+
   const char* check_distributed(Row& row) {
     const at::Tensor& whole = tensor(row.param);
     if (whole.sizes() != at::IntArrayRef(row.sizes))
@@ -753,6 +763,8 @@ class BoundStep {
       if (!part)
         return "its gradient is spread in another way, or still on its way";
       mine = *part;
+      if (buckets_[row.bucket].grad_written)
+        wrappers_.push_back(grad.unsafeGetTensorImpl());
     }
     return check_tensors(row, *param, mine, [&](PyObject* value) -> const at::Tensor* {
       if (own_memory(value))
@@ -976,6 +988,12 @@ class BoundStep {
         if (entry.held) {
           PyObject* value = entry.nested ? within(contents(within(row.state, entry.key.ptr())), entry.inner.ptr())
                                          : within(row.state, entry.key.ptr());
+          py::object part;
+          if (!THPVariable_CheckExact(value)) { // a DTensor, as was found before
+            bump(THPVariable_Unpack(value).unsafeGetTensorImpl());
+            part = replicated(value);
+            value = part.ptr();
+          }
           write_held(THPVariable_Unpack(value), sets_[row.set].next[k]);
           continue;
         }

@@ -97,7 +97,10 @@ def train(make) -> Trained:
 
 def main() -> dict[str, float]:
     """How far the weights are apart, by optimizer."""
-    pairs = {"AdamW": (torch.optim.AdamW, fusedopt.optim.AdamW)}
+    pairs = {
+        "AdamW": (torch.optim.AdamW, fusedopt.optim.AdamW),
+        "NAdam, a class that is fused": (torch.optim.NAdam, fusedopt.fuse(torch.optim.NAdam)),
+    }
     return compare(train, pairs, tolerance=1e-9)
 
 

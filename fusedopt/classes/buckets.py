@@ -11,9 +11,12 @@ from typing import Any, ClassVar
 import torch
 
 from ..extension import leaf
+from ..ir.program import Buffer
+from ..step import sharded
 from ..step.buckets import MAX_KNOWN, Bucket, Buckets, CompiledTrace, fit
 from ..step.items import Item, dense, same_layout, walkable
 from ..step.scaling import Scaling
+from ..step.sharded import Shard, Whole, here, is_dtensor, is_replicated
 from ..trace.replay import Replay, can_replay
 from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, structure_of
@@ -26,13 +29,18 @@ from .tracing import Options, trace_step
 
 
 def on_host(value: Any, p: torch.Tensor) -> bool:
-    """Whether it is a tensor of one number that stays with the host while the parameter is elsewhere: a step count."""
-    return (
-        type(value) is torch.Tensor
-        and value.numel() == 1
-        and value.device.type == "cpu" != p.device.type
-        and not value.is_complex()
-    )
+    """Whether it is a tensor of one number that stays with the host while the parameter is elsewhere, or spread over
+    processes: a step count."""
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.numel() != 1
+        or value.device.type != "cpu"
+        or value.is_complex()
+    ):
+        return False
+    if type(value) is torch.Tensor:
+        return p.device.type != "cpu" or is_dtensor(p)
+    return is_dtensor(p) and value.shape != p.shape and is_replicated(value)
 
 
 class ClassItem(Item):
@@ -54,6 +62,30 @@ class ClassItem(Item):
         if self.hosted:
             read = *read, ("on the host", " ".join(map(str, self.hosted)))
         return *before, read, asked, zero_dim, modes
+
+
+class ClassWhole(ClassItem, Whole):
+    """The item of a DTensor, which is what the class sees of it."""
+
+    __slots__ = ()
+
+
+class ClassShard(Shard):
+    """What is here of a DTensor, for kernels. ``kept``: the state, where the class keeps it."""
+
+    __slots__ = ("kept",)
+
+    def __init__(self, whole: ClassWhole, kept: dict[Any, Any]) -> None:
+        super().__init__(whole)
+        self.kept, self.grad = kept, here(whole.grad)
+
+    def visible(self, attributes: tuple[str, ...], work: bool) -> tuple[Any, ...]:
+        *before, read, asked, zero_dim, modes = super().visible(attributes, work)
+        return *before, (*read, ("spread over", "processes")), asked, zero_dim, modes
+
+    def finish(self, created: dict[str, Buffer]) -> None:
+        super().finish(created)
+        put(self.kept, self.whole.state)
 
 
 class ClassGroups:
@@ -132,10 +164,12 @@ class ClassGroups:
             for i, p in enumerate(params):
                 if p.grad is None:
                     continue
-                if why := _strange(p) or _strange(p.grad):
-                    raise Untraceable(f"parameter {i} of group {g} {why}")
                 state = values_of(whole[p])
-                todo.append(item := ClassItem(p, p.grad, state, (g, i), self.numbers, modes))
+                if why := _strangely_spread(p, p.grad, state) or _strange(p) or _strange(p.grad):
+                    raise Untraceable(f"parameter {i} of group {g} {why}")
+                given = p, p.grad, state, (g, i), self.numbers, modes
+                item = ClassShard(ClassWhole(*given), whole[p]) if is_dtensor(p) else ClassItem(*given)
+                todo.append(item)
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in item.state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
         factors = [v for item in todo for v in item.state.values() if _is_factor(v, item.param)]
@@ -176,7 +210,11 @@ class ClassGroups:
             ClassItem(p, p.detach(), values_of(state[p]), (g, i), self.numbers, modes)
             for g, group in enumerate(self.opt.param_groups)
             for i, p in enumerate(group["params"])
-            if p.grad is None and (among is None or id(p) in among) and p in state and not _strange(p)
+            if p.grad is None
+            and (among is None or id(p) in among)
+            and p in state
+            and not is_dtensor(p)
+            and not _strange(p)
         ]
 
 
@@ -186,14 +224,30 @@ def _is_factor(value: Any, p: torch.Tensor) -> bool:
 
 
 def _strange(t: torch.Tensor) -> str:
-    """Why kernels cannot take a tensor."""
+    """Why kernels cannot take a tensor, or what is here of it."""
+    if not t.numel():
+        return "has no elements"
+    t = here(t)
     if t.layout != torch.strided or t.is_complex() or not t.is_floating_point():
         return f"is a {t.layout} tensor of {t.dtype}"
     if not walkable(t) or (torch.overrides.is_tensor_like(t) and type(t).__torch_function__ not in _ORDINARY):
         return f"is a {type(t).__name__}, whose memory is elsewhere"
-    if not t.numel():
-        return "has no elements"
     return "" if dense(t) else "is not dense in memory"
+
+
+def _strangely_spread(p: Any, grad: Any, state: dict[str, Any]) -> str:
+    """Why shards of a parameter, its gradient and state do not belong together. All processes find the same."""
+    tensors = [v for v in state.values() if isinstance(v, torch.Tensor) and not on_host(v, p)]
+    if not is_dtensor(p):
+        return "is no DTensor, and its gradient or state is" if any(map(is_dtensor, [grad, *tensors])) else ""
+    if any(placement.is_partial() for placement in p.placements):
+        return "is a DTensor whose elements are still to be summed"
+    for name, one in [("a gradient", grad), *(("state", t) for t in tensors)]:
+        if not is_dtensor(one) or one.shape != p.shape:
+            return f"is a DTensor, and has {name} that is none of its shape"
+        if (one.device_mesh, one.placements) != (p.device_mesh, p.placements):
+            return f"has {name} that is spread over processes in another way"
+    return ""
 
 
 _ORDINARY = (torch.Tensor.__torch_function__, torch.nn.Parameter.__torch_function__)
@@ -266,7 +320,8 @@ class StepBuckets(Buckets):
                 raise Untraceable("the state holds other things than tensors, numbers and flags")
         self.traces_made += 1
         self.known_kinds = bool(known)
-        step = trace_step(opt, buckets, self.closure, self.options, self._name)
+        seen = [([*map(sharded.unfused, items)], signature) for items, signature in buckets]
+        step = trace_step(opt, seen, self.closure, self.options, self._name)
         if not any(trace.program.stores for trace in step.traces):
             raise Untraceable("the step changes no parameter and no tensor of its state")
         for (items, _), trace in zip(buckets, step.traces, strict=True):
@@ -274,9 +329,18 @@ class StepBuckets(Buckets):
                 raise Untraceable(
                     "gradients, which the step writes to, are in another layout than their parameters"
                 )
+            if any(map(sharded.is_shard, items)) and (looks := _beyond_parts(trace)):
+                raise Untraceable(f"{looks} of a tensor that is spread over processes")
+        compiled = [self._compiled(trace) for trace in step.traces]
+        for (items, _), one in zip(buckets, compiled, strict=True):
+            whole = any(map(sharded.looks_at_all, [one.trace.program, *one.trace.rounds]))
+            if any(not item.fuses(one.backend, whole=whole) for item in items):
+                raise Untraceable(
+                    "the step takes a norm, a sum or a mean of a tensor that is spread over processes, which the "
+                    f"{one.backend.name} backend does not exchange"
+                )
         if self.options.check and (why := difference(opt, step, self.options)):
             raise Untraceable(f"what kernels would do differs from what the step does: {why}")
-        compiled = [self._compiled(trace) for trace in step.traces]
         known[:] = [*known[-MAX_KNOWN:], (step.host, compiled)]
         if why := self.changed(step.host):
             raise Untraceable(f"the step cannot be repeated: {why}")
@@ -327,6 +391,14 @@ def _writes_elsewhere(trace: Trace, items: list[Item]) -> bool:
     """Whether what is written into gradients would be written to copies of them."""
     writes = any(name == "grad" for name, _ in trace.program.stores)
     return writes and not all(same_layout(item.grad, item.param) for item in items)
+
+
+def _beyond_parts(trace: Trace) -> str:
+    """What a step looks at that processes do not exchange."""
+    if trace.externs is not None:
+        return "torch is called with all"
+    along = any(program.axes > 1 for program in (trace.program, *trace.rounds))
+    return "the step looks at rows or columns" if along else ""
 
 
 def _key(items: list[Item], signature: Signature) -> tuple[Any, ...]:

@@ -1,7 +1,12 @@
-"""A trace against the class itself: one step of a few parameters, on copies of them, by both."""
+"""A trace against the class itself: one step of a few parameters, on copies of them, by both.
+
+Of DTensors the class steps DTensors. What is here of these is compared, or, as all processes must find the same where
+they exchange what kernels reduce, all of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +14,7 @@ import torch
 from ..ir.program import Program, interpret
 from ..step import externs
 from ..step.items import Item
+from ..step.sharded import gathered, here, is_dtensor, looks_at_all
 from ..trace.signals import Untraceable
 from ..trace.totals import SUM, TOTAL, Total
 from ..trace.tracer import Trace
@@ -19,6 +25,10 @@ from .tracing import Options, StepTrace, plain_function
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far results may be apart, relative to the largest, by the lowest precision among the tensors of a step: a class
 rounds after every operation, kernels once."""
+
+
+View = Callable[[torch.Tensor], torch.Tensor]
+"""What is looked at of a tensor, which may be a DTensor."""
 
 
 class Copies:
@@ -54,23 +64,49 @@ class Copies:
             return value
         return self.tensors.setdefault(id(value), value.detach().clone())
 
-    def of(self, p: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    def of(self, p: torch.Tensor, view: View) -> tuple[torch.Tensor, dict[str, Any]]:
         """The copy of a parameter, and its state by name."""
-        return self.tensors[id(p)], values_of(self._states.get(id(p), {}))
+        copy, state = self.tensors[id(p)], values_of(self._states.get(id(p), {}))
+        if not is_dtensor(copy):
+            return copy, state
+        seen = view(copy.detach())
+        seen.grad = view(copy.grad)
+        return seen, _viewed(state, view)
 
 
 def difference(opt: torch.optim.Optimizer, step: StepTrace, options: Options) -> str | None:
     """What a trace does otherwise than the class's own step, to copies of the parameters it was traced with."""
-    examples = [example for bucket in step.examples for example in bucket]
+    view = view_of([program for trace in step.traces for program in (trace.program, *trace.rounds)])
+    seen = [[(_seen(item, view), trace) for item, trace in bucket] for bucket in step.examples]
+    examples = [example for bucket in seen for example in bucket]
     copies = Copies(opt, [item.owner for item, _ in examples], step.closure)
     totals = _totals([each for each in examples if each[1].externs is None])
-    for bucket in step.examples:
+    for bucket in seen:
         called = _Called(bucket) if bucket[0][1].externs is not None else None
         for k, (item, trace) in enumerate(bucket):
             given, new = (totals, {}) if called is None else called.of(k)
-            if why := _apart(item, trace, *copies.of(item.owner), options.write_grads, given, new):
+            if why := _apart(item, trace, *copies.of(item.owner, view), options.write_grads, given, new):
                 return why
     return step.host.differs(vars(opt), vars(copies.shadow.opt), lambda k: totals[str(Total(0, k))].item())
+
+
+def view_of(programs: list[Program]) -> View:
+    """What has to be looked at of a step of these programs."""
+    return gathered if any(map(looks_at_all, programs)) else here
+
+
+def _viewed(state: dict[str, Any], view: View) -> dict[str, Any]:
+    return {k: view(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+
+
+def _seen(item: Item, view: View) -> Item:
+    """An item of what is looked at."""
+    if not is_dtensor(item.param):
+        return item
+    param, grad, state = view(item.param.detach()), view(item.grad), _viewed(item.state, view)
+    out = Item(param, grad, state, item.where, item.hyper, item.modes)
+    out.owner = item.owner
+    return out
 
 
 class _Called:
@@ -139,13 +175,15 @@ class Sample:
         self.starts = [p.detach().clone() for p in self.params]
         self.copies = Copies(opt, self.params, closure)
 
-    def difference(self, opt: torch.optim.Optimizer) -> str | None:
+    def difference(self, opt: torch.optim.Optimizer, programs: list[Program]) -> str | None:
+        """What the step of these programs did otherwise."""
+        view = view_of(programs)
         for p, start in zip(self.params, self.starts, strict=True):
-            copy, state = self.copies.of(p)
+            copy, state = self.copies.of(p, view)
             close = _closeness([p, p.grad, *state.values()])
-            if not _close(p, copy.detach(), start, close):
+            if not _close(view(p.detach()), copy.detach(), view(start), close):
                 return f"a parameter of shape {tuple(p.shape)}"
-            real = values_of(whole_of(stores_of(opt), p) or {})
+            real = _viewed(values_of(whole_of(stores_of(opt), p) or {}), view)
             for key, value in state.items():
                 ours: Any = real.get(key)
                 same = (

@@ -93,9 +93,11 @@ class Fused:
         else:  # now that the step is done, as warnings may be errors
             self._new_trace = False
             self._miss(opt, self.engine.steps.why)
-        if sample is not None and (sample.whole or not host.sums) and (why := sample.difference(opt)):
-            self.reason = f"step {self._steps} was another than its own in {why}. Remedy: report it"
-            self._give_up(opt)
+        if sample is not None and (sample.whole or not host.sums):
+            programs = [kernel.program for kernel, _ in self.engine.launched]
+            if why := sample.difference(opt, programs):
+                self.reason = f"step {self._steps} was another than its own in {why}. Remedy: report it"
+                self._give_up(opt)
         return loss if host.returns_loss else host.returned
 
     def _total(self, which: int) -> float:

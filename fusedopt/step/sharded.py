@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 def localized(todo: list[Item]) -> list[Item]:
     """The items with those of DTensor parameters as ``Shard`` items. Raises RuntimeError for what cannot be stepped."""
     kind = _dtensor()
-    return todo if kind is None else [_localized(item, kind) if item.alike is None else item for item in todo]
+    if kind is None:
+        return todo
+    return [
+        item if item.alike is not None or isinstance(item, KINDS) else _localized(item, kind) for item in todo
+    ]
 
 
 def _dtensor() -> Any:
@@ -79,7 +83,7 @@ class Whole(Item):
 
     def attribute(self, name: str) -> Any:
         if name == HERE_IN_ORDER and isinstance(self.param, _dtensor() or ()):
-            return _local(self.param).is_contiguous()
+            return local_of(self.param).is_contiguous()
         return super().attribute(name)
 
     def lay_out(self, rows: bool = False) -> None:
@@ -90,6 +94,22 @@ class Whole(Item):
         for key, value in self.state.items():
             if isinstance(value, torch.Tensor):
                 self.state[key] = _placed(value, self.param)
+
+
+def is_replicated(t: Any) -> bool:
+    """Whether it is a DTensor that is the same on all its processes."""
+    return is_dtensor(t) and all(placement.is_replicate() for placement in t.placements)
+
+
+def here(t: torch.Tensor) -> torch.Tensor:
+    """What is here of a tensor: all, unless it is spread over processes."""
+    return local_of(t) if is_dtensor(t) else t
+
+
+def gathered(t: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, from all processes that it is spread over."""
+    whole: Any = t
+    return whole.full_tensor() if is_dtensor(t) else t
 
 
 def unfused(item: Item) -> Item:
@@ -110,7 +130,7 @@ class Shard(Item):
     __slots__ = ("known", "whole")
 
     def __init__(self, whole: Whole) -> None:
-        local = _local(whole.home)
+        local = local_of(whole.home)
         super().__init__(local, whole.grad, dict(whole.state), whole.where, whole.hyper, whole.modes)
         self.whole, self.owner = whole, whole.home
         self.known: dict[str, torch.Tensor] = {}
@@ -122,7 +142,7 @@ class Shard(Item):
             return False
         tensors = (self.whole.grad, *(value for _, value in self.whole.tensors()))
         kind = _dtensor()
-        plain = all(walkable(_local(t) if isinstance(t, kind) else t) for t in tensors)
+        plain = all(walkable(local_of(t) if isinstance(t, kind) else t) for t in tensors)
         return plain and walkable(self.home)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,10 +153,10 @@ class Shard(Item):
 
     def lay_out(self, rows: bool = False) -> None:
         p = self.whole.home
-        self.grad = _local(_placed(self.whole.grad, p))
+        self.grad = local_of(_placed(self.whole.grad, p))
         for key, value in self.whole.tensors():
             placed = _placed(value, p)
-            self.state[key] = _local(placed)
+            self.state[key] = local_of(placed)
             if placed is value:
                 self.known[key] = self.state[key]
         self.laid_out = False
@@ -164,8 +184,8 @@ class Shard(Item):
         return mesh, tuple(d for d, placement in enumerate(p.placements) if not placement.is_replicate())
 
 
-def _local(t: Any) -> torch.Tensor:
-    """The local tensor, once it has arrived."""
+def local_of(t: Any) -> torch.Tensor:
+    """The local tensor of a DTensor, once it has arrived."""
     with torch.no_grad():
         local = t.to_local()
     return local.wait() if hasattr(local, "wait") else local
@@ -193,7 +213,7 @@ def _placed(t: Any, like: Any) -> Any:
     elif t.shape != like.shape:
         out = t.redistribute(placements=[Replicate()] * t.device_mesh.ndim)
         if t.dim() == 0:
-            out = _local(out)
+            out = local_of(out)
     elif t.placements == placements:
         return t
     else:

@@ -29,19 +29,25 @@ CHECKS = {}
 CPU = torch.device("cpu")
 
 
-def check(*args):
-    """Register a check, once for each argument if there are any."""
+def registering(checks):
+    """What registers a check, once for each argument if there are any."""
 
-    def register(function):
-        for arg in args or [None]:
-            name = function.__name__ if arg is None else f"{function.__name__}[{arg}]"
-            CHECKS[name] = function if arg is None else partial(function, arg)
-        return function
+    def check(*args):
+        def register(function):
+            for arg in args or [None]:
+                name = function.__name__ if arg is None else f"{function.__name__}[{arg}]"
+                checks[name] = function if arg is None else partial(function, arg)
+            return function
 
-    return register
+        return register
+
+    return check
 
 
-def main(rank, world, folder):
+check = registering(CHECKS)
+
+
+def main(rank, world, folder, checks=CHECKS):
     """Run all checks, and write what went wrong in each until the processes fall out of step."""
     folder, found = pathlib.Path(folder), {}
     torch.set_num_threads(1)
@@ -53,7 +59,7 @@ def main(rank, world, folder):
         timeout=datetime.timedelta(minutes=1),
     )
     with contextlib.suppress(RuntimeError):
-        for name, function in CHECKS.items():
+        for name, function in checks.items():
             torch.manual_seed(0)
             try:
                 with warnings.catch_warnings():
