@@ -13,7 +13,10 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/*.md", "docs/api/*.md", "benchmarks/**/*.md", "examples/README.md")
+PAGES = (
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md",
+    "docs/*.md", "docs/api/*.md", "benchmarks/**/*.md", "examples/README.md",
+)  # fmt: skip
 BESIDE = ("docs/images/*.png", "benchmarks/results/*.png", "docs/site/*.css", "docs/site/*.js")
 CODE = re.compile(r"^```.*?^```|(?<!`)`[^`\n]+`(?!`)", re.M | re.S)
 LINK = re.compile(r"(\]\()(?!https?://|#)([^)#\s]+)")
