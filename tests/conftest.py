@@ -18,6 +18,7 @@ from fusedopt.step import buckets
 OURS = ("FUSEDOPT_BACKEND", "FUSEDOPT_DEBUG", "FUSEDOPT_CACHE_DIR")
 ROOT = Path(__file__).parents[1]
 LONGEST = (
+    "test_triton_interpreter",
     "test_triton",
     "test_every_optimizer",
     "test_dtypes_layouts",

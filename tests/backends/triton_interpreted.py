@@ -1,4 +1,4 @@
-"""What Triton kernels compute, in Triton's interpreter: test_triton.py starts pytest on this file.
+"""What Triton kernels compute, in Triton's interpreter: test_triton_interpreter.py starts pytest on this file.
 
 By hand: TRITON_INTERPRET=1 python -m pytest tests/backends/triton_interpreted.py
 """
@@ -21,6 +21,7 @@ from helpers import (
     signature,
     ulp_distance,
 )
+from quick_interpreter import patch_once
 from random_programs import drawing, interpreted, launched
 from triton_programs import DTYPES, INPUTS, NAMED, SPELLED, all_ops, made
 
@@ -36,6 +37,7 @@ from fusedopt.trace.tracer import trace
 
 if not backend.interpreting():
     pytest.skip("TRITON_INTERPRET=1 must be set when Python starts", allow_module_level=True)
+patch_once()
 
 GUARD = 16
 """Elements in front of and behind each tensor: what is written there is found out."""
