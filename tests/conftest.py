@@ -18,14 +18,25 @@ from fusedopt.step import buckets
 OURS = ("FUSEDOPT_BACKEND", "FUSEDOPT_DEBUG", "FUSEDOPT_CACHE_DIR")
 ROOT = Path(__file__).parents[1]
 LONGEST = (
+    "test_triton_interpreter",
     "test_triton",
+    "test_rules",
     "test_every_optimizer",
-    "test_dtypes_layouts",
+    "test_gpu_script",
+    "test_scaling",
     "test_cuda_launch",
+    "test_papers",
+    "test_site",
     "test_stress",
+    "test_nvrtc",
+    "test_cuda_blocks",
+    "test_extension",
     "test_examples",
     "test_integrations",
-    "test_nvrtc",
+    "test_dtypes_layouts",
+    "test_benchmarks",
+    "test_typing",
+    "test_gate",
 )
 
 

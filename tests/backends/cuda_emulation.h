@@ -1,9 +1,9 @@
-// Enough of CUDA to compile kernels/cuda.cu as host C++ and to run it on the CPU: included before it (-include).
+// Enough of CUDA to compile kernels/cuda.cu as host C++ and to run it on the CPU: included before it (-include), once,
+// and compiled beforehand.
 //
 // A block is a group of threads with a barrier, blocks run one after another. Packs of 16 bytes are copied with aligned
 // instructions, so a pack at an address that is not a multiple of 16 ends the process, as it would end the kernel.
 // What the skeleton says in PTX is said here in C++: these few lines are not covered by what is run on the CPU.
-#pragma once
 #include <barrier>
 #include <math.h>
 

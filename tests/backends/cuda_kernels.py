@@ -113,10 +113,11 @@ FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 
-def emulation(source: str, *flags: str) -> ctypes.CDLL:
-    """The source compiled for the CPU and loaded. It is compiled once, whichever tests and processes want it."""
-    source, tool = source + EMULATE, toolchain.compiler()
-    options = [*FLAGS, *WARNINGS, *flags, "-include", str(EMULATION)]
+def stored(
+    name: str, source: str, options: Sequence[str], suffix: str, source_suffix: str = "cpp"
+) -> cache.Entry:
+    """What the system's compiler makes of a source. It is made once, whichever tests and processes want it."""
+    tool = toolchain.compiler()
 
     def build(path: Path, out: Path) -> str:
         command = [*tool.command, *options, str(path), "-o", str(out)]
@@ -124,9 +125,16 @@ def emulation(source: str, *flags: str) -> ctypes.CDLL:
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stderr
 
-    parts = [source, EMULATION.read_text(), *tool, *options]
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()
-    return ctypes.CDLL(str(cache.load_or_build("emulated", key, source, "so", build).path))
+    key = hashlib.sha256(repr([source, *tool, *options]).encode()).hexdigest()
+    return cache.load_or_build(name, key, source, suffix, build, source_suffix=source_suffix)
+
+
+def emulation(source: str, *flags: str) -> ctypes.CDLL:
+    """The source compiled for the CPU and loaded. The header is compiled beforehand: it is longer than most sources."""
+    options = [*FLAGS, *WARNINGS, *flags]
+    header = stored("emulation", EMULATION.read_text(), [*options, "-x", "c++-header"], "h.gch", "h")
+    included = [*options, "-include", str(header.source_path)]
+    return ctypes.CDLL(str(stored("emulated", source + EMULATE, included, "so").path))
 
 
 @functools.cache

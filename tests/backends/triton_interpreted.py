@@ -1,4 +1,4 @@
-"""What Triton kernels compute, in Triton's interpreter: test_triton.py starts pytest on this file.
+"""What Triton kernels compute, in Triton's interpreter: test_triton_interpreter.py starts pytest on this file.
 
 By hand: TRITON_INTERPRET=1 python -m pytest tests/backends/triton_interpreted.py
 """
@@ -21,7 +21,9 @@ from helpers import (
     signature,
     ulp_distance,
 )
+from quick_interpreter import join_in_halves, patch_once
 from random_programs import drawing, interpreted, launched
+from triton.runtime import interpreter
 from triton_programs import DTYPES, INPUTS, NAMED, SPELLED, all_ops, made
 
 import fusedopt
@@ -36,6 +38,9 @@ from fusedopt.trace.tracer import trace
 
 if not backend.interpreting():
     pytest.skip("TRITON_INTERPRET=1 must be set when Python starts", allow_module_level=True)
+patch_once()
+ONE_AFTER_ANOTHER = interpreter.ReduceOps.generic_reduce
+join_in_halves()
 
 GUARD = 16
 """Elements in front of and behind each tensor: what is written there is found out."""
@@ -288,6 +293,32 @@ def test_reductions_pass_on_nan_and_infinity(where, small_chunks):
     x[where] = math.inf
     found = reduced(x, "triton")
     assert all(found[name] == math.inf for name in ("sum", "mean", "amax")) and found["amin"].isfinite()
+
+
+JOINS = """
+@triton.jit
+def joined(out, given, n: tl.constexpr):
+    tl.store(out, tl.reduce(tl.load(given + tl.arange(0, n)), 0, {join}))
+"""
+
+
+@pytest.mark.parametrize("where", [None, 0, 5, 7])
+@pytest.mark.parametrize("join", ["maximum", "minimum", "absmax", "bitmax"])
+def test_joining_in_halves_is_joining_one_after_another(join, where, tmp_path, monkeypatch):
+    """What the interpreter does without our help."""
+    path, found = tmp_path / "joined.py", []
+    path.write_text(backend.skeleton("triton.py.in") + JOINS.format(join=join), encoding="utf-8")
+    given = torch.randn(8, dtype=torch.float64).abs() + 0.5
+    if where is not None:
+        given[where] = math.nan
+    for in_order in (False, True):
+        if in_order:
+            monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", ONE_AFTER_ANOTHER)
+        out = torch.zeros(1, dtype=torch.float64)
+        backend.load(path)["joined"][(1,)](out, given, n=8)
+        found.append(out)
+    assert_same_bits(*found)
+    assert found[0].isnan() == (where is not None)
 
 
 PARTS = """

@@ -1,5 +1,5 @@
-"""What Triton kernels of programs with several axes compute, in Triton's interpreter: test_triton.py starts pytest on
-this file.
+"""What Triton kernels of programs with several axes compute, in Triton's interpreter:
+test_triton_interpreter.py starts pytest on this file.
 
 By hand: TRITON_INTERPRET=1 python -m pytest tests/backends/triton_interpreted_blocks.py
 """
@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import test_blocks
 import torch
+from quick_interpreter import join_in_halves, patch_once
 from test_blocks import LINES, PROGRAMS, compared
 
 import fusedopt
@@ -19,6 +20,8 @@ from fusedopt.storage import policies
 
 if not backend.interpreting():
     pytest.skip("TRITON_INTERPRET=1 must be set when Python starts", allow_module_level=True)
+patch_once()
+join_in_halves()
 
 SHAPES = {
     LINES: [(1,), (63,), (65,), (200,), (0,)],

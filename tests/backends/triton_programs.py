@@ -1,6 +1,6 @@
 """What the Triton tests have in common: the programs of the named optimizers, traced and not compiled."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -102,13 +102,13 @@ def spelled(dtype: torch.dtype) -> list[Op]:
     return [op for op in SPELLED if op.triton_double or dtype != torch.float64]
 
 
-def all_ops(dtype: torch.dtype) -> Program:
-    """All of them, each into its own state buffer."""
+def all_ops(dtype: torch.dtype, ops: Sequence[Op] | None = None) -> Program:
+    """All of them, or these, each into its own state buffer."""
     graph = Graph()
     numbers = [graph.leaf("load", name, kind="F") for name in INPUTS]
     masks = [graph.op("gt", numbers[0], numbers[1]), graph.op("ge", numbers[1], numbers[2])]
     stores = {}
-    for op in spelled(dtype):
+    for op in spelled(dtype) if ops is None else ops:
         pools = {"f": iter(numbers), "b": iter(masks)}
         result = graph.op(op.name, *[next(pools[t]) for t in op.types[: op.arity]])
         stores[f"state.{op.name}"] = graph.op("as_float", result) if op.result == "b" else result
