@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..trace.cuts import Externs, Function, Load, Number, Step
+from ..trace.cuts import ALONE, Externs, Function, Load, Number, Placed, Step
 from ..trace.externs import Call, Kept, Result, leaves, mapped
+from ..trace.run import GRAD, PARAM
 from ..trace.tensor import METHODS
 
 if TYPE_CHECKING:
     from .buckets import Bucket
+    from .items import Item
 
 BATCH = 1 << 20
 """Elements of a parameter and those stacked with it: more does not pay, and has to be kept in memory."""
-
-ALONE = 1 << 17
-"""Bytes of a tensor from which on calls on a CPU are made for each: its products of stacks are no faster, and what has
-to be copied for a stack is large."""
 
 Memory = dict[str, torch.Tensor]
 """What programs leave and find, by buffer: a slice for each parameter."""
@@ -43,11 +41,19 @@ def memory(externs: Externs, count: int, device: torch.device) -> Memory:
 
 
 Tensors = Callable[[str], list[torch.Tensor]]
-"""What the state of each parameter of a bucket has under a callback's name for it, now."""
+"""What the state of each parameter of a bucket has under a callback's name for it, now; the parameters under
+``PARAM``, their gradients under ``GRAD``."""
+
+
+def held(item: Item, key: str) -> torch.Tensor:
+    """One of these, of a parameter."""
+    own = {PARAM: item.param, GRAD: item.grad}.get(key)
+    found: torch.Tensor = item.state[key] if own is None else own.detach()
+    return found
 
 
 def _of_items(plan: Bucket) -> Tensors:
-    return lambda key: [item.state[key] for item in plan.items]
+    return lambda key: [held(item, key) for item in plan.items]
 
 
 def calling(plans: Sequence[Bucket], tensors: Callable[[Bucket], Tensors] | None = None) -> list[Calling]:
@@ -96,7 +102,8 @@ class Calling:
     @property
     def stack(self) -> int:
         """How many parameters a call is made for."""
-        sizes = [(math.prod(shape), dtype.itemsize) for dtype, shape in self.externs.buffers.values()]
+        tensors = [*self.externs.buffers.values(), *self.externs.kept.values()]
+        sizes = [(math.prod(shape), dtype.itemsize) for dtype, shape in tensors]
         on_cpu = all(t.device.type == "cpu" for t in self.memory.values())
         if on_cpu and max(n * size for n, size in sizes) >= ALONE:
             return 1
@@ -164,11 +171,13 @@ class Calling:
         count = len(next(iter(views.values())))
         if count == 1:
             views = {name: t[0] for name, t in views.items()}
-        used, between = _between(self.externs, number, count == 1)
+        used, done, between = _between(self.externs, number, count == 1)
         kept = {
             k: (state[k][0] if count == 1 else torch.stack(state[k])).to(self.externs.kept[k][0])
             for k in used
         }
+        if self.externs.views:
+            kept = {k: t.contiguous() for k, t in kept.items()}
         between(known, views, kept, slots, count)
         theirs = {t.untyped_storage().data_ptr() for t in (*views.values(), *kept.values())}
 
@@ -179,7 +188,7 @@ class Calling:
 
         function = self.externs.functions[number]
         assert function is not None
-        made = [(name, own(call)) for name, call in function.outputs]
+        made = [(name, own(call)) for name, call in function.outputs if name not in done]
         for key, call in function.written:
             new = [own(call)] if count == 1 else own(call).unbind()
             self._new += zip(state[key], new, strict=True)
@@ -191,19 +200,58 @@ Between = Callable[[dict[int, Any], Memory, Memory, Sequence[float], int], None]
 """The calls of a round: what calls gave by number, which it adds to, what programs left, state, slots, how many."""
 
 
-def _between(externs: Externs, number: int, single: bool) -> tuple[list[str], Between]:
-    """The state that the calls of a round take, and these as one generated function, of stacks or of one parameter."""
+def _between(externs: Externs, number: int, single: bool) -> tuple[list[str], frozenset[str], Between]:
+    """The state that the calls of a round take, the buffers that they fill themselves, and they as one generated
+    function, of stacks or of one parameter."""
     key = number, single
     if key not in externs.compiled:
         function = externs.functions[number]
         assert function is not None
         used = {x.key for step in function.steps for x in step.call.refs() if isinstance(x, Kept)}
-        externs.compiled[key] = sorted(used), _generated(externs, function, single)
-    found: tuple[list[str], Between] = externs.compiled[key]
+        placed = _filling(externs, function) if single else {}
+        done = frozenset(place.buffer for _, place in placed.values())
+        externs.compiled[key] = sorted(used), done, _generated(externs, function, single, placed)
+    found: tuple[list[str], frozenset[str], Between] = externs.compiled[key]
     return found
 
 
-def _generated(externs: Externs, function: Function, single: bool) -> Between:
+_INTO = frozenset(
+    "matmul mm bmm mv addmm baddbmm addmv index_select add sub mul div pow square sqrt rsqrt neg lerp".split()  # noqa: SIM905
+)
+"""Functions that write what they give where ``out`` says, without a copy of it."""
+_Into = Callable[..., torch.Tensor]
+
+
+def _filling(externs: Externs, function: Function) -> dict[int, tuple[_Into, Placed]]:
+    """The calls of one parameter's tensors that can leave what they give in its buffer: with what, and where."""
+    places = {place.call: place for place in function.placed}
+    out: dict[int, tuple[_Into, Placed]] = {}
+    for step in function.steps:
+        name = step.call.name
+        if step.number not in places or _rank(next(step.call.refs(), None), externs) is None:
+            continue
+        if name in _INTO:
+            out[step.number] = getattr(torch, name), places[step.number]
+        elif turned := _product(step.call, externs):
+            out[step.number] = functools.partial(_multiplied, turned), places[step.number]
+    return out
+
+
+def _product(call: Call, externs: Externs) -> tuple[bool, bool] | None:
+    """Which matrix to transpose in a contraction that is a product of two; None if it is none."""
+    ranks = [r for x in call.refs() if (r := _rank(x, externs)) is not None]
+    return _contracted(call) if call.name == "tensordot" and ranks == [2, 2] else None
+
+
+def _multiplied(
+    turned: tuple[bool, bool], a: torch.Tensor, b: torch.Tensor, *_: Any, **kwargs: Any
+) -> torch.Tensor:
+    return torch.matmul(a.mT if turned[0] else a, b.mT if turned[1] else b, out=kwargs.get("out"))
+
+
+def _generated(
+    externs: Externs, function: Function, single: bool, placed: dict[int, tuple[_Into, Placed]]
+) -> Between:
     space: dict[str, Any] = {}
     own = {step.number for step in function.steps}
     lines = ["def between(known, views, kept, slots, count):"]
@@ -231,6 +279,12 @@ def _generated(externs: Externs, function: Function, single: bool) -> Between:
         of_parameters = any(isinstance(x, (Result, Load, Kept)) for x in call.refs())
         if call.function is torch.Tensor.clone and not kwargs and of_parameters:
             made = args[0]  # nothing is written in place
+        elif step.number in placed:
+            into, (_, buffer, shape) = placed[step.number]
+            place = f"views[{buffer!r}]"
+            place += "" if shape == externs.buffers[buffer][1] else f".view({shape})"
+            keywords = [*(f"{k}={v}" for k, v in kwargs), f"out={place}"]
+            made = f"{constant(into)}({', '.join([*args, *keywords])})"
         elif single or not of_parameters:
             made = f"{constant(call.function)}({', '.join([*args, *(f'{k}={v}' for k, v in kwargs)])})"
             made = made if single else f"{constant(_spread)}({made}, count)"  # of constants alone
@@ -286,10 +340,8 @@ def stacked(step: Step, externs: Externs) -> Stacked:
         return lambda args, kwargs: args[0].mT
     if name in ("matmul", "mm", "bmm") and len(set(of_tensors)) == 1 and of_tensors[0] >= 2:
         return lambda args, kwargs: torch.matmul(*args)
-    if name == "tensordot" and of_tensors == [2, 2] and (turned := _contracted(step.call)) is not None:
-        return lambda args, kwargs: torch.matmul(
-            *(x.mT if t else x for x, t in zip(args, turned, strict=False))
-        )
+    if (turned := _product(call, externs)) is not None:
+        return lambda args, kwargs: _multiplied(turned, *args)
     if name == "addmm" and of_tensors == [2, 2, 2]:
         return lambda args, kwargs: torch.baddbmm(*args, **kwargs)
     if name in ("norm", "linalg_norm", "linalg_matrix_norm") and of_tensors == [2] and len(parts) == 1:
