@@ -74,6 +74,8 @@ class Calling:
     def __init__(self, externs: Externs, memory: Memory, set_: int, tensors: Tensors) -> None:
         self.externs, self.memory, self.set = externs, memory, set_
         self.count = len(next(iter(memory.values())))
+        self._batches = list(self._batched())
+        self._theirs = {t.untyped_storage().data_ptr() for t in memory.values()}
         self._tensors: Tensors | None = tensors
         self._kept: list[dict[int, Any]] = []
         self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -99,7 +101,7 @@ class Calling:
         tensors = "1 tensor" if self.count == 1 else f"{self.count} tensors"
         return f"{tensors} of {shape or 'no dimensions'}, {how}: torch's {counts}"
 
-    @property
+    @functools.cached_property
     def stack(self) -> int:
         """How many parameters a call is made for."""
         tensors = [*self.externs.buffers.values(), *self.externs.kept.values()]
@@ -123,7 +125,7 @@ class Calling:
     def let_go(self) -> None:
         """Hold no memory from here on."""
         self.forget()
-        self.memory, self._tensors = {}, None
+        self.memory, self._batches, self._tensors = {}, [], None
 
     def _state(self, key: str) -> list[torch.Tensor]:
         """Raises RuntimeError if it is not what the calls were recorded for."""
@@ -141,13 +143,13 @@ class Calling:
         if any(0 in shape for _, shape in self.externs.buffers.values()):
             return
         last = not any(self.externs.functions[number + 1 :])
-        batches = list(self._batches())
-        state = {key: self._state(key) for key in self.externs.kept}
-        self._kept = self._kept or [{} for _ in batches]
+        used = {x.key for step in function.steps for x in step.call.refs() if isinstance(x, Kept)}
+        state = {key: self._state(key) for key in used.union(key for key, _ in function.written)}
+        self._kept = self._kept or [{} for _ in self._batches]
         with torch.no_grad():
-            for batch, known in zip(batches, self._kept, strict=True):
+            for (batch, count, views), known in zip(self._batches, self._kept, strict=True):
                 try:
-                    self._batch(number, batch, known, slots, {k: v[batch] for k, v in state.items()})
+                    self._batch(number, count, views, known, slots, {k: v[batch] for k, v in state.items()})
                 except Exception as error:
                     error.of_a_call = True  # type: ignore[attr-defined]
                     raise
@@ -156,30 +158,32 @@ class Calling:
         if last:
             self._kept = []
 
-    def _batches(self) -> Iterator[slice]:
-        return (slice(i, i + self.stack) for i in range(0, self.count, self.stack))
+    def _batched(self) -> Iterator[tuple[slice, int, Memory]]:
+        """The parameters that a call is made for, how many they are, and their memory: of a single one no stack."""
+        for i in range(0, self.count, self.stack):
+            batch = slice(i, min(i + self.stack, self.count))
+            single = batch.stop == i + 1
+            views = {name: t[i] if single else t[batch] for name, t in self.memory.items()}
+            yield batch, batch.stop - i, views
 
     def _batch(
         self,
         number: int,
-        batch: slice,
+        count: int,
+        views: Memory,
         known: dict[int, Any],
         slots: Sequence[float],
         state: dict[str, list[torch.Tensor]],
     ) -> None:
-        views = {name: t[batch] for name, t in self.memory.items()}
-        count = len(next(iter(views.values())))
-        if count == 1:
-            views = {name: t[0] for name, t in views.items()}
-        used, done, between = _between(self.externs, number, count == 1)
+        single = count == 1
+        used, done, between = _between(self.externs, number, single)
         kept = {
-            k: (state[k][0] if count == 1 else torch.stack(state[k])).to(self.externs.kept[k][0])
-            for k in used
+            k: (state[k][0] if single else torch.stack(state[k])).to(self.externs.kept[k][0]) for k in used
         }
         if self.externs.views:
             kept = {k: t.contiguous() for k, t in kept.items()}
         between(known, views, kept, slots, count)
-        theirs = {t.untyped_storage().data_ptr() for t in (*views.values(), *kept.values())}
+        theirs = self._theirs.union(t.untyped_storage().data_ptr() for t in kept.values())
 
         def own(call: int) -> torch.Tensor:
             """What a call gave, if need be a copy: memory that it may be a view of is written to."""
@@ -190,7 +194,7 @@ class Calling:
         assert function is not None
         made = [(name, own(call)) for name, call in function.outputs if name not in done]
         for key, call in function.written:
-            new = [own(call)] if count == 1 else own(call).unbind()
+            new = [own(call)] if single else own(call).unbind()
             self._new += zip(state[key], new, strict=True)
         for name, found in made:
             views[name].copy_(found)

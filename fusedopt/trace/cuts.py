@@ -29,6 +29,11 @@ ALONE = 1 << 17
 to be copied for a stack is large."""
 
 
+def alone(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> bool:
+    """Whether calls of such tensors are made for each."""
+    return device.type == "cpu" and shape.numel() * dtype.itemsize >= ALONE
+
+
 class Load(NamedTuple):
     """What a program has left, by its buffer's name."""
 
@@ -290,7 +295,7 @@ def _held(calls: Calls, one: Given, buffers: Mapping[str, Buffer]) -> Kept | Non
         return None
     key = {"param": PARAM, "grad": GRAD}.get(value.attr, value.attr.removeprefix("state."))
     buffer = buffers.get(value.attr)
-    large = calls.device.type == "cpu" and one.shape.numel() * one.dtype.itemsize >= ALONE
+    large = alone(calls.device, one.dtype, one.shape)
     ours = (
         key is not value.attr and buffer is not None and (buffer.dtype, buffer.kind) == (one.dtype, ELEMENT)
     )
@@ -329,8 +334,9 @@ def _described(
     metas = {k: calls.meta(Result(k)) for k in order}
     ranks = {k: m.dim() if isinstance(m, torch.Tensor) else None for k, m in metas.items()}
     refs = {x for k in order for x in calls.calls[k].refs() if isinstance(x, Kept)}
-    refs |= {Kept(key) for _, _, written in rounds for key, _ in written}
-    state = {ref.key: (calls.meta(ref).dtype, tuple(calls.meta(ref).shape)) for ref in refs}
+    taken: dict[str, Any] = {ref.key: ref for ref in refs}
+    taken = {key: Result(k) for _, _, written in rounds for key, k in written} | taken
+    state = {key: (calls.meta(x).dtype, tuple(calls.meta(x).shape)) for key, x in taken.items()}
     state |= {at.key: (one.dtype, tuple(one.shape)) for one, at in given.items() if isinstance(at, Kept)}
     names = {calls.memory(calls.meta(one)): at.buffer for one, at in given.items() if isinstance(at, Load)}
     tensors = {k: m for k, m in metas.items() if isinstance(m, torch.Tensor)}

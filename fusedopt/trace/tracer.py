@@ -19,8 +19,8 @@ from ..ir.ops import DRAWS, ELEMENT, OPS, TENSOR, is_partial, is_reduction, op_o
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
 from .axes import along, blocks, sizes
-from .cuts import Cuts, Externs, cut, numbered
-from .externs import EXTERN, Calls, Kept
+from .cuts import Cuts, Externs, alone, cut, numbered
+from .externs import EXTERN, Calls, Kept, Result
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Matrix, Pass, alike, either, is_number, load
 from .signals import NeedsAttribute, Untraceable
@@ -428,14 +428,15 @@ def cut_up(
     depths: which round each total is of, if that is known, and there are no calls
     """
     shares = {k: v.node for k, v in cells.items() if isinstance(k, Total) and isinstance(v, Cell)}
+    everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
     if depths is None:
+        cells = cells | _handed(graph, calls, signature, cells)
         roots = _stores(signature, cells, created, materialize_grad).values()
         written = {k: v.ref for k, v in cells.items() if isinstance(v, Matrix) and v.ref != Kept(k)}
         cuts = cut(graph, calls, roots, shares, written, _buffers(signature, hyper, cells, created))
     else:
         cuts = Cuts(graph, _by_depth(shares, depths), {}, {known.share: BUFFER for known in shares})
     buffers = _buffers(signature, hyper, cells, created) | cuts.buffers
-    everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
     order = in_memory(signature, (old | created).values(), cuts.externs is not None or _draws(graph, cells))
     axes = axes_of(graph, everything, buffers, order)
@@ -455,6 +456,20 @@ def cut_up(
     slots = slots if externs is None else tuple(all_slots)
     program = replace(program, slots=len(slots), buffers=kept)
     return program, tuple(replace(one, slots=len(slots)) for one in rounds), slots, axes, externs
+
+
+def _handed(graph: Graph, calls: Calls, signature: Signature, cells: dict[Any, Any]) -> dict[Any, Matrix]:
+    """State that becomes what a call gives, as it is: large tensors on a CPU need no program for that."""
+    out, shape = {}, dict(signature.attributes).get("shape")
+    for key, buffer in signature.state:
+        cell = cells.get(key)
+        if isinstance(cell, Cell) and isinstance(buffer, Buffer) and graph.values[cell.node].op == EXTERN:
+            result = Result(graph.values[cell.node].attr)
+            meta = calls.meta(result)
+            same = buffer.kind == ELEMENT and meta.dtype == buffer.dtype == signature.compute
+            if same and meta.shape == shape and alone(signature.device, meta.dtype, meta.shape):
+                out[key] = Matrix(result, None)
+    return out
 
 
 def _by_depth(shares: dict[Total, int], depths: dict[Total, int]) -> list[dict[str, int]]:
