@@ -10,7 +10,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -68,6 +68,19 @@ def calling(plans: Sequence[Bucket], tensors: Callable[[Bucket], Tensors] | None
     ]
 
 
+class Later(NamedTuple):
+    """A call that updates state in place, once the whole step is known to work: nothing else needs what it gives."""
+
+    into: Into
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def reads_but(self, own: torch.Tensor, theirs: set[int]) -> bool:
+        """Whether it takes memory that may change before that, besides the state's own."""
+        tensors = [x for x in leaves((self.args, tuple(self.kwargs.values()))) if isinstance(x, torch.Tensor)]
+        return any(t is not own and t.untyped_storage().data_ptr() in theirs for t in tensors)
+
+
 class Calling:
     """The calls of one bucket in a step. What they give in one round is kept for the next."""
 
@@ -78,7 +91,7 @@ class Calling:
         self._theirs = {t.untyped_storage().data_ptr() for t in memory.values()}
         self._tensors: Tensors | None = tensors
         self._kept: list[dict[int, Any]] = []
-        self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._new: list[tuple[torch.Tensor, torch.Tensor | Later]] = []
 
     @property
     def looks_first(self) -> bool:
@@ -115,7 +128,10 @@ class Calling:
         """Write what calls left for the state."""
         with torch.no_grad():
             for there, new in self._new:
-                there.copy_(new)
+                if isinstance(new, Later):
+                    new.into(*new.args, **new.kwargs, out=there)
+                else:
+                    there.copy_(new)
         self._new = []
 
     def forget(self) -> None:
@@ -194,6 +210,12 @@ class Calling:
         assert function is not None
         made = [(name, own(call)) for name, call in function.outputs if name not in done]
         for key, call in function.written:
+            if isinstance(later := known[call], Later):
+                there = state[key][0]
+                if there.dtype == kept[key].dtype and not later.reads_but(kept[key], theirs):
+                    self._new.append((there, later))
+                    continue
+                known[call] = later.into(*later.args, **later.kwargs)
             new = [own(call)] if single else own(call).unbind()
             self._new += zip(state[key], new, strict=True)
         for name, found in made:
@@ -219,17 +241,17 @@ def _between(externs: Externs, number: int, single: bool) -> tuple[list[str], fr
     return found
 
 
+Into = Callable[..., torch.Tensor]
 _INTO = frozenset(
     "matmul mm bmm mv addmm baddbmm addmv index_select add sub mul div pow square sqrt rsqrt neg lerp".split()  # noqa: SIM905
 )
 """Functions that write what they give where ``out`` says, without a copy of it."""
-_Into = Callable[..., torch.Tensor]
 
 
-def _filling(externs: Externs, function: Function) -> dict[int, tuple[_Into, Placed]]:
+def _filling(externs: Externs, function: Function) -> dict[int, tuple[Into, Placed]]:
     """The calls of one parameter's tensors that can leave what they give in its buffer: with what, and where."""
     places = {place.call: place for place in function.placed}
-    out: dict[int, tuple[_Into, Placed]] = {}
+    out: dict[int, tuple[Into, Placed]] = {}
     for step in function.steps:
         name = step.call.name
         if step.number not in places or _rank(next(step.call.refs(), None), externs) is None:
@@ -239,6 +261,22 @@ def _filling(externs: Externs, function: Function) -> dict[int, tuple[_Into, Pla
         elif turned := _product(step.call, externs):
             out[step.number] = functools.partial(_multiplied, turned), places[step.number]
     return out
+
+
+def _later(externs: Externs, function: Function) -> set[int]:
+    """The calls of one parameter's tensors that nothing needs but the state that they are an update of."""
+    steps = [step for f in externs.functions if f for step in f.steps]
+    needed = {x.call for step in steps for x in step.call.refs() if isinstance(x, Result)}
+    needed |= {call for f in externs.functions if f for _, call in f.outputs}
+    written = [call for _, call in function.written]
+    updates = {call: Kept(key) for key, call in function.written if written.count(call) == 1}
+    return {
+        step.number
+        for step in function.steps
+        if step.number in updates.keys() - needed
+        and step.call.name in _INTO
+        and next(step.call.refs(), None) == updates[step.number]
+    }
 
 
 def _product(call: Call, externs: Externs) -> tuple[bool, bool] | None:
@@ -254,10 +292,11 @@ def _multiplied(
 
 
 def _generated(
-    externs: Externs, function: Function, single: bool, placed: dict[int, tuple[_Into, Placed]]
+    externs: Externs, function: Function, single: bool, placed: dict[int, tuple[Into, Placed]]
 ) -> Between:
     space: dict[str, Any] = {}
     own = {step.number for step in function.steps}
+    later = _later(externs, function) if single else set()
     lines = ["def between(known, views, kept, slots, count):"]
 
     def constant(x: Any) -> str:
@@ -283,6 +322,10 @@ def _generated(
         of_parameters = any(isinstance(x, (Result, Load, Kept)) for x in call.refs())
         if call.function is torch.Tensor.clone and not kwargs and of_parameters:
             made = args[0]  # nothing is written in place
+        elif step.number in later:
+            named = "".join(f"{k!r}: {v}, " for k, v in kwargs)
+            into = getattr(torch, call.name)
+            made = f"{constant(Later)}({constant(into)}, ({''.join(f'{a}, ' for a in args)}), {{{named}}})"
         elif step.number in placed:
             into, (_, buffer, shape) = placed[step.number]
             place = f"views[{buffer!r}]"
