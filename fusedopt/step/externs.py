@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..trace.cuts import ALONE, Externs, Function, Load, Number, Placed, Step
+from ..trace.cuts import Externs, Function, Load, Number, Placed, Step, alone
 from ..trace.externs import Call, Kept, Result, leaves, mapped
 from ..trace.run import GRAD, PARAM
 from ..trace.tensor import METHODS
@@ -118,11 +118,10 @@ class Calling:
     def stack(self) -> int:
         """How many parameters a call is made for."""
         tensors = [*self.externs.buffers.values(), *self.externs.kept.values()]
-        sizes = [(math.prod(shape), dtype.itemsize) for dtype, shape in tensors]
-        on_cpu = all(t.device.type == "cpu" for t in self.memory.values())
-        if on_cpu and max(n * size for n, size in sizes) >= ALONE:
+        device = next(iter(self.memory.values())).device
+        if any(alone(device, dtype, shape) for dtype, shape in tensors):
             return 1
-        return max(1, BATCH // max(1, *(n for n, _ in sizes)))
+        return max(1, BATCH // max(1, *(math.prod(shape) for _, shape in tensors)))
 
     def commit(self) -> None:
         """Write what calls left for the state."""

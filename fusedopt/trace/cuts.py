@@ -7,7 +7,8 @@ A program of a round leaves what the cut needs: a parameter's share of a total, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -29,9 +30,9 @@ ALONE = 1 << 17
 to be copied for a stack is large."""
 
 
-def alone(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> bool:
+def alone(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> bool:
     """Whether calls of such tensors are made for each."""
-    return device.type == "cpu" and shape.numel() * dtype.itemsize >= ALONE
+    return device.type == "cpu" and math.prod(shape) * dtype.itemsize >= ALONE
 
 
 class Load(NamedTuple):
@@ -176,11 +177,13 @@ def cut(
     totals: dict[Total, int],
     written: dict[str, Ref],
     buffers: Mapping[str, Buffer],
+    shape: Sequence[int] | None,
 ) -> Cuts:
     """The rounds that come before the program that computes these values. Raises Untraceable if they have no order.
 
     written: what calls leave in the state
     buffers: those of all programs
+    shape: the parameter's, where it is known
     """
     level = _levels(graph, totals)
     results = {key: _result(calls, ref) for key, ref in written.items()}
@@ -194,7 +197,8 @@ def cut(
         stores[level(node)] = stores[level(node)] | {known.share: node}
     cuts = Cuts(graph, stores, {}, {known.share: BUFFER for known in totals})
     if externs or results:
-        _with_calls(cuts, calls, sorted(externs, key=level), results, level, buffers)
+        whole = {name: buffer.dtype for name, buffer in buffers.items() if buffer.kind == ELEMENT}
+        _with_calls(cuts, calls, sorted(externs, key=level), results, level, whole, shape)
     return cuts
 
 
@@ -233,9 +237,10 @@ def _with_calls(
     externs: list[int],
     written: dict[str, Result],
     level: Callable[[int], int],
-    buffers: Mapping[str, Buffer],
+    whole: Mapping[str, torch.dtype],
+    shape: Sequence[int] | None,
 ) -> None:
-    """Add what calls are given and what they give."""
+    """Add what calls are given and what they give. ``whole``: the buffers of the parameter's shape."""
     graph = cuts.graph
     given: dict[Given, Load | Kept] = {}
     done: set[int] = set()
@@ -253,7 +258,7 @@ def _with_calls(
     def need(result: Result, r: int) -> Round:
         for one in calls.given(result):
             if one not in given:
-                if (kept := _held(calls, one, buffers)) is not None:
+                if one.shape == shape and (kept := _held(calls, one, whole)) is not None:
                     given[one] = kept
                 else:
                     leave(one)
@@ -287,19 +292,15 @@ def _with_calls(
     cuts.externs = _described(calls, rounds, given, shapes)
 
 
-def _held(calls: Calls, one: Given, buffers: Mapping[str, Buffer]) -> Kept | None:
+def _held(calls: Calls, one: Given, whole: Mapping[str, torch.dtype]) -> Kept | None:
     """The tensor that a program would copy for calls, if these can take it itself: those of large ones, on a CPU, are
     made for each parameter."""
     value = calls.graph.values[one.node]
     if value.op != "load" or not isinstance(value.attr, str):
         return None
     key = {"param": PARAM, "grad": GRAD}.get(value.attr, value.attr.removeprefix("state."))
-    buffer = buffers.get(value.attr)
-    large = alone(calls.device, one.dtype, one.shape)
-    ours = (
-        key is not value.attr and buffer is not None and (buffer.dtype, buffer.kind) == (one.dtype, ELEMENT)
-    )
-    return Kept(key) if large and ours else None
+    ours = key != value.attr and whole.get(value.attr) == one.dtype
+    return Kept(key) if ours and alone(calls.device, one.dtype, one.shape) else None
 
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]

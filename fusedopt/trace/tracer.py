@@ -433,7 +433,8 @@ def cut_up(
         cells = cells | _handed(graph, calls, signature, cells)
         roots = _stores(signature, cells, created, materialize_grad).values()
         written = {k: v.ref for k, v in cells.items() if isinstance(v, Matrix) and v.ref != Kept(k)}
-        cuts = cut(graph, calls, roots, shares, written, _buffers(signature, hyper, cells, created))
+        shape = dict(signature.attributes).get("shape")
+        cuts = cut(graph, calls, roots, shares, written, _buffers(signature, hyper, cells, created), shape)
     else:
         cuts = Cuts(graph, _by_depth(shares, depths), {}, {known.share: BUFFER for known in shares})
     buffers = _buffers(signature, hyper, cells, created) | cuts.buffers
