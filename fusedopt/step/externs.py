@@ -75,10 +75,10 @@ class Later(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def reads_but(self, own: torch.Tensor, theirs: set[int]) -> bool:
+    def reads_but(self, own: torch.Tensor, changing: set[int]) -> bool:
         """Whether it takes memory that may change before that, besides the state's own."""
         tensors = [x for x in leaves((self.args, tuple(self.kwargs.values()))) if isinstance(x, torch.Tensor)]
-        return any(t is not own and t.untyped_storage().data_ptr() in theirs for t in tensors)
+        return any(t is not own and t.untyped_storage().data_ptr() in changing for t in tensors)
 
 
 class Calling:
@@ -197,7 +197,19 @@ class Calling:
         }
         if self.externs.views:
             kept = {k: t.contiguous() for k, t in kept.items()}
-        between(known, views, kept, slots, count)
+        changed = self.externs.changing.union(
+            key for f in self.externs.functions if f for key, _ in f.written
+        )
+        changing = self._theirs.union(kept[k].untyped_storage().data_ptr() for k in changed & kept.keys())
+
+        def update(
+            key: str, into: Into, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Later | torch.Tensor:
+            later = Later(into, args, kwargs)
+            waits = state[key][0].dtype == kept[key].dtype and not later.reads_but(kept[key], changing)
+            return later if waits else into(*args, **kwargs)
+
+        between(known, views, kept, slots, count, update)
         theirs = self._theirs.union(t.untyped_storage().data_ptr() for t in kept.values())
 
         def own(call: int) -> torch.Tensor:
@@ -209,20 +221,18 @@ class Calling:
         assert function is not None
         made = [(name, own(call)) for name, call in function.outputs if name not in done]
         for key, call in function.written:
-            if isinstance(later := known[call], Later):
-                there = state[key][0]
-                if there.dtype == kept[key].dtype and not later.reads_but(kept[key], theirs):
-                    self._new.append((there, later))
-                    continue
-                known[call] = later.into(*later.args, **later.kwargs)
+            if isinstance(known[call], Later):
+                self._new.append((state[key][0], known[call]))
+                continue
             new = [own(call)] if single else own(call).unbind()
             self._new += zip(state[key], new, strict=True)
         for name, found in made:
             views[name].copy_(found)
 
 
-Between = Callable[[dict[int, Any], Memory, Memory, Sequence[float], int], None]
-"""The calls of a round: what calls gave by number, which it adds to, what programs left, state, slots, how many."""
+Between = Callable[[dict[int, Any], Memory, Memory, Sequence[float], int, Callable[..., Any]], None]
+"""The calls of a round: what calls gave by number, which it adds to, what programs left, state, slots, how many, and
+what is done about updates of state."""
 
 
 def _between(externs: Externs, number: int, single: bool) -> tuple[list[str], frozenset[str], Between]:
@@ -262,15 +272,15 @@ def _filling(externs: Externs, function: Function) -> dict[int, tuple[Into, Plac
     return out
 
 
-def _later(externs: Externs, function: Function) -> set[int]:
-    """The calls of one parameter's tensors that nothing needs but the state that they are an update of."""
+def _later(externs: Externs, function: Function) -> dict[int, str]:
+    """The calls of one parameter's tensors that nothing needs but the state that they are an update of, and its key."""
     steps = [step for f in externs.functions if f for step in f.steps]
     needed = {x.call for step in steps for x in step.call.refs() if isinstance(x, Result)}
     needed |= {call for f in externs.functions if f for _, call in f.outputs}
     written = [call for _, call in function.written]
     updates = {call: Kept(key) for key, call in function.written if written.count(call) == 1}
     return {
-        step.number
+        step.number: updates[step.number].key
         for step in function.steps
         if step.number in updates.keys() - needed
         and step.call.name in _INTO
@@ -295,8 +305,8 @@ def _generated(
 ) -> Between:
     space: dict[str, Any] = {}
     own = {step.number for step in function.steps}
-    later = _later(externs, function) if single else set()
-    lines = ["def between(known, views, kept, slots, count):"]
+    later = _later(externs, function) if single else {}
+    lines = ["def between(known, views, kept, slots, count, update):"]
 
     def constant(x: Any) -> str:
         space[name := f"k{len(space)}"] = x
@@ -324,7 +334,7 @@ def _generated(
         elif step.number in later:
             named = "".join(f"{k!r}: {v}, " for k, v in kwargs)
             into = getattr(torch, call.name)
-            made = f"{constant(Later)}({constant(into)}, ({''.join(f'{a}, ' for a in args)}), {{{named}}})"
+            made = f"update({later[step.number]!r}, {constant(into)}, ({''.join(f'{a}, ' for a in args)}), {{{named}}})"
         elif step.number in placed:
             into, (_, buffer, shape) = placed[step.number]
             place = f"views[{buffer!r}]"

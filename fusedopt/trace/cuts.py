@@ -83,9 +83,9 @@ class Externs:
 
     ``buffers``: the dtype and shape of each for one parameter; ``kept``: those of the state's tensors (and of the
     parameter, as ``PARAM``, and its gradient, ``GRAD``) that calls take as they are, or write, in the type that
-    callbacks compute in; ``ranks``: of each call's result its dimensions; ``reused``:
-    buffers of results with that of a given tensor which has room for it; ``dtypes``: those of all results;
-    ``compiled``: what makes the calls (see step/externs.py).
+    callbacks compute in; ``changing``: those that programs write after all calls; ``ranks``: of each call's result its
+    dimensions; ``reused``: buffers of results with that of a given tensor which has room for it; ``dtypes``: those of
+    all results; ``compiled``: what makes the calls (see step/externs.py).
     """
 
     functions: tuple[Function | None, ...]
@@ -94,6 +94,7 @@ class Externs:
     reused: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
     dtypes: frozenset[torch.dtype] = frozenset()
+    changing: frozenset[str] = frozenset()
     compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def key(self) -> Any:
@@ -298,9 +299,14 @@ def _held(calls: Calls, one: Given, whole: Mapping[str, torch.dtype]) -> Kept | 
     value = calls.graph.values[one.node]
     if value.op != "load" or not isinstance(value.attr, str):
         return None
-    key = {"param": PARAM, "grad": GRAD}.get(value.attr, value.attr.removeprefix("state."))
+    key = key_of(value.attr)
     ours = key != value.attr and whole.get(value.attr) == one.dtype
     return Kept(key) if ours and alone(calls.device, one.dtype, one.shape) else None
+
+
+def key_of(buffer: str) -> str:
+    """The key in ``Externs.kept`` of what a program's buffer is."""
+    return {"param": PARAM, "grad": GRAD}.get(buffer, buffer.removeprefix("state."))
 
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -315,6 +321,7 @@ def _described(
     shapes: Shapes,
 ) -> Externs:
     """The functions, with the last use of each result and of each given tensor."""
+    rounds = [(sorted(steps), outputs, written) for steps, outputs, written in rounds]  # as they were made
     order = [k for steps, _, _ in rounds for k in steps]
     last: dict[int, int] = {}
     for k in order:

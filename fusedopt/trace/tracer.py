@@ -19,7 +19,7 @@ from ..ir.ops import DRAWS, ELEMENT, OPS, TENSOR, is_partial, is_reduction, op_o
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
 from .axes import along, blocks, sizes
-from .cuts import Cuts, Externs, alone, cut, numbered
+from .cuts import Cuts, Externs, alone, cut, key_of, numbered
 from .externs import EXTERN, Calls, Kept, Result
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Matrix, Pass, alike, either, is_number, load
@@ -431,10 +431,14 @@ def cut_up(
     everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
     if depths is None:
         cells = cells | _handed(graph, calls, signature, cells)
-        roots = _stores(signature, cells, created, materialize_grad).values()
+        roots = _stores(signature, cells, created, materialize_grad)
         written = {k: v.ref for k, v in cells.items() if isinstance(v, Matrix) and v.ref != Kept(k)}
         shape = dict(signature.attributes).get("shape")
-        cuts = cut(graph, calls, roots, shares, written, _buffers(signature, hyper, cells, created), shape)
+        known = _buffers(signature, hyper, cells, created)
+        cuts = cut(graph, calls, roots.values(), shares, written, known, shape)
+        if cuts.externs is not None:
+            changing = frozenset(map(key_of, roots)) & cuts.externs.kept.keys()
+            cuts.externs = replace(cuts.externs, changing=changing)
     else:
         cuts = Cuts(graph, _by_depth(shares, depths), {}, {known.share: BUFFER for known in shares})
     buffers = _buffers(signature, hyper, cells, created) | cuts.buffers
