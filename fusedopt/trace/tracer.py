@@ -464,8 +464,9 @@ def cut_up(
 
 
 def _handed(graph: Graph, calls: Calls, signature: Signature, cells: dict[Any, Any]) -> dict[Any, Matrix]:
-    """State that becomes what a call gives, as it is: large tensors on a CPU need no program for that."""
-    out, shape = {}, dict(signature.attributes).get("shape")
+    """State that becomes what a call gives, as it is, and that programs do not need: large tensors on a CPU."""
+    shape = dict(signature.attributes).get("shape")
+    found: dict[Any, Result] = {}
     for key, buffer in signature.state:
         cell = cells.get(key)
         if isinstance(cell, Cell) and isinstance(buffer, Buffer) and graph.values[cell.node].op == EXTERN:
@@ -473,8 +474,10 @@ def _handed(graph: Graph, calls: Calls, signature: Signature, cells: dict[Any, A
             meta = calls.meta(result)
             same = buffer.kind == ELEMENT and meta.dtype == buffer.dtype == signature.compute
             if same and meta.shape == shape and alone(signature.device, meta.dtype, meta.shape):
-                out[key] = Matrix(result, None)
-    return out
+                found[key] = result
+    others = [cell.node for key, cell in cells.items() if isinstance(cell, Cell) and key not in found]
+    needed = set(reachable(graph.values, others))
+    return {key: Matrix(result, None) for key, result in found.items() if cells[key].node not in needed}
 
 
 def _by_depth(shares: dict[Total, int], depths: dict[Total, int]) -> list[dict[str, int]]:
