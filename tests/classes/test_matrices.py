@@ -235,6 +235,18 @@ def test_large_matrices_are_taken_one_by_one():
     assert {each.partition(": ")[0] for each in opt.explain().calls} == {"2 tensors of 200×200, for each"}
 
 
+def test_products_of_narrow_floats_are_stacked_up_to_larger_sizes():
+    def narrow(self, p, g, s):
+        u = newton_schulz((p.grad / p.grad.norm()).bfloat16())
+        p.sub_(u.float(), alpha=g["lr"])
+
+    how = {}
+    for shape in ((256, 320), (1024, 520)):
+        _, opt = run(rule(narrow), steps=3, shapes=[shape] * 2)
+        (how[shape],) = {each.partition(": ")[0].partition(", ")[2] for each in opt.explain().calls}
+    assert how == {(256, 320): "for 2 at once", (1024, 520): "for each"}
+
+
 def test_sums_of_one_term_are_elementwise():
     def factored(self, p, g, s):
         row, column = p.grad.square().mean(-1, keepdim=True), p.grad.square().mean(-2, keepdim=True)
