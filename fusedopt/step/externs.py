@@ -259,7 +259,8 @@ _INTO = frozenset(
 
 def _filling(externs: Externs, function: Function) -> dict[int, tuple[Into, Placed]]:
     """The calls of one parameter's tensors that can leave what they give in its buffer: with what, and where."""
-    places = {place.call: place for place in function.placed}
+    # What has one element may have it in another shape than in the trace.
+    places = {place.call: place for place in function.placed if math.prod(place.shape) > 1}
     out: dict[int, tuple[Into, Placed]] = {}
     for step in function.steps:
         name = step.call.name
@@ -284,6 +285,7 @@ def _later(externs: Externs, function: Function) -> dict[int, str]:
         for step in function.steps
         if step.number in updates.keys() - needed
         and step.call.name in _INTO
+        and math.prod(externs.kept[updates[step.number].key][1]) > 1
         and next(step.call.refs(), None) == updates[step.number]
     }
 
