@@ -117,7 +117,7 @@ class _Called:
         assert found is not None
         self._memory = externs.memory(found, len(bucket), torch.device("cpu"))
         self._state = {
-            key: [item.state[key].detach().cpu().clone() for item, _ in bucket] for key in found.kept
+            key: [externs.held(item, key).detach().cpu().clone() for item, _ in bucket] for key in found.kept
         }
         calling = externs.Calling(found, self._memory, 0, lambda key: self._state[key])
         for number, program in enumerate(bucket[0][1].rounds):

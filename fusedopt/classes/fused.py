@@ -55,7 +55,7 @@ class Fused:
         self.buckets = StepBuckets(self.groups, type(opt).__name__, options)
         self.engine = Engine(self.buckets)
         self.reason, self.given_up, self._why = "", False, ""
-        self._misses = self._steps = self._failures = 0
+        self._misses = self._steps = self._failures = self._asked = 0
         self._calls_first = self._new_trace = False
         self.said: set[Any] = set()
 
@@ -177,6 +177,9 @@ class Fused:
         return False
 
     def _miss(self, opt: torch.optim.Optimizer, why: str) -> None:
+        asked = len(self.buckets.attributes)
+        if asked > self._asked:  # of parameters: steps that had a trace when less was asked need another
+            self._asked, self._misses = asked, 0
         self._misses += 1
         if self._misses >= (RETRACES if self.buckets.known_kinds or self.reason else KINDS):
             if not self.reason:

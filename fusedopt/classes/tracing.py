@@ -143,7 +143,8 @@ class Representative:
         state = values_of(self.state or {})
         if state.keys() != self.put.keys():
             raise NewState(f"state {', '.join(map(str, state.keys() ^ self.put.keys()))} comes or goes")
-        taken: set[Any] = {id(self.p.place), id(self.g.place)}
+        # With what has them: an address that is free again would be another tensor's.
+        taken: dict[Any, Any] = {id(place): place for place in (self.p.place, self.g.place)}
         for key, value in state.items():
             cells[key] = self._left(key, value, taken)
         path = tuple(self.run.taken)
@@ -159,19 +160,22 @@ class Representative:
         if len(self.outcomes) + len(self.todo) > MAX_PATHS:
             raise Untraceable(f"more than {MAX_PATHS} paths through branches on norms and means")
 
-    def _own_memory(self, key: str, value: Symbolic, taken: set[Any]) -> None:
+    def _own_memory(self, key: str, value: Symbolic, taken: dict[Any, Any]) -> None:
         """Raises Untraceable if what torch calls give is a view of another tensor that stays."""
         memory: Any = None
+        of: Any = None
         if value.ext is not None:
-            memory = "calls", self.calls.memory(value.ext.meta)
+            of = value.ext.meta
+            memory = "calls", self.calls.memory(of)
         elif self.put[key].ext is not None:
-            memory = id(place(value).place)
+            of = place(value).place
+            memory = id(of)
         if memory is not None:
             if memory in taken or (value.ext is not None and is_lent(value.ext)):
                 raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
-            taken.add(memory)
+            taken[memory] = of
 
-    def _left(self, key: str, value: Any, taken: set[Any]) -> Any:
+    def _left(self, key: str, value: Any, taken: dict[Any, Any]) -> Any:
         """What the step leaves as this state."""
         put = self.put[key]
         if key in self.item.hosted:
@@ -196,7 +200,7 @@ class Representative:
             sym = self._place(value, f"the state {key!r}", self.item.state[key])
             if id(sym.place) in taken:
                 raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
-            taken.add(id(sym.place))
+            taken[id(sym.place)] = sym.place
             buffer = dict(self.signature.state)[key]
             node = sym.node
             if buffer.dims is not None and sym.dims != buffer.dims:

@@ -10,23 +10,21 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..trace.cuts import Externs, Function, Load, Number, Step
+from ..trace.cuts import Externs, Function, Load, Number, Placed, Step, alone
 from ..trace.externs import Call, Kept, Result, leaves, mapped
+from ..trace.run import GRAD, PARAM
 from ..trace.tensor import METHODS
 
 if TYPE_CHECKING:
     from .buckets import Bucket
+    from .items import Item
 
 BATCH = 1 << 20
 """Elements of a parameter and those stacked with it: more does not pay, and has to be kept in memory."""
-
-ALONE = 1 << 17
-"""Bytes of a tensor from which on calls on a CPU are made for each: its products of stacks are no faster, and what has
-to be copied for a stack is large."""
 
 Memory = dict[str, torch.Tensor]
 """What programs leave and find, by buffer: a slice for each parameter."""
@@ -43,11 +41,19 @@ def memory(externs: Externs, count: int, device: torch.device) -> Memory:
 
 
 Tensors = Callable[[str], list[torch.Tensor]]
-"""What the state of each parameter of a bucket has under a callback's name for it, now."""
+"""What the state of each parameter of a bucket has under a callback's name for it, now; the parameters under
+``PARAM``, their gradients under ``GRAD``."""
+
+
+def held(item: Item, key: str) -> torch.Tensor:
+    """One of these, of a parameter."""
+    own = {PARAM: item.param, GRAD: item.grad}.get(key)
+    found: torch.Tensor = item.state[key] if own is None else own.detach()
+    return found
 
 
 def _of_items(plan: Bucket) -> Tensors:
-    return lambda key: [item.state[key] for item in plan.items]
+    return lambda key: [held(item, key) for item in plan.items]
 
 
 def calling(plans: Sequence[Bucket], tensors: Callable[[Bucket], Tensors] | None = None) -> list[Calling]:
@@ -62,15 +68,30 @@ def calling(plans: Sequence[Bucket], tensors: Callable[[Bucket], Tensors] | None
     ]
 
 
+class Later(NamedTuple):
+    """A call that updates state in place, once the whole step is known to work: nothing else needs what it gives."""
+
+    into: Into
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def reads_but(self, own: torch.Tensor, changing: set[int]) -> bool:
+        """Whether it takes memory that may change before that, besides the state's own."""
+        tensors = [x for x in leaves((self.args, tuple(self.kwargs.values()))) if isinstance(x, torch.Tensor)]
+        return any(t is not own and t.untyped_storage().data_ptr() in changing for t in tensors)
+
+
 class Calling:
     """The calls of one bucket in a step. What they give in one round is kept for the next."""
 
     def __init__(self, externs: Externs, memory: Memory, set_: int, tensors: Tensors) -> None:
         self.externs, self.memory, self.set = externs, memory, set_
         self.count = len(next(iter(memory.values())))
+        self._batches = list(self._batched())
+        self._theirs = {t.untyped_storage().data_ptr() for t in memory.values()}
         self._tensors: Tensors | None = tensors
         self._kept: list[dict[int, Any]] = []
-        self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._new: list[tuple[torch.Tensor, torch.Tensor | Later]] = []
 
     @property
     def looks_first(self) -> bool:
@@ -93,20 +114,23 @@ class Calling:
         tensors = "1 tensor" if self.count == 1 else f"{self.count} tensors"
         return f"{tensors} of {shape or 'no dimensions'}, {how}: torch's {counts}"
 
-    @property
+    @functools.cached_property
     def stack(self) -> int:
         """How many parameters a call is made for."""
-        sizes = [(math.prod(shape), dtype.itemsize) for dtype, shape in self.externs.buffers.values()]
-        on_cpu = all(t.device.type == "cpu" for t in self.memory.values())
-        if on_cpu and max(n * size for n, size in sizes) >= ALONE:
+        tensors = [*self.externs.buffers.values(), *self.externs.kept.values()]
+        device = next(iter(self.memory.values())).device
+        if any(alone(device, dtype, shape) for dtype, shape in tensors):
             return 1
-        return max(1, BATCH // max(1, *(n for n, _ in sizes)))
+        return max(1, BATCH // max(1, *(math.prod(shape) for _, shape in tensors)))
 
     def commit(self) -> None:
         """Write what calls left for the state."""
         with torch.no_grad():
             for there, new in self._new:
-                there.copy_(new)
+                if isinstance(new, Later):
+                    new.into(*new.args, **new.kwargs, out=there)
+                else:
+                    there.copy_(new)
         self._new = []
 
     def forget(self) -> None:
@@ -116,7 +140,7 @@ class Calling:
     def let_go(self) -> None:
         """Hold no memory from here on."""
         self.forget()
-        self.memory, self._tensors = {}, None
+        self.memory, self._batches, self._tensors = {}, [], None
 
     def _state(self, key: str) -> list[torch.Tensor]:
         """Raises RuntimeError if it is not what the calls were recorded for."""
@@ -134,13 +158,13 @@ class Calling:
         if any(0 in shape for _, shape in self.externs.buffers.values()):
             return
         last = not any(self.externs.functions[number + 1 :])
-        batches = list(self._batches())
-        state = {key: self._state(key) for key in self.externs.kept}
-        self._kept = self._kept or [{} for _ in batches]
+        used = {x.key for step in function.steps for x in step.call.refs() if isinstance(x, Kept)}
+        state = {key: self._state(key) for key in used.union(key for key, _ in function.written)}
+        self._kept = self._kept or [{} for _ in self._batches]
         with torch.no_grad():
-            for batch, known in zip(batches, self._kept, strict=True):
+            for (batch, count, views), known in zip(self._batches, self._kept, strict=True):
                 try:
-                    self._batch(number, batch, known, slots, {k: v[batch] for k, v in state.items()})
+                    self._batch(number, count, views, known, slots, {k: v[batch] for k, v in state.items()})
                 except Exception as error:
                     error.of_a_call = True  # type: ignore[attr-defined]
                     raise
@@ -149,28 +173,44 @@ class Calling:
         if last:
             self._kept = []
 
-    def _batches(self) -> Iterator[slice]:
-        return (slice(i, i + self.stack) for i in range(0, self.count, self.stack))
+    def _batched(self) -> Iterator[tuple[slice, int, Memory]]:
+        """The parameters that a call is made for, how many they are, and their memory: of a single one no stack."""
+        for i in range(0, self.count, self.stack):
+            batch = slice(i, min(i + self.stack, self.count))
+            single = batch.stop == i + 1
+            views = {name: t[i] if single else t[batch] for name, t in self.memory.items()}
+            yield batch, batch.stop - i, views
 
     def _batch(
         self,
         number: int,
-        batch: slice,
+        count: int,
+        views: Memory,
         known: dict[int, Any],
         slots: Sequence[float],
         state: dict[str, list[torch.Tensor]],
     ) -> None:
-        views = {name: t[batch] for name, t in self.memory.items()}
-        count = len(next(iter(views.values())))
-        if count == 1:
-            views = {name: t[0] for name, t in views.items()}
-        used, between = _between(self.externs, number, count == 1)
+        single = count == 1
+        used, done, between = _between(self.externs, number, single)
         kept = {
-            k: (state[k][0] if count == 1 else torch.stack(state[k])).to(self.externs.kept[k][0])
-            for k in used
+            k: (state[k][0] if single else torch.stack(state[k])).to(self.externs.kept[k][0]) for k in used
         }
-        between(known, views, kept, slots, count)
-        theirs = {t.untyped_storage().data_ptr() for t in (*views.values(), *kept.values())}
+        if self.externs.views:
+            kept = {k: t.contiguous() for k, t in kept.items()}
+        changed = self.externs.changing.union(
+            key for f in self.externs.functions if f for key, _ in f.written
+        )
+        changing = self._theirs.union(kept[k].untyped_storage().data_ptr() for k in changed & kept.keys())
+
+        def update(
+            key: str, into: Into, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Later | torch.Tensor:
+            later = Later(into, args, kwargs)
+            waits = state[key][0].dtype == kept[key].dtype and not later.reads_but(kept[key], changing)
+            return later if waits else into(*args, **kwargs)
+
+        between(known, views, kept, slots, count, update)
+        theirs = self._theirs.union(t.untyped_storage().data_ptr() for t in kept.values())
 
         def own(call: int) -> torch.Tensor:
             """What a call gave, if need be a copy: memory that it may be a view of is written to."""
@@ -179,34 +219,96 @@ class Calling:
 
         function = self.externs.functions[number]
         assert function is not None
-        made = [(name, own(call)) for name, call in function.outputs]
+        made = [(name, own(call)) for name, call in function.outputs if name not in done]
         for key, call in function.written:
-            new = [own(call)] if count == 1 else own(call).unbind()
+            if isinstance(known[call], Later):
+                self._new.append((state[key][0], known[call]))
+                continue
+            new = [own(call)] if single else own(call).unbind()
             self._new += zip(state[key], new, strict=True)
         for name, found in made:
             views[name].copy_(found)
 
 
-Between = Callable[[dict[int, Any], Memory, Memory, Sequence[float], int], None]
-"""The calls of a round: what calls gave by number, which it adds to, what programs left, state, slots, how many."""
+Between = Callable[[dict[int, Any], Memory, Memory, Sequence[float], int, Callable[..., Any]], None]
+"""The calls of a round: what calls gave by number, which it adds to, what programs left, state, slots, how many, and
+what is done about updates of state."""
 
 
-def _between(externs: Externs, number: int, single: bool) -> tuple[list[str], Between]:
-    """The state that the calls of a round take, and these as one generated function, of stacks or of one parameter."""
+def _between(externs: Externs, number: int, single: bool) -> tuple[list[str], frozenset[str], Between]:
+    """The state that the calls of a round take, the buffers that they fill themselves, and they as one generated
+    function, of stacks or of one parameter."""
     key = number, single
     if key not in externs.compiled:
         function = externs.functions[number]
         assert function is not None
         used = {x.key for step in function.steps for x in step.call.refs() if isinstance(x, Kept)}
-        externs.compiled[key] = sorted(used), _generated(externs, function, single)
-    found: tuple[list[str], Between] = externs.compiled[key]
+        placed = _filling(externs, function) if single else {}
+        done = frozenset(place.buffer for _, place in placed.values())
+        externs.compiled[key] = sorted(used), done, _generated(externs, function, single, placed)
+    found: tuple[list[str], frozenset[str], Between] = externs.compiled[key]
     return found
 
 
-def _generated(externs: Externs, function: Function, single: bool) -> Between:
+Into = Callable[..., torch.Tensor]
+_INTO = frozenset(
+    "matmul mm bmm mv addmm baddbmm addmv index_select add sub mul div pow square sqrt rsqrt neg lerp".split()  # noqa: SIM905
+)
+"""Functions that write what they give where ``out`` says, without a copy of it."""
+
+
+def _filling(externs: Externs, function: Function) -> dict[int, tuple[Into, Placed]]:
+    """The calls of one parameter's tensors that can leave what they give in its buffer: with what, and where."""
+    # What has one element may have it in another shape than in the trace.
+    places = {place.call: place for place in function.placed if math.prod(place.shape) > 1}
+    out: dict[int, tuple[Into, Placed]] = {}
+    for step in function.steps:
+        name = step.call.name
+        if step.number not in places or _rank(next(step.call.refs(), None), externs) is None:
+            continue
+        if name in _INTO:
+            out[step.number] = getattr(torch, name), places[step.number]
+        elif turned := _product(step.call, externs):
+            out[step.number] = functools.partial(_multiplied, turned), places[step.number]
+    return out
+
+
+def _later(externs: Externs, function: Function) -> dict[int, str]:
+    """The calls of one parameter's tensors that nothing needs but the state that they are an update of, and its key."""
+    steps = [step for f in externs.functions if f for step in f.steps]
+    needed = {x.call for step in steps for x in step.call.refs() if isinstance(x, Result)}
+    needed |= {call for f in externs.functions if f for _, call in f.outputs}
+    written = [call for _, call in function.written]
+    updates = {call: Kept(key) for key, call in function.written if written.count(call) == 1}
+    return {
+        step.number: updates[step.number].key
+        for step in function.steps
+        if step.number in updates.keys() - needed
+        and step.call.name in _INTO
+        and math.prod(externs.kept[updates[step.number].key][1]) > 1
+        and next(step.call.refs(), None) == updates[step.number]
+    }
+
+
+def _product(call: Call, externs: Externs) -> tuple[bool, bool] | None:
+    """Which matrix to transpose in a contraction that is a product of two; None if it is none."""
+    ranks = [r for x in call.refs() if (r := _rank(x, externs)) is not None]
+    return _contracted(call) if call.name == "tensordot" and ranks == [2, 2] else None
+
+
+def _multiplied(
+    turned: tuple[bool, bool], a: torch.Tensor, b: torch.Tensor, *_: Any, **kwargs: Any
+) -> torch.Tensor:
+    return torch.matmul(a.mT if turned[0] else a, b.mT if turned[1] else b, out=kwargs.get("out"))
+
+
+def _generated(
+    externs: Externs, function: Function, single: bool, placed: dict[int, tuple[Into, Placed]]
+) -> Between:
     space: dict[str, Any] = {}
     own = {step.number for step in function.steps}
-    lines = ["def between(known, views, kept, slots, count):"]
+    later = _later(externs, function) if single else {}
+    lines = ["def between(known, views, kept, slots, count, update):"]
 
     def constant(x: Any) -> str:
         space[name := f"k{len(space)}"] = x
@@ -231,6 +333,16 @@ def _generated(externs: Externs, function: Function, single: bool) -> Between:
         of_parameters = any(isinstance(x, (Result, Load, Kept)) for x in call.refs())
         if call.function is torch.Tensor.clone and not kwargs and of_parameters:
             made = args[0]  # nothing is written in place
+        elif step.number in later:
+            named = "".join(f"{k!r}: {v}, " for k, v in kwargs)
+            into = getattr(torch, call.name)
+            made = f"update({later[step.number]!r}, {constant(into)}, ({''.join(f'{a}, ' for a in args)}), {{{named}}})"
+        elif step.number in placed:
+            into, (_, buffer, shape) = placed[step.number]
+            place = f"views[{buffer!r}]"
+            place += "" if shape == externs.buffers[buffer][1] else f".view({shape})"
+            keywords = [*(f"{k}={v}" for k, v in kwargs), f"out={place}"]
+            made = f"{constant(into)}({', '.join([*args, *keywords])})"
         elif single or not of_parameters:
             made = f"{constant(call.function)}({', '.join([*args, *(f'{k}={v}' for k, v in kwargs)])})"
             made = made if single else f"{constant(_spread)}({made}, count)"  # of constants alone
@@ -286,10 +398,8 @@ def stacked(step: Step, externs: Externs) -> Stacked:
         return lambda args, kwargs: args[0].mT
     if name in ("matmul", "mm", "bmm") and len(set(of_tensors)) == 1 and of_tensors[0] >= 2:
         return lambda args, kwargs: torch.matmul(*args)
-    if name == "tensordot" and of_tensors == [2, 2] and (turned := _contracted(step.call)) is not None:
-        return lambda args, kwargs: torch.matmul(
-            *(x.mT if t else x for x, t in zip(args, turned, strict=False))
-        )
+    if (turned := _product(call, externs)) is not None:
+        return lambda args, kwargs: _multiplied(turned, *args)
     if name == "addmm" and of_tensors == [2, 2, 2]:
         return lambda args, kwargs: torch.baddbmm(*args, **kwargs)
     if name in ("norm", "linalg_norm", "linalg_matrix_norm") and of_tensors == [2] and len(parts) == 1:

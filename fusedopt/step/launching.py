@@ -14,6 +14,7 @@ import torch
 from ..backends import Kernel, Launch
 from ..extension import leaf
 from ..trace.cuts import CALLED, GIVEN
+from ..trace.run import GRAD, PARAM
 from . import items, sharded, totals
 from .buckets import Bucket
 from .commit import Change, commit
@@ -132,6 +133,10 @@ def _in_groups(groups: Groups, plan: Bucket) -> Callable[[str], list[torch.Tenso
     }
 
     def found(key: str) -> list[torch.Tensor]:
+        if key in (PARAM, GRAD):
+            params: list[torch.nn.Parameter] = [owner() for owner in owners]  # type: ignore[misc]
+            # One that has no gradient now is not stepped: what is called for it goes nowhere.
+            return [p.detach() if key == PARAM or p.grad is None else p.grad.detach() for p in params]
         stored, nested, inner = places[key]
         values = [groups.state[owner()][stored] for owner in owners]
         return [items.inside(value)[inner] for value in values] if nested else values

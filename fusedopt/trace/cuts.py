@@ -6,19 +6,37 @@ A program of a round leaves what the cut needs: a parameter's share of a total, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from ..ir.ops import ELEMENT
 from ..ir.program import Buffer, Graph, Value, reachable
 from .externs import EXTERN, Call, Calls, Constant, Given, Kept, Ref, Result, Slot, mapped
+from .run import GRAD, PARAM
 from .signals import Untraceable
 from .totals import BUFFER, TOTAL, Total
 
 GIVEN, CALLED = "given.", "called."
 """What the names of buffers begin with: of tensors that calls are given, and of what they gave."""
+
+
+ALONE = 1 << 17
+"""Bytes of a tensor from which on calls on a CPU are made for each: its products of stacks are no faster, and what has
+to be copied for a stack is large."""
+
+NARROW_ALONE = 1 << 20
+"""The same of 16-bit floats, whose products are so fast that it counts how many there are."""
+
+
+def alone(device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether calls of such tensors are made for each."""
+    least = NARROW_ALONE if dtype in (torch.bfloat16, torch.float16) else ALONE
+    return device.type == "cpu" and math.prod(shape) * dtype.itemsize >= least
 
 
 class Load(NamedTuple):
@@ -42,23 +60,36 @@ class Step(NamedTuple):
     last: tuple[int, ...]
 
 
+class Placed(NamedTuple):
+    """A call, the buffer that gets what it gives, and the shape in which it gives it."""
+
+    call: int
+    buffer: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Function:
-    """The calls of a round, and the buffers and the tensors of the state that their results are written to."""
+    """The calls of a round, and the buffers and the tensors of the state that their results are written to.
+
+    ``placed``: the calls that may leave what they give in a buffer at once, as nobody reads its memory from there on
+    """
 
     steps: tuple[Step, ...]
     outputs: tuple[tuple[str, int], ...]
     written: tuple[tuple[str, int], ...] = ()
+    placed: tuple[Placed, ...] = ()
 
 
 @dataclass(frozen=True)
 class Externs:
     """The calls of a trace: for each round its function, if it has any, and the tensors around them.
 
-    ``buffers``: the dtype and shape of each for one parameter; ``kept``: those of the state's tensors that calls take
-    or write, in the type that callbacks compute in; ``ranks``: of each call's result its dimensions; ``reused``:
-    buffers of results with that of a given tensor which has room for it; ``dtypes``: those of all results;
-    ``compiled``: what makes the calls (see step/externs.py).
+    ``buffers``: the dtype and shape of each for one parameter; ``kept``: those of the state's tensors (and of the
+    parameter, as ``PARAM``, and its gradient, ``GRAD``) that calls take as they are, or write, in the type that
+    callbacks compute in; ``changing``: those that programs write after all calls; ``ranks``: of each call's result its
+    dimensions; ``reused``: buffers of results with that of a given tensor which has room for it; ``dtypes``: those of
+    all results; ``compiled``: what makes the calls (see step/externs.py).
     """
 
     functions: tuple[Function | None, ...]
@@ -67,6 +98,7 @@ class Externs:
     reused: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
     dtypes: frozenset[torch.dtype] = frozenset()
+    changing: frozenset[str] = frozenset()
     compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def key(self) -> Any:
@@ -87,6 +119,12 @@ class Externs:
         """Whether some call refuses numbers that are not finite."""
         calls = [step.call for function in self.functions if function for step in function.steps]
         return any("linalg" in call.name or call.name in _MAY_FAIL for call in calls)
+
+    @functools.cached_property
+    def views(self) -> bool:
+        """Whether some call takes its tensor's layout to be that of contiguous ones, as in the trace."""
+        calls = [step.call for function in self.functions if function for step in function.steps]
+        return any(call.name in ("view", "view_as", "as_strided", "unflatten") for call in calls)
 
     def __str__(self) -> str:
         """The functions as Python."""
@@ -138,11 +176,19 @@ class Cuts:
 
 
 def cut(
-    graph: Graph, calls: Calls, roots: Iterable[int], totals: dict[Total, int], written: dict[str, Ref]
+    graph: Graph,
+    calls: Calls,
+    roots: Iterable[int],
+    totals: dict[Total, int],
+    written: dict[str, Ref],
+    buffers: Mapping[str, Buffer],
+    shape: Sequence[int] | None,
 ) -> Cuts:
     """The rounds that come before the program that computes these values. Raises Untraceable if they have no order.
 
     written: what calls leave in the state
+    buffers: those of all programs
+    shape: the parameter's, where it is known
     """
     level = _levels(graph, totals)
     results = {key: _result(calls, ref) for key, ref in written.items()}
@@ -156,7 +202,8 @@ def cut(
         stores[level(node)] = stores[level(node)] | {known.share: node}
     cuts = Cuts(graph, stores, {}, {known.share: BUFFER for known in totals})
     if externs or results:
-        _with_calls(cuts, calls, sorted(externs, key=level), results, level)
+        whole = {name: buffer.dtype for name, buffer in buffers.items() if buffer.kind == ELEMENT}
+        _with_calls(cuts, calls, sorted(externs, key=level), results, level, whole, shape)
     return cuts
 
 
@@ -195,22 +242,31 @@ def _with_calls(
     externs: list[int],
     written: dict[str, Result],
     level: Callable[[int], int],
+    whole: Mapping[str, torch.dtype],
+    shape: Sequence[int] | None,
 ) -> None:
-    """Add what calls are given and what they give."""
+    """Add what calls are given and what they give. ``whole``: the buffers of the parameter's shape."""
     graph = cuts.graph
-    given: dict[Given, str] = {}
+    given: dict[Given, Load | Kept] = {}
     done: set[int] = set()
     rounds: list[Round] = [([], [], []) for _ in cuts.stores]
     shapes: Shapes = {}
     values = list(graph.values)
 
+    def leave(one: Given) -> None:
+        name = f"{GIVEN}{len(shapes)}"
+        given[one] = Load(name)
+        cuts.stores[level(one.node)] = cuts.stores[level(one.node)] | {name: one.node}
+        cuts.private[name] = Buffer(one.dtype, graph.values[one.node].kind)
+        shapes[name] = one.dtype, tuple(calls.meta(one).shape)
+
     def need(result: Result, r: int) -> Round:
         for one in calls.given(result):
             if one not in given:
-                given[one] = f"{GIVEN}{len(given)}"
-                cuts.stores[level(one.node)] = cuts.stores[level(one.node)] | {given[one]: one.node}
-                cuts.private[given[one]] = Buffer(one.dtype, graph.values[one.node].kind)
-                shapes[given[one]] = one.dtype, tuple(calls.meta(one).shape)
+                if one.shape == shape and (kept := _held(calls, one, whole)) is not None:
+                    given[one] = kept
+                else:
+                    leave(one)
         rounds[r][0].extend(k for k in calls.needed([result.call]) if k not in done)
         done.update(rounds[r][0])
         return rounds[r]
@@ -225,6 +281,8 @@ def _with_calls(
             need(written[key], r)[2].append((key, written[key].call))
     if -1 in of_state.values() and not rounds:
         raise Untraceable("state is made of nothing but state")
+    if rounds and not cuts.stores[0] and (held := [one for one, at in given.items() if type(at) is Kept]):
+        leave(min(held, key=lambda one: one.shape.numel()))  # a round is a program
     for n, i in enumerate(externs):
         value, name = graph.values[i], f"{CALLED}{n}"
         rounds[level(i) - 1][1].append((name, value.attr))
@@ -239,6 +297,22 @@ def _with_calls(
     cuts.externs = _described(calls, rounds, given, shapes)
 
 
+def _held(calls: Calls, one: Given, whole: Mapping[str, torch.dtype]) -> Kept | None:
+    """The tensor that a program would copy for calls, if these can take it itself: those of large ones, on a CPU, are
+    made for each parameter."""
+    value = calls.graph.values[one.node]
+    if value.op != "load" or not isinstance(value.attr, str):
+        return None
+    key = key_of(value.attr)
+    ours = key != value.attr and whole.get(value.attr) == one.dtype
+    return Kept(key) if ours and alone(calls.device, one.dtype, one.shape) else None
+
+
+def key_of(buffer: str) -> str:
+    """The key in ``Externs.kept`` of what a program's buffer is."""
+    return {"param": PARAM, "grad": GRAD}.get(buffer, buffer.removeprefix("state."))
+
+
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Round = tuple[list[int], list[tuple[str, int]], list[tuple[str, int]]]
 """Of a round: its calls, what buffers get of them, and what the state does."""
@@ -247,10 +321,11 @@ Round = tuple[list[int], list[tuple[str, int]], list[tuple[str, int]]]
 def _described(
     calls: Calls,
     rounds: list[Round],
-    given: dict[Given, str],
+    given: dict[Given, Load | Kept],
     shapes: Shapes,
 ) -> Externs:
     """The functions, with the last use of each result and of each given tensor."""
+    rounds = [(sorted(steps), outputs, written) for steps, outputs, written in rounds]  # as they were made
     order = [k for steps, _, _ in rounds for k in steps]
     last: dict[int, int] = {}
     for k in order:
@@ -266,50 +341,105 @@ def _described(
             )
             for k in steps
         )
-        functions.append(Function(made, tuple(outputs), tuple(written)) if made else None)
+        placed = _placed(calls, steps, outputs) if made else ()
+        functions.append(Function(made, tuple(outputs), tuple(written), placed) if made else None)
     metas = {k: calls.meta(Result(k)) for k in order}
     ranks = {k: m.dim() if isinstance(m, torch.Tensor) else None for k, m in metas.items()}
     refs = {x for k in order for x in calls.calls[k].refs() if isinstance(x, Kept)}
-    refs |= {Kept(key) for _, _, written in rounds for key, _ in written}
-    state = {ref.key: (calls.meta(ref).dtype, tuple(calls.meta(ref).shape)) for ref in sorted(refs)}
-    names = {calls.memory(calls.meta(one)): name for one, name in given.items()}
+    taken: dict[str, Any] = {ref.key: ref for ref in refs}
+    taken = {key: Result(k) for _, _, written in rounds for key, k in written} | taken
+    state = {key: (calls.meta(x).dtype, tuple(calls.meta(x).shape)) for key, x in taken.items()}
+    state |= {at.key: (one.dtype, tuple(one.shape)) for one, at in given.items() if isinstance(at, Kept)}
+    names = {calls.memory(calls.meta(one)): at.buffer for one, at in given.items() if isinstance(at, Load)}
     tensors = {k: m for k, m in metas.items() if isinstance(m, torch.Tensor)}
     views = {k: names[calls.memory(m)] for k, m in tensors.items() if calls.memory(m) in names}
     dtypes = frozenset(m.dtype for m in tensors.values())
-    return Externs(tuple(functions), shapes, ranks, _reused(functions, shapes, views), state, dtypes)
+    functions, reused = _reused(functions, shapes, views)
+    return Externs(tuple(functions), shapes, ranks, reused, dict(sorted(state.items())), dtypes)
 
 
-def _with_names(call: Call, given: dict[Given, str]) -> Call:
+def _placed(calls: Calls, steps: list[int], outputs: list[tuple[str, int]]) -> tuple[Placed, ...]:
+    """For each buffer the call that makes its contents: of one that only gives them another shape, the call before."""
+    out: dict[int, Placed] = {}
+    for name, k in outputs:
+        while calls.calls[k].name in _SAME_CONTENTS:
+            before = calls.calls[k].args[0]
+            if not isinstance(before, Result) or not calls.meta(before).is_contiguous():
+                break
+            k = before.call
+        if k in steps and isinstance(meta := calls.meta(Result(k)), torch.Tensor):
+            out.setdefault(k, Placed(k, name, tuple(meta.shape)))
+    return tuple(out.values())
+
+
+_SAME_CONTENTS = frozenset(["view", "reshape", "flatten", "contiguous", "clone", "view_as", "reshape_as"])
+"""Functions that give what they are given, which is contiguous, in another shape at most."""
+
+
+def _with_names(call: Call, given: dict[Given, Load | Kept]) -> Call:
     def named(x: Any) -> Any:
-        return Load(given[x]) if isinstance(x, Given) else x.value if isinstance(x, Constant) else x
+        return given[x] if isinstance(x, Given) else x.value if isinstance(x, Constant) else x
 
     kwargs = tuple((k, mapped(v, named)) for k, v in call.kwargs)
     return call._replace(args=mapped(call.args, named), kwargs=kwargs)
 
 
-def _reused(functions: list[Function | None], shapes: Shapes, views: Mapping[int, str]) -> dict[str, str]:
-    """For results the memory of a given tensor of their size that no later round needs, nor a view of it.
+def _reused(
+    functions: list[Function | None], shapes: Shapes, views: Mapping[int, str]
+) -> tuple[list[Function | None], dict[str, str]]:
+    """For results the memory of a given tensor of their size that no later round needs, nor a view of it. And the
+    functions, with those placed that leave no memory to be read after them.
+
+    A placed result that later rounds need would be held beside its buffer: it has memory of its own.
 
     views: of calls that give one, the given tensor
     """
-    loads = [_loaded(function, views) if function else set() for function in functions]
+    loads = [_loaded(function, views) if function else {} for function in functions]
     out: dict[str, str] = {}
+    found: list[Function | None] = []
     for r, function in enumerate(functions):
-        free = sorted(loads[r] - set().union(*loads[r + 1 :]) - set(out.values()))
-        for name, _ in function.outputs if function else ():
-            fitting = [one for one in free if shapes[one] == shapes[name]]
-            if fitting:
-                out[name] = fitting[0]
-                free.remove(fitting[0])
+        if function is None:
+            found.append(None)
+            continue
+        rest = functions[r + 1 :]
+        later = {x.call for f in rest if f for s in f.steps for x in s.call.refs() if isinstance(x, Result)}
+        free = loads[r].keys() - set().union(*loads[r + 1 :]) - set(out.values())
+        numbers = {step.number: at for at, step in enumerate(function.steps)}
+        made = {each.buffer: numbers[each.call] for each in function.placed}
+        held = {each.buffer for each in function.placed if each.call in later}
+        names = [name for name, _ in function.outputs if name not in held]
+        unclear = set(names)
+        for clear in (True, False):
+            for name in [name for name in names if name not in out]:
+                fitting = [
+                    one
+                    for one in sorted(free)
+                    if shapes[one] == shapes[name] and (not clear or loads[r][one] < made.get(name, -1))
+                ]
+                if fitting:
+                    out[name] = fitting[0]
+                    free.remove(fitting[0])
+                if clear and fitting:
+                    unclear.remove(name)
+        unclear &= out.keys()
+        placed = tuple(each for each in function.placed if each.buffer not in unclear)
+        found.append(replace(function, placed=placed))
+    return found, out
+
+
+def _loaded(function: Function, views: Mapping[int, str]) -> dict[str, int]:
+    """The given tensors whose memory a round reads, and in which of its steps it does so for the last time."""
+    out: dict[str, int] = {}
+    reads: list[tuple[int, Any]] = [
+        (at, x) for at, step in enumerate(function.steps) for x in step.call.refs()
+    ]
+    reads += [(len(function.steps), Result(call)) for _, call in (*function.outputs, *function.written)]
+    for at, x in reads:
+        if isinstance(x, Load):
+            out[x.buffer] = at
+        elif isinstance(x, Result) and x.call in views:
+            out[views[x.call]] = at
     return out
-
-
-def _loaded(function: Function, views: Mapping[int, str]) -> set[str]:
-    """The given tensors whose memory a round reads."""
-    refs = [x for step in function.steps for x in step.call.refs()]
-    results = [x.call for x in refs if isinstance(x, Result)]
-    results += [call for _, call in (*function.outputs, *function.written)]
-    return {x.buffer for x in refs if isinstance(x, Load)} | {views[k] for k in results if k in views}
 
 
 def numbered(externs: Externs, slots: list[int]) -> Externs:

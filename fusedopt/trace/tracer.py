@@ -19,8 +19,8 @@ from ..ir.ops import DRAWS, ELEMENT, OPS, TENSOR, is_partial, is_reduction, op_o
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
 from .axes import along, blocks, sizes
-from .cuts import Cuts, Externs, cut, numbered
-from .externs import EXTERN, Calls, Kept
+from .cuts import Cuts, Externs, alone, cut, key_of, numbered
+from .externs import EXTERN, Calls, Kept, Result
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Matrix, Pass, alike, either, is_number, load
 from .signals import NeedsAttribute, Untraceable
@@ -428,14 +428,20 @@ def cut_up(
     depths: which round each total is of, if that is known, and there are no calls
     """
     shares = {k: v.node for k, v in cells.items() if isinstance(k, Total) and isinstance(v, Cell)}
+    everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
     if depths is None:
-        roots = _stores(signature, cells, created, materialize_grad).values()
+        cells = cells | _handed(graph, calls, signature, cells)
+        roots = _stores(signature, cells, created, materialize_grad)
         written = {k: v.ref for k, v in cells.items() if isinstance(v, Matrix) and v.ref != Kept(k)}
-        cuts = cut(graph, calls, roots, shares, written)
+        shape = dict(signature.attributes).get("shape")
+        known = _buffers(signature, hyper, cells, created)
+        cuts = cut(graph, calls, roots.values(), shares, written, known, shape)
+        if cuts.externs is not None:
+            changing = frozenset(map(key_of, roots)) & cuts.externs.kept.keys()
+            cuts.externs = replace(cuts.externs, changing=changing)
     else:
         cuts = Cuts(graph, _by_depth(shares, depths), {}, {known.share: BUFFER for known in shares})
     buffers = _buffers(signature, hyper, cells, created) | cuts.buffers
-    everything = reachable(graph.values, [v.node for v in cells.values() if isinstance(v, Cell)])
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
     order = in_memory(signature, (old | created).values(), cuts.externs is not None or _draws(graph, cells))
     axes = axes_of(graph, everything, buffers, order)
@@ -455,6 +461,23 @@ def cut_up(
     slots = slots if externs is None else tuple(all_slots)
     program = replace(program, slots=len(slots), buffers=kept)
     return program, tuple(replace(one, slots=len(slots)) for one in rounds), slots, axes, externs
+
+
+def _handed(graph: Graph, calls: Calls, signature: Signature, cells: dict[Any, Any]) -> dict[Any, Matrix]:
+    """State that becomes what a call gives, as it is, and that programs do not need: large tensors on a CPU."""
+    shape = dict(signature.attributes).get("shape")
+    found: dict[Any, Result] = {}
+    for key, buffer in signature.state:
+        cell = cells.get(key)
+        if isinstance(cell, Cell) and isinstance(buffer, Buffer) and graph.values[cell.node].op == EXTERN:
+            result = Result(graph.values[cell.node].attr)
+            meta = calls.meta(result)
+            same = buffer.kind == ELEMENT and meta.dtype == buffer.dtype == signature.compute
+            if same and meta.shape == shape and alone(signature.device, meta.dtype, meta.shape):
+                found[key] = result
+    others = [cell.node for key, cell in cells.items() if isinstance(cell, Cell) and key not in found]
+    needed = set(reachable(graph.values, others))
+    return {key: Matrix(result, None) for key, result in found.items() if cells[key].node not in needed}
 
 
 def _by_depth(shares: dict[Total, int], depths: dict[Total, int]) -> list[dict[str, int]]:

@@ -4,14 +4,17 @@ Each construct is what the class itself does, or is announced.
 """
 
 import re
+from functools import partial
 
 import pytest
+import pytorch_optimizer
 import torch
 from helpers import needs_extension
 from test_fuse import Base, compared, rule, run
 
 import fusedopt
 from fusedopt.classes import buckets
+from fusedopt.trace import cuts
 
 SHAPES = ((5,), (4, 6), (6, 4), (4, 6), (5, 5), (4, 3, 3, 3))
 
@@ -128,6 +131,83 @@ def test_matrix_calls_are_torchs_between_fused_programs(one):
     assert "given_0" in opt.kernel_source()
 
 
+@pytest.mark.parametrize("one", COMPLETE, ids=lambda f: f.__name__)
+def test_calls_for_each_take_the_class_s_own_tensors(one, monkeypatch):
+    monkeypatch.setattr(cuts, "ALONE", 1)
+    opt = compared(rule(one), shapes=SHAPES, missing=one in (orthogonal, lists))
+    found = opt.explain()
+    assert found.calls and all("for each" in each for each in found.calls) and not found.eager, found
+
+
+class Counts(dict):
+    """How often a step calls each of torch's operators, as its profiler sees it."""
+
+    def __init__(self, opt):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            opt.step()
+        super().__init__({each.key.removeprefix("aten::"): each.count for each in found.key_averages()})
+
+    def of(self, *names):
+        return sum(self.get(name, 0) for name in names)
+
+
+PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "mv")
+DECOMPOSED = (
+    "linalg_qr",
+    "linalg_eigh",
+    "_linalg_eigh",
+    "linalg_svd",
+    "_linalg_svd",
+    "argsort",
+    "index_select",
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rebound"),
+    [
+        (pytorch_optimizer.SOAP, 0),
+        (
+            partial(pytorch_optimizer.SOAP, precondition_frequency=1),
+            3,
+        ),  # its bases, and the moments in their order
+        (partial(pytorch_optimizer.SOAP, precondition_frequency=2), 3),
+        (
+            pytorch_optimizer.Shampoo,
+            4,
+        ),  # its statistics, which it updates in place: as an input, and as state
+        (rule(orthogonal), 1),
+        (rule(factors), 4),
+    ],
+    ids=["SOAP", "SOAP1", "SOAP2", "Shampoo", "orthogonal", "factors"],
+)
+@pytest.mark.parametrize("shape", [(192, 192), (160, 224)], ids=str)
+def test_large_matrices_are_multiplied_and_copied_no_more_often_than_by_the_class(kind, rebound, shape):
+    steps = []
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
+        opt = kind(params, lr=1e-3)
+        opt = fusedopt.fuse(opt) if fuse else opt
+        counts = []
+        for t in range(9):
+            for p in params:
+                p.grad = torch.randn(shape)
+            if t < 5:
+                opt.step()
+            else:
+                counts.append(Counts(opt))
+        steps.append(counts)
+    assert opt.explain().calls and not opt.explain().eager
+    for theirs, ours in zip(*steps, strict=True):
+        assert ours.of(*PRODUCTS) == theirs.of(*PRODUCTS) > 0
+        for name in DECOMPOSED:
+            assert ours.of(name) == theirs.of(name)
+        assert ours.of("copy_") <= theirs.of("copy_") + len(params) * rebound
+        assert ours.of("lerp", "lerp_") <= theirs.of("lerp", "lerp_")
+        assert ours.of("bmm", "stack", "cat") == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_calls_are_in_the_class_s_dtype(dtype):
     kind = rule(orthogonal)
@@ -153,6 +233,18 @@ def test_matrices_of_one_shape_are_multiplied_at_once():
 def test_large_matrices_are_taken_one_by_one():
     _, opt = run(rule(orthogonal), steps=3, shapes=[(200, 200)] * 2)
     assert {each.partition(": ")[0] for each in opt.explain().calls} == {"2 tensors of 200×200, for each"}
+
+
+def test_products_of_narrow_floats_are_stacked_up_to_larger_sizes():
+    def narrow(self, p, g, s):
+        u = newton_schulz((p.grad / p.grad.norm()).bfloat16())
+        p.sub_(u.float(), alpha=g["lr"])
+
+    how = {}
+    for shape in ((256, 320), (1024, 520)):
+        _, opt = run(rule(narrow), steps=3, shapes=[shape] * 2)
+        (how[shape],) = {each.partition(": ")[0].partition(", ")[2] for each in opt.explain().calls}
+    assert how == {(256, 320): "for 2 at once", (1024, 520): "for each"}
 
 
 def test_sums_of_one_term_are_elementwise():

@@ -9,6 +9,8 @@ from devices import COMPILED, DEVICE
 import fusedopt
 from fusedopt.extension import leaf
 from fusedopt.rules.muon import newton_schulz
+from fusedopt.step import buckets
+from fusedopt.trace import cuts
 
 SHAPES = [(4, 6), (4, 6), (6, 4), (5, 5), (4, 6), (1, 3), (40, 30)]
 needs_extension = pytest.mark.skipif(leaf.native is None, reason="steps are bound by the extension")
@@ -325,6 +327,107 @@ def test_large_matrices_are_called_one_by_one_and_small_ones_at_once(compiled):
     small, large = opt.explain().calls
     assert small.startswith("5 tensors of 8×8, for 5 at once: torch's ") and "matmul" in small
     assert large.startswith("2 tensors of 1040×1030, for each: torch's ")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Matrices of any size are large: calls on a CPU are made for each, of the tensors themselves."""
+    monkeypatch.setattr(cuts, "ALONE", 1)
+    buckets.known_traces.cache_clear()
+    yield
+    buckets.known_traces.cache_clear()
+
+
+@pytest.mark.parametrize("callback", ALL)
+@pytest.mark.parametrize("momentum", [average, None], ids=["average", "gradient"])
+def test_calls_for_each_are_those_of_a_plain_loop(callback, momentum, alone):
+    def gradient(p, **_):
+        return {"avg": p.grad.clone()}
+
+    shapes = SHAPES if callback is not flattened else [*SHAPES, (3, 2, 4), (3, 2, 4)]
+    callbacks = [momentum or gradient, callback]
+    ours, opt = trained(callbacks, "cpp", torch.float64, shapes)
+    plain, other = trained(callbacks, "reference", torch.float64, shapes)
+    assert_near(ours, plain, 1e-9)
+    assert_states_near(opt, other, 1e-9)
+    assert opt.explain().eager == () and all("for each" in each for each in opt.explain().calls)
+
+
+def swapped(p, lr, avg, left=None, right=None, **_):
+    """State that becomes what calls give of other state, and what a program makes in the same step."""
+    if left is None:
+        left, right = torch.zeros_like(p), torch.zeros_like(p)
+    product = avg @ avg.T @ right
+    p.data.sub_(product @ (left.T @ avg), alpha=lr * 1e-3)
+    return {"left": right.T.T + avg @ avg.T @ avg * 0.1, "right": left @ (avg.T @ avg)}
+
+
+def updated(p, lr, avg, gram=None, **_):
+    if gram is None:
+        gram = torch.eye(p.shape[0], dtype=avg.dtype, device=p.device)
+    p.data.sub_(gram @ avg, alpha=lr * 0.1)
+    return {"gram": gram + avg @ avg.T}
+
+
+def turned(p, lr, avg, gram=None, **_):
+    """An update by a view of what the program changes: it is made at once."""
+    if gram is None:
+        gram = torch.eye(p.shape[0], dtype=avg.dtype, device=p.device)
+    p.data.sub_(gram @ avg, alpha=lr * 0.1)
+    return {"gram": gram + p.grad.T} if p.shape[0] == p.shape[1] else {"gram": gram}
+
+
+@pytest.mark.parametrize("callback", [swapped, updated, turned])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_state_of_large_matrices_is_written_as_a_plain_loop_does(callback, layout, alone):
+    runs = []
+    for backend in ("cpp", "reference"):
+        params = parameters(torch.float64, [(6, 6), (4, 4), (6, 6)])
+        opt = fused(params, [average, callback], backend)
+        for t in range(6):
+            give(params, t)
+            for p in params if layout == "columns" else ():
+                p.grad = p.grad.T.contiguous().T
+            opt.step()
+        runs.append((params, opt))
+    (ours, opt), (plain, other) = runs
+    assert_near(ours, plain, 1e-9)
+    assert_states_near(opt, other, 1e-9)
+    assert opt.explain().eager == () and opt.explain().calls
+
+
+def test_large_matrices_without_a_gradient_now_and_then(alone):
+    runs = []
+    for backend in ("cpp", "reference"):
+        params = parameters(torch.float64)
+        opt = fused(params, [average, updated], backend)
+        for t in range(8):
+            give(params, t, without={0, 3} if t in (2, 5) else ())
+            opt.step()
+        runs.append(params)
+    assert_near(*runs, 1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_call_that_fails_leaves_state_of_large_matrices_alone(steps, alone):
+    def fails(p, lr, avg, gram=None, **_):
+        gram = torch.eye(p.shape[0], dtype=avg.dtype) if gram is None else gram
+        root = torch.linalg.cholesky(gram + p.grad @ p.grad.T + torch.eye(p.shape[0], dtype=avg.dtype))
+        p.data.sub_(root @ avg, alpha=lr)
+        return {"gram": gram + avg @ avg.T}
+
+    params, opt = trained([average, fails], "cpp", torch.float64, steps=steps)
+    before = [
+        [p.detach().clone(), *(v.clone() for v in opt.state[p].values() if torch.is_tensor(v))]
+        for p in params
+    ]
+    give(params, 9)
+    params[-1].grad.fill_(float("nan"))
+    with pytest.raises(RuntimeError):
+        opt.step()
+    for p, then in zip(params, before, strict=True):
+        now = [p, *(v for v in opt.state[p].values() if torch.is_tensor(v))]
+        assert all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
 
 
 # --
