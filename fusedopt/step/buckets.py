@@ -179,7 +179,7 @@ class Buckets:
             if isinstance(plan, Bucket):
                 along = plan.trace.signature.dims is not None or plan.trace.externs is not None
                 programs = [plan.kernel.program, *(kernel.program for _, kernel in plan.known.rounds)]
-                whole = any(map(sharded.looks_at_all, programs))
+                whole = any(map(sharded.is_shard, bucket)) and any(map(sharded.looks_at_all, programs))
                 fuses = [item.fuses(plan.known.backend, along, whole) for item in bucket]
                 plan.items = list(compress(bucket, fuses))
                 plans += [plan] if plan.items else []
