@@ -27,7 +27,7 @@ from fusedopt.storage.policy import POLICIES
 from fusedopt.trace.tensor import METHODS
 
 ROOT = Path(__file__).parents[1]
-WRITTEN = {"classes_table.md", "rules_table.md", "storage_table.md", "storage_curves.md"}
+WRITTEN = {"classes_table.md", "rules_table.md", "storage_table.md", "storage_curves.md", "training_table.md"}
 """By a command, and without examples."""
 DOCUMENTS = [
     ROOT / "README.md",
