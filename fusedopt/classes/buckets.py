@@ -173,6 +173,7 @@ class ClassGroups:
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in item.state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
         factors = [v for item in todo for v in item.state.values() if _is_factor(v, item.param)]
+        factors += [v for item in todo for v in _hosted(item).values()]
         if len(set(map(id, factors))) < len(factors):
             raise Untraceable("parameters have a tensor of their state in common")
         if len({id(item.owner) for item in todo}) < len(todo):
@@ -216,6 +217,12 @@ class ClassGroups:
             and not is_dtensor(p)
             and not _strange(p)
         ]
+
+
+def _hosted(item: Any) -> dict[str, torch.Tensor]:
+    """The tensors that the host keeps, each of which is written once."""
+    found: dict[str, torch.Tensor] = (item.whole if sharded.is_shard(item) else item).hosted
+    return found
 
 
 def _is_factor(value: Any, p: torch.Tensor) -> bool:

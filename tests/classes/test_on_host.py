@@ -159,6 +159,27 @@ def test_a_number_of_the_device_is_not_brought_there(put, words):
             opt.step()
 
 
+def test_a_count_that_parameters_share_is_the_classs_own():
+    """Each of them counts: written once, it would fall behind. No comparison looks at that here."""
+
+    def one(self, p, group, state):
+        if not state:
+            state["step"] = vars(self).setdefault("shared", torch.zeros(()))
+        state["step"] += 1
+        p.sub_(p.grad, alpha=group["lr"] / (1 + state["step"].item()))
+
+    kind, ours, plain = rule(one), start(), start()
+    opt, other = fusedopt.fuse(kind(ours), check=0), kind(plain)
+    with pytest.warns(RuntimeWarning, match="a tensor of their state in common"):
+        for t in range(6):
+            for params, each in ((ours, opt), (plain, other)):
+                give(params, t)
+                each.step()
+    assert opt.state[ours[0]]["step"].item() == other.state[plain[0]]["step"].item() == 18
+    for p, q in zip(ours, plain, strict=True):
+        assert torch.equal(p, q)
+
+
 def test_the_comparison_with_the_class_notices_a_count(monkeypatch):
     """A trace that counts otherwise is not used."""
     monkeypatch.setattr(fusedopt.trace.tracer.Trace, "new_numbers", lambda self: {"step": 77.0})
