@@ -2,8 +2,11 @@
 
 import contextlib
 import math
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -91,6 +94,22 @@ def assert_close_to_float64(ours: Tensors, eager: Tensors, truth: Tensors, ulp: 
     assert competitor < math.inf, "eager torch is not finite where float64 is: there is no competition"
     bound = max(2 * competitor, ulp)
     assert error <= bound, f"error {error:.3g} ulp, above {bound:.3g} (eager torch: {competitor:.3g} ulp)"
+
+
+def ends(pid: int, seconds: float = 20.0) -> bool:
+    """Whether the process is gone in a while: one that was killed is there until somebody asks how it ended."""
+    late = time.monotonic() + seconds
+    while time.monotonic() < late:
+        try:
+            os.kill(pid, 0)
+            if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+                return True
+        except ProcessLookupError:
+            return True
+        except FileNotFoundError:  # no /proc here, or it ended between the lines
+            pass
+        time.sleep(0.01)
+    return False
 
 
 def compile_kernel(program, name="test"):

@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ends
 
 import fusedopt
 from fusedopt import backends
@@ -259,18 +259,7 @@ def test_a_compiler_that_hangs_is_killed_with_its_children(script, monkeypatch, 
     with pytest.raises(CompileError, match="took more than"):
         toolchain.compile_library("add", ADD)
     child = int((tmp_path / "child").read_text())
-    while alive(child):
-        time.sleep(0.02)
-
-
-def alive(pid):
-    """Whether the process runs; one that ended but was not waited for (by a container's init) does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+    assert ends(child)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from helpers import needs_extension
+from helpers import ends, needs_extension
 
 import fusedopt.optim
 from fusedopt import backends
@@ -366,21 +366,6 @@ calls = pathlib.Path(sys.argv[1])
 while not calls.exists(): time.sleep(0.01)
 print("bye")
 """
-
-
-def ends(pid: int, seconds: float = 20.0) -> bool:
-    """Whether the process is gone in a while: one that was killed is there until somebody asks how it ended."""
-    late = time.monotonic() + seconds
-    while time.monotonic() < late:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        status = Path(f"/proc/{pid}/stat")
-        if status.exists() and status.read_text().rpartition(")")[2].split()[:1] == ["Z"]:
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def test_a_process_that_ends_takes_its_compiler_with_it(compiler, folder):
