@@ -391,6 +391,8 @@ def _peer(rule: Rule, params: Sequence[Tensor], rates: Sequence[float], *, name:
         raise Unavailable(f"{name} is not taken for {rule.name}")
     if (package := installed(module)) is None:
         raise Unavailable(f"{name} is not installed")
+    if name == "timm":
+        from . import torchvision_ops  # noqa: F401  which it imports
     peer = kinds[rule.name]
     options = peer.options | (dict(triton=params[0].device.type == "cuda") if name == "optimi" else {})
     opt = getattr(importlib.import_module(module), peer.kind)(_groups(params, rates), **options)

@@ -72,17 +72,10 @@ def words() -> Batches:
         yield x[:, :-1], x[:, 1:].flatten()
 
 
-_OPERATORS = torch.library.Library(
-    "torchvision", "FRAGMENT"
-)  # as long as this lives, so does what it declares
-
-
 def vit() -> nn.Module:
-    # torchvision beside a torch for CPUs comes without its operators, and its import, which is timm's, asks for them.
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from timm.models import create_model
+
+    from . import torchvision_ops  # noqa: F401  timm imports torchvision
 
     return create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10)
 

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("fastai")
 pytest.importorskip("sklearn")
-import torchvision_ops  # noqa: F401  (before anything imports torchvision)
+import benchmarks.torchvision_ops  # noqa: F401  (before anything imports torchvision)
 
 pytest.importorskip("torchvision")
 

@@ -43,7 +43,7 @@ def test_a_training_is_the_same_with_fusedopt(name):
         pytest.skip(f"not installed: {', '.join(missing)}")
     paths = [str(Path(__file__).parent), str(FOLDER), os.environ["PYTHONPATH"]]
     offline = dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(paths))
-    program = f"import torchvision_ops, {name}; print('found', sorted({name}.main().values()))"
+    program = f"import benchmarks.torchvision_ops, {name}; print('found', sorted({name}.main().values()))"
     run = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, **offline}, capture_output=True, text=True
     )

@@ -11,7 +11,7 @@ import pstats
 import warnings
 from functools import partial
 
-import torchvision_ops  # noqa: F401  Lightning imports torchvision if it is there
+import benchmarks.torchvision_ops  # noqa: F401  Lightning imports torchvision if it is there
 
 # isort: split
 import accelerate

@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-import torchvision_ops  # noqa: F401  timm imports torchvision
 
 import fusedopt
 from benchmarks import __main__ as suite

@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-import torchvision_ops  # noqa: F401  timm imports torchvision
 from torch import nn
 
 from benchmarks import plot, training

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torchvision_ops  # noqa: F401  Lightning imports torchvision if it is there
+import benchmarks.torchvision_ops  # noqa: F401  Lightning imports torchvision if it is there
 
 # isort: split
 import accelerate
