@@ -24,6 +24,7 @@ from ..trace.tracer import Trace
 from .check import difference
 from .host import Host
 from .shadow import NewState, Path, shown
+from .stored import Stored, decode, encode
 from .stores import flattened, put, stores_of, values_of, whole_of
 from .tracing import Options, trace_step
 
@@ -47,20 +48,29 @@ class ClassItem(Item):
     """An item of a class: a state tensor of one element is one number per tensor, whatever its shape.
 
     ``hosted``: the tensors that `on_host` is about. In ``state`` are their numbers, which is what they are to kernels.
+    ``coded``: what policies store, by name. In ``state`` are its parts.
     """
 
-    __slots__ = ("hosted",)
+    __slots__ = ("coded", "hosted")
     one_is_whole = True
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, p: torch.Tensor, grad: torch.Tensor, kept: dict[Any, Any], *given: Any) -> None:
+        super().__init__(p, grad, values_of(kept, parted=True), *given)
+        self.coded = {k: v for k, v in kept.items() if isinstance(v, Stored)}
         self.hosted = {k: v for k, v in self.state.items() if on_host(v, self.param)}
         self.state |= {k: v.item() for k, v in self.hosted.items()}
+
+    @property
+    def has_codes(self) -> bool:
+        return bool(self.coded)
 
     def visible(self, attributes: tuple[str, ...], work: bool) -> tuple[Any, ...]:
         *before, read, asked, zero_dim, modes = super().visible(attributes, work)
         if self.hosted:
             read = *read, ("on the host", " ".join(map(str, self.hosted)))
+        if self.coded:
+            stored = (f"{v.dtype} {k} as {v.policy}" for k, v in self.coded.items())
+            read = *read, ("stored", ", ".join(stored))
         return *before, read, asked, zero_dim, modes
 
 
@@ -93,8 +103,8 @@ class ClassGroups:
 
     extra: ClassVar[dict[str, list[torch.Tensor | None]]] = {}
 
-    def __init__(self, opt: torch.optim.Optimizer) -> None:
-        self._ref = weakref.ref(opt)
+    def __init__(self, opt: torch.optim.Optimizer, storage: str) -> None:
+        self._ref, self.storage = weakref.ref(opt), storage
         self.numbers: dict[str, Any] = {"params": []}
         self._known: Any = None
         """The store of state, where there is one."""
@@ -139,7 +149,7 @@ class ClassGroups:
         return (-1,)
 
     def entries(self, p: torch.Tensor) -> Iterator[tuple[Any, bool, Any, str, Any]]:
-        for name, (stored, nested, inner, value) in flattened(self.state[p]).items():
+        for name, (stored, nested, inner, value) in flattened(self.state[p], parted=True).items():
             yield stored, nested, inner, name, value
 
     def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]:
@@ -149,7 +159,7 @@ class ClassGroups:
                     yield name, -1, value, name, value, float("-inf")
 
     def hand_over(self, item: Item) -> Callable[[], None]:
-        return partial(put, self.state[item.home], item.state)
+        return partial(put, self.state[item.home], item.state, parted=True)
 
     def keep(self, todo: list[Item]) -> None:
         """Nothing: state is the class's own."""
@@ -164,10 +174,10 @@ class ClassGroups:
             for i, p in enumerate(params):
                 if p.grad is None:
                     continue
-                state = values_of(whole[p])
-                if why := _strangely_spread(p, p.grad, state) or _strange(p) or _strange(p.grad):
+                kept = whole[p]
+                if why := _strangely_spread(p, p.grad, values_of(kept)) or _strange(p) or _strange(p.grad):
                     raise Untraceable(f"parameter {i} of group {g} {why}")
-                given = p, p.grad, state, (g, i), self.numbers, modes
+                given = p, p.grad, kept, (g, i), self.numbers, modes
                 item = ClassShard(ClassWhole(*given), whole[p]) if is_dtensor(p) else ClassItem(*given)
                 todo.append(item)
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in item.state.values()):
@@ -186,6 +196,7 @@ class ClassGroups:
         params = [p for group in self.opt.param_groups for p in group["params"] if p.grad is not None]
         found = ((p, whole_of(stores, p)) for p in params)
         whole = {p: kept for p, kept in found if kept is not None}
+        self.encode()
         without = [p for p in params if p not in whole]
         new = {id(p) for p in without}
         if not new <= self._stateless:  # the class makes their state; if not, they need none
@@ -201,6 +212,21 @@ class ClassGroups:
             self._instead = [(store, list(store.values())) for store in stores], {**stores[0], **whole}
         return whole
 
+    def decode(self) -> None:
+        """Make what policies store plain tensors, for the class."""
+        for kept in list(stores_of(self.opt)[0].values()) if self.storage else ():
+            decode(kept)
+
+    def encode(self) -> None:
+        """Store what the class has made."""
+        if self.storage:
+            encode(self.opt, stores_of(self.opt)[0], self.storage)
+
+    def kept(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        """Each parameter with its state, as it is stored."""
+        for p in self._all():
+            yield p, values_of(stores_of(self.opt)[0].get(p, {}), parted=True)
+
     def _all(self) -> list[torch.Tensor]:
         return [p for group in self.opt.param_groups for p in group["params"]]
 
@@ -208,7 +234,7 @@ class ClassGroups:
         """Parameters without a gradient now that had one before, as if theirs were zero."""
         modes, state = stepped[0].modes, self.state
         return [
-            ClassItem(p, p.detach(), values_of(state[p]), (g, i), self.numbers, modes)
+            ClassItem(p, p.detach(), state[p], (g, i), self.numbers, modes)
             for g, group in enumerate(self.opt.param_groups)
             for i, p in enumerate(group["params"])
             if p.grad is None

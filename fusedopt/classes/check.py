@@ -19,6 +19,7 @@ from ..trace.signals import Untraceable
 from ..trace.totals import SUM, TOTAL, Total
 from ..trace.tracer import Trace
 from .shadow import Path, Shadow
+from .stored import Stored
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
 from .tracing import Options, StepTrace, plain_function
 
@@ -26,6 +27,8 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.f
 """How far results may be apart, relative to the largest, by the lowest precision among the tensors of a step: a class
 rounds after every operation, kernels once."""
 
+CODED = CLOSE[torch.bfloat16]
+"""The same of state that a policy stores."""
 
 View = Callable[[torch.Tensor], torch.Tensor]
 """What is looked at of a tensor, which may be a DTensor."""
@@ -187,7 +190,7 @@ class Sample:
             for key, value in state.items():
                 ours: Any = real.get(key)
                 same = (
-                    _close(ours, value, None, close)
+                    _close(ours, value, None, CODED if isinstance(ours, Stored) else close)
                     if isinstance(value, torch.Tensor)
                     else _same_number(ours, value)
                 )
@@ -225,9 +228,13 @@ def _apart(
 ) -> str | None:
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
     ours = new | _interpreted(trace, trace.program, item, _given(item, trace.program, totals))
+    coded: dict[str, Stored] = getattr(item, "coded", {})
+    for key, stored in coded.items():
+        parts: list[Any] = [ours.get(f"state.{part}", item.state[part]) for part in stored.keys(key)]
+        ours[f"state.{key}"] = stored.numbers(parts)
     between = trace.externs.dtypes if trace.externs is not None else ()
     close = max(
-        _closeness([item.param, item.grad, *item.state.values()]), *(CLOSE.get(t, 0.0) for t in between), 0.0
+        _closeness([item.param, item.grad, *state.values()]), *(CLOSE.get(t, 0.0) for t in between), 0.0
     )
     theirs = (
         {"param": p.detach()}
@@ -240,11 +247,14 @@ def _apart(
         if not isinstance(value, torch.Tensor) or name.removeprefix("state.") in numbers:
             continue
         now = ours.get(name, before)
+        start = before.detach().cpu() if name == "param" else None
         if now is None or not _close(
-            now, value.cpu(), before.detach().cpu() if name == "param" else None, close
+            now, value.cpu(), start, CODED if name.removeprefix("state.") in coded else close
         ):
             return f"{name} of a parameter of shape {tuple(item.param.shape)}"
     for key, value in numbers.items():
+        if key not in state:  # of what is stored
+            continue
         if isinstance(held := state[key], torch.Tensor):  # by the host, in this precision
             if not _close(torch.full_like(held, value), held, None, close):
                 return f"the state {key!r} is {value!r}, not {held.item()!r}"

@@ -20,17 +20,21 @@ from ..callback import place_of
 from ..extension import leaf
 from ..optimizer.core import Optimizer
 from ..optimizer.explain import Explanation, explanation
+from ..optimizer.storing import held
 from ..step import transforms
 from ..step.engine import Engine
 from ..step.items import Item
 from ..step.scaling import Scaling
 from ..step.verdicts import Eager
+from ..storage.policy import PARAM, POLICIES, chosen, of
 from ..trace.signals import Untraceable
 from ..trace.signals import place_of as place_in
 from ..trace.totals import Total
 from .buckets import ClassGroups, StepBuckets, Waits
 from .check import Sample
 from .shadow import NewState
+from .stored import plain
+from .stores import stores_of
 from .tracing import Options, plain_function
 
 RETRACES = 3
@@ -51,7 +55,7 @@ class Fused:
     def __init__(self, opt: torch.optim.Optimizer, options: Options) -> None:
         self._ref, self.options = weakref.ref(opt), options
         self.scaling = Scaling(False, options.max_grad_norm)
-        self.groups = ClassGroups(opt)
+        self.groups = ClassGroups(opt, options.storage)
         self.buckets = StepBuckets(self.groups, type(opt).__name__, options)
         self.engine = Engine(self.buckets)
         self.reason, self.given_up, self._why = "", False, ""
@@ -106,6 +110,13 @@ class Fused:
 
     def _own(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
         """The class's own step, of clipped gradients."""
+        self.groups.decode()
+        result = self._clipped(opt, closure)
+        if not self.given_up:
+            self.groups.encode()
+        return result
+
+    def _clipped(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
         own, norm = type(opt).step, self.scaling.max_norm
         if getattr(own, "hooked", False):  # torch's hooks are run around all of this
             own = getattr(own, "__wrapped__", own)
@@ -205,7 +216,7 @@ class Fused:
         """What a step does: stages, launches, bytes; what was compiled and why; what runs as it was written and why."""
         name = f"{type(opt).__name__}.step"
         eager = (Eager(name, self.reason),) if self.reason else ()
-        return explanation(
+        found = explanation(
             self.engine,
             type(opt).__name__,
             (name,),
@@ -213,6 +224,7 @@ class Fused:
             eager,
             leaf.native is None,
         )
+        return dataclasses.replace(found, held=held(self.groups.kept())) if self.options.storage else found
 
 
 def _where_raised(error: BaseException) -> str:
@@ -301,6 +313,8 @@ def fuse(
     write_grads: bool = True,
     check: int = 1,
     rounding: str = "each",
+    storage: Any = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Opt: ...
 @overload
 def fuse(
@@ -311,6 +325,8 @@ def fuse(
     write_grads: bool = True,
     check: int = 1,
     rounding: str = "each",
+    storage: Any = None,
+    state_dtype: torch.dtype | None = None,
 ) -> type[Opt]: ...
 @overload
 def fuse(
@@ -321,6 +337,8 @@ def fuse(
     write_grads: bool = True,
     check: int = 1,
     rounding: str = "each",
+    storage: Any = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Callable[..., Opt]: ...
 def fuse(
     opt: Any,
@@ -330,6 +348,8 @@ def fuse(
     write_grads: bool = True,
     check: int = 1,
     rounding: str = "each",
+    storage: Any = None,
+    state_dtype: torch.dtype | None = None,
 ) -> Any:
     """Run an optimizer's own ``step`` as fused kernels. Returns the same object, of the same class.
 
@@ -348,15 +368,24 @@ def fuse(
             larger number also every so many steps, on what kernels did; 0 never.
         rounding: of bfloat16 and float16. ``"each"``: after every torch function, as the class itself has it;
             ``"once"``: when a result is stored, which is closer to the exact one, and faster.
+        storage: policies for state, as of `fusedopt.Optimizer`, by the names that it has in ``opt.state[p]``:
+            ``"int8"``, ``{"exp_avg": "bfloat16_sr"}``. To the class, and in ``state_dict()``, state is what it was.
+        state_dtype: short for ``storage={"*": "bfloat16"}``, or ``"float16"``.
 
     Values are computed in float32, float64 for float64 parameters; reductions are accumulated in float64.
 
     Raises:
         TypeError: ``opt`` is no optimizer and makes none, is a ``fusedopt.Optimizer``, is fused already, or has a
             ``step`` that needs arguments.
-        ValueError: an unknown backend or rounding; a negative check; max_grad_norm that is not above zero.
+            Policies, and the state is in several optimizers.
+        ValueError: an unknown backend, rounding or policy; a negative check; max_grad_norm that is not above zero.
+            A policy for the parameter that applies: what a class does to it is rounded to its dtype.
     """
-    options = Options(backends.check_name(backend), max_grad_norm, write_grads, check, rounding)
+    if state_dtype is not None and storage is not None:
+        raise ValueError('state_dtype is short for storage={"*": dtype}; give one of them')
+    storage = state_dtype if storage is None else storage
+    text = chosen(storage) if storage else ""
+    options = Options(backends.check_name(backend), max_grad_norm, write_grads, check, rounding, text)
     if check < 0:
         raise ValueError(f"check is 0 for never, 1 for each trace, or a number of steps; it is {check}")
     if rounding not in ("each", "once"):
@@ -389,11 +418,33 @@ def fuse(
     watched = getattr(had, "_wrapped_by_lr_sched", False)
     if had is not None and not watched:
         raise TypeError(f"the step of this {type(opt).__name__} was replaced by {had!r}; fuse it before that")
+    if text:
+        _store(opt, text)
     vars(opt)["_fusedopt"] = Fused(opt, options)
     vars(opt)["step"] = types.MethodType(_scheduled if watched else _step, opt)
     vars(opt)["explain"] = types.MethodType(_explain, opt)
     vars(opt)["kernel_source"] = types.MethodType(_kernel_source, opt)
     return opt
+
+
+def _store(opt: torch.optim.Optimizer, storage: str) -> None:
+    """Check that these policies are for this optimizer; have its checkpoints be plain."""
+    if len(stores_of(opt)) > 1:
+        raise TypeError(
+            f"storage is for classes that keep all state in one place, and this {type(opt).__name__} has an optimizer "
+            "in it that has some, too. Remedy: fuse that one"
+        )
+    code = POLICIES[of(storage, PARAM) or "float32"].code
+    if any(p.dtype == code != torch.float32 for group in opt.param_groups for p in group["params"]):
+        raise ValueError(
+            "storage has a policy for parameters, and what a class does to a parameter is rounded to its dtype. "
+            "Remedy: policies for state alone, or the rule as callbacks (fusedopt.rules)"
+        )
+    opt.register_state_dict_post_hook(_plain_checkpoint)
+
+
+def _plain_checkpoint(opt: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return plain(state_dict)
 
 
 def _maker(make: Callable[..., Any], options: Options) -> Callable[..., Any]:
@@ -458,6 +509,7 @@ def unfuse(opt: Opt) -> Opt:
     """
     if "_fusedopt" not in vars(opt):
         raise TypeError(f"this {type(opt).__name__} is not fused")
+    vars(opt)["_fusedopt"].of(opt).groups.decode()
     for name in ("_fusedopt", "step", "explain", "kernel_source"):
         vars(opt).pop(name, None)
     return opt

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..step.items import inside
+from .stored import Stored
 
 State = dict[Any, Any]
 """What is kept of one parameter: its entry in the store; of several stores, by their number, each with its entry."""
@@ -45,10 +46,16 @@ def whole_of(stores: Sequence[dict[Any, State]], p: torch.Tensor) -> State | Non
     return {i: store[p] for i, store in enumerate(stores) if p in store} or None
 
 
-def flattened(state: State) -> dict[str, tuple[Any, bool, Any, Any]]:
-    """What a state has, by name: the key, whether it is in a container there, under which key, and it."""
+def flattened(state: State, parted: bool = False) -> dict[str, tuple[Any, bool, Any, Any]]:
+    """What a state has, by name: the key, whether it is in a container there, under which key, and it.
+
+    parted: of what a policy stores each part is by itself, as for kernels
+    """
     out: dict[str, tuple[Any, bool, Any, Any]] = {}
     for key, value in state.items():
+        if parted and isinstance(value, Stored):
+            out |= {name: (key, True, inner, vars(value)[inner]) for inner, name in value.places(key)}
+            continue
         parts = _parts(value)
         for inner, part in parts:
             name = f"{key}[{inner!r}]" if not isinstance(key, int) else str(inner)
@@ -91,14 +98,14 @@ def _is_empty(value: Any) -> bool:
     return type(value) is list and not value
 
 
-def values_of(state: State) -> dict[str, Any]:
-    found = flattened(state).items()
+def values_of(state: State, parted: bool = False) -> dict[str, Any]:
+    found = flattened(state, parted).items()
     return {name: NOTHING if nested and _is_empty(value) else value for name, (_, nested, _, value) in found}
 
 
-def put(state: State, values: dict[str, Any]) -> None:
+def put(state: State, values: dict[str, Any], parted: bool = False) -> None:
     """Put values where a state has these names; a number where a tensor is becomes the tensor's."""
-    for name, (key, nested, inner, value) in flattened(state).items():
+    for name, (key, nested, inner, value) in flattened(state, parted).items():
         if isinstance(value, torch.Tensor) and type(values[name]) in (int, float):
             value.fill_(values[name])
         elif not _is_empty(value) or values[name] is not NOTHING:

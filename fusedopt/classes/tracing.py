@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,19 +19,23 @@ import torch
 from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph, Program
 from ..step.items import Item
-from ..trace.axes import along
+from ..storage.callbacks import dtypes, encoded
+from ..storage.functions import rounded
+from ..storage.policy import POLICIES, Policy
+from ..trace.draws import noise
 from ..trace.externs import Calls, is_lent
-from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
+from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram, operate
 from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Matrix, Outcomes, alike, is_number, load, merged
 from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest
 from ..trace.signature import FACTOR, PLAIN, Foreign, Several, Signature
 from ..trace.standins import StandIns
 from ..trace.tensor import FLOATS, SymTensor
 from ..trace.totals import Total
-from ..trace.tracer import Trace, cut_up, program_of
+from ..trace.tracer import Trace, cut_up, program_of, told_apart
 from . import matrices
 from .host import FILL, Host, There
 from .shadow import NewState, Path, Shadow, shown
+from .stored import DRAWS, Stored
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
 from .sums import Elements, StepRun, Sums, lowered_to, new_step, of_step, settled, totals_in
 from .symbolic import Symbolic, TensorNumber, made, parameter, place, tracing
@@ -58,6 +62,19 @@ class Options:
     write_grads: bool = True
     check: int = 1
     rounding: str = "each"
+    storage: str = ""
+
+
+class Code(NamedTuple):
+    """State that a policy stores: under which keys, the values that were loaded from there, and what they decode to."""
+
+    policy: Policy
+    keys: list[str]
+    nodes: list[int]
+    decoded: int
+
+
+AS_WHOLE = Buffer(torch.float32, ELEMENT)
 
 
 class Representative:
@@ -75,7 +92,7 @@ class Representative:
         self.kinds = kinds
         self.stores, self.whole = stores, whole_of(stores, item.owner)
         self.index, self.item, self.signature = index, item, signature
-        self.graph, self.scalars = Graph(along(signature.dims) if signature.dims else "0"), scalars
+        self.graph, self.scalars = Graph(told_apart(signature)), scalars
         self.calls = Calls(self.graph, signature.device)
         self.outcomes: Outcomes = {}
         self.todo: list[tuple[bool, ...]] = [()]
@@ -97,8 +114,12 @@ class Representative:
         self.gradient = made(self.g, meta_of(item.grad))
         self.param = parameter(self.p, meta_of(item.param), self.gradient)
         self.put: dict[str, Any] = {}
+        self.codes = {name: self._decoded(name, value) for name, value in item.coded.items()}
+        parts = {key for name, value in item.coded.items() for _, key in value.places(name)}
         known = dict(signature.state)
         for key, value in item.state.items():
+            if key in parts:
+                continue
             what = known[key]
             if isinstance(what, Buffer):
                 if what.dims is not None:
@@ -125,16 +146,46 @@ class Representative:
             None if self.whole is None else rebuilt(self.whole, lambda name, _: self.put[name], self.kinds)
         )
 
+    def _decoded(self, name: str, stored: Stored) -> Code:
+        """Put what is stored under this name, as the tensor that it is to the class."""
+        policy, known = POLICIES[stored.policy], dict(self.signature.state)
+        keys = stored.keys(name)
+        nodes = [load(self.graph, self.signature, f"state.{key}", known[key]) for key in keys]
+        code, *rest = (SymTensor(self.run, node, torch.float32) for node in nodes)
+        if self.run.compute != torch.float32:
+            raise Untraceable(f"storage of the state {name!r}, where float64 is computed with")
+        decoded = policy.decode(code, *rest)
+        decoded = decoded if stored.dtype == torch.float32 else rounded(decoded, stored.dtype)
+        self.put[name] = made(SymTensor(self.run, decoded.node, stored.dtype), meta_of(stored))
+        return Code(policy, keys, nodes, place(self.put[name]).node)
+
+    def _encoded(self, name: str, value: Symbolic, taken: dict[Any, Any]) -> dict[str, Any]:
+        """What is stored of what the step leaves under this name."""
+        policy, keys, nodes, before = self.codes[name]
+        node = self._left(name, value, taken).node
+        bits, draws = None, self.item.state.get(f"{name}:{DRAWS}")
+        cells: dict[str, Any] = {}
+        if draws is not None:
+            count = self.scalars.number(("state", self.index, f"{name}:{DRAWS}"), draws)
+            cells[f"{name}:{DRAWS}"] = operate("add", count, 1)
+        if node == before:
+            return cells | {key: Cell(n, torch.float32) for key, n in zip(keys, nodes, strict=True)}
+        if draws is not None:
+            stream = list(self.codes).index(name)
+            bits = noise(SymTensor(self.run, nodes[0], torch.float32), seed=0, step=count, stream=stream)
+        parts = encoded(policy, SymTensor(self.run, node, torch.float32), bits)
+        stored = zip(keys, parts, dtypes(policy), strict=True)
+        return cells | {key: Cell(part.node, dtype) for key, part, dtype in stored}
+
     def tensors(self) -> dict[int, Any]:
         item = self.item
         found = {id(item.owner): self.param, id(item.owner.grad): self.gradient}
-        real = item.state | item.hosted
+        real = item.state | item.hosted | item.coded
         found |= {id(real[k]): v for k, v in self.put.items() if isinstance(v, Symbolic)}
         return found
 
     def end(self, step: tuple[bool, ...]) -> None:
         """Note what its places hold after a step along this path of its own."""
-        self.run.finished = True
         self.outcomes = self.by_step.setdefault(step, {})
         if self.param.__dict__["gradient"] is None:
             raise Untraceable("the step drops a gradient")
@@ -146,7 +197,11 @@ class Representative:
         # With what has them: an address that is free again would be another tensor's.
         taken: dict[Any, Any] = {id(place): place for place in (self.p.place, self.g.place)}
         for key, value in state.items():
-            cells[key] = self._left(key, value, taken)
+            if key in self.codes:
+                cells |= self._encoded(key, value, taken)
+            else:
+                cells[key] = self._left(key, value, taken)
+        self.run.finished = True
         path = tuple(self.run.taken)
         if path in self.outcomes:  # while others go along more of theirs, or with fewer of them
             before = self.outcomes[path][1]
@@ -197,11 +252,11 @@ class Representative:
             if not isinstance(put, Symbolic):
                 raise NewState(f"the state {key!r} becomes a tensor")
             self._own_memory(key, value, taken)
-            sym = self._place(value, f"the state {key!r}", self.item.state[key])
+            sym = self._place(value, f"the state {key!r}", put.meta)
             if id(sym.place) in taken:
                 raise Untraceable(f"the state {key!r} becomes another tensor's own memory; keep a copy of it")
             taken[id(sym.place)] = sym.place
-            buffer = dict(self.signature.state)[key]
+            buffer = AS_WHOLE if key in self.codes else dict(self.signature.state)[key]
             node = sym.node
             if buffer.dims is not None and sym.dims != buffer.dims:
                 error = Mismatched(f"the state {key!r} goes along other dimensions")

@@ -158,7 +158,8 @@ def explain(opt: Optimizer) -> Explanation:
     applied = tuple(_explain_applied(each, title) for each in opt.applications)
     source = "\n".join(part for part in (found.source, *(each.source for each in applied)) if part)
     steps = str(opt.gradient_release) if opt.gradient_release is not None else found.steps
-    held = storing.held(opt) if opt.groups.around else ""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    held = storing.held((p, opt.state.get(p, {})) for p in params) if opt.groups.around else ""
     return replace(
         found, applied=applied, source=source, lists=_lists(engine, callbacks), steps=steps, held=held
     )

@@ -15,7 +15,6 @@ from ..storage.callbacks import SMALL, decode, dtypes, encode, encoded, keys, pa
 from ..storage.policy import OTHERS, PARAM, POLICIES, choice, chosen, of
 
 if TYPE_CHECKING:
-    from .core import Optimizer
     from .groups import ParamGroups
 
 AROUND = decode, encode
@@ -45,21 +44,19 @@ def as_text(storage: Any, groups: ParamGroups) -> str:
     return chosen(found)
 
 
-def held(opt: Optimizer) -> str:
-    """How many bytes there are for each parameter of what is in the state, and how many there would be as float32."""
+def held(states: Iterable[tuple[torch.Tensor, dict[str, Any]]]) -> str:
+    """How many bytes there are for each parameter of these and their state, and how many there would be as float32."""
     sizes: dict[str, int] = {}
     count = numbers = 0
     policies: dict[str, str] = {}
-    for group in opt.param_groups:
-        for p in group["params"]:
-            state = {PARAM: p.detach(), **opt.state.get(p, {})}
-            policies |= parted(state)
-            count += p.numel()
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.dim():
-                    name = key.split(":")[0]
-                    sizes[name] = sizes.get(name, 0) + _here(value).nbytes
-                    numbers += 4 * _here(value).numel() if ":" not in key else 0
+    for p, state in states:
+        policies |= parted(state)
+        count += p.numel()
+        for key, value in {PARAM: p.detach(), **state}.items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                name = key.split(":")[0]
+                sizes[name] = sizes.get(name, 0) + _here(value).nbytes
+                numbers += 4 * _here(value).numel() if ":" not in key else 0
     if not count:
         return ""
     each = (

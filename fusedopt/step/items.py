@@ -144,6 +144,11 @@ class Item:
             )
         return getattr(self.owner if name == "requires_grad" else p, name)
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether policies of storage say how its state is stored."""
+        return "storage" in self.hyper
+
     def code(self, key: str) -> Buffer | None:
         """What a policy of storage has made of state, if it is whole numbers."""
         value = self.state[key]
@@ -166,7 +171,7 @@ class Item:
             (k, v if type(v) in PLAIN else _visible(v, p, modes, self.one_is_whole))
             for k, v in self.state.items()
         ]
-        if "storage" in self.hyper:
+        if self.has_codes:
             state = [(k, self.code(k) or v) for k, v in state]
         state.sort(key=_first)
         read = tuple([(name, self.attribute(name)) for name in attributes])
@@ -308,7 +313,7 @@ def work_copy(item: Item) -> Item:
         return t.detach().clone() if one and t.dtype == compute else reference.upcast(t, compute)
 
     state = {k: copy(v) if isinstance(v, torch.Tensor) else v for k, v in begun(item.state).items()}
-    for key, value in state.items() if "storage" in item.hyper else ():
+    for key, value in state.items() if item.has_codes else ():
         if item.code(key) and value.dtype in CODES:  # callbacks make numbers of it
             state[key] = reference.mark(value.to(compute), value.dtype)
     param = copy(item.param)

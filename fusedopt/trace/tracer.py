@@ -132,7 +132,7 @@ def traced(
     ``keeps``: other callbacks follow, so temporary values are stored, too.
     ``lasting``: of each callback, whether it finds constants around it alone, so that it has made all tensors itself.
     """
-    graph, scalars = Graph(_axes(signature)), ScalarProgram()
+    graph, scalars = Graph(told_apart(signature)), ScalarProgram()
     calls = Calls(graph, signature.device, lasting)
     passes: list[Pass] = []
 
@@ -209,7 +209,7 @@ def traced(
     )
 
 
-def _axes(signature: Signature) -> str:
+def told_apart(signature: Signature) -> str:
     """Those that a trace tells apart."""
     return BLOCKED if signature.line else along(signature.dims) if signature.dims else "0"
 
@@ -230,7 +230,7 @@ def _starts(
     lasting: Sequence[bool],
 ) -> dict[str, float]:
     """The numbers that callbacks leave in the state for the first time, and where they start: arguments' defaults."""
-    graph = Graph(_axes(signature))
+    graph = Graph(told_apart(signature))
     calls = Calls(graph, signature.device, lasting)
     cells = Pass(callbacks, signature, hyper, graph, ScalarProgram(), first, calls=calls).run(
         {}, counting=True
