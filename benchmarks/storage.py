@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fusedopt
 from fusedopt import optim, rules
+from fusedopt.classes.stored import Stored
 from fusedopt.optimizer import Optimizer
 from fusedopt.storage.callbacks import dtypes, encoded
 from fusedopt.storage.policy import POLICIES
@@ -40,11 +41,12 @@ def small_rule(p: Any, lr: Any, mean: Any = None, **kwargs: Any) -> Any:
     return {"mean": mean}
 
 
-RULES: dict[str, Callable[..., Optimizer]] = {
+RULES: dict[str, Callable[..., Any]] = {
     "AdamW": lambda params, **o: optim.AdamW(params, lr=1e-4, **o),
     "Lion": lambda params, **o: rules.Lion(params, lr=1e-4, **o),
     "LAMB": lambda params, **o: fusedopt.Lamb(params, lr=1e-4, **o),
     "RAdam": lambda params, **o: optim.RAdam(params, lr=1e-4, **o),
+    "torch's Adam, fused": lambda params, **o: fusedopt.fuse(torch.optim.Adam(params, lr=1e-4), **o),
     "a user's": lambda params, **o: Optimizer(params, small_rule, lr=1e-4, **o),
 }
 
@@ -67,7 +69,7 @@ class Choice(NamedTuple):
         """What it is compared with: the same rule in float32."""
         return Choice(self.rule)
 
-    def make(self, params: Sequence[nn.Parameter]) -> Optimizer:
+    def make(self, params: Sequence[nn.Parameter]) -> Any:
         return RULES[self.rule](params, storage=self.storage)
 
 
@@ -112,6 +114,12 @@ def error(name: str) -> Error:
     return Error(f"{_bytes(parts) / x.numel():.4g}", largest, (off.norm() / x.double().norm()).item())
 
 
+def _parts(state: Any) -> list[Tensor]:
+    """The tensors that some state has in memory."""
+    found = vars(state).values() if isinstance(state, Stored) else [state]
+    return [v for v in found if isinstance(v, Tensor)]
+
+
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -123,13 +131,13 @@ class Cost(NamedTuple):
     held: str
 
 
-def cost(opt: Optimizer) -> Cost:
+def cost(opt: Any) -> Cost:
     """Of an optimizer that has stepped. Raises RuntimeError if some of it runs eagerly."""
     said = opt.explain()
     if said.eager:
         raise RuntimeError(f"{said.eager[0].callback} runs eagerly: {said.eager[0].reason}")
     params = [p for group in opt.param_groups for p in group["params"]]
-    kept = [v for p in params for v in opt.state[p].values() if isinstance(v, Tensor)]
+    kept = [v for p in params for state in opt.state[p].values() for v in _parts(state)]
     held = _bytes([*params, *kept]) / sum(p.numel() for p in params)
     return Cost(said.bytes_per_element, f"{held:.4g}")
 
