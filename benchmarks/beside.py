@@ -21,9 +21,13 @@ STEPS, ROUNDS = 10, 40
 
 
 class Run:
-    """An optimizer, made of new parameters by ``make``, and its steps. Runs of equal shapes get the same gradients."""
+    """An optimizer, made of new parameters by ``make``, and its steps. Runs of equal shapes get the same gradients, but
+    for the last bit if they are ``nudged``."""
 
-    def __init__(self, make: Callable, shapes: Sequence, closure: bool, fused: bool) -> None:
+    def __init__(
+        self, make: Callable, shapes: Sequence, closure: bool, fused: bool, nudged: bool = False
+    ) -> None:
+        self.nudged = nudged
         torch.manual_seed(0)
         self.params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
         self.opt: Any = make(self.params)
@@ -43,6 +47,8 @@ class Run:
         gen = torch.Generator().manual_seed(t)
         for p in self.params:
             p.grad = torch.randn(p.shape, generator=gen)
+            if self.nudged:
+                p.grad = torch.nextafter(p.grad, torch.full_like(p.grad, math.inf))
         if t in missing:
             self.params[0].grad = None
         for group in self.opt.param_groups:

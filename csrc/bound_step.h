@@ -247,6 +247,7 @@ class BoundStep {
  private:
   static constexpr size_t none = SIZE_MAX, param_found = 0, grad_found = 1, state_found = 2;
   static constexpr int64_t grain = 128; // rows that are worth a thread
+  static constexpr int64_t row_cost = 256; // nanoseconds, at most: with nothing of it in cache
   // Elements that are stepped in less than a millisecond, a fifth of the time that Python lets a thread have the GIL. To
   // keep it serves as well as to count references to what they lie in, which may take as long as the launch.
   static constexpr int64_t brief = 1 << 20;
@@ -337,7 +338,7 @@ class BoundStep {
       return check_rows(0, rows_.size()) && copy_gradients();
     // This thread holds the GIL and waits, so nobody changes what the others read. They count no Python references.
     std::atomic<bool> same = true;
-    parallel_for(static_cast<int64_t>(rows_.size()), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(static_cast<int64_t>(rows_.size()), grain, row_cost * rows_.size(), [&](int64_t begin, int64_t end) {
       if (same.load(std::memory_order_relaxed) && !check_rows(begin, end))
         same = false;
     });
@@ -964,7 +965,7 @@ class BoundStep {
 
   // New numbers into the state dicts, version counters up.
   void commit() {
-    parallel_for(static_cast<int64_t>(rows_.size()), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(static_cast<int64_t>(rows_.size()), grain, row_cost * rows_.size(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         if (const Row& row = rows_[i]; row.on)
           for (size_t k = 0; k < state_found + buckets_[row.bucket].entries.size(); ++k)

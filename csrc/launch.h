@@ -50,10 +50,11 @@ class Metered {
 };
 
 // Without the GIL. A later stage reads what an earlier one reduced: the end of `parallel_for` is the barrier.
-inline void run_stage(uintptr_t entry, const void* tables, const std::vector<int64_t>& bounds) {
+// cost: about how many nanoseconds one thread takes for all of it.
+inline void run_stage(uintptr_t entry, const void* tables, const std::vector<int64_t>& bounds, int64_t cost) {
   const auto stage = reinterpret_cast<Stage>(entry);
   // Grain 1: each range was made worth a thread. One range, or a call from inside another parallel region, runs here.
-  parallel_for(static_cast<int64_t>(bounds.size()) - 1, 1, [&](int64_t first, int64_t last) {
+  parallel_for(static_cast<int64_t>(bounds.size()) - 1, 1, cost, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
       stage(tables, bounds[t], bounds[t + 1]);
   });
@@ -113,6 +114,9 @@ class Launch {
     const auto count = static_cast<int64_t>(chunks_.size()) / tables_.chunk_words;
     partials_.resize(count * tables_.n_reductions);
     bounds_ = splits(chunks_.data(), count, threads, tables_.chunk_words);
+    cost_ = 0;
+    for (int64_t c = 0; c < count; ++c)
+      cost_ += chunks_[c * tables_.chunk_words + 2] - chunks_[c * tables_.chunk_words + 1] + chunk_cost;
     std::vector<int64_t> whole; // rows as if each were a chunk
     for (int64_t row_of = 0; row_of < n_rows_; ++row_of)
       whole.insert(whole.end(), {row_of, 0, row(row_of)[word::numel]});
@@ -140,11 +144,11 @@ class Launch {
       const Metered metered(stages_.size() + extra + (scalars_ != 0));
       for (size_t k = 0; k < stages_.size(); ++k) {
         if (before_[k] != 0)
-          run_stage(before_[k], &tables_, by_row_);
-        run_stage(stages_[k], &tables_, bounds_);
+          run_stage(before_[k], &tables_, by_row_, cost_);
+        run_stage(stages_[k], &tables_, bounds_, cost_);
       }
       if (scalars_ != 0)
-        run_stage(scalars_, &tables_, by_row_);
+        run_stage(scalars_, &tables_, by_row_, cost_);
     }
   }
 
@@ -160,7 +164,7 @@ class Launch {
   std::vector<int64_t> numel_, chunks_, bounds_, by_row_;
   std::vector<uint8_t> on_;
   std::vector<double> partials_, slots_;
-  int64_t threads_ = 0;
+  int64_t threads_ = 0, cost_ = 0;
 };
 
 } // namespace fusedopt

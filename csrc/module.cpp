@@ -57,7 +57,8 @@ Kept write_pointers(
   return kept;
 }
 
-void run_cpu(std::vector<uintptr_t> entries, uintptr_t launch_ptr, std::vector<std::vector<int64_t>> splits) {
+void run_cpu(std::vector<uintptr_t> entries, uintptr_t launch_ptr, std::vector<std::vector<int64_t>> splits,
+             int64_t cost) {
   if (entries.size() != splits.size())
     throw py::value_error(
         std::to_string(entries.size()) + " entries need as many splits, not " + std::to_string(splits.size()));
@@ -68,7 +69,7 @@ void run_cpu(std::vector<uintptr_t> entries, uintptr_t launch_ptr, std::vector<s
   py::gil_scoped_release no_gil;
   const fusedopt::Metered metered(entries.size());
   for (size_t k = 0; k < entries.size(); ++k)
-    fusedopt::run_stage(entries[k], reinterpret_cast<const void*>(launch_ptr), splits[k]);
+    fusedopt::run_stage(entries[k], reinterpret_cast<const void*>(launch_ptr), splits[k], cost);
 }
 
 // Wait until gradients are there or gone. A thread that drops one lets go of the GIL while the memory is freed, and till
@@ -209,7 +210,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("write_pointers", torch::wrap_pybind_function(write_pointers),
         py::arg("tensors"), py::arg("table_ptr"), py::arg("rows").none(true), py::arg("columns"), py::arg("column"));
   m.def("run_cpu", torch::wrap_pybind_function(run_cpu),
-        py::arg("entries"), py::arg("launch_ptr"), py::arg("splits"));
+        py::arg("entries"), py::arg("launch_ptr"), py::arg("splits"), py::arg("cost") = fusedopt::Contention::slice);
   m.def("launched", [] { return std::pair(fusedopt::meter.stages.load(), fusedopt::meter.nanoseconds.load() * 1e-9); },
         "How many stages have run in this process, and for how many seconds.");
   m.def("splits", splits, py::arg("chunks"), py::arg("count"), py::arg("threads"));

@@ -99,7 +99,7 @@ HEAD = 4
 """Words of a row before its pointers: element count, scalar set, first chunk, number of chunks."""
 
 
-Planned = tuple[list[int], int, list[list[int]]]
+Planned = tuple[list[int], int, list[list[int]], int]
 """A launch on the CPU as `leaf.run_cpu` takes it: addresses of stages, of what they read, and their ranges."""
 
 

@@ -166,6 +166,13 @@ def line_tiles(chunks: np.ndarray, lines: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
+def cost(layout: Layout) -> int:
+    """What all chunks cost, in elements: that many nanoseconds, more or less, on one thread."""
+    chunks = layout.chunks
+    return int((chunks[:, 2] - chunks[:, 1] + CHUNK_COST).sum())
+
+
+@functools.lru_cache(maxsize=64)
 def splits(layout: Layout, threads: int) -> tuple[int, ...]:
     """Bounds of the chunk ranges, one per thread, of nearly equal cost: by prefix sum, not by count."""
     chunks = layout.chunks

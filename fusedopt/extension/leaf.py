@@ -1,7 +1,7 @@
 """The runtime's leaf functions: from the C++ extension `fusedopt._C`, else the same in Python.
 
     write_pointers(tensors, table_ptr, rows, columns, column)
-    run_cpu(entries, launch_ptr, splits)
+    run_cpu(entries, launch_ptr, splits, cost)
     bump_versions(tensors)
     settle(params)
 
@@ -65,13 +65,14 @@ def _write_pointers(
     return kept
 
 
-def _run_cpu(entries: Sequence[int], launch_ptr: int, splits: Sequence[Sequence[int]]) -> None:
+def _run_cpu(entries: Sequence[int], launch_ptr: int, splits: Sequence[Sequence[int]], cost: int = 0) -> None:
     """Run compiled stages one after another, each over its ranges of rows in parallel.
 
     `entries[k]` is the address of `extern "C" void stage(const void* launch, int64_t begin, int64_t end)`
     and `splits[k]` the ascending bounds of its ranges: [splits[k][t], splits[k][t + 1]) for each t. Every
     range of a stage is done before the next stage begins. The GIL is released. A single range, and any
-    launch from inside another parallel region, runs on the calling thread.
+    launch from inside another parallel region, runs on the calling thread. `cost` is about how many nanoseconds
+    one thread takes for a stage: the extension leaves what is short to one while other work keeps the cores busy.
     """
     stages = [_Stage(index(entry)) for entry in entries]
     ranges = [list(pairwise(map(index, split))) for split in splits]
@@ -132,14 +133,14 @@ def _check_tensors(tensors: list[Tensor]) -> None:
 
 
 def calls(
-    entries: Sequence[int], launch_ptr: int, splits: Sequence[Sequence[int]]
+    entries: Sequence[int], launch_ptr: int, splits: Sequence[Sequence[int]], cost: int
 ) -> list[Callable[[], None]]:
     """``run_cpu`` as calls of functions that are not written in Python, so that no signal handler comes between.
 
     Without the extension that is only so on a single thread.
     """
     if run_cpu is not _run_cpu or (thread_count() > 1 and any(len(split) > 2 for split in splits)):
-        return [functools.partial(run_cpu, entries, launch_ptr, splits)]
+        return [functools.partial(run_cpu, entries, launch_ptr, splits, cost)]
     return [
         functools.partial(_Stage(index(entry)), index(launch_ptr), first, last)
         for entry, split in zip(entries, splits, strict=True)

@@ -114,14 +114,15 @@ class Launch(Rows):
         if self.slots is not slots:
             self.slots, self.head[3] = slots, slots.ctypes.data
         if not len(self.layout):
-            return [], self.address, []
+            return [], self.address, [], 0
         by_chunk = list(chunking.splits(self.layout, leaf.thread_count()))
         by_row = [0, len(self.sizes)]
         calls = []
         for stage, before in zip(self.handle.stages, self.handle.before, strict=True):
             calls += [(before, by_row), (stage, by_chunk)]
         calls = [call for call in (*calls, (self.handle.scalars, by_row)) if call[0]]
-        return [entry for entry, _ in calls], self.address, [split for _, split in calls]
+        cost = chunking.cost(self.layout)
+        return [entry for entry, _ in calls], self.address, [split for _, split in calls], cost
 
     def run_parts(
         self,
@@ -142,7 +143,7 @@ class Launch(Rows):
         splits = list(chunking.splits(self.layout, leaf.thread_count()))
         done = 0
         for stage, address in zip(self.kernel.stages, self.handle.stages, strict=True):
-            leaf.run_cpu([address], self.address, [splits])
+            leaf.run_cpu([address], self.address, [splits], chunking.cost(self.layout))
             if stage.reductions:
                 ops = [self.kernel.program.values[i].op for i in stage.reductions]
                 mine = slice(done, done + len(ops))
