@@ -1,11 +1,11 @@
 """What ``opt.release_gradients()`` saves in memory and costs in time: ``python -m benchmarks.release``.
 
 A small GPT and a small ResNet train with AdamW: as ever (*plain*), with released gradients in batches of the default
-size, and with every parameter stepped on its own; and with torch's fused AdamW, plain and as torch's tutorial has it,
-with an optimizer for each parameter that its hook steps. All of them are in one process, in turns, each on a model of
-its own; the time is that of a whole training step. Live gradients are counted when a gradient is complete, before it is
-used. By how much a training step raises the process's resident memory is measured in a fresh process each, which gives
-freed blocks back at once.
+size, and with every parameter stepped on its own; both plain and released with loss scaling in the kernel; and with
+torch's fused AdamW, plain and as torch's tutorial has it, with an optimizer for each parameter that its hook steps. All
+of them are in one process, in turns, each on a model of its own; the time is that of a whole training step. Live
+gradients are counted when a gradient is complete, before it is used. By how much a training step raises the process's
+resident memory is measured in a fresh process each, which gives freed blocks back at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from .timing import machine
 
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """glibc keeps freed blocks of up to 32 MB, as it likes; with this none of 64 KiB and more."""
-WAYS = ("plain", "released", "released, each on its own", "torch fused", "torch fused in hooks")
+WAYS = (
+    *("plain", "released", "released, each on its own", "scaled", "released, scaled"),
+    *("torch fused", "torch fused in hooks"),
+)
 
 
 class Block(nn.Module):
@@ -125,20 +128,24 @@ class Training:
         self.live = 0
         self._hooks = [p.register_post_accumulate_grad_hook(self._count) for p in self.params]
         self.opt: torch.optim.Optimizer | None = None
+        self.scaler = torch.amp.GradScaler("cpu", enabled="scaled" in how)
         if how == "torch fused":
             self.opt = torch.optim.AdamW(self.params, lr=1e-3, fused=True)
         elif how == "torch fused in hooks":
             for p in self.params:
                 hook_own(p)
         else:
-            self.opt = ours = optim.AdamW(self.params, lr=1e-3)
-            if how != "plain":
-                ours.release_gradients(None if how == "released" else 0)
+            self.opt = ours = optim.AdamW(self.params, lr=1e-3, amp_fused="scaled" in how)
+            if "released" in how:
+                size = 0 if "on its own" in how else None
+                ours.release_gradients(size, scaler=self.scaler, skip="batches")
 
     def step(self) -> None:
-        F.cross_entropy(self.model(self.x).flatten(0, -2), self.y).backward()
+        loss = F.cross_entropy(self.model(self.x).flatten(0, -2), self.y)
+        self.scaler.scale(loss).backward()
         if self.opt is not None:
-            self.opt.step()
+            self.scaler.step(self.opt)
+            self.scaler.update()
             self.opt.zero_grad()
 
     def _count(self, _: Tensor) -> None:

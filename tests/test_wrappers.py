@@ -485,3 +485,20 @@ def test_accelerate_sees_skipped_steps(accelerators, amp_fused, scheduled):
         found.append((wrapped.step_was_skipped, p[0].item()))
     assert found == [(False, 0.5), (True, 0.5), (False, 0.0)]
     assert getattr(opt, "_step_supports_amp_scaling", False) == amp_fused  # outside of accelerate's calls
+
+
+@pytest.mark.parametrize("amp_fused", [False, True])
+def test_accelerate_takes_a_released_step_for_one_that_was_done(accelerators, amp_fused):
+    accelerators()
+    p = nn.Parameter(torch.ones(3))
+    opt = fusedopt.optim.SGD([p], lr=0.5, amp_fused=amp_fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(opt, scaler=scaler)
+    opt.release_gradients(0, scaler=scaler, skip="batches")
+    found = []
+    for factor in (1.0, float("inf"), 1.0):
+        scaler.scale((p * factor).sum()).backward()
+        wrapped.step()
+        wrapped.zero_grad()
+        found.append((wrapped.step_was_skipped, p[0].item(), scaler.get_scale()))
+    assert found == [(False, 0.5, 8.0), (False, 0.5, 4.0), (False, 0.0, 4.0)]

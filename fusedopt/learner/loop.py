@@ -65,6 +65,8 @@ class Loop(Having, Minimized, Views):
             self._with_events("fit", self._fit)
         except BaseException:
             self.opt.zero_grad()  # the next fit must not add to an unfinished batch's
+            if (release := getattr(self.opt, "gradient_release", None)) is not None:
+                release.abandon()
             raise
         finally:
             self._running = False

@@ -25,7 +25,7 @@ from .apply import Applications
 from .explain import Explanation, explain
 from .fastai import FastaiFace
 from .groups import ParamGroups
-from .release import Clipping, GradientRelease, refuse_totals
+from .release import Clipping, GradientRelease, Skipping, refuse_totals
 from .state import State
 
 
@@ -170,14 +170,17 @@ class Optimizer(FastaiFace):
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks before it hands over its scale and what it found; there with ``amp_fused`` only.
 
-        accelerate knows a skipped step by its not being called, so in its calls GradScaler decides.
+        accelerate knows a skipped step by its not being called, so in its calls GradScaler decides. Where gradients
+        are released, it has been asked batch by batch.
         """
         if self.gradient_release is not None:
-            raise RuntimeError(
-                "GradScaler looks at all gradients before a step, and release_gradients() has stepped most of them "
-                "already, scaled as they were. Remedy: train in bfloat16, which needs no loss scaling, or without "
-                "release_gradients()"
-            )
+            if self.gradient_release.scaler is None:
+                raise RuntimeError(
+                    "GradScaler looks at all gradients before a step, and release_gradients() has stepped most of them "
+                    "already, scaled as they were. Remedy: release_gradients(scaler=scaler); or train in bfloat16, "
+                    "which needs no loss scaling"
+                )
+            return True
         if not self._scaling.amp:
             raise AttributeError("_step_supports_amp_scaling")
         return getattr(self.step, "__module__", "") != "accelerate.optimizer"
@@ -365,7 +368,12 @@ class Optimizer(FastaiFace):
                 applied.run()
 
     def release_gradients(
-        self, batch_bytes: int | None = None, *, clip: Clipping | None = None
+        self,
+        batch_bytes: int | None = None,
+        *,
+        clip: Clipping | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        skip: Skipping = "step",
     ) -> GradientRelease:
         """Step parameters during the backward pass, as their gradients are complete, and free these.
 
@@ -380,18 +388,25 @@ class Optimizer(FastaiFace):
             clip: which norm ``max_grad_norm`` is compared with, as that of all gradients comes too late: ``"last"``,
                 that of the pass before (the first is not clipped), or ``"measured"``, that of a backward pass more,
                 within ``measure()`` of what this returns.
+            scaler: who scales losses, if anybody does: the training loop calls its ``scale``, ``step`` and ``update``
+                as ever. Gradients are multiplied by one over its scale as they are stepped.
+            skip: what is left out where a gradient is infinite or NaN, while GradScaler finds its scale: ``"step"``,
+                all of the step, which a backward pass more, within ``measure()``, has to find out; or ``"batches"``,
+                the batches with such gradients alone, while the others of that pass are stepped.
 
         Raises:
             RuntimeError: gradients are released already; a parameter is listed twice; ``max_grad_norm`` without
                 ``clip``; callbacks call ``fusedopt.total``; several processes train. Later, in backward or ``step()``:
-                two passes for one step; GradScaler; extra tensors; a CUDA graph is captured.
-            ValueError: a negative size, another ``clip``.
+                two passes for one step; a GradScaler that this does not know, or its ``unscale_``; extra tensors; a
+                CUDA graph is captured.
+            TypeError: a scaler that is no GradScaler.
+            ValueError: a negative size, another ``clip`` or ``skip``.
         """
         if self.gradient_release is not None:
             raise RuntimeError(
                 "gradients are released already. Remedy: remove() what the first call returned"
             )
-        self.gradient_release = GradientRelease(self, batch_bytes, clip)
+        self.gradient_release = GradientRelease(self, batch_bytes, clip, scaler, skip)
         return self.gradient_release
 
     def _step_some(self, engine: Engine, scaling: Scaling) -> Engine:
@@ -450,16 +465,20 @@ class Optimizer(FastaiFace):
                 loss = closure()
         if self._scaling.amp:  # GradScaler sets these attributes for the time of its call
             self._scaling.receive(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if extra and self.gradient_release is not None:
-            raise RuntimeError(
-                "extra tensors are for a whole step, and release_gradients() has stepped most of it already. Remedy: "
-                "step without them, or without release_gradients()"
-            )
-        if extra:
-            with self.groups.with_extra(extra):
+        try:
+            if extra and self.gradient_release is not None:
+                raise RuntimeError(
+                    "extra tensors are for a whole step, and release_gradients() has stepped most of it already. "
+                    "Remedy: step without them, or without release_gradients()"
+                )
+            if extra:
+                with self.groups.with_extra(extra):
+                    self._step_now()
+            else:
                 self._step_now()
-        else:
-            self._step_now()
+        except BaseException:  # where GradScaler leaves them, and would multiply them by the next scale
+            vars(self).pop("grad_scale", None), vars(self).pop("found_inf", None)
+            raise
         # Nothing is captured before CUDA is initialised, and asking would need a driver.
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._keep_captured()

@@ -6,14 +6,20 @@ together, and their gradients freed. What is left is stepped by ``opt.step()``, 
 
 A batch is a step of some parameters, by an engine of its own over the optimizer's groups, state and traces. So it is
 bound, and repeated, like any other step.
+
+With loss scaling each batch is an optimizer, as far as torch's GradScaler can tell, which looks at its gradients, hands
+over its scale and what it found, and knows of that in ``update()``. A step is skipped as a whole where a backward pass
+within ``measure()`` has shown all gradients to GradScaler before, or else, if the user says so, batch by batch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     from .core import Optimizer
 
 Clipping = Literal["last", "measured"]
+Skipping = Literal["step", "batches"]
 SHARE, LEAST, MOST = 16, 1 << 20, 1 << 26
 """A batch is a sixteenth of all gradients, if nobody says how large, and of 1 to 64 MiB."""
 
@@ -53,25 +60,56 @@ class Waiting:
     size: int = 0
 
 
+class Scaled:
+    """Parameters whose scaled gradients are used together: an optimizer, as far as GradScaler can tell.
+
+    ``use`` is called with the scale, and with what is not zero if one of the gradients is infinite or NaN.
+    """
+
+    _step_supports_amp_scaling = True
+    grad_scale: torch.Tensor  # GradScaler sets these for the time of `step`
+    found_inf: torch.Tensor
+
+    def __init__(self, params: list[torch.Tensor], use: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        self.param_groups = [{"params": params}]
+        self._use = use
+
+    def step(self) -> None:
+        self._use(self.grad_scale, self.found_inf)
+        self.param_groups = []
+
+
 class GradientRelease:
     """What ``opt.release_gradients()`` returns, and ends with ``remove()``, or as a context manager.
 
     ``opt`` is the optimizer; ``batch_bytes``: gradients of which size are stepped together; ``clip``: which norm
-    ``max_grad_norm`` is compared with, which may be changed between passes.
+    ``max_grad_norm`` is compared with; ``scaler``: who scales losses; ``skip``: what of a step is left out where
+    gradients are infinite. The last three may be changed between passes.
 
-    Raises: as `Optimizer.release_gradients`: RuntimeError, ValueError.
+    Raises: as `Optimizer.release_gradients`: RuntimeError, TypeError, ValueError.
     """
 
-    def __init__(self, opt: Optimizer, batch_bytes: int | None, clip: Clipping | None) -> None:
+    def __init__(
+        self,
+        opt: Optimizer,
+        batch_bytes: int | None,
+        clip: Clipping | None,
+        scaler: torch.amp.GradScaler | None = None,
+        skip: Skipping = "step",
+    ) -> None:
         params = [p for group in opt.param_groups for p in group["params"]]
         if clip not in (None, "last", "measured"):
             raise ValueError(f'clip must be "last", "measured" or None, not {clip!r}')
+        if skip not in ("step", "batches"):
+            raise ValueError(f'skip must be "step" or "batches", not {skip!r}')
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, not {type(scaler).__name__}")
         if batch_bytes is None:
             size = sum(p.numel() * p.element_size() for p in params if p.requires_grad)
             batch_bytes = min(max(size // SHARE, LEAST), MOST)
         if batch_bytes < 0:
             raise ValueError(f"batch_bytes must not be negative; it is {batch_bytes}")
-        self.batch_bytes, self.clip = batch_bytes, clip
+        self.batch_bytes, self.clip, self.scaler, self.skip = batch_bytes, clip, scaler, skip
         self._ref = weakref.ref(opt)
         self._lock = threading.RLock()  # gradients on several devices are completed by as many threads
         self._hooks: Any = WeakIdKeyDictionary()
@@ -87,6 +125,15 @@ class GradientRelease:
         self._scalings: dict[bool, Given] = {}
         self._squares: dict[torch.device, torch.Tensor] = {}
         self._norm: torch.Tensor | None = None
+        self._finite: torch.Tensor | None = None
+        """The last norm that was a number, NaN if none was."""
+        self._inverse: torch.Tensor | float = 1.0
+        """One over the scale of this pass."""
+        self._found: torch.Tensor | float = 0.0
+        """Not zero if measured gradients were infinite or NaN."""
+        self._scaled: list[Scaled] = []
+        """Those of this pass. GradScaler knows them by their ids until ``update()``, so those before it live too."""
+        self._scaled_before: list[Scaled] = []
         self._refuse(opt, params)
         for p in params:
             self._hook(p)
@@ -108,12 +155,13 @@ class GradientRelease:
     def measure(self) -> Iterator[None]:
         """The time of a backward pass that only takes the gradients' norm, and frees them: nothing is stepped.
 
-        The pass that steps comes after it, over the same graph (``retain_graph=True`` in this one) or the same forward
-        pass done again. Raises RuntimeError where there are gradients already, which would be freed.
+        With loss scaling it also finds whether all are finite. The pass that steps comes after it, over the same graph
+        (``retain_graph=True`` in this one) or the same forward pass done again. Raises RuntimeError where there are
+        gradients already, which would be freed.
         """
         self._none_left("measure() frees gradients")
         self._forget_pass()
-        self._measuring = True
+        self._measuring, self._fresh, self._found = True, False, 0.0
         try:
             yield
             with self._lock:
@@ -151,13 +199,20 @@ class GradientRelease:
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
-        """The global norm of the gradients of the last pass: a float32 0-d tensor. None if it was not taken."""
+        """The global norm of the gradients of the last pass: a float32 0-d tensor. None if it was not taken.
+
+        With loss scaling it is that of the unscaled ones.
+        """
         return self._norm
 
     # -- what the optimizer says --
     def end(self) -> None:
-        """Step what is left, and end the pass: ``opt.step()``. Raises RuntimeError within ``measure()``."""
+        """Step what is left, and end the pass: ``opt.step()``.
+
+        Raises RuntimeError within ``measure()``, and after GradScaler's ``unscale_``.
+        """
         with self._lock:
+            self._refuse_unscaled()
             if self._measuring:
                 raise RuntimeError(
                     "opt.step() within measure(), which only takes the norm. Remedy: step after it"
@@ -165,6 +220,7 @@ class GradientRelease:
             self._use_left()
             self._take_norm()
             self._last_steps, self._fresh = self._steps, False
+            self._scaled, self._scaled_before = [], self._scaled
             self._forget_pass()
             self._passes += 1
 
@@ -228,14 +284,40 @@ class GradientRelease:
                 "a CUDA graph is being captured, and release_gradients() steps in the backward pass. Remedy: remove() "
                 "what it returned, and capture the step"
             )
-        scaling = self._given(opt, measures=True) if self._measuring else self._scaling(opt)
+        if not self._scales():
+            self._inverse = 1.0
+            self._use_batches(opt, params, 0.0)
+            return
+        if self.skip == "step" and not (self._measuring or self._fresh):
+            raise _unmeasured()
+        scaled = Scaled(params, functools.partial(self._use_scaled, opt, params))
+        self._scaled.append(scaled)
+        assert self.scaler is not None
+        self.scaler.step(scaled)  # type: ignore[arg-type]
+
+    def _use_scaled(
+        self, opt: Optimizer, params: list[torch.Tensor], scale: torch.Tensor, found: torch.Tensor
+    ) -> None:
+        self._inverse = scale.reciprocal()
+        if self._measuring:
+            found = self._found = found + self._found
+        elif self._fresh:
+            found = found + self._found
+        self._use_batches(opt, params, found)
+
+    def _use_batches(self, opt: Optimizer, params: list[torch.Tensor], found: torch.Tensor | float) -> None:
+        scaling = self._given(opt, measures=True) if self._measuring else self._scaling(opt, found)
+        skips = not (self._measuring or scaling.amp) and bool(found)  # else the kernels do, and nobody waits
         for batch, some in self._shares(params).items():
             ids = set(map(id, some))
             kept = [(p, p.grad) for key, p in batch.params.items() if key not in ids and p.grad is not None]
             try:
                 for p, _ in kept:  # accumulated before, and not complete
                     p.grad = None
-                self._use_share(opt, batch, scaling)
+                if skips:
+                    self._skip_share(opt, batch, scaling)
+                else:
+                    self._use_share(opt, batch, scaling)
             finally:
                 for p, grad in kept:
                     p.grad = grad
@@ -273,9 +355,18 @@ class GradientRelease:
             if not repeated:
                 self._let_go(opt, batch)
         if (norm := engine.norm) is not None:
-            squares = norm.squares.sum()
-            others = self._squares.get(squares.device)
-            self._squares[squares.device] = squares if others is None else others + squares
+            self._add(norm.squares.sum())
+
+    def _skip_share(self, opt: Optimizer, batch: Batch, scaling: Scaling) -> None:
+        """Leave out those of a batch that have a gradient, as that is not finite: nor is the norm."""
+        self._let_go(opt, batch)
+        if scaling.measures:
+            device = next(iter(batch.params.values())).device
+            self._add(torch.full((), math.inf, dtype=torch.float64, device=device))
+
+    def _add(self, squares: torch.Tensor) -> None:
+        others = self._squares.get(squares.device)
+        self._squares[squares.device] = squares if others is None else others + squares
 
     def _let_go(self, opt: Optimizer, batch: Batch) -> None:
         """Leave parameters alone that the groups no longer have."""
@@ -294,11 +385,23 @@ class GradientRelease:
             self._why = engine.steps.why
 
     # -- clipping --
-    def _scaling(self, opt: Optimizer) -> Scaling:
-        """What gradients are multiplied by."""
+    def _scaling(self, opt: Optimizer, found: torch.Tensor | float) -> Scaling:
+        """What gradients are multiplied by: one over the loss scale, and the clip coefficient."""
         limit = opt.max_grad_norm
-        if limit is None:
+        if limit is None and not self._scales():
+            opt._scaling.receive(None, None)  # GradScaler's of another step
             return opt._scaling
+        given = self._given(opt, measures=limit is not None and self.clip == "last")
+        factor = self._inverse
+        if limit is not None and (coefficient := self._coefficient(limit)) is not None:
+            if isinstance(factor, torch.Tensor):
+                factor = factor.to(coefficient.device)
+            factor = coefficient * factor
+        given.multiply(factor, found)
+        return given
+
+    def _coefficient(self, limit: float) -> torch.Tensor | None:
+        """What gradients are multiplied by so that their norm is no larger; None: nothing, as none was taken."""
         if self.clip is None:
             raise _unclipped()
         if self.clip == "measured" and not self._fresh:
@@ -306,11 +409,14 @@ class GradientRelease:
                 "max_grad_norm needs the norm of this pass, which was not measured. Remedy: run the backward pass "
                 'twice, first within measure(), or choose release_gradients(clip="last")'
             )
-        given = self._given(opt, measures=self.clip == "last")
-        given.multiply(
-            1.0 if self._norm is None else (limit / (self._norm.double() + EPS)).clamp(max=1.0).float()
-        )
-        return given
+        norm = self._norm if self.clip == "measured" else self._finite
+        if norm is None:
+            return None
+        coefficient = (limit / (norm.double() + EPS)).clamp(max=1.0)
+        return coefficient if self.clip == "measured" else coefficient.nan_to_num(1.0)
+
+    def _scales(self) -> bool:
+        return self.scaler is not None and self.scaler.is_enabled()
 
     def _given(self, opt: Optimizer, measures: bool) -> Given:
         if measures not in self._scalings:
@@ -321,8 +427,13 @@ class GradientRelease:
     def _take_norm(self) -> None:
         """The norm that follows from the squares of all batches."""
         if found := list(self._squares.values()):
-            total = torch.stack([each.to(found[0].device) for each in found]).sum()
-            self._norm = total.sqrt().float()
+            root = torch.stack([each.to(found[0].device) for each in found]).sum().sqrt()
+            inverse = self._inverse
+            self._norm = (
+                root * (inverse.to(root.device) if isinstance(inverse, torch.Tensor) else inverse)
+            ).float()
+            before = torch.full_like(self._norm, math.nan) if self._finite is None else self._finite
+            self._finite = self._norm.where(self._norm.isfinite(), before.to(root.device))
             self._squares.clear()
 
     # -- checks --
@@ -361,6 +472,16 @@ class GradientRelease:
             raise _unclipped()
         refuse_totals(opt)
 
+    def _refuse_unscaled(self) -> None:
+        """Raise RuntimeError if GradScaler has divided what is left of the gradients by its scale."""
+        opt = self._optimizer()
+        if vars(opt).get("grad_scale", 0) is None:  # which says so
+            raise RuntimeError(
+                "GradScaler.unscale_ was called, and release_gradients() has stepped most parameters before it, and "
+                "freed their gradients. Remedy: leave it out, as each batch is unscaled when it is stepped; clip by "
+                "max_grad_norm"
+            )
+
     def _none_left(self, what: str) -> None:
         groups = self._optimizer().param_groups
         for g, group in enumerate(groups):
@@ -398,6 +519,14 @@ def _unclipped() -> RuntimeError:
         "max_grad_norm is over all gradients, and release_gradients() steps some before others are there. Remedy: "
         'clip="last" scales by the norm of the pass before, clip="measured" by that of a backward pass within '
         "measure(), before the one that steps; or set max_grad_norm to None"
+    )
+
+
+def _unmeasured() -> RuntimeError:
+    return RuntimeError(
+        "a step is skipped where a gradient is infinite, and release_gradients() steps some parameters before others "
+        'have one. Remedy: run the backward pass twice, first within measure(), which finds out; or skip="batches" '
+        "leaves out only the batches with such gradients"
     )
 
 

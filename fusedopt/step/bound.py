@@ -44,7 +44,8 @@ class Unbound(Exception):
 class BoundStep:
     """One structure of steps. ``run`` does a step of it, or says why this is none, having changed nothing.
 
-    ``among``: the parameters, by their ids, that it is about; None: all. Others may have gradients, and keep them.
+    ``scaling``: whose numbers its tables have the addresses of. ``among``: the parameters, by their ids, that it is
+    about; None: all. Others may have gradients, and keep them.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class BoundStep:
         groups: Groups,
         launched: Sequence[Launched],
         rounds: list[Round],
+        scaling: Scaling,
         among: Container[int] | None = None,
     ) -> None:
-        self.groups, self.rounds = groups, rounds
+        self.groups, self.rounds, self.scaling = groups, rounds, scaling
         self.resident: Any = None
         self._extra = list(groups.extra)
         self.read: list[Any] = []
@@ -124,6 +126,8 @@ class BoundStep:
         """Do the step if it is of this structure; else why not."""
         if scaling.measures != any(isinstance(each, Norm) for each in self.rounds):
             return "max_grad_norm was set or unset"
+        if scaling is not self.scaling:
+            return "gradients are scaled in another way"
         extra = self.groups.extra
         if list(extra) != self._extra:
             return "other extra tensors are given"

@@ -193,7 +193,7 @@ class Engine:
             raise Unbound("the norm is of tensors spread over processes, and is torch's")
         rounds = [*([norm] if norm else []), *launching.totals_of(shared, scaling, groups)]
         try:
-            return BoundStep(groups, tables, rounds, self.among), tables
+            return BoundStep(groups, tables, rounds, scaling, self.among), tables
         except ValueError as error:  # a number that only Python can hold
             raise Unbound(str(error)) from None
         finally:

@@ -72,10 +72,10 @@ class Scaling:
 
     def receive(self, scale: torch.Tensor | None, found_inf: torch.Tensor | float | None) -> None:
         """Take over what GradScaler says of this step, without waiting for it; None: it has no part in it."""
-        values = {
-            INVERSE: 1.0 if scale is None else scale.reciprocal(),
-            FOUND_INF: 0.0 if found_inf is None else found_inf,
-        }
+        inverse = 1.0 if scale is None else scale.reciprocal()
+        self._hand_over({INVERSE: inverse, FOUND_INF: 0.0 if found_inf is None else found_inf})
+
+    def _hand_over(self, values: dict[str, Any]) -> None:
         old = self._received
         if all(type(v) is type(old[k]) is float and v == old[k] for k, v in values.items()):
             return  # numbers, as before: a tensor is not looked at, it may be on its way
@@ -102,12 +102,9 @@ class Given(Scaling):
         other.measures, other._received = self.measures, self._received
         return other
 
-    def multiply(self, factor: torch.Tensor | float) -> None:
-        """Multiply the gradients of the steps to come by this."""
-        for (name, _), there in self._there.items():
-            if name == INVERSE:
-                _set(there, factor)
-        self._received = {**self._received, INVERSE: factor}
+    def multiply(self, factor: torch.Tensor | float, found_inf: torch.Tensor | float = 0.0) -> None:
+        """Multiply the gradients of the steps to come by this; where an infinity was found, store nothing."""
+        self._hand_over({INVERSE: factor, FOUND_INF: found_inf})
 
 
 def _set(there: torch.Tensor, value: torch.Tensor | float) -> None:

@@ -13,7 +13,13 @@ from torch.nn import functional as F
 
 import fusedopt
 from fusedopt import learner
-from fusedopt.learner import CancelBackwardException, CancelFitException, CancelStepException
+from fusedopt.learner import (
+    CancelBackwardException,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+)
 from fusedopt.learner.callbacks import mixed_precision
 
 with warnings.catch_warnings():
@@ -781,3 +787,112 @@ def test_an_average_is_gone_after_an_error(event):
 def test_an_average_that_forgets_nothing_is_refused():
     with pytest.raises(ValueError, match="less than 1"):
         learner.EMA(1.0)
+
+
+# --
+# Gradients that are released
+
+
+def releasing(make=fusedopt.Adam, batch_bytes=0, **kwargs):
+    """What makes an optimizer that steps parameters during the backward pass."""
+
+    def opt_func(params, **hypers):
+        opt = make(params, **hypers)
+        opt.release_gradients(batch_bytes, **kwargs)
+        return opt
+
+    return opt_func
+
+
+def assert_same_bits(a, b):
+    """Of two trainings: losses, events, weights and state."""
+    assert a[1].losses == b[1].losses and a[1].events == b[1].events
+    assert torch.equal(weights(a[0].model), weights(b[0].model))
+    for p, q in zip(a[0].model.parameters(), b[0].model.parameters(), strict=True):
+        one, other = a[0].opt.state.get(p, {}), b[0].opt.state.get(q, {})
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
+
+
+class Kept(learner.Callback):
+    """Whether there are gradients after each backward pass."""
+
+    def __init__(self):
+        self.kept = []
+
+    def after_backward(self):
+        self.kept.append(any(p.grad is not None for p in self.model.parameters()))
+
+
+@pytest.mark.parametrize("n_acc", [1, 7, 8, 1000])
+def test_accumulation_keeps_gradients_that_would_be_released(n_acc):
+    kept = Kept()
+    a = ours([learner.GradientAccumulation(n_acc), kept], opt_func=releasing())
+    b = ours([learner.GradientAccumulation(n_acc), Kept()], opt_func=fusedopt.Adam)
+    assert_same_bits(a, b)
+    assert set(kept.kept) == {1: {False}, 1000: {True}}.get(n_acc, {False, True})
+
+
+@pytest.mark.parametrize("event", ["before_backward", "after_backward"])
+@pytest.mark.parametrize("exception", [CancelBatchException, CancelEpochException])
+def test_accumulation_that_is_cut_short_ends_with_its_batch(event, exception):
+    """A batch without a step: what it has left is added to."""
+
+    def cbs():
+        return [learner.GradientAccumulation(8), CancelOnce(event, exception, 30)]
+
+    a, b = (ours(cbs(), opt_func=opt_func) for opt_func in (releasing(), fusedopt.Adam))
+    assert_same_bits(a, b)
+
+
+def test_a_step_that_was_released_cannot_be_cancelled():
+    cancel = CancelOnce("before_step", CancelStepException, 30)
+    with pytest.raises(RuntimeError, match=r"was stepped in this pass.*call abandon\(\)"):
+        ours([cancel], opt_func=releasing())
+
+
+def test_a_fit_that_fails_is_followed_by_another():
+    learn = learner.Learner(loaders(), net(), nn.CrossEntropyLoss(), releasing(), lr=0.02)
+    last = next(learn.model.parameters())
+    handle = last.register_hook(lambda g: 1 / 0)
+    with learn.no_logging():
+        with pytest.raises(ZeroDivisionError):
+            learn.fit(1, cbs=learner.GradientAccumulation(1))
+        handle.remove()
+        learn.fit(1)
+        assert all(p.grad is None for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize("amp_fused", [False, True])
+@pytest.mark.parametrize("mode", ["fp16", "bf16"])
+@pytest.mark.parametrize("n_acc", [1, 7])
+def test_released_gradients_in_mixed_precision(n_acc, mode, amp_fused, fp16_on_cpu):
+    make = partial(fusedopt.Adam, amp_fused=amp_fused)
+    skip = {"skip": "batches"} if mode == "fp16" else {}
+
+    def cbs():
+        options = dict(init_scale=256.0, growth_interval=2) if mode == "fp16" else {}
+        return [learner.MixedPrecision(mode, **options), learner.GradientAccumulation(n_acc)]
+
+    a, b = (ours(cbs(), opt_func=opt_func) for opt_func in (releasing(make, **skip), make))
+    assert_same_bits(a, b)
+    assert a[0].opt.gradient_release.scaler is None
+
+
+def test_infinities_are_found_in_released_gradients(fp16_on_cpu):
+    """One parameter a batch; the scale goes down until none of its gradients is infinite."""
+    learn, seen = ours(
+        [learner.MixedPrecision(init_scale=2.0**24)], opt_func=releasing(skip="batches"), epochs=4
+    )
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert {s["step"] for s in learn.opt.state.values()} != {4 * 9}
+    assert seen.losses[-1] < seen.losses[0]
+
+
+def test_clipping_of_released_gradients_is_refused():
+    with pytest.raises(RuntimeError, match=r"GradientClip scales gradients.*max_grad_norm.*clip"):
+        ours([learner.GradientClip(0.1)], opt_func=releasing())
+    opt_func = releasing(partial(fusedopt.Adam, max_grad_norm=0.1), clip="last")
+    learn, _ = ours(opt_func=opt_func)
+    assert learn.opt.grad_norm.item() > 0

@@ -1,7 +1,10 @@
 """Gradients that are freed as they are used: what comes out is what an ordinary step makes of them."""
 
+import contextlib
 import copy
 import gc
+import itertools
+import math
 import weakref
 
 import pytest
@@ -674,6 +677,436 @@ def test_measuring_is_for_gradients_of_one_pass():
             loss_of(m, 1).backward()
 
 
+# -- loss scaling
+
+
+SCALED = {
+    "AdamW": lambda m, **kwargs: optim.AdamW(groups(m, lr=1e-3), lr=1e-2, **kwargs),
+    "RAdam": lambda m, **kwargs: fusedopt.RAdam(m.parameters(), lr=1e-2, **kwargs),
+    "Lamb": lambda m, **kwargs: fusedopt.Lamb(m.parameters(), lr=1e-2, **kwargs),
+    "reference": lambda m, **kwargs: fusedopt.Adam(m.parameters(), lr=1e-2, backend="reference", **kwargs),
+    "eager": lambda m, **kwargs: fusedopt.Optimizer(
+        m.parameters(), [larger_first, nesterov], lr=0.1, mom=0.9, **kwargs
+    ),
+}
+without_warning = pytest.mark.filterwarnings("ignore:fusedopt. the callback larger_first runs:RuntimeWarning")
+
+
+def scaler_of(scale=64.0, **kwargs):
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2, **kwargs)
+
+
+def scaled(make, batch_bytes=None, bad=(), steps=8, scaler=None, **release):
+    """Trained with loss scaling; released where a size of batches is given.
+
+    In ``bad`` steps one gradient is infinite. The model, its optimizer and the scale after each step.
+    """
+    m, scales, now = net(), [], []
+    m.layers[1].weight.register_hook(lambda g: g * torch.inf if now and now[0] in bad else g)
+    opt, scaler = make(m), scaler or scaler_of()
+    released = None if batch_bytes is None else opt.release_gradients(batch_bytes, scaler=scaler, **release)
+    measures = released is not None and (released.skip == "step" or released.clip == "measured")
+    for t in range(steps):
+        now[:] = [t]
+        if measures:
+            with released.measure():
+                scaler.scale(loss_of(m, t)).backward()
+        scaler.scale(loss_of(m, t)).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        scales.append(scaler.get_scale())
+    return m, opt, scales
+
+
+@without_warning
+@pytest.mark.parametrize("batch_bytes", [0, 500, 1 << 30])
+@pytest.mark.parametrize("amp_fused", [False, True])
+@pytest.mark.parametrize("rule", SCALED)
+def test_scaled_training_is_the_same_to_the_bit(rule, amp_fused, batch_bytes):
+    def make(m):
+        return SCALED[rule](m, amp_fused=amp_fused)
+
+    *one, scales = scaled(make)
+    for skip in ("step", "batches"):
+        *other, scales_too = scaled(make, batch_bytes, skip=skip)
+        assert_same(one, other)
+        assert scales == scales_too == [64, 128, 128, 256, 256, 512, 512, 1024]
+
+
+@without_warning
+@pytest.mark.parametrize("batch_bytes", [0, 500, 1 << 30])
+@pytest.mark.parametrize("amp_fused", [False, True])
+@pytest.mark.parametrize("rule", SCALED)
+def test_a_step_that_is_measured_is_skipped_as_a_whole(rule, amp_fused, batch_bytes):
+    """The first, which makes state, and later ones that were bound."""
+
+    def make(m):
+        return SCALED[rule](m, amp_fused=amp_fused)
+
+    bad = (0, 1, 5)
+    *one, scales = scaled(make, bad=bad)
+    *other, scales_too = scaled(make, batch_bytes, bad)
+    assert_same(one, other)
+    assert scales == scales_too == [32, 16, 16, 32, 32, 16, 16, 32]
+    if batch_bytes == 1 << 30:  # where all are one batch
+        *other, scales_too = scaled(make, batch_bytes, bad, skip="batches")
+        assert_same(one, other)
+        assert scales == scales_too
+
+
+@without_warning
+@pytest.mark.parametrize("amp_fused", [False, True])
+@pytest.mark.parametrize("rule", SCALED)
+def test_batches_with_infinities_are_left_out(rule, amp_fused):
+    """Against a training that leaves out those gradients itself."""
+
+    def make(m):
+        return SCALED[rule](m, amp_fused=amp_fused)
+
+    bad = (0, 1, 5)
+    *one, scales = scaled(make, 0, bad, skip="batches")
+    m = net()
+    opt = make(m)
+    for t in range(8):
+        loss_of(m, t).backward()
+        if t in bad:
+            m.layers[1].weight.grad = None
+        opt.step()
+        opt.zero_grad()
+    assert_same(one, (m, opt))
+    assert scales == [32, 16, 16, 32, 32, 16, 16, 32]
+
+
+def test_a_batch_is_left_out_with_all_its_parameters():
+    m, opt, _ = scaled(SCALED["AdamW"], 500, (1,), skip="batches", steps=2)
+    steps = {name: opt.state[p]["step"] for name, p in m.named_parameters() if p in opt.state}
+    assert {steps[f"layers.1.{name}"] for name in ("weight", "bias")} == {1}
+    assert set(steps.values()) == {1, 2}
+
+
+@needs_extension
+@pytest.mark.parametrize("amp_fused", [False, True])
+def test_scaled_batches_are_bound_and_repeated(amp_fused):
+    def make(m):
+        return optim.AdamW(m.parameters(), lr=1e-2, amp_fused=amp_fused)
+
+    _, opt, _ = scaled(make, 500, skip="batches", steps=7)
+    assert {engine.steps.repeated for engine in opt.gradient_release.engines} == {5}
+
+
+class Half(nn.Module):
+    """A network that overflows by itself where its loss is scaled by much."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(5))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("amp_fused", [False, True])
+@pytest.mark.parametrize("skip", ["step", "batches"])
+def test_a_scale_is_found_in_float16(skip, amp_fused):
+    def run(released):
+        torch.manual_seed(0)
+        m = Half()
+        opt = optim.AdamW(m.parameters(), lr=1e-2, amp_fused=amp_fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
+        x = torch.randn(4, 16)
+        release = opt.release_gradients(0, scaler=scaler, skip=skip) if released else None
+        losses, scales = [], []
+        for _ in range(16):
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = (m(x).float() - x).square().mean()
+            if released and skip == "step":
+                with release.measure():
+                    scaler.scale(loss).backward(retain_graph=True)
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+            losses.append(loss.item())
+            scales.append(scaler.get_scale())
+        return m, opt, losses, scales
+
+    *one, losses, scales = run(False)
+    *other, losses_too, scales_too = run(True)
+    assert scales[0] < 2.0**22 and len(set(scales)) > 3  # it has overflowed
+    if skip == "step":
+        assert_same(one, other)
+        assert losses == losses_too and scales == scales_too
+    else:
+        assert losses_too[-1] < losses_too[0] and all(p.isfinite().all() for p in other[0].parameters())
+        counts = {float(opt_state["step"]) for opt_state in other[1].state.values()}
+        assert min(counts) < max(counts), "the last layers have gradients where the first have infinities"
+
+
+def test_autocast_in_bfloat16_needs_no_scaler():
+    def run(released, scaler=None):
+        m = net()
+        opt = RULES["AdamW"](m)
+        if released:
+            opt.release_gradients(500, scaler=scaler)
+        for t in range(4):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(m, t)
+            if scaler is None:
+                loss.backward()
+                opt.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(opt)
+                scaler.update()
+        return m, opt
+
+    def plainly():
+        m = net()
+        opt = RULES["AdamW"](m)
+        for t in range(4):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(m, t)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        return m, opt
+
+    assert_same(plainly(), run(True))
+    assert_same(plainly(), run(True, torch.amp.GradScaler("cpu", enabled=False)))
+
+
+@without_warning
+@pytest.mark.parametrize("amp_fused", [False, True])
+@pytest.mark.parametrize("rule", SCALED)
+def test_clipping_of_scaled_gradients_by_a_norm_that_was_measured(rule, amp_fused):
+    def make(m):
+        return SCALED[rule](m, amp_fused=amp_fused, max_grad_norm=0.05)
+
+    bad = (0, 3)
+    m, opt, scales = scaled(make, bad=bad)
+    m_too, opt_too, scales_too = scaled(make, 500, bad, clip="measured")
+    assert scales == scales_too
+    assert opt_too.grad_norm.item() == pytest.approx(opt.grad_norm.item(), rel=1e-6)
+    assert opt.grad_norm.item() > 0.05
+    for p, q in zip(m.parameters(), m_too.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@without_warning
+@pytest.mark.parametrize("amp_fused", [False, True])
+@pytest.mark.parametrize("rule", SCALED)
+def test_clipping_of_scaled_gradients_by_the_last_norm_that_was_a_number(rule, amp_fused):
+    """Against gradients that are scaled, and left out, by hand."""
+    norms = []
+
+    def make(m, **kwargs):
+        return SCALED[rule](m, amp_fused=amp_fused, **kwargs)
+
+    def limited(m):
+        opt = make(m, max_grad_norm=0.05)
+        opt.register_step_post_hook(lambda *_: norms.append(opt.grad_norm.item()))
+        return opt
+
+    bad = (0, 4)
+    m, _, _ = scaled(limited, 0, bad, skip="batches", clip="last")
+    other, expected, last = net(), [], None
+    opt = make(other)
+    for t in range(8):
+        loss_of(other, t).backward()
+        grads = [p.grad for p in other.parameters() if p.grad is not None]
+        expected.append(torch.nn.utils.get_total_norm(grads).item())
+        for g in grads if last else ():
+            g.mul_(min(0.05 / (last + 1e-6), 1.0))
+        if t in bad:
+            other.layers[1].weight.grad, expected[-1] = None, math.inf
+        else:
+            last = expected[-1]
+        opt.step()
+        opt.zero_grad()
+    assert [t for t, norm in enumerate(norms) if not math.isfinite(norm)] == [*bad]
+    for norm, right in zip(norms, expected, strict=True):
+        assert right == math.inf or norm == pytest.approx(right, rel=1e-5)
+    for p, q in zip(m.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("amp_fused", [False, True])
+@pytest.mark.parametrize("clip", ["last", "measured"])
+def test_the_scale_may_change_between_the_measuring_pass_and_the_other(clip, amp_fused):
+    m, other = net(), net()
+    opt, plain = (optim.SGD(each.parameters(), lr=1.0, max_grad_norm=0.05) for each in (m, other))
+    scaler = scaler_of()
+    release = opt.release_gradients(500, clip=clip, scaler=scaler)
+    for t, scale in enumerate((2.0, 1024.0, 16.0)):
+        with release.measure():
+            scaler.scale(loss_of(m, t)).backward()
+        measured = opt.grad_norm.item()
+        scaler.update(scale)
+        scaler.scale(loss_of(m, t)).backward()
+        scaler.step(opt)
+        scaler.update()
+        loss_of(other, t).backward()
+        plain.step()
+        plain.zero_grad()
+        assert [measured, opt.grad_norm.item()] == pytest.approx([plain.grad_norm.item()] * 2, rel=1e-5)
+    for p, q in zip(m.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("amp_fused", [False, True])
+def test_an_infinity_that_the_measuring_pass_did_not_have_leaves_out_its_batch(amp_fused):
+    m, calls = net(), []
+    opt = optim.SGD(m.parameters(), lr=0.1, amp_fused=amp_fused)
+    scaler = scaler_of()
+    release = opt.release_gradients(0, scaler=scaler)
+    before = {p: p.detach().clone() for p in m.parameters()}
+
+    def second(grad):
+        calls.append(grad)
+        return grad * torch.inf if len(calls) == 2 else grad
+
+    m.layers[1].weight.register_hook(second)
+    with release.measure():
+        scaler.scale(loss_of(m, 0)).backward()
+    scaler.scale(loss_of(m, 0)).backward()
+    scaler.step(opt)
+    scaler.update()
+    assert scaler.get_scale() == 32
+    stay = {id(m.layers[1].weight), *map(id, m.unused.parameters())}
+    assert {id(p) for p, old in before.items() if torch.equal(p.detach(), old)} == stay
+
+
+@pytest.mark.parametrize("amp_fused", [False, True])
+@pytest.mark.parametrize("batch_bytes", [0, 500])
+def test_scaled_gradients_add_up(batch_bytes, amp_fused):
+    def run(released):
+        m = net()
+        opt = optim.AdamW(m.parameters(), lr=1e-2, amp_fused=amp_fused)
+        scaler, scales = scaler_of(), []
+        if released:
+            release = opt.release_gradients(batch_bytes, scaler=scaler, skip="batches")
+        for t in range(16):
+            with release.accumulate(t % 4 != 3) if released else contextlib.nullcontext():
+                scaler.scale(loss_of(m, t, 0.25)).backward()
+            if t % 4 == 3:
+                scaler.step(opt)
+                scaler.update()
+                opt.zero_grad()
+                scales.append(scaler.get_scale())
+        assert scales == [64, 128, 128, 256]
+        return m, opt
+
+    assert_same(run(False), run(True))
+
+
+def test_a_scaler_of_two_optimizers():
+    def run(released):
+        models = net(), net(seed=1)
+        opts = [optim.AdamW(m.parameters(), lr=1e-2) for m in models]
+        scaler, scales = scaler_of(), []
+        models[1].layers[1].weight.register_hook(lambda g: g * torch.inf if t == 1 else g)
+        releases = [opt.release_gradients(0, scaler=scaler) for opt in opts] if released else []
+        for t in range(6):
+            for m, opt, release in itertools.zip_longest(models, opts, releases):
+                if release is not None:
+                    with release.measure():
+                        scaler.scale(loss_of(m, t)).backward()
+                scaler.scale(loss_of(m, t)).backward()
+                scaler.step(opt)
+            scaler.update()
+            for opt in opts:
+                opt.zero_grad()
+            scales.append(scaler.get_scale())
+        assert scales == [64, 32, 32, 64, 64, 128]
+        return list(zip(models, opts, strict=True))
+
+    for one, other in zip(run(False), run(True), strict=True):
+        assert_same(one, other)
+
+
+def test_a_scaled_training_goes_on_from_a_checkpoint():
+    def make(m):
+        return optim.AdamW(m.parameters(), lr=1e-2)
+
+    m, opt, _ = scaled(make, 500, (1,), steps=5)
+    other = net(seed=1)
+    other_opt = make(other)
+    other.load_state_dict(m.state_dict())
+    other_opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    scaler = scaler_of()
+    scaler.load_state_dict(opt.gradient_release.scaler.state_dict())
+    release = other_opt.release_gradients(0, scaler=scaler, skip="batches")
+    release.remove()
+    with other_opt.release_gradients(0, scaler=scaler, skip="batches"):
+        for t in range(5, 8):
+            scaler.scale(loss_of(other, t)).backward()
+            scaler.step(other_opt)
+            scaler.update()
+    m, opt, scales = scaled(make, bad=(1,))
+    assert_same((m, opt), (other, other_opt))
+    assert scaler.get_scale() == scales[-1]
+
+
+@pytest.mark.parametrize("amp_fused", [False, True])
+def test_what_gradients_are_multiplied_by_ends_with_what_said_so(amp_fused):
+    """With the scaler, and with the limit of the norm."""
+
+    def run(released):
+        m = net()
+        opt = optim.AdamW(m.parameters(), lr=1e-2, amp_fused=amp_fused)
+        scaler, t = scaler_of(2.0**10), itertools.count()
+
+        def scaled_pass():
+            loss = loss_of(m, next(t))
+            if released and opt.gradient_release is not None:
+                with opt.gradient_release.measure():
+                    scaler.scale(loss).backward(retain_graph=True)
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+
+        def plain_pass():
+            loss_of(m, next(t)).backward()
+            opt.step()
+            opt.zero_grad()
+
+        scaled_pass(), scaled_pass()
+        release = opt.release_gradients(500) if released else None
+        plain_pass(), plain_pass()
+        if released:
+            release.scaler = scaler
+        scaled_pass(), scaled_pass()
+        if released:
+            release.scaler = None
+        plain_pass(), plain_pass()
+        return m, opt
+
+    assert_same(run(False), run(True))
+
+
+def test_what_is_no_longer_clipped_is_stepped_as_it_is():
+    def run(released):
+        m = net()
+        opt = optim.SGD(m.parameters(), lr=1.0, max_grad_norm=1e-3)
+        release = opt.release_gradients(500, clip="measured")
+        for t in range(3):
+            with release.measure():
+                loss_of(m, t).backward()
+            loss_of(m, t).backward()
+            opt.step()
+        opt.max_grad_norm = None
+        if not released:
+            release.remove()
+        train(m, opt, 3)
+        return m, opt
+
+    assert_same(run(False), run(True))
+
+
 # -- what is refused
 
 
@@ -718,19 +1151,57 @@ def test_what_comes_to_need_the_whole_step_is_refused_in_backward():
 
 @pytest.mark.parametrize("amp_fused", [False, True])
 @pytest.mark.parametrize("batch_bytes", [0, 1 << 30])
-def test_loss_scaling_is_refused(amp_fused, batch_bytes):
+def test_loss_scaling_that_nobody_spoke_of_is_refused(amp_fused, batch_bytes):
     m = net()
     opt = optim.SGD(m.parameters(), lr=1e-6, amp_fused=amp_fused)
     opt.release_gradients(batch_bytes)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(loss_of(m, 0)).backward()
-    with pytest.raises(RuntimeError, match=r"GradScaler looks at all gradients.*bfloat16"):
+    with pytest.raises(RuntimeError, match=r"GradScaler looks at all gradients.*scaler=scaler.*bfloat16"):
         scaler.step(opt)
     opt.gradient_release.abandon()
     opt.zero_grad()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     scaler.scale(loss_of(m, 0)).backward()
     scaler.step(opt)
+
+
+@pytest.mark.parametrize("amp_fused", [False, True])
+@pytest.mark.parametrize("batch_bytes", [0, 1 << 30])
+def test_loss_scaling_in_another_way_is_refused(amp_fused, batch_bytes):
+    m = net()
+    opt = optim.SGD(m.parameters(), lr=0.1, amp_fused=amp_fused)
+    for wrong, kind, message in (
+        (dict(skip="parts"), ValueError, 'skip must be "step" or "batches"'),
+        (dict(scaler=1024.0), TypeError, r"scaler must be a torch\.amp\.GradScaler, not float"),
+    ):
+        with pytest.raises(kind, match=message):
+            opt.release_gradients(**wrong)
+    scaler = scaler_of()
+    release = opt.release_gradients(batch_bytes, scaler=scaler)
+    before = [p.detach().clone() for p in m.parameters()]
+    with pytest.raises(RuntimeError, match=r'twice, first within measure.*skip="batches"'):
+        scaler.scale(loss_of(m, 0)).backward()
+        scaler.step(opt)
+    for p, old in zip(m.parameters(), before, strict=True):
+        assert_same_bits(p.detach(), old)
+    opt.zero_grad()
+    release.skip = "batches"
+    scaler.scale(loss_of(m, 0)).backward()
+    scaler.unscale_(opt)
+    with pytest.raises(RuntimeError, match=r"GradScaler\.unscale_ was called.*leave it out.*max_grad_norm"):
+        scaler.step(opt)
+    assert not hasattr(opt, "grad_scale") and not hasattr(opt, "found_inf")
+    release.abandon()
+    opt.zero_grad()
+    scaler.update()
+    scaler.scale(loss_of(m, 0)).backward()
+    scaler.step(opt)
+    scaler.update()
+    scaler.scale(loss_of(m, 0)).backward()
+    scaler.step(opt)
+    with pytest.raises(RuntimeError, match="already been called since the last update"):  # torch's
+        scaler.step(opt)
 
 
 def reads_gradients(p, **kwargs):

@@ -283,6 +283,39 @@ def released_gradients_are_measured_over_the_whole_model(kind):
     torch.testing.assert_close(torch.nn.utils.get_total_norm(moved), torch.tensor(0.005), rtol=1e-4, atol=0)
 
 
+@check("two step", "two batches", "hybrid step", "hybrid batches")
+def released_gradients_are_scaled_and_skipped_in_all_processes(kind_and_skip):
+    """Infinities are in the first row of a weight: in one process's shard, where there are two."""
+    kind, skip = kind_and_skip.split()
+    models = [sharded_and_whole(kind)[0] for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    opts = [fusedopt.optim.AdamW(m.parameters(), lr=0.1) for m in models]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2) for _ in models]
+    size = 0 if skip == "step" else 1 << 30  # where all is one batch
+    release = opts[1].release_gradients(size, scaler=scalers[1], skip=skip)
+    row = torch.ones(5)
+    for m in models:
+        m[0].register_forward_hook(lambda _, args, out: out.register_hook(lambda grad: grad * row) and None)
+    for t in range(8):
+        row[0] = torch.inf if t in (0, 4) else 1.0
+        for m, opt, scaler in zip(models, opts, scalers, strict=True):
+
+            def scaled_backward(m=m, scaler=scaler, t=t):
+                loss = m(torch.randn(6, 4, generator=torch.Generator().manual_seed(t))).square().mean()
+                scaler.scale(loss).backward()
+
+            if opt is opts[1] and skip == "step":
+                with release.measure():
+                    scaled_backward()
+            scaled_backward()
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+        assert scalers[0].get_scale() == scalers[1].get_scale() == [32, 32, 64, 64, 32, 32, 64, 64][t]
+        for p, q in zip(*(m.parameters() for m in models), strict=True):
+            assert_same(full(p.detach()), full(q.detach()))
+
+
 @check()
 def gradients_that_processes_average_afterwards_are_not_released():
     with raises(RuntimeError, "several processes train"):

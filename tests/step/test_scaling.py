@@ -172,6 +172,28 @@ def test_without_a_scaler_a_step_is_a_plain_one_even_after_a_skipped_one(compile
     assert_alike(ours, plain)
 
 
+def test_a_step_that_fails_leaves_the_scaler_its_own_scale():
+    """GradScaler multiplies its scale by what it finds on the optimizer."""
+    fails = [True]
+
+    def fragile(p, lr, **_):
+        if fails.pop():
+            raise ValueError("not today")
+        p.data.sub_(p.grad, alpha=lr)
+
+    (p,) = params = parameters(shapes=[(4,)])
+    start = p.detach().clone()
+    opt = fusedopt.Optimizer(params, fragile, lr=0.5, amp_fused=True, backend="reference")
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0)
+    scaler.scale(p.sum()).backward()
+    with pytest.raises(ValueError, match="not today"):
+        scaler.step(opt)
+    assert not hasattr(opt, "grad_scale") and not hasattr(opt, "found_inf")
+    fails.append(False)
+    scaler.step(opt)
+    assert torch.equal(p.detach(), start - 0.5)
+
+
 def clones(p, slow=None, **_):
     """Keeps a copy of where the parameter started."""
     slow = p.data.clone() if slow is None else slow

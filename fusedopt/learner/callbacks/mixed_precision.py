@@ -31,7 +31,8 @@ class MixedPrecision(Callback):
 
     As in fastai gradients are unscaled before the step, and it is cancelled where one is infinite: ``scales`` has the
     scale of the steps that were done. An optimizer made with ``amp_fused=True`` is handed the scaled gradients and does
-    both in its kernel: nobody waits, no gradient is rewritten, no step is cancelled, and there are no ``scales``.
+    both in its kernel: nobody waits, no gradient is rewritten, no step is cancelled, and there are no ``scales``. So
+    does one that releases gradients: in float16 it has to be by ``release_gradients(skip="batches")``.
 
     Works on every device that autocast knows, fastai's on CUDA's alone. On a CPU float16 is many times slower than
     float32, so there, as in fastai, a training in it stays in the model's own precision, and a warning says so.
@@ -54,6 +55,7 @@ class MixedPrecision(Callback):
             modes = ", ".join(mode.value for mode in AMPMode)
             raise ValueError(f"amp_mode must be one of {modes}, not {amp_mode!r}") from None
         self.kwargs, self._warned = kwargs, False
+        self._release: Any = None
         self.scales: list[float] = []
 
     def before_fit(self) -> None:
@@ -64,6 +66,9 @@ class MixedPrecision(Callback):
         scaled = dtype is torch.float16 and not slow
         self.learn.scaler = torch.amp.GradScaler(device, **{**self.kwargs, "enabled": scaled})
         self.scales, self._checked = [], False
+        self._release = getattr(self.opt, "gradient_release", None)
+        if self._release is not None:
+            self._scaler_before, self._release.scaler = self._release.scaler, self.learn.scaler
         if self._fused():
             self.learn._step = self._scaled_step
 
@@ -110,6 +115,8 @@ class MixedPrecision(Callback):
 
     def clean_up(self) -> None:
         self._leave()
+        if self._release is not None:
+            self._release.scaler, self._release = self._scaler_before, None
         self.learn.__dict__.pop("_step", None)
         self.learn.__dict__.pop("scaler", None)
 
