@@ -268,9 +268,9 @@ class StepBuckets(Buckets):
     """``waits``: how many steps without a known trace are not traced; ``closure``: whether the next step is given one;
     ``known_kinds``: whether the last trace was of parameters of the same kinds as one before."""
 
-    def __init__(self, groups: ClassGroups, title: str, options: Options) -> None:
+    def __init__(self, groups: ClassGroups, title: str, options: Options, scaling: Scaling) -> None:
         super().__init__([], options.backend, title, None)
-        self.groups, self.options = groups, options
+        self.groups, self.options, self.scaling = groups, options, scaling
         self.closure, self.traces_made, self.known_kinds, self.waits = False, 0, False, 0
         self.read: Any = None
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
@@ -346,7 +346,7 @@ class StepBuckets(Buckets):
                     "the step takes a norm, a sum or a mean of a tensor that is spread over processes, which the "
                     f"{one.backend.name} backend does not exchange"
                 )
-        if self.options.check and (why := difference(opt, step, self.options)):
+        if self.options.check and (why := difference(opt, step, self.options, self.scaling.inverse)):
             raise Untraceable(f"what kernels would do differs from what the step does: {why}")
         known[:] = [*known[-MAX_KNOWN:], (step.host, compiled)]
         if why := self.changed(step.host):

@@ -28,6 +28,7 @@ from ..step.verdicts import Eager
 from ..trace.signals import Untraceable
 from ..trace.signals import place_of as place_in
 from ..trace.totals import Total
+from . import amp
 from .buckets import ClassGroups, StepBuckets, Waits
 from .check import Sample
 from .shadow import NewState
@@ -50,9 +51,10 @@ class Fused:
 
     def __init__(self, opt: torch.optim.Optimizer, options: Options) -> None:
         self._ref, self.options = weakref.ref(opt), options
-        self.scaling = Scaling(False, options.max_grad_norm)
+        self.takes = amp.takes(opt, options.amp_fused, options.max_grad_norm)
+        self.scaling = (amp.Handed if self.takes else Scaling)(False, options.max_grad_norm)
         self.groups = ClassGroups(opt)
-        self.buckets = StepBuckets(self.groups, type(opt).__name__, options)
+        self.buckets = StepBuckets(self.groups, type(opt).__name__, options, self.scaling)
         self.engine = Engine(self.buckets)
         self.reason, self.given_up, self._why = "", False, ""
         self._misses = self._steps = self._failures = self._asked = 0
@@ -70,6 +72,17 @@ class Fused:
         return other
 
     def step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        if not self.takes:
+            return self._step(opt, closure)
+        handed = amp.taken(opt)
+        try:
+            if not amp.begins(self.scaling, handed, closure is not None, _captured()):
+                return None
+            return self._step(opt, closure)
+        finally:
+            vars(opt).update(handed)
+
+    def _step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         if self.given_up or transforms.active() or _captured():
             return self._own(opt, closure)
         loss = None
@@ -81,7 +94,7 @@ class Fused:
                 loss = closure()
         self._steps += 1
         sampled = self.options.check > 1 and self._steps % self.options.check == 0
-        sample = Sample(opt, closure is not None, self.buckets.sums) if sampled else None
+        sample = Sample(opt, closure is not None, self.buckets.sums, self.scaling) if sampled else None
         if self._repeat():
             self.reason = ""
         elif not self._anew(opt):
@@ -105,7 +118,9 @@ class Fused:
         return self.scaling.buffer(str(Total(0, which)), torch.device("cpu")).item()
 
     def _own(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
-        """The class's own step, of clipped gradients."""
+        """The class's own step, of gradients that are unscaled and clipped."""
+        if self.takes:
+            amp.unscale(opt, self.scaling.inverse)
         own, norm = type(opt).step, self.scaling.max_norm
         if getattr(own, "hooked", False):  # torch's hooks are run around all of this
             own = getattr(own, "__wrapped__", own)
@@ -301,6 +316,7 @@ def fuse(
     write_grads: bool = True,
     check: int = 1,
     rounding: str = "each",
+    amp_fused: bool = False,
 ) -> Opt: ...
 @overload
 def fuse(
@@ -311,6 +327,7 @@ def fuse(
     write_grads: bool = True,
     check: int = 1,
     rounding: str = "each",
+    amp_fused: bool = False,
 ) -> type[Opt]: ...
 @overload
 def fuse(
@@ -321,6 +338,7 @@ def fuse(
     write_grads: bool = True,
     check: int = 1,
     rounding: str = "each",
+    amp_fused: bool = False,
 ) -> Callable[..., Opt]: ...
 def fuse(
     opt: Any,
@@ -330,6 +348,7 @@ def fuse(
     write_grads: bool = True,
     check: int = 1,
     rounding: str = "each",
+    amp_fused: bool = False,
 ) -> Any:
     """Run an optimizer's own ``step`` as fused kernels. Returns the same object, of the same class.
 
@@ -348,6 +367,8 @@ def fuse(
             larger number also every so many steps, on what kernels did; 0 never.
         rounding: of bfloat16 and float16. ``"each"``: after every torch function, as the class itself has it;
             ``"once"``: when a result is stored, which is closer to the exact one, and faster.
+        amp_fused: let ``torch.amp.GradScaler`` hand over its scale and what it found: kernels multiply gradients by one
+            over the scale, none is rewritten. Whether the step is skipped the host waits to know, as GradScaler does.
 
     Values are computed in float32, float64 for float64 parameters; reductions are accumulated in float64.
 
@@ -356,7 +377,9 @@ def fuse(
             ``step`` that needs arguments.
         ValueError: an unknown backend or rounding; a negative check; max_grad_norm that is not above zero.
     """
-    options = Options(backends.check_name(backend), max_grad_norm, write_grads, check, rounding)
+    options = Options(
+        backends.check_name(backend), max_grad_norm, write_grads, check, rounding, bool(amp_fused)
+    )
     if check < 0:
         raise ValueError(f"check is 0 for never, 1 for each trace, or a number of steps; it is {check}")
     if rounding not in ("each", "once"):
@@ -393,6 +416,8 @@ def fuse(
     vars(opt)["step"] = types.MethodType(_scheduled if watched else _step, opt)
     vars(opt)["explain"] = types.MethodType(_explain, opt)
     vars(opt)["kernel_source"] = types.MethodType(_kernel_source, opt)
+    if options.amp_fused:
+        amp.support(opt)
     return opt
 
 
@@ -460,4 +485,5 @@ def unfuse(opt: Opt) -> Opt:
         raise TypeError(f"this {type(opt).__name__} is not fused")
     for name in ("_fusedopt", "step", "explain", "kernel_source"):
         vars(opt).pop(name, None)
+    amp.withdraw(opt)
     return opt

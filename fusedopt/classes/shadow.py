@@ -19,8 +19,11 @@ import torch
 from ..trace.number import Number
 from ..trace.signals import Untraceable
 from ..trace.signature import PLAIN
+from .amp import SUPPORTS
 
-OWN = frozenset({"step", "explain", "kernel_source", "_fusedopt", "_opt_called", "_zero_grad_profile_name"})
+OWN = frozenset(
+    {"step", "explain", "kernel_source", "_fusedopt", "_opt_called", "_zero_grad_profile_name", SUPPORTS}
+)
 """Names in an optimizer's ``__dict__`` that say nothing of what its class does: ours and torch's."""
 MOST = 4096
 """Elements of a container that are looked at."""

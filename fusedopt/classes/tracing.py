@@ -58,6 +58,7 @@ class Options:
     write_grads: bool = True
     check: int = 1
     rounding: str = "each"
+    amp_fused: bool = False
 
 
 class Representative:
@@ -273,7 +274,7 @@ class Representative:
         cells = self.cells
         grad = cells[GRAD].node != self.grad
         if grad and self.signature.modes.scaled:
-            raise Untraceable("the step writes to gradients, and max_grad_norm scales them")
+            raise Untraceable("the step writes to gradients, and max_grad_norm or amp_fused scales them")
         graded = grad and write_grads
         rounds: tuple[Program, ...] = ()
         externs = None
