@@ -22,7 +22,7 @@ from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, structure_of
 from ..trace.tracer import Trace
 from .check import difference
-from .host import Host
+from .host import Host, numbers_of_host
 from .shadow import NewState, Path, shown
 from .stores import flattened, put, stores_of, values_of, whole_of
 from .tracing import Options, trace_step
@@ -93,9 +93,9 @@ class ClassGroups:
 
     extra: ClassVar[dict[str, list[torch.Tensor | None]]] = {}
 
-    def __init__(self, opt: torch.optim.Optimizer) -> None:
+    def __init__(self, opt: torch.optim.Optimizer, capturable: bool = False) -> None:
         self._ref = weakref.ref(opt)
-        self.numbers: dict[str, Any] = {"params": []}
+        self.numbers: dict[str, Any] = numbers_of_host(capturable)
         self._known: Any = None
         """The store of state, where there is one."""
         self._stateless: set[int] = set()

@@ -30,8 +30,9 @@ from ..trace.signals import place_of as place_in
 from ..trace.totals import Total
 from . import amp
 from .buckets import ClassGroups, StepBuckets, Waits
+from .capture import FIRST, Captures, refuse
 from .check import Sample
-from .shadow import NewState
+from .shadow import OURS, NewState
 from .tracing import Options, plain_function
 
 RETRACES = 3
@@ -53,9 +54,9 @@ class Fused:
         self._ref, self.options = weakref.ref(opt), options
         self.takes = amp.takes(opt, options.amp_fused, options.max_grad_norm)
         self.scaling = (amp.Handed if self.takes else Scaling)(False, options.max_grad_norm)
-        self.groups = ClassGroups(opt)
+        self.groups = ClassGroups(opt, options.capturable)
         self.buckets = StepBuckets(self.groups, type(opt).__name__, options, self.scaling)
-        self.engine = Engine(self.buckets)
+        self.engine, self.captures = Engine(self.buckets), Captures()
         self.reason, self.given_up, self._why = "", False, ""
         self._misses = self._steps = self._failures = self._asked = 0
         self._calls_first = self._new_trace = False
@@ -83,6 +84,8 @@ class Fused:
             vars(opt).update(handed)
 
     def _step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        if self.options.capturable and _captured():
+            return self._captured_step(opt, closure)
         if self.given_up or transforms.active() or _captured():
             return self._own(opt, closure)
         loss = None
@@ -112,6 +115,23 @@ class Fused:
                 self.reason = f"step {self._steps} was another than its own in {why}. Remedy: report it"
                 self._give_up(opt)
         return loss if host.returns_loss else host.returned
+
+    def _captured_step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
+        """A step whose launches go into a CUDA graph. Raises RuntimeError if replays of them would not be steps."""
+        self.captures.check(opt, self.engine, self.reason, self.given_up)
+        loss = None
+        if closure is not None:
+            if not self._calls_first:
+                refuse(f"no step with a closure was done before. {FIRST}")
+            with torch.enable_grad():
+                loss = closure()
+        if not self.engine.repeat(self.scaling):
+            refuse(f"it is none of those that were done before. {FIRST}")
+        self.captures.keep(self.engine)
+        return loss if self.engine.read.returns_loss else self.engine.read.returned
+
+    def upload_hypers(self, opt: torch.optim.Optimizer) -> None:
+        self.captures.upload(opt, self.engine, self.buckets)
 
     def _total(self, which: int) -> float:
         """What a total came to in the last step."""
@@ -290,6 +310,11 @@ def _explain(self: torch.optim.Optimizer) -> Explanation:
     return _fused_of(self).explain(self)
 
 
+def _upload_hypers(self: torch.optim.Optimizer) -> None:
+    """Send learning rates and other numbers to where a captured step reads them; see `Optimizer.upload_hypers`."""
+    _fused_of(self).upload_hypers(self)
+
+
 def _kernel_source(self: torch.optim.Optimizer) -> str:
     return _explain(self).source
 
@@ -317,6 +342,7 @@ def fuse(
     check: int = 1,
     rounding: str = "each",
     amp_fused: bool = False,
+    capturable: bool = False,
 ) -> Opt: ...
 @overload
 def fuse(
@@ -328,6 +354,7 @@ def fuse(
     check: int = 1,
     rounding: str = "each",
     amp_fused: bool = False,
+    capturable: bool = False,
 ) -> type[Opt]: ...
 @overload
 def fuse(
@@ -339,6 +366,7 @@ def fuse(
     check: int = 1,
     rounding: str = "each",
     amp_fused: bool = False,
+    capturable: bool = False,
 ) -> Callable[..., Opt]: ...
 def fuse(
     opt: Any,
@@ -349,6 +377,7 @@ def fuse(
     check: int = 1,
     rounding: str = "each",
     amp_fused: bool = False,
+    capturable: bool = False,
 ) -> Any:
     """Run an optimizer's own ``step`` as fused kernels. Returns the same object, of the same class.
 
@@ -369,6 +398,8 @@ def fuse(
             ``"once"``: when a result is stored, which is closer to the exact one, and faster.
         amp_fused: let ``torch.amp.GradScaler`` hand over its scale and what it found: kernels multiply gradients by one
             over the scale, none is rewritten. Whether the step is skipped the host waits to know, as GradScaler does.
+        capturable: let a step be captured into a CUDA graph, as of `fusedopt.Optimizer`, with ``opt.upload_hypers()``;
+            or say why it cannot be: it has to leave nothing on the host. Without, the class's own step is captured.
 
     Values are computed in float32, float64 for float64 parameters; reductions are accumulated in float64.
 
@@ -378,7 +409,13 @@ def fuse(
         ValueError: an unknown backend or rounding; a negative check; max_grad_norm that is not above zero.
     """
     options = Options(
-        backends.check_name(backend), max_grad_norm, write_grads, check, rounding, bool(amp_fused)
+        backends.check_name(backend),
+        max_grad_norm,
+        write_grads,
+        check,
+        rounding,
+        bool(amp_fused),
+        bool(capturable),
     )
     if check < 0:
         raise ValueError(f"check is 0 for never, 1 for each trace, or a number of steps; it is {check}")
@@ -416,6 +453,8 @@ def fuse(
     vars(opt)["step"] = types.MethodType(_scheduled if watched else _step, opt)
     vars(opt)["explain"] = types.MethodType(_explain, opt)
     vars(opt)["kernel_source"] = types.MethodType(_kernel_source, opt)
+    if options.capturable:
+        vars(opt)["upload_hypers"] = types.MethodType(_upload_hypers, opt)
     if options.amp_fused:
         amp.support(opt)
     return opt
@@ -483,7 +522,7 @@ def unfuse(opt: Opt) -> Opt:
     """
     if "_fusedopt" not in vars(opt):
         raise TypeError(f"this {type(opt).__name__} is not fused")
-    for name in ("_fusedopt", "step", "explain", "kernel_source"):
+    for name in OURS:
         vars(opt).pop(name, None)
     amp.withdraw(opt)
     return opt
