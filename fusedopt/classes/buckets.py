@@ -283,6 +283,8 @@ class StepBuckets(Buckets):
 
     def changed(self, host: Any) -> str | None:
         """Why a step is not the one that was traced, by what the host can see; its numbers are the groups' now."""
+        if host.closure != self.closure:
+            return f"a closure is {'given' if self.closure else 'no longer given'}"
         self.groups.numbers = host.numbers
         return host.look(vars(self.groups.opt))
 

@@ -73,11 +73,13 @@ class Captures:
                 "upload_hypers() is for optimizers that were fused with capturable=True and have stepped"
             )
         for _, host in self._kept:
+            buckets.closure = host.closure
             if why := buckets.changed(host):
                 raise RuntimeError(
                     f"the captured step is not the one to do now: {why}. Remedy: capture the step again"
                 )
         for resident, host in found:
+            buckets.closure = host.closure
             resident.upload([host.numbers] * len(opt.param_groups))
 
 

@@ -96,7 +96,8 @@ class Fused:
             with torch.enable_grad():
                 loss = closure()
         self._steps += 1
-        sampled = self.options.check > 1 and self._steps % self.options.check == 0
+        # Not where the last step was the class's own: it may draw numbers, and would draw them twice.
+        sampled = self.options.check > 1 and self._steps % self.options.check == 0 and not self.reason
         sample = Sample(opt, closure is not None, self.buckets.sums, self.scaling) if sampled else None
         if self._repeat():
             self.reason = ""
@@ -119,6 +120,7 @@ class Fused:
     def _captured_step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
         """A step whose launches go into a CUDA graph. Raises RuntimeError if replays of them would not be steps."""
         self.captures.check(opt, self.engine, self.reason, self.given_up)
+        self.buckets.closure = closure is not None
         loss = None
         if closure is not None:
             if not self._calls_first:

@@ -59,7 +59,8 @@ class Host:
     """What a trace took for granted on the host, and what its step writes there.
 
     ``numbers`` holds what `look` found, by name, as kernels' scalars are made of it. ``nodes`` are the values of the
-    step that decide what is written, and that are written. ``capturable``: kernels' scalars stay on the device.
+    step that decide what is written, and that are written. ``closure``: whether it is given one. ``capturable``:
+    kernels' scalars stay on the device.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Host:
         capturable: bool = False,
     ) -> None:
         self.numbers = numbers_of_host(capturable)
-        self.around, self.returns_loss = around, False
+        self.around, self.returns_loss, self.closure = around, False, False
         self.returned: Any = None
         self.nodes: list[int] = []
         self.left: list[str] = []

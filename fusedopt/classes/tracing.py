@@ -511,6 +511,7 @@ def _trace_step(
     for r in representatives:
         r.join(branches, sums)
     host = _host(paths, shared, scalars, buckets, sums, options.capturable)
+    host.closure = closure
     graphs = [r.graph for r in representatives]
     roots = [*totals_in(sums.graph, host.nodes)]
     used = sums.used([*roots, *(k for r in representatives for k in totals_in(r.graph, r.nodes()))], graphs)

@@ -144,8 +144,11 @@ def test_another_scale_than_a_power_of_two_agrees_to_rounding():
 
 @pytest.mark.parametrize(
     ("make", "check"),
-    [(param.values[0], check) for param in (CLASSES[2], CLASSES[8], CLASSES[-1]) for check in (1, 2)]
-    + [(WRITING, 1), (UNFUSED, 1)],
+    [
+        (make, check)
+        for make in (*(param.values[0] for param in (CLASSES[2], CLASSES[8], CLASSES[-1])), WRITING, UNFUSED)
+        for check in (1, 2)
+    ],
 )
 def test_the_norm_that_clips_is_of_unscaled_gradients(make, check):
     """In every step; the first is the class's own, and so is the one after a class has given up."""
