@@ -78,12 +78,12 @@ def begins(scaling: Scaling, handed: dict[str, Any], closure: bool, captured: bo
     Raises RuntimeError if it is given a closure, or captured into a CUDA graph.
     """
     scale, found = handed.get("grad_scale"), handed.get("found_inf")
-    if closure and handed:
+    if closure:
         raise RuntimeError(
             "GradScaler has looked at the gradients before the step, whose closure makes others. Remedy: step without "
             "a closure, or without GradScaler"
         )
-    if captured and found is not None:
+    if captured:
         raise RuntimeError(
             "a step under GradScaler is being captured into a CUDA graph, and whether it is skipped is for the host to "
             "know each time. Remedy: capture forward and backward passes, and call scaler.step() after the replay"

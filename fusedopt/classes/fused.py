@@ -73,15 +73,14 @@ class Fused:
         return other
 
     def step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        if not self.takes:
+        if not self.takes or not (handed := amp.taken(opt)):
             return self._step(opt, closure)
-        handed = amp.taken(opt)
         try:
-            if not amp.begins(self.scaling, handed, closure is not None, _captured()):
-                return None
-            return self._step(opt, closure)
+            begins = amp.begins(self.scaling, handed, closure is not None, _captured())
+            return self._step(opt) if begins else None
         finally:
             vars(opt).update(handed)
+            self.scaling.receive(None, None)
 
     def _step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         if self.options.capturable and _captured():

@@ -1039,18 +1039,22 @@ def test_without_the_upload_a_class_has_the_rate_it_was_captured_with(graph):
     torch.testing.assert_close(ours, plain)
 
 
-def test_steps_that_are_not_captured_go_on_beside_replays(graph):
+def test_steps_of_another_kernel_go_on_beside_replays(graph):
+    """The last step is none that was captured, and the graph's launches get their numbers all the same."""
     opt, twin, ours, plain = classes_of(Heavy)
     with graph.capture():
         opt.step()
-    opt._fusedopt.engine.bound.clear()
     for t in range(6):
         for o in (opt, twin):
-            o.param_groups[0]["lr"] = 0.1 / (t + 1)
-        opt.upload_hypers()
-        graph.replay() if t % 2 else opt.step()
+            o.param_groups[0] |= dict(lr=0.1 / (t + 1), weight_decay=0.1 * (t % 2))
+        if t % 2:
+            opt.step()
+        else:
+            opt.upload_hypers()
+            graph.replay()
         twin.step()
-    torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(ours, plain)
+    assert len(opt.explain().compiled) == 2
 
 
 def test_a_closure_of_a_class_is_captured(graph):
