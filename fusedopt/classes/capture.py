@@ -65,10 +65,8 @@ class Captures:
 
         Raises RuntimeError, having sent nothing, if a captured step is not the one that would be done now.
         """
-        found = [*self._kept]
-        if engine.resident is not None and not any(engine.resident is kept for kept, _ in found):
-            found.append((engine.resident, engine.read))
-        if not any(resident.launches for resident, _ in found):
+        kept, last = [resident for resident, _ in self._kept], engine.resident
+        if not any(each.launches for each in (*kept, last) if each):
             raise RuntimeError(
                 "upload_hypers() is for optimizers that were fused with capturable=True and have stepped"
             )
@@ -78,9 +76,13 @@ class Captures:
                 raise RuntimeError(
                     f"the captured step is not the one to do now: {why}. Remedy: capture the step again"
                 )
-        for resident, host in found:
+        for resident, host in self._kept:
             buckets.closure = host.closure
-            resident.upload([host.numbers] * len(opt.param_groups))
+            resident.upload([host.numbers for _ in opt.param_groups])
+        if last is not None and last not in kept:  # it may be captured next
+            host = engine.read
+            buckets.closure = host.closure
+            last.upload([host.numbers for _ in opt.param_groups], captured=False)
 
 
 def _frozen(bound: BoundStep) -> Iterator[str]:

@@ -927,6 +927,30 @@ def test_hyperparameters_that_want_another_kernel_are_refused(graph):
     torch.testing.assert_close(p.detach(), before - 0.2)
 
 
+def test_steps_of_another_kernel_do_not_keep_a_graph_from_its_numbers(graph):
+    """The last step is none that was captured, and would be another one now."""
+    ours, plain = parameters(5), parameters(5)
+    plain[0].data.copy_(ours[0])
+    opt = fusedopt.Optimizer(ours, decaying, lr=0.1, wd=0.0, capturable=True, backend="cuda")
+    twin = fusedopt.Optimizer(plain, decaying, lr=0.1, wd=0.0, backend="cpp")
+    for params in (ours, plain):
+        give_gradients(params, seed=0)
+    for _ in range(3):
+        opt.step(), twin.step()
+    with graph.capture():
+        opt.step()
+    for t in range(6):
+        for o in (opt, twin):
+            o.param_groups[0] |= dict(lr=0.1 / (t + 1), weight_decay=0.1 * (t % 2))
+        if t % 2:
+            opt.step()
+        else:
+            opt.upload_hypers()
+            graph.replay()
+        twin.step()
+        assert_same_bits(ours[0], plain[0])
+
+
 # Fused classes in a CUDA graph: their counts have to be on the device, as torch.optim's are with capturable=True, which
 # it lets nobody have on a CPU.
 CAPTURABLE = ["Adam", "AdamW", "NAdam", "RAdam", "Adadelta", "Adamax", "RMSprop", "Rprop", "ASGD"]
@@ -1158,6 +1182,19 @@ def test_a_class_that_is_captured_too_early_is_refused(graph):
         opt.step()
     with graph.capture(), pytest.raises(RuntimeError, match="no step with a closure was done before"):
         opt.step(lambda: None)
+
+
+def test_numbers_that_changed_are_sent_before_a_class_is_captured(graph):
+    opt, twin, ours, plain = classes_of(Heavy)
+    for o in (opt, twin):
+        o.param_groups[0]["lr"] = 0.5
+    with graph.capture(), pytest.raises(RuntimeError, match="not on the device yet"):
+        opt.step()
+    opt.upload_hypers()
+    with graph.capture():
+        opt.step()
+    graph.replay(), twin.step()
+    torch.testing.assert_close(ours, plain)
 
 
 def test_numbers_of_a_class_that_want_another_kernel_are_refused(graph):
