@@ -408,6 +408,8 @@ def fuse(
         TypeError: ``opt`` is no optimizer and makes none, is a ``fusedopt.Optimizer``, is fused already, or has a
             ``step`` that needs arguments.
         ValueError: an unknown backend or rounding; a negative check; max_grad_norm that is not above zero.
+        RuntimeError: later, in ``step()``: under GradScaler with a closure or in a CUDA graph; captured with
+            ``capturable``, and no replay of it would be a step. Nothing has changed then.
     """
     options = Options(
         backends.check_name(backend),
