@@ -17,6 +17,9 @@ from ..ir.program import Program
 from ..ir.stages import Stage, regions, schedule, stages, wholes
 from . import chunking
 
+Planned = tuple[list[int], int, list[list[int]], int]
+"""A launch on the CPU as `leaf.run_cpu` takes it: addresses of stages and of what they read, ranges, and cost."""
+
 
 @dataclass(eq=False)
 class Kernel:
@@ -50,7 +53,7 @@ class Launch(Protocol):
     def run(self, slots: np.ndarray) -> None:
         """Run all stages with these scalars: float64, scalar sets × slots."""
 
-    def planned(self, slots: np.ndarray) -> tuple[list[int], int, list[list[int]]] | None:
+    def planned(self, slots: np.ndarray) -> Planned | None:
         """What `leaf.run_cpu` needs to do the same as ``run``; None if it takes more than that."""
 
     def let_go(self) -> None:
@@ -97,10 +100,6 @@ class Backend(Protocol):
 
 HEAD = 4
 """Words of a row before its pointers: element count, scalar set, first chunk, number of chunks."""
-
-
-Planned = tuple[list[int], int, list[list[int]], int]
-"""A launch on the CPU as `leaf.run_cpu` takes it: addresses of stages, of what they read, and their ranges."""
 
 
 class Compiler(ABC):

@@ -22,7 +22,7 @@ from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, structure_of
 from ..trace.tracer import Trace
 from .check import difference
-from .host import Host
+from .host import Host, numbers_of_host
 from .shadow import NewState, Path, shown
 from .stored import Stored, decode, encode
 from .stores import flattened, put, stores_of, values_of, whole_of
@@ -103,9 +103,9 @@ class ClassGroups:
 
     extra: ClassVar[dict[str, list[torch.Tensor | None]]] = {}
 
-    def __init__(self, opt: torch.optim.Optimizer, storage: str) -> None:
+    def __init__(self, opt: torch.optim.Optimizer, storage: str = "", capturable: bool = False) -> None:
         self._ref, self.storage = weakref.ref(opt), storage
-        self.numbers: dict[str, Any] = {"params": []}
+        self.numbers: dict[str, Any] = numbers_of_host(capturable)
         self._known: Any = None
         """The store of state, where there is one."""
         self._stateless: set[int] = set()
@@ -294,9 +294,9 @@ class StepBuckets(Buckets):
     """``waits``: how many steps without a known trace are not traced; ``closure``: whether the next step is given one;
     ``known_kinds``: whether the last trace was of parameters of the same kinds as one before."""
 
-    def __init__(self, groups: ClassGroups, title: str, options: Options) -> None:
+    def __init__(self, groups: ClassGroups, title: str, options: Options, scaling: Scaling) -> None:
         super().__init__([], options.backend, title, None)
-        self.groups, self.options = groups, options
+        self.groups, self.options, self.scaling = groups, options, scaling
         self.closure, self.traces_made, self.known_kinds, self.waits = False, 0, False, 0
         self.read: Any = None
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
@@ -309,6 +309,8 @@ class StepBuckets(Buckets):
 
     def changed(self, host: Any) -> str | None:
         """Why a step is not the one that was traced, by what the host can see; its numbers are the groups' now."""
+        if host.closure != self.closure:
+            return f"a closure is {'given' if self.closure else 'no longer given'}"
         self.groups.numbers = host.numbers
         return host.look(vars(self.groups.opt))
 
@@ -372,7 +374,7 @@ class StepBuckets(Buckets):
                     "the step takes a norm, a sum or a mean of a tensor that is spread over processes, which the "
                     f"{one.backend.name} backend does not exchange"
                 )
-        if self.options.check and (why := difference(opt, step, self.options)):
+        if self.options.check and (why := difference(opt, step, self.options, self.scaling.inverse)):
             raise Untraceable(f"what kernels would do differs from what the step does: {why}")
         known[:] = [*known[-MAX_KNOWN:], (step.host, compiled)]
         if why := self.changed(step.host):

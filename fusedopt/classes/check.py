@@ -14,6 +14,7 @@ import torch
 from ..ir.program import Program, interpret
 from ..step import externs
 from ..step.items import Item
+from ..step.scaling import Scaling
 from ..step.sharded import gathered, here, is_dtensor, looks_at_all
 from ..trace.signals import Untraceable
 from ..trace.totals import SUM, TOTAL, Total
@@ -35,10 +36,13 @@ View = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Copies:
-    """Some of an optimizer's parameters, stepped by the class itself, on copies."""
+    """Some of an optimizer's parameters, stepped by the class itself, on copies, with gradients times a factor."""
 
-    def __init__(self, opt: torch.optim.Optimizer, params: list[torch.Tensor], closure: bool) -> None:
+    def __init__(
+        self, opt: torch.optim.Optimizer, params: list[torch.Tensor], closure: bool, factor: float
+    ) -> None:
         self.tensors: dict[int, Any] = {}
+        self._factor = factor
         self._stores = stores_of(opt)
         self._states: dict[int, Any] = {}
         known: dict[int, dict[int, Any]] = {id(store): {} for store in self._stores}
@@ -58,7 +62,7 @@ class Copies:
         copy = torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
         self.tensors[id(p)] = copy
         if p.grad is not None:
-            copy.grad = self.tensors[id(p.grad)] = p.grad.detach().clone()
+            copy.grad = self.tensors[id(p.grad)] = _times(p.grad.detach(), self._factor)
         if (whole := whole_of(self._stores, p)) is not None:
             self._states[id(p)] = rebuilt(whole, self._copied)
 
@@ -77,12 +81,17 @@ class Copies:
         return seen, _viewed(state, view)
 
 
-def difference(opt: torch.optim.Optimizer, step: StepTrace, options: Options) -> str | None:
-    """What a trace does otherwise than the class's own step, to copies of the parameters it was traced with."""
+def difference(
+    opt: torch.optim.Optimizer, step: StepTrace, options: Options, factor: float = 1.0
+) -> str | None:
+    """What a trace does otherwise than the class's own step, to copies of the parameters it was traced with.
+
+    ``factor``: what their gradients are multiplied by, for both.
+    """
     view = view_of([program for trace in step.traces for program in (trace.program, *trace.rounds)])
-    seen = [[(_seen(item, view), trace) for item, trace in bucket] for bucket in step.examples]
+    seen = [[(_seen(item, view, factor), trace) for item, trace in bucket] for bucket in step.examples]
     examples = [example for bucket in seen for example in bucket]
-    copies = Copies(opt, [item.owner for item, _ in examples], step.closure)
+    copies = Copies(opt, [item.owner for item, _ in examples], step.closure, factor)
     totals = _totals([each for each in examples if each[1].externs is None])
     for bucket in seen:
         called = _Called(bucket) if bucket[0][1].externs is not None else None
@@ -98,16 +107,26 @@ def view_of(programs: list[Program]) -> View:
     return gathered if any(map(looks_at_all, programs)) else here
 
 
+def _as_it_is(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def _times(grad: torch.Tensor, factor: float) -> torch.Tensor:
+    return grad.clone() if factor == 1.0 else grad * factor
+
+
 def _viewed(state: dict[str, Any], view: View) -> dict[str, Any]:
     return {k: view(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
 
-def _seen(item: Item, view: View) -> Item:
+def _seen(item: Item, view: View, factor: float) -> Item:
     """An item of what is looked at."""
     if not is_dtensor(item.param):
-        return item
+        if factor == 1.0:
+            return item
+        view = _as_it_is
     param, grad, state = view(item.param.detach()), view(item.grad), _viewed(item.state, view)
-    out = Item(param, grad, state, item.where, item.hyper, item.modes)
+    out = Item(param, _times(grad, factor), state, item.where, item.hyper, item.modes)
     out.owner = item.owner
     return out
 
@@ -171,12 +190,13 @@ class Sample:
     ``whole``: of all of them, as sums over them are those of all.
     """
 
-    def __init__(self, opt: torch.optim.Optimizer, closure: bool, whole: bool) -> None:
+    def __init__(self, opt: torch.optim.Optimizer, closure: bool, whole: bool, scaling: Scaling) -> None:
         found = [[p for p in group["params"] if p.grad is not None] for group in opt.param_groups]
         self.whole = whole
         self.params = [p for ps in found for p in sorted(ps, key=torch.Tensor.numel)[: None if whole else 2]]
         self.starts = [p.detach().clone() for p in self.params]
-        self.copies = Copies(opt, self.params, closure)
+        grads = [p.grad for ps in found for p in ps if p.grad.layout == torch.strided]
+        self.copies = Copies(opt, self.params, closure, scaling.factor(grads))
 
     def difference(self, opt: torch.optim.Optimizer, programs: list[Program]) -> str | None:
         """What the step of these programs did otherwise."""

@@ -30,9 +30,11 @@ from ..storage.policy import PARAM, POLICIES, chosen, of
 from ..trace.signals import Untraceable
 from ..trace.signals import place_of as place_in
 from ..trace.totals import Total
+from . import amp
 from .buckets import ClassGroups, StepBuckets, Waits
+from .capture import FIRST, Captures, refuse
 from .check import Sample
-from .shadow import NewState
+from .shadow import OURS, NewState
 from .stored import plain
 from .stores import stores_of
 from .tracing import Options, plain_function
@@ -54,10 +56,11 @@ class Fused:
 
     def __init__(self, opt: torch.optim.Optimizer, options: Options) -> None:
         self._ref, self.options = weakref.ref(opt), options
-        self.scaling = Scaling(False, options.max_grad_norm)
-        self.groups = ClassGroups(opt, options.storage)
-        self.buckets = StepBuckets(self.groups, type(opt).__name__, options)
-        self.engine = Engine(self.buckets)
+        self.takes = amp.takes(opt, options.amp_fused, options.max_grad_norm)
+        self.scaling = (amp.Handed if self.takes else Scaling)(False, options.max_grad_norm)
+        self.groups = ClassGroups(opt, options.storage, options.capturable)
+        self.buckets = StepBuckets(self.groups, type(opt).__name__, options, self.scaling)
+        self.engine, self.captures = Engine(self.buckets), Captures()
         self.reason, self.given_up, self._why = "", False, ""
         self._misses = self._steps = self._failures = self._asked = 0
         self._calls_first = self._new_trace = False
@@ -74,6 +77,18 @@ class Fused:
         return other
 
     def step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        if not self.takes or not (handed := amp.taken(opt)):
+            return self._step(opt, closure)
+        try:
+            begins = amp.begins(self.scaling, handed, closure is not None, _captured())
+            return self._step(opt) if begins else None
+        finally:
+            vars(opt).update(handed)
+            self.scaling.receive(None, None)
+
+    def _step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        if self.options.capturable and _captured():
+            return self._captured_step(opt, closure)
         if self.given_up or transforms.active() or _captured():
             return self._own(opt, closure)
         loss = None
@@ -84,8 +99,9 @@ class Fused:
             with torch.enable_grad():
                 loss = closure()
         self._steps += 1
-        sampled = self.options.check > 1 and self._steps % self.options.check == 0
-        sample = Sample(opt, closure is not None, self.buckets.sums) if sampled else None
+        # Not where the last step was the class's own: it may draw numbers, and would draw them twice.
+        sampled = self.options.check > 1 and self._steps % self.options.check == 0 and not self.reason
+        sample = Sample(opt, closure is not None, self.buckets.sums, self.scaling) if sampled else None
         if self._repeat():
             self.reason = ""
         elif not self._anew(opt):
@@ -104,12 +120,32 @@ class Fused:
                 self._give_up(opt)
         return loss if host.returns_loss else host.returned
 
+    def _captured_step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
+        """A step whose launches go into a CUDA graph. Raises RuntimeError if replays of them would not be steps."""
+        self.captures.check(opt, self.engine, self.reason, self.given_up)
+        self.buckets.closure = closure is not None
+        loss = None
+        if closure is not None:
+            if not self._calls_first:
+                refuse(f"no step with a closure was done before. {FIRST}")
+            with torch.enable_grad():
+                loss = closure()
+        if not self.engine.repeat(self.scaling):
+            refuse(f"it is none of those that were done before. {FIRST}")
+        self.captures.keep(self.engine)
+        return loss if self.engine.read.returns_loss else self.engine.read.returned
+
+    def upload_hypers(self, opt: torch.optim.Optimizer) -> None:
+        self.captures.upload(opt, self.engine, self.buckets)
+
     def _total(self, which: int) -> float:
         """What a total came to in the last step."""
         return self.scaling.buffer(str(Total(0, which)), torch.device("cpu")).item()
 
     def _own(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
-        """The class's own step, of clipped gradients."""
+        """The class's own step, of gradients that are unscaled and clipped."""
+        if self.takes:
+            amp.unscale(opt, self.scaling.inverse)
         self.groups.decode()
         result = self._clipped(opt, closure)
         if not self.given_up:
@@ -287,6 +323,11 @@ def _explain(self: torch.optim.Optimizer) -> Explanation:
     return _fused_of(self).explain(self)
 
 
+def _upload_hypers(self: torch.optim.Optimizer) -> None:
+    """Send learning rates and other numbers to where a captured step reads them; see `Optimizer.upload_hypers`."""
+    _fused_of(self).upload_hypers(self)
+
+
 def _kernel_source(self: torch.optim.Optimizer) -> str:
     return _explain(self).source
 
@@ -315,6 +356,8 @@ def fuse(
     rounding: str = "each",
     storage: Any = None,
     state_dtype: torch.dtype | None = None,
+    amp_fused: bool = False,
+    capturable: bool = False,
 ) -> Opt: ...
 @overload
 def fuse(
@@ -327,6 +370,8 @@ def fuse(
     rounding: str = "each",
     storage: Any = None,
     state_dtype: torch.dtype | None = None,
+    amp_fused: bool = False,
+    capturable: bool = False,
 ) -> type[Opt]: ...
 @overload
 def fuse(
@@ -339,6 +384,8 @@ def fuse(
     rounding: str = "each",
     storage: Any = None,
     state_dtype: torch.dtype | None = None,
+    amp_fused: bool = False,
+    capturable: bool = False,
 ) -> Callable[..., Opt]: ...
 def fuse(
     opt: Any,
@@ -350,6 +397,8 @@ def fuse(
     rounding: str = "each",
     storage: Any = None,
     state_dtype: torch.dtype | None = None,
+    amp_fused: bool = False,
+    capturable: bool = False,
 ) -> Any:
     """Run an optimizer's own ``step`` as fused kernels. Returns the same object, of the same class.
 
@@ -371,6 +420,10 @@ def fuse(
         storage: policies for state, as of `fusedopt.Optimizer`, by the names that it has in ``opt.state[p]``:
             ``"int8"``, ``{"exp_avg": "bfloat16_sr"}``. To the class, and in ``state_dict()``, state is what it was.
         state_dtype: short for ``storage={"*": "bfloat16"}``, or ``"float16"``.
+        amp_fused: let ``torch.amp.GradScaler`` hand over its scale and what it found: kernels multiply gradients by one
+            over the scale, none is rewritten. Whether the step is skipped the host waits to know, as GradScaler does.
+        capturable: let a step be captured into a CUDA graph, as of `fusedopt.Optimizer`, with ``opt.upload_hypers()``;
+            or say why it cannot be: it has to leave nothing on the host. Without, the class's own step is captured.
 
     Values are computed in float32, float64 for float64 parameters; reductions are accumulated in float64.
 
@@ -380,12 +433,23 @@ def fuse(
             Policies, and the state is in several optimizers.
         ValueError: an unknown backend, rounding or policy; a negative check; max_grad_norm that is not above zero.
             A policy for the parameter that applies: what a class does to it is rounded to its dtype.
+        RuntimeError: later, in ``step()``: under GradScaler with a closure or in a CUDA graph; captured with
+            ``capturable``, and no replay of it would be a step. Nothing has changed then.
     """
     if state_dtype is not None and storage is not None:
         raise ValueError('state_dtype is short for storage={"*": dtype}; give one of them')
     storage = state_dtype if storage is None else storage
     text = chosen(storage) if storage else ""
-    options = Options(backends.check_name(backend), max_grad_norm, write_grads, check, rounding, text)
+    options = Options(
+        backends.check_name(backend),
+        max_grad_norm,
+        write_grads,
+        check,
+        rounding,
+        text,
+        bool(amp_fused),
+        bool(capturable),
+    )
     if check < 0:
         raise ValueError(f"check is 0 for never, 1 for each trace, or a number of steps; it is {check}")
     if rounding not in ("each", "once"):
@@ -424,6 +488,10 @@ def fuse(
     vars(opt)["step"] = types.MethodType(_scheduled if watched else _step, opt)
     vars(opt)["explain"] = types.MethodType(_explain, opt)
     vars(opt)["kernel_source"] = types.MethodType(_kernel_source, opt)
+    if options.capturable:
+        vars(opt)["upload_hypers"] = types.MethodType(_upload_hypers, opt)
+    if options.amp_fused:
+        amp.support(opt)
     return opt
 
 
@@ -510,6 +578,7 @@ def unfuse(opt: Opt) -> Opt:
     if "_fusedopt" not in vars(opt):
         raise TypeError(f"this {type(opt).__name__} is not fused")
     vars(opt)["_fusedopt"].of(opt).groups.decode()
-    for name in ("_fusedopt", "step", "explain", "kernel_source"):
+    for name in OURS:
         vars(opt).pop(name, None)
+    amp.withdraw(opt)
     return opt

@@ -50,11 +50,17 @@ class Left:
     tensors: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+def numbers_of_host(capturable: bool) -> dict[str, Any]:
+    """The group that the host's numbers are in; what it has besides says where kernels' scalars are."""
+    return {"params": [], **({"capturable": True} if capturable else {})}
+
+
 class Host:
     """What a trace took for granted on the host, and what its step writes there.
 
     ``numbers`` holds what `look` found, by name, as kernels' scalars are made of it. ``nodes`` are the values of the
-    step that decide what is written, and that are written.
+    step that decide what is written, and that are written. ``closure``: whether it is given one. ``capturable``:
+    kernels' scalars stay on the device.
     """
 
     def __init__(
@@ -64,11 +70,14 @@ class Host:
         tensors: list[list[Path]],
         around: Callable[[], str | None],
         sums: Sums,
+        capturable: bool = False,
     ) -> None:
-        self.numbers: dict[str, Any] = {"params": []}
-        self.around, self.returns_loss = around, False
+        self.numbers = numbers_of_host(capturable)
+        self.around, self.returns_loss, self.closure = around, False, False
         self.returned: Any = None
         self.nodes: list[int] = []
+        self.left: list[str] = []
+        """The places that it writes to, in words."""
         self._sums = sums
         self._paths: dict[tuple[bool, ...], tuple[list[Write], list[int]]] = {}
         """What is written along each path through the step's own branches, and the conditions of these."""
@@ -135,6 +144,7 @@ class Host:
             writes: list[Write] = []
             for path, key, value in changes:
                 where = shown(path if key is FILL else (*path, ("item", key))) if path else f"self.{key}"
+                self.left += [where] if where not in self.left else []
                 writes.append((_reader(path), key, (fill if key is FILL else template)(value, where)))
             self._paths[taken] = writes, conditions
         if self.leaves_something:

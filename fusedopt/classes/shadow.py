@@ -19,8 +19,11 @@ import torch
 from ..trace.number import Number
 from ..trace.signals import Untraceable
 from ..trace.signature import PLAIN
+from .amp import SUPPORTS
 
-OWN = frozenset({"step", "explain", "kernel_source", "_fusedopt", "_opt_called", "_zero_grad_profile_name"})
+OURS = "step", "explain", "kernel_source", "upload_hypers", "_fusedopt"
+"""What `fuse` puts into an optimizer's ``__dict__``."""
+OWN = frozenset({*OURS, "_opt_called", "_zero_grad_profile_name", SUPPORTS})
 """Names in an optimizer's ``__dict__`` that say nothing of what its class does: ours and torch's."""
 MOST = 4096
 """Elements of a container that are looked at."""
@@ -103,7 +106,7 @@ class Shadow:
         own = {}
         # Groups first: their numbers have the shortest names.
         for name, value in sorted(vars(opt).items(), key=lambda entry: entry[0] != "param_groups"):
-            if name not in ("step", "explain", "kernel_source", "_fusedopt"):
+            if name not in OURS:
                 own[name] = value if is_own(name) else self._copied(value, (("item", name),))
         self.opt.__dict__.update(own)
         kept = {k: v for k, v in vars(self.opt).items() if not is_own(k)}

@@ -63,6 +63,8 @@ class Options:
     check: int = 1
     rounding: str = "each"
     storage: str = ""
+    amp_fused: bool = False
+    capturable: bool = False
 
 
 class Code(NamedTuple):
@@ -328,7 +330,7 @@ class Representative:
         cells = self.cells
         grad = cells[GRAD].node != self.grad
         if grad and self.signature.modes.scaled:
-            raise Untraceable("the step writes to gradients, and max_grad_norm scales them")
+            raise Untraceable("the step writes to gradients, and max_grad_norm or amp_fused scales them")
         graded = grad and write_grads
         rounds: tuple[Program, ...] = ()
         externs = None
@@ -563,7 +565,8 @@ def _trace_step(
     branches = {path: ran.step.conditions for path, ran in paths.items()}
     for r in representatives:
         r.join(branches, sums)
-    host = _host(paths, shared, scalars, buckets, sums)
+    host = _host(paths, shared, scalars, buckets, sums, options.capturable)
+    host.closure = closure
     graphs = [r.graph for r in representatives]
     roots = [*totals_in(sums.graph, host.nodes)]
     used = sums.used([*roots, *(k for r in representatives for k in totals_in(r.graph, r.nodes()))], graphs)
@@ -632,6 +635,7 @@ def _host(
     scalars: ScalarProgram,
     buckets: Sequence[Bucket],
     sums: Sums,
+    capturable: bool,
 ) -> Host:
     """The host's half of the step, with what it leaves along each of its paths."""
     first, *others = paths.values()
@@ -639,7 +643,7 @@ def _host(
         raise Untraceable("a branch on a sum over parameters decides what the step returns")
     ours = ScalarProgram()
     move = mover(scalars, ours, None)
-    host = Host(first.shadow, first.used, first.hosted, first.watch.around(first.kind), sums)
+    host = Host(first.shadow, first.used, first.hosted, first.watch.around(first.kind), sums, capturable)
     host.returns_loss, host.returned = first.returns
     host.writes({p: (ran.changes, ran.step.conditions) for p, ran in paths.items()}, scalars, move, ours)
     if host.nodes and any(signature.device.type != "cpu" for _, signature in buckets):

@@ -437,15 +437,14 @@ class Optimizer(FastaiFace):
         Raises RuntimeError if no capturable group has stepped yet, or if a callback would take another branch than the
         one captured; the remedy is to capture again.
         """
-        resident = [
-            *self._captured,
-            *([self._engine.resident] if self._engine and self._engine.resident else []),
-        ]
-        if not any(r.launches for r in resident):
+        last = self._engine.resident if self._engine else None
+        if not any(each.launches for each in (*self._captured, last) if each):
             raise RuntimeError("upload_hypers() is for groups with capturable=True that have stepped")
         hypers = [self.groups.hypers(group) for group in self.param_groups]
-        for each in resident:
+        for each in self._captured:
             each.upload(hypers)
+        if last is not None and last not in self._captured:
+            last.upload(hypers, captured=not self._captured)  # it may be captured next
 
     def _keep_captured(self) -> None:
         """What a graph replays has to live as long as the optimizer."""

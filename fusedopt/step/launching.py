@@ -52,13 +52,18 @@ class GraphScalars:
             if any(item.hyper.get("capturable") for plan in entry.plans for item in plan.items)
         ]
 
-    def upload(self, hypers: list[dict[str, Any]]) -> None:
-        """Send the scalars that follow from these hyperparameters of each group. Raises RuntimeError, sending none."""
+    def upload(self, hypers: list[dict[str, Any]], captured: bool = True) -> None:
+        """Send the scalars that follow from these hyperparameters of each group.
+
+        Raises RuntimeError, sending none, if other launches do. Not if these are in no graph: ``captured``.
+        """
         tables = []
         for launches, sets in self.launches:
             same = self._changed() is None
             found = [replay and same and replay(hypers[group], {}) for replay, group in sets]
             for (replay, group), one in zip(sets, found, strict=True):
+                if not one and not captured:
+                    return
                 if not one:
                     why = (
                         "a callback is not pure"

@@ -10,6 +10,7 @@ coefficient. They are compiled, launched and, for DTensors, joined over processe
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +84,19 @@ class Scaling:
             if name in values:
                 _set(there, values[name])
         self._received = values
+
+    @property
+    def inverse(self) -> float:
+        """One over the scale of gradients. Waits for the device."""
+        return float(self._received[INVERSE])
+
+    def factor(self, grads: Sequence[torch.Tensor]) -> float:
+        """What these gradients, all there are, are multiplied by. Waits for the device."""
+        inverse = self.inverse
+        if self.max_norm is None:
+            return inverse
+        norm = math.sqrt(sum(float(_square(grad)) for grad in grads)) * inverse
+        return min(self.max_norm / (norm + EPS), 1.0) * inverse
 
     def skipped(self, devices: set[torch.device]) -> bool:
         """Whether nothing is to be stored. Waits for the device: for callbacks that run eagerly."""

@@ -3,8 +3,10 @@
 NVRTC's place is taken by the system's compiler (see cuda_kernels.py), the GPU's memory is the host's.
 """
 
+import copy
 import ctypes
 import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from fusedopt.backends import upload
 from fusedopt.backends.cuda import backend as cuda
 from fusedopt.backends.cuda import nvrtc
 from fusedopt.backends.cuda import render as renderer
+from fusedopt.classes import buckets as class_buckets
 from fusedopt.compile import BuildError, cache, toolchain
 from fusedopt.extension import leaf
 from fusedopt.kernels import source as skeleton
@@ -922,3 +925,293 @@ def test_hyperparameters_that_want_another_kernel_are_refused(graph):
     before = p.detach().clone()
     graph.replay()
     torch.testing.assert_close(p.detach(), before - 0.2)
+
+
+def test_steps_of_another_kernel_do_not_keep_a_graph_from_its_numbers(graph):
+    """The last step is none that was captured, and would be another one now."""
+    ours, plain = parameters(5), parameters(5)
+    plain[0].data.copy_(ours[0])
+    opt = fusedopt.Optimizer(ours, decaying, lr=0.1, wd=0.0, capturable=True, backend="cuda")
+    twin = fusedopt.Optimizer(plain, decaying, lr=0.1, wd=0.0, backend="cpp")
+    for params in (ours, plain):
+        give_gradients(params, seed=0)
+    for _ in range(3):
+        opt.step(), twin.step()
+    with graph.capture():
+        opt.step()
+    for t in range(6):
+        for o in (opt, twin):
+            o.param_groups[0] |= dict(lr=0.1 / (t + 1), weight_decay=0.1 * (t % 2))
+        if t % 2:
+            opt.step()
+        else:
+            opt.upload_hypers()
+            graph.replay()
+        twin.step()
+        assert_same_bits(ours[0], plain[0])
+
+
+# Fused classes in a CUDA graph: their counts have to be on the device, as torch.optim's are with capturable=True, which
+# it lets nobody have on a CPU.
+CAPTURABLE = ["Adam", "AdamW", "NAdam", "RAdam", "Adadelta", "Adamax", "RMSprop", "Rprop", "ASGD"]
+
+
+@pytest.fixture
+def on_any_device(monkeypatch):
+    name = "_get_capturable_supported_devices"
+    found = [m for path, m in sys.modules.items() if path.startswith("torch.optim.") and hasattr(m, name)]
+    for module in found:
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: ["cpu"])
+
+
+class Heavy(torch.optim.Optimizer):
+    """Momentum, which counts nothing."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, dict(lr=lr, momentum=0.9, weight_decay=0.0))
+        self.calls = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        self.begin()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                    mean.mul_(group["momentum"]).add_(p.grad)
+                    if group["weight_decay"] != 0:
+                        p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(mean, alpha=group["lr"])
+                    self.count(self.state[p])
+        return loss
+
+    def begin(self):
+        pass
+
+    def count(self, state):
+        pass
+
+
+def classes_of(make, steps=4, **options):
+    """A fused optimizer that may be captured, and one of the same class, after the same steps."""
+    torch.manual_seed(0)
+    ours = parameters(1031, 70)
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    opt, twin = make(ours), make(plain)
+    fusedopt.fuse(opt, capturable=True, backend="cuda", **options)
+    for params in (ours, plain):
+        give_gradients(params, seed=0)
+    for _ in range(steps):
+        opt.step()
+        clipped_step(twin, plain, **options)
+    return opt, twin, ours, plain
+
+
+def clipped_step(opt, params, max_grad_norm=None):
+    """A step of clipped gradients, which stay as they are."""
+    grads = [p.grad.clone() for p in params]
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
+    opt.step()
+    for p, grad in zip(params, grads, strict=True):
+        p.grad.copy_(grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=["", "clipped"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Heavy,
+        *(partial(vars(torch.optim)[name], capturable=True, foreach=False) for name in CAPTURABLE),
+        partial(torch.optim.AdamW, capturable=True, foreach=True),
+    ],
+    ids=["Heavy", *CAPTURABLE, "AdamW, foreach"],
+)
+def test_a_class_that_counts_on_the_device_is_replayed(graph, on_any_device, make, options):
+    opt, twin, ours, plain = classes_of(make, **options)
+    assert opt.explain().launches > 0 and not opt.explain().eager
+    with graph.capture():
+        opt.step()
+    for t in range(4):
+        new_gradients(ours, plain)
+        for o in (opt, twin):
+            o.param_groups[0]["lr"] = 0.01 / (t + 1)
+        opt.upload_hypers()
+        graph.replay()
+        clipped_step(twin, plain, **options)
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for p, q in zip(ours, plain, strict=True):
+        for key, value in opt.state[p].items():
+            torch.testing.assert_close(value, twin.state[q][key], rtol=1e-5, atol=1e-6)
+
+
+def test_without_the_upload_a_class_has_the_rate_it_was_captured_with(graph):
+    opt, twin, ours, plain = classes_of(Heavy)
+    with graph.capture():
+        opt.step()
+    opt.param_groups[0]["lr"] = 100.0
+    graph.replay()
+    twin.step()
+    torch.testing.assert_close(ours, plain)
+    twin.param_groups[0]["lr"] = 0.5
+    opt.param_groups[0]["lr"] = 0.5
+    opt.upload_hypers()
+    graph.replay()
+    twin.step()
+    torch.testing.assert_close(ours, plain)
+
+
+def test_steps_of_another_kernel_go_on_beside_replays(graph):
+    """The last step is none that was captured, and the graph's launches get their numbers all the same."""
+    opt, twin, ours, plain = classes_of(Heavy)
+    with graph.capture():
+        opt.step()
+    for t in range(6):
+        for o in (opt, twin):
+            o.param_groups[0] |= dict(lr=0.1 / (t + 1), weight_decay=0.1 * (t % 2))
+        if t % 2:
+            opt.step()
+        else:
+            opt.upload_hypers()
+            graph.replay()
+        twin.step()
+        torch.testing.assert_close(ours, plain)
+    assert len(opt.explain().compiled) == 2
+
+
+def test_a_closure_of_a_class_is_captured(graph):
+    opt, twin, ours, plain = classes_of(Heavy, steps=0)
+    for _ in range(3):
+        opt.step(lambda: 7.0), twin.step()
+    with graph.capture():
+        assert opt.step(lambda: 7.0) == 7.0
+    graph.replay(), twin.step()
+    torch.testing.assert_close(ours, plain)
+
+
+class OnGroups(Heavy):
+    def begin(self):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+
+
+class OnSelf(Heavy):
+    def begin(self):
+        self.calls += 1
+
+
+class OnState(Heavy):
+    def count(self, state):
+        state["count"] = state.get("count", 0) + 1
+
+
+class OnHost(Heavy):
+    """As torch.optim's have it by default."""
+
+    def count(self, state):
+        state.setdefault("count", torch.zeros(())).add_(1)
+
+
+class Multiplying(Heavy):
+    def count(self, state):
+        state["mean"].copy_(torch.linalg.qr(state["mean"].view(1, -1))[1].view(-1))
+
+
+class Drawing(Heavy):
+    def count(self, state):
+        state["mean"].add_(torch.rand(()))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (
+            OnGroups,
+            r"it leaves self\.param_groups\[0\]\['count'\] on the host, .*Remedy: keep it in a tensor",
+        ),
+        (OnSelf, r"it leaves self\.calls on the host"),
+        (OnState, "the state 'count' is a number of the host"),
+        (OnHost, "the state 'count' is a number of the host"),
+        (torch.optim.AdamW, "the state 'step' is a number of the host, .*capturable=True"),
+        (Multiplying, "it calls torch between kernels .*Remedy: call step"),
+        (Drawing, r"it runs as it was written, unfused: .*has no fused form\. Remedy: .*unfuse"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fusedopt. .* runs as it was written")
+def test_what_a_class_keeps_on_the_host_is_no_part_of_a_graph(graph, monkeypatch, make, why):
+    """Every tensor of one number is taken for one that the host keeps, as torch.optim's counts on a GPU are."""
+    monkeypatch.setattr(class_buckets, "on_host", lambda value, p: torch.is_tensor(value) and not value.dim())
+    opt, twin, ours, plain = classes_of(make)
+    before = copy.deepcopy((ours, opt.state_dict(), opt.param_groups))
+    with graph.capture(), pytest.raises(RuntimeError, match=f"captured into a CUDA graph.*: {why}"):
+        opt.step()
+    assert repr((ours, opt.state_dict(), opt.param_groups)) == repr(before)
+    opt.step(), twin.step()
+    if make is not Drawing:
+        torch.testing.assert_close(ours, plain)
+
+
+def test_without_capturable_a_class_is_captured_as_it_was_written(graph):
+    opt = fusedopt.fuse(OnSelf(parameters(5)), backend="cuda")
+    give_gradients(opt.param_groups[0]["params"], seed=0)
+    with graph.capture():
+        for _ in range(4):
+            opt.step()
+    assert opt.calls == 4 and not opt.explain().launches and not hasattr(opt, "upload_hypers")
+
+
+def test_a_class_that_is_captured_too_early_is_refused(graph):
+    opt, *_ = classes_of(Heavy, steps=0)
+    with pytest.raises(RuntimeError, match="were fused with capturable=True and have stepped"):
+        opt.upload_hypers()
+    for _ in range(2):
+        with (
+            graph.capture(),
+            pytest.raises(RuntimeError, match=r"no step like it was done.*three steps before"),
+        ):
+            opt.step()
+        opt.step()
+    opt.step()
+    opt.param_groups[0]["weight_decay"] = 0.5
+    with (
+        graph.capture(),
+        pytest.raises(RuntimeError, match=r"none of those that were done before.*three steps"),
+    ):
+        opt.step()
+    with graph.capture(), pytest.raises(RuntimeError, match="no step with a closure was done before"):
+        opt.step(lambda: None)
+
+
+def test_numbers_that_changed_are_sent_before_a_class_is_captured(graph):
+    opt, twin, ours, plain = classes_of(Heavy)
+    for o in (opt, twin):
+        o.param_groups[0]["lr"] = 0.5
+    with graph.capture(), pytest.raises(RuntimeError, match="not on the device yet"):
+        opt.step()
+    opt.upload_hypers()
+    with graph.capture():
+        opt.step()
+    graph.replay(), twin.step()
+    torch.testing.assert_close(ours, plain)
+
+
+def test_numbers_of_a_class_that_want_another_kernel_are_refused(graph):
+    opt, twin, ours, plain = classes_of(Heavy)
+    with graph.capture():
+        opt.step()
+    opt.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(RuntimeError, match=r"goes another way now.*Remedy: capture the step again"):
+        opt.upload_hypers()
+    opt.param_groups[0] |= dict(weight_decay=0.0, maximize=True)
+    with pytest.raises(RuntimeError, match=r"is not the one to do now: .*Remedy: capture the step again"):
+        opt.upload_hypers()
+    del opt.param_groups[0]["maximize"]
+    for o in (opt, twin):
+        o.param_groups[0]["lr"] = 0.2
+    opt.upload_hypers()
+    graph.replay(), twin.step()
+    torch.testing.assert_close(ours, plain)
+    fusedopt.unfuse(opt)
+    assert not hasattr(opt, "upload_hypers")

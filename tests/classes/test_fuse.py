@@ -783,6 +783,19 @@ def test_a_closure_is_called_once_and_its_loss_returned():
     assert opt.explain().launches and not opt.explain().eager
 
 
+def test_steps_with_a_closure_and_without_come_in_turn():
+    """What was traced without one knows of no loss to return."""
+    found = []
+    for fuse in (True, False):
+        params, opt = run(rule(momentum), fuse=fuse)
+        returned = [opt.step(lambda: 7.0) if t % 3 else opt.step() for t in range(9)]
+        found.append((params, returned))
+        assert not fuse or not opt.explain().eager
+    (ours, returned), (theirs, expected) = found
+    assert returned == expected == [None, 7.0, 7.0] * 3
+    assert alike(ours, theirs)
+
+
 def test_a_closure_that_is_called_late_makes_the_step_the_classs_own():
     class Late(Base):
         @torch.no_grad()
