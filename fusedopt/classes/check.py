@@ -6,7 +6,7 @@ they exchange what kernels reduce, all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -119,22 +119,25 @@ def _viewed(state: dict[str, Any], view: View) -> dict[str, Any]:
     return {k: view(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
 
-def _seen(item: Item, view: View, factor: float) -> Item:
-    """An item of what is looked at."""
-    if not is_dtensor(item.param):
-        if factor == 1.0:
-            return item
-        view = _as_it_is
+class Seen(Item):
+    """What is looked at of an item of a class. ``coded``: as of that."""
+
+    __slots__ = ("coded",)
+    coded: dict[str, Stored]
+
+
+def _seen(item: Any, view: View, factor: float) -> Seen:
+    view = view if is_dtensor(item.param) else _as_it_is
     param, grad, state = view(item.param.detach()), view(item.grad), _viewed(item.state, view)
-    out = Item(param, _times(grad, factor), state, item.where, item.hyper, item.modes)
-    out.owner = item.owner
+    out = Seen(param, _times(grad, factor), state, item.where, item.hyper, item.modes)
+    out.owner, out.coded = item.owner, item.coded
     return out
 
 
 class _Called:
     """The torch calls of a bucket's examples, of all at once as in a step."""
 
-    def __init__(self, bucket: list[tuple[Item, Trace]]) -> None:
+    def __init__(self, bucket: Sequence[tuple[Item, Trace]]) -> None:
         found = bucket[0][1].externs
         assert found is not None
         self._memory = externs.memory(found, len(bucket), torch.device("cpu"))
@@ -156,7 +159,7 @@ class _Called:
         return {name: values[k] for name, values in self._memory.items()}, state
 
 
-def _totals(examples: list[tuple[Item, Trace]]) -> dict[str, torch.Tensor]:
+def _totals(examples: Sequence[tuple[Item, Trace]]) -> dict[str, torch.Tensor]:
     """The sums over these parameters, by name; each is made of those that are known before."""
     todo = [(item, trace, program) for item, trace in examples for program in trace.rounds]
     out: dict[str, torch.Tensor] = {}
@@ -238,7 +241,7 @@ def _interpreted(
 
 
 def _apart(
-    item: Item,
+    item: Seen,
     trace: Trace,
     p: torch.Tensor,
     state: dict[str, Any],
@@ -248,8 +251,7 @@ def _apart(
 ) -> str | None:
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
     ours = new | _interpreted(trace, trace.program, item, _given(item, trace.program, totals))
-    coded: dict[str, Stored] = getattr(item, "coded", {})
-    for key, stored in coded.items():
+    for key, stored in item.coded.items():
         parts: list[Any] = [ours.get(f"state.{part}", item.state[part]) for part in stored.keys(key)]
         ours[f"state.{key}"] = stored.numbers(parts)
     between = trace.externs.dtypes if trace.externs is not None else ()
@@ -269,7 +271,7 @@ def _apart(
         now = ours.get(name, before)
         start = before.detach().cpu() if name == "param" else None
         if now is None or not _close(
-            now, value.cpu(), start, CODED if name.removeprefix("state.") in coded else close
+            now, value.cpu(), start, CODED if name.removeprefix("state.") in item.coded else close
         ):
             return f"{name} of a parameter of shape {tuple(item.param.shape)}"
     for key, value in numbers.items():

@@ -340,6 +340,27 @@ def test_clipping():
     assert largest(ps, theirs) < 1e-4
 
 
+def test_loss_scaling_with_a_step_that_is_skipped():
+    opt, ps = fused("bf16+16", amp_fused=True, max_grad_norm=0.1)
+    theirs = params()
+    own = Ours(theirs)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for k in range(6):
+        gradients(theirs, k)
+        for p, q in zip(ps, theirs, strict=True):
+            p.grad = q.grad * scaler.get_scale()
+        scaler.scale(torch.ones(()))  # as of a loss
+        if k == 3:
+            ps[0].grad[0, 0] = float("inf")
+        scaler.step(opt)
+        scaler.update()
+        if k != 3:
+            nn.utils.clip_grad_norm_(theirs, 0.1)
+            own.step()
+    assert largest(ps, theirs) < 1e-4 and opt.state[ps[0]]["count"] == 5
+    assert "exp_avg 4.00 (bf16+16)" in opt.explain().held
+
+
 def test_makers_take_it_too():
     for make in (fusedopt.fuse(Ours, storage="int8"), fusedopt.fuse(lambda ps: Ours(ps), storage="int8")):
         ps = params()
