@@ -380,6 +380,11 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _view(name, _like(func, args, kwargs), x)
     if base in ("as_tensor", "asarray") and isinstance(x, Symbolic):  # which is one
         return _cast(x, torch.Tensor.to, args[1:], kwargs) if len(args) > 1 or kwargs else x
+    if base == "type" and isinstance(x, Symbolic):  # by the names that types of tensors had
+        (named,) = args[1:] or [kwargs.get("dtype")]
+        if named is None:
+            return _type_name(x.meta.dtype, x.device_now())
+        return _cast(x, torch.Tensor.to, [_dtype_of(named, x.device_now())], {})
     if base in _CASTS and isinstance(x, Symbolic):
         return _cast(x, func, args[1:], kwargs)
     if base not in METHODS:
@@ -445,6 +450,16 @@ def _as_stored(x: Any, dtype: torch.dtype, always: bool = False) -> Any:
         return x
     out = new(x, _ROUNDS[dtype], x)
     return SymTensor(x.run, out.node, dtype, x.shown)
+
+
+def _type_name(dtype: torch.dtype, device: torch.device) -> str:
+    name = torch.empty(0, dtype=dtype).type()
+    return name if device.type == "cpu" else name.replace("torch.", f"torch.{device.type}.")
+
+
+def _dtype_of(named: Any, device: torch.device) -> Any:
+    found = [t for t in FLOATS if named == _type_name(t, device)]
+    return found[0] if found else named if isinstance(named, torch.dtype) else _refuse("type")
 
 
 def _cast(x: Symbolic, func: Any, args: Any, kwargs: dict[str, Any]) -> Symbolic:

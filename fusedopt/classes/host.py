@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..step.items import Item
+from ..step.items import Item, own_attribute
 from ..trace.number import Number, ScalarProgram
 from ..trace.replay import Replay
 from ..trace.signals import Untraceable
-from ..trace.signature import PLAIN, Signature, structure_of
+from ..trace.signature import OWN, PLAIN, Signature, structure_of
 from ..trace.snapshot import is_constant
 from ..trace.tracer import Trace
 from .evaluation import Evaluation
@@ -85,6 +85,8 @@ class Host:
         self._left: dict[Any, Any] = {}
         self._met: dict[Any, dict[int, torch.Tensor]] = {}
         """The parameters that were met, by their bucket: of each some have a gradient."""
+        self._own: dict[Any, tuple[tuple[str, Any], ...]] = {}
+        """The attributes that others gave them and the step asks for."""
         self._alone: set[Any] = set()
         """The buckets of which one parameter may have a gradient, no more."""
         self._kept: list[Any] = []
@@ -169,8 +171,9 @@ class Host:
     def meets(self, buckets: Sequence[tuple[list[Item], Signature]]) -> None:
         """Note the parameters of a step that is of these buckets."""
         for items, signature in buckets:
-            met = self._met.setdefault((items[0].where[0], structure_of(signature)), {})
-            met.update((id(item.owner), item.owner) for item in items)
+            key = items[0].where[0], structure_of(signature)
+            self._met.setdefault(key, {}).update((id(item.owner), item.owner) for item in items)
+            self._own[key] = tuple((k, v) for k, v in signature.attributes if k.startswith(OWN))
 
     def traced(self, buckets: Sequence[tuple[list[Item], Signature]]) -> None:
         """Note the parameters of the step that was traced."""
@@ -214,7 +217,17 @@ class Host:
             self._left = dict(zip(self._keys, left, strict=True))
         if why is None and (self.sums or self.leaves_something or self._alone) and not self._all_step():
             return "other parameters have gradients"
+        if why is None and any(self._own.values()) and not self._own_as_they_were():
+            return "an attribute of a parameter is another one now"
         return why
+
+    def _own_as_they_were(self) -> bool:
+        return all(
+            own_attribute(p, name) == value
+            for key, attributes in self._own.items()
+            for name, value in attributes
+            for p in self._met[key].values()
+        )
 
     def _all_step(self) -> bool:
         """Whether some parameters of each bucket have gradients; and one only where nothing is known of more."""

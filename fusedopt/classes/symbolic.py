@@ -19,6 +19,7 @@ from ..trace.externs import ExternTensor, leave
 from ..trace.number import Number, operate
 from ..trace.run import Run
 from ..trace.signals import Untraceable
+from ..trace.signature import MISSING, OWN, PLAIN
 from ..trace.tensor import (
     METHODS,
     OPERATORS,
@@ -115,8 +116,16 @@ class Symbolic(torch.Tensor):
     def __getattr__(self, name: str) -> Any:
         if name in ("_is_param", "_base"):
             return self.__dict__.get(name)
+        if (
+            self.__dict__.get("_is_param") and self.sym is not None
+        ):  # one that others give a parameter, as FSDP does
+            value = self.sym.run.attribute(ELEMENT, OWN + name)
+            if value is MISSING:
+                raise AttributeError(f"'Parameter' object has no attribute {name!r}")
+            if isinstance(value, PLAIN):
+                return value
         raise Untraceable(
-            f"the attribute {name!r} of a tensor is asked for; only torch's own are known in a trace"
+            f"the attribute {name!r} of a tensor is asked for, which is not torch's own, and no number or flag"
         )
 
 

@@ -22,6 +22,8 @@ from ..trace.signature import (
     HERE_IN_ORDER,
     HOST,
     LINE,
+    MISSING,
+    OWN,
     PLAIN,
     STARTED,
     Foreign,
@@ -130,6 +132,8 @@ class Item:
             return p.numel()
         if name.startswith(LINE):
             return int(name.removeprefix(LINE))
+        if name.startswith(OWN):
+            return own_attribute(self.owner, name)
         if name.startswith("fewer:"):  # than a number of elements
             return p.numel() < int(name.partition(":")[2])
         if name in ("in_order", HERE_IN_ORDER):  # what is not dense is copied, and then is
@@ -177,6 +181,12 @@ class Item:
         read = tuple([(name, self.attribute(name)) for name in attributes])
         asked = (reference.asked(p), reference.asked(self.grad)) if work else None
         return p.device, p.dtype, self.grad.dtype, tuple(state), read, asked, p.dim() == 0, modes
+
+
+def own_attribute(p: torch.Tensor, name: str) -> Any:
+    """What is asked for by `OWN` and a name; if it is no number or flag, which object it is."""
+    value = getattr(p, name.removeprefix(OWN), MISSING)
+    return value if isinstance(value, PLAIN) else Opaque(value)
 
 
 def facts(kernel: Kernel, rows: Sequence[Item], shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:

@@ -93,6 +93,8 @@ a first step may be skipped."""
 
 HERE_IN_ORDER = "here_in_order"
 """Attribute: whether the dimensions of what is here of the parameter follow one another in memory as they are."""
+OWN, MISSING = "own:", "none of its attributes"
+"""Attribute of parameters, followed by the name of one that torch's have not; and its value where there is none."""
 LINE = "line:"
 """Attribute of parameters that says into blocks of how many elements they are cut."""
 

@@ -474,11 +474,6 @@ def by_id(self, p, g, s):
     p.add_(p.grad, alpha=-g["lr"] / seen[id(p)])
 
 
-def attribute_of_parameter(self, p, g, s):
-    if not getattr(p, "frozen", False):
-        p.add_(p.grad, alpha=-g["lr"])
-
-
 def keeps_gradient(self, p, g, s):
     p.add_(p.grad - s.get("last", 0), alpha=-g["lr"])
     s["last"] = p.grad
@@ -577,7 +572,7 @@ def catches_everything(self, p, g, s):
 
 
 EAGER = [
-    python_random, torch_random, logs, uses_logging, prints, clock, by_id, attribute_of_parameter, keeps_gradient,
+    python_random, torch_random, logs, uses_logging, prints, clock, by_id, keeps_gradient,
     order_matters, counts_parameters, shared_sum, another_index_in_each_step, passes_on, draws_its_own,
     catches_everything, counts_on_its_class, counts_on_an_object, counts_in_a_default, counts_on_a_function,
     counts_in_a_closure(), takes_the_next, uses_an_array, keeps_a_set, by_their_number, by_those_with_a_gradient,
@@ -1042,3 +1037,64 @@ def test_a_container_that_groups_have_in_common_is_read_in_each():
     assert (
         not compared(two, poke=lambda opt: opt.param_groups[0]["options"].update(scale=2.0)).explain().eager
     )
+
+
+# --
+# What others give parameters
+
+
+def test_attributes_that_parameters_may_have_are_asked_for():
+    """FSDP marks parameters so, and DAdaptation and Prodigy ask."""
+
+    def one(self, p, group, state):
+        if getattr(p, "_fsdp_flattened", False) or hasattr(p, "mark"):
+            p.sub_(p.mark * p.grad)
+        else:
+            p.sub_(group["lr"] * p.grad)
+
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    opt = fusedopt.fuse(rule(one)(params))
+    for k in range(6):
+        for p in params:
+            p.grad = torch.ones(3)
+        if k == 3:
+            params[1].mark = 0.5
+        if k == 5:
+            params[1].mark = 2.0
+        opt.step()
+        assert k < 2 or not opt.explain().eager
+    assert torch.allclose(params[0].detach(), torch.full((3,), 0.4))
+    assert torch.allclose(params[1].detach(), torch.full((3,), 1 - 0.3 - 1.0 - 2.0))
+
+
+def test_an_attribute_that_is_no_number_is_told(recwarn):
+    def one(self, p, group, state):
+        p.sub_(p.mark["k"] * p.grad)
+
+    params = [torch.nn.Parameter(torch.ones(3))]
+    params[0].mark = {"k": 1.0}
+    opt = fusedopt.fuse(rule(one)(params))
+    for _ in range(4):
+        params[0].grad = torch.ones(3)
+        opt.step()
+    assert "'mark' of a tensor" in opt.explain().eager[0].reason
+    assert torch.allclose(params[0].detach(), torch.full((3,), -3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_casts_by_the_old_names_of_types(dtype):
+    def one(self, p, group, state):
+        wide = p.grad.type("torch.FloatTensor") * 0.3
+        assert p.type() == torch.zeros(1, dtype=dtype).type()
+        p.sub_(wide.type(p.type()))
+
+    made = []
+    for fuse in (False, True):
+        p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        opt = rule(one)([p])
+        opt = fusedopt.fuse(opt) if fuse else opt
+        for _ in range(4):
+            p.grad = torch.full((3,), 0.7, dtype=dtype)
+            opt.step()
+        made.append(p.detach())
+    assert torch.equal(*made) and not opt.explain().eager
