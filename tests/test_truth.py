@@ -433,6 +433,81 @@ def test_state_that_nobody_takes_is_named_with_what_may_be_meant(backend):
     assert "the state 'avgs'" in said and "'avg'" in said
 
 
+def not_returned(p, lr, mom, avg=None, **kwargs):
+    if avg is None:
+        avg = torch.zeros_like(p)
+    avg.mul_(mom).add_(p.grad)
+    p.data.sub_(avg, alpha=lr)
+
+
+def returned_bare(p, lr, mom, avg=None, **kwargs):
+    avg = torch.zeros_like(p) if avg is None else avg
+    avg = mom * avg + p.grad
+    p.data.sub_(avg, alpha=lr)
+    return avg
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("callback", [not_returned, returned_bare, functools.partial(not_returned, mom=0.5)])
+def test_state_that_is_made_and_not_returned_is_named_once(callback, backend):
+    (said,) = messages([callback], mom=0.9, backend=backend)
+    assert f"{fusedopt.callback.name_of(callback)} (test_truth.py:" in said and "return {'avg': avg}" in said
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_that_are_no_forgotten_state_are_passed_over(backend):
+    def optional(p, lr, damp=None, scale=None, hess=None, **kwargs):
+        damp = 0.5 if damp is None else damp
+        if scale is None:
+            scale = 1.0
+        scale = scale or 2.0
+        hess = p.grad if hess is None else hess
+        scratch = torch.zeros_like(p)
+        scratch.add_(p.grad)
+        p.data.sub_(scratch * damp * scale * hess, alpha=lr)
+
+    def in_some(p, lr, avg=None, **kwargs):
+        if p.dim() < 2:
+            return dict(other=p.grad)
+        avg = torch.zeros_like(p) if avg is None else avg
+        avg.add_(p.grad)
+        return {"avg": avg}
+
+    def in_a_call(p, lr, mine=None, **kwargs):
+        mine = torch.zeros_like(p) if mine is None else mine
+        p.data.sub_(mine.add_(p.grad), alpha=lr)
+        return dict(mine=mine)
+
+    def by_another(p, other=None, **kwargs):
+        other = torch.zeros_like(p) if other is None else other
+        other.mul_(2.0)
+        p.data.sub_(other)
+
+    assert messages([optional], backend=backend) == []
+    assert messages([in_some, by_another, in_a_call], backend=backend) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name, whose", [("lr", "the hyperparameter"), ("p", "the parameter")])
+def test_state_whose_name_callbacks_know_as_something_else_is_said(name, whose, backend):
+    def keeps(p, lr, **kwargs):
+        p.data.sub_(p.grad, alpha=lr)
+        return {name: p.grad * 1}
+
+    (said,) = messages([keeps], backend=backend)
+    assert f"the state {name!r} is kept, but {whose} is" in said
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_whose_name_is_no_text_is_refused(backend):
+    def numbers(p, lr, **kwargs):
+        p.data.sub_(p.grad, alpha=lr)
+        return {0: p.grad * 1}
+
+    with pytest.raises(TypeError, match=r"numbers \(test_truth\.py:\d+\) returned state under 0"):
+        messages([numbers], backend=backend)
+
+
 def test_state_that_is_looked_up_is_taken():
     def keeps(p, lr, **kwargs):
         avg = kwargs.get("avg")
