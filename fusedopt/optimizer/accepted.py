@@ -20,7 +20,8 @@ from .state import COUNTERS, FLAGS
 
 
 def as_callbacks(cbs: Any) -> list[Callable[..., Any]]:
-    found = list(cbs) if isinstance(cbs, Iterable) and not callable(cbs) else [cbs]
+    listed = isinstance(cbs, Iterable) and not isinstance(cbs, str) and not callable(cbs)
+    found = list(cbs) if listed else [cbs]
     for cb in found:
         if not callable(cb):
             raise TypeError(f"callbacks must be callable; {cb!r} is not")
@@ -54,8 +55,10 @@ def check_known(
         taken |= found | arguments_of(cb).keys() | defaults_of(cb).keys()
     for name in hypers:
         if name not in taken:
-            near = difflib.get_close_matches(name, taken, 1)
+            near = difflib.get_close_matches(name, {*taken, *(names.TORCH if common else ())}, 1)
             hint = f"did you mean {near[0]!r}?" if near else "name it among a callback's arguments"
+            if common and name in names.TORCH:
+                hint = f"its name for callbacks is {' and '.join(map(repr, names.TORCH[name]))}"
             raise TypeError(f"no callback takes the {what} {name!r}; {hint}")
 
 
@@ -159,6 +162,10 @@ def as_param_groups(params: Any) -> Any:
 
     A lone tensor is a list of one, as in fastai.
     """
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"params are parameters, not a model (a {type(params).__name__}); give model.parameters()"
+        )
     if isinstance(params, torch.Tensor):
         return [params]
     if isinstance(params, Mapping):

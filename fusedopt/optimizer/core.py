@@ -249,6 +249,10 @@ class Optimizer(FastaiFace):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, not {type(param_group).__name__}")
+        if "params" not in param_group:
+            raise KeyError(
+                f"a param group lists its parameters under 'params'; this one has {list(param_group)}"
+            )
         group = {k: v for k, v in param_group.items() if k in names.NO_HYPERS}
         values = self.hyper_map.to_fastai({k: v for k, v in param_group.items() if k not in group})
         theirs = self._take_list(group)
