@@ -10,6 +10,7 @@ import sys
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -506,6 +507,46 @@ def test_state_whose_name_is_no_text_is_refused(backend):
 
     with pytest.raises(TypeError, match=r"numbers \(test_truth\.py:\d+\) returned state under 0"):
         messages([numbers], backend=backend)
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        lambda g, lr: np.float64(0.5) * g,
+        lambda g, lr: g * np.float32(0.3),
+        lambda g, lr: g / np.int64(3) - np.float32(0.1),
+        lambda g, lr: np.float64(2.0) ** g,
+        lambda g, lr: torch.where(np.float32(0.1) < g, g, 0.0),
+        lambda g, lr: g.mul(np.sqrt(lr) * np.float32(0.5)),
+    ],
+    ids=["first", "second", "both", "power", "comparison", "of a rate"],
+)
+def test_numbers_of_numpys_meet_tensors_as_in_torch(scaled):
+    def rule(p, lr, **kwargs):
+        p.data.sub_(scaled(p.grad, lr), alpha=np.float32(0.25))
+
+    ours = parameters()
+    opt = fusedopt.Optimizer(ours, [rule], lr=0.1, backend="cpp")
+    for _ in range(4):
+        opt.step()
+    expected = looped(parameters(), [rule], 4, lr=0.1)
+    assert opt.explain().eager == () and "3 of 4 without" in str(opt.explain())
+    for p, q in zip(ours, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def draws(p, lr, **kwargs):
+    p.data.add_(torch.randn_like(p), alpha=lr)
+
+
+def draws_in_place(p, lr, **kwargs):
+    p.data.add_(torch.empty_like(p).uniform_(), alpha=lr)
+
+
+@pytest.mark.parametrize("callback", [draws, draws_in_place])
+def test_a_rule_with_random_numbers_is_told_of_those_in_kernels(callback):
+    (said,) = messages([callback], backend="cpp")
+    assert "fusedopt.uniform and fusedopt.normal draw" in said
 
 
 def test_state_that_is_looked_up_is_taken():

@@ -67,7 +67,7 @@ class Verdicts:
         self.unseen = {i: verdict.reason for i, verdict in enumerate(found) if verdict.level == ACTS}
         for i, verdict in enumerate(found):
             if verdict.level == ACTS:
-                self._act(i, verdict.reason)
+                self._act(i, verdict.reason, verdict.remedy)
         self._starting: set[Eager] = set()  # which is as it should be
         self.said: set[Any] = set() if said is None else said
         self._moved: set[int] | None = set()
@@ -141,9 +141,11 @@ class Verdicts:
             self._act(i, "it changes a list, dict, set or tensor from outside its arguments")
         raise ActsAfterAll
 
-    def _act(self, i: int, reason: str) -> None:
+    def _act(self, i: int, reason: str, remedy: str = "") -> None:
         where = "" if re.match(r"\S.*:\d+: ", reason) else f"{place_of(self.callbacks[i])}: "
-        self.acts[i] = Eager(name_of(self.callbacks[i]), f"{where}{reason}. Remedy: {ARGUMENTS_ALONE}")
+        self.acts[i] = Eager(
+            name_of(self.callbacks[i]), f"{where}{reason}. Remedy: {remedy or ARGUMENTS_ALONE}"
+        )
 
     # -- what is said --
     def all(self) -> tuple[Eager, ...]:
