@@ -244,6 +244,7 @@ class Optimizer(FastaiFace):
 
         Raises:
             TypeError: it is no dict; callbacks that cannot be called.
+            KeyError: it has no ``params``.
             ValueError: a parameter that another group has, or that is complex; an empty list of callbacks; a negative
                 or NaN hyperparameter; ``storage`` where the optimizer has none.
         """
