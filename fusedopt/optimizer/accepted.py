@@ -162,7 +162,7 @@ def as_param_groups(params: Any) -> Any:
 
     A lone tensor is a list of one, as in fastai.
     """
-    if isinstance(params, torch.nn.Module):
+    if isinstance(params, torch.nn.Module) and not _lists_parameters(params):
         raise TypeError(
             f"params are parameters, not a model (a {type(params).__name__}); give model.parameters()"
         )
@@ -180,6 +180,11 @@ def as_param_groups(params: Any) -> Any:
                 f"group {i} is a {type(p).__name__}, not a list of parameters, while others are lists"
             )
     return [{"params": list(p)} for p in found]
+
+
+def _lists_parameters(module: Any) -> bool:
+    """Whether a module is an iterable of parameters, as a ParameterList is, and not of layers."""
+    return hasattr(module, "__iter__") and not any(isinstance(p, torch.nn.Module) for p in module)
 
 
 def _is_list(p: Any) -> bool:
