@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -159,6 +160,8 @@ class Optimizer(FastaiFace):
         if storing.HYPER in hypers:
             self.groups.around = storing.AROUND
         self._engine: Engine | None = None
+        self._anew = threading.RLock()
+        """Of threads that share the optimizer one makes state and binds it. Else each would go on with its own."""
         self._applications = Applications()
         self._captured: list[GraphScalars] = []
         self.gradient_release: GradientRelease | None = None
@@ -476,7 +479,14 @@ class Optimizer(FastaiFace):
         elif transforms.active():
             self._step_transformed(self._scaling)
         elif not self.engine.repeat(self._scaling):
-            self._step_anew()
+            waited = not self._anew.acquire(blocking=False)
+            if waited:
+                self._anew.acquire()
+            try:
+                if not (waited and self.engine.repeat(self._scaling)):
+                    self._step_anew()
+            finally:
+                self._anew.release()
 
     @torch.no_grad()
     def _step_anew(self) -> None:
