@@ -26,6 +26,8 @@ __path__ = [
     *([] if _Path(__file__).with_name("kernels").is_dir() else [str(_Path(__file__).parents[1])]),
 ]
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from . import callbacks, optim, rules, storage
 from .callbacks import (
     adam_step,
@@ -56,6 +58,18 @@ from .trace.totals import total
 _sys.modules.update({f"{__name__}.named": named, f"{__name__}.state": state})
 
 __version__ = "0.1.0"
+
+if not _TYPE_CHECKING:  # else every name would be there, and be anything
+
+    def __getattr__(name: str) -> None:
+        """What is elsewhere is said to be there: AdamW in `optim`, Lion in `rules`, the `learner` once imported."""
+        places = (place for place in (optim, rules) if isinstance(vars(place).get(name), type))
+        where = next((f"; it is {place.__name__}.{name}" for place in places), "")
+        where = f"; import {__name__}.learner first" if name == "learner" else where
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{where}", name=name, obj=_sys.modules[__name__]
+        )
+
 
 __all__ = [
     "SGD",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store = commands.add_parser("cache", help="the folder of compiled kernels")
     store.add_argument("action", choices=("show", "clear"))
     chosen = parser.parse_args(arguments)
-    return doctor.main(as_json=chosen.json) if chosen.command == "doctor" else _cache(chosen.action)
+    try:
+        status = doctor.main(as_json=chosen.json) if chosen.command == "doctor" else _cache(chosen.action)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, as in `fusedopt cache show | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit says so once more
+        return 1
+    return status
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import dis
 import functools
 import inspect
 import operator
+import re
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -66,13 +67,22 @@ def _arguments(callback: Callback) -> Mapping[str, Any]:
 
 
 def call(callback: Callback, p: Any, given: Mapping[str, Any]) -> Any:
-    """``callback(p, **given)``. A TypeError because it takes too little, or needs more, says which and what to do."""
+    """``callback(p, **given)``. A TypeError because it takes too little, or needs more, says which and what to do; so
+    does one because names of returned state are no texts."""
     try:
-        return callback(p, **given)
+        returned = callback(p, **given)
     except TypeError as error:
         if message := _misfit(callback, given):
             raise TypeError(message) from error
         raise
+    if isinstance(returned, dict):
+        for key in returned:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"the callback {name_of(callback)} ({place_of(callback)}) returned state under {key!r}; the names "
+                    "of state are those of arguments, and so texts"
+                )
+    return returned
 
 
 def _misfit(callback: Callback, given: Mapping[str, Any]) -> str:
@@ -105,6 +115,60 @@ def place_of(callback: Callback) -> str:
     if code is None:
         return type(function).__name__
     return f"{code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno}"
+
+
+def forgets(callback: Callback) -> frozenset[str]:
+    """Arguments that look like state which it makes, changes and never names to return; none if it may return any.
+
+    They have the default None, are assigned, and are changed: by a method in place, or, where its code makes tensors,
+    by an assignment that reads them.
+    """
+    function = function_of(callback)
+    function = getattr(function, "__func__", function)
+    named = looked_up(function)
+    if not isinstance(function, types.FunctionType) or named is None:
+        return frozenset()
+    optional = {name for name, default in arguments_of(callback).items() if default is None}
+    return (_changed(function.__code__) & optional) - named - keys_made(function)
+
+
+_MAKES = frozenset(("zeros_like", "ones_like", "full_like", "empty_like", "clone", "zeros", "new_zeros"))
+
+
+@functools.lru_cache(maxsize=256)
+def _changed(code: types.CodeType) -> frozenset[str]:
+    """Local names that the code assigns, and changes in place or assigns from themselves."""
+    if "locals" in code.co_names:
+        return frozenset()
+    read, written, changed = set[str](), set[str](), set[str]()
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG")]
+    makes = not _MAKES.isdisjoint(code.co_names)
+    for i, step in enumerate(steps):
+        if step.starts_line:
+            read = set()
+        after = steps[i + 1] if i + 1 < len(steps) else step
+        for verb, name in _locals(step):
+            if verb == "STORE":
+                written.add(name)
+                changed |= {name} & read if makes else set()
+            elif after.opname in ("LOAD_ATTR", "LOAD_METHOD") and re.fullmatch(r"\w*[a-z0-9]_", after.argval):
+                changed.add(name)
+            elif not (
+                _DECIDES.search(after.opname) or (after.opname == "LOAD_CONST" and after.argval is None)
+            ):
+                read.add(name)
+    return frozenset(written & changed)
+
+
+_DECIDES = re.compile("NONE|JUMP|COPY|BOOL|STORE|DUP")
+"""What only asks whether a name has something, or assigns it to itself: ``x = 0 if x is None else x``."""
+
+
+def _locals(step: dis.Instruction) -> Iterator[tuple[str, str]]:
+    """Whether a step loads or stores local names, and which; since Python 3.13 one does both."""
+    if "FAST" in step.opname or "DEREF" in step.opname:
+        verbs = [word for word in step.opname.split("_") if word in ("LOAD", "STORE")]
+        yield from zip(verbs, step.argval if isinstance(step.argval, tuple) else (step.argval,), strict=False)
 
 
 def uses_parameter(callback: Callback) -> bool:
@@ -189,7 +253,7 @@ def _keys_made(code: types.CodeType) -> frozenset[str]:
     steps = list(dis.get_instructions(code))
     found: set[str] = set()
     for i, step in enumerate(steps):
-        keys = step.argval
+        keys = code.co_consts[step.arg] if step.opname == "KW_NAMES" and step.arg is not None else step.argval
         if not isinstance(keys, tuple) or not all(isinstance(key, str) for key in keys):
             continue
         after = [s.opname for s in steps[i + 1 : i + 4]]

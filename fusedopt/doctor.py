@@ -274,13 +274,18 @@ def _extension() -> Status:
 def _next(found: dict[str, Any]) -> list[str]:
     """What the user could do, most useful first."""
     todo = list(found["environment"]["problems"])
+    compiles = found["compiler"]["works"]
     for name, status in found["backends"].items():
-        if status["remedy"]:
+        for_compiler = (
+            not compiles and "C++ extension" in status["reason"]
+        )  # a compiler is all that it needs first
+        if status["remedy"] and not for_compiler:
             todo.append(f"{name}: {status['remedy']}")
     if not found["cache"]["usable"]:
         todo.append(f"cache: {found['cache']['remedy']}")
     if not found["extension"]["works"]:
-        todo.append(f"extension: fusedopt works without it, only slower ({found['extension']['reason']})")
+        why = found["extension"]["reason"] if compiles else "it is built once there is a compiler"
+        todo.append(f"extension: fusedopt works without it, only slower ({why})")
     return todo
 
 

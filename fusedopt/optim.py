@@ -18,6 +18,7 @@ What differs from torch.optim, for all of them:
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -362,7 +363,10 @@ if not TYPE_CHECKING:  # else every name would be there, and be anything
     def __getattr__(name: str) -> Any:
         if not name.startswith("__") and hasattr(torch.optim, name):
             return getattr(torch.optim, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, and neither has torch.optim")
+        rules = sys.modules[f"{__package__}.rules"]
+        where = f"; it is {rules.__name__}.{name}" if isinstance(vars(rules).get(name), type) else ""
+        missing = f"module {__name__!r} has no attribute {name!r}, and neither has torch.optim{where}"
+        raise AttributeError(missing, name=name, obj=sys.modules[__name__])
 
 
 def __dir__() -> list[str]:

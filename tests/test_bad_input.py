@@ -13,7 +13,16 @@ from factories import parameters_with_gradients
 from torch import nn
 
 import fusedopt
-from fusedopt import adam_step, average_grad, average_sqr_grad, backends, sgd_step, step_stat, weight_decay
+from fusedopt import (
+    adam_step,
+    average_grad,
+    average_sqr_grad,
+    backends,
+    optim,
+    sgd_step,
+    step_stat,
+    weight_decay,
+)
 
 BACKENDS = ["reference", "cpp"]
 SHAPES = [(4,), (3, 5), ()]
@@ -170,6 +179,71 @@ def test_a_hyperparameter_under_two_names_is_refused():
     with pytest.raises(TypeError, match="mom is given twice"):
         fusedopt.Optimizer(parameters(), ADAM, lr=0.1, mom=0.8, sqr_mom=0.99, betas=(0.9, 0.99))
     fusedopt.Optimizer(parameters(), ADAM, lr=0.1, mom=0.9, sqr_mom=0.99, betas=(0.9, 0.99))
+
+
+def test_a_name_that_a_default_is_under_already_says_which():
+    with pytest.raises(
+        TypeError, match=r"0.01 as 'weight_decay' .*, and 0.1 as 'wd'. Remedy: 'weight_decay' alone"
+    ):
+        optim.AdamW(parameters(), wd=0.1)
+    with pytest.raises(TypeError, match=r"Remedy: 'betas' alone, without 'mom'"):
+        fusedopt.Optimizer(parameters(), ADAM, lr=0.1, mom=0.8, sqr_mom=0.99, betas=(0.9, 0.99))
+
+
+@pytest.mark.parametrize("value", ["1e-3", 1j, None], ids=repr)
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "eps"])
+def test_what_is_no_number_is_refused_by_name(name, value):
+    """A rate that a YAML file spells 1e-3 is text."""
+    with pytest.raises(TypeError, match=rf"^{name} must be a number, not "):
+        optim.AdamW(parameters(), **{name: value})
+    if value is None:
+        return
+    own = {"weight_decay": "wd"}.get(name, name)
+    with pytest.raises(TypeError, match=rf"^{own} must be a number, not "):
+        fusedopt.Adam(parameters(), **{"lr": 0.1, own: value})
+    opt, _ = stepped()
+    opt.param_groups[1][name] = value
+    with refuses(opt, TypeError, match=rf"^{own} must be a number, not "):
+        opt.step()
+
+
+@pytest.mark.parametrize("betas", [0.9, None, ("0.9", 0.99)], ids=repr)
+def test_betas_that_are_no_two_numbers_are_refused(betas):
+    with pytest.raises(TypeError, match=r"^betas"):
+        optim.AdamW(parameters(), betas=betas)
+
+
+def test_betas_that_are_one_number_are_refused_of_callbacks():
+    with pytest.raises(TypeError, match=r"betas must be a tuple of numbers \(mom and sqr_mom\), not 0.9"):
+        fusedopt.Optimizer(parameters(), ADAM, lr=0.1, betas=0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("weight_deacy", "did you mean 'weight_decay'"), ("momentum", "its name for callbacks is 'mom'")],
+)
+def test_an_unknown_keyword_is_answered_with_one_that_is_known(name, hint):
+    with pytest.raises(TypeError, match=hint):
+        optim.AdamW(parameters(), **{name: 0.1})
+
+
+@pytest.mark.parametrize("cls", [optim.AdamW, fusedopt.Adam])
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)], ids=["Sequential", "Linear"]
+)
+def test_a_model_in_place_of_its_parameters_is_refused(cls, model):
+    with pytest.raises(TypeError, match=rf"a {type(model).__name__}\); give model.parameters\(\)"):
+        cls(model, lr=0.1)
+
+
+def test_a_group_without_parameters_is_refused():
+    with pytest.raises(KeyError, match=r"under 'params'; this one has .*'param'"):
+        optim.AdamW([{"param": parameters()}])
+
+
+def test_a_text_in_place_of_callbacks_is_named_whole():
+    with pytest.raises(TypeError, match="'adam' is not"):
+        fusedopt.Optimizer(parameters(), "adam", lr=0.1)
 
 
 @pytest.mark.parametrize("name", ["bakend", "state_dtyp", "wdd", "momm"])

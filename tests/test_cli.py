@@ -87,6 +87,8 @@ def test_doctor_without_a_compiler(capsys, monkeypatch, variable, value, remedy)
     assert any(text.startswith(remedy) for text in found["next"])
     assert __main__.main(["doctor"]) == 1
     assert remedy in capsys.readouterr().out
+    assert [text.count("Remedy") for text in found["next"]] == [0] * len(found["next"])
+    assert not any(text.startswith("cuda") and "extension" in text for text in found["next"])
 
 
 @needs_compiler
@@ -209,6 +211,17 @@ def test_version(capsys):
         __main__.main(["--version"])
     assert (caught.value.code, capsys.readouterr().out) == (0, f"fusedopt {fusedopt.__version__}\n")
     assert doctor.report()["versions"]["fusedopt"] == fusedopt.__version__
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes that break")
+def test_a_reader_that_stops_reading_is_no_error(root):
+    fill()
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fusedopt", "cache", "show"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_as_a_program(root):

@@ -98,3 +98,33 @@ def test_importing_and_stepping_leave_cuda_uninitialised():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("AdamW", "; it is fusedopt.optim.AdamW"),
+        ("Lion", "; it is fusedopt.rules.Lion"),
+        ("learner", "; import fusedopt.learner first"),
+        ("lion", ""),
+        ("Nothing", ""),
+    ],
+)
+def test_what_is_elsewhere_is_said_to_be_there(name, said):
+    with pytest.raises(AttributeError) as caught:
+        fusedopt.__getattr__(name)
+    assert str(caught.value) == f"module 'fusedopt' has no attribute {name!r}{said}"
+    assert (caught.value.name, caught.value.obj) == (name, fusedopt)  # for Python's own "Did you mean"
+
+
+@pytest.mark.parametrize(("name", "said"), [("Lion", "; it is fusedopt.rules.Lion"), ("Adamw", "")])
+def test_a_rule_that_torch_has_not_is_said_to_be_in_rules(name, said):
+    with pytest.raises(AttributeError) as caught:
+        getattr(optim, name)
+    assert str(caught.value).endswith(f"has no attribute {name!r}, and neither has torch.optim{said}")
+    assert caught.value.name == name
+
+
+def test_a_name_that_is_nowhere_stays_an_import_error():
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        from fusedopt import Nothing  # noqa: F401

@@ -172,6 +172,28 @@ def test_two_threads_step(one, extension):
         assert torch.equal(made[0][1][0], made[1][1][0])
 
 
+def test_threads_that_begin_together_share_one_state(extension):
+    """The first steps of an optimizer, in several threads at once: all count on what one of them has made."""
+    (p,) = parameters(10)
+    give_gradients([p])
+    opt, together, failed = RULES["AdamW"]([p]), threading.Barrier(4), []
+
+    def run():
+        try:
+            together.wait()
+            for _ in range(100):
+                opt.step()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and opt.state[p]["step"] == 400
+
+
 @needs_extension
 def test_a_deleted_optimizer_ends_its_step():
     params = parameters(2_000_000)

@@ -10,6 +10,7 @@ import sys
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -431,6 +432,121 @@ def test_state_that_nobody_takes_is_named_with_what_may_be_meant(backend):
 
     (said,) = messages([keeps], backend=backend)
     assert "the state 'avgs'" in said and "'avg'" in said
+
+
+def not_returned(p, lr, mom, avg=None, **kwargs):
+    if avg is None:
+        avg = torch.zeros_like(p)
+    avg.mul_(mom).add_(p.grad)
+    p.data.sub_(avg, alpha=lr)
+
+
+def returned_bare(p, lr, mom, avg=None, **kwargs):
+    avg = torch.zeros_like(p) if avg is None else avg
+    avg = mom * avg + p.grad
+    p.data.sub_(avg, alpha=lr)
+    return avg
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("callback", [not_returned, returned_bare, functools.partial(not_returned, mom=0.5)])
+def test_state_that_is_made_and_not_returned_is_named_once(callback, backend):
+    (said,) = messages([callback], mom=0.9, backend=backend)
+    assert f"{fusedopt.callback.name_of(callback)} (test_truth.py:" in said and "return {'avg': avg}" in said
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_that_are_no_forgotten_state_are_passed_over(backend):
+    def optional(p, lr, damp=None, scale=None, hess=None, **kwargs):
+        damp = 0.5 if damp is None else damp
+        if scale is None:
+            scale = 1.0
+        scale = scale or 2.0
+        hess = p.grad if hess is None else hess
+        scratch = torch.zeros_like(p)
+        scratch.add_(p.grad)
+        p.data.sub_(scratch * damp * scale * hess, alpha=lr)
+
+    def in_some(p, lr, avg=None, **kwargs):
+        if p.dim() < 2:
+            return dict(other=p.grad)
+        avg = torch.zeros_like(p) if avg is None else avg
+        avg.add_(p.grad)
+        return {"avg": avg}
+
+    def in_a_call(p, lr, mine=None, **kwargs):
+        mine = torch.zeros_like(p) if mine is None else mine
+        p.data.sub_(mine.add_(p.grad), alpha=lr)
+        return dict(mine=mine)
+
+    def by_another(p, other=None, **kwargs):
+        other = torch.zeros_like(p) if other is None else other
+        other.mul_(2.0)
+        p.data.sub_(other)
+
+    assert messages([optional], backend=backend) == []
+    assert messages([in_some, by_another, in_a_call], backend=backend) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name, whose", [("lr", "the hyperparameter"), ("p", "the parameter")])
+def test_state_whose_name_callbacks_know_as_something_else_is_said(name, whose, backend):
+    def keeps(p, lr, **kwargs):
+        p.data.sub_(p.grad, alpha=lr)
+        return {name: p.grad * 1}
+
+    (said,) = messages([keeps], backend=backend)
+    assert f"the state {name!r} is kept, but {whose} is" in said
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_whose_name_is_no_text_is_refused(backend):
+    def numbers(p, lr, **kwargs):
+        p.data.sub_(p.grad, alpha=lr)
+        return {0: p.grad * 1}
+
+    with pytest.raises(TypeError, match=r"numbers \(test_truth\.py:\d+\) returned state under 0"):
+        messages([numbers], backend=backend)
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        lambda g, lr: np.float64(0.5) * g,
+        lambda g, lr: g * np.float32(0.3),
+        lambda g, lr: g / np.int64(3) - np.float32(0.1),
+        lambda g, lr: np.float64(2.0) ** g,
+        lambda g, lr: torch.where(np.float32(0.1) < g, g, 0.0),
+        lambda g, lr: g.mul(np.sqrt(lr) * np.float32(0.5)),
+    ],
+    ids=["first", "second", "both", "power", "comparison", "of a rate"],
+)
+def test_numbers_of_numpys_meet_tensors_as_in_torch(scaled):
+    def rule(p, lr, **kwargs):
+        p.data.sub_(scaled(p.grad, lr), alpha=np.float32(0.25))
+
+    ours = parameters()
+    opt = fusedopt.Optimizer(ours, [rule], lr=0.1, backend="cpp")
+    for _ in range(4):
+        opt.step()
+    expected = looped(parameters(), [rule], 4, lr=0.1)
+    assert opt.explain().eager == () and "3 of 4 without" in str(opt.explain())
+    for p, q in zip(ours, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def draws(p, lr, **kwargs):
+    p.data.add_(torch.randn_like(p), alpha=lr)
+
+
+def draws_in_place(p, lr, **kwargs):
+    p.data.add_(torch.empty_like(p).uniform_(), alpha=lr)
+
+
+@pytest.mark.parametrize("callback", [draws, draws_in_place])
+def test_a_rule_with_random_numbers_is_told_of_those_in_kernels(callback):
+    (said,) = messages([callback], backend="cpp")
+    assert "fusedopt.uniform and fusedopt.normal draw" in said
 
 
 def test_state_that_is_looked_up_is_taken():

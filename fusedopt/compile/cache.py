@@ -136,7 +136,7 @@ def _open(wanted: Path) -> Path:
             f"fusedopt's cache folder {wanted} {problem.reason}. This process compiles its kernels into a "
             f"temporary folder, and the next process again. Remedy: {problem.remedy}."
         )
-        warnings.warn(text, CacheWarning, stacklevel=2)
+        warnings.warn(text, CacheWarning, stacklevel=env.caller_level())
     return path
 
 

@@ -20,7 +20,8 @@ from .state import COUNTERS, FLAGS
 
 
 def as_callbacks(cbs: Any) -> list[Callable[..., Any]]:
-    found = list(cbs) if isinstance(cbs, Iterable) and not callable(cbs) else [cbs]
+    listed = isinstance(cbs, Iterable) and not isinstance(cbs, str) and not callable(cbs)
+    found = list(cbs) if listed else [cbs]
     for cb in found:
         if not callable(cb):
             raise TypeError(f"callbacks must be callable; {cb!r} is not")
@@ -54,8 +55,10 @@ def check_known(
         taken |= found | arguments_of(cb).keys() | defaults_of(cb).keys()
     for name in hypers:
         if name not in taken:
-            near = difflib.get_close_matches(name, taken, 1)
+            near = difflib.get_close_matches(name, {*taken, *(names.TORCH if common else ())}, 1)
             hint = f"did you mean {near[0]!r}?" if near else "name it among a callback's arguments"
+            if common and name in names.TORCH:
+                hint = f"its name for callbacks is {' and '.join(map(repr, names.TORCH[name]))}"
             raise TypeError(f"no callback takes the {what} {name!r}; {hint}")
 
 
@@ -159,6 +162,10 @@ def as_param_groups(params: Any) -> Any:
 
     A lone tensor is a list of one, as in fastai.
     """
+    if isinstance(params, torch.nn.Module) and not _lists_parameters(params):
+        raise TypeError(
+            f"params are parameters, not a model (a {type(params).__name__}); give model.parameters()"
+        )
     if isinstance(params, torch.Tensor):
         return [params]
     if isinstance(params, Mapping):
@@ -173,6 +180,11 @@ def as_param_groups(params: Any) -> Any:
                 f"group {i} is a {type(p).__name__}, not a list of parameters, while others are lists"
             )
     return [{"params": list(p)} for p in found]
+
+
+def _lists_parameters(module: Any) -> bool:
+    """Whether a module is an iterable of parameters, as a ParameterList is, and not of layers."""
+    return hasattr(module, "__iter__") and not any(isinstance(p, torch.nn.Module) for p in module)
 
 
 def _is_list(p: Any) -> bool:

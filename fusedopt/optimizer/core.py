@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -159,6 +160,8 @@ class Optimizer(FastaiFace):
         if storing.HYPER in hypers:
             self.groups.around = storing.AROUND
         self._engine: Engine | None = None
+        self._anew = threading.RLock()
+        """Of threads that share the optimizer one makes state and binds it. Else each would go on with its own."""
         self._applications = Applications()
         self._captured: list[GraphScalars] = []
         self.gradient_release: GradientRelease | None = None
@@ -247,11 +250,16 @@ class Optimizer(FastaiFace):
 
         Raises:
             TypeError: it is no dict; callbacks that cannot be called.
+            KeyError: it has no ``params``.
             ValueError: a parameter that another group has, or that is complex; an empty list of callbacks; a negative
                 or NaN hyperparameter; ``storage`` where the optimizer has none.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group must be a dict, not {type(param_group).__name__}")
+        if "params" not in param_group:
+            raise KeyError(
+                f"a param group lists its parameters under 'params'; this one has {list(param_group)}"
+            )
         group = {k: v for k, v in param_group.items() if k in names.NO_HYPERS}
         values = self.hyper_map.to_fastai({k: v for k, v in param_group.items() if k not in group})
         theirs = self._take_list(group)
@@ -489,7 +497,14 @@ class Optimizer(FastaiFace):
         elif transforms.active():
             self._step_transformed(self._scaling)
         elif not self.engine.repeat(self._scaling):
-            self._step_anew()
+            waited = not self._anew.acquire(blocking=False)
+            if waited:
+                self._anew.acquire()
+            try:
+                if not (waited and self.engine.repeat(self._scaling)):
+                    self._step_anew()
+            finally:
+                self._anew.release()
 
     @torch.no_grad()
     def _step_anew(self) -> None:

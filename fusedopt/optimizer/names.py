@@ -84,16 +84,25 @@ class HyperNames:
             group[place] = value
 
     def to_fastai(self, hypers: Mapping[str, Any]) -> dict[str, Any]:
-        """Hypers in either vocabulary, in fastai's. Raises TypeError if both spellings disagree."""
+        """Hypers in either vocabulary, in fastai's. Raises TypeError if both spellings disagree, or a tuple is none."""
         out: dict[str, Any] = {}
+        under: dict[str, str] = {}
         for key, value in hypers.items():
             parts = {self.name.get(key, key): value}
             if (key, 0) in self.name:
+                if not isinstance(value, Iterable) or isinstance(value, str):
+                    own = " and ".join(name for place, name in self.name.items() if place[0] == key)
+                    raise TypeError(f"{key} must be a tuple of numbers ({own}), not {value!r}")
                 parts = {self.name[key, i]: v for i, v in enumerate(value)}
             for name, v in parts.items():
                 if name in out and out[name] is not v and out[name] != v:
-                    raise TypeError(f"{name} is given twice: {out[name]!r}, and {v!r} through {key!r}")
-                out[name] = v
+                    # The group's own key stays.
+                    stays, goes = sorted((under[name], key), key=lambda k: k == name)
+                    raise TypeError(
+                        f"{name} is given twice: {out[name]!r} as {under[name]!r} (which may be its default), and "
+                        f"{v!r} as {key!r}. Remedy: {stays!r} alone, without {goes!r}"
+                    )
+                out[name], under[name] = v, key
         return out
 
 
@@ -103,11 +112,14 @@ def plain(value: Any) -> Any:
 
 
 def check(name: str, value: Any) -> None:
-    """Raise ValueError for NaN, and for a negative learning rate, decay, epsilon or momentum."""
+    """Raise ValueError for NaN, and for a negative learning rate, decay, epsilon or momentum; TypeError for text."""
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}")
         value = value.item()
+    others = (str, bytes, dict, slice, complex, *((list, tuple) if name == "lr" else ()))
+    if name in NOT_NEGATIVE and isinstance(value, others):
+        raise TypeError(f"{name} must be a number, not {value!r}")
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"invalid {name}: NaN")
     if isinstance(value, (int, float)) and value < lowest(name):

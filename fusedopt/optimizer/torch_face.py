@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -19,7 +19,11 @@ def _each(value: Any) -> Iterator[Any]:
     """The numbers in a hyperparameter: itself, or those of a slice, list or array (one per param group)."""
     if isinstance(value, slice):
         yield from (v for v in (value.start, value.stop) if v is not None)
-    elif not isinstance(value, Tensor) and hasattr(value, "__iter__") and getattr(value, "ndim", None) != 0:
+    elif (
+        not isinstance(value, (Tensor, str))
+        and hasattr(value, "__iter__")
+        and getattr(value, "ndim", None) != 0
+    ):
         yield from value
     else:
         yield value
@@ -35,11 +39,18 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def check_numbers(**values: Any) -> None:
-    """Raise torch's ValueError for a number below zero, or NaN."""
+    """Raise torch's ValueError for a number below zero, or NaN; TypeError for what is no number."""
     for name, value in values.items():
         for v in _each(value):
-            if not _plain(name, v) >= 0.0:
+            if not _at_least_zero(name, _plain(name, v)):
                 raise ValueError(f"Invalid {_LABELS.get(name, f'{name} value')}: {v}")
+
+
+def _at_least_zero(name: str, v: Any) -> bool:
+    try:
+        return bool(v >= 0.0)
+    except TypeError:
+        raise TypeError(f"{name} must be a number, not {v!r}") from None
 
 
 def check_whole(**values: Any) -> None:
@@ -50,12 +61,14 @@ def check_whole(**values: Any) -> None:
 
 
 def check_betas(betas: tuple[Any, ...], n: int = 2, name: str = "beta") -> tuple[Any, ...]:
-    """All `n` betas as numbers in [0, 1); torch's ValueError for any other."""
+    """All `n` betas as numbers in [0, 1); torch's ValueError for any other, TypeError for what are no numbers."""
+    if not isinstance(betas, Iterable):
+        raise TypeError(f"{name}s must be {('no', 'one', 'two', 'three')[n]} numbers, got {betas!r}")
     plain = tuple(_plain(f"{name}s[{i}]", b) for i, b in enumerate(betas))
     if len(plain) != n:
         raise ValueError(f"{name}s must be {('no', 'one', 'two', 'three')[n]} numbers, got {betas!r}")
     for i, b in enumerate(plain):
-        if not 0.0 <= b < 1.0:
+        if not _at_least_zero(f"{name}s[{i}]", b) or not b < 1.0:
             raise ValueError(f"Invalid {name} parameter at index {i}: {b}")
     return plain
 

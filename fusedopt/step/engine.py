@@ -274,5 +274,8 @@ class Engine:
             states += [(item, work.state) for item, work in copies]
             ran = {i for item, _ in states for i in self.buckets.span_of(item)}
             verdicts.say_idle(
-                dict.fromkeys(k for item, new in states for k in new if k not in item.state), ran
+                dict.fromkeys(k for item, new in states for k in new if k not in item.state),
+                ran,
+                {k for item, new in states for k in (*item.state, *new)},
+                {k for item, _ in states for k in item.hyper},
             )

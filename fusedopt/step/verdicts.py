@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .. import env
-from ..callback import arguments_of, branches, is_temporary, may_take, name_of, place_of, uses_parameter
+from ..callback import (
+    arguments_of,
+    branches,
+    forgets,
+    is_temporary,
+    may_take,
+    name_of,
+    place_of,
+    uses_parameter,
+)
 from ..ir.program import Buffer
 from ..trace.purity import ACTS, READS, VARIES, examine
 from ..trace.signals import Changes, Starts, Untraceable
@@ -58,7 +67,7 @@ class Verdicts:
         self.unseen = {i: verdict.reason for i, verdict in enumerate(found) if verdict.level == ACTS}
         for i, verdict in enumerate(found):
             if verdict.level == ACTS:
-                self._act(i, verdict.reason)
+                self._act(i, verdict.reason, verdict.remedy)
         self._starting: set[Eager] = set()  # which is as it should be
         self.said: set[Any] = set() if said is None else said
         self._moved: set[int] | None = set()
@@ -132,9 +141,11 @@ class Verdicts:
             self._act(i, "it changes a list, dict, set or tensor from outside its arguments")
         raise ActsAfterAll
 
-    def _act(self, i: int, reason: str) -> None:
+    def _act(self, i: int, reason: str, remedy: str = "") -> None:
         where = "" if re.match(r"\S.*:\d+: ", reason) else f"{place_of(self.callbacks[i])}: "
-        self.acts[i] = Eager(name_of(self.callbacks[i]), f"{where}{reason}. Remedy: {ARGUMENTS_ALONE}")
+        self.acts[i] = Eager(
+            name_of(self.callbacks[i]), f"{where}{reason}. Remedy: {remedy or ARGUMENTS_ALONE}"
+        )
 
     # -- what is said --
     def all(self) -> tuple[Eager, ...]:
@@ -162,8 +173,9 @@ class Verdicts:
         if self._moved is not None:
             self._moved |= {*callbacks}
 
-    def say_idle(self, new: Iterable[str], ran: Iterable[int]) -> None:
-        """Warn, after the first step, of callbacks that ``ran`` and did nothing, and of ``new`` state nobody takes."""
+    def say_idle(self, new: Iterable[str], ran: Iterable[int], kept: set[str], hypers: set[str]) -> None:
+        """Warn, after the first step, of callbacks that ``ran`` and did nothing, of ``new`` state nobody takes, and of
+        arguments that are none of what is ``kept``, nor ``hypers``, and look like state that was meant to be."""
         moved, self._moved = self._moved, None
         if moved is None:
             return
@@ -176,18 +188,38 @@ class Verdicts:
                     f"the callback {name_of(callback)} ({place_of(callback)}) changed nothing. A callback changes its "
                     "arguments in place or returns state: p.data.sub_(lr * p.grad), not p = p - lr * p.grad",
                 )
-        for key in new:
-            if is_temporary(key):
-                continue
-            taken = any(may_take(key, cb, True) for cb in (*self.callbacks, *(self.beside or ())))
-            if not key.startswith(STARTED) and not taken:
-                known = {name for cb in self.callbacks for name in arguments_of(cb)}
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f" (is it {near[0]!r}?)" if near else ""
+        strange = [key for key in new if not is_temporary(key) and not self._is_taken(key, hypers)]
+        for i in sorted(ran) if not strange else ():
+            callback = self.callbacks[i]
+            for name in sorted(forgets(callback) - kept - hypers):
                 self.warn(
-                    ("state", key),
-                    f"the state {key!r} is kept, but no callback takes it: name it among the arguments of one{hint}",
+                    ("forgotten", i, name),
+                    f"the callback {name_of(callback)} ({place_of(callback)}) changes its argument {name!r} and does "
+                    f"not return it, so it begins anew in every step. Remedy: return {{{name!r}: {name}}}, which keeps "
+                    "it",
                 )
+
+    def _is_taken(self, key: str, hypers: set[str]) -> bool:
+        """Whether what is kept in the state under this name is handed to a callback. If not, warn of it."""
+        known = {name: i for cb in self.callbacks for i, name in enumerate(arguments_of(cb))}
+        if key in hypers or known.get(key) == 0:
+            whose = "the parameter" if key not in hypers else "the hyperparameter"
+            self.warn(
+                ("state", key),
+                f"the state {key!r} is kept, but {whose} is what callbacks get under this name: return it "
+                "under another",
+            )
+            return False
+        taken = any(may_take(key, cb, True) for cb in (*self.callbacks, *(self.beside or ())))
+        if key.startswith(STARTED) or taken:
+            return True
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f" (is it {near[0]!r}?)" if near else ""
+        text = (
+            f"the state {key!r} is kept, but no callback takes it: name it among the arguments of one{hint}"
+        )
+        self.warn(("state", key), text)
+        return False
 
     def warn(self, once: Any, text: str) -> None:
         """Warn, if this was not said before."""

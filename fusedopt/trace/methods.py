@@ -17,6 +17,7 @@ from .signals import Untraceable
 from .tensor import (
     FLOATS,
     METHODS,
+    SOME_ELEMENTS,
     Shown,
     SymParameter,
     SymTensor,
@@ -359,6 +360,8 @@ def _unsqueeze(x: SymTensor, dim: Any) -> SymTensor:
 def _getitem(x: SymTensor, index: Any) -> SymTensor:
     """All elements, with new dimensions of length 1 where the index is None."""
     parts = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(part, SymTensor) for part in parts):
+        raise Untraceable("some elements are taken, by a mask", SOME_ELEMENTS)
     if any(part is not None and part is not Ellipsis and part != slice(None) for part in parts):
         x._refuse()
     left = list(x.dims)

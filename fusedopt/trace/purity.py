@@ -71,6 +71,7 @@ class Verdict(NamedTuple):
 
     level: Level
     reason: str = ""
+    remedy: str = ""
 
 
 # --
@@ -132,6 +133,9 @@ _RANDOM = {
         "feature_alpha_dropout",
     ),
 }
+DRAWS = (
+    "fusedopt.uniform and fusedopt.normal draw random numbers in kernels (docs/callbacks.md#random-numbers)"
+)
 _OTHER_EFFECTS = {
     *(
         "backward",
@@ -243,6 +247,11 @@ def calls_total(callback: Callable[..., Any]) -> bool:
 class _Acts(Exception):
     """The verdict is ACTS, for this reason."""
 
+    def __init__(self, reason: str, name: str = "") -> None:
+        """``name``: of the function that is called, if it is one whose work kernels could do otherwise."""
+        super().__init__(reason)
+        self.remedy = DRAWS if name.startswith("rand") or name.removesuffix("_") in _RANDOM else ""
+
 
 class _Examination:
     """One examination of a callback: the functions it has been through, and the worst that they do."""
@@ -256,7 +265,7 @@ class _Examination:
         try:
             look(callback)
         except _Acts as acts:
-            return Verdict(ACTS, str(acts))
+            return Verdict(ACTS, str(acts), acts.remedy)
         return Verdict(self.level)
 
     def at_least(self, level: Level) -> None:
@@ -347,7 +356,7 @@ class _Examination:
     def _attribute(self, name: str, where: str) -> None:
         """An attribute of what is an argument, or made from one."""
         if name not in _OF_ARGUMENTS and name not in _NAMES and name not in _MAKERS:
-            raise _Acts(f"{where} uses the attribute .{name}")
+            raise _Acts(f"{where} uses the attribute .{name}", name)
 
     def _attribute_of(self, owner: Any, name: str, where: str) -> Any:
         """The attribute of a thing around the code: a module, a class, an object with plain attributes."""
@@ -355,7 +364,9 @@ class _Examination:
             value = getattr(owner, name, NOTHING)
             if owner in MODULES:
                 if not _is_arithmetic(owner, name, value):
-                    raise _Acts(f"{where} uses {owner.__name__}.{name}, which may do more than arithmetic")
+                    raise _Acts(
+                        f"{where} uses {owner.__name__}.{name}, which may do more than arithmetic", name
+                    )
                 return value if isinstance(value, types.ModuleType) else NOTHING
             value = ... if value is NOTHING else value
             if type(owner) is not types.ModuleType or name not in vars(owner):

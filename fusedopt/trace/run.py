@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..callback import Callback, arguments_of, call, is_temporary
@@ -88,6 +89,7 @@ class Run:
         if isinstance(x, Number) and x.program is self.scalars:
             return self.graph.leaf("slot", x.index)
         x = x.value if isinstance(x, Number) else x  # one kept from an earlier step is a plain number
+        x = x.item() if isinstance(x, np.generic) else x  # which the extension knows
         self.raw += 1
         return self.graph.leaf(
             "slot", self.scalars.entry(("raw", self.callback, tuple(self.taken), self.raw), x)
@@ -259,7 +261,16 @@ class Pass:
         todo: list[tuple[bool, ...]] = [()]
         while todo:
             run = Run(self.graph, self.scalars, self.signature, i, todo.pop(), self.first, calls=self.calls)
-            after = self._one_path(run, callback, dict(cells))
+            try:
+                after = self._one_path(run, callback, dict(cells))
+            except Exception as error:
+                if not run.taken:
+                    raise
+                what = f"{type(error).__name__}{': ' if str(error) else ''}{error}"
+                raise Untraceable(
+                    f"a branch that a tensor decides may end in {what}",
+                    "a kernel raises nothing: ask and raise outside of the callback",
+                ) from error
             taken = tuple(run.taken)
             outcomes[taken] = run, after
             todo += [(*taken[:k], not taken[k]) for k in range(len(run.decisions), len(taken))]
@@ -341,7 +352,10 @@ class Pass:
                 f"the state {key!r} is a tensor not made from the parameter, its gradient or its state"
             )
         if value is not None and not isinstance(value, (Number, int, float, bool, str, Foreign)):
-            raise Untraceable(f"the state {key!r} is a {type(value).__name__}")
+            raise Untraceable(
+                f"the state {key!r} is a {type(value).__name__}",
+                "tensors, numbers, flags and texts of their own names fuse as state",
+            )
         return value
 
 

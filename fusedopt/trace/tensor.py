@@ -8,11 +8,13 @@ all a callback may do to one; anything else raises ``Untraceable``, and the call
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..ir.ops import ELEMENT, TENSOR, axes_of
@@ -169,6 +171,17 @@ class SymTensor:
             raise Untraceable(f"torch.{name} has no fused form")
         return result if out is None else rebind(out, result)
 
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
+        """numpy's numbers leave an operator to tensors, as they do to torch's; its functions know no symbolic ones."""
+        symbol = _OF_NUMPY.get(ufunc.__name__)
+        plain = [a.item() if isinstance(a, (np.generic, np.ndarray)) and a.ndim == 0 else a for a in args]
+        if symbol is None or method != "__call__" or kwargs or any(isinstance(a, np.ndarray) for a in plain):
+            raise Untraceable(
+                f"numpy.{ufunc.__name__} of a tensor",
+                "torch has most of numpy's functions, and what it has fuses",
+            )
+        return symbol(*plain)
+
     # -- what leaves the graph --
     def __bool__(self) -> bool:
         if self.kind != TENSOR:
@@ -187,7 +200,10 @@ class SymTensor:
         """``x[:, None]`` and its like."""
         return called("__getitem__", METHODS["__getitem__"], self, index)
 
-    __float__ = __int__ = __index__ = __len__ = __iter__ = __setitem__ = __format__ = __contains__ = _refuse
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise Untraceable("some elements are written to, by an index or a mask", SOME_ELEMENTS)
+
+    __float__ = __int__ = __index__ = __len__ = __iter__ = __format__ = __contains__ = _refuse
     item = tolist = numpy = _refuse
 
     def __repr__(self) -> str:
@@ -195,6 +211,15 @@ class SymTensor:
 
     def __hash__(self) -> int:
         raise Untraceable("which tensor it is (in a set, as a key) cannot be told of a symbolic one")
+
+
+SOME_ELEMENTS = "torch.where(mask, x, y) over all elements fuses"
+_OF_NUMPY: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv,
+    "power": operator.pow, "greater": operator.gt, "greater_equal": operator.ge, "less": operator.lt,
+    "less_equal": operator.le, "equal": operator.eq, "not_equal": operator.ne,
+}  # fmt: skip
+"""What numpy calls the operators."""
 
 
 def _arguments(args: Any, kwargs: dict[str, Any]) -> list[Any]:
@@ -290,6 +315,8 @@ def lift(run: Run, x: Any) -> SymTensor:
             raise Untraceable(
                 "a tensor from outside the callback's arguments; keep it in the state, or pass a number"
             )
+        x = x.item()
+    if isinstance(x, (np.integer, np.floating)):
         x = x.item()
     if isinstance(x, (Number, int, float)):
         return SymTensor(run, run.slot(x), None)

@@ -283,6 +283,7 @@ def works_in_a_temporary_folder(root, reason):
     with pytest.warns(cache.CacheWarning) as caught:
         entry = get(Builder())
     (text,) = [str(warning.message) for warning in caught]
+    assert caught[0].filename == __file__  # the user's line, not fusedopt's
     assert str(root) in text
     assert reason in text
     assert "Remedy: " in text

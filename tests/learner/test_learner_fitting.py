@@ -220,6 +220,8 @@ def test_three_schedules_leave_no_empty_axes(agg):
 
 def test_a_picture_before_there_is_anything_to_see(agg):
     assert len(make_learner().recorder.plot_loss().lines[0].get_xdata()) == 0
+    with pytest.raises(ValueError, match="fit first"):
+        make_learner().recorder.plot_sched()
 
 
 def test_what_is_scheduled_besides_can_be_drawn(agg):

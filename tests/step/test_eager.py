@@ -100,7 +100,7 @@ def sort(p, lr, **kwargs):
 
 
 CANNOT = {
-    masked: "is no operand",
+    masked: "some elements are taken, by a mask",
     item: "read on the host",
     to_numpy: "read on the host",
     branch_on_an_element: "read on the host",

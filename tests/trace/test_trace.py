@@ -589,8 +589,9 @@ UNTRACEABLE = {
     "branch on elements": ("if p.grad > 0:\n    p.data.add_(1)", "a branch on element values"),
     "min of elements": ("p.data.mul_(min(lr, p.grad))", "a branch on element values"),
     "index": ("p.data.add_(p.grad[0])", "indexing"),
-    "slice": ("p.data[1:] = 0", "indexing"),
-    "mask index": ("p.data[p.grad > 0] = 0", "indexing"),
+    "slice": ("p.data[1:] = 0", "some elements are written to"),
+    "mask index": ("p.data[p.grad > 0] = 0", "some elements are written to"),
+    "elements by a mask": ("p.data.add_(p.grad[p.grad > 0].sum())", "some elements are taken"),
     "len": ("len(p.grad)", "read on the host"),
     "iteration": ("for g in p.grad:\n    pass", "read on the host"),
     "item": ("p.data.mul_(p.grad.norm().item())", "item"),
@@ -615,6 +616,11 @@ UNTRACEABLE = {
     "state from outside": ("return {'m': torch.zeros(3)}", "not made from the parameter"),
     "elements into a 0-d tensor": ("p.grad.norm().add_(p.grad)", "does not fit the 0-d tensor"),
     "setting an attribute": ("p.requires_grad = False", r"setting \.requires_grad"),
+    "a function of numpy's": ("p.data.add_(np.sign(p.grad))", r"numpy\.sign of a tensor"),
+    "an assertion about elements": (
+        "assert p.grad.isfinite().all()",
+        "a branch that a tensor decides may end in AssertionError",
+    ),
     "something else as operand": ("p.data.add_('x')", "str is no operand"),
 }
 

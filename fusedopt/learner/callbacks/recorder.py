@@ -162,11 +162,13 @@ class Recorder(Callback):
     def plot_sched(self, keys: Sequence[str] | str | None = None, figsize: Any = None) -> list[Any]:
         """Draw hyperparameters over batches: ``keys``, or all that were recorded. Returns a list of Axes.
 
-        ``figsize``: the figure's, in inches.
+        ``figsize``: the figure's, in inches. Raises ValueError if there are none.
         """
         import matplotlib.pyplot as plt
 
         keys = [keys] if isinstance(keys, str) else list(keys or (k for k, v in self.hps.items() if v))
+        if not keys:
+            raise ValueError("no hyperparameters are recorded yet; fit first")
         columns = min(2, len(keys))
         rows = (len(keys) + 1) // 2
         size = figsize or (6 * columns, 4 * rows)
