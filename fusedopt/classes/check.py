@@ -17,6 +17,7 @@ from ..step.items import Item
 from ..step.scaling import Scaling
 from ..step.sharded import gathered, here, is_dtensor, looks_at_all
 from ..trace.signals import Untraceable
+from ..trace.signature import PLAIN
 from ..trace.totals import SUM, TOTAL, Total
 from ..trace.tracer import Trace
 from .shadow import Path, Shadow
@@ -60,6 +61,7 @@ class Copies:
 
     def _add(self, opt: torch.optim.Optimizer, p: torch.Tensor) -> None:
         copy = torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        vars(copy).update((k, v) for k, v in vars(p).items() if isinstance(v, PLAIN))
         self.tensors[id(p)] = copy
         if p.grad is not None:
             copy.grad = self.tensors[id(p.grad)] = _times(p.grad.detach(), self._factor)

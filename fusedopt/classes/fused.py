@@ -43,6 +43,7 @@ RETRACES = 3
 """Steps in a row that have to be traced anew, or that have no trace, after which none is tried any more."""
 KINDS = 12
 """The same where each has gradients of other kinds of parameters, of which there are only so many."""
+UNKNOWN = "it was not traced yet: the first step makes the class's state, and the second one is. Remedy: take two steps"
 REMEDY = "nothing is wrong, it is as fast as without fusedopt; docs/classes.md says what fuses"
 
 Opt = TypeVar("Opt", bound=torch.optim.Optimizer)
@@ -251,7 +252,8 @@ class Fused:
     def explain(self, opt: torch.optim.Optimizer) -> Explanation:
         """What a step does: stages, launches, bytes; what was compiled and why; what runs as it was written and why."""
         name = f"{type(opt).__name__}.step"
-        eager = (Eager(name, self.reason),) if self.reason else ()
+        reason = self.reason or ("" if self.engine.launched else UNKNOWN)
+        eager = (Eager(name, reason),) if reason else ()
         found = explanation(
             self.engine,
             type(opt).__name__,
@@ -457,7 +459,7 @@ def fuse(
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, or None to clip nothing; it is {max_grad_norm}")
     if not isinstance(opt, torch.optim.Optimizer):
-        if not callable(opt):
+        if not callable(opt) or isinstance(opt, torch.nn.Module):
             raise TypeError(
                 "fuse() takes a torch.optim.Optimizer, or a class or function that makes one; this is a "
                 f"{type(opt).__name__}"

@@ -1098,3 +1098,17 @@ def test_casts_by_the_old_names_of_types(dtype):
             opt.step()
         made.append(p.detach())
     assert torch.equal(*made) and not opt.explain().eager
+
+
+def test_before_its_first_steps_it_says_so():
+    opt = fusedopt.fuse(torch.optim.SGD([p := torch.nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9))
+    assert "was not traced yet" in opt.explain().eager[0].reason
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        opt.step()
+    assert not opt.explain().eager
+
+
+def test_a_model_is_no_optimizer():
+    with pytest.raises(TypeError, match=r"takes a torch.optim.Optimizer.*this is a Linear"):
+        fusedopt.fuse(torch.nn.Linear(2, 2))
