@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 import statistics
 import time
 from collections import deque
@@ -21,15 +22,20 @@ STEPS, ROUNDS = 10, 40
 
 
 class Run:
-    """An optimizer, made of new parameters by ``make``, and its steps. Runs of equal shapes get the same gradients, but
-    for the last bit if they are ``nudged``."""
+    """An optimizer, made of new parameters by ``make``, and its steps. Runs of equal shapes get the same gradients, in
+    this dtype."""
 
     def __init__(
-        self, make: Callable, shapes: Sequence, closure: bool, fused: bool, nudged: bool = False
+        self,
+        make: Callable,
+        shapes: Sequence,
+        closure: bool,
+        fused: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.nudged = nudged
+        self.dtype = dtype
         torch.manual_seed(0)
-        self.params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        self.params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
         self.opt: Any = make(self.params)
         if callable(getattr(self.opt, "train", None)):  # the schedule-free ones
             self.opt.train()
@@ -46,9 +52,7 @@ class Run:
         """The gradients and rates of step ``t``, of which the first parameter's gradient may be missing."""
         gen = torch.Generator().manual_seed(t)
         for p in self.params:
-            p.grad = torch.randn(p.shape, generator=gen)
-            if self.nudged:
-                p.grad = torch.nextafter(p.grad, torch.full_like(p.grad, math.inf))
+            p.grad = torch.randn(p.shape, generator=gen).to(self.dtype)
         if t in missing:
             self.params[0].grad = None
         for group in self.opt.param_groups:
@@ -81,6 +85,11 @@ def leaves(x: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     else:
         value = x if isinstance(x, int | float) else 0.0
         yield f"{path}: {type(x).__name__}", torch.tensor(value, dtype=torch.float64)
+
+
+def without_dtypes(seen: dict[str, Any]) -> dict[str, Any]:
+    """What there is after a step, by paths that name no dtypes."""
+    return {re.sub(r"torch\.float\d+", "float", path): value for path, value in seen.items()}
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:

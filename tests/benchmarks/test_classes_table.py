@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import pytorch_optimizer
 import torch
 import torch_optimizer
 
@@ -42,6 +43,14 @@ def test_a_class_that_fuses_is_complete():
     row = classes.examine(torch.optim.Adagrad)
     assert row.verdict == "complete" and row.why == "" and row.launches > 0
     assert row.difference < 1e-6 and row.ratio > 0
+
+
+def test_a_class_that_is_not_exact_itself_may_be_as_far_off(monkeypatch):
+    """It takes the difference of two norms that are nearly the same."""
+    row = classes.examine(pytorch_optimizer.ASGD)
+    assert row.verdict == "complete" and row.difference > classes.ROUNDING and "float64" in row.why
+    monkeypatch.setattr(classes, "_inexact", lambda *_: 0.0)
+    assert classes.examine(pytorch_optimizer.ASGD).verdict == "differs"
 
 
 @pytest.mark.filterwarnings("ignore:fusedopt. .* runs as it was written")
