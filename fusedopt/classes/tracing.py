@@ -161,20 +161,23 @@ class Representative:
         self.put[name] = made(SymTensor(self.run, decoded.node, stored.dtype), meta_of(stored))
         return Code(policy, keys, nodes, place(self.put[name]).node)
 
+    def _draws(self, name: str) -> Number:
+        key = f"{name}:{DRAWS}"
+        return self.scalars.number(("state", self.index, key), self.item.state[key])
+
     def _encoded(self, name: str, value: Symbolic, taken: dict[Any, Any]) -> dict[str, Any]:
         """What is stored of what the step leaves under this name."""
         policy, keys, nodes, before = self.codes[name]
         node = self._left(name, value, taken).node
-        bits, draws = None, self.item.state.get(f"{name}:{DRAWS}")
-        cells: dict[str, Any] = {}
-        if draws is not None:
-            count = self.scalars.number(("state", self.index, f"{name}:{DRAWS}"), draws)
-            cells[f"{name}:{DRAWS}"] = operate("add", count, 1)
+        bits, cells = None, dict[str, Any]()
+        if policy.noisy:
+            cells[f"{name}:{DRAWS}"] = operate("add", self._draws(name), 1)
         if node == before:
             return cells | {key: Cell(n, torch.float32) for key, n in zip(keys, nodes, strict=True)}
-        if draws is not None:
-            stream = list(self.codes).index(name)
-            bits = noise(SymTensor(self.run, nodes[0], torch.float32), seed=0, step=count, stream=stream)
+        if policy.noisy:  # all state by one count: as other numbers of one draw, which gives several
+            names = [k for k, code in self.codes.items() if code.policy.noisy]
+            like, step = SymTensor(self.run, nodes[0], torch.float32), self._draws(names[0])
+            bits = noise(like, seed=0, step=step, stream=names.index(name))
         parts = encoded(policy, SymTensor(self.run, node, torch.float32), bits)
         stored = zip(keys, parts, dtypes(policy), strict=True)
         return cells | {key: Cell(part.node, dtype) for key, part, dtype in stored}
