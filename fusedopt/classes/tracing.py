@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -156,10 +157,20 @@ class Representative:
         code, *rest = (SymTensor(self.run, node, torch.float32) for node in nodes)
         if self.run.compute != torch.float32:
             raise Untraceable(f"storage of the state {name!r}, where float64 is computed with")
-        decoded = policy.decode(code, *rest)
-        decoded = decoded if stored.dtype == torch.float32 else rounded(decoded, stored.dtype)
+        with self._said(f"decode {name} as {stored.policy}"):
+            decoded = policy.decode(code, *rest)
+            decoded = decoded if stored.dtype == torch.float32 else rounded(decoded, stored.dtype)
         self.put[name] = made(SymTensor(self.run, decoded.node, stored.dtype), meta_of(stored))
         return Code(policy, keys, nodes, place(self.put[name]).node)
+
+    @contextmanager
+    def _said(self, what: str) -> Iterator[None]:
+        """What comments say of the values that are made meanwhile, in place of a line of the class."""
+        vars(self.run)["where"] = lambda: what
+        try:
+            yield
+        finally:
+            del vars(self.run)["where"]
 
     def _draws(self, name: str) -> Number:
         key = f"{name}:{DRAWS}"
@@ -174,11 +185,15 @@ class Representative:
             cells[f"{name}:{DRAWS}"] = operate("add", self._draws(name), 1)
         if node == before:
             return cells | {key: Cell(n, torch.float32) for key, n in zip(keys, nodes, strict=True)}
-        if policy.noisy:  # all state by one count: as other numbers of one draw, which gives several
-            names = [k for k, code in self.codes.items() if code.policy.noisy]
-            like, step = SymTensor(self.run, nodes[0], torch.float32), self._draws(names[0])
-            bits = noise(like, seed=0, step=step, stream=names.index(name))
-        parts = encoded(policy, SymTensor(self.run, node, torch.float32), bits)
+        with self._said(f"encode {name}"):
+            if (
+                policy.noisy
+            ):  # all state by one seed and count: as other numbers of one draw, which gives several
+                names = [k for k, code in self.codes.items() if code.policy.noisy]
+                like, seed = SymTensor(self.run, nodes[0], torch.float32), self.scalars.constant(0.0)
+                numbers = {"seed": Number(self.scalars, seed, 0.0), "step": self._draws(names[0])}
+                bits = noise(like, **numbers, stream=names.index(name))
+            parts = encoded(policy, SymTensor(self.run, node, torch.float32), bits)
         stored = zip(keys, parts, dtypes(policy), strict=True)
         return cells | {key: Cell(part.node, dtype) for key, part, dtype in stored}
 

@@ -403,3 +403,17 @@ def test_presets_are_for_float32_parameters_too():
     opt, ps = fused("balanced")
     steps(opt, ps)
     assert "exp_avg 2.00" in opt.explain().held
+
+
+def test_the_source_says_what_is_decoded_and_encoded_and_draws_once():
+    opt, ps = fused("bfloat16_sr")
+    steps(opt, ps, 3)
+    source = opt.kernel_source()
+    assert "// encode exp_avg_sq" in source and "noise<1>" in source
+    seeds = {
+        line.split("drawing(")[1].split(", 0")[0] for line in source.splitlines() if " drawing(d" in line
+    }
+    assert len(seeds) == 1  # one draw gives numbers for both
+    opt, ps = fused("int8")
+    steps(opt, ps, 3)
+    assert "// decode exp_avg as int8" in opt.kernel_source()
