@@ -279,18 +279,23 @@ class Blocks(Body):
     def _expression(self, i: int, v: Value) -> str:
         kind = v.kind
         if self.split.given(i) and i not in self.reductions and i not in self.making:
-            source = self.program.values[v.args[0]].kind if v.op in self._averaged else kind
-            gone = "".join(
-                a
-                for a in axes_of(source, self.program.all_axes)
-                if a not in axes_of(kind, self.program.all_axes)
-            )
-            scale = f" / double({self._count(gone)})" if gone else ""
+            gone = self._gone(i)
             number = self.one(i) if kind == TENSOR else f"{self._q(i)}[{self._place(kind)}]"
-            return f"T({number}{scale})"
+            return f"T({self.quotient(number, gone) if gone else number})"
         if v.op == "load" and is_partial(kind):
             return f"load<T>({identifier(v.attr)}, {self._place(kind)})"
         return super()._expression(i, v)
+
+    def quotient(self, number: str, count: str) -> str:
+        """A sum over how many numbers it is of."""
+        return f"{number} / double({count})"
+
+    def _gone(self, i: int) -> str:
+        """How many numbers a result of earlier loops is the mean of, "" if it is none."""
+        v, axes = self.program.values[i], self.program.all_axes
+        source = self.program.values[v.args[0]].kind if v.op in self._averaged else v.kind
+        gone = "".join(a for a in axes_of(source, axes) if a not in axes_of(v.kind, axes))
+        return self._count(gone) if gone else ""
 
     @property
     def _averaged(self) -> set[str]:
