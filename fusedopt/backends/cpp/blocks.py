@@ -282,26 +282,27 @@ class Blocks(blocks.Blocks):
         values = self.program.values
         inner = [self._line(i) for i in self._varying(self._roots(stage, kept))]
         before, after = [], []
+        added: dict[tuple[str, int], int] = {}
         for i in stage.reductions:
-            if self.tiled and i in self.reductions:
-                inner.append(f"y{i}[c][k] = {self.name(values[i].args[0])};")
+            v, whole = values[i], i in self.reductions
+            arg, along = self.name(v.args[0]), whole or self._along_line(v.kind)
+            apart = self.tiled and self._is_apart(i)
+            if apart and along:
+                inner.append(f"y{i}[c][k] = {arg};")
                 continue
-            at = f"{self._q(i)}[{self._place(values[i].kind)}]" if i not in self.reductions else ""
-            if self.tiled and self._of_run(i):
-                if self._along_line(values[i].kind):
-                    inner.append(f"y{i}[c][k] = {self.name(values[i].args[0])};")
-                    continue
+            if whole:
+                inner.append(self._added(i))
+                continue
+            at = f"{self._q(i)}[{self._place(v.kind)}]"
+            if along:
+                inner.append(f"{at} = {v.op}_::join({at}, {arg});")
+                continue
+            # What a line comes to is the same for all that it goes to.
+            if added.setdefault((v.op, v.args[0]), i) == i:
                 before.append(self._accumulator(i))
                 inner.append(self._added(i))
-                after.append(f"y{i}[0][k] = {self.total(i)};")
-                continue
-            if at and self._along_line(values[i].kind):
-                inner.append(f"{at} = {values[i].op}_::join({at}, {self.name(values[i].args[0])});")
-                continue
-            inner.append(self._added(i))
-            if at:
-                before.append(self._accumulator(i))
-                after.append(f"{at} = {values[i].op}_::join({at}, {self.total(i)});")
+            total = self.total(added[v.op, v.args[0]])
+            after.append(f"y{i}[0][k] = {total};" if apart else f"{at} = {v.op}_::join({at}, {total});")
         inner += [f"{self._q(i)}[{self._place(values[i].kind)}] = double({self.name(i)});" for i in kept]
         for n, i in stage.stores:
             kind = self.program.buffer[n].kind
