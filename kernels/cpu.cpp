@@ -194,13 +194,16 @@ inline T float16_at_random(T x, T noise) {
 }
 
 // -- torch's rules for NaN --
+// The larger one is one instruction, and whether there is a NaN is foreseen: of numbers in no order the other is not.
 template <class T>
 inline T maximum(T a, T b) {
-  return (a > b || a != a) ? a : b;
+  const T larger = a > b ? a : b;
+  return a != a ? a : larger;
 }
 template <class T>
 inline T minimum(T a, T b) {
-  return (a < b || a != a) ? a : b;
+  const T smaller = a < b ? a : b;
+  return a != a ? a : smaller;
 }
 // Floats that are not negative have the order of their bits, NaN is the largest: for those there are vectors.
 inline double absmax(double a, double b) { return maximum(__builtin_fabs(a), __builtin_fabs(b)); }
