@@ -436,6 +436,30 @@ inline void join_chunks(const Launch& launch, Row row, int k, int64_t result, in
     }                                                                                                              \
   }
 
+// How many elements each place along the first axis has, if chunks have all of them: then nobody else has a part of what
+// is made of them, and a chunk goes on while it is in cache. 0 if they do not.
+inline int64_t whole_places(const Launch& launch, Row row, int64_t n0) {
+  const int64_t each = row.numel() / n0;
+  return launch.chunks[row.words[2] * launch.chunk_words + 2] % each ? 0 : each;
+}
+
+// Stage k, unless chunks have gone on to it already; of the row's words, one says how long the first axis is.
+#define FUSEDOPT_CHUNKS(k, follows, word)                                                                          \
+  extern "C" void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                           \
+    for (int64_t c = begin; c < end; ++c) {                                                                        \
+      const Row row{launch->rows + launch->chunks[c * launch->chunk_words] * launch->row_words};                   \
+      if (!follows || !whole_places(*launch, row, row.words[word])) chunk_##k(*launch, row, c);                    \
+    }                                                                                                              \
+  }
+
+#define FUSEDOPT_PLACES(k, word)                                                                                   \
+  extern "C" void fusedopt_before_##k(const Launch* launch, int64_t begin, int64_t end) {                          \
+    for (int64_t r = begin; r < end; ++r) {                                                                        \
+      const Row row{launch->rows + r * launch->row_words};                                                         \
+      if (row.numel() > 0 && !whole_places(*launch, row, row.words[word])) before_##k(*launch, row, 0, row.words[word]); \
+    }                                                                                                              \
+  }
+
 #define FUSEDOPT_BETWEEN(k)                                                                                        \
   extern "C" void fusedopt_before_##k(const Launch* launch, int64_t begin, int64_t end) {                          \
     for (int64_t r = begin; r < end; ++r) {                                                                        \

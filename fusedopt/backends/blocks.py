@@ -107,17 +107,19 @@ class Blocks(Body):
             if skip is None
             else [*self._uniform(self.split.needed([skip]), done), f"if ({self.name(skip)}) return;"]
         )
-        body = [
-            *early,
-            *self._between(schedule(self.program).between[-1], done),
-            *self._uniform(stage.values, done),
-        ]
+        before, nests = self.after(schedule(self.program).between[-1], early, done)
+        body = [*early, *nests, *self._uniform(stage.values, done)]
         return [
+            *before,
             f"{self.qualifiers} void scalars([[maybe_unused]] const Launch& launch, const Row row) {{",
             *indent([*self._lengths(), *body, *self._scalar_stores(stage.stores)]),
             "}",
             "FUSEDOPT_SCALARS",
         ]
+
+    def after(self, between: Between, early: Sequence[str], done: set[int]) -> tuple[list[str], list[str]]:
+        """What is done after all stages: a function that others call too, if there is one, and what is done here."""
+        return [], self._between(between, done)
 
     def _between(self, between: Between, done: set[int]) -> list[str]:
         lines = list(map(self.joined, between.joined))

@@ -296,7 +296,7 @@ SHORT = [
 @pytest.mark.parametrize("chunk", [chunking.CHUNK, 600])
 @pytest.mark.parametrize("name", TILED)
 def test_tiles_of_short_lines_have_the_bits_of_one_line_after_another(name, chunk, monkeypatch):
-    """Also where a chunk begins inside of a run of lines, and whatever the number of threads."""
+    """Also where chunks begin inside of runs, or go on to the next stage, and whatever the number of threads."""
     program = TILED[name]
     monkeypatch.setattr(chunking, "CHUNK", chunk)
     chunking.blocks.cache_clear()
@@ -313,11 +313,37 @@ def test_tiles_of_short_lines_have_the_bits_of_one_line_after_another(name, chun
     assert "== tiled)" in cpp.render(program)
     rendered = cpp.render
     monkeypatch.setattr(cpp, "render", lambda *args: rendered(*args).replace("== tiled)", "== -1)"))
+    monkeypatch.setattr(
+        cpu, "skeleton", lambda name: skeleton(name).replace("% each ? 0 : each", "% each ? 0 : 0")
+    )
     monkeypatch.setattr(backends.get("cpp"), "_kernels", {})
     plain = results(1)
     chunking.blocks.cache_clear()
     for other in found:
         assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(plain, other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(200, 3, 3), (2, 40_001, 3)])
+def test_a_step_that_is_skipped_leaves_all_state_also_where_chunks_go_on(shape):
+    """Of chunks with whole batches, and of ones that share them."""
+
+    whole = build(3, factored, param="F", grad="F", row="01", col="02")
+    g = Graph("012")
+    kinds = {"param": "F", "grad": "F", "row": "01", "col": "02", "found": "S"}
+    names = {n: n if n in ("param", "grad") else f"state.{n}" for n in kinds}
+    loads = {n: g.leaf("load", names[n], kind=kind) for n, kind in kinds.items()}
+    stores = tuple((names[n], i) for n, i in factored(g, loads).items())
+    skip = g.op("ne", loads["found"], g.leaf("const", 0.0))
+    buffers = tuple((names[n], Buffer(F32, kind)) for n, kind in kinds.items())
+    program = optimize(Program(F32, buffers, tuple(g.values), stores, 1, skip=skip, axes=3))
+    given = tensors(program, shape, 0)
+    for found in (0.0, 1.0):
+        row = {n: t.clone() for n, t in given.items()} | {"state.found": torch.full((), found)}
+        run(program, [row], [shape])
+        wanted = {n: t.clone() for n, t in given.items() if n != "state.found"}
+        if not found:
+            run(whole, [wanted], [shape])
+        assert all(torch.equal(row[n], t) for n, t in wanted.items())
 
 
 def test_quotients_by_lengths_are_rounded_as_divisions(tmp_path):

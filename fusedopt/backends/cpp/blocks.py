@@ -7,8 +7,9 @@ from itertools import pairwise
 
 from ...ir.ops import ELEMENT, TENSOR, axes_of, reduction
 from ...ir.program import Value, identifier
-from ...ir.stages import Nest, Stage, regions
+from ...ir.stages import Between, Nest, Stage, regions, schedule
 from .. import blocks
+from ..base import HEAD
 from ..c_family import indent
 
 
@@ -23,6 +24,93 @@ class Blocks(blocks.Blocks):
     """Whether the places of a loop between stages are gone over in one line."""
     tiled = False
     """Whether many short lines are gone over at a time: ``k`` is which of them, ``c`` a place in each."""
+
+    placed = False
+    """Whether what is written is for places ``from`` up to ``to`` along the first axis."""
+
+    # -- chunks that go on --
+    def _goes_on(self, k: int) -> bool:
+        """Whether a chunk that has all of each of its places along the first axis can go on to what comes before stage
+        k, and to that: it has made all that they need. After the last stage, to what comes then."""
+        found, values = schedule(self.program), self.program.values
+        if (
+            k == 0
+            or len(self.program.all_axes) == 2
+            or set(found.stages[k - 1].reductions) & set(self.reductions)
+        ):
+            return False
+        nests = found.between[k].nests
+        made = [*found.between[k].joined, *(i for nest in nests for i in nest.reductions)]
+        kinds = [*(values[i].kind for i in made), *(nest.kind for nest in nests)]
+        return bool(kinds) and all(kind.startswith(self.program.all_axes[0]) for kind in kinds)
+
+    def stage(self, k: int, stage: Stage) -> list[str]:
+        lines, goes_on, follows = super().stage(k, stage), self._goes_on(k + 1), self._goes_on(k)
+        if not goes_on and not follows:
+            return lines
+        last = k + 1 == len(schedule(self.program).stages)
+        then = f"before_{k + 1}(launch, row, chunk[1] / each, chunk[2] / each);"
+        more = [
+            f"if (const int64_t each = whole_places(launch, row, row.words[{self._first_length}])) {{",
+            *indent([then, "" if last else f"chunk_{k + 1}(launch, row, c);"]),
+            "}",
+        ]
+        parts = "launch.partials + c * launch.n_reductions, chunk + chunk_words"
+        later = [
+            f"static void before_{k + 1}(const Launch& launch, const Row row, int64_t from, int64_t to);",
+            "" if last else f"static void chunk_{k + 1}(const Launch& launch, const Row row, int64_t c);",
+        ]
+        return [
+            *lines[:-1],
+            *(filter(None, later) if goes_on else []),
+            f"static void chunk_{k}(const Launch& launch, const Row row, int64_t c) {{",
+            *indent(["const int64_t* chunk = launch.chunks + c * launch.chunk_words;"]),
+            *indent([f"stage_{k}(launch, row, chunk[1], chunk[2], {parts});", *(more if goes_on else [])]),
+            "}",
+            f"FUSEDOPT_CHUNKS({k}, {str(follows).lower()}, {self._first_length})",
+        ]
+
+    def between(self, k: int, between: Between) -> list[str]:
+        if not self._goes_on(k):
+            return super().between(k, between)
+        return [*self._before(k, [], between, set()), f"FUSEDOPT_PLACES({k}, {self._first_length})"]
+
+    def _before(self, k: int, early: Sequence[str], between: Between, done: set[int]) -> list[str]:
+        self.placed = True
+        body = [*self._lengths(), *early, *self._between(between, done)]
+        self.placed = False
+        head = f"static void before_{k}("
+        return [
+            f"{head}[[maybe_unused]] const Launch& launch, const Row row,",
+            f"{' ' * len(head)}[[maybe_unused]] int64_t from, [[maybe_unused]] int64_t to) {{",
+            *indent(body),
+            "}",
+        ]
+
+    def after(self, between: Between, early: Sequence[str], done: set[int]) -> tuple[list[str], list[str]]:
+        k = len(schedule(self.program).stages)
+        if not self._goes_on(k):
+            return super().after(between, early, done)
+        word = f"row.words[{self._first_length}]"
+        call = f"if (!whole_places(launch, row, {word})) before_{k}(launch, row, 0, {word});"
+        return self._before(k, early, between, {*done}), [call]
+
+    @property
+    def _first_length(self) -> int:
+        """Which word of a row says how long the first axis is."""
+        return HEAD + len(self.program.buffers)
+
+    def _lengths(self) -> list[str]:
+        lines = super()._lengths()
+        return ["[[maybe_unused]] const int64_t n0 = to - from;", *lines[1:]] if self.placed else lines
+
+    def _from(self, kind: str) -> str:
+        """What there is of a kind before the places that this is for."""
+        lengths = "".join(f" * n{a}" for a in kind[1:])
+        return f" + from{lengths}" if self.placed and kind.startswith(self.program.all_axes[0]) else ""
+
+    def pointer(self, name: str, type_: str) -> str:
+        return super().pointer(name, type_) + self._from(self.program.buffer[name].kind)
 
     def chunk(self, stage: Stage) -> list[str]:
         mine = regions(self.program, stage)
@@ -330,7 +418,7 @@ class Blocks(blocks.Blocks):
 
     # -- results --
     def result(self, i: int) -> str:
-        return f"launch.results + row.words[{self._word(i)}]"
+        return f"launch.results + row.words[{self._word(i)}]" + self._from(self.program.values[i].kind)
 
     def one(self, i: int) -> str:
         return f"launch.results[row.words[{self._word(i)}]]"
