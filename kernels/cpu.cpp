@@ -311,7 +311,7 @@ inline double quotient(double x, int64_t n) {
 // Lines of three numbers, as a convolution's weights have them, are gone over many at a time, so that there are vectors
 // across them: a tile. What several lines have in common is spread to each before, and what they make together is
 // collected after, in the order of the lines.
-constexpr int64_t tile = 96, tiled = 3;  // lines, and how long they are
+constexpr int64_t tile = 48, tiled = 3;  // lines, and how long they are
 
 template <class X, class E>
 inline X averaged(const E* p, int64_t i, Fixed<1>) {
