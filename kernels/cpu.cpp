@@ -194,13 +194,16 @@ inline T float16_at_random(T x, T noise) {
 }
 
 // -- torch's rules for NaN --
+// The larger one is one instruction, and whether there is a NaN is foreseen: of numbers in no order the other is not.
 template <class T>
 inline T maximum(T a, T b) {
-  return (a > b || a != a) ? a : b;
+  const T larger = a > b ? a : b;
+  return a != a ? a : larger;
 }
 template <class T>
 inline T minimum(T a, T b) {
-  return (a < b || a != a) ? a : b;
+  const T smaller = a < b ? a : b;
+  return a != a ? a : smaller;
 }
 // Floats that are not negative have the order of their bits, NaN is the largest: for those there are vectors.
 inline double absmax(double a, double b) { return maximum(__builtin_fabs(a), __builtin_fabs(b)); }
@@ -226,18 +229,19 @@ inline T sign(T a) {
     static X join_as(X a, X b) { return joined; }             \
   };
 
-// A fixed number of accumulators, whatever the machine's vectors: the result is the same everywhere.
-template <class R>
+// A fixed number of accumulators, whatever the machine's vectors: the result is the same everywhere. A line that is known
+// to be shorter has as many as it uses.
+template <class R, int count = lanes>
 struct Lanes {
-  double lane[lanes];
+  double lane[count];
   Lanes() {
     for (double& x : lane) x = R::init;
   }
   inline void add(int k, double x) { lane[k] = R::join(lane[k], x); }
-  double total() const { return total(lanes); }
+  double total() const { return total(count); }
   double total(int64_t used) const {  // by a line of this many numbers
     double x = R::init;
-    for (int k = 0; k < lanes && k < used; ++k) x = R::join(x, lane[k]);
+    for (int k = 0; k < count && k < used; ++k) x = R::join(x, lane[k]);
     return x;
   }
 };
@@ -257,6 +261,15 @@ inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end,
 template <int64_t n, class E>
 inline void fetch(const E* p) {
   for (int64_t k = 0; k < n; k += 64 / int64_t(sizeof(E))) __builtin_prefetch(p + k);
+}
+#define FUSEDOPT_ONCE __attribute__((noinline))  // or compilers work on it wherever it is called
+[[maybe_unused]] static FUSEDOPT_ONCE void fetch_bytes(const char* p, int64_t n) {
+  for (int64_t k = 0; k < n; k += 64) __builtin_prefetch(p + k);
+  asm volatile("");  // or compilers think that calls do nothing
+}
+template <class E>
+inline void fetch(const E* p, int64_t n) {
+  fetch_bytes(reinterpret_cast<const char*>(p), n * int64_t(sizeof(E)));
 }
 template <class F, class... E>
 inline __attribute__((always_inline)) void for_blocks(int64_t begin, int64_t end, const F& element, const E*... buffers) {
@@ -279,6 +292,77 @@ template <class F>
 inline __attribute__((always_inline)) void with_length(int64_t n, const F& lines) {
   if (n == 3) lines(Fixed<3>{});
   else lines(n);
+}
+
+// x / n, for a whole number n from 1 up to 2^50 and an x that is not -0. Divisions take a processor long. The reciprocal is
+// made once; multiplied by it, x may be a last digit or two beside the quotient, but what is left of x then is known
+// exactly, and with it the quotient is rounded as division does it (Markstein, "Computation of elementary functions on
+// the IBM RISC System/6000 processor", 1990): no quotient is as close to the middle of two doubles as to be mistaken.
+inline double quotient(double x, int64_t n) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const double inverse = 1.0 / double(n), near = x * inverse;
+  const double exact = __builtin_fma(__builtin_fma(-near, double(n), x), inverse, near);
+  return exact == exact ? exact : near;  // of an infinity nothing is left
+#else
+  return x / double(n);
+#endif
+}
+
+// Lines of three numbers, as a convolution's weights have them, are gone over many at a time, so that there are vectors
+// across them: a tile. What several lines have in common is spread to each before, and what they make together is
+// collected after, in the order of the lines.
+constexpr int64_t tile = 48, tiled = 3;  // lines, and how long they are
+
+template <class X, class E>
+inline X averaged(const E* p, int64_t i, Fixed<1>) {
+  return load<X>(p, i);
+}
+template <class X>
+inline X averaged(const double* p, int64_t i, int64_t n) {
+  return X(quotient(p[i], n));
+}
+// Of each run of n lines there are m numbers, one over the length of what they are the means of.
+template <int64_t m, class X, class E, class N>
+static FUSEDOPT_ONCE void spread(X (*to)[tile], const E* from, int64_t line, int64_t n, N length) {
+  int64_t run = line / n, at = line % n;
+  fetch(from + run * m + ahead, tile / tiled * m);
+  if (n == tiled && at == 0) {
+    FUSEDOPT_INDEPENDENT
+    for (int64_t r = 0; r < tile / tiled; ++r)
+      for (int c = 0; c < m; ++c) {
+        const X x = averaged<X>(from, (run + r) * m + c, length);
+        for (int k = 0; k < tiled; ++k) to[c][r * tiled + k] = x;
+      }
+    return;
+  }
+  for (int64_t k = 0; k < tile; ++k) {
+    for (int c = 0; c < m; ++c) to[c][k] = averaged<X>(from, run * m + c, length);
+    if (++at == n) at = 0, ++run;
+  }
+}
+template <class R, int64_t m>
+static FUSEDOPT_ONCE void collect(double* __restrict to, const double (*from)[tile], int64_t line, int64_t n) {
+  int64_t run = line / n, at = line % n;
+  fetch(to + run * m + ahead, tile / tiled * m);
+  if (n == tiled && at == 0) {
+    FUSEDOPT_INDEPENDENT
+    for (int64_t r = 0; r < tile / tiled; ++r)
+      for (int c = 0; c < m; ++c) {
+        double x = to[(run + r) * m + c];
+        for (int k = 0; k < tiled; ++k) x = R::join(x, from[c][r * tiled + k]);
+        to[(run + r) * m + c] = x;
+      }
+    return;
+  }
+  for (int64_t k = 0; k < tile; ++k) {
+    for (int c = 0; c < m; ++c) to[run * m + c] = R::join(to[run * m + c], from[c][k]);
+    if (++at == n) at = 0, ++run;
+  }
+}
+template <class R>
+static FUSEDOPT_ONCE void collect(Lanes<R>& to, const double (&from)[tiled][tile]) {
+  for (int64_t k = 0; k < tile; ++k)
+    for (int c = 0; c < tiled; ++c) to.add(c, from[c][k]);
 }
 
 // Of numbers of which it makes no difference in what order they are joined, nor in what type.
@@ -349,6 +433,30 @@ inline void join_chunks(const Launch& launch, Row row, int k, int64_t result, in
       const Row row{launch->rows + chunk[0] * launch->row_words};                                                  \
       stage_##k(*launch, row, chunk[1], chunk[2], launch->partials + c * launch->n_reductions,                     \
                 chunk + chunk_words);                                                                              \
+    }                                                                                                              \
+  }
+
+// How many elements each place along the first axis has, if chunks have all of them: then nobody else has a part of what
+// is made of them, and a chunk goes on while it is in cache. 0 if they do not.
+inline int64_t whole_places(const Launch& launch, Row row, int64_t n0) {
+  const int64_t each = row.numel() / n0;
+  return launch.chunks[row.words[2] * launch.chunk_words + 2] % each ? 0 : each;
+}
+
+// Stage k, unless chunks have gone on to it already; of the row's words, one says how long the first axis is.
+#define FUSEDOPT_CHUNKS(k, follows, word)                                                                          \
+  extern "C" void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                           \
+    for (int64_t c = begin; c < end; ++c) {                                                                        \
+      const Row row{launch->rows + launch->chunks[c * launch->chunk_words] * launch->row_words};                   \
+      if (!follows || !whole_places(*launch, row, row.words[word])) chunk_##k(*launch, row, c);                    \
+    }                                                                                                              \
+  }
+
+#define FUSEDOPT_PLACES(k, word)                                                                                   \
+  extern "C" void fusedopt_before_##k(const Launch* launch, int64_t begin, int64_t end) {                          \
+    for (int64_t r = begin; r < end; ++r) {                                                                        \
+      const Row row{launch->rows + r * launch->row_words};                                                         \
+      if (row.numel() > 0 && !whole_places(*launch, row, row.words[word])) before_##k(*launch, row, 0, row.words[word]); \
     }                                                                                                              \
   }
 

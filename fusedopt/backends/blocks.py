@@ -107,17 +107,19 @@ class Blocks(Body):
             if skip is None
             else [*self._uniform(self.split.needed([skip]), done), f"if ({self.name(skip)}) return;"]
         )
-        body = [
-            *early,
-            *self._between(schedule(self.program).between[-1], done),
-            *self._uniform(stage.values, done),
-        ]
+        before, nests = self.after(schedule(self.program).between[-1], early, done)
+        body = [*early, *nests, *self._uniform(stage.values, done)]
         return [
+            *before,
             f"{self.qualifiers} void scalars([[maybe_unused]] const Launch& launch, const Row row) {{",
             *indent([*self._lengths(), *body, *self._scalar_stores(stage.stores)]),
             "}",
             "FUSEDOPT_SCALARS",
         ]
+
+    def after(self, between: Between, early: Sequence[str], done: set[int]) -> tuple[list[str], list[str]]:
+        """What is done after all stages: a function that others call too, if there is one, and what is done here."""
+        return [], self._between(between, done)
 
     def _between(self, between: Between, done: set[int]) -> list[str]:
         lines = list(map(self.joined, between.joined))
@@ -279,18 +281,23 @@ class Blocks(Body):
     def _expression(self, i: int, v: Value) -> str:
         kind = v.kind
         if self.split.given(i) and i not in self.reductions and i not in self.making:
-            source = self.program.values[v.args[0]].kind if v.op in self._averaged else kind
-            gone = "".join(
-                a
-                for a in axes_of(source, self.program.all_axes)
-                if a not in axes_of(kind, self.program.all_axes)
-            )
-            scale = f" / double({self._count(gone)})" if gone else ""
+            gone = self._gone(i)
             number = self.one(i) if kind == TENSOR else f"{self._q(i)}[{self._place(kind)}]"
-            return f"T({number}{scale})"
+            return f"T({self.quotient(number, gone) if gone else number})"
         if v.op == "load" and is_partial(kind):
             return f"load<T>({identifier(v.attr)}, {self._place(kind)})"
         return super()._expression(i, v)
+
+    def quotient(self, number: str, count: str) -> str:
+        """A sum over how many numbers it is of."""
+        return f"{number} / double({count})"
+
+    def _gone(self, i: int) -> str:
+        """How many numbers a result of earlier loops is the mean of, "" if it is none."""
+        v, axes = self.program.values[i], self.program.all_axes
+        source = self.program.values[v.args[0]].kind if v.op in self._averaged else v.kind
+        gone = "".join(a for a in axes_of(source, axes) if a not in axes_of(v.kind, axes))
+        return self._count(gone) if gone else ""
 
     @property
     def _averaged(self) -> set[str]:

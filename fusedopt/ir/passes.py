@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from .program import Program, depth_first, verify
+from .ops import TENSOR
+from .program import Program, Value, depth_first, verify
 
 
 def drop_unchanged_stores(program: Program) -> Program:
@@ -31,8 +32,53 @@ def drop_unused_buffers(program: Program) -> Program:
     return replace(program, buffers=tuple(b for b in program.buffers if b[0] in used))
 
 
+def fold_ones(program: Program) -> Program:
+    """``x / x`` is 1, or NaN if x is 0, infinite or NaN; of these two the root and the reciprocal are the same again.
+
+    Such quotients are left of means along a dimension of length 1. To compute one without a division, let alone two and
+    a root, takes a fraction of the time: ``(inf if x == 0 else x) * 0 + 1``.
+    """
+    values: list[Value] = []
+    number: list[int] = []  # of each old value
+    ones: set[int] = set()
+    constants: dict[float, int] = {}
+
+    def add(value: Value) -> int:
+        values.append(value)
+        return len(values) - 1
+
+    def constant(x: float) -> int:
+        if x not in constants:
+            constants[x] = add(Value("const", (), x, TENSOR, "f"))
+        return constants[x]
+
+    for old in program.values:
+        v = replace(old, args=tuple(number[a] for a in old.args))
+        if v.op == "div" and v.kind != TENSOR and v.args[0] == v.args[1]:
+            (x, _), here = v.args, {"kind": v.kind, "where": v.where}
+            is_zero = add(Value("eq", (x, constant(0.0)), None, type="b", **here))
+            not_zero = add(Value("where", (is_zero, constant(float("inf")), x), None, type="f", **here))
+            nothing = add(Value("mul", (not_zero, constant(0.0)), None, type="f", **here))
+            number.append(add(Value("add", (nothing, constant(1.0)), None, type="f", **here)))
+            ones.add(number[-1])
+        elif v.op == "sqrt" and v.args[0] in ones:
+            number.append(v.args[0])
+        elif v.op == "div" and v.args[1] in ones and _is_one(values[v.args[0]]):
+            number.append(v.args[1])
+        else:
+            number.append(add(v))
+    skip = None if program.skip is None else number[program.skip]
+    stores = tuple((n, number[i]) for n, i in program.stores)
+    return replace(program, values=tuple(values), stores=stores, skip=skip) if ones else program
+
+
+def _is_one(v: Value) -> bool:
+    return v.op == "const" and bool(v.attr == 1)
+
+
 PASSES: tuple[Callable[[Program], Program], ...] = (
     drop_unchanged_stores,
+    fold_ones,
     drop_dead_values,
     drop_unused_buffers,
 )

@@ -445,6 +445,7 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     line first regions c team place places start member before stop held part
     scaling_factor scaling_found_inf
     uniform normal noise numbers block_size ahead fetch for_blocks with_line length count
+    k tile tiled spread collect averaged quotient from to each chunk_words whole_places
     triton tl rows chunk chunks piece slots lanes partials address at rounded whole_blocks
     """.split()  # noqa: SIM905
 )
@@ -458,7 +459,7 @@ _CALLED = frozenset(
 LONGEST_NAME = 100
 """Characters of a name that generated code has in full."""
 _NUMBERED = re.compile(
-    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(given|called)_\d+|(v|s|d|r|acc|n|i|o|q|sums)\d+|[A-Z_\d]+|.*__.*|_.*|.*_",
+    r"(hyper|at|of)_.*|(sum|total)_\d+_\d+|(given|called)_\d+|(v|s|d|r|acc|n|i|o|q|e|y|sums)\d+|[A-Z_\d]+|.*__.*|_.*|.*_",
     re.ASCII,
 )
 

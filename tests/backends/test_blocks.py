@@ -1,13 +1,21 @@
 """Programs with several axes: the compiled kernels against the interpreter, in float64, whatever the sizes."""
 
+import ctypes
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from fusedopt import backends
+from fusedopt.backends import chunking
+from fusedopt.backends.cpp import backend as cpu
+from fusedopt.backends.cpp import render as cpp
+from fusedopt.compile import toolchain
 from fusedopt.ir.ops import axes_of
 from fusedopt.ir.passes import optimize
 from fusedopt.ir.program import Buffer, Graph, Program, interpret
+from fusedopt.kernels import source as skeleton
 
 F32 = torch.float32
 
@@ -143,7 +151,21 @@ SHAPES = {
         (2, 0),
         (17, 16),
     ],
-    3: [(1, 1, 1), (2, 3, 5), (40_000, 3, 3), (2, 500, 300), (5, 1, 7), (3, 300, 401), (0, 2, 2)],
+    3: [
+        (1, 1, 1),
+        (2, 3, 5),
+        (40_000, 3, 3),
+        (31, 3, 3),
+        (32, 3, 3),
+        (33, 3, 3),
+        (61, 2, 3),
+        (13, 7, 3),
+        (2, 40_001, 3),
+        (2, 500, 300),
+        (5, 1, 7),
+        (3, 300, 401),
+        (0, 2, 2),
+    ],
     4: [(2, 3, 4, 5), (20, 30, 3, 3), (64, 3, 7, 7), (2, 2, 300, 300), (1, 70_000, 1, 2)],
 }
 
@@ -216,7 +238,152 @@ def test_kernels_do_what_the_program_says(name):
     compared(program, SHAPES[axes])
 
 
-OURS = ["line", "first", "regions", "c", "n0", "i0", "o0", "q0"]
+def over_columns(g, x):
+    """A gradient over what others have found for rows, columns and batches of them, and over the size of that."""
+    less = g.op("div", x["grad"], g.op("add", g.op("mul", x["row"], x["batch"]), x["col"]))
+    size = g.op("sqrt", g.op("sum", g.op("mul", less, less)))
+    return {"param": g.op("sub", x["param"], g.op("div", less, size))}
+
+
+def largest_of_batches(g, x):
+    """Sums to each place of a batch, of what lines have less their means."""
+    less = g.op("sub", x["grad"], g.op("mean", x["grad"], to=g.axes[:-1]))
+    largest, mean = g.op("amax", g.op("abs", less), to="0"), g.op("mean", g.op("mul", less, less), to="0")
+    step = g.op("div", g.op("mul", less, largest), g.op("add", mean, x["batch"]))
+    return {"param": g.op("sub", x["param"], step), "batch": mean}
+
+
+def columns_of_batches(g, x):
+    """One second moment per column of each batch, of gradients less the mean of each line."""
+    less = g.op("sub", x["grad"], g.op("mean", x["grad"], to=g.axes[:-1]))
+    col = g.op("add", x["col"], g.op("mean", g.op("mul", less, less), to="02"))
+    return {"param": g.op("sub", x["param"], g.op("div", less, g.op("sqrt", col))), "col": col}
+
+
+TILED = {
+    "factored batch": PROGRAMS["factored batch"][0],
+    "factored batch of batches": PROGRAMS["factored batch of batches"][0],
+    "by rows": PROGRAMS["by rows, of three axes"][0],
+    "columns of batches": build(3, columns_of_batches, param="F", grad="F", col="02"),
+    "over columns": build(3, over_columns, param="F", grad="F", row="01", col="02", batch="0"),
+    "largest of batches": build(3, largest_of_batches, param="F", grad="F", batch="0"),
+    "over columns, in double": build(
+        3, over_columns, torch.float64, param="F", grad="F", row="01", col="02", batch="0"
+    ),
+    "factored, in double": build(3, factored, torch.float64, param="F", grad="F", row="01", col="02"),
+    "in bfloat16": optimize(
+        Program(
+            F32,
+            tuple((n, Buffer(torch.bfloat16, b.kind)) for n, b in PROGRAMS["factored batch"][0].buffers),
+            *(getattr(PROGRAMS["factored batch"][0], name) for name in ("values", "stores", "slots")),
+            axes=3,
+        )
+    ),
+}
+SHORT = [
+    (15, 3, 3),
+    (16, 3, 3),
+    (17, 3, 3),
+    (500, 3, 3),
+    (67, 2, 3),
+    (1, 97, 3),
+    (13, 7, 3),
+    (3, 301, 3),
+    (40, 3, 5),
+    (9, 9, 1),
+]
+
+
+@pytest.mark.parametrize("chunk", [chunking.CHUNK, 600])
+@pytest.mark.parametrize("name", TILED)
+def test_tiles_of_short_lines_have_the_bits_of_one_line_after_another(name, chunk, monkeypatch):
+    """Also where chunks begin inside of runs, or go on to the next stage, and whatever the number of threads."""
+    program = TILED[name]
+    monkeypatch.setattr(chunking, "CHUNK", chunk)
+    chunking.blocks.cache_clear()
+    shapes = [(5, *shape) if program.axes == 4 else shape for shape in SHORT]
+    rows = [tensors(program, shape, seed) for seed, shape in enumerate(shapes)]
+
+    def results(threads):
+        monkeypatch.setattr(cpu.leaf, "thread_count", lambda: threads)
+        mine = [{n: t.clone() for n, t in row.items()} for row in rows]
+        run(program, mine, shapes)
+        return [t for row in mine for t in row.values()]
+
+    found = [results(threads) for threads in (1, 2, 3)]
+    assert "== tiled)" in cpp.render(program)
+    rendered = cpp.render
+    monkeypatch.setattr(cpp, "render", lambda *args: rendered(*args).replace("== tiled)", "== -1)"))
+    monkeypatch.setattr(
+        cpu, "skeleton", lambda name: skeleton(name).replace("% each ? 0 : each", "% each ? 0 : 0")
+    )
+    monkeypatch.setattr(backends.get("cpp"), "_kernels", {})
+    plain = results(1)
+    chunking.blocks.cache_clear()
+    for other in found:
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(plain, other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(200, 3, 3), (2, 40_001, 3)])
+def test_a_step_that_is_skipped_leaves_all_state_also_where_chunks_go_on(shape):
+    """Of chunks with whole batches, and of ones that share them."""
+
+    whole = build(3, factored, param="F", grad="F", row="01", col="02")
+    g = Graph("012")
+    kinds = {"param": "F", "grad": "F", "row": "01", "col": "02", "found": "S"}
+    names = {n: n if n in ("param", "grad") else f"state.{n}" for n in kinds}
+    loads = {n: g.leaf("load", names[n], kind=kind) for n, kind in kinds.items()}
+    stores = tuple((names[n], i) for n, i in factored(g, loads).items())
+    skip = g.op("ne", loads["found"], g.leaf("const", 0.0))
+    buffers = tuple((names[n], Buffer(F32, kind)) for n, kind in kinds.items())
+    program = optimize(Program(F32, buffers, tuple(g.values), stores, 1, skip=skip, axes=3))
+    given = tensors(program, shape, 0)
+    for found in (0.0, 1.0):
+        row = {n: t.clone() for n, t in given.items()} | {"state.found": torch.full((), found)}
+        run(program, [row], [shape])
+        wanted = {n: t.clone() for n, t in given.items() if n != "state.found"}
+        if not found:
+            run(whole, [wanted], [shape])
+        assert all(torch.equal(row[n], t) for n, t in wanted.items())
+
+
+def test_quotients_by_lengths_are_rounded_as_divisions(tmp_path):
+    """With multiply-adds: close to ties, at either end of the numbers there are, and of infinities."""
+    body = """
+extern "C" void quotients(const double* x, const int64_t* n, double* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = quotient(x[i], n[i]);
+}
+"""
+    library = toolchain.compile_library(
+        "quotients", cpp.source(skeleton("cpu.cpp"), body), symbols=["quotients"], key_parts=[]
+    )
+    generator = np.random.default_rng(0)
+    lengths = [*range(1, 65), 127, 4097, 65_535, 2**20 - 1, 2**31 - 1, 2**33 + 1, 2**49 + 7]
+    numbers = [
+        0.0,
+        5e-324,
+        1e-300,
+        2.0**-1022,
+        1.7e308,
+        np.inf,
+        -np.inf,
+        np.nan,
+        1.0,
+        -1.0,
+        1 - 2**-53,
+        1 + 2**-52,
+    ]
+    numbers += [*generator.standard_normal(2000), *(2 - np.arange(1, 200) * 2.0**-52)]
+    pairs = [*itertools.product(numbers, lengths)]
+    pairs += [(float(n) * q, n) for n in lengths for q in 1 + generator.integers(0, 2**52, 200) * 2.0**-52]
+    x, n = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], np.int64)
+    out = np.empty_like(x)
+    call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, ctypes.c_int64)(library.address("quotients"))
+    call(x.ctypes.data, n.ctypes.data, out.ctypes.data, len(x))
+    np.testing.assert_array_equal(out, x / n)
+
+
+OURS = ["line", "first", "regions", "c", "k", "n0", "i0", "o0", "q0", "e0", "y0", "tile", "tiled", "start"]
 """Names that generated code has for itself."""
 
 

@@ -81,6 +81,38 @@ def test_a_pass_is_pure_and_repeating_it_changes_nothing(step):
     assert step(after) == after
 
 
+def inverse_root_of_one(g, x):
+    """One over the root of a number over its mean along a dimension of length 1."""
+    quotient = g.op("div", x["grad"], x["grad"])
+    return {"param": g.op("div", g.leaf("const", 1.0), g.op("sqrt", quotient)), "kept": quotient}
+
+
+def test_quotients_of_numbers_and_themselves_take_no_division():
+    program = build(inverse_root_of_one, param=F, grad=F, kept=F)
+    small = optimize(program)
+    assert {"div", "sqrt"} <= {*ops(program)} and not {"div", "sqrt"} & {*ops(small)}
+    numbers = [0.0, -0.0, 1.5, -3.0, 1e-45, -1e-40, 3e38, float("inf"), float("-inf"), float("nan")]
+    tensors = {"param": torch.zeros(10), "state.kept": torch.zeros(10), "grad": torch.tensor(numbers)}
+    wanted, found = (interpret(p, tensors, []) for p in (program, small))
+    for name in wanted:
+        assert torch.equal(found[name].nan_to_num(7), wanted[name].nan_to_num(7))
+    assert wanted["param"].nan_to_num(7).tolist() == [7, 7, 1, 1, 1, 1, 1, 7, 7, 7]
+
+
+def test_other_quotients_roots_and_reciprocals_stay():
+    def make(g, x):
+        size = g.op("sum", x["grad"])  # of one number a division takes no time
+        one = g.op("div", size, size)
+        two = g.op("div", g.leaf("const", 2.0), g.op("div", x["grad"], x["grad"]))
+        return {"param": g.op("mul", one, g.op("div", g.leaf("const", 1.0), g.op("sqrt", two)))}
+
+    program = build(make, param=F, grad=F)
+    small = optimize(program)
+    assert ops(program).count("div") == 4 and ops(small).count("div") == 3 and "sqrt" in ops(small)
+    tensors = {"param": torch.zeros(3), "grad": torch.tensor([1.0, 2.0, -5.0])}
+    assert torch.equal(interpret(small, tensors, [])["param"], interpret(program, tensors, [])["param"])
+
+
 def test_optimizing_keeps_the_meaning():
     program = wasteful()
     small = optimize(program)
