@@ -246,22 +246,23 @@ struct Lanes {
   }
 };
 
-template <class F>
-inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end, const F& element) {
-  int64_t i = begin;
-  for (; i + lanes <= end; i += lanes) {
-    FUSEDOPT_INDEPENDENT
-    for (int k = 0; k < lanes; ++k) element(i + k, k);
-  }
-  for (int k = 0; i < end; ++i, ++k) element(i, k);
-}
-
 // What is a while ahead is asked for early: a processor that finds out by itself begins anew with every page of memory,
 // and has less time for each the narrower numbers are.
 template <int64_t n, class E>
 inline void fetch(const E* p) {
   for (int64_t k = 0; k < n; k += 64 / int64_t(sizeof(E))) __builtin_prefetch(p + k);
 }
+template <class F, class... E>
+inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end, const F& element, const E*... buffers) {
+  int64_t i = begin;
+  for (; i + lanes <= end; i += lanes) {
+    (fetch<lanes>(buffers + i + ahead), ...);
+    FUSEDOPT_INDEPENDENT
+    for (int k = 0; k < lanes; ++k) element(i + k, k);
+  }
+  for (int k = 0; i < end; ++i, ++k) element(i, k);
+}
+
 #define FUSEDOPT_ONCE __attribute__((noinline))  // or compilers work on it wherever it is called
 [[maybe_unused]] static FUSEDOPT_ONCE void fetch_bytes(const char* p, int64_t n) {
   for (int64_t k = 0; k < n; k += 64) __builtin_prefetch(p + k);

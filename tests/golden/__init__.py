@@ -57,7 +57,7 @@ def nothing_is_compiled() -> Iterator[list[str]]:
         mock.patch.object(buckets, "known_traces", lambda *args: {}),
         mock.patch.object(toolchain, "compile_library", compile_library),
         mock.patch.object(cpu.Launch, "native", lambda self: None),
-        mock.patch.object(cpu.Launch, "planned", lambda self, slots: ([], self.address, [])),
+        mock.patch.object(cpu.Launch, "planned", lambda self, slots: ([], self.address, [], 0)),
     ):
         yield bodies
 

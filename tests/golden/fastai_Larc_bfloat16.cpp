@@ -20,7 +20,7 @@ static void stage_0([[maybe_unused]] const Launch& launch, const Row row, int64_
     acc0.add(lane, v8);
     acc1.add(lane, v13);
   };
-  for_lanes(begin, end, element);
+  for_lanes(begin, end, element, param, grad);
   partial[0] = acc0.total();
   partial[1] = acc1.total();
 }

@@ -68,7 +68,7 @@ class _Body(c_family.Body):
             "const auto element = [&](int64_t i, int lane) {",
             *indent([*self.element(stage), *self.accumulate(stage)]),
             "};",
-            "for_lanes(begin, end, element);",
+            f"for_lanes({', '.join(['begin', 'end', 'element', *map(identifier, self.touched(stage))])});",
             *totals,
         ]
 
