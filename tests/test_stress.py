@@ -25,7 +25,6 @@ from fusedopt import optim
 from fusedopt.extension import leaf
 from fusedopt.optimizer import names
 from fusedopt.step import buckets, commit
-from fusedopt.step.scaling import Scaling
 
 RULES = {
     "AdamW": lambda ps, **o: optim.AdamW(ps, lr=0.01, **o),
@@ -676,11 +675,11 @@ def test_a_number_too_large_for_a_float_leaves_the_warm_path(dtype, stays):
     (bound,) = opt.engine.bound
     opt.param_groups[0]["lr"] = 1e39
     give_gradients(params)
-    assert (bound.run(Scaling(amp=False)) is None) == stays
+    assert (bound.run(bound.scaling) is None) == stays
     opt.param_groups[0]["lr"] = 3e38
-    assert bound.run(Scaling(amp=False)) is None
+    assert bound.run(bound.scaling) is None
     opt.param_groups[0]["lr"] = math.inf
-    assert bound.run(Scaling(amp=False)) is None
+    assert bound.run(bound.scaling) is None
 
 
 # ---------------------------------------------------------------- caches

@@ -401,7 +401,7 @@ def test_an_optimizer_of_one_parameter_is_cheap():
         for p in params[1:]:
             fusedopt.optim.AdamW([p]).step()
     stats = pstats.Stats(profile)
-    assert stats.total_calls / 50 < 2900, "function calls to make one and for its first step"
+    assert stats.total_calls / 50 < 3300, "function calls to make one and for its first step"
     files = {os.path.basename(file) for file, _, _ in stats.stats}
     assert "engine.py" in files and not files & {
         "dis.py",
