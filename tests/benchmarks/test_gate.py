@@ -71,7 +71,7 @@ def load():
 @pytest.mark.parametrize("one", gate.GATES[:-1], ids=lambda one: one.name)
 def test_other_processes_close_no_gate(one, load):
     """Not the last one, which takes seconds then: of a compiler that is timed by what processors do for it."""
-    verdict = gate.judge(one)
+    verdict = gate.judge(one, attempts=6)  # beside a second worker of the tests, as well
     print(verdict)
     assert verdict.open, str(verdict)
 
