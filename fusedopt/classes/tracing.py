@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +19,8 @@ import torch
 from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer, Graph, Program
 from ..step.items import Item
-from ..storage.callbacks import dtypes, encoded
-from ..storage.functions import rounded
-from ..storage.policy import POLICIES, Policy
-from ..trace.draws import noise
 from ..trace.externs import Calls, is_lent
-from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram, operate
+from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
 from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Matrix, Outcomes, alike, is_number, load, merged
 from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest
 from ..trace.signature import FACTOR, PLAIN, Foreign, Several, Signature
@@ -33,10 +28,10 @@ from ..trace.standins import StandIns
 from ..trace.tensor import FLOATS, SymTensor
 from ..trace.totals import Total
 from ..trace.tracer import Trace, cut_up, program_of, told_apart
-from . import matrices
+from . import coding, matrices
 from .host import FILL, Host, There
 from .shadow import NewState, Path, Shadow, shown
-from .stored import DRAWS, Stored
+from .stored import DRAWS
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
 from .sums import Elements, StepRun, Sums, lowered_to, new_step, of_step, settled, totals_in
 from .symbolic import Symbolic, TensorNumber, made, parameter, place, tracing
@@ -66,15 +61,6 @@ class Options:
     storage: str = ""
     amp_fused: bool = False
     capturable: bool = False
-
-
-class Code(NamedTuple):
-    """State that a policy stores: under which keys, the values that were loaded from there, and what they decode to."""
-
-    policy: Policy
-    keys: list[str]
-    nodes: list[int]
-    decoded: int
 
 
 AS_WHOLE = Buffer(torch.float32, ELEMENT)
@@ -117,7 +103,10 @@ class Representative:
         self.gradient = made(self.g, meta_of(item.grad))
         self.param = parameter(self.p, meta_of(item.param), self.gradient)
         self.put: dict[str, Any] = {}
-        self.codes = {name: self._decoded(name, value) for name, value in item.coded.items()}
+        self.codes: dict[str, coding.Code] = {}
+        for name, stored in item.coded.items():
+            self.codes[name], sym = coding.decode(run, name, stored)
+            self.put[name] = made(sym, meta_of(stored))
         parts = {key for name, value in item.coded.items() for _, key in value.places(name)}
         known = dict(signature.state)
         for key, value in item.state.items():
@@ -149,53 +138,9 @@ class Representative:
             None if self.whole is None else rebuilt(self.whole, lambda name, _: self.put[name], self.kinds)
         )
 
-    def _decoded(self, name: str, stored: Stored) -> Code:
-        """Put what is stored under this name, as the tensor that it is to the class."""
-        policy, known = POLICIES[stored.policy], dict(self.signature.state)
-        keys = stored.keys(name)
-        nodes = [load(self.graph, self.signature, f"state.{key}", known[key]) for key in keys]
-        code, *rest = (SymTensor(self.run, node, torch.float32) for node in nodes)
-        if self.run.compute != torch.float32:
-            raise Untraceable(f"storage of the state {name!r}, where float64 is computed with")
-        with self._said(f"decode {name} as {stored.policy}"):
-            decoded = policy.decode(code, *rest)
-            decoded = decoded if stored.dtype == torch.float32 else rounded(decoded, stored.dtype)
-        self.put[name] = made(SymTensor(self.run, decoded.node, stored.dtype), meta_of(stored))
-        return Code(policy, keys, nodes, place(self.put[name]).node)
-
-    @contextmanager
-    def _said(self, what: str) -> Iterator[None]:
-        """What comments say of the values that are made meanwhile, in place of a line of the class."""
-        vars(self.run)["where"] = lambda: what
-        try:
-            yield
-        finally:
-            del vars(self.run)["where"]
-
     def _draws(self, name: str) -> Number:
         key = f"{name}:{DRAWS}"
         return self.scalars.number(("state", self.index, key), self.item.state[key])
-
-    def _encoded(self, name: str, value: Symbolic, taken: dict[Any, Any]) -> dict[str, Any]:
-        """What is stored of what the step leaves under this name."""
-        policy, keys, nodes, before = self.codes[name]
-        node = self._left(name, value, taken).node
-        bits, cells = None, dict[str, Any]()
-        if policy.noisy:
-            cells[f"{name}:{DRAWS}"] = operate("add", self._draws(name), 1)
-        if node == before:
-            return cells | {key: Cell(n, torch.float32) for key, n in zip(keys, nodes, strict=True)}
-        with self._said(f"encode {name}"):
-            if (
-                policy.noisy
-            ):  # all state by one seed and count: as other numbers of one draw, which gives several
-                names = [k for k, code in self.codes.items() if code.policy.noisy]
-                like, seed = SymTensor(self.run, nodes[0], torch.float32), self.scalars.constant(0.0)
-                numbers = {"seed": Number(self.scalars, seed, 0.0), "step": self._draws(names[0])}
-                bits = noise(like, **numbers, stream=names.index(name))
-            parts = encoded(policy, SymTensor(self.run, node, torch.float32), bits)
-        stored = zip(keys, parts, dtypes(policy), strict=True)
-        return cells | {key: Cell(part.node, dtype) for key, part, dtype in stored}
 
     def tensors(self) -> dict[int, Any]:
         item = self.item
@@ -217,10 +162,9 @@ class Representative:
         # With what has them: an address that is free again would be another tensor's.
         taken: dict[Any, Any] = {id(place): place for place in (self.p.place, self.g.place)}
         for key, value in state.items():
+            cells[key] = self._left(key, value, taken)
             if key in self.codes:
-                cells |= self._encoded(key, value, taken)
-            else:
-                cells[key] = self._left(key, value, taken)
+                cells |= coding.encode(self.run, self.codes, key, cells[key].node, self._draws)
         self.run.finished = True
         path = tuple(self.run.taken)
         if path in self.outcomes:  # while others go along more of theirs, or with fewer of them
