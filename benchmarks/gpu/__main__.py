@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -50,7 +51,7 @@ def plans(rehearse: bool) -> dict[str, Plan]:
     shares = 1 if rehearse else min(SHARES, max(1, (os.cpu_count() or 2) - 4))
     parts = {"environment": Plan(jobs(environment.jobs), 60)}
     for k in range(shares):
-        parts[f"tests-{k + 1}"] = Plan(partial(checks.do, share=k, shares=shares), 150, beside=True)
+        parts[f"tests-{k + 1}"] = Plan(partial(checks.do, share=k, shares=shares), 200, beside=True)
     alone = {
         "kernels": (kernels.jobs, 90),
         "host": (host.host_jobs, 45),
@@ -64,6 +65,11 @@ def plans(rehearse: bool) -> dict[str, Plan]:
         return parts | {"rehearsal": Plan(jobs(*every), 300)}
     parts |= {name: Plan(jobs(part), 150, beside=True) for name, part in beside.items()}
     return parts | {name: Plan(jobs(part), seconds) for name, (part, seconds) in alone.items()}
+
+
+def _part(name: str) -> str:
+    """What a person calls it: shares of one part are one."""
+    return re.sub(r"-\d+$", "", name)
 
 
 class WholeRun:
@@ -81,7 +87,8 @@ class WholeRun:
 
     def run(self) -> None:
         """Groups of parts: those that may run side by side do."""
-        waiting = {n: p for n, p in plans(self.given.rehearse).items() if self.given.only in (None, n)}
+        only = self.given.only
+        waiting = {n: p for n, p in plans(self.given.rehearse).items() if not only or _part(n) in only}
         while waiting:
             first = next(iter(waiting))
             group = [n for n, p in waiting.items() if n == first or (p.beside and waiting[first].beside)]
@@ -129,7 +136,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--seconds", type=float, default=450, help="for the whole run; what does not fit is left out (450)"
     )
-    out.add_argument("--only", metavar="PART", help=f"one of {', '.join(plans(False))}")
+    parts = list(dict.fromkeys(map(_part, [*plans(False), *plans(True)])))
+    out.add_argument("--only", metavar="PART", nargs="+", choices=parts, help=f"some of {', '.join(parts)}")
     out.add_argument("--rehearse", action="store_true", help="on the CPU, tiny: to see that the script works")
     out.add_argument("--commit", help="what is measured, where git does not know")
     out.add_argument("--part", help=argparse.SUPPRESS)

@@ -41,7 +41,8 @@ CLASSES: tuple[tuple[Any, dict[str, Any]], ...] = (
 def jobs(device: Device) -> Iterator[Job]:
     """Every check on every backend."""
     checks: tuple[Callable[[Device, str], str], ...] = (
-        graph, no_waiting, overflow, sharded, classes, huge_tensor, huge_total,
+        graph, no_waiting, overflow, sharded, classes, class_graph, class_overflow, class_stored,
+        huge_tensor, huge_total,
     )  # fmt: skip
     for check in checks:
         for backend in device.backends:
@@ -183,7 +184,7 @@ def overflow(device: Device, backend: str) -> str:
 
 
 def sharded(device: Device, backend: str) -> str:
-    """FSDP2 in a group of one process, against the same model whole."""
+    """FSDP2 in a group of one process, against the same model whole: fusedopt's own AdamW, and torch's fused."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -191,27 +192,30 @@ def sharded(device: Device, backend: str) -> str:
     library = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(library, store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        torch.manual_seed(0)
-        plain = torch.nn.Sequential(torch.nn.Linear(65, 33), torch.nn.ReLU(), torch.nn.Linear(33, 7))
-        plain = plain.to(device.type)
-        model = copy.deepcopy(plain)
-        fully_shard(model, mesh=init_device_mesh(device.type, (1,)))
-        opt = optim.AdamW(model.parameters(), lr=1e-2, backend=backend, max_grad_norm=1.0)
-        other = optim.AdamW(plain.parameters(), lr=1e-2, backend=backend, max_grad_norm=1.0)
-        for step in range(4):
-            torch.manual_seed(1 + step)
-            x = torch.randn(16, 65, device=device.type)
-            for net, each in ((model, opt), (plain, other)):
-                each.zero_grad()
-                net(x).square().sum().backward()
-                each.step()
-        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
-        if opt.explain().eager or not opt.explain().launches:
-            raise AssertionError(f"something runs eagerly:\n{opt.explain()}")
+        options = {"backend": backend, "max_grad_norm": 1.0}
+        for make in (
+            partial(optim.AdamW, lr=1e-2, **options),
+            lambda params: fusedopt.fuse(torch.optim.AdamW(params, lr=1e-2), **options),
+        ):
+            torch.manual_seed(0)
+            plain = torch.nn.Sequential(torch.nn.Linear(65, 33), torch.nn.ReLU(), torch.nn.Linear(33, 7))
+            plain = plain.to(device.type)
+            model = copy.deepcopy(plain)
+            fully_shard(model, mesh=init_device_mesh(device.type, (1,)))
+            opt, other = make(model.parameters()), optim.AdamW(plain.parameters(), lr=1e-2, **options)
+            for step in range(4):
+                torch.manual_seed(1 + step)
+                x = torch.randn(16, 65, device=device.type)
+                for net, each in ((model, opt), (plain, other)):
+                    each.zero_grad()
+                    net(x).square().sum().backward()
+                    each.step()
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
+            _whole(opt, type(opt).__module__)
     finally:
         distributed.destroy_process_group()
-    return "four steps, clipped"
+    return "two optimizers, four steps, clipped"
 
 
 def classes(device: Device, backend: str) -> str:
@@ -225,8 +229,96 @@ def classes(device: Device, backend: str) -> str:
             _feed(plain, _noise(device, 1 + step))
             opt.step()
             other.step()
-        for p, q in zip(ours, plain, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, k=kind: f"{k.__name__}: {m}")
-        if (said := opt.explain()).eager:  # type: ignore[attr-defined]
-            raise AssertionError(f"{kind.__name__} is stepped by itself:\n{said}")
+        _near(ours, plain, kind.__name__)
+        _whole(opt, kind.__name__)
     return f"{len(CLASSES)} classes"
+
+
+def class_graph(device: Device, backend: str) -> str:
+    """Fused classes in a graph, replayed with rates and weight decay that change, against their own steps."""
+    on_device = {"capturable": device.type == "cuda"}  # where AdamW keeps its counts
+    for kind, more in (CLASSES[0], (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, on_device)):
+        ours, plain = _start(device), _start(device)
+        opt = fusedopt.fuse(kind(ours, lr=1e-2, **more), backend=backend, capturable=True)
+        other = kind(plain, lr=1e-2, **more)
+        _feed(ours, _noise(device, 1))
+        _feed(plain, _noise(device, 1))
+        with device.side_stream():
+            for _ in range(4):
+                opt.step()
+        for _ in range(4):
+            other.step()
+        replay = device.capture(opt.step)
+        for step in range(4):
+            for each in (opt, other):
+                (group,) = each.param_groups
+                decay = "weight_decay" if "weight_decay" in group else "wd"
+                group.update({"lr": 1e-3 * (2 + step), decay: 0.01 * (1 + step)})
+            opt.upload_hypers()  # type: ignore[attr-defined]
+            for p, q, g in zip(ours, plain, _noise(device, 5 + step), strict=True):
+                p.grad.copy_(g)  # type: ignore[union-attr]
+                q.grad.copy_(g)  # type: ignore[union-attr]
+            replay()
+            other.step()
+        _near(ours, plain, kind.__name__)
+    return "Lion, SGD, AdamW; four replays each"
+
+
+def class_overflow(device: Device, backend: str) -> str:
+    """Fused classes that a loss scaler hands its scale to, clipped, against their own steps after both."""
+    for kind, more in CLASSES:
+        found = []
+        for fused in (True, False):
+            params = _start(device)
+            opt = kind(params, lr=1e-2, **more)
+            if fused:
+                fusedopt.fuse(opt, backend=backend, amp_fused=True, max_grad_norm=1.0)
+            scaler = torch.amp.GradScaler(device.type, init_scale=8.0)
+            for step in range(6):
+                scale = scaler.scale(torch.ones((), device=device.type)).item()
+                _feed(params, [g * scale for g in _noise(device, 1 + step)])
+                if step in (0, 3):
+                    params[2].grad.view(-1)[5] = float("inf")  # type: ignore[union-attr]
+                if not fused:
+                    scaler.unscale_(opt)
+                    torch.nn.utils.clip_grad_norm_(params, 1.0)
+                scaler.step(opt)
+                scaler.update()
+            found.append(params)
+            if fused:
+                _whole(opt, kind.__name__)
+        _near(*found, kind.__name__)
+    return f"{len(CLASSES)} classes, six steps of which two overflow"
+
+
+def class_stored(device: Device, backend: str) -> str:
+    """What policies store of a fused class's state: the bits that kernels of the CPU store."""
+    policies = ("bfloat16", "bf16+8", "kahan", "int8")
+    for policy in policies:
+        found = []
+        for place, compiled_by in ((device.type, backend), ("cpu", "cpp")):
+            params = [p.detach().to(place).requires_grad_() for p in _start(device)]
+            opt = fusedopt.fuse(torch.optim.AdamW(params, lr=1e-2), backend=compiled_by, storage=policy)
+            for step in range(5):
+                _feed(params, [g.to(place) for g in _noise(device, 1 + step)])
+                opt.step()
+            _whole(opt, f"{policy} on {place}")
+            found.append([p.cpu() for p in params])
+        for ours, theirs in zip(*found, strict=True):
+            if not torch.equal(ours, theirs):
+                raise AssertionError(
+                    f"{policy}: {int((ours != theirs).sum())} of {ours.numel()} elements differ, by up to "
+                    f"{float((ours - theirs).abs().max()):.1e}"
+                )
+    return f"AdamW; {', '.join(policies)}"
+
+
+def _near(ours: Sequence[Tensor], theirs: Sequence[Tensor], what: str) -> None:
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m: f"{what}: {m}")
+
+
+def _whole(opt: Any, what: str) -> None:
+    """Raises AssertionError if something runs eagerly."""
+    if opt.explain().eager or not opt.explain().launches:
+        raise AssertionError(f"{what}: something runs eagerly:\n{opt.explain()}")
