@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import torch
+
 from fusedopt import backends
 from fusedopt.backends import chunking
 from fusedopt.backends.cuda import backend as cuda
@@ -43,37 +45,34 @@ CONSTANTS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """values: of constants; a_block_per_piece: as many blocks as pieces, not only as many as run at a time."""
+    """values: of constants; blocks: at most so many per multiprocessor, where as many are launched as run at a time."""
 
     backend: str
     values: tuple[tuple[str, int], ...] = ()
-    a_block_per_piece: bool = False
+    blocks: int = 0
 
     @property
     def name(self) -> str:
         words = [f"{name} {value}" for name, value in self.values]
-        return ", ".join([*words, *["a block per piece"] * self.a_block_per_piece]) or "as it is"
+        return ", ".join([*words, *[f"blocks {self.blocks}"] * bool(self.blocks)]) or "as it is"
 
 
-def of(backend: str, a_block_per_piece: bool = False, **values: int) -> Variant:
+def of(backend: str, blocks: int = 0, **values: int) -> Variant:
     """A variant."""
-    return Variant(backend, tuple(values.items()), a_block_per_piece)
+    return Variant(backend, tuple(values.items()), blocks)
 
 
 VARIANTS = (
     of("cuda"),
-    of("cuda", True),
-    of("cuda", True, threads=256),
-    of("cuda", True, max_threads=128),
-    of("cuda", True, tile=4096),
-    of("cuda", True, tile=16384),
-    of("cuda", True, in_flight=4),
-    of("cuda", threads=256),
-    of("cuda", threads=64),
+    *(of("cuda", blocks) for blocks in (2, 3, 4, 5, 6, 7, 8)),
+    *(of("cuda", blocks, in_flight=16) for blocks in (2, 3, 4, 5)),
+    of("cuda", 5, tile=4096),
+    of("cuda", 5, tile=16384),
+    of("cuda", 2, threads=256),
+    of("cuda", 3, threads=256),
+    of("cuda", 8, threads=64),
     of("triton"),
     of("triton", block=512, warps=2),
-    of("triton", block=512),
-    of("triton", warps=8),
 )
 
 
@@ -99,15 +98,16 @@ def applied(variant: Variant) -> Iterator[None]:
     ]
     skeleton, load = cuda.skeleton, cuda.Cuda._load
 
-    def as_many(*given: Any) -> Any:
+    def at_most(*given: Any) -> Any:
         module, functions = load(*given)
-        return module, {name: (address, sys.maxsize) for name, (address, _) in functions.items()}
+        most = variant.blocks * torch.cuda.get_device_properties().multi_processor_count
+        return module, {name: (address, min(n, most)) for name, (address, n) in functions.items()}
 
     _forget()
     try:
         cuda.skeleton = lambda name: source(variant, skeleton(name))  # type: ignore[assignment]
-        if variant.a_block_per_piece:
-            cuda.Cuda._load = as_many  # type: ignore[method-assign]
+        if variant.blocks:
+            cuda.Cuda._load = at_most  # type: ignore[method-assign]
         for name, value in variant.values:
             if name in CONSTANTS:
                 setattr(*CONSTANTS[name], value)

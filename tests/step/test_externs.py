@@ -338,6 +338,7 @@ def alone(monkeypatch):
     buckets.known_traces.cache_clear()
 
 
+@pytest.mark.cpu_only("calls are made for each tensor there")
 @pytest.mark.parametrize("callback", ALL)
 @pytest.mark.parametrize("momentum", [average, None], ids=["average", "gradient"])
 def test_calls_for_each_are_those_of_a_plain_loop(callback, momentum, alone):
@@ -377,6 +378,7 @@ def turned(p, lr, avg, gram=None, **_):
     return {"gram": gram + p.grad.T} if p.shape[0] == p.shape[1] else {"gram": gram}
 
 
+@pytest.mark.cpu_only("calls are made for each tensor there")
 @pytest.mark.parametrize("callback", [swapped, updated, turned])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_state_of_large_matrices_is_written_as_a_plain_loop_does(callback, layout, alone):
@@ -396,6 +398,7 @@ def test_state_of_large_matrices_is_written_as_a_plain_loop_does(callback, layou
     assert opt.explain().eager == () and opt.explain().calls
 
 
+@pytest.mark.cpu_only("calls are made for each tensor there")
 def test_large_matrices_without_a_gradient_now_and_then(alone):
     runs = []
     for backend in ("cpp", "reference"):
@@ -408,6 +411,7 @@ def test_large_matrices_without_a_gradient_now_and_then(alone):
     assert_near(*runs, 1e-9)
 
 
+@pytest.mark.cpu_only("calls are made for each tensor there")
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_call_that_fails_leaves_state_of_large_matrices_alone(steps, alone):
     def fails(p, lr, avg, gram=None, **_):
