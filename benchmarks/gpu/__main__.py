@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         whole.run()
     report = whole.report
     files = report.write(given.out, whole.elapsed())
-    if report.results.lines:
+    if report.panels():
         files.append(given.out / f"{report.name}.png")
         report.draw(files[-1])
     print(

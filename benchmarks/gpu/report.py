@@ -144,8 +144,8 @@ class Report:
         return _table(("what", "case", "rule", "provider", "p50", "unit"), rows)
 
     # -- the picture --
-    def draw(self, path: Path) -> None:
-        """Device time of AdamW by case, of every rule on the memory-bound case, and host time."""
+    def panels(self) -> list[tuple[str, list[Line], str]]:
+        """Device time of AdamW by case, of every rule on the memory-bound case, and host time: what was measured of it."""
         lines = [line for line in self.results.lines if line["mode"] == "gpu"]
         device = [line for line in lines if line["what"] == "device"]
         panels = [
@@ -153,7 +153,11 @@ class Report:
             (f"{BOUND_BY_MEMORY}: device", [x for x in device if x["case"] == BOUND_BY_MEMORY], "rule"),
             ("AdamW: host", [x for x in lines if x["what"] == "host"], "case"),
         ]
-        panels = [panel for panel in panels if panel[1]]
+        return [panel for panel in panels if panel[1]]
+
+    def draw(self, path: Path) -> None:
+        """The panels, of which there is at least one."""
+        panels = self.panels()
         used = list(dict.fromkeys(line["provider"] for _, found, _ in panels for line in found))
         colors = {p: COLORS[k % len(COLORS)] for k, p in enumerate(used)}
         plt.switch_backend("agg")

@@ -23,6 +23,7 @@ from fusedopt import backends
 from fusedopt.backends import chunking
 from fusedopt.backends.cuda import backend as cuda
 from fusedopt.backends.triton import backend as triton
+from fusedopt.step import buckets
 
 from ..cases import CASES
 from ..plot import _table
@@ -41,38 +42,59 @@ CONSTANTS = {
     "warps": (triton, "WARPS"),
 }
 """By the names that variants have for them. Others are constants of kernels/cuda.cu."""
+PATCHES = {
+    "stores streamed": ("st.global.v4.b32", "st.global.cs.v4.b32"),
+    "loads streamed": (
+        "reinterpret_cast<const Pack<E>*>(from + u * int64_t(blockDim.x) * width)[k]",
+        "__builtin_bit_cast(Pack<E>, "
+        "__ldcs(reinterpret_cast<const uint4*>(from + u * int64_t(blockDim.x) * width) + k))",
+    ),
+    "rows not prefetched": ("prefetch.global.L2 [%0];", "// %0"),
+}
+"""What is put in place of what in kernels/cuda.cu."""
+PER_PIECE = sys.maxsize
 
 
 @dataclass(frozen=True)
 class Variant:
-    """values: of constants; blocks: at most so many per multiprocessor, where as many are launched as run at a time."""
+    """values: of constants; blocks: at most so many per multiprocessor, not as many as run at a time, or PER_PIECE."""
 
     backend: str
     values: tuple[tuple[str, int], ...] = ()
     blocks: int = 0
+    patches: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         words = [f"{name} {value}" for name, value in self.values]
-        return ", ".join([*words, *[f"blocks {self.blocks}"] * bool(self.blocks)]) or "as it is"
+        if self.blocks:
+            words.append("a block per piece" if self.blocks == PER_PIECE else f"blocks {self.blocks}")
+        return ", ".join([*words, *self.patches]) or "as it is"
 
 
-def of(backend: str, blocks: int = 0, **values: int) -> Variant:
+def of(backend: str, blocks: int = 0, *patches: str, **values: int) -> Variant:
     """A variant."""
-    return Variant(backend, tuple(values.items()), blocks)
+    return Variant(backend, tuple(values.items()), blocks, patches)
 
 
 VARIANTS = (
     of("cuda"),
-    *(of("cuda", blocks) for blocks in (2, 3, 4, 5, 6, 7, 8)),
-    *(of("cuda", blocks, in_flight=16) for blocks in (2, 3, 4, 5)),
-    of("cuda", 5, tile=4096),
-    of("cuda", 5, tile=16384),
-    of("cuda", 2, threads=256),
-    of("cuda", 3, threads=256),
-    of("cuda", 8, threads=64),
+    *(of("cuda", blocks) for blocks in (2, 3, 4, 5, 6, 8)),
+    of("cuda", PER_PIECE),
+    of("cuda", PER_PIECE, tile=4096),
+    of("cuda", PER_PIECE, tile=1024),
+    of("cuda", PER_PIECE, threads=256),
+    of("cuda", PER_PIECE, in_flight=16),
+    of("cuda", PER_PIECE, max_threads=128),
+    of("cuda", PER_PIECE, *PATCHES),
+    of("cuda", in_flight=4),
+    of("cuda", in_flight=16),
+    of("cuda", 4, in_flight=16),
+    of("cuda", max_threads=128),
+    *(of("cuda", 0, patch) for patch in PATCHES),
+    of("cuda", threads=256),
     of("triton"),
-    of("triton", block=512, warps=2),
+    of("triton", tile=4096),
 )
 
 
@@ -83,6 +105,11 @@ def source(variant: Variant, text: str) -> str:
             text, found = re.subn(rf"(constexpr int {name} = )\d+;", rf"\g<1>{value};", text)
             if found != 1:
                 raise ValueError(f"kernels/cuda.cu has no constant {name!r}")
+    for patch in variant.patches:
+        old, new = PATCHES[patch]
+        if text.count(old) != 1:
+            raise ValueError(f"kernels/cuda.cu has not once what {patch!r} replaces: {old}")
+        text = text.replace(old, new)
     return text
 
 
@@ -101,7 +128,8 @@ def applied(variant: Variant) -> Iterator[None]:
     def at_most(*given: Any) -> Any:
         module, functions = load(*given)
         most = variant.blocks * torch.cuda.get_device_properties().multi_processor_count
-        return module, {name: (address, min(n, most)) for name, (address, n) in functions.items()}
+        limit = max if variant.blocks == PER_PIECE else min
+        return module, {name: (address, limit(n, most)) for name, (address, n) in functions.items()}
 
     _forget()
     try:
@@ -119,7 +147,8 @@ def applied(variant: Variant) -> Iterator[None]:
 
 
 def _forget() -> None:
-    """Kernels that were compiled, and how tensors were cut."""
+    """Kernels that were compiled, also those of steps that other optimizers traced, and how tensors were cut."""
+    buckets.known_traces.cache_clear()
     for backend in backends.made.values():
         backend._kernels.clear()  # type: ignore[attr-defined]
     for cached in (chunking.layout, chunking.blocks, chunking.splits):

@@ -5,6 +5,7 @@ import pytest
 from benchmarks.gpu import tune
 from benchmarks.gpu.device import Rehearsal
 from fusedopt.backends import chunking
+from fusedopt.backends.cpp import backend as cpp
 from fusedopt.backends.cuda import backend as cuda
 from fusedopt.backends.cuda import nvrtc
 from fusedopt.compile import BuildError
@@ -30,11 +31,26 @@ def test_a_constant_that_there_is_not_is_named():
 
 def test_variants_are_in_force_within_their_block_alone():
     before = cuda.THREADS, chunking.TILE, cuda.skeleton, cuda.Cuda._load
-    with tune.applied(tune.of("cuda", True, threads=64, tile=128, in_flight=2)):
+    with tune.applied(tune.of("cuda", 3, threads=64, tile=128, in_flight=2)):
         assert (cuda.THREADS, chunking.TILE) == (64, 128)
         assert "in_flight = 2;" in cuda.skeleton("cuda.cu")
         assert cuda.Cuda._load is not before[-1]
     assert (cuda.THREADS, chunking.TILE, cuda.skeleton, cuda.Cuda._load) == before
+
+
+def test_every_variant_has_kernels_of_its_own(monkeypatch):
+    compiled = []
+
+    def _compile(self, program, *given):
+        compiled.append(chunking.TILE)
+        return build(self, program, *given)
+
+    build = cpp.Cpp._compile
+    monkeypatch.setattr(cpp.Cpp, "_compile", _compile)
+    tune.race(
+        Rehearsal(), "resnet-50", "AdamW", (tune.of("cpp"), tune.of("cpp", tile=128), tune.of("cpp", tile=64))
+    )
+    assert compiled == [chunking.TILE, 128, 64]
 
 
 def test_a_table_of_those_that_work(capsys):
