@@ -552,7 +552,7 @@ __device__ inline void join_chunks(Row row, Join join, int k, int word, int64_t 
 }
 
 // -- entries --
-// Blocks take turns at the pieces. While one is worked on, the next one's row is on its way.
+// Where there are fewer blocks than pieces, they take turns. While one is worked on, the next one's row is on its way.
 template <void stage(const Launch&, Row, int64_t, int64_t, double*)>
 __device__ inline void each_piece(const Launch& launch, int64_t n, const int64_t* inlined) {
   for (unsigned c = blockIdx.x; c < n; c += gridDim.x) {

@@ -145,7 +145,7 @@ class Report:
 
     # -- the picture --
     def panels(self) -> list[tuple[str, list[Line], str]]:
-        """Device time of AdamW by case, of every rule on the memory-bound case, and host time: what was measured of it."""
+        """Device time of AdamW by case, of every rule where memory is the limit, and host time; what was measured."""
         lines = [line for line in self.results.lines if line["mode"] == "gpu"]
         device = [line for line in lines if line["what"] == "device"]
         panels = [

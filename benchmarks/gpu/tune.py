@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-import torch
-
 from fusedopt import backends
 from fusedopt.backends import chunking
 from fusedopt.backends.cuda import backend as cuda
@@ -29,15 +27,16 @@ from ..cases import CASES
 from ..plot import _table
 from ..providers import make
 from .device import Device, find
-from .kernels import BOUND_BY_MEMORY, Clock, bandwidth
+from .kernels import BOUND_BY_MEMORY, MATRICES, Clock, bandwidth
 
 CASES_TIMED = (
     (BOUND_BY_MEMORY, "AdamW"), (BOUND_BY_MEMORY, "LAMB"), ("resnet-50", "AdamW"), ("small-500", "AdamW"),
-    ("groups-465", "AdamW"), ("10000x64", "AdamW"),
+    ("groups-465", "AdamW"), ("10000x64", "AdamW"), (MATRICES, "Adafactor"),
 )  # fmt: skip
 CONSTANTS = {
     "threads": (cuda, "THREADS"),
     "tile": (chunking, "TILE"),
+    "alone": (cuda, "ALONE"),
     "block": (triton, "BLOCK"),
     "warps": (triton, "WARPS"),
 }
@@ -52,49 +51,37 @@ PATCHES = {
     "rows not prefetched": ("prefetch.global.L2 [%0];", "// %0"),
 }
 """What is put in place of what in kernels/cuda.cu."""
-PER_PIECE = sys.maxsize
 
 
 @dataclass(frozen=True)
 class Variant:
-    """values: of constants; blocks: at most so many per multiprocessor, not as many as run at a time, or PER_PIECE."""
+    """values: of constants; patches: by their names."""
 
     backend: str
-    values: tuple[tuple[str, int], ...] = ()
-    blocks: int = 0
     patches: tuple[str, ...] = ()
+    values: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
-        words = [f"{name} {value}" for name, value in self.values]
-        if self.blocks:
-            words.append("a block per piece" if self.blocks == PER_PIECE else f"blocks {self.blocks}")
-        return ", ".join([*words, *self.patches]) or "as it is"
+        return ", ".join([*(f"{name} {value}" for name, value in self.values), *self.patches]) or "as it is"
 
 
-def of(backend: str, blocks: int = 0, *patches: str, **values: int) -> Variant:
+def of(backend: str, *patches: str, **values: int) -> Variant:
     """A variant."""
-    return Variant(backend, tuple(values.items()), blocks, patches)
+    return Variant(backend, patches, tuple(values.items()))
 
 
 VARIANTS = (
     of("cuda"),
-    *(of("cuda", blocks) for blocks in (2, 3, 4, 5, 6, 8)),
-    of("cuda", PER_PIECE),
-    of("cuda", PER_PIECE, tile=4096),
-    of("cuda", PER_PIECE, tile=1024),
-    of("cuda", PER_PIECE, threads=256),
-    of("cuda", PER_PIECE, in_flight=16),
-    of("cuda", PER_PIECE, max_threads=128),
-    of("cuda", PER_PIECE, *PATCHES),
-    of("cuda", in_flight=4),
-    of("cuda", in_flight=16),
-    of("cuda", 4, in_flight=16),
-    of("cuda", max_threads=128),
-    *(of("cuda", 0, patch) for patch in PATCHES),
-    of("cuda", threads=256),
+    of("cuda", alone=0),
+    of("cuda", alone=sys.maxsize),
+    of("cuda", tile=8192),
+    of("cuda", tile=8192, alone=sys.maxsize),
+    of("cuda", tile=2048, threads=256),
+    of("cuda", tile=512, threads=64),
+    *(of("cuda", patch) for patch in PATCHES),
     of("triton"),
-    of("triton", tile=4096),
+    of("triton", tile=8192),
 )
 
 
@@ -116,26 +103,12 @@ def source(variant: Variant, text: str) -> str:
 @contextmanager
 def applied(variant: Variant) -> Iterator[None]:
     """Kernels that are compiled, and launches that are prepared, within the block are the variant's."""
-    before: list[tuple[Any, str, Any]] = [
-        (cuda, "skeleton", cuda.skeleton),
-        (cuda.Cuda, "_load", cuda.Cuda._load),
-    ]
-    before += [
-        (*CONSTANTS[name], getattr(*CONSTANTS[name])) for name, _ in variant.values if name in CONSTANTS
-    ]
-    skeleton, load = cuda.skeleton, cuda.Cuda._load
-
-    def at_most(*given: Any) -> Any:
-        module, functions = load(*given)
-        most = variant.blocks * torch.cuda.get_device_properties().multi_processor_count
-        limit = max if variant.blocks == PER_PIECE else min
-        return module, {name: (address, limit(n, most)) for name, (address, n) in functions.items()}
-
+    skeleton, constants = cuda.skeleton, [name for name, _ in variant.values if name in CONSTANTS]
+    before: list[tuple[Any, str, Any]] = [(cuda, "skeleton", skeleton)]
+    before += [(*CONSTANTS[name], getattr(*CONSTANTS[name])) for name in constants]
     _forget()
     try:
         cuda.skeleton = lambda name: source(variant, skeleton(name))  # type: ignore[assignment]
-        if variant.blocks:
-            cuda.Cuda._load = at_most  # type: ignore[method-assign]
         for name, value in variant.values:
             if name in CONSTANTS:
                 setattr(*CONSTANTS[name], value)

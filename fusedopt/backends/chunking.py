@@ -21,8 +21,9 @@ ALIGN = 64
 """Chunks start at multiples of this many elements: full vectors, whole cache lines."""
 CHUNK_COST = 64
 """What starting a chunk costs, in elements."""
-TILE = 1 << 13
-"""Elements in the pieces of a chunk that GPU stages are launched over where they leave no part results."""
+TILE = 1 << 10
+"""Elements in the pieces of a chunk that GPU stages are launched over where they leave no part results: what a block
+loads at once. Each block that ends makes room for another, and nothing waits for a slow one (docs/gpu.md)."""
 GRAIN = 1 << 14
 """Below this cost a thread is not worth waking."""
 
@@ -143,26 +144,21 @@ def tiles(chunks: np.ndarray, lines: np.ndarray | None = None) -> np.ndarray:
 
     lines: of each chunk's tensor the length of a line, if pieces have to be whole lines
     """
-    begin, end = chunks[:, 1], chunks[:, 2]
-    length = np.full(len(chunks), TILE) if lines is None else -(-TILE // lines) * lines
-    count = -(-(end - begin) // length)
-    chunk = np.repeat(np.arange(len(chunks)), count)
-    start = begin[chunk] + (np.arange(len(chunk)) - (np.cumsum(count) - count)[chunk]) * length[chunk]
-    out = chunks[chunk]
-    out[:, 1], out[:, 2] = start, np.minimum(start + length[chunk], end[chunk])
-    return out
+    return _cut(chunks, np.full(len(chunks), TILE) if lines is None else -(-TILE // lines) * lines)
 
 
 def line_tiles(chunks: np.ndarray, lines: np.ndarray) -> np.ndarray:
     """Chunks of whole lines, of these lengths, cut into fewer: the same table with more rows."""
-    begin, end = chunks[:, 1], chunks[:, 2]
-    step = np.maximum(TILE // lines, 1) * lines
-    count = -(-(end - begin) // step)
-    chunk = np.repeat(np.arange(len(chunks)), count)
-    cut = chunks[chunk]
-    cut[:, 1] += (np.arange(len(chunk)) - (np.cumsum(count) - count)[chunk]) * step[chunk]
-    cut[:, 2] = np.minimum(cut[:, 1] + step[chunk], cut[:, 2])
-    return cut
+    return _cut(chunks, np.maximum(TILE // lines, 1) * lines)
+
+
+def _cut(chunks: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Each chunk in pieces of its ``step`` elements, the last of which may be shorter."""
+    count = -(-(chunks[:, 2] - chunks[:, 1]) // step)
+    out, step = np.repeat(chunks, count, axis=0), np.repeat(step, count)
+    out[:, 1] += (np.arange(len(out)) - np.repeat(np.cumsum(count) - count, count)) * step
+    np.minimum(out[:, 1] + step, out[:, 2], out=out[:, 2])
+    return out
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,7 +22,7 @@ from helpers import assert_same_bits, needs_extension
 
 import fusedopt
 from fusedopt import backends, doctor, optim, table
-from fusedopt.backends import upload
+from fusedopt.backends import chunking, upload
 from fusedopt.backends.cuda import backend as cuda
 from fusedopt.backends.cuda import nvrtc
 from fusedopt.backends.cuda import render as renderer
@@ -211,7 +211,8 @@ def test_tensors_of_many_chunks_are_joined_by_all_threads(fake, name):
     assert first[0] == "fusedopt_stage_0" and second[0] == "fusedopt_stage_1"
 
 
-def test_joining_does_not_depend_on_how_many_blocks_there_are(fake):
+def test_joining_does_not_depend_on_how_many_blocks_there_are(fake, monkeypatch):
+    monkeypatch.setattr(cuda, "ALONE", sys.maxsize)
     found = []
     fake.threads = 4
     for blocks in (1, 2, 100):
@@ -226,7 +227,7 @@ def test_joining_does_not_depend_on_how_many_blocks_there_are(fake):
         opt.step()
         found.append(params[0].detach())
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert [blocks for _, blocks, *_ in fake.launches] == [2, 2, 4, 4, 4, 25]
+    assert [blocks for _, blocks, *_ in fake.launches] == [2, 2, 4, 4, 4, 193]
 
 
 def test_scalar_state_is_stored_once_for_each_tensor(fake):
@@ -341,16 +342,13 @@ def test_launches_are_sized_by_the_device_and_go_to_the_current_stream(fake, mon
     small = parameters(5)
     give_gradients(small, 0)
     sgd(small).step()
+    tiny = parameters(*[5] * 9)
+    give_gradients(tiny, 0)
+    sgd(tiny).step()
+    pieces = sum(-(-p.numel() // chunking.TILE) for p in params)
+    # nine tensors are for the blocks that run at a time: two multiprocessors with two each
     assert fake.launches == [
-        (
-            "fusedopt_stage_0",
-            4,
-            cuda.THREADS,
-            77,
-            1,
-            1,
-        ),  # two multiprocessors with two blocks each, for eleven tiles
-        ("fusedopt_stage_0", 1, cuda.THREADS, 77, 1, 1),
+        ("fusedopt_stage_0", blocks, cuda.THREADS, 77, 1, 1) for blocks in (pieces, 1, 4)
     ]
 
 

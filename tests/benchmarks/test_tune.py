@@ -30,12 +30,11 @@ def test_a_constant_that_there_is_not_is_named():
 
 
 def test_variants_are_in_force_within_their_block_alone():
-    before = cuda.THREADS, chunking.TILE, cuda.skeleton, cuda.Cuda._load
-    with tune.applied(tune.of("cuda", 3, threads=64, tile=128, in_flight=2)):
+    before = cuda.THREADS, chunking.TILE, cuda.skeleton
+    with tune.applied(tune.of("cuda", "stores streamed", threads=64, tile=128, in_flight=2)):
         assert (cuda.THREADS, chunking.TILE) == (64, 128)
-        assert "in_flight = 2;" in cuda.skeleton("cuda.cu")
-        assert cuda.Cuda._load is not before[-1]
-    assert (cuda.THREADS, chunking.TILE, cuda.skeleton, cuda.Cuda._load) == before
+        assert "in_flight = 2;" in cuda.skeleton("cuda.cu") and ".cs.v4" in cuda.skeleton("cuda.cu")
+    assert (cuda.THREADS, chunking.TILE, cuda.skeleton) == before
 
 
 def test_every_variant_has_kernels_of_its_own(monkeypatch):

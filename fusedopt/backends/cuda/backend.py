@@ -27,6 +27,8 @@ from . import render as renderer
 LIBRARY = "libcuda.so.1"
 THREADS = 128
 """Of a block."""
+ALONE = 256
+"""Elements that are worth a block. Blocks that have fewer take turns, and ask for what they need next meanwhile."""
 SMALL, BIG = ((limit - 80) // 8 for limit in (4096, 32764))
 """Words that a launch carries by value: `small_words` and `big_words` of the skeleton."""
 BIG_SINCE = 12010
@@ -41,8 +43,8 @@ FALLBACK = 'or use backend="triton" or backend="reference"'
 
 
 class Handle(NamedTuple):
-    """A loaded module; the address and the most useful number of blocks of each of its kernels, by name; what a launch
-    may carry by value."""
+    """A loaded module; the address of each of its kernels, by name, and how many of its blocks run at a time; what a
+    launch may carry by value."""
 
     module: Any
     functions: dict[str, tuple[int, int]]
@@ -180,16 +182,17 @@ class Launch(Rows):
         tables = self._tables = {name: Upload(self.device).of(t) for name, t in self._host_tables().items()}
         if self.kernel.program.axes > 1:
             tables["joins"] = Upload(self.device).of(self._joins(tables["chunks"].data_ptr()))
-        rows = tables["rows"]
+        rows, elements = tables["rows"], int(self.rows[:, 0].sum())
         self._partials = torch.empty(
             (len(self.layout), self.n_reductions), dtype=torch.float64, device=self.device
         )
         suffix = _suffixes(handle.capacities)[handle.capacities.index(self.carried.capacity)]
         kernels = []
         for symbol, over in renderer.launches(self.kernel.program):
-            function, blocks = handle.functions[symbol + suffix]
+            function, at_a_time = handle.functions[symbol + suffix]
             if n := len(tables[over]):
-                kernels.append((function, min(n, blocks), tables[over].data_ptr(), n))
+                blocks = n if elements >= ALONE * n else min(n, at_a_time)
+                kernels.append((function, blocks, tables[over].data_ptr(), n))
         gradients = self._gradients
         return leaf.native.Launcher(  # type: ignore[union-attr]
             handle.module,
