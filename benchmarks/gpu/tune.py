@@ -35,7 +35,9 @@ CASES_TIMED = (
 )  # fmt: skip
 CONSTANTS = {
     "threads": (cuda, "THREADS"),
+    "teams": (cuda, "TEAMS"),
     "tile": (chunking, "TILE"),
+    "lines": (chunking, "LINES"),
     "alone": (cuda, "ALONE"),
     "block": (triton, "BLOCK"),
     "warps": (triton, "WARPS"),
@@ -79,9 +81,13 @@ VARIANTS = (
     of("cuda", tile=8192, alone=sys.maxsize),
     of("cuda", tile=2048, threads=256),
     of("cuda", tile=512, threads=64),
+    of("cuda", teams=128),
+    of("cuda", lines=1024),
+    of("cuda", lines=8192),
     *(of("cuda", patch) for patch in PATCHES),
     of("triton"),
     of("triton", tile=8192),
+    of("triton", lines=8192),
 )
 
 

@@ -24,6 +24,8 @@ CHUNK_COST = 64
 TILE = 1 << 10
 """Elements in the pieces of a chunk that GPU stages are launched over where they leave no part results: what a block
 loads at once. Each block that ends makes room for another, and nothing waits for a slow one (docs/gpu.md)."""
+LINES = 1 << 11
+"""The same of pieces that are whole lines, more or less."""
 GRAIN = 1 << 14
 """Below this cost a thread is not worth waking."""
 
@@ -144,12 +146,12 @@ def tiles(chunks: np.ndarray, lines: np.ndarray | None = None) -> np.ndarray:
 
     lines: of each chunk's tensor the length of a line, if pieces have to be whole lines
     """
-    return _cut(chunks, np.full(len(chunks), TILE) if lines is None else -(-TILE // lines) * lines)
+    return _cut(chunks, np.full(len(chunks), TILE) if lines is None else -(-LINES // lines) * lines)
 
 
 def line_tiles(chunks: np.ndarray, lines: np.ndarray) -> np.ndarray:
     """Chunks of whole lines, of these lengths, cut into fewer: the same table with more rows."""
-    return _cut(chunks, np.maximum(TILE // lines, 1) * lines)
+    return _cut(chunks, np.maximum(LINES // lines, 1) * lines)
 
 
 def _cut(chunks: np.ndarray, step: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from fusedopt.backends.chunking import (
     CHUNK,
     CHUNK_COST,
     GRAIN,
+    LINES,
     MAX_CHUNKS,
     TILE,
     blocks,
@@ -156,7 +157,7 @@ def test_pieces_of_chunks_are_whole_lines_where_they_have_to_be():
         mine = pieces[(pieces[:, 0] == row) & (begin <= pieces[:, 1]) & (pieces[:, 2] <= end)]
         assert mine[0, 1] == begin and mine[-1, 2] == end and (mine[1:, 1] == mine[:-1, 2]).all()
         line = shapes[row][-1]
-        assert (mine[:, 1:3] % line == 0).all() and (mine[:, 2] - mine[:, 1] < TILE + line).all()
+        assert (mine[:, 1:3] % line == 0).all() and (mine[:, 2] - mine[:, 1] < LINES + line).all()
         assert (mine[:, 3:] == words).all()
     plain = layout((3 * CHUNK + 5,)).chunks
     assert len(tiles(plain)) == 3 * CHUNK // TILE + 1 and tiles(plain)[-1].tolist() == [

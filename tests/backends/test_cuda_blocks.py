@@ -123,7 +123,7 @@ def test_kernels_do_what_the_program_says(fake, name):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Tensors of some thousand elements have many chunks, several of them for one place."""
-    for name, value in dict(CHUNK=256, SHARED=4, TILE=64).items():
+    for name, value in dict(CHUNK=256, SHARED=4, LINES=64).items():
         monkeypatch.setattr(chunking, name, value)
     monkeypatch.setattr(cuda, "SLICE", 16)
     chunking.blocks.cache_clear()
@@ -194,14 +194,14 @@ def test_a_step_is_launched_in_order_over_chunks_and_tensors(fake):
     fake.blocks = 1000
     program, shapes = PROGRAMS["factored matrix"][0], [(300, 700), (3, 5), (0, 4)]
     test_blocks.run(program, rows_of(program, shapes), shapes, "cuda")
-    chunks, pieces = 4 + 1, 3 * 47 + 9 + 1  # of 94 lines, the last one of 18; those are cut into twos
+    chunks, pieces = 4 + 1, 3 * 32 + 6 + 1  # of 94 lines, the last one of 18; those are cut into threes
     assert [launch[:3] for launch in fake.launches] == [
-        ("fusedopt_stage_0", chunks, cuda.THREADS),
-        ("fusedopt_join_1", 1, cuda.THREADS),  # of a tensor's 2,800 parts of columns
-        ("fusedopt_before_1", 3, cuda.THREADS),
-        ("fusedopt_stage_1", chunks, cuda.THREADS),
-        ("fusedopt_stage_2", pieces, cuda.THREADS),
-        ("fusedopt_scalars", 3, cuda.THREADS),
+        ("fusedopt_stage_0", chunks, cuda.TEAMS),
+        ("fusedopt_join_1", 1, cuda.TEAMS),  # of a tensor's 2,800 parts of columns
+        ("fusedopt_before_1", 3, cuda.TEAMS),
+        ("fusedopt_stage_1", chunks, cuda.TEAMS),
+        ("fusedopt_stage_2", pieces, cuda.TEAMS),
+        ("fusedopt_scalars", 3, cuda.TEAMS),
     ]
     fake.clear()
     program = PROGRAMS["centred"][0]

@@ -25,8 +25,8 @@ from . import nvrtc
 from . import render as renderer
 
 LIBRARY = "libcuda.so.1"
-THREADS = 128
-"""Of a block."""
+THREADS, TEAMS = 128, 256
+"""Of a block; and where they are in teams, for lines and places along axes."""
 ALONE = 256
 """Elements that are worth a block. Blocks that have fewer take turns, and ask for what they need next meanwhile."""
 SMALL, BIG = ((limit - 80) // 8 for limit in (4096, 32764))
@@ -112,9 +112,8 @@ class Cuda(Compiler):
             source = SMALL_ONLY + source
         entry = nvrtc.compile_cubin(name, source, self.arch(index), key_parts=[renderer.VERSION])
         symbols = [symbol for symbol, _ in renderer.launches(program)]
-        module, functions = self._load(
-            name, entry, index, [s + v for s in symbols for v in _suffixes(capacities)]
-        )
+        variants = [s + v for s in symbols for v in _suffixes(capacities)]
+        module, functions = self._load(name, entry, index, variants, threads(program))
         kernel = Kernel(
             self.name, name, program, body, str(entry.source_path), entry.seconds, not entry.built, None
         )
@@ -122,7 +121,7 @@ class Cuda(Compiler):
         return kernel
 
     def _load(
-        self, name: str, entry: Any, index: int, symbols: list[str]
+        self, name: str, entry: Any, index: int, symbols: list[str], threads: int
     ) -> tuple[Any, dict[str, tuple[int, int]]]:
         key = str(entry.path), index
         if key in self._refused:
@@ -131,13 +130,18 @@ class Cuda(Compiler):
         try:
             with _refusing(f"kernel {name!r}, {made_by}, cannot be loaded on GPU {index}: "):
                 module = leaf.native.Module(self.driver(), entry.path.read_bytes(), index)  # type: ignore[union-attr]
-                return module, {s: module.function(s, THREADS) for s in symbols}
+                return module, {s: module.function(s, threads) for s in symbols}
         except BuildError as error:
             self._refused[key] = error
             raise
 
     def prepare(self, *rows: Any, **how: Any) -> Launch:
         return Launch(*rows, **how)
+
+
+def threads(program: Program) -> int:
+    """Of a block."""
+    return THREADS if program.axes == 1 else TEAMS
 
 
 class Carried(NamedTuple):
@@ -201,7 +205,7 @@ class Launch(Rows):
             (self.rows.shape[1], self.kernel.program.slots, self.n_reductions),
             (gradients.ctypes.data if len(gradients) else 0, len(gradients)),
             self.carried.capacity,
-            THREADS,
+            threads(self.kernel.program),
         )
 
     def _host_tables(self) -> dict[str, np.ndarray]:
