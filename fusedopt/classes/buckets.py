@@ -19,10 +19,10 @@ from ..step.scaling import Scaling
 from ..step.sharded import Shard, Whole, here, is_dtensor, is_replicated
 from ..trace.replay import Replay, can_replay
 from ..trace.signals import NeedsAttribute, Untraceable
-from ..trace.signature import Signature, is_plain, structure_of
+from ..trace.signature import Signature, is_plain
 from ..trace.tracer import Trace
 from .check import difference
-from .host import Host, numbers_of_host
+from .host import Host, bucket_key, numbers_of_host
 from .shadow import NewState, Path, shown
 from .stored import Stored, decode, encode
 from .stores import flattened, put, stores_of, values_of, whole_of
@@ -49,9 +49,10 @@ class ClassItem(Item):
 
     ``hosted``: the tensors that `on_host` is about. In ``state`` are their numbers, which is what they are to kernels.
     ``coded``: what policies store, by name. In ``state`` are its parts.
+    ``flat``: flattened tensors of as many elements as the parameter. In ``state`` are views of them in its shape.
     """
 
-    __slots__ = ("coded", "hosted")
+    __slots__ = ("coded", "flat", "hosted")
     one_is_whole = True
 
     def __init__(self, p: torch.Tensor, grad: torch.Tensor, kept: dict[Any, Any], *given: Any) -> None:
@@ -59,6 +60,8 @@ class ClassItem(Item):
         self.coded = {k: v for k, v in kept.items() if isinstance(v, Stored)}
         self.hosted = {k: v for k, v in self.state.items() if on_host(v, self.param)}
         self.state |= {k: v.item() for k, v in self.hosted.items()}
+        self.flat = {k: v for k, v in self.state.items() if _is_flat(v, self.param)}
+        self.state |= {k: v.view(self.param.shape) for k, v in self.flat.items()}
 
     @property
     def has_codes(self) -> bool:
@@ -71,6 +74,8 @@ class ClassItem(Item):
         if self.coded:
             stored = (f"{v.dtype} {k} as {v.policy}" for k, v in self.coded.items())
             read = *read, ("stored", ", ".join(stored))
+        if self.flat:
+            read = *read, ("flattened", " ".join(map(str, self.flat)))
         return *before, read, asked, zero_dim, modes
 
 
@@ -159,7 +164,8 @@ class ClassGroups:
                     yield name, -1, value, name, value, float("-inf")
 
     def hand_over(self, item: Item) -> Callable[[], None]:
-        return partial(put, self.state[item.home], item.state, parted=True)
+        flat = item.flat if isinstance(item, ClassItem) else {}
+        return partial(put, self.state[item.home], item.state | flat, parted=True)
 
     def keep(self, todo: list[Item]) -> None:
         """Nothing: state is the class's own."""
@@ -251,6 +257,18 @@ def _hosted(item: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def _is_flat(value: Any, p: torch.Tensor) -> bool:
+    """Whether it is a tensor that is the parameter's in shape, flattened."""
+    return (
+        type(value) is torch.Tensor
+        and value.dim() == 1 != p.dim()
+        and value.numel() == p.numel() > 1
+        and value.is_contiguous()
+        and p.is_contiguous()
+        and not is_dtensor(p)
+    )
+
+
 def _is_factor(value: Any, p: torch.Tensor) -> bool:
     """Whether it is a tensor of another shape than the parameter, which torch calls may write to."""
     return isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != p.shape
@@ -332,13 +350,15 @@ class StepBuckets(Buckets):
         for items, signature in self._sorted(todo):
             plan = None
             for key, known in self._current:
-                if key == _key(items, signature) and plan is None:
+                if key == bucket_key(items, signature) and plan is None:
                     plan = self._replayed(items, signature, known)
+            if plan is not None:
+                self.read.meets([(items, signature)])
             found.append((items, plan or -1))
         return found
 
     def _prepared(self, buckets: list[tuple[list[Item], Signature]]) -> list[Bucket]:
-        keys = [_key(*bucket) for bucket in buckets]
+        keys = [bucket_key(*bucket) for bucket in buckets]
         known = self._hosts.setdefault((self.closure, *keys), [])
         for host, compiled in known:
             host.meets(buckets)
@@ -434,7 +454,3 @@ def _beyond_parts(trace: Trace) -> str:
         return "torch is called with all"
     along = any(program.axes > 1 for program in (trace.program, *trace.rounds))
     return "the step looks at rows or columns" if along else ""
-
-
-def _key(items: list[Item], signature: Signature) -> tuple[Any, ...]:
-    return items[0].where[0], structure_of(signature)

@@ -20,6 +20,7 @@ from ..trace.signals import Untraceable
 from ..trace.signature import PLAIN
 from ..trace.totals import SUM, TOTAL, Total
 from ..trace.tracer import Trace
+from .host import bucket_key
 from .shadow import Path, Shadow
 from .stored import Stored
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
@@ -95,13 +96,22 @@ def difference(
     examples = [example for bucket in seen for example in bucket]
     copies = Copies(opt, [item.owner for item, _ in examples], step.closure, factor)
     totals = _totals([each for each in examples if each[1].externs is None])
+    if why := step.host.look(vars(opt)):
+        return why
+
+    def total(k: int) -> float:
+        return totals[str(Total(0, k))].item()
+
+    counted = step.host.counted(total)
     for bucket in seen:
         called = _Called(bucket) if bucket[0][1].externs is not None else None
         for k, (item, trace) in enumerate(bucket):
             given, new = (totals, {}) if called is None else called.of(k)
-            if why := _apart(item, trace, *copies.of(item.owner, view), options.write_grads, given, new):
+            numbers = trace.new_numbers() | counted(bucket_key([item], trace.signature), item.state)
+            copy, state = copies.of(item.owner, view)
+            if why := _apart(item, trace, copy, state, options.write_grads, given, new, numbers):
                 return why
-    return step.host.differs(vars(opt), vars(copies.shadow.opt), lambda k: totals[str(Total(0, k))].item())
+    return step.host.differs(vars(opt), vars(copies.shadow.opt), total)
 
 
 def view_of(programs: list[Program]) -> View:
@@ -250,6 +260,7 @@ def _apart(
     grads: bool,
     totals: dict[str, torch.Tensor],
     new: dict[str, torch.Tensor],
+    numbers: dict[str, Any],
 ) -> str | None:
     buffers = {"param": item.param, "grad": item.grad} | {f"state.{k}": v for k, v in item.state.items()}
     ours = new | _interpreted(trace, trace.program, item, _given(item, trace.program, totals))
@@ -265,12 +276,12 @@ def _apart(
         | ({"grad": p.grad} if grads else {})
         | {f"state.{k}": v for k, v in state.items()}
     )
-    numbers = trace.new_numbers()
     for name, value in theirs.items():
         before = buffers[name]
         if not isinstance(value, torch.Tensor) or name.removeprefix("state.") in numbers:
             continue
         now = ours.get(name, before)
+        value = value.reshape(before.shape) if value.numel() == before.numel() else value  # a flattened one
         start = before.detach().cpu() if name == "param" else None
         if now is None or not _close(
             now, value.cpu(), start, CODED if name.removeprefix("state.") in item.coded else close

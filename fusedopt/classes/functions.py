@@ -713,6 +713,11 @@ def _wrapped(name: str, result: Any, meta: Any, x: Any) -> Any:
     return made(result, meta)
 
 
+def flattened(sym: SymTensor, meta: torch.Tensor, shape: torch.Size) -> Symbolic:
+    """What stands for a tensor in one row whose elements are those of a tensor of a parameter's shape."""
+    return _view("flatten", meta, made(sym, torch.empty(shape, dtype=meta.dtype, device="meta")))
+
+
 def _view(name: str, meta: _Meta, x: Symbolic) -> Symbolic:
     sym = place(x)
     if sym.kind != TENSOR and name not in ("unsqueeze", "squeeze", "__getitem__"):
@@ -737,7 +742,11 @@ def _view(name: str, meta: _Meta, x: Symbolic) -> Symbolic:
 def _adds_dimensions(index: Any) -> bool:
     """Whether it is that of ``x[:, None]`` and its like."""
     parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
+    return all(part is None or part is Ellipsis or _is_all(part) for part in parts)
+
+
+def _is_all(part: Any) -> bool:
+    return isinstance(part, slice) and (part.start, part.stop) == (None, None) and part.step in (None, 1)
 
 
 def _broadcast(sym: SymTensor, meta: _Meta) -> Symbolic:

@@ -6,6 +6,7 @@ Made once for each trace, as one generated function: a step asks it whether all 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,6 +34,14 @@ class There(NamedTuple):
     """A tensor of the optimizer, which is left somewhere else too."""
 
     path: Path
+
+
+BucketKey = tuple[int, Any]
+"""The group that parameters are of, and the structure of what a class sees of them."""
+
+
+def bucket_key(items: Sequence[Item], signature: Signature) -> BucketKey:
+    return items[0].where[0], structure_of(signature)
 
 
 Totals = Callable[[int], float]
@@ -78,6 +87,8 @@ class Host:
         self.nodes: list[int] = []
         self.left: list[str] = []
         """The places that it writes to, in words."""
+        self.later: dict[BucketKey, dict[tuple[bool, ...], Replay]] = {}
+        """By bucket, and by path through the step's own branches: numbers in the state that it decides about."""
         self._sums = sums
         self._paths: dict[tuple[bool, ...], tuple[list[Write], list[int]]] = {}
         """What is written along each path through the step's own branches, and the conditions of these."""
@@ -87,8 +98,9 @@ class Host:
         """The parameters that were met, by their bucket: of each some have a gradient."""
         self._own: dict[Any, tuple[tuple[str, Any], ...]] = {}
         """The attributes that others gave them and the step asks for."""
-        self._alone: set[Any] = set()
-        """The buckets of which one parameter may have a gradient, no more."""
+        self._alone: Counter[BucketKey] = Counter()
+        """Of how many parameters of a bucket gradients are known to be possible, where more would be another step. They
+        were alone in their buckets, of which several have a key where numbers in the state differ."""
         self._kept: list[Any] = []
         self._look = _looking(shadow, names, tensors, self.numbers)
 
@@ -149,6 +161,9 @@ class Host:
                 self.left += [where] if where not in self.left else []
                 writes.append((_reader(path), key, (fill if key is FILL else template)(value, where)))
             self._paths[taken] = writes, conditions
+        self.left += sorted(
+            {f"the state {k!r}" for each in self.later.values() for r in each.values() for k in r.number_keys}
+        )
         if self.leaves_something:
             self.nodes += [node for _, conditions in self._paths.values() for node in conditions]
         else:
@@ -171,14 +186,14 @@ class Host:
     def meets(self, buckets: Sequence[tuple[list[Item], Signature]]) -> None:
         """Note the parameters of a step that is of these buckets."""
         for items, signature in buckets:
-            key = items[0].where[0], structure_of(signature)
+            key = bucket_key(items, signature)
             self._met.setdefault(key, {}).update((id(item.owner), item.owner) for item in items)
             self._own[key] = tuple((k, v) for k, v in signature.attributes if k.startswith(OWN))
 
     def traced(self, buckets: Sequence[tuple[list[Item], Signature]]) -> None:
         """Note the parameters of the step that was traced."""
         self.meets(buckets)
-        self._alone = {(buckets[b][0][0].where[0], structure_of(buckets[b][1])) for b in self._sums.lonely}
+        self._alone = Counter(bucket_key(*buckets[b]) for b in self._sums.lonely)
 
     @property
     def sums(self) -> bool:
@@ -187,22 +202,34 @@ class Host:
 
     @property
     def leaves_something(self) -> bool:
-        return any(writes for writes, _ in self._paths.values())
+        return bool(self.later) or any(writes for writes, _ in self._paths.values())
 
-    def _after(self, root: dict[str, Any], totals: Totals) -> tuple[Left, list[Write]]:
-        """What is left, and what of it is written."""
+    def _after(self, root: dict[str, Any], totals: Totals) -> tuple[Left, tuple[bool, ...]]:
+        """What is left, and the path through the step's own branches."""
         values: dict[int, Any] = {}
         if self.nodes:
             found = self._evaluation(
                 [self._left[k] for k in self._slots], [totals(k) for k in self._evaluation.totals]
             )
             values = dict(zip(self.nodes, found, strict=True))
-        writes = next(
-            writes
-            for taken, (writes, conditions) in self._paths.items()
+        path = next(
+            taken
+            for taken, (_, conditions) in self._paths.items()
             if not values or all(bool(values[c]) == t for c, t in zip(conditions, taken, strict=True))
         )
-        return Left(root, self._left, values), writes
+        return Left(root, self._left, values), path
+
+    def _counted(self, bucket: BucketKey, path: tuple[bool, ...], state: dict[Any, Any]) -> dict[str, Any]:
+        """The numbers of a parameter's state that follow from the step's path, after it."""
+        replay = self.later[bucket][path]
+        return dict(
+            zip(replay.number_keys, replay.function(*replay.inputs(self.numbers, state))[1], strict=True)
+        )
+
+    def counted(self, totals: Totals) -> Callable[[BucketKey, dict[Any, Any]], dict[str, Any]]:
+        """What gives them, by the parameter's bucket and its state before the step, after `look`."""
+        _, path = self._after({}, totals)
+        return lambda bucket, state: self._counted(bucket, path, state) if bucket in self.later else {}
 
     def look(self, root: dict[str, Any]) -> str | None:
         """Read the numbers; or why this is another step than the one that was traced."""
@@ -230,10 +257,10 @@ class Host:
         )
 
     def _all_step(self) -> bool:
-        """Whether some parameters of each bucket have gradients; and one only where nothing is known of more."""
+        """Whether some parameters of each bucket have gradients; and no more than were met where that matters."""
         all_step = self.sums or self.leaves_something
         for key, params in self._met.items():
-            if key in self._alone and sum(p.grad is not None for p in params.values()) > 1:
+            if key in self._alone and sum(p.grad is not None for p in params.values()) > self._alone[key]:
                 return False
             if all_step and not any(p.grad is not None for p in params.values()):
                 return False
@@ -243,9 +270,9 @@ class Host:
         """What the step would leave here otherwise than another has been left."""
         if why := self.look(root):
             return why
-        left, writes = self._after(root, totals)
+        left, path = self._after(root, totals)
         close = _CLOSE if self.nodes else 1e-9
-        for read, key, made in writes:
+        for read, key, made in self._paths[path][0]:
             ours, theirs = made(left), read(other) if key is FILL else read(other)[key]
             if not _alike(ours, theirs, close):
                 return f"{'a tensor' if key is FILL else key} becomes {ours!r}, not {theirs!r}"
@@ -255,8 +282,14 @@ class Host:
         """Leave what the step leaves."""
         if not self.leaves_something:
             return
-        left, writes = self._after(root, totals)
-        found = [(read(root), key, made(left)) for read, key, made in writes]
+        left, path = self._after(root, totals)
+        found = [(read(root), key, made(left)) for read, key, made in self._paths[path][0]]
+        for bucket in self.later:
+            states = [root["state"][p] for p in self._met[bucket].values() if p.grad is not None]
+            numbers = [self._counted(bucket, path, state) for state in states]
+            found += [
+                (state, k, v) for state, new in zip(states, numbers, strict=True) for k, v in new.items()
+            ]
         for where, key, value in found:
             if key is FILL:
                 where.fill_(value)

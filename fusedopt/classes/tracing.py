@@ -21,6 +21,7 @@ from ..ir.program import Buffer, Graph, Program
 from ..step.items import Item
 from ..trace.externs import Calls, is_lent
 from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
+from ..trace.replay import Replay
 from ..trace.run import GRAD, MAX_PATHS, PARAM, Cell, Matrix, Outcomes, alike, is_number, load, merged
 from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest
 from ..trace.signature import FACTOR, PLAIN, Foreign, Several, Signature
@@ -29,7 +30,8 @@ from ..trace.tensor import FLOATS, SymTensor
 from ..trace.totals import Total
 from ..trace.tracer import Trace, cut_up, program_of, told_apart
 from . import coding, matrices
-from .host import FILL, Host, There
+from .functions import flattened
+from .host import FILL, Host, There, bucket_key
 from .shadow import NewState, Path, Shadow, shown
 from .stored import DRAWS
 from .stores import in_stores, rebuilt, stores_of, values_of, whole_of
@@ -63,6 +65,7 @@ class Options:
     capturable: bool = False
 
 
+DEPENDS = "what it does to a parameter depends on the others, or on their order"
 AS_WHOLE = Buffer(torch.float32, ELEMENT)
 
 
@@ -117,7 +120,10 @@ class Representative:
                 if what.dims is not None:
                     run.attribute(ELEMENT, "dims")
                 sym = SymTensor(run, load(self.graph, signature, f"state.{key}", what), what.dtype, what.dims)
-                self.put[key] = made(sym, meta_of(value))
+                flat = item.flat.get(key)
+                self.put[key] = (
+                    made(sym, meta_of(value)) if flat is None else flattened(sym, meta_of(flat), value.shape)
+                )
             elif isinstance(what, Foreign):
                 if what.dtype in FLOATS:
                     kept = self.calls.keep(key, what.dtype, what.shape)
@@ -145,7 +151,7 @@ class Representative:
     def tensors(self) -> dict[int, Any]:
         item = self.item
         found = {id(item.owner): self.param, id(item.owner.grad): self.gradient}
-        real = item.state | item.hosted | item.coded
+        real = item.state | item.hosted | item.coded | item.flat
         found |= {id(real[k]): v for k, v in self.put.items() if isinstance(v, Symbolic)}
         return found
 
@@ -261,19 +267,44 @@ class Representative:
     def join(self, branches: dict[tuple[bool, ...], list[int]], sums: Sums) -> None:
         """Join what all paths leave. ``branches``: the conditions along each of the step's."""
         joined: Outcomes = {}
-        for path, outcomes in self.by_step.items():
+        found = {path: dict(merged(self.graph, outcomes)) for path, outcomes in self.by_step.items()}
+        self.later = self._taken_out(found)
+        for path, cells in found.items():
             along = Elements(self.graph, self.scalars, self.signature, self.index)
             along.conditions = [
                 sums.lowered(node, self.graph, self.signature.compute) for node in branches[path]
             ]
             along.raw = JOINED
-            joined[path] = along, merged(self.graph, outcomes)
+            joined[path] = along, cells
         self.cells: dict[Any, Any] = merged(self.graph, joined)
         for key, value in self.signature.state:
             if not isinstance(value, (Buffer, Foreign)) and isinstance(self.cells.get(key), Cell):
                 raise Untraceable(
                     f"the state {key!r}, a number of the host, follows from what is read from tensors"
                 )
+
+    def _taken_out(self, found: dict[tuple[bool, ...], dict[Any, Any]]) -> dict[tuple[bool, ...], Replay]:
+        """Numbers of the host in the state that follow from the step's own branches: what they become along each.
+
+        They are taken out of what its paths leave: the host writes them when it knows which way the step went.
+        """
+        own = self.stores[0].get(self.item.owner, {}) if len(self.stores) == 1 else {}
+        keys = []
+        for key in self.put.keys() & own.keys() - self.item.hosted.keys():
+            first, *others = (cells[key] for cells in found.values())
+            if all(map(is_number, (first, *others))) and not all(alike(first, other) for other in others):
+                keys.append(key)
+        out = {}
+        for path, cells in found.items() if keys else ():
+            ours = ScalarProgram()
+            move = mover(self.scalars, ours, self.index)
+            numbers = {
+                k: Number(ours, move(v.index), v.value) if isinstance(v := cells[k], Number) else v
+                for k in sorted(keys)
+            }
+            out[path] = Replay(Trace(self.signature, None, ours, (), numbers, {}, {}))  # type: ignore[arg-type]
+            cells.update((k, self.put[k]) for k in keys)
+        return out
 
     def nodes(self) -> list[int]:
         return [v.node for v in self.cells.values() if isinstance(v, Cell)]
@@ -527,7 +558,13 @@ def _trace_step(
     branches = {path: ran.step.conditions for path, ran in paths.items()}
     for r in representatives:
         r.join(branches, sums)
-    host = _host(paths, shared, scalars, buckets, sums, options.capturable)
+    later = {}
+    for bucket, group in zip(buckets, groups, strict=True):
+        counts = group[0].later
+        if any(_different(a.trace, r.later[path].trace) for r in group[1:] for path, a in counts.items()):
+            raise Untraceable(DEPENDS)
+        later[bucket_key(*bucket)] = counts
+    host = _host(paths, shared, scalars, buckets, sums, options.capturable, later)
     host.closure = closure
     graphs = [r.graph for r in representatives]
     roots = [*totals_in(sums.graph, host.nodes)]
@@ -540,7 +577,7 @@ def _trace_step(
     for group in groups:
         found = [r.traced([*shared, *own[r.index]], options.write_grads, depths) for r in group]
         if any(_different(found[0], other) for other in found[1:]):
-            raise Untraceable("what it does to a parameter depends on the others, or on their order")
+            raise Untraceable(DEPENDS)
         traces.append(found[0])
         known = [(r.item, t) for r, t in zip(group, found, strict=True)]
         more = _more(buckets[len(examples)][0]) if sums.shares else []
@@ -598,6 +635,7 @@ def _host(
     buckets: Sequence[Bucket],
     sums: Sums,
     capturable: bool,
+    later: dict[Any, dict[tuple[bool, ...], Replay]],
 ) -> Host:
     """The host's half of the step, with what it leaves along each of its paths."""
     first, *others = paths.values()
@@ -607,6 +645,7 @@ def _host(
     move = mover(scalars, ours, None)
     host = Host(first.shadow, first.used, first.hosted, first.watch.around(first.kind), sums, capturable)
     host.returns_loss, host.returned = first.returns
+    host.later = {bucket: by_path for bucket, by_path in later.items() if by_path}
     host.writes({p: (ran.changes, ran.step.conditions) for p, ran in paths.items()}, scalars, move, ours)
     if host.nodes and any(signature.device.type != "cpu" for _, signature in buckets):
         raise Untraceable(

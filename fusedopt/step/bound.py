@@ -248,7 +248,8 @@ def _bucket(groups: Groups, plan: Bucket, launch: int, places: Sequence[dict[Any
         if groups.ignores(group, key):
             kind = kinds.ignored
         elif isinstance(what, Buffer):
-            plain = kinds.part if what.dims is not None else kinds.element
+            other = what.dims is not None or value.shape != item.owner.shape  # as what is flattened
+            plain = kinds.part if other else kinds.element
             kind, kept = (kinds.whole if what.kind == TENSOR else plain), what.dtype
         elif isinstance(what, Foreign):
             kind, kept = kinds.other, what.dtype

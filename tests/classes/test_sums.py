@@ -290,12 +290,45 @@ def prodigy(self, groups):
             p.sub_(p.grad.sign(), alpha=d)
 
 
+def counts_what_is_done(self, groups):
+    """As D-Adaptation: a step that goes back before its end is counted in no state."""
+    total = sum(p.grad.sum().item() for p in flat(groups))
+    for p in flat(groups):
+        state = self.state[p]
+        if not state:
+            state.update(step=0, share=1.0, last=torch.zeros_like(p))
+        state["last"].mul_(0.5).add_(p.grad)
+    if total < 0:
+        return
+    for p in flat(groups):
+        state = self.state[p]
+        state["step"] += 1
+        state["share"] = state["share"] * 0.5 if total > 2 else 0.25
+        p.sub_(state["last"], alpha=state["share"] / (1 + state["step"]))
+
+
+def flattened(self, groups):
+    """As Prodigy: some of the state has a parameter's elements in one row."""
+    total = 0.0
+    for p in flat(groups):
+        state = self.state[p]
+        if not state:
+            state.update(s=torch.zeros_like(p.flatten()), start=p.flatten()[:: self.stride].clone())
+        grad = p.grad.flatten()[:: self.stride]
+        total += torch.dot(grad, state["start"] - p.data.flatten()[:: self.stride]).item()
+        state["s"].mul_(0.9).add_(p.grad.flatten(), alpha=0.1)
+        p.sub_(state["s"].view_as(p))
+    self.largest = max(self.largest, total)
+    descend(self, groups, 1 / (1 + self.largest))
+
+
 def started(self, params):
     Base.__init__(self, params, d=1e-3, d0=1e-3, largest=1e-3)
     self.largest, self.tensor, self.d, self.steps_seen, self.steps_done = 0.0, torch.tensor(1.0), 0.01, 0, 0
+    self.stride = 1
 
 
-KEPT = [keeps_a_number, keeps_a_tensor, makes_tensors, goes_back, prodigy]
+KEPT = [keeps_a_number, keeps_a_tensor, makes_tensors, goes_back, prodigy, counts_what_is_done, flattened]
 
 
 @pytest.mark.parametrize("body", KEPT, ids=lambda f: f.__name__)
@@ -306,6 +339,56 @@ def test_what_is_kept_of_a_sum_is_what_the_class_keeps(body, missing, groups):
     opt = compared(kind if groups == 1 else two_groups(kind), shapes=SHAPES, steps=14, missing=missing)
     explained = opt.explain()
     assert explained.launches and not explained.eager, explained
+
+
+def test_counts_are_of_parameters_that_stepped():
+    """Of each its own: some have no gradient now and then, and some steps go back."""
+    found = []
+    for fuse in (False, True):
+        params, opt = run(whole(counts_what_is_done), shapes=SHAPES, steps=30, missing=True, fuse=fuse)
+        found.append([(opt.state[p]["step"], opt.state[p]["share"]) for p in params])
+    assert found[0] == found[1]
+    assert len({step for step, *_ in found[0]}) > 1 and all(0 < step < 20 for step, *_ in found[0])
+    assert not opt.explain().eager and opt.explain().steps.startswith("27 of 28"), opt.explain().steps
+
+
+def test_counts_of_state_from_a_checkpoint_that_differ():
+    found = []
+    for fuse in (lambda opt: opt, fusedopt.fuse):
+        params, opt = run(whole(counts_what_is_done), shapes=SHAPES, fuse=False)
+        for k, p in enumerate(params):
+            opt.state[p]["step"] = 10 * k
+        fuse(opt)
+        for i in range(5):
+            for p in params:
+                p.grad = torch.full_like(p, 0.1 + i)
+            opt.step()
+        found.append([opt.state[p]["step"] for p in params])
+    assert found[0] == found[1] == [5, 15, 25, 35, 45]
+    assert opt.explain().launches and not opt.explain().eager
+
+
+@pytest.mark.filterwarnings("ignore:fusedopt")
+def test_a_flattened_tensor_is_the_one_that_was_there():
+    """It keeps its shape and identity; memory in another order, and every other element, are the class's own step."""
+    kind = whole(flattened, __init__=started)
+    params, opt = run(kind, shapes=((4, 3), (2, 3, 2)))
+    before = [opt.state[p]["s"] for p in params]
+    opt.step()
+    for p, s in zip(params, before, strict=True):
+        assert opt.state[p]["s"] is s and s.shape == (p.numel(),)
+    assert opt.explain().launches and opt.explain().steps.startswith("7 of 8")
+
+    def turn(opt):
+        for p in opt.param_groups[0]["params"]:
+            p.data = p.data.to(memory_format=torch.channels_last)
+
+    def skipping(self, params):
+        started(self, params)
+        self.stride = 2
+
+    assert compared(kind, shapes=((2, 3, 2, 2),) * 2, poke=turn, steps=12).explain().eager
+    assert compared(whole(flattened, __init__=skipping)).explain().eager
 
 
 def test_a_tensor_that_groups_share_is_shared():
