@@ -18,8 +18,30 @@ from .device import Device
 from .jobs import Job, Skipped
 
 SHAPES = ((1,), (127,), (64, 64), (4097,), (100_003,))
+
+
+class Global(torch.optim.Optimizer):
+    """Steps by the largest norm of all gradients so far; without one above zero nothing is counted."""
+
+    def __init__(self, params: Sequence[Tensor], lr: float) -> None:
+        super().__init__(params, {"lr": lr, "largest": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        found = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = sum(p.grad.square().sum().item() for p in found) ** 0.5
+        if norm == 0:
+            return
+        for group in self.param_groups:
+            group["largest"] = max(group["largest"], norm)
+        for p in found:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            p.sub_(p.grad, alpha=group["lr"] / group["largest"] / self.state[p]["step"])
+
+
 CLASSES: tuple[tuple[Any, dict[str, Any]], ...] = (
     (Lion, {k: v for k, v in RULES["Lion"].hypers.items() if k != "lr"}),
+    (Global, {}),
     *(
         (getattr(torch.optim, name), {})
         for name in (

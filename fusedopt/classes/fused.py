@@ -108,7 +108,7 @@ class Fused:
         elif not self._anew(opt):
             return self._own(opt, None if closure is None else lambda: loss)
         host: Any = self.engine.read
-        host.write(vars(opt), self._total)
+        host.write(vars(opt), functools.partial(self._total, opt))
         if not self._new_trace:
             self._misses = 0
         else:  # now that the step is done, as warnings may be errors
@@ -139,9 +139,10 @@ class Fused:
     def upload_hypers(self, opt: torch.optim.Optimizer) -> None:
         self.captures.upload(opt, self.engine, self.buckets)
 
-    def _total(self, which: int) -> float:
-        """What a total came to in the last step."""
-        return self.scaling.buffer(str(Total(0, which)), torch.device("cpu")).item()
+    def _total(self, opt: torch.optim.Optimizer, which: int) -> float:
+        """What a total came to in the last step. Waits for the device, where each has all of them."""
+        device = next(p.device for group in opt.param_groups for p in group["params"] if p.grad is not None)
+        return self.scaling.buffer(str(Total(0, which)), device).item()
 
     def _own(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
         """The class's own step, of gradients that are unscaled and clipped."""

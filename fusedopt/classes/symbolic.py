@@ -107,6 +107,18 @@ class Symbolic(torch.Tensor):
             return False
         return bool(place(self).run.attribute(ELEMENT, "requires_grad"))
 
+    def added(self) -> list[str]:
+        """What a step has put into its ``__dict__``."""
+        return sorted(vars(self).keys() - _OURS)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("grad", "data"):  # a replay would not do it again
+            raise Untraceable(f"the step sets the attribute {name!r} of a tensor")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise Untraceable(f"the step deletes the attribute {name!r} of a tensor")
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         raise Untraceable("a tensor is printed")
 
@@ -127,6 +139,23 @@ class Symbolic(torch.Tensor):
         raise Untraceable(
             f"the attribute {name!r} of a tensor is asked for, which is not torch's own, and no number or flag"
         )
+
+
+_OURS = {
+    "sym",
+    "meta",
+    "why",
+    "number",
+    "parts",
+    "hosted",
+    "ext",
+    "constant",
+    "gradient",
+    "_is_param",
+    "place",
+    "shown",
+}
+"""What functions of this package keep in its ``__dict__``."""
 
 
 def made(

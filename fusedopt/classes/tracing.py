@@ -160,6 +160,9 @@ class Representative:
         self.outcomes = self.by_step.setdefault(step, {})
         if self.param.__dict__["gradient"] is None:
             raise Untraceable("the step drops a gradient")
+        for tensor in (self.param, self.gradient, *self.put.values()):
+            if isinstance(tensor, Symbolic) and (added := tensor.added()):
+                raise Untraceable(f"the step sets the attribute {added[0]!r} of a tensor")
         grad = self._place(self.param.__dict__["gradient"], "the gradient", self.item.grad)
         cells: dict[str, Any] = {PARAM: Cell(self.p.node, self.p.asked), GRAD: Cell(grad.node, grad.asked)}
         state = values_of(self.state or {})
@@ -647,10 +650,6 @@ def _host(
     host.returns_loss, host.returned = first.returns
     host.later = {bucket: by_path for bucket, by_path in later.items() if by_path}
     host.writes({p: (ran.changes, ran.step.conditions) for p, ran in paths.items()}, scalars, move, ours)
-    if host.nodes and any(signature.device.type != "cpu" for _, signature in buckets):
-        raise Untraceable(
-            "what the optimizer keeps besides its state follows from a sum over parameters on a GPU"
-        )
     for guard in shared if host.leaves_something else ():
         ours.guard(move(guard.index), guard.value, guard.where)
     host.finish()

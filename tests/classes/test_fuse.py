@@ -1067,6 +1067,46 @@ def test_attributes_that_parameters_may_have_are_asked_for():
     assert torch.allclose(params[1].detach(), torch.full((3,), 1 - 0.3 - 1.0 - 2.0))
 
 
+def sets_a_number(self, p, g, s):
+    p.steps = getattr(p, "steps", 0) + 1
+
+
+def sets_a_tensor(self, p, g, s):
+    p.grad.norm_of_it = p.grad.norm()
+
+
+def sets_of_state(self, p, g, s):
+    s["m"] = s.get("m", torch.zeros_like(p))
+    s["m"].seen = g["step"]
+
+
+def sets_in_its_dict(self, p, g, s):
+    vars(p)["steps"] = g["step"]
+
+
+def deletes(self, p, g, s):
+    p.mark = 1
+    del p.mark
+
+
+@pytest.mark.parametrize(
+    "sets", [sets_a_number, sets_a_tensor, sets_of_state, sets_in_its_dict, deletes], ids=lambda f: f.__name__
+)
+@pytest.mark.filterwarnings("ignore:fusedopt")
+def test_attributes_that_a_step_sets_are_set(sets):
+    def one(self, p, g, s):
+        sets(self, p, g, s)
+        p.sub_(p.grad, alpha=g["lr"])
+
+    found = []
+    for fuse in (False, True):
+        params, opt = run(rule(one), fuse=fuse)
+        tensors = [t for p in params for t in (p, p.grad, opt.state[p].get("m")) if t is not None]
+        found.append(list(map(vars, tensors)))
+    assert alike(*found) and (any(found[0]) or sets is deletes)
+    assert "attribute" in opt.explain().eager[0].reason
+
+
 def test_an_attribute_that_is_no_number_is_told(recwarn):
     def one(self, p, group, state):
         p.sub_(p.mark["k"] * p.grad)

@@ -1,4 +1,4 @@
-"""Classes as packages ship them, torch.optim, pytorch_optimizer and torch_optimizer: fused, they do what they do.
+"""Classes as packages ship them (torch.optim, pytorch_optimizer, torch_optimizer, prodigyopt), fused: they do the same.
 
 First the steps of each class beside the same steps unfused; then, with one class, everybody that holds an optimizer
 or looks into it: pickle, GradScaler, schedulers, hooks, accelerate, Lightning, fastai.
@@ -20,6 +20,8 @@ import benchmarks.torchvision_ops  # noqa: F401  Lightning imports torchvision i
 import accelerate
 import lightning
 import numpy as np
+import prodigyopt
+import prodigyopt.prodigy_reference
 import pytest
 import pytorch_optimizer
 import torch
@@ -52,7 +54,13 @@ pytestmark = [
 
 STEPS = 10
 MATRICES = ((3, 5), (4, 4))
-PACKAGES = {"torch": torch.optim, "po": pytorch_optimizer, "to": torch_optimizer}
+PACKAGES = {
+    "torch": torch.optim,
+    "po": pytorch_optimizer,
+    "to": torch_optimizer,
+    "prodigyopt": prodigyopt,
+    "prodigyopt.prodigy_reference": prodigyopt.prodigy_reference,
+}
 Lion = pytorch_optimizer.Lion
 
 
@@ -183,6 +191,9 @@ FUSED = [
     case("to", "AccSGD"),
     case("to", "RangerVA"),
     case("torch", "Adafactor"),
+    case("prodigyopt", "Prodigy", weight_decay=0.1),
+    case("prodigyopt", "Prodigy", use_bias_correction=True, safeguard_warmup=True, betas=(0.9, 0.99)),
+    case("prodigyopt.prodigy_reference", "ProdigyReference"),
 ]
 
 
