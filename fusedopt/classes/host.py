@@ -89,9 +89,12 @@ class Host:
         """The places that it writes to, in words."""
         self.later: dict[BucketKey, dict[tuple[bool, ...], Replay]] = {}
         """By bucket, and by path through the step's own branches: numbers in the state that it decides about."""
+        self.leaves_something = False
         self._sums = sums
         self._paths: dict[tuple[bool, ...], tuple[list[Write], list[int]]] = {}
         """What is written along each path through the step's own branches, and the conditions of these."""
+        self.sums = self._all = False
+        """Whether the step sums over its parameters; whether some of each bucket have to have gradients."""
         self._function: Callable[..., Any] | None = None
         self._left: dict[Any, Any] = {}
         self._met: dict[Any, dict[int, torch.Tensor]] = {}
@@ -161,6 +164,7 @@ class Host:
                 self.left += [where] if where not in self.left else []
                 writes.append((_reader(path), key, (fill if key is FILL else template)(value, where)))
             self._paths[taken] = writes, conditions
+        self.leaves_something = bool(self.later) or any(writes for writes, _ in self._paths.values())
         self.left += sorted(
             {f"the state {k!r}" for each in self.later.values() for r in each.values() for k in r.number_keys}
         )
@@ -188,21 +192,15 @@ class Host:
         for items, signature in buckets:
             key = bucket_key(items, signature)
             self._met.setdefault(key, {}).update((id(item.owner), item.owner) for item in items)
-            self._own[key] = tuple((k, v) for k, v in signature.attributes if k.startswith(OWN))
+            if own := tuple((k, v) for k, v in signature.attributes if k.startswith(OWN)):
+                self._own[key] = own
 
     def traced(self, buckets: Sequence[tuple[list[Item], Signature]]) -> None:
         """Note the parameters of the step that was traced."""
         self.meets(buckets)
         self._alone = Counter(bucket_key(*buckets[b]) for b in self._sums.lonely)
-
-    @property
-    def sums(self) -> bool:
-        """Whether the step sums over its parameters."""
-        return bool(self._sums.shares)
-
-    @property
-    def leaves_something(self) -> bool:
-        return bool(self.later) or any(writes for writes, _ in self._paths.values())
+        self.sums = bool(self._sums.shares)
+        self._all = self.sums or self.leaves_something
 
     def _after(self, root: dict[str, Any], totals: Totals) -> tuple[Left, tuple[bool, ...]]:
         """What is left, and the path through the step's own branches."""
@@ -242,9 +240,9 @@ class Host:
             if not all(guards):
                 return "a branch that numbers decide goes another way now"
             self._left = dict(zip(self._keys, left, strict=True))
-        if why is None and (self.sums or self.leaves_something or self._alone) and not self._all_step():
+        if why is None and (self._all or self._alone) and not self._all_step():
             return "other parameters have gradients"
-        if why is None and any(self._own.values()) and not self._own_as_they_were():
+        if why is None and self._own and not self._own_as_they_were():
             return "an attribute of a parameter is another one now"
         return why
 
@@ -258,11 +256,10 @@ class Host:
 
     def _all_step(self) -> bool:
         """Whether some parameters of each bucket have gradients; and no more than were met where that matters."""
-        all_step = self.sums or self.leaves_something
         for key, params in self._met.items():
             if key in self._alone and sum(p.grad is not None for p in params.values()) > self._alone[key]:
                 return False
-            if all_step and not any(p.grad is not None for p in params.values()):
+            if self._all and not any(p.grad is not None for p in params.values()):
                 return False
         return True
 
