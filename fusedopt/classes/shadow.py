@@ -20,6 +20,7 @@ from ..trace.number import Number
 from ..trace.signals import Untraceable
 from ..trace.signature import PLAIN
 from .amp import SUPPORTS
+from .reach import is_opaque
 
 OURS = "step", "explain", "kernel_source", "upload_hypers", "_fusedopt"
 """What `fuse` puts into an optimizer's ``__dict__``."""
@@ -184,9 +185,10 @@ class Shadow:
             return self._inner(kind, value, path)
         if isinstance(value, types.MethodType) and id(value.__self__) in self._memo:
             return types.MethodType(value.__func__, self._memo[id(value.__self__)])
-        if isinstance(value, np.ndarray) or hasattr(kind, "__next__"):
+        if isinstance(value, np.ndarray) or is_opaque(value):
             raise Untraceable(f"{shown(path)} is a {kind.__name__}, which a step may change")
         if isinstance(value, (types.FunctionType, functools.partial)):
+            self.referred.append(value)
             return self._function(value)
         if (
             isinstance(value, _KNOWN_TYPES)

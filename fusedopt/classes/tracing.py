@@ -751,6 +751,7 @@ def _run(
     shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of, representatives[0].kinds)
     given = _Closure()
     watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred, codes)
+    watch.before()
     latest()
     try:
         with watch, tracing(options.rounding == "each") as mode:

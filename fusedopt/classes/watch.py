@@ -6,12 +6,13 @@ That is what it reads around it, and what it must not do in a step that is repla
 from __future__ import annotations
 
 import builtins
+import collections
 import gc
 import random
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..trace.signals import Untraceable, place_of
 from ..trace.snapshot import Snapshot, is_constant, is_data
 from ..trace.sources import content_of, loaded_names
 from ..trace.standins import StandIns
+from .reach import DEPTH, LIBRARIES, MOST, attributes_of, is_opaque, parts_of, reached
 
 _CALLS: dict[Any, str] = {
     builtins.print: "prints",
@@ -38,9 +40,6 @@ _CALLS |= {
     and callable(getattr(time, name))
 }
 _MODULES = {"logging": "logs", "os": "asks the operating system", "random": "draws random numbers"}
-_LIBRARIES = frozenset(
-    {"torch", "numpy", "fusedopt", "importlib", "_frozen_importlib", *sys.stdlib_module_names}
-)
 _HARMLESS = frozenset(
     """
     abc bisect builtins collections contextlib copy dataclasses decimal enum fractions functools heapq importlib inspect
@@ -74,7 +73,7 @@ def _beyond(module: str, frame: types.FrameType) -> str | None:
 
 
 def _is_library(frame: types.FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).split(".")[0] in _LIBRARIES
+    return str(frame.f_globals.get("__name__", "")).split(".")[0] in LIBRARIES
 
 
 class Generators:
@@ -133,18 +132,28 @@ class Watch:
     ) -> None:
         self._stand_ins, self._owners, self._referred = stand_ins, list(owners), list(referred)
         self._codes: set[types.CodeType] = set() if codes is None else codes
+        self._globals: dict[types.CodeType, dict[str, Any]] = {}
+        """Those of the code that was run, also where it was reached through an object or a module."""
         self._refused: tuple[str, types.CodeType, int] | None = None
+
+    def before(self) -> None:
+        """Raise Untraceable for what cannot be put back when the step has used it."""
+        for function, made in self._stand_ins.made.items():
+            for name, value in _around(function, made).items():
+                for x in reached([value]):
+                    if is_opaque(x):
+                        place = place_of(function.__code__, function.__code__.co_firstlineno)
+                        what = f"{name or 'what it closes over'} is, or has, a {type(x).__name__}"
+                        raise _untraceable(f"{what}, which a step may change", place)
 
     def __enter__(self) -> Watch:
         functions = self._stand_ins.made
         self._put = {
             f: (dict(made.__globals__), dict(vars(made)), _contents(made)) for f, made in functions.items()
         }
-        values = [v for names, _, _ in self._put.values() for k, v in names.items() if k[:2] != "__"]
-        values += [v for f in functions for v in (*_contents(f), *(f.__defaults__ or ()))]
-        values += [v for f in functions for v in (f.__kwdefaults__ or {}).values()]
-        self._objects = Objects([*self._owners, *self._referred, *values])
-        self._snapshot = Snapshot([v for v in (*values, *self._objects.values()) if is_data(v)])
+        values = [v for f, made in functions.items() for v in _around(f, made).values()]
+        found = list(reached([*self._owners, *self._referred, *values]))
+        self._objects, self._snapshot = Objects(found), Snapshot(found)
         self._generators = Generators(v for v in (*self._referred, *values) if isinstance(v, DRAWING))
         self._collects, self._before = gc.isenabled(), sys.getprofile()
         gc.disable()  # what others have called with each collection is none of the step's
@@ -166,6 +175,7 @@ class Watch:
         elif event == "call":
             if not _is_library(frame):
                 self._codes.add(frame.f_code)
+                self._globals[frame.f_code] = frame.f_globals
                 return
             name = str(frame.f_globals.get("__name__", ""))
             if name.startswith("torch.optim"):
@@ -202,53 +212,76 @@ class Watch:
 
     def around(self, kind: type) -> Callable[[], str | None]:
         """What tells whether all that the step has read around it is still there: why not, or None."""
-        space: dict[str, Any] = {}
+        space: dict[str, Any] = {"equal": np.array_equal}
         lines: list[str] = []
         told: set[tuple[Any, str]] = set()
 
-        def note(read: Callable[[str, Any], Any], name: str, value: Any, owner: Any) -> None:
+        def note(read: Callable[[Any, Any], Any], name: Any, value: Any, owner: Any) -> None:
             where = (owner if isinstance(owner, tuple) else id(owner)), name
             if where in told:
                 return
             told.add(where)
-            k = len(space)
+            k, told_as = len(space), str(name) or "what a function closes over"
             space.update({f"r{k}": read, f"v{k}": value})
             lines.append(f"  x = r{k}({name!r}, None)")
-            lines.append(
-                f"  if x is not v{k}: return {name or 'what a function closes over'!r} ' is another one now'"
-            )
+            lines.append(f"  if x is not v{k}: return {told_as!r} ' is another one now'")
             if is_data(value) and not is_constant(value) and type(value) in (dict, list, set, tuple):
                 space[f"w{k}"] = _copied(value)
-                lines.append(
-                    f"  if x != w{k}: return {name or 'what a function closes over'!r} ' has changed'"
-                )
+                lines.append(f"  if x != w{k}: return {told_as!r} ' has changed'")
+            elif isinstance(value, np.ndarray):
+                space[f"w{k}"] = value.copy()
+                lines.append(f"  if not equal(x, w{k}): return {told_as!r} ' has changed'")
 
-        def explore(owner: Any, names: Iterable[str], depth: int = 3) -> None:
-            """What is read of an object, and of what it has."""
-            inside = _inside(owner)
-            for name in names if inside is not None and depth else ():
-                value = inside.get(name, _ABSENT)
-                if value is not _ABSENT and not isinstance(value, property):
-                    note(inside.get, name, value, owner)
-                    explore(value, names, depth - 1)
+        used = {"step"}.union(*(code.co_names for code in self._codes))
+        explored: set[int] = set()
 
-        for function in self._stand_ins.made:
-            if function.__code__ not in self._codes:
-                continue
-            around, names = function.__globals__, function.__code__.co_names
-            for name in loaded_names(function.__code__):
+        def explore(owner: Any, depth: int = DEPTH) -> None:
+            """What is read of an object, and of what it has: of modules and classes the names that code has."""
+            if (
+                id(owner) in explored
+                or len(explored) > MOST
+                or (is_data(owner) and not isinstance(owner, dict))
+            ):
+                return
+            explored.add(id(owner))
+            if isinstance(owner, (types.ModuleType, type)):
+                chosen = {k: v for k, v in (attributes_of(owner) or {}).items() if k in used}
+            else:
+                chosen = {k: v for k, v in parts_of(owner).items() if not isinstance(v, torch.Tensor)}
+                explore(type(owner), depth)
+                own = owner if isinstance(owner, Sized) else getattr(owner, "__dict__", None)
+                if isinstance(own, (dict, list, set, collections.deque)):  # more may hide what its class has
+                    space[f"o{len(space)}"] = own
+                    other = "return 'an object or a container has more or fewer in it now'"
+                    lines.append(f"  if len(o{len(space) - 1}) != {len(own)}: {other}")
+            for name, value in chosen.items():
+                if not isinstance(value, property):
+                    note(_read_of(owner), name, value, owner)
+                    if depth:
+                        explore(value, depth - 1)
+
+        def loaded(code: types.CodeType, around: dict[str, Any]) -> None:
+            for name in loaded_names(code):
                 if name in around:
                     note(around.get, name, around[name], around)
-                    explore(around[name], names)
+                    explore(around[name])
+
+        functions = [f for f in self._stand_ins.made if f.__code__ in self._codes]
+        for function in functions:
+            loaded(function.__code__, function.__globals__)
             for cell in function.__closure__ or ():
                 read = _of_cell(cell)
                 note(read, "", read("", None), cell)
-                explore(read("", None), names)
-            for owner in (*kind.__mro__, *self._referred):
-                explore(owner, ("step", *names))
+                explore(read("", None))
             note(_of_code(function), "the code of a function", function.__code__, function)
             defaults = _of_defaults(function)
             note(defaults, "the defaults of a function", defaults("", None), (function, "defaults"))
+        ours = {f.__code__ for f in self._stand_ins.made}
+        for code, around in self._globals.items():
+            if code not in ours:
+                loaded(code, around)
+        for owner in (*kind.__mro__, *self._referred):
+            explore(owner)
 
         exec("\n".join(["def why():", *lines, "  return None"]), space)
         return space["why"]
@@ -258,17 +291,14 @@ class Objects:
     """What objects have set on them: classes, modules and instances that are not a library's."""
 
     def __init__(self, objects: Iterable[Any]) -> None:
-        found = {id(x): (x, inside) for x in objects if (inside := _inside(x)) is not None}
-        self._saved = [(x, inside, dict(inside)) for x, inside in found.values()]
-
-    def values(self) -> Iterator[Any]:
-        for _, _, was in self._saved:
-            yield from was.values()
+        found = {id(x): (x, inside) for x in objects if (inside := attributes_of(x)) is not None}
+        self._saved = list(found.values())
 
     def restored(self) -> str:
         """The name of something that was set; all is as it was again."""
         name = ""
-        for owner, inside, was in self._saved:
+        for owner, was in self._saved:
+            inside = attributes_of(owner) or {}
             for key in [k for k in {**inside, **was} if inside.get(k, _ABSENT) is not was.get(k, _ABSENT)]:
                 name = name or key
                 if key in was:
@@ -278,16 +308,12 @@ class Objects:
         return name
 
 
-def _inside(x: Any) -> Any:
-    """An object's own attributes; None for libraries', and for what has none."""
-    if isinstance(x, types.ModuleType):
-        return None if _of_library(x) else vars(x)
-    if isinstance(x, type):
-        return None if x.__module__.split(".")[0] in _LIBRARIES else vars(x)
-    if isinstance(x, (types.FunctionType, torch.Tensor)):
-        return None
-    own = getattr(x, "__dict__", None)
-    return own if isinstance(own, dict) else None
+def _around(function: types.FunctionType, made: types.FunctionType) -> dict[str, Any]:
+    """What a function can get at by itself, by name: globals that it loads, what it closes over, defaults."""
+    found = {k: v for k, v in made.__globals__.items() if k[:2] != "__"}
+    found |= {f"default {k}": v for k, v in enumerate(function.__defaults__ or ())}
+    found |= function.__kwdefaults__ or {}
+    return found | dict(zip(function.__code__.co_freevars, _contents(function), strict=True))
 
 
 def _contents(function: types.FunctionType) -> list[Any]:
@@ -317,8 +343,16 @@ def _copied(value: Any) -> Any:
     return type(value)(map(_copied, value)) if type(value) in (list, set, tuple) else value
 
 
-def _of_library(module: types.ModuleType) -> bool:
-    return module.__name__.split(".")[0] in _LIBRARIES
+def _read_of(owner: Any) -> Callable[[Any, Any], Any]:
+    """What reads an attribute, or what is in a container."""
+    if isinstance(owner, dict):
+        return owner.get
+    if isinstance(owner, (list, tuple, collections.deque)):
+        return lambda at, default: owner[at] if at < len(owner) else default
+    if isinstance(owner, (set, frozenset)):  # of which the elements are compared by themselves
+        return lambda at, default: list(owner)[at] if at < len(owner) else default
+    own = getattr(owner, "__dict__", {})
+    return lambda name, default: own[name] if name in own else getattr(owner, name, default)
 
 
 def _of_cell(cell: Any) -> Callable[[str, Any], Any]:

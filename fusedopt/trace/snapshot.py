@@ -6,6 +6,7 @@ of what its callbacks read, puts back what it has changed, and says so.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,11 +53,11 @@ class Snapshot:
         if isinstance(value, CONSTANTS) or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if type(value) in (list, dict, set):
-            self.saved.append((value, value.copy()))
-        elif isinstance(value, torch.Tensor):
+        if isinstance(value, (list, dict, set, collections.deque, bytearray)):
+            self.saved.append((value, dict(value) if isinstance(value, dict) else value.copy()))
+        elif isinstance(value, torch.Tensor) and is_data(value):
             self.saved.append((value, (value._version, value.detach().clone())))
-        elif isinstance(value, np.ndarray):
+        elif isinstance(value, np.ndarray) and is_data(value):
             self.saved.append((value, value.copy()))
         for inner in value.values() if type(value) is dict else value if type(value) in CONTAINERS else ():
             self._take(inner)
@@ -70,9 +71,12 @@ class Snapshot:
                     value.detach().copy_(was[1])
             elif isinstance(value, np.ndarray):
                 value[...] = was
+            elif isinstance(value, dict):  # a Counter's own update adds
+                value.clear()
+                dict.update(value, was) if isinstance(value, collections.Counter) else value.update(was)
             else:
                 value.clear()
-                value.extend(was) if type(value) is list else value.update(was)
+                value.update(was) if isinstance(value, set) else value.extend(was)
         return bool(changed)
 
 
@@ -81,8 +85,8 @@ def _unchanged(value: Any, was: Any) -> bool:
         return bool(value._version == was[0])
     if isinstance(value, np.ndarray):
         return bool(np.array_equal(value, was, equal_nan=value.dtype.kind in "fc"))
-    if type(value) is set:
+    if isinstance(value, (set, bytearray)):
         return bool(value == was)
-    if type(value) is list:
+    if isinstance(value, (list, collections.deque)):
         return len(value) == len(was) and all(x is y for x, y in zip(value, was, strict=True))
     return list(value) == list(was) and all(value[k] is was[k] for k in was)

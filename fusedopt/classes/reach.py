@@ -1,0 +1,85 @@
+"""What a step can get at around it: objects that are no library's, and what is in containers, some steps away."""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import functools
+import io
+import queue
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from ..trace.signature import PLAIN
+
+LIBRARIES = frozenset(
+    {"torch", "numpy", "fusedopt", "importlib", "_frozen_importlib", *sys.stdlib_module_names}
+)
+DEPTH, MOST = 6, 2000
+"""How many steps away, and how many objects, are looked at."""
+_LEAVES = (*PLAIN, complex, torch.Tensor, torch.nn.Module, types.FunctionType, types.BuiltinFunctionType)
+_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+_HOLDING = {"collections", "types"}
+"""Libraries whose objects hold what others put into them: UserDict, SimpleNamespace."""
+_OPAQUE = (contextvars.ContextVar, io.IOBase, queue.SimpleQueue)
+
+
+def is_opaque(x: Any) -> bool:
+    """Whether it becomes another thing as it is used, and cannot be put back: an iterator, a file, a queue."""
+    return isinstance(x, _OPAQUE) or hasattr(type(x), "__next__")
+
+
+def attributes_of(x: Any) -> dict[str, Any] | None:
+    """An object's own attributes, those in slots too; None for libraries' modules and classes, and what has none."""
+    if isinstance(x, _LEAVES):
+        return None
+    if isinstance(x, types.ModuleType):
+        return None if _root(x.__name__) in LIBRARIES else dict(vars(x))
+    if isinstance(x, type):
+        return None if _root(x.__module__) in LIBRARIES else dict(vars(x))
+    own = getattr(x, "__dict__", None)
+    found = dict(own) if isinstance(own, dict) else {}
+    for base in type(x).__mro__ if _root(type(x).__module__) not in LIBRARIES else ():
+        for name, slot in vars(base).items():
+            if isinstance(slot, types.MemberDescriptorType) and hasattr(x, name):
+                found[name] = getattr(x, name)
+    return found or (found if isinstance(own, dict) else None)
+
+
+def reached(roots: Iterable[Any]) -> Iterator[Any]:
+    """These, and what code can get at from them. Of modules and classes the functions, classes and modules are left."""
+    seen: set[int] = set()
+    todo = [(x, DEPTH) for x in roots]
+    while todo and len(seen) < MOST:
+        x, depth = todo.pop()
+        if (isinstance(x, _LEAVES) and not isinstance(x, torch.Tensor)) or id(x) in seen:
+            continue
+        seen.add(id(x))
+        yield x
+        if depth:
+            todo += [(part, depth - 1) for part in parts_of(x).values()]
+
+
+def parts_of(x: Any) -> dict[Any, Any]:
+    """What is in it, by the attribute, key or index that it is found by."""
+    if isinstance(x, dict):
+        return x
+    if isinstance(x, _SEQUENCES):
+        return dict(enumerate(x))
+    if isinstance(x, functools.partial):
+        return {"func": x.func, "args": x.args, "keywords": x.keywords}
+    if isinstance(x, types.MethodType):
+        return {"__self__": x.__self__}
+    found = attributes_of(x) or {}
+    if isinstance(x, (types.ModuleType, type)):
+        left = (types.ModuleType, type, types.FunctionType)
+        return {k: v for k, v in found.items() if not isinstance(v, left) and not is_opaque(v)}
+    return {} if _root(type(x).__module__) in LIBRARIES - _HOLDING else found
+
+
+def _root(module: str) -> str:
+    return module.split(".")[0]
