@@ -78,7 +78,15 @@ def parts_of(x: Any) -> dict[Any, Any]:
     if isinstance(x, (types.ModuleType, type)):
         left = (types.ModuleType, type, types.FunctionType)
         return {k: v for k, v in found.items() if not isinstance(v, left) and not is_opaque(v)}
-    return {} if _root(type(x).__module__) in LIBRARIES - _HOLDING else found
+    return {} if is_library(x) else found
+
+
+def is_library(x: Any) -> bool:
+    """Whether it is an object of a library's own class, of which code asks for some attributes at most."""
+    return (
+        not isinstance(x, (dict, *_SEQUENCES, functools.partial))
+        and _root(type(x).__module__) in LIBRARIES - _HOLDING
+    )
 
 
 def _root(module: str) -> str:

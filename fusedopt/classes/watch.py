@@ -22,7 +22,7 @@ from ..trace.signals import Untraceable, place_of
 from ..trace.snapshot import Snapshot, is_constant, is_data
 from ..trace.sources import content_of, loaded_names
 from ..trace.standins import StandIns
-from .reach import DEPTH, LIBRARIES, MOST, attributes_of, is_opaque, parts_of, reached
+from .reach import DEPTH, LIBRARIES, MOST, attributes_of, is_library, is_opaque, parts_of, reached
 
 _CALLS: dict[Any, str] = {
     builtins.print: "prints",
@@ -236,7 +236,7 @@ class Watch:
         explored: set[int] = set()
 
         def explore(owner: Any, depth: int = DEPTH) -> None:
-            """What is read of an object, and of what it has: of modules and classes the names that code has."""
+            """What is read of an object, and of what it has: what code names, of modules, classes and libraries."""
             if (
                 id(owner) in explored
                 or len(explored) > MOST
@@ -244,7 +244,7 @@ class Watch:
             ):
                 return
             explored.add(id(owner))
-            if isinstance(owner, (types.ModuleType, type)):
+            if isinstance(owner, (types.ModuleType, type)) or is_library(owner):
                 chosen = {k: v for k, v in (attributes_of(owner) or {}).items() if k in used}
             else:
                 chosen = {k: v for k, v in parts_of(owner).items() if not isinstance(v, torch.Tensor)}

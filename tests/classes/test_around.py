@@ -1,5 +1,6 @@
 """What a class's step reads and changes around it: as without `fuse`, however many steps away it is."""
 
+import argparse
 import array
 import collections
 import contextvars
@@ -73,7 +74,8 @@ def around():
         bytes_=bytearray(4), typed=array.array("d", [1.0]), module=module(), closed=closed, values=values,
         defaulted=defaulted, partial=functools.partial(Plain.half, Plain()), count=itertools.count(),
         generator=iter(range(100)), simple=queue.SimpleQueue(), text=io.StringIO(),
-        variable=contextvars.ContextVar("variable", default=0), elements={0},
+        arguments=argparse.Namespace(n=1, inner=Plain()), elements={0},
+        variable=contextvars.ContextVar("variable", default=0),
     )  # fmt: skip
 
 
@@ -182,6 +184,8 @@ READS = [
     ("chain['n']", "chain['n'] = v"),
     ("user['n']", "user['n'] = v"),
     ("deque[0]", "deque[0] = v"),
+    ("arguments.n", "arguments.n = v"),
+    ("arguments.inner.n", "arguments.inner.n = v"),
     ("float(len(deque))", "deque.append(v)"),
     ("sum(x.n for x in objects)", "objects.append(type(plain)())"),
     ("sum(counter.values())", "counter[v] = v"),

@@ -9,6 +9,7 @@ import math
 import pickle
 import queue
 import random
+import threading
 import time
 import types
 import warnings
@@ -695,8 +696,12 @@ def test_what_is_changed_between_steps_counts(case):
     compared(fresh, poke=poke, steps=12)
 
 
+LOCAL = threading.local()  # of a library, of whose objects only what code names is looked at
+LOCAL.factor = 1.0
+
+
 def unseen(self, p, g, s):
-    p.add_(p.grad, alpha=-g["lr"] * getattr(SETTINGS, "fac" + "tor"))
+    p.add_(p.grad, alpha=-g["lr"] * getattr(LOCAL, "fac" + "tor"))
 
 
 def test_samples_of_steps_notice_what_no_guard_sees():
@@ -704,7 +709,8 @@ def test_samples_of_steps_notice_what_no_guard_sees():
     with pytest.warns(
         RuntimeWarning, match=r"unseen\.step runs as it was written, unfused: step 6 was another"
     ):
-        run(rule(unseen), check=3, poke=lambda opt: setattr(SETTINGS, "factor", 2.0), steps=8)
+        run(rule(unseen), check=3, poke=lambda opt: setattr(LOCAL, "factor", 2.0), steps=8)
+    LOCAL.factor = 1.0
     reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
