@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..trace.signals import Untraceable, place_of
-from ..trace.snapshot import Snapshot, is_constant, is_data
+from ..trace.snapshot import Snapshot, equal, is_constant, is_data
 from ..trace.sources import content_of, loaded_names
 from ..trace.standins import StandIns
 from .reach import DEPTH, LIBRARIES, MOST, attributes_of, is_library, is_opaque, parts_of, reached
@@ -58,6 +58,7 @@ _ASKING = frozenset(
     ["is_available", "is_initialized", "get_rank", "get_world_size", "is_torchelastic_launched"]
 )
 _ABSENT = object()
+CLOSED_OVER = "what a function closes over"
 
 
 def _beyond(module: str, frame: types.FrameType) -> str | None:
@@ -212,7 +213,7 @@ class Watch:
 
     def around(self, kind: type) -> Callable[[], str | None]:
         """What tells whether all that the step has read around it is still there: why not, or None."""
-        space: dict[str, Any] = {"equal": np.array_equal}
+        space: dict[str, Any] = {"equal": equal}
         lines: list[str] = []
         told: set[tuple[Any, str]] = set()
 
@@ -221,14 +222,14 @@ class Watch:
             if where in told:
                 return
             told.add(where)
-            k, told_as = len(space), str(name) or "what a function closes over"
-            space.update({f"r{k}": read, f"v{k}": value})
-            lines.append(f"  x = r{k}({name!r}, None)")
+            k, told_as = len(space), "an element" if not isinstance(name, str) else name or CLOSED_OVER
+            space.update({f"r{k}": read, f"n{k}": name, f"v{k}": value})
+            lines.append(f"  x = r{k}(n{k}, None)")
             lines.append(f"  if x is not v{k}: return {told_as!r} ' is another one now'")
             if is_data(value) and not is_constant(value) and type(value) in (dict, list, set, tuple):
                 space[f"w{k}"] = _copied(value)
                 lines.append(f"  if x != w{k}: return {told_as!r} ' has changed'")
-            elif isinstance(value, np.ndarray):
+            elif isinstance(value, np.ndarray) and is_data(value):
                 space[f"w{k}"] = value.copy()
                 lines.append(f"  if not equal(x, w{k}): return {told_as!r} ' has changed'")
 

@@ -80,11 +80,16 @@ class Snapshot:
         return bool(changed)
 
 
+def equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether arrays have the same in them, NaN too."""
+    return bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
+
+
 def _unchanged(value: Any, was: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return bool(value._version == was[0])
     if isinstance(value, np.ndarray):
-        return bool(np.array_equal(value, was, equal_nan=value.dtype.kind in "fc"))
+        return equal(value, was)
     if isinstance(value, (set, bytearray)):
         return bool(value == was)
     if isinstance(value, (list, collections.deque)):

@@ -74,7 +74,7 @@ def around():
         bytes_=bytearray(4), typed=array.array("d", [1.0]), module=module(), closed=closed, values=values,
         defaulted=defaulted, partial=functools.partial(Plain.half, Plain()), count=itertools.count(),
         generator=iter(range(100)), simple=queue.SimpleQueue(), text=io.StringIO(),
-        arguments=argparse.Namespace(n=1, inner=Plain()), elements={0},
+        arguments=argparse.Namespace(n=1, inner=Plain()), elements={0}, odd={(1, "a"): Plain(), torch: Plain()},
         variable=contextvars.ContextVar("variable", default=0),
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ class Around(torch.optim.Optimizer):
             for p in group["params"]:
                 p.add_(p.grad, alpha=-group["lr"] * k)
 """
-    names = around() | dict(torch=torch, functools=functools, Plain=Plain, Slotted=Slotted)
+    names = around() | dict(torch=torch, np=np, functools=functools, Plain=Plain, Slotted=Slotted)
     names["__name__"] = "users"
     linecache.cache[line] = len(body), None, body.splitlines(True), line
     exec(compile(body, line, "exec"), names)
@@ -192,6 +192,8 @@ READS = [
     ("counter['a']", "counter['a'] = v"),
     ("ordered['a']", "ordered['a'] = v"),
     ("float(numbers[0])", "numbers[0] = v"),
+    ("float(numbers[0])", "numbers[:2] = v, np.nan"),
+    ("odd[(1, 'a')].n", "odd[(1, 'a')].n = v"),
     ("called()", "called.n = v"),
     ("module.factor", "module.factor = v"),
     ("module.of_factor()", "module.factor = v"),
