@@ -25,8 +25,8 @@ def patch_once() -> None:
 
 
 def rewrite_once() -> None:
-    """It writes each kernel file's functions anew, from their source: those of the skeleton, which are the same in every
-    file, are written once from here on. Functions of one code and one signature are the same but for their globals.
+    """It writes each kernel file's functions anew, from their source: those of the skeleton, which are the same in
+    every file, are written once from here on. Functions of one code and one signature differ in their globals alone.
     """
     written: dict[tuple[types.CodeType, str], types.FunctionType] = {}
     first_time = interpreter.FunctionRewriter.rewrite_ast
