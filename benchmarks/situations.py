@@ -498,7 +498,7 @@ def measure(situation: Situation, effort: Effort) -> list[Row]:
         return first_steps(situation, effort)
     effort = replace(effort, seconds=effort.seconds / 8)
     if situation.world or not situation.extension:
-        return in_processes(situation, effort)
+        return in_processes([situation], effort)
     return here(situation, effort)
 
 
@@ -545,10 +545,14 @@ from benchmarks.situations import main
 main(*sys.argv[2:])"""
 
 
-def in_processes(situation: Situation, effort: Effort, layers: int = 75) -> list[Row]:
-    """`here` in fresh processes; the rows of the first one."""
-    what = json.dumps([SITUATIONS.index(situation), asdict(effort), layers])
-    command = [sys.executable, "-c", START, "with" if situation.extension else "without", what]
+def in_processes(several: Sequence[Situation], effort: Effort, layers: int = 75) -> list[Row]:
+    """`here` in fresh processes, for one row after another: what the first process finds.
+
+    How many there are, and with what, is the first row's say: all have to agree on it.
+    """
+    first = several[0]
+    what = json.dumps([[SITUATIONS.index(row) for row in several], asdict(effort), layers])
+    command = [sys.executable, "-c", START, "with" if first.extension else "without", what]
     with tempfile.TemporaryDirectory() as folder:
         started = [
             subprocess.Popen(
@@ -558,25 +562,26 @@ def in_processes(situation: Situation, effort: Effort, layers: int = 75) -> list
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for rank in range(situation.world or 1)
+            for rank in range(first.world or 1)
         ]
         said = [process.communicate() for process in started]
     for process, (_, error) in zip(started, said, strict=True):
         if process.returncode:
-            raise RuntimeError(f"{situation.id} failed:\n{error}")
+            raise RuntimeError(f"{', '.join(row.id for row in several)} failed:\n{error}")
     return [Row(**row) for row in json.loads(said[0][0].splitlines()[-1])]
 
 
 def main(what: str, rank: str, folder: str) -> None:
-    """One process of a row."""
-    index, effort, layers = json.loads(what)
-    situation, effort["rounds"] = SITUATIONS[index], tuple(effort["rounds"])
-    if situation.world:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // situation.world))
+    """One process of some rows."""
+    indices, effort, layers = json.loads(what)
+    several, effort["rounds"] = [SITUATIONS[index] for index in indices], tuple(effort["rounds"])
+    world = several[0].world
+    if world:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
         init = f"file://{folder}/init"
         dist.init_process_group(
-            "gloo", init_method=init, rank=int(rank), world_size=situation.world, timeout=timedelta(minutes=2)
+            "gloo", init_method=init, rank=int(rank), world_size=world, timeout=timedelta(minutes=2)
         )
-    print(json.dumps([asdict(row) for row in here(situation, Effort(**effort), layers)]))
-    if situation.world:
+    print(json.dumps([asdict(found) for row in several for found in here(row, Effort(**effort), layers)]))
+    if world:
         dist.destroy_process_group()

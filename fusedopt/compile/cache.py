@@ -6,12 +6,15 @@ An entry is named by its content, `<name>_<first 20 hex digits of its key>`, and
 |---|---|
 | `.so` and the like | the binary |
 | `.cpp` and the like | its source; kept when compiling fails, so that it can be looked at |
-| `.json` | the sidecar: full key, sha256 of the binary, compiler, seconds, date, why it was built |
+| `.json` | the sidecar: full key, sha256 of the binary, compiler, seconds, date, why it was built, what its code is |
 | `.lock` | taken while the entry is built, so that processes starting together compile once |
 
 What lies in this folder is loaded as code. So it must be a place that nobody else can write to; where it is
 not, or where nothing can be written or executed, kernels go to a temporary folder for this process, with one
 warning.
+
+Sources that differ in their comments alone, as those of one rule under two names do, or of tensors of two sizes, are
+entries of their own with the same binary: it is compiled for the first and copied for the others.
 
 The lock only saves work. What keeps readers safe is that every file appears by an atomic rename: a library
 that some process has loaded is never written to, and two builders of one entry cannot spoil each other's.
@@ -46,6 +49,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 KEY_DIGITS = 20
+CODE_DIGITS = 12  # of those, where a key begins with what its code is
 LOCK_SECONDS = 180.0  # longer than any compile: after that the holder is stopped, not busy
 TEMPORARY = ".tmp-"
 ENTRY_FILE = re.compile(rf"(?P<stem>[\w.-]+_[0-9a-f]{{{KEY_DIGITS}}})\.\w+")
@@ -275,6 +279,7 @@ def load_or_build(
     *,
     source_suffix: str = "cpp",
     meta: Mapping[str, object] | None = None,
+    code: str = "",
 ) -> Entry:
     """Find the kernel with this key in the cache, or build it.
 
@@ -283,6 +288,8 @@ def load_or_build(
     suffix : of the binary, "so" or "cubin"
     build : compiles its first argument (the source's path) into its second, and returns the compiler's words
     meta : more for the sidecar, such as the compiler's name
+    code : hex digest over what decides the binary and nothing else, with whose first 12 digits the key begins. An entry
+        of the same code has the same binary, so nothing is built. "": nobody else's will do
 
     What `build` raises passes through, and then the source stays in the folder. Raises CacheError when the
     folder cannot be written, ValueError for a key that is no digest.
@@ -295,8 +302,11 @@ def load_or_build(
         with _locked(files.lock):
             reason = _why_build(files, key)  # somebody may have built it while we waited
             if reason:
-                notes = {"name": name, "key": key, "reason": reason, **(meta or {})}
-                log = _build(files, source, build, notes)
+                notes = {"name": name, "key": key, "code": code, "reason": reason, **(meta or {})}
+                same = _same_code(files, code) if code else None
+                log = _build(files, source, build if same is None else _copy(*same), notes)
+                if same is not None:
+                    reason = log = ""
     return Entry(files.binary, files.source, bool(reason), time.perf_counter() - start, reason, log)
 
 
@@ -346,6 +356,34 @@ def _read(path: Path) -> bytes:
         if hasattr(os, "getuid") and (info.st_uid != os.getuid() or info.st_mode & 0o022):
             raise PermissionError(f"other users could have written {path.name}")
         return file.read()
+
+
+def _same_code(files: _Files, code: str) -> tuple[str, bytes] | None:
+    """Another entry's binary that has the same code, after the entry's name."""
+    beginning = f"_{code[:CODE_DIGITS]}"
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = os.listdir(files.sidecar.parent)
+    for name in names:
+        if beginning not in name or not name.endswith(".json"):
+            continue
+        sidecar = files.sidecar.with_name(name)
+        with contextlib.suppress(OSError, ValueError):
+            meta, binary = json.loads(_read(sidecar)), _read(sidecar.with_suffix(files.binary.suffix))
+            sound = isinstance(meta, dict) and meta.get("sha256") == hashlib.sha256(binary).hexdigest()
+            if sound and meta.get("code") == code:
+                return sidecar.stem, binary
+    return None
+
+
+def _copy(stem: str, binary: bytes) -> Callable[[Path, Path], str]:
+    """What builds an entry that another one has built."""
+
+    def build(source: Path, out: Path) -> str:
+        out.write_bytes(binary)
+        return f"the code is that of {stem}"
+
+    return build
 
 
 def _build(files: _Files, source: str, build: Callable[[Path, Path], str], meta: dict[str, object]) -> str:

@@ -222,7 +222,7 @@ def compile_library(
     this process fails again at once.
     """
     tool = compiler()
-    key = library_key(source, tool, key_parts)
+    code, key = library_keys(source, tool, key_parts)
     if key in _failed:
         raise _failed[key].with_traceback(None)
     library = _libraries.get(key)
@@ -230,7 +230,7 @@ def compile_library(
         env.debug(2, f"// kernel {cache.plain(name)}\n{source}")
         try:
             # Two threads may both get here; the cache makes one of them wait, and the first library stays.
-            library = _libraries.setdefault(key, _load(name, key, source, symbols, tool))
+            library = _libraries.setdefault(key, _load(name, key, code, source, symbols, tool))
         except CompileError as error:
             _failed[key] = error
             raise
@@ -238,23 +238,46 @@ def compile_library(
     return library
 
 
-def library_key(source: str, tool: Compiler, key_parts: Sequence[str]) -> str:
-    """sha256 over all that decides the machine code."""
-    parts = [source, *tool, *FLAGS, *LIBRARIES, cpu_features().digest, *key_parts]
+def without_comments(source: str) -> str:
+    """The source without those comments to the end of a line of which one is sure, by which the code is recognised.
+
+    Not after a quote, nor one that may go on in the next line, nor in sources with what may hide that there is none.
+    """
+    if "/*" in source or 'R"' in source:
+        return source
+    return "\n".join(_without_comment(line) if "//" in line else line for line in source.split("\n"))
+
+
+def _without_comment(line: str) -> str:
+    code, _, comment = line.partition("//")
+    doubtful = '"' in code or "'" in code or "\\" in comment
+    return line if doubtful else code.rstrip()
+
+
+def library_keys(source: str, tool: Compiler, key_parts: Sequence[str]) -> tuple[str, str]:
+    """sha256 over all that decides the machine code, and the entry's key, which is over the comments too.
+
+    The key begins with the other's first digits, by which entries of the same code find each other.
+    """
+    parts = [*tool, *FLAGS, *LIBRARIES, cpu_features().digest, *key_parts]
     # repr keeps neighbours apart: ("ab", "c") and ("a", "bc") must differ.
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    code, whole = (
+        hashlib.sha256(repr([text, *parts]).encode()).hexdigest()
+        for text in (without_comments(source), source)
+    )
+    return code, code[: cache.CODE_DIGITS] + whole[cache.CODE_DIGITS :]
 
 
-def _load(name: str, key: str, source: str, symbols: Sequence[str], tool: Compiler) -> Library:
+def _load(name: str, key: str, code: str, source: str, symbols: Sequence[str], tool: Compiler) -> Library:
     def build(source_path: Path, out: Path) -> str:
         return _compile(name, tool, source_path, out)
 
-    def entry() -> cache.Entry:
+    def entry(code: str) -> cache.Entry:
         meta = {"compiler": str(tool), "flags": " ".join((*FLAGS, *LIBRARIES)), "cpu": cpu_features().model}
-        return cache.load_or_build(name, key, source, "so", build, meta=meta)
+        return cache.load_or_build(name, key, source, "so", build, meta=meta, code=code)
 
     for again in (True, False):
-        found = entry()
+        found = entry(code if again else "")
         wrong = _unloadable(found.path, symbols)
         if not wrong:
             return Library(name, key, found, ctypes.CDLL(str(found.path)))

@@ -1,5 +1,6 @@
 """Triton's interpreter without what it does again and again."""
 
+import types
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,41 @@ def patch_once() -> None:
         for function in (ours, tl.sum.fn):
             interpreter._patch_lang(function)
         interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+
+
+def rewrite_once() -> None:
+    """It writes each kernel file's functions anew, from their source: those of the skeleton, which are the same in
+    every file, are written once from here on. Functions of one code and one signature differ in their globals alone.
+    """
+    written: dict[tuple[types.CodeType, str], types.FunctionType] = {}
+    first_time = interpreter.FunctionRewriter.rewrite_ast
+
+    def rewrite(self: Any) -> types.FunctionType:
+        fn = self.fn
+        key = fn.__code__, repr((fn.__annotations__, fn.__defaults__, fn.__kwdefaults__))
+        if key not in written:
+            written[key] = first_time(self)
+        same = written[key]
+        there = fn.__globals__
+        there.update({name: value for name, value in vars(interpreter).items() if name not in there})
+        again = types.FunctionType(same.__code__, there, fn.__name__, same.__defaults__, same.__closure__)
+        again.__annotations__, again.__kwdefaults__ = same.__annotations__, same.__kwdefaults__
+        return again
+
+    interpreter.FunctionRewriter.rewrite_ast = rewrite
+
+
+def look_types_up_once() -> None:
+    """NumPy's type for one of Triton's is looked up in a table that the interpreter makes for every operation."""
+    found: dict[str, np.dtype] = {}
+    first_time = interpreter._get_np_dtype
+
+    def numpy_type(given: Any) -> np.dtype:
+        if given.name not in found:
+            found[given.name] = first_time(given)
+        return found[given.name]
+
+    interpreter._get_np_dtype = numpy_type
 
 
 def join_in_halves() -> None:

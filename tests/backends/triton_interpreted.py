@@ -21,7 +21,7 @@ from helpers import (
     signature,
     ulp_distance,
 )
-from quick_interpreter import join_in_halves, patch_once
+from quick_interpreter import join_in_halves, look_types_up_once, patch_once, rewrite_once
 from random_programs import drawing, interpreted, launched
 from triton.runtime import interpreter
 from triton_programs import DTYPES, INPUTS, NAMED, SPELLED, all_ops, made
@@ -39,6 +39,8 @@ from fusedopt.trace.tracer import trace
 if not backend.interpreting():
     pytest.skip("TRITON_INTERPRET=1 must be set when Python starts", allow_module_level=True)
 patch_once()
+rewrite_once()
+look_types_up_once()
 ONE_AFTER_ANOTHER = interpreter.ReduceOps.generic_reduce
 join_in_halves()
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import test_blocks
 import torch
-from quick_interpreter import join_in_halves, patch_once
+from quick_interpreter import join_in_halves, look_types_up_once, patch_once, rewrite_once
 from test_blocks import LINES, PROGRAMS, compared
 
 import fusedopt
@@ -21,6 +21,8 @@ from fusedopt.storage import policies
 if not backend.interpreting():
     pytest.skip("TRITON_INTERPRET=1 must be set when Python starts", allow_module_level=True)
 patch_once()
+rewrite_once()
+look_types_up_once()
 join_in_halves()
 
 SHAPES = {

@@ -118,7 +118,7 @@ def test_the_key_holds_all_that_decides_the_code(monkeypatch):
     tool = toolchain.compiler()
 
     def key(text=ADD, tool=tool, parts=("1",)):
-        return toolchain.library_key(text, tool, parts)
+        return toolchain.library_keys(text, tool, parts)
 
     seen = [key(), key(ADD + " "), key(parts=("2",)), key(parts=("1", "1")), key(parts=("", "1"))]
     seen += [key(tool=tool._replace(version="other")), key(tool=tool._replace(path="other"))]
@@ -128,7 +128,44 @@ def test_the_key_holds_all_that_decides_the_code(monkeypatch):
     for flags in ("FLAGS", "LIBRARIES"):
         monkeypatch.setattr(toolchain, flags, (*getattr(toolchain, flags), "-g"))
         seen.append(key())
-    assert len(set(seen)) == len(seen)
+    for of_one in zip(*seen, strict=True):
+        assert len(set(of_one)) == len(seen)
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "same"),
+    [
+        ("int x; // one", "int x;  // the other", True),
+        ("// one\nint x;", "// the other\nint x;", True),
+        ("int x;", "int x; //", True),
+        ("int x; // one\nint y;", "int x; // int y;", False),
+        ("int x; // one \\\nint y;", "int x; // one\nint y;", False),
+        ('char x[] = "http://one";', 'char x[] = "http://two";', False),
+        ("/*\n// one */ int x;", "/*\n// one */", False),
+        ('char x[] = R"(\n//one)";', 'char x[] = R"(\n//two)";', False),
+    ],
+)
+def test_comments_are_no_code(text, other, same):
+    tool = toolchain.compiler()
+    (code, key), (other_code, other_key) = (toolchain.library_keys(t, tool, ()) for t in (text, other))
+    assert (code == other_code) is same and key != other_key
+
+
+def test_a_source_with_other_comments_is_not_compiled(monkeypatch):
+    first = toolchain.compile_library("axpy", AXPY)
+    monkeypatch.setattr(toolchain, "_compile", None)
+    for name, more in (("axpy", "// of other tensors"), ("adamw", "// of another name")):
+        same = toolchain.compile_library(name, f"{AXPY}{more}")
+        assert not same.built and same.entry.reason == ""
+        assert same.path != first.path and same.path.read_bytes() == first.path.read_bytes()
+        assert more in same.source_path.read_text() and same.path.name.startswith(name)
+        assert "the code is that of axpy_" in same.path.with_suffix(".json").read_text()
+
+
+def test_what_another_name_has_is_taken_only_as_it_was_stored():
+    first = toolchain.compile_library("add", ADD)
+    first.path.write_bytes(first.path.read_bytes() + b"more")
+    assert toolchain.compile_library("plus", f"{ADD}// again").built
 
 
 def test_no_fast_math_and_no_contraction(script, tmp_path):
@@ -309,7 +346,7 @@ def test_an_intact_entry_that_does_not_load_is_built_again(monkeypatch):
 
 
 def test_a_corrupt_library_is_built_again():
-    key = toolchain.library_key(ADD, toolchain.compiler(), ())
+    _, key = toolchain.library_keys(ADD, toolchain.compiler(), ())
     path = cache.folder() / f"{cache.stem('add', key)}.so"
     path.write_bytes(b"\x7fELF, but not for long")
     path.with_suffix(".json").write_text(json.dumps({"key": key, "sha256": "of the whole file"}))
