@@ -40,6 +40,7 @@ constexpr int max_threads = 256;  // of a block; the number of threads must be a
 // `resident_blocks`, of the generated part, is how many of those a multiprocessor is to hold; 0 leaves it to the compiler.
 constexpr int lanes = 2;          // accumulators of a thread
 constexpr int in_flight = 8;      // elements that a thread loads from each buffer before it computes
+constexpr int held = 8;           // of a line that a team has in registers: neighbouring elements of each thread
 
 // -- storage types: values are computed in T, and rounded to nearest even once, when they are stored --
 struct bfloat16 {
@@ -72,6 +73,9 @@ __device__ inline uint16_t bfloat16_from_float(float x) {
 #endif
 }
 // Left to itself, the compiler stores some packs of a conditional group element by element.
+__device__ inline void store_64_bits(void* to, uint2 x) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y) : "memory");
+}
 __device__ inline void store_128_bits(void* to, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y),
                "r"(x.z), "r"(x.w)
@@ -226,7 +230,10 @@ __device__ inline T sign(T a) {
 #define FUSEDOPT_REDUCTION(name, first, joined)                          \
   struct name {                                                          \
     static constexpr double init = first;                                \
-    __device__ static double join(double a, double b) { return joined; } \
+    template <class X>                                                   \
+    __device__ static X join(X a, X b) {                                 \
+      return joined;                                                     \
+    }                                                                    \
   };
 
 __device__ inline double* scratch() {
@@ -251,15 +258,15 @@ __device__ inline double join_threads(double x) {
 }
 
 // Which element goes to which accumulator, and how those are joined, depends on the number of threads in a block and
-// on nothing else: not on the number of blocks, not on alignment.
-template <class R>
+// on nothing else: not on the number of blocks, not on alignment. What is the same in any order needs no double.
+template <class R, class X = double>
 struct Lanes {
-  double lane[lanes];
+  X lane[lanes];
   __device__ Lanes() {
 #pragma unroll
-    for (int k = 0; k < lanes; ++k) lane[k] = R::init;
+    for (int k = 0; k < lanes; ++k) lane[k] = X(R::init);
   }
-  __device__ inline void add(int k, double x) { lane[k] = R::join(lane[k], x); }
+  __device__ inline void add(int k, X x) { lane[k] = R::join(lane[k], x); }
   __device__ void finish(double* partial) const {
     double x = lane[0];
 #pragma unroll
@@ -268,8 +275,8 @@ struct Lanes {
     if (threadIdx.x == 0) *partial = x;
   }
   template <class Team>
-  __device__ double total(const Team& team) const {
-    double x = lane[0];
+  __device__ X total(const Team& team) const {
+    X x = lane[0];
 #pragma unroll
     for (int k = 1; k < lanes; ++k) x = R::join(x, lane[k]);
     return team.template join<R>(x);
@@ -358,18 +365,32 @@ struct Buffer<Numbers> {
 };
 __device__ inline int64_t number_of(const Numbered*, int64_t i) { return i; }
 
-template <class E>
-struct alignas(16) Pack {
-  E value[16 / sizeof(E)];
+template <class E, int n>
+struct alignas(n * sizeof(E)) Pack {
+  E value[n];
 };
+template <class E>
+__device__ inline void store_pack(E* to, Pack<E, 8 / sizeof(E)> pack) {
+  store_64_bits(to, __builtin_bit_cast(uint2, pack));
+}
+template <class E>
+__device__ inline void store_pack(E* to, Pack<E, 16 / sizeof(E)> pack) {
+  store_128_bits(to, __builtin_bit_cast(uint4, pack));
+}
 
-// What a thread holds of one buffer: `unroll` groups of `width` neighbouring elements, in 128-bit packs. Groups of
-// neighbouring threads are neighbours. Groups number 1 and up may lie beyond the chunk: `left` groups do not.
+__device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+template <class E>
+__device__ constexpr int pack_of(int width) {
+  return smaller(width, 16 / sizeof(E));
+}
+
+// What a thread holds of one buffer: `unroll` groups of `width` neighbouring elements, in packs of 128 bits, or fewer if
+// that is all. Groups of neighbouring threads are neighbours. Groups number 1 and up may lie beyond the chunk: `left` groups do not.
 template <class B, int width, int unroll>
 struct Tile {
   using E = typename Buffer<B>::Element;
-  static constexpr int per_pack = 16 / sizeof(E), packs = width / per_pack;
-  Pack<E> pack[unroll][packs];
+  static constexpr int per_pack = pack_of<E>(width), packs = width / per_pack;
+  Pack<E, per_pack> pack[unroll][packs];
 
   __device__ inline void fetch(B buffer, int64_t at, unsigned left) {
     if constexpr (Buffer<B>::reads) {
@@ -379,14 +400,14 @@ struct Tile {
         if (u == 0 || u * blockDim.x < left)
 #pragma unroll
           for (int k = 0; k < packs; ++k)
-            pack[u][k] = reinterpret_cast<const Pack<E>*>(from + u * int64_t(blockDim.x) * width)[k];
+            pack[u][k] = reinterpret_cast<const Pack<E, per_pack>*>(from + u * int64_t(blockDim.x) * width)[k];
     }
   }
   __device__ inline void flush(B buffer, int64_t at, int u) const {
     if constexpr (Buffer<B>::writes) {
       E* to = Buffer<B>::pointer(buffer) + at + u * int64_t(blockDim.x) * width;
 #pragma unroll
-      for (int k = 0; k < packs; ++k) store_128_bits(to + k * per_pack, __builtin_bit_cast(uint4, pack[u][k]));
+      for (int k = 0; k < packs; ++k) store_pack(to + k * per_pack, pack[u][k]);
     }
   }
   __device__ inline const E& at(int64_t i) const { return pack[i / width][i % width / per_pack].value[i % per_pack]; }
@@ -427,7 +448,6 @@ struct Step {
   }
 };
 
-__device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 template <class... B>
 __device__ constexpr int narrowest() {
   int size = 8;
@@ -492,8 +512,8 @@ struct Team {
     else __syncthreads();
   }
   // The results of all of them joined by a tree; every one gets it.
-  template <class R>
-  __device__ inline double join(double x) const {
+  template <class R, class X>
+  __device__ inline X join(X x) const {
     if (size == 1) return x;
     double* const mine = scratch() + threadIdx.x;
     *mine = x;
@@ -502,7 +522,7 @@ struct Team {
       if (lane < n) *mine = R::join(*mine, mine[n * stride]);
       sync();
     }
-    x = mine[-int64_t(lane * stride)];
+    x = X(mine[-int64_t(lane * stride)]);
     sync();  // before somebody writes there again
     return x;
   }
@@ -515,6 +535,65 @@ struct Team {
         if (k == 0 || i + k * int64_t(size) < last) element(i + k * int64_t(size), k);
   }
 };
+
+// The same for neighbouring threads that have a line in registers. A warp goes around a loop as one, so that all of it
+// is there to exchange numbers; where that is a line too many for some, these store nothing, and none of them is the first.
+template <unsigned size>
+struct Holders {
+  unsigned lane;
+  bool storing;
+
+  __device__ explicit Holders(bool storing) : lane(storing ? threadIdx.x % size : size), storing(storing) {}
+  __device__ inline void sync() const { __syncwarp(); }
+  template <class R, class X>
+  __device__ inline X join(X x) const {
+#pragma unroll
+    for (unsigned n = size / 2; n > 0; n /= 2) x = R::join(x, __shfl_down_sync(~0u, x, n, size));
+    return __shfl_sync(~0u, x, 0, size);
+  }
+  // Elements are numbered as in a `Tile`.
+  template <class F>
+  __device__ inline void each(int64_t, int64_t, const F& element) const {
+#pragma unroll
+    for (int k = 0; k < held; ++k) element(k, k % lanes);
+  }
+};
+
+template <int64_t n, class F, class... B>
+struct HeldLine {
+  static constexpr unsigned size = n / held;
+  static_assert(size <= 32);
+  __device__ static inline void run(const F& with_line, int64_t line, bool storing, B... buffer,
+                                    Tile<B, held, 1>... tile) {
+    const int64_t at = line * n + threadIdx.x % size * held;
+    (tile.fetch(buffer, at, 1), ...);
+    with_line(Holders<size>(storing), line, n, tile...);
+    if (storing) (tile.flush(buffer, at, 0), ...);
+  }
+};
+
+// Call `with_line` for all lines of a piece, of n elements each. Whole lines of aligned buffers go through registers;
+// others, and the last one if it is shorter, element by element.
+template <int64_t n, class F, class... B>
+__device__ inline void walk_lines(int64_t begin, int64_t end, const F& with_line, B... buffer) {
+  using Held = HeldLine<n, F, B...>;
+  const bool aligned = ((reinterpret_cast<uint64_t>(Buffer<B>::pointer(buffer) + begin) %
+                             (pack_of<typename Buffer<B>::Element>(held) * sizeof(typename Buffer<B>::Element)) ==
+                         0) &&
+                        ... && true);
+  int64_t line = begin / n;
+  if (aligned && blockDim.x >= Held::size) {
+    const int64_t whole = end / n;
+    for (const unsigned mine = threadIdx.x / Held::size, first = (threadIdx.x & ~31u) / Held::size; line + first < whole;
+         line += blockDim.x / Held::size)
+      Held::run(with_line, line + mine < whole ? line + mine : whole - 1, line + mine < whole, buffer...,
+                Tile<B, held, 1>()...);
+    line = whole;
+  }
+  const Team team = Team::neighbours(n);
+  for (line += team.index; line * n < end; line += team.count)
+    with_line(team, line, line * n + n <= end ? n : end - line * n, Buffer<B>::pointer(buffer)...);
+}
 
 // Where the part results of a chunk are: in the result itself if the chunk is the only one for it, else apart.
 template <int n>

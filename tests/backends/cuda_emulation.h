@@ -31,6 +31,25 @@ inline void __syncthreads() {
 }
 inline void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
 
+// What other threads of the warp have, all of which have to ask.
+template <class X>
+X shuffled(X x, unsigned from) {
+  static X given[1024];
+  given[threadIdx.x] = x;
+  __syncwarp();
+  x = given[from];
+  __syncwarp();
+  return x;
+}
+template <class X>
+X __shfl_down_sync(unsigned, X x, unsigned n, unsigned width) {
+  return shuffled(x, threadIdx.x % width + n < width ? threadIdx.x + n : threadIdx.x);
+}
+template <class X>
+X __shfl_sync(unsigned, X x, unsigned from, unsigned width) {
+  return shuffled(x, threadIdx.x / width * width + from);
+}
+
 inline float float_from_bits(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -56,6 +75,10 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline void store_128_bits(void* to, uint4 x) { *static_cast<uint4*>(to) = x; }
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline void store_64_bits(void* to, uint2 x) { *static_cast<uint2*>(to) = x; }
 template <class E>
 inline E* global(E* p) {
   return p;
