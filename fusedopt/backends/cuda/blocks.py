@@ -111,7 +111,9 @@ class Blocks(blocks.Blocks):
     def _fits_registers(self, stage: Stage) -> bool:
         """Whether whole lines can be held: those are short, and what becomes of them is the same in any order."""
         values, lines = self.program.values, self.program.all_axes[:-1]
-        kinds = {values[i].kind for i in stage.values} | {self.program.buffer[n].kind for n, _ in stage.stores}
+        kinds = {values[i].kind for i in stage.values} | {
+            self.program.buffer[n].kind for n, _ in stage.stores
+        }
         return (
             self.program.line in HELD
             and not (stage.reductions or self.held)
