@@ -292,8 +292,8 @@ struct Row {
       : words(launch.rows + r * launch.row_words), index(r), inlined(inlined) {}
   __device__ int64_t numel() const { return words[0]; }
   __device__ double slot(const Launch& launch, int k) const {
-    const int64_t first = words[1] * launch.n_slots;
-    return launch.slots ? (launch.slots + first)[k] : __builtin_bit_cast(double, (inlined + first)[k]);
+    const int64_t i = words[1] * launch.n_slots + k;
+    return launch.slots ? launch.slots[i] : __builtin_bit_cast(double, inlined[i]);
   }
   template <class E>
   __device__ E* buffer(int k) const {
