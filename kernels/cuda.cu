@@ -81,6 +81,26 @@ __device__ inline void store_128_bits(void* to, uint4 x) {
                "r"(x.z), "r"(x.w)
                : "memory");
 }
+// The larger one of two numbers, or of their sizes; NaN if one is. Of sizes that the compiler sees it would keep all, for
+// where they are needed again: as many registers.
+__device__ inline float larger(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float x;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+__device__ inline float larger_size(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float x;
+  asm("{ .reg .f32 c, d; abs.f32 c, %1; abs.f32 d, %2; max.NaN.f32 %0, c, d; }" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return larger(::fabsf(a), ::fabsf(b));
+#endif
+}
 // What rows point to is global memory, which the compiler cannot see, and would not believe of every gradient.
 template <class E>
 __device__ inline E* global(E* p) {
@@ -90,6 +110,8 @@ __device__ inline E* global(E* p) {
 }
 __device__ inline void prefetch(const int64_t* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global(p))); }
 #endif
+
+__device__ inline uint32_t bits_from_float(float x) { return __builtin_bit_cast(uint32_t, x); }
 
 template <class T, class E>
 __device__ inline T widen(E x) {
@@ -112,18 +134,19 @@ template <class T>
 __device__ inline void narrow(double& to, T x) {
   to = double(x);
 }
-// Whole numbers that fit.
+// Whole numbers that fit: the lowest bits of what is so large that its last bit is worth 1. GPUs convert at a fraction of
+// the rate at which they add.
 template <class T>
 __device__ inline void narrow(int8_t& to, T x) {
-  to = int8_t(int(x));
+  to = int8_t(bits_from_float(float(x) + 0x1.8p23f));
 }
 template <class T>
 __device__ inline void narrow(uint8_t& to, T x) {
-  to = uint8_t(int(x));
+  to = uint8_t(bits_from_float(float(x) + 0x1.8p23f));
 }
 template <class T>
 __device__ inline void narrow(int16_t& to, T x) {
-  to = int16_t(int(x));
+  to = int16_t(bits_from_float(float(x) + 0x1.8p23f));
 }
 template <class T>
 __device__ inline void narrow(half& to, T x) {
@@ -158,7 +181,6 @@ __device__ inline T to_bfloat16(T x) {
 
 // -- what random numbers are made with --
 #define FUSEDOPT_DEVICE static __device__ inline
-__device__ inline uint32_t bits_from_float(float x) { return __builtin_bit_cast(uint32_t, x); }
 __device__ inline float root(float x) { return ::sqrtf(x); }
 
 // -- the bits of a float as an integer --
@@ -215,10 +237,12 @@ template <class T>
 __device__ inline T absmax(T a, T b) {
   return maximum(::fabs(a), ::fabs(b));
 }
+__device__ inline float absmax(float a, float b) { return larger_size(a, b); }
 template <class T>
 __device__ inline T bitmax(T a, T b) {
   return b < 0 ? T(__builtin_bit_cast(float, 0x7fc00000)) : maximum(a, b);
 }
+__device__ inline float bitmax(float a, float b) { return larger(a, b < 0 ? __builtin_bit_cast(float, 0x7fc00000) : b); }
 template <class T>
 __device__ inline T sign(T a) {
   return T(a > T(0)) - T(a < T(0));
@@ -369,6 +393,13 @@ template <class E, int n>
 struct alignas(n * sizeof(E)) Pack {
   E value[n];
 };
+template <int n, class E>
+__device__ inline Pack<E, n> load_pack(const E* from) {
+  if constexpr (sizeof(Pack<E, n>) == 8)
+    return __builtin_bit_cast(Pack<E, n>, *reinterpret_cast<const uint2*>(from));
+  else
+    return *reinterpret_cast<const Pack<E, n>*>(from);
+}
 template <class E>
 __device__ inline void store_pack(E* to, Pack<E, 8 / sizeof(E)> pack) {
   store_64_bits(to, __builtin_bit_cast(uint2, pack));
@@ -400,7 +431,7 @@ struct Tile {
         if (u == 0 || u * blockDim.x < left)
 #pragma unroll
           for (int k = 0; k < packs; ++k)
-            pack[u][k] = reinterpret_cast<const Pack<E, per_pack>*>(from + u * int64_t(blockDim.x) * width)[k];
+            pack[u][k] = load_pack<per_pack>(from + u * int64_t(blockDim.x) * width + k * per_pack);
     }
   }
   __device__ inline void flush(B buffer, int64_t at, int u) const {
@@ -561,7 +592,7 @@ struct Holders {
 
 template <int64_t n, class F, class... B>
 struct HeldLine {
-  static constexpr unsigned size = n / held;
+  static constexpr unsigned size = n / held, at_once = 32 / size;
   static_assert(size <= 32);
   __device__ static inline void run(const F& with_line, int64_t line, bool storing, B... buffer,
                                     Tile<B, held, 1>... tile) {
@@ -581,19 +612,16 @@ __device__ inline void walk_lines(int64_t begin, int64_t end, const F& with_line
                              (pack_of<typename Buffer<B>::Element>(held) * sizeof(typename Buffer<B>::Element)) ==
                          0) &&
                         ... && true);
-  int64_t line = begin / n;
-  if (aligned && blockDim.x >= Held::size) {
-    const int64_t whole = end / n;
-    for (const unsigned mine = threadIdx.x / Held::size, first = (threadIdx.x & ~31u) / Held::size; line + first < whole;
-         line += blockDim.x / Held::size)
-      Held::run(with_line, line + mine < whole ? line + mine : whole - 1, line + mine < whole, buffer...,
-                Tile<B, held, 1>()...);
-    line = whole;
+  const int64_t first = begin / n;
+  const unsigned whole = aligned && blockDim.x >= Held::size ? unsigned((end - begin) / n) : 0;
+  if (begin + int64_t(whole) * n < end) {  // before the others: what it needs takes none of their registers
+    const Team team = Team::neighbours(n);
+    for (int64_t line = first + whole + team.index; line * n < end; line += team.count)
+      with_line(team, line, line * n + n <= end ? n : end - line * n, Buffer<B>::pointer(buffer)...);
   }
-  if (line * n >= end) return;
-  const Team team = Team::neighbours(n);
-  for (line += team.index; line * n < end; line += team.count)
-    with_line(team, line, line * n + n <= end ? n : end - line * n, Buffer<B>::pointer(buffer)...);
+  for (unsigned line = threadIdx.x / Held::size; line / Held::at_once * Held::at_once < whole;
+       line += blockDim.x / Held::size)
+    Held::run(with_line, first + (line < whole ? line : whole - 1), line < whole, buffer..., Tile<B, held, 1>()...);
 }
 
 // Where the part results of a chunk are: in the result itself if the chunk is the only one for it, else apart.

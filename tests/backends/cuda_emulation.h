@@ -7,6 +7,7 @@
 #include <barrier>
 #include <math.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -71,6 +72,8 @@ inline uint16_t bfloat16_from_float(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return x != x ? 0x7fff : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+inline float larger(float a, float b) { return a > b || a != a ? a : b; }
+inline float larger_size(float a, float b) { return larger(std::fabs(a), std::fabs(b)); }
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };

@@ -174,8 +174,8 @@ def test_the_comparison_notices(fake, images, name, tmp_path, monkeypatch):  # n
 def test_whole_lines_go_the_one_way_and_others_the_other(fake, images, tmp_path, monkeypatch):  # noqa: F811
     """Where what goes through memory is not done at all, aligned tensors of whole lines do not notice."""
     program = PROGRAMS["codes in lines of 64"]
-    line = "for (line += team.index; line * n < end; line += team.count)"
-    mutated(images, tmp_path, monkeypatch, program, line, "for (; false;)")
+    line = "for (int64_t line = first + whole + team.index; line * n < end; line += team.count)"
+    mutated(images, tmp_path, monkeypatch, program, line, "for (int64_t line = first; line < 0;)")
     fake.threads = 64
     compared(program, [(64,), (64 * 8,), (64 * 33,)], code=8)
     with pytest.raises(AssertionError, match="ours, expected"):
