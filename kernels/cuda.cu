@@ -81,8 +81,8 @@ __device__ inline void store_128_bits(void* to, uint4 x) {
                "r"(x.z), "r"(x.w)
                : "memory");
 }
-// The larger one of two numbers, or of their sizes; NaN if one is. Of sizes that the compiler sees it would keep all, for
-// where they are needed again: as many registers.
+// The larger one of two numbers, or of their sizes; NaN if one is. Sizes that the compiler sees it would keep for where
+// they are needed again, in as many registers.
 __device__ inline float larger(float a, float b) {
 #if __CUDA_ARCH__ >= 800
   float x;
@@ -134,8 +134,8 @@ template <class T>
 __device__ inline void narrow(double& to, T x) {
   to = double(x);
 }
-// Whole numbers that fit: the lowest bits of what is so large that its last bit is worth 1. GPUs convert at a fraction of
-// the rate at which they add.
+// Whole numbers that fit: the lowest bits of what is so large that its last bit is worth 1. GPUs convert at a fraction
+// of the rate at which they add.
 template <class T>
 __device__ inline void narrow(int8_t& to, T x) {
   to = int8_t(bits_from_float(float(x) + 0x1.8p23f));
@@ -242,7 +242,9 @@ template <class T>
 __device__ inline T bitmax(T a, T b) {
   return b < 0 ? T(__builtin_bit_cast(float, 0x7fc00000)) : maximum(a, b);
 }
-__device__ inline float bitmax(float a, float b) { return larger(a, b < 0 ? __builtin_bit_cast(float, 0x7fc00000) : b); }
+__device__ inline float bitmax(float a, float b) {
+  return larger(a, b < 0 ? __builtin_bit_cast(float, 0x7fc00000) : b);
+}
 template <class T>
 __device__ inline T sign(T a) {
   return T(a > T(0)) - T(a < T(0));
@@ -393,6 +395,7 @@ template <class E, int n>
 struct alignas(n * sizeof(E)) Pack {
   E value[n];
 };
+// As words: of halves of them the compiler would make bytes in more steps.
 template <int n, class E>
 __device__ inline Pack<E, n> load_pack(const E* from) {
   if constexpr (sizeof(Pack<E, n>) == 8)
@@ -410,17 +413,15 @@ __device__ inline void store_pack(E* to, Pack<E, 16 / sizeof(E)> pack) {
 }
 
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-template <class E>
-__device__ constexpr int pack_of(int width) {
-  return smaller(width, 16 / sizeof(E));
-}
 
-// What a thread holds of one buffer: `unroll` groups of `width` neighbouring elements, in packs of 128 bits, or fewer if
-// that is all. Groups of neighbouring threads are neighbours. Groups number 1 and up may lie beyond the chunk: `left` groups do not.
+// What a thread holds of one buffer: `unroll` groups of `width` neighbouring elements, in packs of 128 bits, or of 64
+// if that is all. Groups of neighbouring threads are neighbours. Groups number 1 and up may lie beyond the chunk: `left`
+// groups do not.
 template <class B, int width, int unroll>
 struct Tile {
   using E = typename Buffer<B>::Element;
-  static constexpr int per_pack = pack_of<E>(width), packs = width / per_pack;
+  static constexpr int per_pack = smaller(width, 16 / sizeof(E)), packs = width / per_pack;
+  static constexpr int alignment = per_pack * sizeof(E);
   Pack<E, per_pack> pack[unroll][packs];
 
   __device__ inline void fetch(B buffer, int64_t at, unsigned left) {
@@ -446,6 +447,7 @@ struct Tile {
 };
 template <int width, int unroll>
 struct Tile<Numbers, width, unroll> {
+  static constexpr int alignment = 1;
   int64_t first;
   __device__ inline void fetch(Numbers, int64_t at, unsigned) { first = at; }
   __device__ inline void flush(Numbers, int64_t, int) const {}
@@ -567,14 +569,12 @@ struct Team {
   }
 };
 
-// The same for neighbouring threads that have a line in registers. A warp goes around a loop as one, so that all of it
-// is there to exchange numbers; where that is a line too many for some, these store nothing, and none of them is the first.
+// The same for neighbours that have a line in registers; of those that are to store nothing none is the first.
 template <unsigned size>
 struct Holders {
   unsigned lane;
-  bool storing;
 
-  __device__ explicit Holders(bool storing) : lane(storing ? threadIdx.x % size : size), storing(storing) {}
+  __device__ explicit Holders(bool storing) : lane(storing ? threadIdx.x % size : size) {}
   __device__ inline void sync() const { __syncwarp(); }
   template <class R, class X>
   __device__ inline X join(X x) const {
@@ -604,14 +604,14 @@ struct HeldLine {
 };
 
 // Call `with_line` for all lines of a piece, of n elements each. Whole lines of aligned buffers go through registers;
-// others, and the last one if it is shorter, element by element.
+// others, and the last one if it is shorter, element by element. A warp goes around as one, so that all of it is there
+// to exchange numbers: threads for which no line is left do the last one again, and store nothing.
 template <int64_t n, class F, class... B>
 __device__ inline void walk_lines(int64_t begin, int64_t end, const F& with_line, B... buffer) {
   using Held = HeldLine<n, F, B...>;
-  const bool aligned = ((reinterpret_cast<uint64_t>(Buffer<B>::pointer(buffer) + begin) %
-                             (pack_of<typename Buffer<B>::Element>(held) * sizeof(typename Buffer<B>::Element)) ==
-                         0) &&
-                        ... && true);
+  const bool aligned =
+      ((reinterpret_cast<uint64_t>(Buffer<B>::pointer(buffer) + begin) % Tile<B, held, 1>::alignment == 0) && ... &&
+       true);
   const int64_t first = begin / n;
   const unsigned whole = aligned && blockDim.x >= Held::size ? unsigned((end - begin) / n) : 0;
   if (begin + int64_t(whole) * n < end) {  // before the others: what it needs takes none of their registers

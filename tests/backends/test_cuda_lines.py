@@ -49,7 +49,7 @@ def drawn(g, x):
 
 
 def unreduced(g, x):
-    """Nothing is reduced, and a line's number is read and written."""
+    """Nothing is reduced. What is made of a line's number alone is stored after the stage."""
     new = g.op("mul", x["param"], x["scale"])
     return {"param": new, "scale": g.op("mul", x["scale"], g.leaf("slot", 0))}
 
@@ -60,15 +60,18 @@ def with_dtypes(program, **dtypes):
     return replace(program, buffers=tuple((n, Buffer(dtype, b.kind)) for n, b, dtype in kept))
 
 
+KINDS = dict(param="F", grad="F", code="F", scale="0", with_line="0")
+
+
 def codes(length, **dtypes):
-    kinds = dict(param="F", grad="F", code="F", scale="0", with_line="0")
-    return with_dtypes(build(2, coded, line_length=length, **kinds), **({"code": torch.int8} | dtypes))
+    return with_dtypes(build(2, coded, line_length=length, **KINDS), **({"code": torch.int8} | dtypes))
 
 
 BF16, HELD = torch.bfloat16, 8
 PROGRAMS = {f"codes in lines of {n}": codes(n) for n in (32, 64, 128, 256)} | {
     "codes of bfloat16": codes(64, param=BF16, grad=BF16),
     "codes of float64": codes(64, param=torch.float64),
+    "codes in double": with_dtypes(build(2, coded, torch.float64, 128, **KINDS), code=torch.int8),
     "drawn": with_dtypes(build(2, drawn, line_length=64, param="F", grad="F", copy="F"), copy=torch.float16),
     "unreduced": build(2, unreduced, line_length=256, param="F", scale="0"),
 }
@@ -265,6 +268,17 @@ def rendered(name):
                 p.grad = torch.zeros_like(p)
             opt.step()
     return made[-1]
+
+
+@needs_nvrtc
+@needs_cuobjdump
+def test_nvrtc_compiles_all_of_them_without_spills():
+    bodies = {f"p{k}": renderer.render(p, ["s"], "blocks") for k, p in enumerate(PROGRAMS.values())}
+    source = sass.cuda.SMALL_ONLY + cuda_kernels.together(bodies)
+    found = sass.functions(nvrtc.compile_cubin("lines", source, "sm_90").path)
+    assert len(found) == sum(len(renderer.launches(p)) for p in PROGRAMS.values())
+    for name, f in found.items():
+        assert f.registers <= REGISTERS and (f.stack, f.local) == (0, 0), name
 
 
 @needs_nvrtc

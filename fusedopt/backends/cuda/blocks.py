@@ -52,7 +52,7 @@ class Blocks(blocks.Blocks):
     held: Sequence[int] = ()
     """The sums that a line leaves in shared memory."""
     in_registers = False
-    """Whether the line may be in registers, where its elements have numbers of their own."""
+    """Whether the line may be in registers, where its elements are numbered from 0 on in each thread."""
 
     @property
     def regions(self) -> str:
@@ -110,15 +110,14 @@ class Blocks(blocks.Blocks):
 
     def _fits_registers(self, stage: Stage) -> bool:
         """Whether whole lines can be held: those are short, and what becomes of them is the same in any order."""
-        values, lines = self.program.values, self.program.all_axes[:-1]
-        kinds = {values[i].kind for i in stage.values} | {
-            self.program.buffer[n].kind for n, _ in stage.stores
-        }
+        values, buffer = self.program.values, self.program.buffer
+        kinds = {values[i].kind for i in stage.values} | {buffer[n].kind for n, _ in stage.stores}
         return (
             self.program.line in HELD
             and not (stage.reductions or self.held)
             and all(reduction(values[i].op).exact for sums in stage.lines for i in sums)
-            and kinds <= {TENSOR, lines, ELEMENT}
+            and ELEMENT in kinds
+            and kinds <= {TENSOR, self.program.all_axes[:-1], ELEMENT}
         )
 
     def _walked(self, stage: Stage) -> list[str]:
@@ -127,17 +126,14 @@ class Blocks(blocks.Blocks):
         self.in_registers, number, self.number = True, self.number, "::number_of(numbers, i)"
         body = self.line(self.program.all_axes, stage)
         self.in_registers, self.number = False, number
-        head = ", ".join(
-            ["const auto& team", "int64_t line", "int64_t length", *(f"auto&& {n}" for n in names)]
-        )
-        call = ", ".join(["begin", "end", "with_line", *buffers])
+        elements = ", ".join(f"auto&& {n}" for n in names)
+        head = f"const auto with_line = [&](const auto& team, int64_t line, int64_t length, {elements}) {{"
+        call = f"::walk_lines<n{self.program.all_axes[-1]}>({', '.join(['begin', 'end', 'with_line', *buffers])});"
         return [
-            *textwrap.wrap(f"const auto with_line = [&]({head}) {{", 108, subsequent_indent=" " * 28),
+            *textwrap.wrap(head, 108, subsequent_indent=" " * 28),
             *indent(body),
             "};",
-            *textwrap.wrap(
-                f"::walk_lines<n{self.program.all_axes[-1]}>({call});", 108, subsequent_indent=" " * 17
-            ),
+            *textwrap.wrap(call, 108, subsequent_indent=" " * 17),
         ]
 
     def _in_parts(self, along: Stage, across: Sequence[int], sums: Sequence[int], chunk: Range) -> list[str]:
