@@ -40,6 +40,7 @@ constexpr int max_threads = 256;  // of a block; the number of threads must be a
 // `resident_blocks`, of the generated part, is how many of those a multiprocessor is to hold; 0 leaves it to the compiler.
 constexpr int lanes = 2;          // accumulators of a thread
 constexpr int in_flight = 8;      // elements that a thread loads from each buffer before it computes
+constexpr int held = 8;           // of a line that a team has in registers: neighbouring elements of each thread
 
 // -- storage types: values are computed in T, and rounded to nearest even once, when they are stored --
 struct bfloat16 {
@@ -72,10 +73,33 @@ __device__ inline uint16_t bfloat16_from_float(float x) {
 #endif
 }
 // Left to itself, the compiler stores some packs of a conditional group element by element.
+__device__ inline void store_64_bits(void* to, uint2 x) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y) : "memory");
+}
 __device__ inline void store_128_bits(void* to, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y),
                "r"(x.z), "r"(x.w)
                : "memory");
+}
+// The larger one of two numbers, or of their sizes; NaN if one is. Sizes that the compiler sees it would keep for where
+// they are needed again, in as many registers.
+__device__ inline float larger(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float x;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+__device__ inline float larger_size(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float x;
+  asm("{ .reg .f32 c, d; abs.f32 c, %1; abs.f32 d, %2; max.NaN.f32 %0, c, d; }" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return larger(::fabsf(a), ::fabsf(b));
+#endif
 }
 // What rows point to is global memory, which the compiler cannot see, and would not believe of every gradient.
 template <class E>
@@ -86,6 +110,8 @@ __device__ inline E* global(E* p) {
 }
 __device__ inline void prefetch(const int64_t* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global(p))); }
 #endif
+
+__device__ inline uint32_t bits_from_float(float x) { return __builtin_bit_cast(uint32_t, x); }
 
 template <class T, class E>
 __device__ inline T widen(E x) {
@@ -108,18 +134,19 @@ template <class T>
 __device__ inline void narrow(double& to, T x) {
   to = double(x);
 }
-// Whole numbers that fit.
+// Whole numbers that fit: the lowest bits of what is so large that its last bit is worth 1. GPUs convert at a fraction
+// of the rate at which they add.
 template <class T>
 __device__ inline void narrow(int8_t& to, T x) {
-  to = int8_t(int(x));
+  to = int8_t(bits_from_float(float(x) + 0x1.8p23f));
 }
 template <class T>
 __device__ inline void narrow(uint8_t& to, T x) {
-  to = uint8_t(int(x));
+  to = uint8_t(bits_from_float(float(x) + 0x1.8p23f));
 }
 template <class T>
 __device__ inline void narrow(int16_t& to, T x) {
-  to = int16_t(int(x));
+  to = int16_t(bits_from_float(float(x) + 0x1.8p23f));
 }
 template <class T>
 __device__ inline void narrow(half& to, T x) {
@@ -154,7 +181,6 @@ __device__ inline T to_bfloat16(T x) {
 
 // -- what random numbers are made with --
 #define FUSEDOPT_DEVICE static __device__ inline
-__device__ inline uint32_t bits_from_float(float x) { return __builtin_bit_cast(uint32_t, x); }
 __device__ inline float root(float x) { return ::sqrtf(x); }
 
 // -- the bits of a float as an integer --
@@ -211,9 +237,13 @@ template <class T>
 __device__ inline T absmax(T a, T b) {
   return maximum(::fabs(a), ::fabs(b));
 }
+__device__ inline float absmax(float a, float b) { return larger_size(a, b); }
 template <class T>
 __device__ inline T bitmax(T a, T b) {
   return b < 0 ? T(__builtin_bit_cast(float, 0x7fc00000)) : maximum(a, b);
+}
+__device__ inline float bitmax(float a, float b) {
+  return larger(a, b < 0 ? __builtin_bit_cast(float, 0x7fc00000) : b);
 }
 template <class T>
 __device__ inline T sign(T a) {
@@ -226,7 +256,10 @@ __device__ inline T sign(T a) {
 #define FUSEDOPT_REDUCTION(name, first, joined)                          \
   struct name {                                                          \
     static constexpr double init = first;                                \
-    __device__ static double join(double a, double b) { return joined; } \
+    template <class X>                                                   \
+    __device__ static X join(X a, X b) {                                 \
+      return joined;                                                     \
+    }                                                                    \
   };
 
 __device__ inline double* scratch() {
@@ -251,15 +284,15 @@ __device__ inline double join_threads(double x) {
 }
 
 // Which element goes to which accumulator, and how those are joined, depends on the number of threads in a block and
-// on nothing else: not on the number of blocks, not on alignment.
-template <class R>
+// on nothing else: not on the number of blocks, not on alignment. What is the same in any order needs no double.
+template <class R, class X = double>
 struct Lanes {
-  double lane[lanes];
+  X lane[lanes];
   __device__ Lanes() {
 #pragma unroll
-    for (int k = 0; k < lanes; ++k) lane[k] = R::init;
+    for (int k = 0; k < lanes; ++k) lane[k] = X(R::init);
   }
-  __device__ inline void add(int k, double x) { lane[k] = R::join(lane[k], x); }
+  __device__ inline void add(int k, X x) { lane[k] = R::join(lane[k], x); }
   __device__ void finish(double* partial) const {
     double x = lane[0];
 #pragma unroll
@@ -268,8 +301,8 @@ struct Lanes {
     if (threadIdx.x == 0) *partial = x;
   }
   template <class Team>
-  __device__ double total(const Team& team) const {
-    double x = lane[0];
+  __device__ X total(const Team& team) const {
+    X x = lane[0];
 #pragma unroll
     for (int k = 1; k < lanes; ++k) x = R::join(x, lane[k]);
     return team.template join<R>(x);
@@ -358,18 +391,38 @@ struct Buffer<Numbers> {
 };
 __device__ inline int64_t number_of(const Numbered*, int64_t i) { return i; }
 
-template <class E>
-struct alignas(16) Pack {
-  E value[16 / sizeof(E)];
+template <class E, int n>
+struct alignas(n * sizeof(E)) Pack {
+  E value[n];
 };
+// As words: of halves of them the compiler would make bytes in more steps.
+template <int n, class E>
+__device__ inline Pack<E, n> load_pack(const E* from) {
+  if constexpr (sizeof(Pack<E, n>) == 8)
+    return __builtin_bit_cast(Pack<E, n>, *reinterpret_cast<const uint2*>(from));
+  else
+    return *reinterpret_cast<const Pack<E, n>*>(from);
+}
+template <class E>
+__device__ inline void store_pack(E* to, Pack<E, 8 / sizeof(E)> pack) {
+  store_64_bits(to, __builtin_bit_cast(uint2, pack));
+}
+template <class E>
+__device__ inline void store_pack(E* to, Pack<E, 16 / sizeof(E)> pack) {
+  store_128_bits(to, __builtin_bit_cast(uint4, pack));
+}
 
-// What a thread holds of one buffer: `unroll` groups of `width` neighbouring elements, in 128-bit packs. Groups of
-// neighbouring threads are neighbours. Groups number 1 and up may lie beyond the chunk: `left` groups do not.
+__device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// What a thread holds of one buffer: `unroll` groups of `width` neighbouring elements, in packs of 128 bits, or of 64
+// if that is all. Groups of neighbouring threads are neighbours. Groups number 1 and up may lie beyond the chunk: `left`
+// groups do not.
 template <class B, int width, int unroll>
 struct Tile {
   using E = typename Buffer<B>::Element;
-  static constexpr int per_pack = 16 / sizeof(E), packs = width / per_pack;
-  Pack<E> pack[unroll][packs];
+  static constexpr int per_pack = smaller(width, 16 / sizeof(E)), packs = width / per_pack;
+  static constexpr int alignment = per_pack * sizeof(E);
+  Pack<E, per_pack> pack[unroll][packs];
 
   __device__ inline void fetch(B buffer, int64_t at, unsigned left) {
     if constexpr (Buffer<B>::reads) {
@@ -379,14 +432,14 @@ struct Tile {
         if (u == 0 || u * blockDim.x < left)
 #pragma unroll
           for (int k = 0; k < packs; ++k)
-            pack[u][k] = reinterpret_cast<const Pack<E>*>(from + u * int64_t(blockDim.x) * width)[k];
+            pack[u][k] = load_pack<per_pack>(from + u * int64_t(blockDim.x) * width + k * per_pack);
     }
   }
   __device__ inline void flush(B buffer, int64_t at, int u) const {
     if constexpr (Buffer<B>::writes) {
       E* to = Buffer<B>::pointer(buffer) + at + u * int64_t(blockDim.x) * width;
 #pragma unroll
-      for (int k = 0; k < packs; ++k) store_128_bits(to + k * per_pack, __builtin_bit_cast(uint4, pack[u][k]));
+      for (int k = 0; k < packs; ++k) store_pack(to + k * per_pack, pack[u][k]);
     }
   }
   __device__ inline const E& at(int64_t i) const { return pack[i / width][i % width / per_pack].value[i % per_pack]; }
@@ -394,6 +447,7 @@ struct Tile {
 };
 template <int width, int unroll>
 struct Tile<Numbers, width, unroll> {
+  static constexpr int alignment = 1;
   int64_t first;
   __device__ inline void fetch(Numbers, int64_t at, unsigned) { first = at; }
   __device__ inline void flush(Numbers, int64_t, int) const {}
@@ -427,7 +481,6 @@ struct Step {
   }
 };
 
-__device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 template <class... B>
 __device__ constexpr int narrowest() {
   int size = 8;
@@ -492,8 +545,8 @@ struct Team {
     else __syncthreads();
   }
   // The results of all of them joined by a tree; every one gets it.
-  template <class R>
-  __device__ inline double join(double x) const {
+  template <class R, class X>
+  __device__ inline X join(X x) const {
     if (size == 1) return x;
     double* const mine = scratch() + threadIdx.x;
     *mine = x;
@@ -502,7 +555,7 @@ struct Team {
       if (lane < n) *mine = R::join(*mine, mine[n * stride]);
       sync();
     }
-    x = mine[-int64_t(lane * stride)];
+    x = X(mine[-int64_t(lane * stride)]);
     sync();  // before somebody writes there again
     return x;
   }
@@ -515,6 +568,61 @@ struct Team {
         if (k == 0 || i + k * int64_t(size) < last) element(i + k * int64_t(size), k);
   }
 };
+
+// The same for neighbours that have a line in registers; of those that are to store nothing none is the first.
+template <unsigned size>
+struct Holders {
+  unsigned lane;
+
+  __device__ explicit Holders(bool storing) : lane(storing ? threadIdx.x % size : size) {}
+  __device__ inline void sync() const { __syncwarp(); }
+  template <class R, class X>
+  __device__ inline X join(X x) const {
+#pragma unroll
+    for (unsigned n = size / 2; n > 0; n /= 2) x = R::join(x, __shfl_down_sync(~0u, x, n, size));
+    return __shfl_sync(~0u, x, 0, size);
+  }
+  // Elements are numbered as in a `Tile`.
+  template <class F>
+  __device__ inline void each(int64_t, int64_t, const F& element) const {
+#pragma unroll
+    for (int k = 0; k < held; ++k) element(k, k % lanes);
+  }
+};
+
+template <int64_t n, class F, class... B>
+struct HeldLine {
+  static constexpr unsigned size = n / held, at_once = 32 / size;
+  static_assert(size <= 32);
+  __device__ static inline void run(const F& with_line, int64_t line, bool storing, B... buffer,
+                                    Tile<B, held, 1>... tile) {
+    const int64_t at = line * n + threadIdx.x % size * held;
+    (tile.fetch(buffer, at, 1), ...);
+    with_line(Holders<size>(storing), line, n, tile...);
+    if (storing) (tile.flush(buffer, at, 0), ...);
+  }
+};
+
+// Call `with_line` for all lines of a piece, of n elements each. Whole lines of aligned buffers go through registers;
+// others, and the last one if it is shorter, element by element. A warp goes around as one, so that all of it is there
+// to exchange numbers: threads for which no line is left do the last one again, and store nothing.
+template <int64_t n, class F, class... B>
+__device__ inline void walk_lines(int64_t begin, int64_t end, const F& with_line, B... buffer) {
+  using Held = HeldLine<n, F, B...>;
+  const bool aligned =
+      ((reinterpret_cast<uint64_t>(Buffer<B>::pointer(buffer) + begin) % Tile<B, held, 1>::alignment == 0) && ... &&
+       true);
+  const int64_t first = begin / n;
+  const unsigned whole = aligned && blockDim.x >= Held::size ? unsigned((end - begin) / n) : 0;
+  if (begin + int64_t(whole) * n < end) {  // before the others: what it needs takes none of their registers
+    const Team team = Team::neighbours(n);
+    for (int64_t line = first + whole + team.index; line * n < end; line += team.count)
+      with_line(team, line, line * n + n <= end ? n : end - line * n, Buffer<B>::pointer(buffer)...);
+  }
+  for (unsigned line = threadIdx.x / Held::size; line / Held::at_once * Held::at_once < whole;
+       line += blockDim.x / Held::size)
+    Held::run(with_line, first + (line < whole ? line : whole - 1), line < whole, buffer..., Tile<B, held, 1>()...);
+}
 
 // Where the part results of a chunk are: in the result itself if the chunk is the only one for it, else apart.
 template <int n>

@@ -7,6 +7,7 @@ parameter as ``param:policy``; of a policy with several such tensors with their 
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ def encode(p: Any, storage: str = "", storage_step: Any = 0, storage_seed: Any =
 
 
 def encoded(policy: Policy, x: Any, noise: Any) -> tuple[Any, ...]:
-    found = policy.encode(x, noise)
+    with functions.constants(x) if policy.fixed else nullcontext():
+        found = policy.encode(x, noise)
     return found if type(found) is tuple else (found,)
 
 

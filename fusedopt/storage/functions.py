@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -131,6 +133,19 @@ def block_amax(x: Any, block: int, signed: bool = True) -> Any:
     return SymTensor(
         run, run.graph.op("absmax" if signed else "bitmax", x.node, to="0", where=run.where), x.asked
     )
+
+
+@contextmanager
+def constants(x: Any) -> Iterator[None]:
+    """Within it plain numbers are part of x's program. As scalars they would be given to each of its kernels anew."""
+    if not _is_symbolic(x):
+        yield
+        return
+    before, x.run.constants = x.run.constants, True
+    try:
+        yield
+    finally:
+        x.run.constants = before
 
 
 def spread(scale: Any, x: Any, block: int) -> Any:

@@ -29,7 +29,7 @@ class Kahan(Policy):
     For parameters this is Kahan's summation: what an update has lost is kept, and added to the next one.
     """
 
-    code, rest, params = torch.bfloat16, (torch.bfloat16,), True
+    code, rest, params, fixed = torch.bfloat16, (torch.bfloat16,), True, True
 
     def encode(self, x: Any, noise: Any) -> Any:
         high = rounded(x, torch.bfloat16)
@@ -47,7 +47,7 @@ class Corrected(Policy):
     With 8 bits that is float32 numbers of 15 to 16 bits of precision.
     """
 
-    code, params = torch.bfloat16, True
+    code, params, fixed = torch.bfloat16, True, True
 
     def __init__(self, bits: int) -> None:
         self.rest = (torch.int16 if bits == 16 else torch.int8,)  # type: ignore[misc]
@@ -88,7 +88,7 @@ class Blocks(Policy):
     NaN; so does one below zero that is to be unsigned. Sizes below 10⁻³⁴ become zero.
     """
 
-    least = 4096
+    least, fixed = 4096, True
 
     def __init__(self, signed: bool, block: int) -> None:
         self.code, self.block = (torch.int8 if signed else torch.uint8), block  # type: ignore[misc]

@@ -49,6 +49,7 @@ class Policy(ABC):
     noisy: whether ``encode`` uses ``noise``
     least: the state of tensors with fewer elements is float32
     state: whether it is for state; params: whether it is for parameters
+    fixed: whether the numbers that ``encode`` computes with never change, so that kernels may have them as they are
     """
 
     code: ClassVar[torch.dtype] = torch.float32
@@ -58,6 +59,7 @@ class Policy(ABC):
     least: ClassVar[int] = 0
     state: ClassVar[bool] = True
     params: ClassVar[bool] = False
+    fixed: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, x: Any, noise: Any) -> Any:

@@ -53,6 +53,7 @@ class Run:
     ``callback`` is counted from number ``first`` of the optimizer's list on; ``totals`` are its shares of these.
     ``calls``: where torch calls that have no fused form are recorded (see externs.py); None if they may not be made.
     ``spots``: weak references to where results of those are; ``lent``: the places whose memory calls were given.
+    ``constants``: whether plain numbers are the program's own, as they are, because they never change.
     """
 
     graph: Graph
@@ -65,6 +66,7 @@ class Run:
     conditions: list[int] = field(default_factory=list)
     taken: list[bool] = field(default_factory=list)
     raw: int = 0
+    constants: bool = False
     finished: bool = False
     calls: Any = None
     spots: list[Any] = field(default_factory=list)
@@ -90,6 +92,8 @@ class Run:
             return self.graph.leaf("slot", x.index)
         x = x.value if isinstance(x, Number) else x  # one kept from an earlier step is a plain number
         x = x.item() if isinstance(x, np.generic) else x  # which the extension knows
+        if self.constants:
+            return self.graph.leaf("const", float(x))
         self.raw += 1
         return self.graph.leaf(
             "slot", self.scalars.entry(("raw", self.callback, tuple(self.taken), self.raw), x)

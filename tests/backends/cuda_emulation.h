@@ -7,6 +7,7 @@
 #include <barrier>
 #include <math.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -31,6 +32,25 @@ inline void __syncthreads() {
 }
 inline void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
 
+// What other threads of the warp have, all of which have to ask.
+template <class X>
+X shuffled(X x, unsigned from) {
+  static X given[1024];
+  given[threadIdx.x] = x;
+  __syncwarp();
+  x = given[from];
+  __syncwarp();
+  return x;
+}
+template <class X>
+X __shfl_down_sync(unsigned, X x, unsigned n, unsigned width) {
+  return shuffled(x, threadIdx.x % width + n < width ? threadIdx.x + n : threadIdx.x);
+}
+template <class X>
+X __shfl_sync(unsigned, X x, unsigned from, unsigned width) {
+  return shuffled(x, threadIdx.x / width * width + from);
+}
+
 inline float float_from_bits(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -52,10 +72,16 @@ inline uint16_t bfloat16_from_float(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return x != x ? 0x7fff : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+inline float larger(float a, float b) { return a > b || a != a ? a : b; }
+inline float larger_size(float a, float b) { return larger(std::fabs(a), std::fabs(b)); }
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline void store_128_bits(void* to, uint4 x) { *static_cast<uint4*>(to) = x; }
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline void store_64_bits(void* to, uint2 x) { *static_cast<uint2*>(to) = x; }
 template <class E>
 inline E* global(E* p) {
   return p;

@@ -415,6 +415,29 @@ def test_a_users_policy_is_a_kernel(monkeypatch):
         del POLICIES["halved"]
 
 
+class Guarded(Halved):
+    nothing = 0.0
+
+    def encode(self, x, noise):
+        high = functions.rounded(x, torch.float16)
+        return high, torch.where(x == x, x - high, self.nothing)
+
+
+def test_numbers_of_our_own_policies_are_constants_and_those_of_others_scalars(monkeypatch):
+    """Others' may be settings, which may change."""
+    monkeypatch.setattr(policy, "POLICIES", POLICIES)
+    policy.register("guarded", Guarded())
+    try:
+        slots = {}
+        for name in ("float32", "int8", "uint8_256", "kahan", "guarded"):
+            _, opt = run(RULES["user"], {"mean": name}, torch.float32, "cpp")
+            slots[name] = max(kernel.program.slots for kernel, _ in opt.engine.launched)
+    finally:
+        del POLICIES["guarded"]
+    assert slots.pop("guarded") == slots["float32"] + 1
+    assert len(set(slots.values())) == 1
+
+
 class Printing(policy.Policy):
     def encode(self, x, noise):
         print(x)

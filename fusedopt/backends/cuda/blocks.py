@@ -7,17 +7,30 @@ comes first.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ...ir.ops import ELEMENT, TENSOR, axes_of, is_partial
+from ...ir.ops import DRAWS, ELEMENT, TENSOR, axes_of, is_partial, reduction
 from ...ir.program import Value, identifier
 from ...ir.stages import Between, Nest, Stage, regions, schedule
 from .. import blocks
-from ..c_family import indent
+from ..c_family import Body, indent
 
 SHARED = 1 << 14
 """Bytes of shared memory for sums along lines that places are made of."""
+
+HELD = (32, 64, 128, 256)
+"""Lengths of lines that some threads of a warp can have in registers."""
+
+
+def walked(body: Body, stage: Stage) -> tuple[list[str], list[str]]:
+    """What a function of an element takes for the stage's buffers, and what it is called for: see the skeleton."""
+    values, read = body.program.values, stage.loads(body.program)
+    names = [n for n in body.touched(stage) if body.program.buffer[n].kind == ELEMENT]
+    buffers = [identifier(n) if n in read else f"::written({identifier(n)})" for n in names]
+    drawn = any(values[i].op in DRAWS for i in stage.values)
+    return [*map(identifier, names), *["numbers"] * drawn], [*buffers, *["::Numbers()"] * drawn]
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class Blocks(blocks.Blocks):
     """Whether it is for a loop between stages."""
     held: Sequence[int] = ()
     """The sums that a line leaves in shared memory."""
+    in_registers = False
+    """Whether the line may be in registers, where its elements are numbered from 0 on in each thread."""
 
     @property
     def regions(self) -> str:
@@ -76,6 +91,8 @@ class Blocks(blocks.Blocks):
         """Every line has its team."""
         if not stage.values:
             return []
+        if self._fits_registers(stage):
+            return self._walked(stage)
         length = f"n{chunk.axes[-1]}"
         left = f"{chunk.end} - line * {length}"
         shorter = f"{left} < {length} ? {left} : {length}"
@@ -89,6 +106,34 @@ class Blocks(blocks.Blocks):
             *indent(indent(self.line(chunk.axes, stage))),
             "  }",
             "}",
+        ]
+
+    def _fits_registers(self, stage: Stage) -> bool:
+        """Whether whole lines can be held: those are short, and what becomes of them is the same in any order."""
+        values, buffer = self.program.values, self.program.buffer
+        kinds = {values[i].kind for i in stage.values} | {buffer[n].kind for n, _ in stage.stores}
+        return (
+            self.program.line in HELD
+            and not (stage.reductions or self.held)
+            and all(reduction(values[i].op).exact for sums in stage.lines for i in sums)
+            and ELEMENT in kinds
+            and kinds <= {TENSOR, self.program.all_axes[:-1], ELEMENT}
+        )
+
+    def _walked(self, stage: Stage) -> list[str]:
+        """One function of a line, which ``walk_lines`` calls with pointers, or with what it has in registers."""
+        names, buffers = walked(self, stage)
+        self.in_registers, number, self.number = True, self.number, "::number_of(numbers, i)"
+        body = self.line(self.program.all_axes, stage)
+        self.in_registers, self.number = False, number
+        elements = ", ".join(f"auto&& {n}" for n in names)
+        head = f"const auto with_line = [&](const auto& team, int64_t line, int64_t length, {elements}) {{"
+        call = f"::walk_lines<n{self.program.all_axes[-1]}>({', '.join(['begin', 'end', 'with_line', *buffers])});"
+        return [
+            *textwrap.wrap(head, 108, subsequent_indent=" " * 28),
+            *indent(body),
+            "};",
+            *textwrap.wrap(call, 108, subsequent_indent=" " * 17),
         ]
 
     def _in_parts(self, along: Stage, across: Sequence[int], sums: Sequence[int], chunk: Range) -> list[str]:
@@ -118,9 +163,17 @@ class Blocks(blocks.Blocks):
 
     # -- lines --
     def over(self, inner: Sequence[str], lanes: bool) -> list[str]:
+        if self.in_registers:
+            head = f"team.each(first, first + length, [&](int64_t i, int{' lane' if lanes else ''}) {{"
+            return [head, *indent(inner), "});"]
         at = ["[[maybe_unused]] const int64_t i = first + c;"]
         head = f"team.each(0, {self.length}, [&](int64_t c, int{' lane' if lanes else ''}) {{"
         return [head, *indent([*at, *inner]), "});"]
+
+    def _accumulator(self, i: int) -> str:
+        op = self.program.values[i].op
+        number = ", T" if i in self.split.inline and reduction(op).exact else ""
+        return f"Lanes<{op}_{number}> {self._lanes(i)};"
 
     def total(self, i: int) -> str:
         return f"{self._lanes(i)}.total(team)"

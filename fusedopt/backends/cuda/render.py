@@ -5,12 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from ...ir.ops import DRAWS
-from ...ir.program import Program, identifier
+from ...ir.program import Program
 from ...ir.stages import Stage, schedule
 from .. import c_family
 from ..c_family import TYPES, entries, indent
-from .blocks import Blocks
+from .blocks import Blocks, walked
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "launches", "render", "source"]
 
@@ -66,11 +65,7 @@ class _Body(c_family.Body):
         lines = [*self.element(stage), *self.accumulate(stage)]
         if not lines:
             return ["(void)row, (void)begin, (void)end;  // only numbers per tensor are stored"]
-        names = [identifier(n) for n in self.touched(stage)]
-        read = {identifier(n) for n in stage.loads(self.program)}
-        walked = [n if n in read else f"::written({n})" for n in names]
-        if any(self.program.values[i].op in DRAWS for i in stage.values):
-            names, walked = [*names, "numbers"], [*walked, "::Numbers()"]
+        names, buffers = walked(self, stage)
         numbers = ["int64_t i" if names else "int64_t", "int lane" if stage.reductions else "int"]
         arguments = ", ".join([*(f"auto& {n}" for n in names), *numbers])
         totals = [
@@ -82,7 +77,7 @@ class _Body(c_family.Body):
             *indent(lines),
             "};",
             *textwrap.wrap(
-                f"::walk({', '.join(['begin', 'end', 'element', *walked])});", 108, subsequent_indent=" " * 7
+                f"::walk({', '.join(['begin', 'end', 'element', *buffers])});", 108, subsequent_indent=" " * 7
             ),
             *totals,
         ]
