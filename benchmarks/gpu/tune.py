@@ -47,9 +47,8 @@ CONSTANTS = {
 PATCHES = {
     "stores streamed": ("st.global.v4.b32", "st.global.cs.v4.b32"),
     "loads streamed": (
-        "reinterpret_cast<const Pack<E>*>(from + u * int64_t(blockDim.x) * width)[k]",
-        "__builtin_bit_cast(Pack<E>, "
-        "__ldcs(reinterpret_cast<const uint4*>(from + u * int64_t(blockDim.x) * width) + k))",
+        "return *reinterpret_cast<const Pack<E, n>*>(from);",
+        "return __builtin_bit_cast(Pack<E, n>, __ldcs(reinterpret_cast<const uint4*>(from)));",
     ),
     "rows not prefetched": ("prefetch.global.L2 [%0];", "// %0"),
 }
