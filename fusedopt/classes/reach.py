@@ -20,7 +20,7 @@ LIBRARIES = frozenset(
     {"torch", "numpy", "fusedopt", "importlib", "_frozen_importlib", *sys.stdlib_module_names}
 )
 DEPTH, MOST = 6, 2000
-"""How many steps away, and how many objects, are looked at."""
+"""How many steps away, and how many objects in all and in a container, are looked at."""
 _LEAVES = (*PLAIN, complex, torch.Tensor, torch.nn.Module, types.FunctionType, types.BuiltinFunctionType)
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _HOLDING = {"collections", "types"}
@@ -65,11 +65,9 @@ def reached(roots: Iterable[Any]) -> Iterator[Any]:
 
 
 def parts_of(x: Any) -> dict[Any, Any]:
-    """What is in it, by the attribute, key or index that it is found by."""
-    if isinstance(x, dict):
-        return x
-    if isinstance(x, _SEQUENCES):
-        return dict(enumerate(x))
+    """What is in it, by the attribute, key or index that it is found by; nothing of a very large container."""
+    if isinstance(x, (dict, *_SEQUENCES)):
+        return {} if len(x) > MOST else x if isinstance(x, dict) else dict(enumerate(x))
     if isinstance(x, functools.partial):
         return {"func": x.func, "args": x.args, "keywords": x.keywords}
     if isinstance(x, types.MethodType):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import enum
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..step.items import inside
+from .reach import LIBRARIES
 from .stored import Stored
 
 State = dict[Any, Any]
@@ -18,7 +18,6 @@ State = dict[Any, Any]
 
 
 _OTHERS = (torch.Tensor, torch.nn.Module, torch.optim.Optimizer, dict, list, tuple, set, type, enum.Enum)
-_LIBRARIES = frozenset({"torch", "numpy", *sys.builtin_module_names, *sys.stdlib_module_names})
 _SET = object.__setattr__
 NOTHING = "an empty list"
 """In place of a list without elements, in a container in a state: this string."""
@@ -77,7 +76,7 @@ def _is_object(value: Any) -> bool:
     kind = type(value)
     if (
         isinstance(value, _OTHERS)
-        or kind.__module__.split(".")[0] in _LIBRARIES
+        or kind.__module__.split(".")[0] in LIBRARIES
         or kind.__setattr__ is not _SET  # type: ignore[comparison-overlap]
     ):
         return False
