@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ ASKED = (
 def jobs(device: Device) -> Iterator[Job]:
     """One job with all facts that are known at once, and one that asks fusedopt whether it works."""
     yield Job("facts", partial(facts, device))
-    yield Job("doctor", lambda: {"doctor": doctor.report()})
+    yield Job("doctor", lambda: {"doctor": _anonymous(doctor.report())})
 
 
 def facts(device: Device) -> dict[str, Any]:
@@ -69,3 +71,8 @@ def _nvrtc() -> str:
         return nvrtc().version
     except Exception as error:
         return f"none ({type(error).__name__})"
+
+
+def _anonymous(report: Any) -> Any:
+    """The report without the user's folder, as results are published."""
+    return json.loads(json.dumps(report, default=str).replace(str(Path.home()), "~"))
