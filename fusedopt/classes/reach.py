@@ -25,12 +25,17 @@ _LEAVES = (*PLAIN, complex, torch.Tensor, torch.nn.Module, types.FunctionType, t
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _HOLDING = {"collections", "types"}
 """Libraries whose objects hold what others put into them: UserDict, SimpleNamespace."""
-_OPAQUE = (contextvars.ContextVar, io.IOBase, queue.SimpleQueue)
+_USED_UP = (contextvars.ContextVar, io.IOBase, queue.SimpleQueue)
 
 
-def is_opaque(x: Any) -> bool:
-    """Whether it becomes another thing as it is used, and cannot be put back: an iterator, a file, a queue."""
-    return isinstance(x, _OPAQUE) or hasattr(type(x), "__next__")
+def is_used_up(x: Any) -> bool:
+    """Whether calling its methods makes another thing of it, which cannot be put back: a file, a queue, an iterator."""
+    return isinstance(x, _USED_UP) or is_iterator(x)
+
+
+def is_iterator(x: Any) -> bool:
+    """Whether a loop uses it up, without a call."""
+    return hasattr(type(x), "__next__") and not isinstance(x, io.IOBase)
 
 
 def attributes_of(x: Any) -> dict[str, Any] | None:
@@ -51,7 +56,7 @@ def attributes_of(x: Any) -> dict[str, Any] | None:
 
 
 def reached(roots: Iterable[Any]) -> Iterator[Any]:
-    """These, and what code can get at from them. Of modules and classes the functions, classes and modules are left."""
+    """These, and what code can get at from them. In modules and classes functions, classes and modules are left out."""
     seen: set[int] = set()
     todo = [(x, DEPTH) for x in roots]
     while todo and len(seen) < MOST:
@@ -75,7 +80,7 @@ def parts_of(x: Any) -> dict[Any, Any]:
     found = attributes_of(x) or {}
     if isinstance(x, (types.ModuleType, type)):
         left = (types.ModuleType, type, types.FunctionType)
-        return {k: v for k, v in found.items() if not isinstance(v, left) and not is_opaque(v)}
+        return {k: v for k, v in found.items() if not isinstance(v, left) and not is_iterator(v)}
     return {} if is_library(x) else found
 
 

@@ -20,7 +20,7 @@ from ..trace.number import Number
 from ..trace.signals import Untraceable
 from ..trace.signature import PLAIN
 from .amp import SUPPORTS
-from .reach import is_opaque
+from .reach import is_iterator
 
 OURS = "step", "explain", "kernel_source", "upload_hypers", "_fusedopt"
 """What `fuse` puts into an optimizer's ``__dict__``."""
@@ -185,7 +185,7 @@ class Shadow:
             return self._inner(kind, value, path)
         if isinstance(value, types.MethodType) and id(value.__self__) in self._memo:
             return types.MethodType(value.__func__, self._memo[id(value.__self__)])
-        if isinstance(value, np.ndarray) or is_opaque(value):
+        if isinstance(value, np.ndarray) or is_iterator(value):
             raise Untraceable(f"{shown(path)} is a {kind.__name__}, which a step may change")
         if isinstance(value, (types.FunctionType, functools.partial)):
             self.referred.append(value)
@@ -194,6 +194,7 @@ class Shadow:
             isinstance(value, _KNOWN_TYPES)
             or kind.__module__.split(".")[0] in _LIBRARIES
             or not hasattr(value, "__dict__")
+            or not _is_plain(kind)
         ):
             self.referred.append(value)
             return value
@@ -252,6 +253,15 @@ class Shadow:
                     raise Untraceable(f"{shown(c.path)} is changed, which has parameters in it")
                 out.append((c.path, key, value))
         return out
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether all that objects of a class are is in their attributes: files, say, are more."""
+    try:
+        object.__new__(kind)
+    except TypeError:
+        return False
+    return True
 
 
 def same_plain(a: Any, b: Any) -> bool:

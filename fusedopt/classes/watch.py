@@ -22,7 +22,17 @@ from ..trace.signals import Untraceable, place_of
 from ..trace.snapshot import Snapshot, equal, is_constant, is_data
 from ..trace.sources import content_of, loaded_names
 from ..trace.standins import StandIns
-from .reach import DEPTH, LIBRARIES, MOST, attributes_of, is_library, is_opaque, parts_of, reached
+from .reach import (
+    DEPTH,
+    LIBRARIES,
+    MOST,
+    attributes_of,
+    is_iterator,
+    is_library,
+    is_used_up,
+    parts_of,
+    reached,
+)
 
 _CALLS: dict[Any, str] = {
     builtins.print: "prints",
@@ -138,11 +148,11 @@ class Watch:
         self._refused: tuple[str, types.CodeType, int] | None = None
 
     def before(self) -> None:
-        """Raise Untraceable for what cannot be put back when the step has used it."""
+        """Raise Untraceable for what a loop of the step may use up, which nobody notes and nothing puts back."""
         for function, made in self._stand_ins.made.items():
             for name, value in _around(function, made).items():
                 for x in reached([value]):
-                    if is_opaque(x):
+                    if is_iterator(x):
                         place = place_of(function.__code__, function.__code__.co_firstlineno)
                         what = f"{name or 'what it closes over'} is, or has, a {type(x).__name__}"
                         raise _untraceable(f"{what}, which a step may change", place)
@@ -171,6 +181,8 @@ class Watch:
             what = _CALLS.get(arg) if arg.__hash__ is not None else None
             if what is None and isinstance(getattr(arg, "__self__", None), random.Random):
                 what = "draws random numbers"
+            if what is None and is_used_up(owner := getattr(arg, "__self__", None)):
+                what = f"uses a {type(owner).__name__}, which becomes another by it"
             if what is not None and not _is_library(frame):
                 self._refuse(what, frame)
         elif event == "call":

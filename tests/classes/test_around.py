@@ -86,7 +86,7 @@ class Around(torch.optim.Optimizer):
     def __init__(self, params):
         super().__init__(params, dict(lr=0.1, t=0))
         self.plain, self.slotted, self.objects = Plain(), Slotted(), [Plain()]
-        self.partial = functools.partial(Plain.half, self.plain)
+        self.partial, self.file = functools.partial(Plain.half, self.plain), io.StringIO()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -97,7 +97,7 @@ class Around(torch.optim.Optimizer):
             for p in group["params"]:
                 p.add_(p.grad, alpha=-group["lr"] * k)
 """
-    names = around() | dict(torch=torch, np=np, functools=functools, Plain=Plain, Slotted=Slotted)
+    names = around() | dict(torch=torch, np=np, functools=functools, io=io, Plain=Plain, Slotted=Slotted)
     names["__name__"] = "users"
     linecache.cache[line] = len(body), None, body.splitlines(True), line
     exec(compile(body, line, "exec"), names)
@@ -223,3 +223,8 @@ def test_what_a_step_reads_may_change_between_steps(read, change):
     assert names["opt"].explain().launches, names["opt"].explain()
     unchanged, _ = trained(f"k = {read}", False)
     assert not torch.allclose(theirs, unchanged)
+
+
+def test_files_and_queues_that_are_there_and_not_used_are_no_reason():
+    _, names = trained("k = 0.5 if None not in (self.file, text, simple, variable) else 1.0", True)
+    assert names["opt"].explain().launches and not names["opt"].explain().eager
