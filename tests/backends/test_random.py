@@ -291,8 +291,8 @@ def fake(built, images, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("name", CUDA)
 def test_cuda_has_the_interpreters_bits(fake, monkeypatch, name, threads):
-    for name in ("THREADS", "TEAMS"):
-        monkeypatch.setattr(cuda, name, threads)
+    for constant in ("THREADS", "TEAMS"):
+        monkeypatch.setattr(cuda, constant, threads)
     program, axes = CUDA[name]
     assert_same(launched(program, CUDA_SHAPES[axes], "cuda"), interpreted(program, CUDA_SHAPES[axes]))
 
