@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 from fusedopt import backends
 from fusedopt.backends import chunking
@@ -109,20 +108,29 @@ def source(variant: Variant, text: str) -> str:
 @contextmanager
 def applied(variant: Variant) -> Iterator[None]:
     """Kernels that are compiled, and launches that are prepared, within the block are the variant's."""
-    skeleton, constants = cuda.skeleton, [name for name, _ in variant.values if name in CONSTANTS]
-    before: list[tuple[Any, str, Any]] = [(cuda, "skeleton", skeleton)]
-    before += [(*CONSTANTS[name], getattr(*CONSTANTS[name])) for name in constants]
+    skeleton = cuda.skeleton
     _forget()
     try:
         cuda.skeleton = lambda name: source(variant, skeleton(name))  # type: ignore[assignment]
-        for name, value in variant.values:
-            if name in CONSTANTS:
-                setattr(*CONSTANTS[name], value)
+        with with_constants(variant):
+            yield
+    finally:
+        cuda.skeleton = skeleton
+        _forget()
+
+
+@contextmanager
+def with_constants(variant: Variant) -> Iterator[None]:
+    """Within the block constants are the variant's. Triton's are asked for in each step."""
+    chosen = {CONSTANTS[name]: value for name, value in variant.values if name in CONSTANTS}
+    before = {place: getattr(*place) for place in chosen}
+    try:
+        for place, value in chosen.items():
+            setattr(*place, value)
         yield
     finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-        _forget()
+        for place, value in before.items():
+            setattr(*place, value)
 
 
 def _forget() -> None:
@@ -148,8 +156,9 @@ def race(device: Device, case: str, rule: str, variants: Sequence[Variant]) -> d
             print(f"{variant.backend}, {variant.name}: {case}, {rule}: {type(error).__name__}: {error}"[:500])
     order = random.Random(0)
     for _ in range(max(device.rounds // 2, 2)):
-        for clock in order.sample(list(clocks.values()), len(clocks)):
-            clock.take()
+        for variant, clock in order.sample(list(clocks.items()), len(clocks)):
+            with with_constants(variant):
+                clock.take()
     return {variant: statistics.median(clock.samples) for variant, clock in clocks.items()}
 
 

@@ -5,6 +5,7 @@ That is what it reads around it, and what it must not do in a step that is repla
 
 from __future__ import annotations
 
+import array
 import builtins
 import collections
 import gc
@@ -244,6 +245,9 @@ class Watch:
             elif isinstance(value, np.ndarray) and is_data(value):
                 space[f"w{k}"] = value.copy()
                 lines.append(f"  if not equal(x, w{k}): return {told_as!r} ' has changed'")
+            elif isinstance(value, (bytearray, array.array)):
+                space[f"w{k}"] = value[:]
+                lines.append(f"  if x != w{k}: return {told_as!r} ' has changed'")
 
         used = {"step"}.union(*(code.co_names for code in self._codes))
         explored: set[int] = set()
@@ -262,8 +266,15 @@ class Watch:
             else:
                 chosen = {k: v for k, v in parts_of(owner).items() if not isinstance(v, torch.Tensor)}
                 explore(type(owner), depth)
+                if isinstance(owner, (set, frozenset)):  # no place in it says which element is there
+                    k = len(space)
+                    space.update({f"o{k}": owner, f"w{k}": set(owner)})
+                    lines.append(f"  if o{k} != w{k}: return 'a set has changed'")
+                    for value in chosen.values() if depth else ():
+                        explore(value, depth - 1)
+                    return
                 own = owner if isinstance(owner, Sized) else getattr(owner, "__dict__", None)
-                if isinstance(own, (dict, list, set, collections.deque)):  # more may hide what its class has
+                if isinstance(own, (dict, list, collections.deque)):  # more may hide what its class has
                     space[f"o{len(space)}"] = own
                     other = "return 'an object or a container has more or fewer in it now'"
                     lines.append(f"  if len(o{len(space) - 1}) != {len(own)}: {other}")
@@ -362,8 +373,6 @@ def _read_of(owner: Any) -> Callable[[Any, Any], Any]:
         return owner.get
     if isinstance(owner, (list, tuple, collections.deque)):
         return lambda at, default: owner[at] if at < len(owner) else default
-    if isinstance(owner, (set, frozenset)):  # of which the elements are compared by themselves
-        return lambda at, default: list(owner)[at] if at < len(owner) else default
     own = getattr(owner, "__dict__", {})
     return lambda name, default: own[name] if name in own else getattr(owner, name, default)
 

@@ -6,6 +6,7 @@ of what its callbacks read, puts back what it has changed, and says so.
 
 from __future__ import annotations
 
+import array
 import collections
 from collections.abc import Iterable
 from typing import Any
@@ -55,6 +56,8 @@ class Snapshot:
         self._seen.add(id(value))
         if isinstance(value, (list, dict, set, collections.deque, bytearray)):
             self.saved.append((value, dict(value) if isinstance(value, dict) else value.copy()))
+        elif isinstance(value, array.array):
+            self.saved.append((value, value[:]))
         elif isinstance(value, torch.Tensor) and is_data(value):
             self.saved.append((value, (value._version, value.detach().clone())))
         elif isinstance(value, np.ndarray) and is_data(value):
@@ -71,6 +74,8 @@ class Snapshot:
                     value.detach().copy_(was[1])
             elif isinstance(value, np.ndarray):
                 value[...] = was
+            elif isinstance(value, array.array):
+                value[:] = was
             elif isinstance(value, dict):  # a Counter's own update adds
                 value.clear()
                 dict.update(value, was) if isinstance(value, collections.Counter) else value.update(was)
@@ -90,7 +95,7 @@ def _unchanged(value: Any, was: Any) -> bool:
         return bool(value._version == was[0])
     if isinstance(value, np.ndarray):
         return equal(value, was)
-    if isinstance(value, (set, bytearray)):
+    if isinstance(value, (set, bytearray, array.array)):
         return bool(value == was)
     if isinstance(value, (list, collections.deque)):
         return len(value) == len(was) and all(x is y for x, y in zip(value, was, strict=True))

@@ -8,6 +8,7 @@ from fusedopt.backends import chunking
 from fusedopt.backends.cpp import backend as cpp
 from fusedopt.backends.cuda import backend as cuda
 from fusedopt.backends.cuda import nvrtc
+from fusedopt.backends.triton import backend as triton
 from fusedopt.compile import BuildError
 from fusedopt.kernels import source
 
@@ -50,6 +51,20 @@ def test_every_variant_has_kernels_of_its_own(monkeypatch):
         Rehearsal(), "resnet-50", "AdamW", (tune.of("cpp"), tune.of("cpp", tile=128), tune.of("cpp", tile=64))
     )
     assert compiled == [chunking.TILE, 128, 64]
+
+
+def test_samples_are_taken_with_the_variants_constants(monkeypatch):
+    """Triton asks for them when it launches."""
+    seen = []
+
+    def take(self):
+        seen.append((chunking.TILE, triton.BLOCK))
+        self.samples.append(1.0)
+
+    monkeypatch.setattr(tune.Clock, "take", take)
+    before = chunking.TILE, triton.BLOCK
+    tune.race(Rehearsal(), "resnet-50", "AdamW", (tune.of("cpp", block=512), tune.of("cpp", tile=128)))
+    assert set(seen) == {(before[0], 512), (128, before[1])} and before == (chunking.TILE, triton.BLOCK)
 
 
 def test_a_table_of_those_that_work(capsys):

@@ -74,8 +74,8 @@ def around():
         bytes_=bytearray(4), typed=array.array("d", [1.0]), module=module(), closed=closed, values=values,
         defaulted=defaulted, partial=functools.partial(Plain.half, Plain()), count=itertools.count(),
         generator=iter(range(100)), simple=queue.SimpleQueue(), text=io.StringIO(),
-        arguments=argparse.Namespace(n=1, inner=Plain()), elements={0}, odd={(1, "a"): Plain(), torch: Plain()},
-        variable=contextvars.ContextVar("variable", default=0),
+        arguments=argparse.Namespace(n=1, inner=Plain()), elements={0}, members={Plain()},
+        odd={(1, "a"): Plain(), torch: Plain()}, variable=contextvars.ContextVar("variable", default=0),
     )  # fmt: skip
 
 
@@ -136,6 +136,8 @@ CHANGES = [
     ("elements.add(t)", "elements"),
     ("bytes_[0] = int(t)", "bytes(bytes_)"),
     ("typed[0] = t", "list(typed)"),
+    ("typed[0] += 1", "list(typed)"),
+    ("bytes_[0] += 1", "bytes(bytes_)"),
     ("numbers += 1", "list(numbers)"),
     ("next(count)", "next(count)"),
     ("next(generator)", "next(generator)"),
@@ -194,6 +196,10 @@ READS = [
     ("float(numbers[0])", "numbers[0] = v"),
     ("float(numbers[0])", "numbers[:2] = v, np.nan"),
     ("odd[(1, 'a')].n", "odd[(1, 'a')].n = v"),
+    ("typed[0]", "typed[0] = v"),
+    ("float(bytes_[0])", "bytes_[0] = int(v)"),
+    ("sum(x.n for x in members)", "next(iter(members)).n = v"),
+    ("sum(x.n for x in members)", "members.add(type(plain)())"),
     ("called()", "called.n = v"),
     ("module.factor", "module.factor = v"),
     ("module.of_factor()", "module.factor = v"),
