@@ -282,7 +282,7 @@ def test_their_kernels_are_launched_in_order_over_tiles_of_lines(driver):
     ],
 )
 def test_tiles_are_as_long_as_leaves_little_of_them_empty(shapes, columns):
-    assert backend._tile(np.array(shapes)) == (backend.BLOCK // columns, columns)
+    assert backend._tile(np.array(shapes)) == (backend.TILE // columns, columns)
 
 
 # ---------------------------------------------------------------- the source

@@ -34,7 +34,9 @@ BLOCK = 1024
 """Elements of a block: with WARPS, eight per thread, which is 128 bits of a 16-bit type."""
 WARPS = 4
 COLUMNS = (16, 64, 256)
-"""How long tiles of lines may be: each shape that is needed is compiled. A tile has as many elements as a block."""
+"""How long tiles of lines may be: each shape that is needed is compiled."""
+TILE = 512
+"""Elements of a tile, of which programs keep more in registers than of a block."""
 JOINING = 16
 """Programs that share the joining of a tensor's part results along axes."""
 FALLBACK = 'use backend="reference", which compiles nothing'
@@ -85,7 +87,7 @@ class Triton(Compiler):
         else:
             handle = _steps(program, module)
             # For other tensors tiles may have another shape: then it is compiled again when it is prepared for them.
-            _compile_blocks(name, handle, entry.source_path, device, (BLOCK // COLUMNS[-1], COLUMNS[-1]))
+            _compile_blocks(name, handle, entry.source_path, device, (TILE // COLUMNS[-1], COLUMNS[-1]))
         seconds = time.perf_counter() - start
         return Kernel(
             self.name, name, program, body, str(entry.source_path), seconds, not entry.built, handle
@@ -215,9 +217,9 @@ def _tile(axes: np.ndarray) -> tuple[int, int]:
     A line that is longer has several tiles.
     """
     length, count = axes[:, -1], np.prod(axes[:, :-1], axis=1)
-    work = {n: int((-(-count // (BLOCK // n)) * -(-length // n)).sum()) for n in COLUMNS}
+    work = {n: int((-(-count // (TILE // n)) * -(-length // n)).sum()) for n in COLUMNS}
     wide = max(n for n in COLUMNS if work[n] <= 1.25 * min(work.values()))
-    return BLOCK // wide, wide
+    return TILE // wide, wide
 
 
 def options() -> dict[str, Any]:

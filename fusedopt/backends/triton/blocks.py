@@ -25,7 +25,7 @@ from ...ir.program import Program, Value
 from ...ir.stages import Between, Nest, Split, Stage, regions, schedule
 from ..base import place_word
 from ..body import element_op
-from .body import POINTERS, Body, function, indent
+from .body import POINTERS, Body, call, function, indent
 
 ARGUMENTS = ["rows", "chunks", "partials", "results", "slots", "LINES: tl.constexpr", "COLUMNS: tl.constexpr"]
 BARRIER = "tl.debug_barrier()"
@@ -120,14 +120,23 @@ class Blocks(Body):
         return lines
 
     def stage(self, k: int, stage: Stage) -> list[str]:
+        """Two functions: the work, and what finds out whether that can be done 128 bits at a time, compiled for both.
+
+        Not where sums are made, whose order must not depend on alignment. Otherwise tiles are smaller where accesses
+        are single, to need no more registers than the others do.
+        """
         skip = self.program.skip
-        lines = [
+        head = [
             "chunk = tl.program_id(0).to(tl.int64)",
             f"piece = chunks + chunk * {self._chunk_words}",
             f"row = rows + tl.load(piece) * {self._width}",
-            "begin = tl.load(piece + 1)",
-            "end = tl.load(piece + 2)",
+        ]
+        lines = [
+            *head,
+            "begin = multiple(tl.load(piece + 1), 8, ALIGNED)",
+            "end = multiple(tl.load(piece + 2), 8, ALIGNED)",
             *self._lengths(),
+            f"n{self.axes[-1]} = multiple(n{self.axes[-1]}, 8, ALIGNED)",
             *([f"which = tl.load(row + {place_word(self.program)})"] if self._draws(stage) else []),
             *self._given(stage.values),
             *self._prologue(stage),
@@ -136,7 +145,7 @@ class Blocks(Body):
                 if skip is not None and stage.stores
                 else []
             ),
-            *self._addresses(stage.values, stage.stores),
+            *self._addresses(stage.values, stage.stores, aligned="ALIGNED"),
             *(f"{self._q(i)} = results + tl.load(piece + {3 + self._region(i)})" for i in self._parts(stage)),
             *self._along_lines(stage),
         ]
@@ -150,7 +159,27 @@ class Blocks(Body):
                 lines += ["", f"# To kind {kind}."]
                 lines += self._across(kind, made)
         self.stored_lines = ()
-        return function(f"stage_{k}", ARGUMENTS, lines)
+        given = [argument.partition(":")[0] for argument in ARGUMENTS]
+        buffers = [n for n in self._buffers(stage) if self.program.buffer[n].kind == ELEMENT]
+        addresses = [f"tl.load(row + HEAD + {self.buffer_index[n]})" for n in buffers]
+        length = f"tl.load(row + HEAD + {len(self.program.buffers) + len(self.axes) - 1})"
+        sums = [*stage.reductions, *(i for some in stage.lines for i in some)]
+        if all(reduction(self.program.values[i].op).exact for i in sums):
+            choice = [
+                *head,
+                f"address = {' | '.join(addresses) or '0'}",
+                f"length = {length} | tl.load(piece + 2)",
+                "if ((address & 15) == 0) & ((length & 7) == 0):",
+                *indent(call(f"tiles_{k}", [*given, "True"])),
+                "else:",
+                *indent(
+                    call(f"tiles_{k}", [*given[:-2], "LINES // 4 if LINES > 4 else 1", "COLUMNS", "False"])
+                ),
+            ]
+        else:
+            choice = call(f"tiles_{k}", [*given, "False"])
+        work = function(f"tiles_{k}", [*ARGUMENTS, "ALIGNED: tl.constexpr"], lines)
+        return [*work, "", "", *function(f"stage_{k}", ARGUMENTS, choice)]
 
     def join(self, k: int, between: Between) -> list[str]:
         """Before or after a stage: a program for some places of a tensor's results."""
@@ -467,14 +496,17 @@ class Blocks(Body):
 
     # -- reductions --
     def _accumulator(self, i: int) -> str:
-        init = reduction(self.program.values[i].op).init
-        return f"acc{i} = tl.full({self.now.shape}, {init}, tl.float64)"
+        op = reduction(self.program.values[i].op)
+        return f"acc{i} = tl.full({self.now.shape}, {op.init}, {self._joined_in(op)})"
 
     def _added(self, i: int) -> str:
         v, mask = self.program.values[i], "in_x" if self.now.outer is None else "there"
         op = reduction(v.op)
-        new = f"tl.where({mask}, {self.name(v.args[0])}.to(tl.float64), {op.init})"
+        new = f"tl.where({mask}, {self.name(v.args[0])}.to({self._joined_in(op)}), {op.init})"
         return f"acc{i} = {op.join.format(f'acc{i}', new)}"
+
+    def _joined_in(self, op: Reduction) -> str:
+        return "T" if op.exact else "tl.float64"
 
     def _joined_block(self, op: Reduction, block: str, axis: int) -> str:
         """The numbers of a block along an axis, joined; Triton knows sums."""
@@ -499,15 +531,19 @@ class Blocks(Body):
         first = len(self.program.buffers)
         return [f"n{a} = tl.load(row + HEAD + {first + int(a)})" for a in self.axes]
 
-    def _addresses(self, values: Iterable[int], stores: Iterable[tuple[str, int]]) -> list[str]:
-        """Of the buffers that loops read or write."""
+    def _addresses(
+        self, values: Iterable[int], stores: Iterable[tuple[str, int]], aligned: str = "False"
+    ) -> list[str]:
+        """Of the buffers that loops read or write. aligned: when those of elements are known to be."""
         loads = [v for i in values if (v := self.program.values[i]).op == "load" and v.kind != TENSOR]
         used = {*(v.attr for v in loads), *(n for n, _ in stores)}
-        return [
-            f"a{k} = tl.load(row + HEAD + {k}).to({POINTERS[self.program.buffer[n].dtype]})"
-            for n, k in self.buffer_index.items()
-            if n in used
-        ]
+        lines = []
+        for n, k in self.buffer_index.items():
+            if n in used:
+                buffer = self.program.buffer[n]
+                each = aligned if buffer.kind == ELEMENT else "False"
+                lines.append(f"a{k} = pointer(row + HEAD + {k}, {POINTERS[buffer.dtype]}, {each})")
+        return lines
 
     def _given(self, values: Iterable[int]) -> list[str]:
         """Pointers to results, of loops that were or will be."""

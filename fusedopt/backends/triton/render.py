@@ -18,7 +18,7 @@ from .body import Body
 
 __all__ = ["entries", "joins_parts", "kernels", "render", "source"]
 
-VERSION = "3"
+VERSION = "4"
 SLOT = "# ---- generated ----\n"
 TYPES = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
 
