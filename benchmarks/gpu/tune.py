@@ -40,7 +40,6 @@ CONSTANTS = {
     "lines": (chunking, "LINES"),
     "alone": (cuda, "ALONE"),
     "block": (triton, "BLOCK"),
-    "lined": (triton, "TILE"),
     "warps": (triton, "WARPS"),
 }
 """By the names that variants have for them. Others are constants of kernels/cuda.cu."""
@@ -82,17 +81,14 @@ VARIANTS = (
     of("cuda", tile=2048, threads=256),
     of("cuda", tile=512, threads=64),
     of("cuda", teams=128),
-    of("cuda", lines=1024),
-    of("cuda", lines=4096),
-    of("cuda", lines=8192),
+    of("cuda", lines=2048),
+    of("cuda", lines=1 << 15),
     *(of("cuda", patch) for patch in PATCHES),
     of("triton"),
     of("triton", tile=8192),
-    of("triton", lines=8192),
-    of("triton", lined=1024),
-    of("triton", lined=256),
+    of("triton", lines=2048),
     of("triton", block=512),
-    of("triton", block=2048, lined=1024, warps=8),
+    of("triton", block=2048, warps=8),
 )
 
 

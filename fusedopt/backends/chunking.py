@@ -24,7 +24,7 @@ CHUNK_COST = 64
 TILE = 1 << 10
 """Elements in the pieces of a chunk that GPU stages are launched over where they leave no part results: what a block
 loads at once. Each block that ends makes room for another, and nothing waits for a slow one (docs/gpu.md)."""
-LINES = 1 << 11
+LINES = 1 << 13
 """The same of pieces that are whole lines, more or less."""
 GRAIN = 1 << 14
 """Below this cost a thread is not worth waking."""

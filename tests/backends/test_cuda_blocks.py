@@ -194,7 +194,7 @@ def test_a_step_is_launched_in_order_over_chunks_and_tensors(fake):
     fake.blocks = 1000
     program, shapes = PROGRAMS["factored matrix"][0], [(300, 700), (3, 5), (0, 4)]
     test_blocks.run(program, rows_of(program, shapes), shapes, "cuda")
-    chunks, pieces = 4 + 1, 3 * 32 + 6 + 1  # of 94 lines, the last one of 18; those are cut into threes
+    chunks, pieces = 4 + 1, 3 * 8 + 2 + 1  # of 94 lines, the last one of 18; those are cut into twelves
     assert [launch[:3] for launch in fake.launches] == [
         ("fusedopt_stage_0", chunks, cuda.TEAMS),
         ("fusedopt_join_1", 1, cuda.TEAMS),  # of a tensor's 2,800 parts of columns

@@ -224,7 +224,7 @@ PLAIN = {"factored matrix", "factored batch", "centred", "by rows"}
             marks=() if name in PLAIN and columns == 64 else pytest.mark.all_architectures,
         )
         for name in PROGRAMS
-        for columns in backend.COLUMNS
+        for columns in backend.TILES
     ],
 )
 def test_programs_with_several_axes_compile_without_spills(name, columns):
@@ -282,7 +282,7 @@ def test_their_kernels_are_launched_in_order_over_tiles_of_lines(driver):
     ],
 )
 def test_tiles_are_as_long_as_leaves_little_of_them_empty(shapes, columns):
-    assert backend._tile(np.array(shapes)) == (backend.TILE // columns, columns)
+    assert backend._tile(np.array(shapes)) == backend.Tile.of(columns)
 
 
 # ---------------------------------------------------------------- the source

@@ -97,8 +97,9 @@ def compile_blocks(program: Program, arch: int, columns: int) -> dict[str, Compi
     """The same of a program with several axes, for tiles with that many columns."""
     names = module(renderer.render(program))
     entries = [n for each in renderer.kernels(program) for n in each if n is not None]
-    tile = {"LINES": backend.TILE // columns, "COLUMNS": columns}
-    return {n: compiled_function(names[n], arch, tile) for n in entries}
+    tile = backend.Tile.of(columns)
+    sizes = {"LINES": tile.lines, "COLUMNS": columns}
+    return {n: compiled_function(names[n], arch, sizes, num_warps=tile.warps) for n in entries}
 
 
 def compiled_function(

@@ -36,8 +36,7 @@ SHAPES = {
 @pytest.fixture
 def small(monkeypatch):
     """Tiles of 128 elements and chunks of as many, so that small tensors have several, and share places with others."""
-    monkeypatch.setattr(backend, "BLOCK", 128)
-    monkeypatch.setattr(backend, "COLUMNS", (8, 32))
+    monkeypatch.setattr(backend, "TILES", {8: 1, 32: 1})
     monkeypatch.setattr(plan, "LINES", 64)
     for name, value in (("CHUNK", 128), ("SHARED", 2)):
         monkeypatch.setattr(plan, name, value)

@@ -33,10 +33,9 @@ from .blocks import most_kept_lines
 BLOCK = 1024
 """Elements of a block: with WARPS, eight per thread, which is 128 bits of a 16-bit type."""
 WARPS = 4
-COLUMNS = (16, 64, 256)
-"""How long tiles of lines may be: each shape that is needed is compiled."""
-TILE = 512
-"""Elements of a tile, of which programs keep more in registers than of a block."""
+TILES = {16: 4, 64: 4, 256: 8}
+"""How many columns tiles of lines may have, and how many warps then: each shape that is needed is compiled. A thread
+has four elements: more of each is kept in registers than in a block."""
 JOINING = 16
 """Programs that share the joining of a tensor's part results along axes."""
 FALLBACK = 'use backend="reference", which compiles nothing'
@@ -60,6 +59,18 @@ class Step(NamedTuple):
     over_chunks: bool
     tiled: bool = False
     shared: int = 1
+
+
+class Tile(NamedTuple):
+    """Of lines, as kernels are given it."""
+
+    lines: int
+    columns: int
+    warps: int
+
+    @classmethod
+    def of(cls, columns: int) -> Tile:
+        return cls(4 * 32 * TILES[columns] // columns, columns, TILES[columns])
 
 
 class Triton(Compiler):
@@ -87,7 +98,7 @@ class Triton(Compiler):
         else:
             handle = _steps(program, module)
             # For other tensors tiles may have another shape: then it is compiled again when it is prepared for them.
-            _compile_blocks(name, handle, entry.source_path, device, (TILE // COLUMNS[-1], COLUMNS[-1]))
+            _compile_blocks(name, handle, entry.source_path, device, Tile.of(max(TILES)))
         seconds = time.perf_counter() - start
         return Kernel(
             self.name, name, program, body, str(entry.source_path), seconds, not entry.built, handle
@@ -196,8 +207,9 @@ class BlocksLaunch(Rows):
             for step in self.steps:
                 chunks = self._tiles if step.tiled else self._chunks
                 grid = (len(chunks),) if step.over_chunks else (len(self.rows), step.shared)
+                *shape, warps = self.tile
                 step.kernel[grid](
-                    rows, chunks, self._partials, self._results, numbers, *self.tile, **options()
+                    rows, chunks, self._partials, self._results, numbers, *shape, **options(warps)
                 )
 
 
@@ -211,23 +223,23 @@ def _with_room_for_lines(
     return np.concatenate([chunks, first[:, None]], axis=1), int(count.sum())
 
 
-def _tile(axes: np.ndarray) -> tuple[int, int]:
-    """Lines and columns of the tiles for tensors with axes of these lengths: the longest that leave little empty.
+def _tile(axes: np.ndarray) -> Tile:
+    """The tiles for tensors with axes of these lengths: the longest that leave little empty.
 
     A line that is longer has several tiles.
     """
     length, count = axes[:, -1], np.prod(axes[:, :-1], axis=1)
-    work = {n: int((-(-count // (TILE // n)) * -(-length // n)).sum()) for n in COLUMNS}
-    wide = max(n for n in COLUMNS if work[n] <= 1.25 * min(work.values()))
-    return TILE // wide, wide
+    tiles = [Tile.of(columns) for columns in TILES]
+    work = {t: t.warps * int((-(-count // t.lines) * -(-length // t.columns)).sum()) for t in tiles}
+    return max((t for t in tiles if work[t] <= 1.25 * min(work.values())), key=lambda t: t.columns)
 
 
-def options() -> dict[str, Any]:
+def options(warps: int = WARPS) -> dict[str, Any]:
     """How kernels are compiled: nothing contracted, and numbers too small to be normal kept.
 
     Allowed all 255 registers, NVIDIA's assembler uses fewer; left alone it spills, to fit one program more.
     """
-    common = {"num_warps": WARPS, "enable_fp_fusion": False}
+    common = {"num_warps": warps, "enable_fp_fusion": False}
     return common if torch.version.hip else common | {"enable_reflect_ftz": False, "maxnreg": 255}
 
 
@@ -282,13 +294,14 @@ def _compile_now(name: str, handle: Handle, path: Path, device: torch.device) ->
 
 
 def _compile_blocks(
-    name: str, steps: Sequence[Step], path: Path | str, device: torch.device, tile: tuple[int, int]
+    name: str, steps: Sequence[Step], path: Path | str, device: torch.device, tile: Tile
 ) -> None:
     """The same for tiles of this shape."""
     words, numbers = torch.int64, torch.float64
     with _compiling(name, path, device):
         for step in steps:
-            step.kernel.warmup(words, words, numbers, numbers, numbers, *tile, grid=(1,), **options())
+            *shape, warps = tile
+            step.kernel.warmup(words, words, numbers, numbers, numbers, *shape, grid=(1,), **options(warps))
 
 
 @contextmanager
