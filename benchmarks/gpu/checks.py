@@ -72,9 +72,12 @@ class Plugin:
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.outcome.seconds += report.duration
         if report.outcome != "passed":
-            crash = getattr(report.longrepr, "reprcrash", None)
-            self.outcome.status = report.outcome
-            self.outcome.detail = (crash.message if crash else str(report.longrepr))[:2000]
+            why = report.longrepr
+            if isinstance(why, tuple):  # of what was skipped: file, line, reason
+                why = why[2]
+            elif crash := getattr(why, "reprcrash", None):
+                why = crash.message
+            self.outcome.status, self.outcome.detail = report.outcome, str(why)[:2000]
 
     def pytest_runtest_logfinish(self) -> None:
         finish(self.log, self.outcome)

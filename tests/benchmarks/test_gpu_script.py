@@ -223,6 +223,7 @@ def test_tests_are_jobs_of_a_part(tmp_path):
         ("test_elsewhere", "not here"),
     ):
         assert words in found[name].detail
+    assert found["test_elsewhere"].detail == "Skipped: not here"  # and no folder of this machine
     assert after_tests(tmp_path) == (0, found)
 
 
