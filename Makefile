@@ -1,5 +1,5 @@
 # make demo and make test each do all the set-up they need. make check changes nothing.
-.PHONY: help setup demo test check fix test-torch bench docs gpu clean
+.PHONY: help setup demo test check architectures fix test-torch bench docs gpu clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.setup-done
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 help: ## what there is to make: this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## an environment in .venv with the exact tools of constraints.txt, and the extension
 
@@ -20,7 +20,6 @@ test: setup ## set up, then check: formatting, lint, types and all tests (TEST_O
 	$(MAKE) --no-print-directory check
 
 # A file's tests stay together: what its fixtures make is made once. Threads that wait leave the core to the other worker.
-# .ci/run compiles GPU kernels for all architectures: make test TEST_OPTIONS=--all-architectures
 WORKERS ?= 2
 PYTEST = OMP_WAIT_POLICY=passive $(1)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 check: ## the same in an environment that is set up; changes nothing
@@ -28,6 +27,9 @@ check: ## the same in an environment that is set up; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(call PYTEST,$(BIN)) $(TEST_OPTIONS)
+
+architectures: setup ## compile GPU kernels for all architectures, and note that they were: after changes to them
+	PYTHONPATH=tests:tests/backends:. $(BIN)/python tests/backends/architectures.py
 
 fix: ## format, and mend what the linter can
 	$(BIN)/ruff format

@@ -76,7 +76,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-architectures",
         action="store_true",
-        help="compile GPU kernels for every architecture and dtype, as .ci/run does; else for one",
+        help="compile GPU kernels for every architecture and dtype, as make architectures does; else for one",
     )
     parser.addoption("--pictures", metavar="FOLDER", help="where test_site.py puts what a browser shows")
 

@@ -15,6 +15,7 @@ from unittest import mock
 import golden
 import numpy as np
 import torch
+from triton_programs import traced
 
 from fusedopt import table
 from fusedopt.backends import chunking as plan
@@ -35,6 +36,16 @@ STORAGE: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 }
 """Parameters and gradients, and state (None: as the callbacks ask, which is the parameter's)."""
 CASES = [f"{row.face}_{row.name}_{dtype}" for row in table.TABLE for dtype in STORAGE]
+
+
+ON_DEVICE = [
+    ("fastai_Adam", {"amp_fused": True, "max_grad_norm": 1.0}),
+    ("fastai_Lamb", {"amp_fused": True}),
+    ("fastai_Lookahead", {"amp_fused": True}),
+    ("torch_NAdam", {"capturable": True}),
+    ("torch_RAdam", {"capturable": True}),
+]
+"""Optimizers whose step counts, scale and norm the device keeps."""
 
 
 class Rendered(NamedTuple):
@@ -61,6 +72,15 @@ def rendered(case: str) -> tuple[Rendered, ...]:
         for _ in range(golden.STEPS):
             opt.step()
     return tuple(found)
+
+
+def on_device() -> dict[str, str]:
+    """The bodies of those that keep numbers there."""
+    return {
+        f"{name}_{k}": cuda.render(made.program, made.slot_names, made.title)
+        for name, options in ON_DEVICE
+        for k, made in enumerate(traced(name, "float32", 0, **options))
+    }
 
 
 def together(bodies: dict[str, str]) -> str:

@@ -13,7 +13,6 @@ import sass
 import test_blocks
 import torch
 from test_cuda import all_ops
-from triton_programs import traced
 
 from fusedopt.backends.cuda import nvrtc
 from fusedopt.backends.cuda import render as cuda
@@ -73,30 +72,15 @@ def test_nothing_spills_and_every_access_of_the_main_path_has_128_bits(arch):
         assert f.count(r"(LD|ST|LDG|STG|RED|ATOM\w*)(\..*)?") == f.count(known), name
 
 
-ON_DEVICE = [
-    ("fastai_Adam", {"amp_fused": True, "max_grad_norm": 1.0}),
-    ("fastai_Lamb", {"amp_fused": True}),
-    ("fastai_Lookahead", {"amp_fused": True}),
-    ("torch_NAdam", {"capturable": True}),
-    ("torch_RAdam", {"capturable": True}),
-]
-"""Optimizers whose step counts, scale and norm the device keeps."""
-
-
 @needs_nvrtc
 @needs_cuobjdump
 @every_arch
 def test_nothing_spills_with_numbers_on_the_device_either(arch):
-    bodies = {
-        f"{name}_{k}": cuda.render(made.program, made.slot_names, made.title)
-        for name, options in ON_DEVICE
-        for k, made in enumerate(traced(name, "float32", 0, **options))
-    }
+    bodies = cuda_kernels.on_device()
     entry = nvrtc.compile_cubin("on_device", cuda_kernels.together(bodies), arch)
     found = sass.functions(entry.path)
-    assert (
-        len(found) > len(bodies) > len(ON_DEVICE)
-    )  # the norm's programs, and what is stored once per tensor
+    # The norm's programs, and what is stored once per tensor.
+    assert len(found) > len(bodies) > len(cuda_kernels.ON_DEVICE)
     for name, f in found.items():
         assert f.registers <= REGISTERS and (f.stack, f.local) == (0, 0), name
 
@@ -124,6 +108,19 @@ def test_the_table_of_gates_is_the_golden_one(all_architectures):
         pytest.skip(f"registers differ between compilers, and the table is {expected.splitlines()[0]}'s")
     assert sass.table([sass.ARCHS[k] for k in columns]) == expected
     assert golden.gates(sass.GATES, range(len(sass.ARCHS))) == sass.GATES.read_text(encoding="utf-8")
+
+
+@needs_nvrtc
+@needs_cuobjdump
+def test_sources_are_those_compiled_for_all_architectures():
+    import architectures
+
+    compilers, digest = architectures.FILE.read_text(encoding="utf-8").splitlines()
+    if compilers != next(architectures.sources()):
+        pytest.skip(f"other compilers make other code, and it was looked at as {compilers} makes it")
+    assert digest == architectures.digest(), (
+        "GPU kernels have changed: `make architectures` compiles them all"
+    )
 
 
 @needs_nvrtc

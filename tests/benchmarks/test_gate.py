@@ -22,7 +22,9 @@ def test_a_step_is_as_fast_as_usual_and_one_that_is_slower_is_found_out(one, mon
     usual = gate.judge(one)
     print(usual)
     assert usual.open, str(usual)
-    factor = 2 * gate.MARGIN / min(1, *usual.slower.values())  # twice what is too much, as noise made that longer, too
+    factor = (
+        2 * gate.MARGIN / min(1, *usual.slower.values())
+    )  # twice what is too much, as noise made that longer, too
     plant(monkeypatch, factor, gate.processor if "compiling" in one.name else time.perf_counter)
     slow = gate.judge(one, attempts=2)
     print(slow)
