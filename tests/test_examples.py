@@ -73,7 +73,7 @@ def finder_losses(folder, opt_func):
 
 def test_breeds_are_learnt(monkeypatch, capsys):
     monkeypatch.setattr(breeds, "FORMS", {form: breeds.FORMS[form] for form in ("disc", "star")})
-    found = breeds.main(images=32, epochs=5, size=32, bs=12, finder_steps=12, lr=6e-4)
+    found = breeds.main(images=32, epochs=4, size=32, bs=12, finder_steps=12, lr=6e-4)
     assert found.breeds == ["plain_disc", "plain_star", "ringed_disc", "ringed_star"]
     assert 1e-7 < found.suggested_lr < 1
     assert all(map(math.isfinite, found.finder_losses)) and min(found.finder_losses) < found.finder_losses[0]

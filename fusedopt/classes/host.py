@@ -204,16 +204,16 @@ class Host:
 
     def _after(self, root: dict[str, Any], totals: Totals) -> tuple[Left, tuple[bool, ...]]:
         """What is left, and the path through the step's own branches."""
-        values: dict[int, Any] = {}
-        if self.nodes:
-            found = self._evaluation(
-                [self._left[k] for k in self._slots], [totals(k) for k in self._evaluation.totals]
-            )
-            values = dict(zip(self.nodes, found, strict=True))
+        if not self.nodes:
+            return Left(root, self._left, {}), next(iter(self._paths))
+        found = self._evaluation(
+            [self._left[k] for k in self._slots], [totals(k) for k in self._evaluation.totals]
+        )
+        values = dict(zip(self.nodes, found, strict=True))
         path = next(
             taken
             for taken, (_, conditions) in self._paths.items()
-            if not values or all(bool(values[c]) == t for c, t in zip(conditions, taken, strict=True))
+            if all(bool(values[c]) == t for c, t in zip(conditions, taken, strict=True))
         )
         return Left(root, self._left, values), path
 
@@ -259,8 +259,12 @@ class Host:
         for key, params in self._met.items():
             if key in self._alone and sum(p.grad is not None for p in params.values()) > self._alone[key]:
                 return False
-            if self._all and not any(p.grad is not None for p in params.values()):
-                return False
+            if self._all:
+                for p in params.values():
+                    if p.grad is not None:
+                        break
+                else:
+                    return False
         return True
 
     def differs(self, root: dict[str, Any], other: dict[str, Any], totals: Totals) -> str | None:

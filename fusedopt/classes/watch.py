@@ -230,14 +230,14 @@ class Watch:
         lines: list[str] = []
         told: set[tuple[Any, str]] = set()
 
-        def note(read: Callable[[Any, Any], Any], name: Any, value: Any, owner: Any) -> None:
+        def note(read: Any, name: Any, value: Any, owner: Any, how: str = "{read}({name}, None)") -> None:
             where = (owner if isinstance(owner, tuple) else id(owner)), name
             if where in told:
                 return
             told.add(where)
             k, told_as = len(space), "an element" if not isinstance(name, str) else name or CLOSED_OVER
             space.update({f"r{k}": read, f"n{k}": name, f"v{k}": value})
-            lines.append(f"  x = r{k}(n{k}, None)")
+            lines.append(f"  x = {how.format(read=f'r{k}', name=f'n{k}')}")
             lines.append(f"  if x is not v{k}: return {told_as!r} ' is another one now'")
             if is_data(value) and not is_constant(value) and type(value) in (dict, list, set, tuple):
                 space[f"w{k}"] = _copied(value)
@@ -297,9 +297,9 @@ class Watch:
                 read = _of_cell(cell)
                 note(read, "", read("", None), cell)
                 explore(read("", None))
-            note(_of_code(function), "the code of a function", function.__code__, function)
-            defaults = _of_defaults(function)
-            note(defaults, "the defaults of a function", defaults("", None), (function, "defaults"))
+            code, defaults = function.__code__, function.__defaults__
+            note(function, "the code of a function", code, function, "{read}.__code__")
+            note(function, "the defaults of a function", defaults, (function, 0), "{read}.__defaults__")
         ours = {f.__code__ for f in self._stand_ins.made}
         for code, around in self._globals.items():
             if code not in ours:
@@ -379,11 +379,3 @@ def _read_of(owner: Any) -> Callable[[Any, Any], Any]:
 
 def _of_cell(cell: Any) -> Callable[[str, Any], Any]:
     return lambda name, default: content_of(cell, name)
-
-
-def _of_defaults(function: types.FunctionType) -> Callable[[str, Any], Any]:
-    return lambda name, default: function.__defaults__
-
-
-def _of_code(function: types.FunctionType) -> Callable[[str, Any], Any]:
-    return lambda name, default: function.__code__

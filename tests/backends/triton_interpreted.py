@@ -142,8 +142,11 @@ def assert_same(name: str, dtype: str, variant: int, steps: int, **options) -> N
         assert_same_bits(a.detach(), b.detach())
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES)[:3])
-@pytest.mark.parametrize("name", NAMED)
+STORED = [(name, dtype) for name in ("fastai_Lamb", "torch_NAdam") for dtype in ("bfloat16", "float16")]
+"""Loads and stores are the same functions in every kernel: two optimizers have 16 bits."""
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in NAMED), *STORED])
 def test_named_optimizers_have_the_bits_of_cpp(name, dtype):
     assert_same(name, dtype, 0, 7 if NAMED[name].changes_structure else 4)
 
@@ -155,8 +158,9 @@ def test_their_other_variants_do_too(name, variant):
     assert_same(name, "float32", variant, 2)
 
 
-@pytest.mark.parametrize("mode", ["capturable", "amp_fused"])
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    ("name", "mode"), [(name, ("capturable", "amp_fused")[k % 2]) for k, name in enumerate(NAMED)]
+)
 def test_with_numbers_on_the_device_they_do_too(name, mode):
     """Counts are advanced, bias corrections computed and steps skipped there."""
     assert_same(name, "float32", 0, 7 if NAMED[name].changes_structure else 3, **{mode: True})
@@ -590,7 +594,7 @@ def random_program(rng: np.random.Generator, dtype: torch.dtype) -> Program:
 def test_random_programs_do_what_the_interpreter_does(dtype):
     """Numbers per tensor meet masks, and constants numbers per element, in each place where an op has one."""
     rng, wrong = np.random.default_rng(7), []
-    for seed in range(120):
+    for seed in range(60):
         program = random_program(rng, dtype)
         torch.manual_seed(seed)
         tensors = {n: torch.randn(37 if b.kind == "F" else (), dtype=dtype) for n, b in program.buffers}

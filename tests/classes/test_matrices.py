@@ -181,7 +181,7 @@ DECOMPOSED = (
     ],
     ids=["SOAP", "SOAP1", "SOAP2", "Shampoo", "orthogonal", "factors"],
 )
-@pytest.mark.parametrize("shape", [(192, 192), (160, 224)], ids=str)
+@pytest.mark.parametrize("shape", [(160, 224)], ids=str)
 def test_large_matrices_are_multiplied_and_copied_no_more_often_than_by_the_class(kind, rebound, shape):
     steps = []
     for fuse in (False, True):
@@ -242,7 +242,7 @@ def test_products_of_narrow_floats_are_stacked_up_to_larger_sizes():
 
     how = {}
     for shape in ((256, 320), (1024, 520)):
-        _, opt = run(rule(narrow), steps=3, shapes=[shape] * 2)
+        _, opt = run(rule(narrow), steps=2, shapes=[shape] * 2)
         (how[shape],) = {each.partition(": ")[0].partition(", ")[2] for each in opt.explain().calls}
     assert how == {(256, 320): "for 2 at once", (1024, 520): "for each"}
 
