@@ -695,6 +695,15 @@ __device__ inline void each_row(const Launch& launch, int64_t n, const int64_t* 
   }
 }
 
+// A piece here is a row, and places along its first axis: from one up to another.
+template <void before(const Launch&, Row, int64_t, int64_t)>
+__device__ inline void each_place(const Launch& launch, int64_t n, const int64_t* inlined) {
+  for (int64_t c = blockIdx.x; c < n; c += gridDim.x) {
+    const int64_t* piece = launch.pieces + c * 3;
+    before(launch, Row(launch, piece[0], inlined), piece[1], piece[2]);
+  }
+}
+
 // A piece here is a row, which of its places, and the address of its first chunk.
 template <void joined(const Launch&, Row, Join)>
 __device__ inline void each_join(const Launch& launch, int64_t n, const int64_t* inlined) {
@@ -721,6 +730,7 @@ __device__ inline void each_join(const Launch& launch, int64_t n, const int64_t*
 #define FUSEDOPT_BLOCK_STAGE(k) FUSEDOPT_ENTRIES(fusedopt_stage_##k, each_block, stage_##k)
 #define FUSEDOPT_JOIN(k) FUSEDOPT_ENTRIES(fusedopt_join_##k, each_join, join_##k)
 #define FUSEDOPT_BETWEEN(k) FUSEDOPT_ENTRIES(fusedopt_before_##k, each_row, before_##k)
+#define FUSEDOPT_PLACES(k) FUSEDOPT_ENTRIES(fusedopt_before_##k, each_place, before_##k)
 #define FUSEDOPT_SCALARS FUSEDOPT_ENTRIES(fusedopt_scalars, each_row, scalars)
 
 #include "cuda_example.inc"

@@ -27,6 +27,8 @@ class Blocks(Body):
     """Those that the loop being written goes along; the last one is the line."""
     making: Sequence[int] = ()
     """What it computes for later ones, which find it given."""
+    placed = False
+    """Whether what is written is for places ``from`` up to ``to`` along the first axis."""
 
     @property
     def split(self) -> Split:
@@ -121,6 +123,19 @@ class Blocks(Body):
         """What is done after all stages: a function that others call too, if there is one, and what is done here."""
         return [], self._between(between, done)
 
+    def _before(self, k: int, early: Sequence[str], between: Between, done: set[int]) -> list[str]:
+        """What is done between stages, for some places along the first axis."""
+        self.placed = True
+        body = [*self._lengths(), *early, *self._between(between, done)]
+        self.placed = False
+        head = f"{self.qualifiers} void before_{k}("
+        return [
+            f"{head}[[maybe_unused]] const Launch& launch, const Row row,",
+            f"{' ' * len(head)}[[maybe_unused]] int64_t from, [[maybe_unused]] int64_t to) {{",
+            *indent(body),
+            "}",
+        ]
+
     def _between(self, between: Between, done: set[int]) -> list[str]:
         lines = list(map(self.joined, between.joined))
         for nest in between.nests:
@@ -141,7 +156,15 @@ class Blocks(Body):
         ]
         if self.program.line:
             lines[-1] = f"[[maybe_unused]] constexpr int64_t n{self.program.axes - 1} = {self.program.line};"
-        return lines
+        return ["[[maybe_unused]] const int64_t n0 = to - from;", *lines[1:]] if self.placed else lines
+
+    def _offset(self, kind: str) -> str:
+        """What there is of a kind before the places that this is for."""
+        lengths = "".join(f" * n{a}" for a in kind[1:])
+        return f" + from{lengths}" if self.placed and kind.startswith(self.program.all_axes[0]) else ""
+
+    def pointer(self, name: str, type_: str) -> str:
+        return super().pointer(name, type_) + self._offset(self.program.buffer[name].kind)
 
     @property
     def length(self) -> str:

@@ -114,6 +114,18 @@ def schedule(program: Program) -> Schedule:
     return Split.of(program).schedule()
 
 
+def by_places(program: Program, k: int) -> bool:
+    """Whether what is done once per tensor before stage k, or after all of them, is done for each place along the first
+    axis by itself."""
+    nests, values = schedule(program).between[k].nests, program.values
+    made = [i for nest in nests for i in (*nest.values, *nest.reductions)]
+    kinds = [nest.kind for nest in nests] + [values[i].kind for nest in nests for i in nest.reductions]
+    return bool(kinds) and all(
+        kind.startswith(program.all_axes[0])
+        for kind in [*kinds, *(values[i].kind for i in made if values[i].kind != TENSOR)]
+    )
+
+
 def _along_lines(program: Program) -> frozenset[int]:
     """The sums along lines that only elements and stores of one number per line need."""
     if program.axes == 1:

@@ -189,6 +189,19 @@ def rows_of(program, shapes):
     return [tensors(program, shape, seed) for seed, shape in enumerate(shapes)]
 
 
+def test_between_stages_blocks_share_a_tensor_where_places_along_its_first_axis_do_not_meet(
+    fake, small_chunks
+):
+    fake.blocks = 1000
+    program, shapes = PROGRAMS["factored batch"][0], [(20, 3, 5), (2, 4, 3), (0, 4, 4)]
+    test_blocks.run(program, rows_of(program, shapes), shapes, "cuda")
+    shares = 4 + 1  # of 60 and 8 lines, for each 16 of which there is a block here
+    assert [launch[:2] for launch in fake.launches if "before" in launch[0]] == [
+        ("fusedopt_before_1", shares),
+        ("fusedopt_before_3", shares),
+    ]
+
+
 def test_a_step_is_launched_in_order_over_chunks_and_tensors(fake):
     """Before a stage and after all of them a block per tensor, a stage with a block per chunk or piece of one."""
     fake.blocks = 1000

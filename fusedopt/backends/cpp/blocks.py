@@ -25,9 +25,6 @@ class Blocks(blocks.Blocks):
     tiled = False
     """Whether many short lines are gone over at a time: ``k`` is which of them, ``c`` a place in each."""
 
-    placed = False
-    """Whether what is written is for places ``from`` up to ``to`` along the first axis."""
-
     # -- chunks that go on --
     def _goes_on(self, k: int) -> bool:
         """Whether a chunk that has all of each of its places along the first axis can go on to what comes before stage
@@ -75,18 +72,6 @@ class Blocks(blocks.Blocks):
             return super().between(k, between)
         return [*self._before(k, [], between, set()), f"FUSEDOPT_PLACES({k}, {self._first_length})"]
 
-    def _before(self, k: int, early: Sequence[str], between: Between, done: set[int]) -> list[str]:
-        self.placed = True
-        body = [*self._lengths(), *early, *self._between(between, done)]
-        self.placed = False
-        head = f"static void before_{k}("
-        return [
-            f"{head}[[maybe_unused]] const Launch& launch, const Row row,",
-            f"{' ' * len(head)}[[maybe_unused]] int64_t from, [[maybe_unused]] int64_t to) {{",
-            *indent(body),
-            "}",
-        ]
-
     def after(self, between: Between, early: Sequence[str], done: set[int]) -> tuple[list[str], list[str]]:
         k = len(schedule(self.program).stages)
         if not self._goes_on(k):
@@ -99,18 +84,6 @@ class Blocks(blocks.Blocks):
     def _first_length(self) -> int:
         """Which word of a row says how long the first axis is."""
         return HEAD + len(self.program.buffers)
-
-    def _lengths(self) -> list[str]:
-        lines = super()._lengths()
-        return ["[[maybe_unused]] const int64_t n0 = to - from;", *lines[1:]] if self.placed else lines
-
-    def _from(self, kind: str) -> str:
-        """What there is of a kind before the places that this is for."""
-        lengths = "".join(f" * n{a}" for a in kind[1:])
-        return f" + from{lengths}" if self.placed and kind.startswith(self.program.all_axes[0]) else ""
-
-    def pointer(self, name: str, type_: str) -> str:
-        return super().pointer(name, type_) + self._from(self.program.buffer[name].kind)
 
     def chunk(self, stage: Stage) -> list[str]:
         mine = regions(self.program, stage)
@@ -418,7 +391,7 @@ class Blocks(blocks.Blocks):
 
     # -- results --
     def result(self, i: int) -> str:
-        return f"launch.results + row.words[{self._word(i)}]" + self._from(self.program.values[i].kind)
+        return f"launch.results + row.words[{self._word(i)}]" + self._offset(self.program.values[i].kind)
 
     def one(self, i: int) -> str:
         return f"launch.results[row.words[{self._word(i)}]]"

@@ -5,6 +5,8 @@ An ordinary step copies nothing to the device: its scalars and the gradients' ad
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -186,6 +188,7 @@ class Launch(Rows):
         tables = self._tables = {name: Upload(self.device).of(t) for name, t in self._host_tables().items()}
         if self.kernel.program.axes > 1:
             tables["joins"] = Upload(self.device).of(self._joins(tables["chunks"].data_ptr()))
+            tables["places"] = Upload(self.device).of(self._places())
         rows, elements = tables["rows"], int(self.rows[:, 0].sum())
         self._partials = torch.empty(
             (len(self.layout), self.n_reductions), dtype=torch.float64, device=self.device
@@ -249,6 +252,18 @@ class Launch(Rows):
             address = chunks + int(first) * table.shape[1] * table.itemsize
             out += [(row, k, slices, address) for k in range(slices)]
         return np.array(out, np.int64).reshape(-1, 4)
+
+    def _places(self) -> np.ndarray:
+        """Which blocks do what is done between stages, where they can share a tensor: (row, from, to), of the places
+        along its first axis. One that is long has a place for each of its lines in what is done."""
+        where = HEAD + len(self.kernel.program.buffers)
+        out = []
+        for row in np.flatnonzero(self.rows[:, 0] > 0):
+            first, *others = map(int, self.rows[row, where : where + self.kernel.program.axes])
+            slices = min(MOST_SLICES, first, -(-first * math.prod(others[:-1]) // SLICE))
+            ends = [first * k // slices for k in range(slices + 1)]
+            out += [(row, begin, end) for begin, end in itertools.pairwise(ends)]
+        return np.array(out, np.int64).reshape(-1, 3)
 
     def run(self, slots: np.ndarray) -> None:
         """Run all stages with these scalars: float64, scalar sets × slots. Nothing here waits for the device.

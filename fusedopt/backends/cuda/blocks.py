@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ...ir.ops import DRAWS, ELEMENT, TENSOR, axes_of, is_partial, reduction
 from ...ir.program import Value, identifier
-from ...ir.stages import Between, Nest, Stage, regions, schedule
+from ...ir.stages import Between, Nest, Stage, by_places, regions, scalar_stores, schedule
 from .. import blocks
 from ..c_family import Body, indent
 
@@ -375,12 +375,25 @@ class Blocks(blocks.Blocks):
         return [head, *indent(body), "}"]
 
     def between(self, k: int, between: Between) -> list[str]:
-        rest = replace(between, joined=())
-        return [*self._join(k, between), *(super().between(k, rest) if rest else [])]
+        joins, rest = self._join(k, between), replace(between, joined=())
+        if by_places(self.program, k):
+            return [*joins, *self._before(k, [], rest, set()), f"FUSEDOPT_PLACES({k})"]
+        return [*joins, *(super().between(k, rest) if rest else [])]
+
+    def after(self, between: Between, early: Sequence[str], done: set[int]) -> tuple[list[str], list[str]]:
+        """Many blocks do it where it is done by places: a kernel of its own."""
+        k = len(schedule(self.program).stages)
+        if not by_places(self.program, k):
+            return super().after(between, early, done)
+        return [*self._before(k, early, between, {*done}), f"FUSEDOPT_PLACES({k})"], []
 
     def scalars(self, stage: Stage) -> list[str]:
         found = schedule(self.program)
-        return [*self._join(len(found.stages), found.between[-1]), *super().scalars(stage)]
+        k = len(found.stages)
+        joins, lines = self._join(k, found.between[-1]), super().scalars(stage)
+        if by_places(self.program, k) and not scalar_stores(self.program).stores:
+            lines = lines[: lines.index(f"FUSEDOPT_PLACES({k})") + 1]
+        return [*joins, *lines]
 
     def _join(self, k: int, between: Between) -> list[str]:
         """A kernel of its own: one block would take longer for the parts of a large tensor than all do for a stage."""
@@ -402,7 +415,7 @@ class Blocks(blocks.Blocks):
         return f"join_chunks<{kind}>(row, join, {words}, {inside}, {tail}, {self._count(v.kind)});"
 
     def result(self, i: int) -> str:
-        return f"row.result({self._word(i)})"
+        return f"row.result({self._word(i)})" + self._offset(self.program.values[i].kind)
 
     def one(self, i: int) -> str:
         return f"*{self.result(i)}"

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from ...ir.program import Program
-from ...ir.stages import Stage, schedule
+from ...ir.stages import Stage, by_places, scalar_stores, schedule
 from .. import c_family
 from ..c_family import TYPES, entries, indent
 from .blocks import Blocks, walked
@@ -28,15 +28,20 @@ def render(program: Program, slot_names: Sequence[str] = (), title: str = "") ->
 
 
 def launches(program: Program) -> list[tuple[str, str]]:
-    """The kernels of a step, in order, and what each has blocks for: "joins", "rows", "chunks", or "tiles" of them."""
+    """The kernels of a step, in order, and what each has blocks for: "joins", "rows", "places" of rows, "chunks", or
+    "tiles" of them."""
     found, names = schedule(program), entries(program)
     out = []
     for k, between in enumerate(found.between):
         out += [(f"fusedopt_join_{k}", "joins")] if between.joined else []
         if k < len(found.stages):
             before = names.before[k]
-            out += [(before, "rows")] if before and between.nests else []
+            over = "places" if by_places(program, k) else "rows"
+            out += [(before, over)] if before and between.nests else []
             out.append((names.stages[k], "chunks" if found.stages[k].reductions else "tiles"))
+    if by_places(program, k := len(found.stages)):
+        out.append((f"fusedopt_before_{k}", "places"))
+        return [*out, *([("fusedopt_scalars", "rows")] if scalar_stores(program).stores else [])]
     return [*out, *([(names.scalars, "rows")] if names.scalars else [])]
 
 
