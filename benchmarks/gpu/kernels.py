@@ -45,6 +45,7 @@ def pairs(device: Device) -> list[Pair]:
     out += [Pair(BOUND_BY_MEMORY, rule, ours) for rule in STORED]  # others' arithmetic is another
     out.append(Pair(BOUND_BY_MEMORY, "Lion-class", (*ours, "torch default")))
     out += [Pair(MATRICES, rule, (*ours, "torch default")) for rule in ("Adafactor", "Muon")]
+    out.append(Pair("resnet-50", "Adafactor", (*ours, "transformers")))
     return [*out, Pair("groups-465", "AdamW", (*ours, *one_group, "torch fused"))]
 
 

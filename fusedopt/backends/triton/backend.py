@@ -22,7 +22,7 @@ from ... import env
 from ...compile import cache
 from ...compile.cache import BuildError
 from ...ir.program import Program
-from ...ir.stages import wholes
+from ...ir.stages import by_places, wholes
 from ...kernels import source as skeleton
 from .. import chunking
 from ..base import HEAD, Compiler, Kernel, Rows
@@ -38,6 +38,8 @@ TILES = {16: 4, 64: 4, 256: 8}
 has four elements: more of each is kept in registers than in a block."""
 JOINING = 16
 """Programs that share the joining of a tensor's part results along axes."""
+SHARING = 64
+"""Those that share what is done between stages, where it is done for each place along the first axis by itself."""
 FALLBACK = 'use backend="reference", which compiles nothing'
 
 
@@ -124,7 +126,8 @@ def _steps(program: Program, module: dict[str, Any]) -> list[Step]:
         if names.join:
             steps.append(Step(module[names.join], over_chunks=False, shared=JOINING))
         if names.between:
-            steps.append(Step(module[names.between], over_chunks=False))
+            shared = SHARING if by_places(program, k) else 1
+            steps.append(Step(module[names.between], over_chunks=False, shared=shared))
         if names.stage:
             joins = any(v in wholes(program) for v in split[k].values)
             steps.append(Step(module[names.stage], True, tiled=not split[k].reductions and not joins))

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ...ir.ops import DRAWS, ELEMENT, TENSOR, Reduction, axes_of, is_reduction, reduction
 from ...ir.program import Program, Value
-from ...ir.stages import Between, Nest, Split, Stage, regions, schedule
+from ...ir.stages import Between, Nest, Split, Stage, by_places, regions, schedule
 from ..base import place_word
 from ..body import element_op
 from .body import POINTERS, Body, call, function, indent
@@ -98,6 +98,8 @@ class Blocks(Body):
     """The pass that is being written."""
     stored_lines: Sequence[int] = ()
     """Sums along lines that lie in memory already."""
+    placed = False
+    """Whether what is written is for the ``n0`` places from ``begin`` on along the first axis."""
 
     @property
     def split(self) -> Split:
@@ -197,14 +199,21 @@ class Blocks(Body):
             ]
         return function(f"join_{k}", ARGUMENTS, lines)
 
-    def between(self, name: str, between: Between) -> list[str]:
-        """A program per tensor. After the last stage numbers per tensor are stored too, and steps may be skipped."""
+    def between(self, k: int, name: str, between: Between) -> list[str]:
+        """A program per tensor, or several. After the last stage numbers per tensor are stored too, and steps
+        may be skipped."""
         last = self._last(name)
+        self.placed = by_places(self.program, k)
         nests, stores = between.nests, last.stores
         values = {i for nest in nests for i in nest.values} | set(last.values)
         stored = [s for nest in nests for s in nest.stores]
         done: set[int] = set()
         lines = [f"row = rows + tl.program_id(0).to(tl.int64) * {self._width}", *self._lengths()]
+        if self.placed:
+            lines += [
+                "begin = n0 * tl.program_id(1) // tl.num_programs(1)",
+                "n0 = n0 * (tl.program_id(1) + 1) // tl.num_programs(1) - begin",
+            ]
         skip = self.program.skip if name == "scalars" else None
         early = () if skip is None else self.split.needed([skip])
         if any(self.program.values[i].op == "slot" for i in (*values, *early)):
@@ -225,9 +234,15 @@ class Blocks(Body):
             lines += [*self._once_per_tensor(nest.values, done), *self._nest(nest), BARRIER]
         lines += self._once_per_tensor(last.values, done)
         if stores:
-            lines += [BARRIER, "if live:"]
+            lines += [BARRIER, f"if live{' & (tl.program_id(1) == 0)' if self.placed else ''}:"]
             lines += [f"    store({self._at(n)}, 0, 1, {self.name(i)}, True)" for n, i in stores]
+        self.placed = False
         return function(name, ARGUMENTS, lines)
+
+    def _offset(self, kind: str) -> str:
+        """What there is of a kind before the places that this is for."""
+        lengths = "".join(f" * n{a}" for a in kind[1:])
+        return f" + begin{lengths}" if self.placed and kind.startswith(self.axes[0]) else ""
 
     def _last(self, name: str) -> Stage:
         if name != "scalars":
@@ -542,13 +557,15 @@ class Blocks(Body):
             if n in used:
                 buffer = self.program.buffer[n]
                 each = aligned if buffer.kind == ELEMENT else "False"
-                lines.append(f"a{k} = pointer(row + HEAD + {k}, {POINTERS[buffer.dtype]}, {each})")
+                address = f"pointer(row + HEAD + {k}, {POINTERS[buffer.dtype]}, {each})"
+                lines.append(f"a{k} = {address}{self._offset(buffer.kind)}")
         return lines
 
     def _given(self, values: Iterable[int]) -> list[str]:
         """Pointers to results, of loops that were or will be."""
         found = [i for i in sorted(values) if i in schedule(self.program).results]
-        return [f"{self._q(i)} = results + tl.load(row + {self._word(i)})" for i in found]
+        begin = {i: f"results + tl.load(row + {self._word(i)})" for i in found}
+        return [f"{self._q(i)} = {begin[i]}{self._offset(self.program.values[i].kind)}" for i in found]
 
     def _word(self, i: int) -> str:
         """Which word of a row says where the results of a value begin."""

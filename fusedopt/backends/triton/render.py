@@ -18,7 +18,7 @@ from .body import Body
 
 __all__ = ["entries", "joins_parts", "kernels", "render", "source"]
 
-VERSION = "4"
+VERSION = "5"
 SLOT = "# ---- generated ----\n"
 TYPES = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
 
@@ -60,7 +60,7 @@ def _with_lines(program: Program, slot_names: Sequence[str]) -> list[str]:
         if each.join:
             lines += ["", "", f"# Part results of several chunks, {when}.", *body.join(k, between[k])]
         if each.between:
-            lines += ["", "", f"# Once per tensor, {when}.", *body.between(each.between, between[k])]
+            lines += ["", "", f"# Once per tensor, {when}.", *body.between(k, each.between, between[k])]
         if each.stage:
             lines += [*_headline(program, k), *body.stage(k, stages(program)[k])]
     return lines
