@@ -31,8 +31,7 @@ from .kernels import BOUND_BY_MEMORY, MATRICES, Clock, bandwidth
 CASES_TIMED = (
     (BOUND_BY_MEMORY, "AdamW"), (BOUND_BY_MEMORY, "LAMB"), ("resnet-50", "AdamW"), ("small-500", "AdamW"),
     ("groups-465", "AdamW"), ("10000x64", "AdamW"), (MATRICES, "Adafactor"),
-    ("resnet-50", "Adafactor"),
-    (BOUND_BY_MEMORY, "AdamW-int8"),
+    ("resnet-50", "Adafactor"), (BOUND_BY_MEMORY, "AdamW-int8"),
 )  # fmt: skip
 CONSTANTS = {
     "threads": (cuda, "THREADS"),
