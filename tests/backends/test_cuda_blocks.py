@@ -305,6 +305,27 @@ def test_an_optimizer_of_callbacks_computes_what_cpp_does(fake):
     }
 
 
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"amp_fused": True}], ids=str)
+def test_factored_steps_of_many_matrices_are_those_of_cpp(fake, small_chunks, options):
+    """Blocks share what is done between stages; counts are stored when all have read them."""
+    fake.threads, fake.blocks = 8, 1000
+    found = []
+    for on in ("cuda", "cpp"):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(30, 4, 3), (7, 2, 3, 3)]]
+        opt = fusedopt.rules.Adafactor(params, backend=on, **options)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            opt.step()
+        assert {kernel.backend for kernel, _ in opt.engine.launched} == {on} and not opt.explain().eager
+        found.append([p.detach() for p in params])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert max(launch[1] for launch in fake.launches if launch[0] == "fusedopt_before_1") > len(params)
+    assert any(launch[0] == "fusedopt_scalars" for launch in fake.launches) == bool(options)
+
+
 @pytest.mark.parametrize("storage", ["int8", "bf16+8", "bfloat16_sr", "float16_sr"])
 def test_policies_of_storage_are_those_of_cpp(fake, storage):
     fake.threads = 64

@@ -13,6 +13,7 @@ from quick_interpreter import join_in_halves, look_types_up_once, patch_once, re
 from test_blocks import LINES, PROGRAMS, compared
 
 import fusedopt
+from fusedopt import rules
 from fusedopt.backends import chunking as plan
 from fusedopt.backends.triton import backend
 from fusedopt.ir.program import Value
@@ -142,6 +143,27 @@ def trained(on):
 
 def test_a_factored_step_is_the_references(small):
     for ours, theirs in zip(trained("triton"), trained("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"amp_fused": True}], ids=str)
+def test_a_factored_step_of_many_matrices_is_the_references(options):
+    """Programs share what is done between stages, and none of them stores the count that others read."""
+    found = []
+    for on in ("triton", "reference"):
+        generator = torch.Generator().manual_seed(2)
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in [(5, 4, 3), (7, 2, 3, 3)]]
+        opt = rules.Adafactor(params, backend=on, **options)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            opt.step()
+        assert opt.explain().backend == on
+        kept = (
+            v for p in params for v in opt.state[p].values() if isinstance(v, torch.Tensor) and v.ndim > 1
+        )
+        found.append([*params, *kept])
+    for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
 
 

@@ -1,4 +1,5 @@
-"""Programs with several axes as CUDA C++: a block's threads share a chunk, or between stages a tensor.
+"""Programs with several axes as CUDA C++: a block's threads share a chunk, or between stages a tensor, or where they do
+not meet some places along its first axis.
 
 Lines are dealt out to teams of threads. Part results along axes that lines have in common would be written to by many
 threads; so each of their places has a team too, which goes through what the place is made of. No result depends on who

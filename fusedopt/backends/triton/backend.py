@@ -22,13 +22,13 @@ from ... import env
 from ...compile import cache
 from ...compile.cache import BuildError
 from ...ir.program import Program
-from ...ir.stages import by_places, wholes
+from ...ir.stages import wholes
 from ...kernels import source as skeleton
 from .. import chunking
 from ..base import HEAD, Compiler, Kernel, Rows
 from ..upload import Upload
 from . import render as renderer
-from .blocks import most_kept_lines
+from .blocks import most_kept_lines, shared
 
 BLOCK = 1024
 """Elements of a block: with WARPS, eight per thread, which is 128 bits of a 16-bit type."""
@@ -126,8 +126,8 @@ def _steps(program: Program, module: dict[str, Any]) -> list[Step]:
         if names.join:
             steps.append(Step(module[names.join], over_chunks=False, shared=JOINING))
         if names.between:
-            shared = SHARING if by_places(program, k) else 1
-            steps.append(Step(module[names.between], over_chunks=False, shared=shared))
+            programs = SHARING if shared(program, k) else 1
+            steps.append(Step(module[names.between], over_chunks=False, shared=programs))
         if names.stage:
             joins = any(v in wholes(program) for v in split[k].values)
             steps.append(Step(module[names.stage], True, tiled=not split[k].reductions and not joins))

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ...ir.ops import DRAWS, ELEMENT, TENSOR, Reduction, axes_of, is_reduction, reduction
 from ...ir.program import Program, Value
-from ...ir.stages import Between, Nest, Split, Stage, by_places, regions, schedule
+from ...ir.stages import Between, Nest, Split, Stage, by_places, regions, scalar_stores, schedule
 from ..base import place_word
 from ..body import element_op
 from .body import POINTERS, Body, call, function, indent
@@ -89,6 +89,13 @@ def kept_lines(program: Program, stage: Stage) -> list[int]:
 def most_kept_lines(program: Program) -> int:
     """How many numbers a chunk needs room for, for each of its lines."""
     return max(len(kept_lines(program, stage)) for stage in schedule(program).stages)
+
+
+def shared(program: Program, k: int) -> bool:
+    """Whether programs share what is done between stages: not where one would store a number per tensor that others
+    have yet to read."""
+    stores = k == len(schedule(program).stages) and scalar_stores(program).stores
+    return by_places(program, k) and not stores
 
 
 class Blocks(Body):
@@ -203,7 +210,7 @@ class Blocks(Body):
         """A program per tensor, or several. After the last stage numbers per tensor are stored too, and steps
         may be skipped."""
         last = self._last(name)
-        self.placed = by_places(self.program, k)
+        self.placed = shared(self.program, k)
         nests, stores = between.nests, last.stores
         values = {i for nest in nests for i in nest.values} | set(last.values)
         stored = [s for nest in nests for s in nest.stores]
@@ -234,7 +241,7 @@ class Blocks(Body):
             lines += [*self._once_per_tensor(nest.values, done), *self._nest(nest), BARRIER]
         lines += self._once_per_tensor(last.values, done)
         if stores:
-            lines += [BARRIER, f"if live{' & (tl.program_id(1) == 0)' if self.placed else ''}:"]
+            lines += [BARRIER, "if live:"]
             lines += [f"    store({self._at(n)}, 0, 1, {self.name(i)}, True)" for n, i in stores]
         self.placed = False
         return function(name, ARGUMENTS, lines)
