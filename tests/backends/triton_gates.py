@@ -96,7 +96,7 @@ def compile_body(body: str, arch: int, **changed: Any) -> dict[str, Compiled]:
 def compile_blocks(program: Program, arch: int, columns: int) -> dict[str, Compiled]:
     """The same of a program with several axes, for tiles with that many columns."""
     names = module(renderer.render(program))
-    entries = [n for each in renderer.kernels(program) for n in each if n is not None]
+    entries = [n for each in renderer.kernels(program) for n in each[:3] if n is not None]
     tile = backend.Tile.of(columns)
     sizes = {"LINES": tile.lines, "COLUMNS": columns}
     return {n: compiled_function(names[n], arch, sizes, num_warps=tile.warps) for n in entries}

@@ -28,7 +28,7 @@ from .. import chunking
 from ..base import HEAD, Compiler, Kernel, Rows
 from ..upload import Upload
 from . import render as renderer
-from .blocks import most_kept_lines, shared
+from .blocks import most_kept_lines
 
 BLOCK = 1024
 """Elements of a block: with WARPS, eight per thread, which is 128 bits of a 16-bit type."""
@@ -126,8 +126,8 @@ def _steps(program: Program, module: dict[str, Any]) -> list[Step]:
         if names.join:
             steps.append(Step(module[names.join], over_chunks=False, shared=JOINING))
         if names.between:
-            programs = SHARING if shared(program, k) else 1
-            steps.append(Step(module[names.between], over_chunks=False, shared=programs))
+            shared = SHARING if names.shared else 1
+            steps.append(Step(module[names.between], over_chunks=False, shared=shared))
         if names.stage:
             joins = any(v in wholes(program) for v in split[k].values)
             steps.append(Step(module[names.stage], True, tiled=not split[k].reductions and not joins))

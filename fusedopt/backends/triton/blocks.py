@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ...ir.ops import DRAWS, ELEMENT, TENSOR, Reduction, axes_of, is_reduction, reduction
 from ...ir.program import Program, Value
-from ...ir.stages import Between, Nest, Split, Stage, by_places, regions, scalar_stores, schedule
+from ...ir.stages import Between, Nest, Split, Stage, regions, schedule
 from ..base import place_word
 from ..body import element_op
 from .body import POINTERS, Body, call, function, indent
@@ -89,13 +89,6 @@ def kept_lines(program: Program, stage: Stage) -> list[int]:
 def most_kept_lines(program: Program) -> int:
     """How many numbers a chunk needs room for, for each of its lines."""
     return max(len(kept_lines(program, stage)) for stage in schedule(program).stages)
-
-
-def shared(program: Program, k: int) -> bool:
-    """Whether programs share what is done between stages: not where one would store a number per tensor that others
-    have yet to read."""
-    stores = k == len(schedule(program).stages) and scalar_stores(program).stores
-    return by_places(program, k) and not stores
 
 
 class Blocks(Body):
@@ -206,11 +199,11 @@ class Blocks(Body):
             ]
         return function(f"join_{k}", ARGUMENTS, lines)
 
-    def between(self, k: int, name: str, between: Between) -> list[str]:
-        """A program per tensor, or several. After the last stage numbers per tensor are stored too, and steps
-        may be skipped."""
+    def between(self, name: str, between: Between, shared: bool = False) -> list[str]:
+        """A program per tensor, or several. After the last stage numbers per tensor are stored too, and steps may be
+        skipped."""
         last = self._last(name)
-        self.placed = shared(self.program, k)
+        self.placed = shared
         nests, stores = between.nests, last.stores
         values = {i for nest in nests for i in nest.values} | set(last.values)
         stored = [s for nest in nests for s in nest.stores]
@@ -221,7 +214,8 @@ class Blocks(Body):
                 "begin = n0 * tl.program_id(1) // tl.num_programs(1)",
                 "n0 = n0 * (tl.program_id(1) + 1) // tl.num_programs(1) - begin",
             ]
-        skip = self.program.skip if name == "scalars" else None
+        ends = name in ("scalars", f"before_{len(schedule(self.program).stages)}")
+        skip = self.program.skip if ends else None
         early = () if skip is None else self.split.needed([skip])
         if any(self.program.values[i].op == "slot" for i in (*values, *early)):
             lines.append(f"numbers = slots + tl.load(row + 1) * {self.program.slots}")

@@ -11,7 +11,7 @@ from ...compile.cache import BuildError
 from ...ir.comments import one_line
 from ...ir.ops import OPS, Op, is_reduction
 from ...ir.program import Program
-from ...ir.stages import Stage, scalar_stores, schedule, stages
+from ...ir.stages import Between, Stage, by_places, scalar_stores, schedule, stages
 from ..body import entries, summary
 from .blocks import Blocks
 from .body import Body
@@ -53,14 +53,19 @@ def _of_elements(program: Program, slot_names: Sequence[str]) -> list[str]:
 def _with_lines(program: Program, slot_names: Sequence[str]) -> list[str]:
     """Of a program with several axes."""
     body, found = Blocks(program, slot_names), kernels(program)
-    between = schedule(program).between
+    between = [*schedule(program).between, Between((), ())]
     lines = body.joins()
     for k, each in enumerate(found):
         when = f"before stage {k + 1}" if each.stage else "after the last stage"
         if each.join:
             lines += ["", "", f"# Part results of several chunks, {when}.", *body.join(k, between[k])]
         if each.between:
-            lines += ["", "", f"# Once per tensor, {when}.", *body.between(k, each.between, between[k])]
+            lines += [
+                "",
+                "",
+                f"# Once per tensor, {when}.",
+                *body.between(each.between, between[k], each.shared),
+            ]
         if each.stage:
             lines += [*_headline(program, k), *body.stage(k, stages(program)[k])]
     return lines
@@ -73,11 +78,12 @@ def _headline(program: Program, k: int) -> list[str]:
 
 class Kernels(NamedTuple):
     """Names of kernels that are launched one after another: what joins part results along axes, what is done once per
-    tensor, and a stage."""
+    tensor, and a stage. shared: whether several programs do a tensor's part of the second."""
 
     join: str | None
     between: str | None
     stage: str | None
+    shared: bool = False
 
 
 def kernels(program: Program) -> list[Kernels]:
@@ -85,9 +91,13 @@ def kernels(program: Program) -> list[Kernels]:
     names, between = entries(program), schedule(program).between
     joins = [f"join_{k}" if each.joined else None for k, each in enumerate(between)]
     nests = [f"before_{k}" if each.nests else None for k, each in enumerate(between[:-1])]
-    found = list(map(Kernels, joins, nests, names.stages))
-    last = names.scalars if between[-1].nests or scalar_stores(program).stores else None
-    return [*found, Kernels(joins[-1], last, None)]
+    shared = [by_places(program, k) for k in range(len(between))]
+    found = list(map(Kernels, joins, nests, names.stages, shared))
+    scalars = names.scalars if scalar_stores(program).stores else None
+    if shared[-1]:  # numbers per tensor are stored when all programs have read them
+        found.append(Kernels(joins[-1], f"before_{len(found)}", None, True))
+        return [*found, Kernels(None, scalars, None)]
+    return [*found, Kernels(joins[-1], names.scalars if between[-1].nests else scalars, None)]
 
 
 def joins_parts(program: Program, stage: Stage) -> bool:
