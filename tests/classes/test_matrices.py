@@ -181,7 +181,7 @@ DECOMPOSED = (
     ],
     ids=["SOAP", "SOAP1", "SOAP2", "Shampoo", "orthogonal", "factors"],
 )
-@pytest.mark.parametrize("shape", [(160, 224)], ids=str)
+@pytest.mark.parametrize("shape", [(192, 192), (160, 224)], ids=str)
 def test_large_matrices_are_multiplied_and_copied_no_more_often_than_by_the_class(kind, rebound, shape):
     steps = []
     for fuse in (False, True):

@@ -136,7 +136,7 @@ def test_kernels_do_what_the_reference_does(rule, layout):
     assert_same(run(rule, "cpp", layout), run(rule, "reference", layout))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=lambda f: f.__name__)
 def test_every_dtype(rule, dtype):
     assert_same(run(rule, "cpp", dtype=dtype), run(rule, "reference", dtype=dtype), times=64)
