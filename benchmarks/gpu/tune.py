@@ -41,6 +41,10 @@ CONSTANTS = {
     "alone": (cuda, "ALONE"),
     "block": (triton, "BLOCK"),
     "warps": (triton, "WARPS"),
+    "each": (triton, "EACH"),
+    "each_whole": (triton, "EACH_WHOLE"),
+    "sharing": (triton, "SHARING"),
+    "joining": (triton, "JOINING"),
 }
 """By the names that variants have for them. Others are constants of kernels/cuda.cu."""
 PATCHES = {
@@ -89,6 +93,9 @@ VARIANTS = (
     of("triton", lines=2048),
     of("triton", block=512),
     of("triton", block=2048, warps=8),
+    of("triton", each=8),
+    of("triton", each_whole=4),
+    of("triton", sharing=256),
 )
 
 

@@ -129,12 +129,15 @@ class Compiler(ABC):
         """Compile it, or find it in the cache."""
 
 
-def _blocks(program: Program, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> chunking.Blocks:
+def _blocks(
+    program: Program, shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], wanted: int
+) -> chunking.Blocks:
     """How tensors of a program with several axes are cut."""
     mine, kinds = regions(program), [v.kind for v in program.values]
     others = [i for i in schedule(program).results if i not in mine]
     own = tuple(sizes) if program.line else ()
-    return chunking.blocks(tuple(shapes), tuple(kinds[i] for i in mine), tuple(kinds[i] for i in others), own)
+    kept = tuple(kinds[i] for i in others)
+    return chunking.blocks(tuple(shapes), tuple(kinds[i] for i in mine), kept, own, wanted)
 
 
 def place_word(program: Program) -> int:
@@ -160,8 +163,8 @@ class Rows(ABC):
     ) -> None:
         self.kernel, self.sizes, self.resident = kernel, tuple(sizes), resident
         program, buffers = kernel.program, kernel.program.buffers
-        blocks = _blocks(program, shapes, sizes) if program.axes > 1 else None
-        self.layout = blocks.layout if blocks else chunking.layout(self.sizes)
+        blocks = _blocks(program, shapes, sizes, self.wanted) if program.axes > 1 else None
+        self.layout = blocks.layout if blocks else chunking.layout(self.sizes, self.wanted)
         self.n_results = blocks.total if blocks else 0
         self.n_sets = max(sets, default=-1) + 1
         self.n_reductions = len(wholes(program))
@@ -186,6 +189,8 @@ class Rows(ABC):
         self._get_ready()
 
     movable = False
+    wanted = chunking.WANTED
+    """How many chunks there have to be, where there are enough elements."""
 
     def native(self) -> Any:
         return None

@@ -13,6 +13,10 @@ from ..ir.ops import TENSOR
 
 CHUNK = 1 << 16
 """Elements in a chunk, unless the tensor would have more than MAX_CHUNKS."""
+WANTED = 1 << 11
+"""So many chunks keep a GPU busy: where all tensors would have fewer, chunks are shorter."""
+SHORTEST = 1 << 13
+"""But have as many elements."""
 MAX_CHUNKS = 1024
 """Chunks, and so part results of a reduction, per tensor."""
 CHUNK_WORDS = 3
@@ -42,17 +46,22 @@ class Layout:
         return len(self.chunks)
 
 
+def length(elements: int, wanted: int = 0) -> int:
+    """Of the chunks of tensors with so many elements, for so many chunks to be there."""
+    return min(CHUNK, max(SHORTEST, elements // wanted // ALIGN * ALIGN)) if wanted else CHUNK
+
+
 @functools.lru_cache(maxsize=64)
-def layout(sizes: tuple[int, ...]) -> Layout:
+def layout(sizes: tuple[int, ...], wanted: int = 0) -> Layout:
     """Cut tensors of these element counts into chunks; a tensor without elements has none."""
     size = np.asarray(sizes, dtype=np.int64)
-    length = np.maximum(CHUNK, -(-size // MAX_CHUNKS))
-    length = -(-length // ALIGN) * ALIGN
-    count = -(-size // length)
+    each = np.maximum(length(sum(sizes), wanted), -(-size // MAX_CHUNKS))
+    each = -(-each // ALIGN) * ALIGN
+    count = -(-size // each)
     first = np.cumsum(count) - count
     row = np.repeat(np.arange(len(size), dtype=np.int64), count)
-    begin = (np.arange(len(row), dtype=np.int64) - first[row]) * length[row]
-    end = np.minimum(begin + length[row], size[row])
+    begin = (np.arange(len(row), dtype=np.int64) - first[row]) * each[row]
+    end = np.minimum(begin + each[row], size[row])
     return Layout(np.ascontiguousarray(np.stack([row, begin, end], axis=1)), first, count)
 
 
@@ -70,7 +79,7 @@ class Blocks:
 
 
 SHARED = 64
-"""At least as many elements go into each part result that several chunks have."""
+"""At least as many elements go into each part result that several chunks have, or a quarter where chunks are short."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -79,6 +88,7 @@ def blocks(
     regions: tuple[str, ...],
     kept: tuple[str, ...],
     sizes: tuple[int, ...] = (),
+    wanted: int = 0,
 ) -> Blocks:
     """Cut tensors with axes of these lengths.
 
@@ -88,6 +98,7 @@ def blocks(
     chunks: list[np.ndarray] = []
     results = np.empty((len(shapes), len(regions) + len(kept)), np.int64)
     count = np.zeros(len(shapes), np.int64)
+    chunk = length(sum(map(math.prod, shapes)), wanted)
     total = 0
     for row, shape in enumerate(shapes):
         for k, kind in enumerate((*regions, *kept)):
@@ -97,19 +108,19 @@ def blocks(
         if not size:
             continue
         prefixes = [_prefix(shape, kind) for kind in regions]
-        length = _chunk_length(shape, prefixes)
-        begin = np.arange(0, size, length, dtype=np.int64)
-        end = np.minimum(begin + length, sizes[row] if sizes else size)
+        each = _chunk_length(shape, prefixes, chunk)
+        begin = np.arange(0, size, each, dtype=np.int64)
+        end = np.minimum(begin + each, sizes[row] if sizes else size)
         count[row] = len(begin)
         words = [np.full(len(begin), row, np.int64), begin, end]
         for k, (inside, tail) in enumerate(prefixes):
-            if len(begin) == 1 or length % inside == 0:
+            if len(begin) == 1 or each % inside == 0:
                 words.append(np.full(len(begin), results[row, k]))
                 continue
             first, last = begin // inside * tail, ((end - 1) // inside + 1) * tail
-            each = last - first
-            words.append(total + np.cumsum(each) - each - first)
-            total += int(each.sum())
+            places = last - first
+            words.append(total + np.cumsum(places) - places - first)
+            total += int(places.sum())
         chunks.append(np.stack(words, axis=1))
     table = np.concatenate(chunks) if chunks else np.empty((0, 3 + len(regions)), np.int64)
     return Blocks(Layout(np.ascontiguousarray(table), np.cumsum(count) - count, count), results, total)
@@ -132,21 +143,22 @@ def _prefix(shape: tuple[int, ...], kind: str) -> tuple[int, int]:
     return math.prod(shape[gap:]), math.prod(n for a, n in enumerate(shape) if a > gap and str(a) in kind)
 
 
-def _chunk_length(shape: tuple[int, ...], prefixes: Sequence[tuple[int, int]]) -> int:
+def _chunk_length(shape: tuple[int, ...], prefixes: Sequence[tuple[int, int]], chunk: int) -> int:
     """Whole lines; where it is not much more, whole places of what is reduced, so that no other chunk has a part."""
-    line = shape[-1]
-    length = max(CHUNK, -(-math.prod(shape) // MAX_CHUNKS), line)
-    length = max([length, *(SHARED * tail for inside, tail in prefixes if inside > length)])
-    unit = max([line, *(inside for inside, _ in prefixes if inside <= length)])
-    return -(-length // unit) * unit
+    line, shared = shape[-1], max(SHARED // 4, SHARED * chunk // CHUNK)
+    least = max(chunk, -(-math.prod(shape) // MAX_CHUNKS), line)
+    least = max([least, *(shared * tail for inside, tail in prefixes if inside > least)])
+    unit = max([line, *(inside for inside, _ in prefixes if inside <= least)])
+    return -(-least // unit) * unit
 
 
-def tiles(chunks: np.ndarray, lines: np.ndarray | None = None) -> np.ndarray:
+def tiles(chunks: np.ndarray, lines: np.ndarray | None = None, times: int = 1) -> np.ndarray:
     """Chunks cut further, for more programs to share a tensor: the same table with more rows.
 
     lines: of each chunk's tensor the length of a line, if pieces have to be whole lines
+    times: how many times TILE others have
     """
-    return _cut(chunks, np.full(len(chunks), TILE) if lines is None else -(-LINES // lines) * lines)
+    return _cut(chunks, np.full(len(chunks), times * TILE) if lines is None else -(-LINES // lines) * lines)
 
 
 def line_tiles(chunks: np.ndarray, lines: np.ndarray) -> np.ndarray:

@@ -209,10 +209,10 @@ def test_a_step_is_launched_in_order_over_chunks_and_tensors(fake):
     fake.blocks = 1000
     program, shapes = PROGRAMS["factored matrix"][0], [(300, 700), (3, 5), (0, 4)]
     test_blocks.run(program, rows_of(program, shapes), shapes, "cuda")
-    chunks, pieces = 4 + 1, 3 * 8 + 2 + 1  # of 94 lines, the last one of 18; those are cut into twelves
+    chunks, pieces = 19 + 1, 18 * 2 + 1 + 1  # of 16 lines, the last one of 12; those are cut into twelves
     assert [launch[:3] for launch in fake.launches] == [
         ("fusedopt_stage_0", chunks, cuda.TEAMS),
-        ("fusedopt_join_1", 1, cuda.TEAMS),  # of a tensor's 2,800 parts of columns
+        ("fusedopt_join_1", 4, cuda.TEAMS),  # of a tensor's 13,300 parts of columns
         ("fusedopt_before_1", 3, cuda.TEAMS),
         ("fusedopt_stage_1", chunks, cuda.TEAMS),
         ("fusedopt_stage_2", pieces, cuda.TEAMS),
@@ -307,7 +307,7 @@ def stepped_as_by_cpp(make, shapes):
 def test_an_optimizer_of_callbacks_computes_what_cpp_does(fake):
     fake.threads = 8
     make = functools.partial(fusedopt.Optimizer, cbs=centre, lr=0.1)
-    stepped_as_by_cpp(make, [(3, 5), (64, 33), (40, 1100)])
+    stepped_as_by_cpp(make, [(3, 5), (64, 33), (40, 110)])
     assert {"fusedopt_stage_0", "fusedopt_before_1", "fusedopt_stage_1"} >= {
         launch[0] for launch in fake.launches
     }

@@ -227,7 +227,7 @@ def test_joining_does_not_depend_on_how_many_blocks_there_are(fake, monkeypatch)
         opt.step()
         found.append(params[0].detach())
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert [blocks for _, blocks, *_ in fake.launches] == [2, 2, 4, 4, 4, 193]
+    assert [blocks for _, blocks, *_ in fake.launches] == [2, 2, 4, 4, 25, 193]
 
 
 def test_scalar_state_is_stored_once_for_each_tensor(fake):

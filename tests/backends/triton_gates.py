@@ -93,12 +93,12 @@ def compile_body(body: str, arch: int, **changed: Any) -> dict[str, Compiled]:
     return {n: compiled_function(names[n], arch, **changed) for n in entries}
 
 
-def compile_blocks(program: Program, arch: int, columns: int) -> dict[str, Compiled]:
-    """The same of a program with several axes, for tiles with that many columns."""
+def compile_blocks(program: Program, arch: int, columns: int, whole: bool = False) -> dict[str, Compiled]:
+    """The same of a program with several axes, for tiles with that many columns; whole: where lines have no more."""
     names = module(renderer.render(program))
     entries = [n for each in renderer.kernels(program) for n in each[:3] if n is not None]
-    tile = backend.Tile.of(columns)
-    sizes = {"LINES": tile.lines, "COLUMNS": columns}
+    tile = backend.Tile.of(columns, whole)
+    sizes = {"LINES": tile.lines, "COLUMNS": columns, "WHOLE": whole}
     return {n: compiled_function(names[n], arch, sizes, num_warps=tile.warps) for n in entries}
 
 

@@ -79,6 +79,7 @@ class Launch(Rows):
         self.slots: np.ndarray | None = None
 
     movable = True
+    wanted = 0
 
     def native(self) -> Any:
         rows, chunks = self.rows, self.layout.chunks

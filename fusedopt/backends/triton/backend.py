@@ -33,9 +33,14 @@ from .blocks import most_kept_lines
 BLOCK = 1024
 """Elements of a block: with WARPS, eight per thread, which is 128 bits of a 16-bit type."""
 WARPS = 4
-TILES = {16: 4, 64: 4, 256: 8}
-"""How many columns tiles of lines may have, and how many warps then: each shape that is needed is compiled. A thread
-has four elements: more of each is kept in registers than in a block."""
+NARROW = 16
+"""Bytes per element, up to which a program has two blocks, for what is done once to weigh less."""
+TILES = {4: 4, 16: 4, 64: 4, 256: 8}
+"""How many columns tiles of lines may have, and how many warps then: each shape that is needed is compiled."""
+EACH = 4
+"""Elements of a tile for each thread: more of each is kept in registers than in a block."""
+EACH_WHOLE = 8
+"""The same where lines are not longer than tiles, and gone over more than once: then nothing is computed twice."""
 JOINING = 16
 """Programs that share the joining of a tensor's part results along axes."""
 SHARING = 64
@@ -68,11 +73,13 @@ class Tile(NamedTuple):
 
     lines: int
     columns: int
+    whole: bool
     warps: int
 
     @classmethod
-    def of(cls, columns: int) -> Tile:
-        return cls(4 * 32 * TILES[columns] // columns, columns, TILES[columns])
+    def of(cls, columns: int, whole: bool = False) -> Tile:
+        each = EACH_WHOLE if whole else EACH
+        return cls(each * 32 * TILES[columns] // columns, columns, whole, TILES[columns])
 
 
 class Triton(Compiler):
@@ -141,12 +148,16 @@ class Launch(Rows):
     """
 
     def _get_ready(self) -> None:
-        self.handle = cast(Handle, self.kernel.handle)
-        self.n_chunks, chunks = len(self.layout) if self.kernel.program.buffers else 0, self.layout.chunks
+        program, self.handle = self.kernel.program, cast(Handle, self.kernel.handle)
+        self.n_chunks, chunks = len(self.layout) if program.buffers else 0, self.layout.chunks
         self._rows, self._slots = Upload(self.device), Upload(self.device, resident=True)
         if self.n_chunks:
             self._chunks = Upload(self.device).of(chunks)
-            self._tiles = Upload(self.device).of(chunking.tiles(chunks)) if any(self.handle.tiled) else None
+            self._tiles = self._chunks
+            if any(self.handle.tiled):
+                size = renderer.stages(program)[-1].bytes_per_element(program)
+                tiles = chunking.tiles(chunks, times=2 if size <= NARROW else 1)
+                self._tiles = Upload(self.device).of(tiles)
             n_partials = self.n_chunks * self.n_reductions
             self._partials = torch.empty(n_partials, dtype=torch.float64, device=self.device)
 
@@ -162,7 +173,6 @@ class Launch(Rows):
             rows, numbers = self._rows.of(self.rows), self._slots.of(slots)
             for stage, tiled in zip(self.handle.stages, self.handle.tiled, strict=True):
                 chunks = self._tiles if tiled else self._chunks
-                assert chunks is not None
                 stage[(len(chunks),)](rows, chunks, self._partials, numbers, BLOCK=BLOCK, **options())
             if self.handle.scalars is not None:
                 self.handle.scalars[(len(self.rows),)](rows, self._partials, numbers, **options())
@@ -187,7 +197,8 @@ class BlocksLaunch(Rows):
         chunks, n_kept = _with_room_for_lines(
             self.layout.chunks, lines, self.n_results, most_kept_lines(program)
         )
-        self.tile = _tile(axes[self.rows[:, 0] > 0])
+        again = any(stage.lines for stage in renderer.stages(program))
+        self.tile = _tile(axes[self.rows[:, 0] > 0], again)
         self._chunks = Upload(self.device).of(chunks)
         tiled = any(step.tiled for step in self.steps)
         self._tiles = Upload(self.device).of(chunking.line_tiles(chunks, lines)) if tiled else self._chunks
@@ -226,15 +237,16 @@ def _with_room_for_lines(
     return np.concatenate([chunks, first[:, None]], axis=1), int(count.sum())
 
 
-def _tile(axes: np.ndarray) -> Tile:
+def _tile(axes: np.ndarray, again: bool) -> Tile:
     """The tiles for tensors with axes of these lengths: the longest that leave little empty.
 
-    A line that is longer has several tiles.
+    A line that is longer has several tiles. again: whether lines are gone over more than once
     """
     length, count = axes[:, -1], np.prod(axes[:, :-1], axis=1)
     tiles = [Tile.of(columns) for columns in TILES]
     work = {t: t.warps * int((-(-count // t.lines) * -(-length // t.columns)).sum()) for t in tiles}
-    return max((t for t in tiles if work[t] <= 1.25 * min(work.values())), key=lambda t: t.columns)
+    columns = max(t.columns for t in tiles if work[t] <= 1.25 * min(work.values()))
+    return Tile.of(columns, again and int(length.max()) <= columns)
 
 
 def options(warps: int = WARPS) -> dict[str, Any]:

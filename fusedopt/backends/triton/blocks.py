@@ -27,7 +27,10 @@ from ..base import place_word
 from ..body import element_op
 from .body import POINTERS, Body, call, function, indent
 
-ARGUMENTS = ["rows", "chunks", "partials", "results", "slots", "LINES: tl.constexpr", "COLUMNS: tl.constexpr"]
+SIZES = ["LINES: tl.constexpr", "COLUMNS: tl.constexpr", "WHOLE: tl.constexpr"]
+ARGUMENTS = ["rows", "chunks", "partials", "results", "slots", *SIZES]
+FEW = 8
+"""Members that one thread joins by itself."""
 BARRIER = "tl.debug_barrier()"
 
 
@@ -42,12 +45,12 @@ class Side(NamedTuple):
     last: str
 
 
-def rows(axes: str, first: str, last: str) -> Side:
-    return Side("y", axes, "LINES", "[:, None]", first, last)
+def rows(axes: str, first: str, last: str, size: str = "LINES") -> Side:
+    return Side("y", axes, size, "[:, None]", first, last)
 
 
-def columns(axes: str, first: str, last: str) -> Side:
-    return Side("x", axes, "COLUMNS", "[None, :]", first, last)
+def columns(axes: str, first: str, last: str, size: str = "COLUMNS") -> Side:
+    return Side("x", axes, size, "[None, :]", first, last)
 
 
 class Pass(NamedTuple):
@@ -98,6 +101,8 @@ class Blocks(Body):
     """The pass that is being written."""
     stored_lines: Sequence[int] = ()
     """Sums along lines that lie in memory already."""
+    at_hand: set[int | str] | None = None
+    """Where tiles have whole lines: values of elements, and lines of code, that are there already."""
     placed = False
     """Whether what is written is for the ``n0`` places from ``begin`` on along the first axis."""
 
@@ -162,6 +167,7 @@ class Blocks(Body):
                 lines += self._across(kind, made)
         self.stored_lines = ()
         given = [argument.partition(":")[0] for argument in ARGUMENTS]
+        fewer = ["LINES // (4 if WHOLE else 2)", "COLUMNS", "WHOLE"]
         buffers = [n for n in self._buffers(stage) if self.program.buffer[n].kind == ELEMENT]
         addresses = [f"tl.load(row + HEAD + {self.buffer_index[n]})" for n in buffers]
         length = f"tl.load(row + HEAD + {len(self.program.buffers) + len(self.axes) - 1})"
@@ -174,9 +180,7 @@ class Blocks(Body):
                 "if ((address & 15) == 0) & ((length & 7) == 0):",
                 *indent(call(f"tiles_{k}", [*given, "True"])),
                 "else:",
-                *indent(
-                    call(f"tiles_{k}", [*given[:-2], "LINES // 4 if LINES > 4 else 1", "COLUMNS", "False"])
-                ),
+                *indent(call(f"tiles_{k}", [*given[: -len(fewer)], *fewer, "False"])),
             ]
         else:
             choice = call(f"tiles_{k}", [*given, "False"])
@@ -268,28 +272,35 @@ class Blocks(Body):
         roots = [i for _, i in stage.stores] + [values[i].args[0] for i in (*whole, *mine)]
         needed = self._needed([*roots, *(a for s in stage.lines for i in s for a in values[i].args)])
         fixed = [i for i in needed if self._fixed_kind(values[i].kind)]
-        body: list[str] = []
-        done: set[int] = set()
-        for sums in stage.lines:
-            body += [*self._fixed(fixed, done), *self._line_sums(sums)]
-            done.update(sums)
-        body += self._fixed(fixed, done)
-        stored = [(f"results + {self._kept_line(kept, i)}", i) for i in kept]
-        body += [f"tl.store({to}, {self.name(i)}.to(tl.float64), mask=in_y)" for to, i in stored]
-        body += [self._accumulator(i) for i in mine]
-        inner = [self._line(i) for i in self._varying(roots)]
-        inner += [self._added(i) for i in (*whole, *mine)]
-        per_line: list[str] = []
-        for n, i in stage.stores:
-            kind = self.program.buffer[n].kind
-            (per_line if self._fixed_kind(kind) else inner).append(self._stored(n, i))
-        if inner:
-            body += self._loop(self.now.inner, inner, self._kinds(stage.values, stage.stores, inner=True))
-        body += [
-            f"tl.store({self._q(i)} + {self._o(lines)}, {self._total_of(i, 1)}, mask=in_y)" for i in mine
-        ]
-        # Threads that share a line have all read what is its now.
-        body += [BARRIER, *per_line] if per_line else []
+
+        def on_lines() -> list[str]:
+            body: list[str] = []
+            done: set[int] = set()
+            for sums in stage.lines:
+                body += [*self._fixed(fixed, done), *self._line_sums(sums)]
+                done.update(sums)
+            body += self._fixed(fixed, done)
+            stored = [(f"results + {self._kept_line(kept, i)}", i) for i in kept]
+            body += [f"tl.store({to}, {self.name(i)}.to(tl.float64), mask=in_y)" for to, i in stored]
+            body += [self._accumulator(i) for i in mine]
+            inner = [self._line(i) for i in self._varying(roots)]
+            inner += [self._added(i) for i in (*whole, *mine)]
+            per_line: list[str] = []
+            for n, i in stage.stores:
+                kind = self.program.buffer[n].kind
+                (per_line if self._fixed_kind(kind) else inner).append(self._stored(n, i))
+            if inner:
+                body += self._loop(self.now.inner, inner, self._kinds(stage.values, stage.stores, inner=True))
+            to = self._o(lines)
+            body += [f"tl.store({self._q(i)} + {to}, {self._total_of(i, 1)}, mask=in_y)" for i in mine]
+            # Threads that share a line have all read what is its now.
+            return body + ([BARRIER, *per_line] if per_line else [])
+
+        body = on_lines()
+        if stage.lines:
+            self.at_hand = set()
+            body = ["if WHOLE:", *indent(on_lines()), "else:", *indent(body)]
+            self.at_hand = None
         assert self.now.outer is not None
         kinds = self._kinds(stage.values, stage.stores, inner=False) | ({lines} if mine else set())
         last = f"(end + {length} - 1) // {length}" if self.program.line else f"end // {length}"
@@ -361,11 +372,40 @@ class Blocks(Body):
         within: bool = False,
         making: Sequence[int] = (),
     ) -> list[str]:
-        """Reductions of what has numbers along the axes ``source`` to a kind: each of its places, over the members."""
+        """Reductions of what has numbers along the axes ``source`` to a kind: each of its places, over the members.
+
+        A thread has places of its own where those have few members. Elsewhere tiles are as for lines, or, of what
+        is not elements, so that some of what is read lies side by side.
+        """
+        many = ["LINES", "COLUMNS"]
+        if not within:
+            many = ["LINES * COLUMNS // 16", "16"] if source[-1] in kind else ["4", "LINES * COLUMNS // 4"]
+        outer, inner = reversed(many) if source[-1] in kind else many
+        return [
+            f"if {members[1]} - {members[0]} <= {FEW}:",
+            *indent(
+                self._reduced(
+                    source, kind, made, (*places, "LINES * COLUMNS"), (*members, "1"), within, making
+                )
+            ),
+            "else:",
+            *indent(self._reduced(source, kind, made, (*places, outer), (*members, inner), within, making)),
+        ]
+
+    def _reduced(
+        self,
+        source: str,
+        kind: str,
+        made: Sequence[int],
+        places: tuple[str, str, str],
+        members: tuple[str, str, str],
+        within: bool,
+        making: Sequence[int],
+    ) -> list[str]:
+        """With tiles of a certain size."""
         values = self.program.values
         gone = "".join(a for a in source if a not in kind)
-        across = source[-1] in kind
-        outer, inner = (columns, rows) if across else (rows, columns)
+        outer, inner = (columns, rows) if source[-1] in kind else (rows, columns)
         self.now = Pass(outer(kind, *places), inner(gone, *members), within, making)
         roots = [values[i].args[0] for i in made]
         used = self._needed(roots)
@@ -438,6 +478,10 @@ class Blocks(Body):
         if both:
             more = " & (at >= begin) & (at < end)" if self.now.within else " & (at < end)" if ragged else ""
             lines.append(f"there = in_y & in_x{more}")
+        if side == self.now.inner and self.at_hand is not None:  # from the first place to the last at once
+            lines = [line for line in lines if line not in self.at_hand]
+            self.at_hand.update(lines)
+            return [*([f"{name}0 = {side.first}"] if lines else []), *lines, *body]
         return [f"for {name}0 in range({side.first}, {side.last}, {side.size}):", *indent([*lines, *body])]
 
     def _digits(self, side: Side) -> list[str]:
@@ -493,10 +537,15 @@ class Blocks(Body):
 
     def _varying(self, roots: Iterable[int]) -> list[int]:
         """What has to be computed in the loop inside."""
-        kinds = self.program.values
-        return [
-            i for i in self._needed(roots) if kinds[i].kind != TENSOR and not self._fixed_kind(kinds[i].kind)
+        kinds, there = self.program.values, self.at_hand or ()
+        found = [
+            i
+            for i in self._needed(roots)
+            if kinds[i].kind != TENSOR and not self._fixed_kind(kinds[i].kind) and i not in there
         ]
+        if self.at_hand is not None:
+            self.at_hand.update(found)
+        return found
 
     def _needed(self, roots: Iterable[int]) -> list[int]:
         """The values that the roots need, but for what was computed before."""
