@@ -73,9 +73,8 @@ def words() -> Batches:
 
 
 def vit() -> nn.Module:
+    from . import torchvision_ops  # noqa: F401, I001  before timm, which imports torchvision
     from timm.models import create_model
-
-    from . import torchvision_ops  # noqa: F401  timm imports torchvision
 
     return create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10)
 

@@ -51,9 +51,9 @@ def plans(rehearse: bool) -> dict[str, Plan]:
     shares = 1 if rehearse else min(SHARES, max(1, (os.cpu_count() or 2) - 4))
     parts = {"environment": Plan(jobs(environment.jobs), 60)}
     for k in range(shares):
-        parts[f"tests-{k + 1}"] = Plan(partial(checks.do, share=k, shares=shares), 200, beside=True)
+        parts[f"tests-{k + 1}"] = Plan(partial(checks.do, share=k, shares=shares), 300, beside=True)
     alone = {
-        "kernels": (kernels.jobs, 90),
+        "kernels": (kernels.jobs, 120),
         "host": (host.host_jobs, 45),
         "graphs": (host.graph_jobs, 30),
         "first-steps": (fresh.first_jobs, 60),
@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--out", type=Path, default=FOLDER, help="folder for CSV, JSON, tables and picture")
     out.add_argument(
-        "--seconds", type=float, default=450, help="for the whole run; what does not fit is left out (450)"
+        "--seconds", type=float, default=600, help="for the whole run; what does not fit is left out (600)"
     )
     parts = list(dict.fromkeys(map(_part, [*plans(False), *plans(True)])))
     out.add_argument("--only", metavar="PART", nargs="+", choices=parts, help=f"some of {', '.join(parts)}")
