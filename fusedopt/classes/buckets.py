@@ -17,7 +17,7 @@ from ..step.buckets import MAX_KNOWN, Bucket, Buckets, CompiledTrace, fit
 from ..step.items import Item, dense, same_layout, walkable
 from ..step.scaling import Scaling
 from ..step.sharded import Shard, Whole, here, is_dtensor, is_replicated
-from ..trace.replay import Replay, can_replay
+from ..trace.replay import Replay
 from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain
 from ..trace.tracer import Trace
@@ -416,11 +416,7 @@ class StepBuckets(Buckets):
         compiled = self._compile(trace, self.title)
         if compiled is None:
             raise Untraceable("no compiled backend can be used here; python -m fusedopt doctor says why")
-        replay = Replay(trace) if can_replay(trace) else None
-        if replay is None:
-            raise Untraceable(
-                "a number that changes with each step leaves recorded arithmetic (an index, formatting)"
-            )
+        replay = Replay(trace)
         rounds = self._compile_rounds(trace, self.title)
         if rounds is None:
             raise Untraceable("no compiled backend can be used here; python -m fusedopt doctor says why")

@@ -21,7 +21,7 @@ from ..trace.signature import OWN, PLAIN, Signature, structure_of
 from ..trace.snapshot import is_constant
 from ..trace.tracer import Trace
 from .evaluation import Evaluation
-from .shadow import Container, Path, Shadow, is_own, shown
+from .shadow import ROW, Container, Path, Shadow, Table, is_own, shown
 from .sums import Sums
 from .symbolic import Symbolic, TensorNumber
 
@@ -105,7 +105,19 @@ class Host:
         """Of how many parameters of a bucket gradients are known to be possible, where more would be another step. They
         were alone in their buckets, of which several have a key where numbers in the state differ."""
         self._kept: list[Any] = []
+        self._common: dict[str, str] = {}
+        """The numbers of the state that all parameters have in common, and what they are called here."""
+        self._rows: dict[Path, _Row] = {}
+        """Of the tables that are looked up, by their paths."""
         self._look = _looking(shadow, names, tensors, self.numbers)
+
+    def takes_for_one(self, common: dict[str, str]) -> None:
+        """Numbers that all parameters have in common, by the key of the state, and what they are called here."""
+        self._common = common
+
+    def looks_up(self, table: Table, index: Number, names: dict[Path, str]) -> None:
+        """A table of which the step looks up a row."""
+        self._rows[table.path] = _Row(table, index, names)
 
     def writes(
         self,
@@ -162,7 +174,9 @@ class Host:
             for path, key, value in changes:
                 where = shown(path if key is FILL else (*path, ("item", key))) if path else f"self.{key}"
                 self.left += [where] if where not in self.left else []
-                writes.append((_reader(path), key, (fill if key is FILL else template)(value, where)))
+                row = self._rows.get(path[:-1]) if path[-1:] == (ROW,) else None
+                read = _reader(path) if row is None else row.read
+                writes.append((read, key, (fill if key is FILL else template)(value, where)))
             self._paths[taken] = writes, conditions
         self.leaves_something = bool(self.later) or any(writes for writes, _ in self._paths.values())
         self.left += sorted(
@@ -231,7 +245,7 @@ class Host:
 
     def look(self, root: dict[str, Any]) -> str | None:
         """Read the numbers; or why this is another step than the one that was traced."""
-        why = self._look(root) or self.around()
+        why = self._look(root) or self.around() or (self._looked_up(root) if self._common else None)
         if why is None and self._function is not None:
             try:
                 _, left, guards = self._function(*[self.numbers[name] for name in self._inputs])
@@ -245,6 +259,20 @@ class Host:
         if why is None and self._own and not self._own_as_they_were():
             return "an attribute of a parameter is another one now"
         return why
+
+    def _looked_up(self, root: dict[str, Any]) -> str | None:
+        """Read numbers that all parameters have in common, and rows; or why that cannot be."""
+        stepped = [p for params in self._met.values() for p in params.values() if p.grad is not None]
+        for key, name in self._common.items():
+            states = map(root["state"].get, stepped)
+            numbers = {(type(n), n) for n in (None if state is None else state.get(key) for state in states)}
+            if len(numbers) != 1 or (found := numbers.pop())[0] not in (int, float):
+                return f"the state {key!r} is no longer one number for all parameters"
+            self.numbers[name] = found[1]
+        for row in self._rows.values():
+            if why := row.look(root, self.numbers):
+                return why
+        return None
 
     def _own_as_they_were(self) -> bool:
         return all(
@@ -296,6 +324,35 @@ class Host:
                 where.fill_(value)
             else:
                 where[key] = value
+
+
+class _Row:
+    """Of a table: the row that a step looks up."""
+
+    def __init__(self, table: Table, index: Number, names: dict[Path, str]) -> None:
+        self._what, self._table, self._count = shown(table.path), _reader(table.path), len(table.real)
+        self._kinds = [type(v) if v is None else type(v.value) for v in table.put]
+        self._names = [names.get((*table.path, ROW, ("item", j)), "") for j in range(len(table.put))]
+        self._index = Replay(Trace(_NO_SIGNATURE, None, index.program, (), {0: index}, {}, {}))  # type: ignore[arg-type, dict-item]
+        self._which = 0
+
+    def read(self, root: Any) -> Any:
+        """The row that was looked up last."""
+        return self._table(root)[self._which]
+
+    def look(self, root: Any, numbers: dict[str, Any]) -> str | None:
+        """Look the row up, and read its numbers; or why that is none that was traced."""
+        try:
+            _, (self._which,), _ = self._index.function(*self._index.inputs(numbers, {}))
+            rows, row = self._table(root), self.read(root)
+        except (ArithmeticError, KeyError, IndexError, AttributeError, TypeError) as error:
+            return f"no row of {self._what} can be looked up: {error}"
+        if type(rows) is not list or len(rows) != self._count or type(row) is not list:
+            return f"{self._what} is another container, or of another length"
+        if [*map(type, row)] != self._kinds:
+            return f"numbers in {self._what} are of other types now"
+        numbers.update((name, number) for name, number in zip(self._names, row, strict=True) if name)
+        return None
 
 
 def _number(x: Any) -> Any:

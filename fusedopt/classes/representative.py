@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ from ..trace.totals import Total
 from ..trace.tracer import Trace, cut_up, program_of, told_apart
 from . import coding, matrices
 from .functions import flattened
-from .shadow import NewState
+from .shadow import Meeting, NewState
 from .stored import DRAWS
 from .stores import rebuilt, values_of, whole_of
 from .sums import Elements, StepRun, Sums, lowered_to, of_step, settled, totals_in
 from .symbolic import Symbolic, made, parameter, place
 
+COMMON = -1
+"""In the place of a parameter: all that have a gradient, whose number is the same."""
 JOINED = 1 << 20
 """Beyond the plain numbers of a run: where those begin that join its paths."""
 AS_WHOLE = Buffer(torch.float32, ELEMENT)
@@ -42,8 +44,9 @@ class Representative:
         scalars: ScalarProgram,
         stores: Sequence[dict[Any, Any]],
         kinds: Callable[[type], type],
+        common: Container[str] = (),
     ) -> None:
-        self.kinds = kinds
+        self.kinds, self.common = kinds, common
         self.stores, self.whole = stores, whole_of(stores, item.owner)
         self.index, self.item, self.signature = index, item, signature
         self.graph, self.scalars = Graph(told_apart(signature)), scalars
@@ -93,7 +96,8 @@ class Representative:
                 else:  # nothing would be won: what is done to it is no product of matrices
                     self.put[key] = made(None, meta_of(value), f"the state {key!r} is a {what.dtype} tensor")
             elif type(value) in (int, float):
-                held = self.scalars.number(("state", self.index, key), value)
+                whose = COMMON if key in self.common else self.index
+                held = self.scalars.number(("state", whose, key), value)
                 there = item.hosted.get(key)
                 self.put[key] = (
                     held if there is None else made(None, meta_of(there), number=held, hosted=True)
@@ -325,6 +329,11 @@ class Representative:
         return trace
 
 
+def in_common(key: str) -> str:
+    """What a number of all parameters' state is called among the host's."""
+    return f"{key} of all parameters"
+
+
 def meta_of(t: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")
 
@@ -340,11 +349,11 @@ def mover(shared: ScalarProgram, ours: ScalarProgram, index: int | None) -> Call
                 entry: tuple[Any, ...] = (op, *map(move, operands))
             elif op in ("state", "raw"):
                 whose, *rest = operands
-                if op == "state" and whose != index:
-                    raise Untraceable(
+                if op == "state" and whose not in (index, COMMON):
+                    raise Meeting(
                         "a number of one parameter's state goes to another parameter, or to the optimizer"
                     )
-                entry = (op, *rest)
+                entry = ("hyper", in_common(*rest)) if op == "state" and index is None else (op, *rest)
             else:
                 entry = (op, *operands)
             known[i] = ours.entry(entry, shared.values[i])

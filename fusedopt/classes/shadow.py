@@ -54,6 +54,87 @@ class NewState(Exception):
         self.traced = traced
 
 
+class Meeting(Untraceable):
+    """Numbers of several parameters meet, or one of them picks from a list. Where all parameters have the same number,
+    it can be taken for one that they have in common."""
+
+
+ROW = ("row", None)
+"""In a path: the row of a table that is looked up."""
+
+
+class Table:
+    """A list of rows of numbers, one of which a step may look up by a number that is another one in each step.
+
+    ``index`` is that number then, ``put`` what its row had, ``row`` what it has now. Else it is a list like others.
+    """
+
+    def __init__(
+        self,
+        real: list[list[Any]],
+        path: Path,
+        number: Callable[[Path, Any], Any],
+        plain: Callable[[], list[Any]],
+    ) -> None:
+        self.real, self.path = real, path
+        self.index: Number | None = None
+        self.put: list[Any] = []
+        self.row: list[Any] = []
+        self._number, self._make = number, plain
+        self._plain: list[Any] | None = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return list
+
+    @staticmethod
+    def can_be(value: Any) -> bool:
+        """Whether it is a list of lists of as many numbers, or None in their places."""
+        return (
+            type(value) is list
+            and 1 < len(value) <= MOST
+            and all(type(row) is list and len(row) == len(value[0]) > 0 for row in value)
+            and all(v is None or type(v) in (int, float) for row in value for v in row)
+        )
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._as_list())
+
+    def __getitem__(self, key: Any) -> Any:
+        if type(key) is not Number or type(key.value) is not int or self._plain is not None:
+            return self._as_list()[key]
+        if self.index is None:
+            self.index = key
+            places = ((*self.path, ROW, ("item", j)) for j in range(len(self.real[0])))
+            row = zip(places, self.real[key.value], strict=True)
+            self.put = [v if v is None else self._number(place, v) for place, v in row]
+            self.row = [*self.put]
+        if key.index != self.index.index:
+            raise Meeting(f"{shown(self.path)} is looked up at several places")
+        return self.row
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._as_list()[key] = value
+
+    def _as_list(self) -> list[Any]:
+        if self.index is not None:
+            raise Untraceable(f"{shown(self.path)} is looked up by numbers that change, and otherwise too")
+        if self._plain is None:
+            self._plain = self._make()
+        return self._plain
+
+    def changes(self) -> Iterator[tuple[Path, Any, Any]]:
+        """What was left in its row, as of containers."""
+        if len(self.row) != len(self.put):
+            raise NewState(f"a row of {shown(self.path)} gets or loses elements")
+        for j, (now, was) in enumerate(zip(self.row, self.put, strict=True)):
+            if now is not was:
+                yield (*self.path, ROW), j, now
+
+
 @dataclass
 class Container:
     """A container of the copy: ``put`` is what was put into it, by key. ``partial``: it has some of the parameters."""
@@ -75,7 +156,7 @@ class Shadow:
     """A copy of an optimizer. ``tensors`` are what stands for its tensors, by id; ``number(path, value)`` makes what
     stands for a number, ``function(f)`` for a function, ``kinds(c)`` for a class; ``state`` has what stands for the
     entries of each store of state, by the ids of store and parameter. ``numbers`` and ``flags`` are the optimizer's, by
-    path.
+    path. ``tables``: whether rows may be looked up by numbers that change.
     """
 
     def __init__(
@@ -87,8 +168,10 @@ class Shadow:
         state: dict[int, dict[int, Any]],
         function: Callable[[Any], Any] = lambda f: f,
         kinds: Callable[[type], type] = lambda kind: kind,
+        tables: bool = False,
     ) -> None:
         self._kinds = kinds
+        self._with_tables, self.tables = tables, list[Table]()
         self._number, self._tensors, self._function = number, tensors, function
         self.params = {id(p) for group in opt.param_groups for p in group["params"]}
         self._memo: dict[int, Any] = {}
@@ -155,17 +238,11 @@ class Shadow:
             return self._tensor(value, path)
         if isinstance(value, (list, tuple, collections.deque, dict)) and len(value) > MOST:
             raise Untraceable(f"{shown(path)} has {len(value)} elements")
+        if self._with_tables and Table.can_be(value):
+            self.tables.append(Table(value, path, self._number, lambda: self._sequence(kind, value, path)))
+            return self.tables[-1]
         if isinstance(value, (list, tuple, collections.deque)):
-            ours = [not isinstance(v, torch.Tensor) or id(v) not in self.params for v in value]
-            partial = not all(ours) and path[-1:] != (("item", "params"),)
-            chosen = [(i, v) for i, v in enumerate(value) if ours[i] or id(v) in self._tensors]
-            parts = [(i, self._copied(v, (*path, ("item", i)))) for i, v in chosen]
-            if isinstance(value, tuple):
-                made = [v for _, v in parts]
-                return kind(*made) if hasattr(kind, "_fields") else tuple(made)
-            copy: Any = [] if kind is list else collections.deque(maxlen=getattr(value, "maxlen", None))
-            self._memo[id(value)] = copy
-            return self._container(path, value, copy, parts, partial or path[-1:] == (("item", "params"),))
+            return self._sequence(kind, value, path)
         if isinstance(value, dict):
             factory = getattr(value, "default_factory", None)
             copy = collections.defaultdict(factory) if kind is collections.defaultdict else kind()
@@ -199,6 +276,18 @@ class Shadow:
             self.referred.append(value)
             return value
         return self._object(kind, value, path)
+
+    def _sequence(self, kind: type, value: Any, path: Path) -> Any:
+        ours = [not isinstance(v, torch.Tensor) or id(v) not in self.params for v in value]
+        partial = not all(ours) and path[-1:] != (("item", "params"),)
+        chosen = [(i, v) for i, v in enumerate(value) if ours[i] or id(v) in self._tensors]
+        parts = [(i, self._copied(v, (*path, ("item", i)))) for i, v in chosen]
+        if isinstance(value, tuple):
+            made = [v for _, v in parts]
+            return kind(*made) if hasattr(kind, "_fields") else tuple(made)
+        copy: Any = [] if kind is list else collections.deque(maxlen=getattr(value, "maxlen", None))
+        self._memo[id(value)] = copy
+        return self._container(path, value, copy, parts, partial or path[-1:] == (("item", "params"),))
 
     def _entries(self, value: dict[Any, Any], path: Path) -> Iterator[tuple[Any, Any]]:
         for key, inner in value.items():
@@ -252,7 +341,15 @@ class Shadow:
                 if c.partial:
                     raise Untraceable(f"{shown(c.path)} is changed, which has parameters in it")
                 out.append((c.path, key, value))
+        for table in self.looked_up():
+            if any(id(row) in self._memo for row in table.real):
+                raise Untraceable(f"rows of {shown(table.path)} are found elsewhere too")
+            out += table.changes()
         return out
+
+    def looked_up(self) -> list[Table]:
+        """Those of which a row was looked up by a number that changes."""
+        return [table for table in self.tables if table.index is not None]
 
 
 def _is_plain(kind: type) -> bool:
@@ -278,6 +375,6 @@ def shown(path: Path) -> str:
     for i, (kind, key) in enumerate(path):
         if kind == "dict":
             continue
-        what = "parameter" if isinstance(key, torch.Tensor) else repr(key)
+        what = "…" if kind == "row" else "parameter" if isinstance(key, torch.Tensor) else repr(key)
         text += f"self.{key}" if not i else f".{key}" if kind == "attr" else f"[{what}]"
     return text

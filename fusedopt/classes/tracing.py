@@ -19,15 +19,15 @@ import torch
 from ..ir.program import Buffer
 from ..step.items import Item
 from ..trace.number import ARITHMETIC, Guard, Number, ScalarProgram
-from ..trace.replay import Replay
+from ..trace.replay import Replay, can_replay
 from ..trace.run import MAX_PATHS
 from ..trace.signals import Mismatched, NeedsAttribute, Untraceable, latest
 from ..trace.signature import PLAIN, Foreign, Several, Signature
 from ..trace.standins import StandIns
 from ..trace.tracer import Trace
 from .host import FILL, Host, There, bucket_key
-from .representative import Representative, meta_of, mover
-from .shadow import Path, Shadow, shown
+from .representative import COMMON, Representative, in_common, meta_of, mover
+from .shadow import Meeting, Path, Shadow, shown
 from .stores import in_stores, rebuilt, stores_of, whole_of
 from .sums import StepRun, Sums, new_step, of_step, settled, totals_in
 from .symbolic import Symbolic, TensorNumber, made, tracing
@@ -41,6 +41,7 @@ CHOICES = 16
 COMPARED, SMALL = 8, 1 << 20
 """Parameters of each bucket that a step which sums over them is compared with the class's own; one more at least, and
 others of no more elements."""
+CHANGES = "a number that changes with each step leaves recorded arithmetic (an index, formatting)"
 DEPENDS = "what it does to a parameter depends on the others, or on their order"
 
 
@@ -62,7 +63,7 @@ def _owners(shared: ScalarProgram, i: int) -> set[int]:
     op, *operands = shared.entries[i]
     if op in ARITHMETIC:
         return set().union(*(_owners(shared, k) for k in operands))
-    return {operands[0]} if op == "state" else set()
+    return {operands[0]} - {COMMON} if op == "state" else set()
 
 
 @dataclass
@@ -136,8 +137,10 @@ def trace_step(
 ) -> StepTrace:
     """Trace the step of these buckets. Raises Untraceable, NewState, NeedsAttribute, or what the class raises.
 
-    Where sizes leave open along which dimensions a state goes, the first choice is taken that fits.
+    Where sizes leave open along which dimensions a state goes, the first choice is taken that fits. Numbers that all
+    parameters have in common are taken for one where nothing else helps: it has to stay so.
     """
+    common: tuple[str, ...] = ()
     choices = [
         [*islice(signature.resolved(), CHOICES), *_of_other_shapes(items, signature)]
         for items, signature in buckets
@@ -145,13 +148,31 @@ def trace_step(
     while True:
         chosen = [(items, found[0]) for (items, _), found in zip(buckets, choices, strict=True)]
         try:
-            return _trace_step(opt, chosen, closure, options, names)
+            return _trace_step(opt, chosen, closure, options, names, common)
+        except Meeting:
+            if common or not (common := _in_common(opt, buckets)):
+                raise
         except Mismatched as error:
             bucket_of = [b for b, (items, _) in enumerate(buckets) for _ in items[:REPRESENTATIVES]]
             found = choices[bucket_of[error.of]] if error.of is not None else []
             if len(found) < 2:
                 raise
             del found[: -1 if error.matrix else 1]
+
+
+def _in_common(opt: torch.optim.Optimizer, buckets: Sequence[Bucket]) -> tuple[str, ...]:
+    """The keys of numbers in the state that are the same for all parameters."""
+    store, *others = stores_of(opt)
+    if others or vars(opt).get("state") is not store:
+        return ()
+    first, *more = [store[item.owner] for items, _ in buckets for item in items]
+    return tuple(
+        key
+        for key, value in first.items()
+        if type(key) is str
+        and type(value) in (int, float)
+        and all(type(state.get(key)) is type(value) and state[key] == value for state in more)
+    )
 
 
 def _of_other_shapes(items: list[Item], signature: Signature) -> Iterator[Signature]:
@@ -174,6 +195,7 @@ def _trace_step(
     closure: bool,
     options: Options,
     names: Callable[[Path], str],
+    common: tuple[str, ...],
 ) -> StepTrace:
     scalars, stores = ScalarProgram(), stores_of(opt)
     stand_ins = StandIns("torch.optim")
@@ -188,7 +210,7 @@ def _trace_step(
         first = sum(map(len, groups))
         groups.append(
             [
-                Representative(first + k, item, signature, scalars, stores, kinds)
+                Representative(first + k, item, signature, scalars, stores, kinds, common)
                 for k, item in enumerate(chosen)
             ]
         )
@@ -200,7 +222,9 @@ def _trace_step(
 
     def run(representatives: list[Representative], decisions: tuple[bool, ...]) -> _Ran:
         step = new_step(scalars, sums, decisions, representatives[0].signature)
-        ran = _run(opt, kind, stand_ins, representatives, scalars, closure, options, names, step, codes)
+        ran = _run(
+            opt, kind, stand_ins, representatives, scalars, closure, options, names, step, codes, bool(common)
+        )
         for r in representatives:
             r.end(ran.path)
         step.finished = True
@@ -252,6 +276,8 @@ def _trace_step(
         known = [(r.item, t) for r, t in zip(group, found, strict=True)]
         more = _more(buckets[len(examples)][0]) if sums.shares else []
         examples.append([*known, *((item, found[0]) for item in more)])
+    if not all(map(can_replay, traces)):
+        raise Meeting(CHANGES)
     return StepTrace(host, traces, examples, closure)
 
 
@@ -294,7 +320,7 @@ def _guards(
         for r in representatives
     }
     if len(shared) + sum(map(len, own.values())) < len(scalars.guards):
-        raise Untraceable("a branch depends on numbers of several parameters")
+        raise Meeting("a branch depends on numbers of several parameters")
     return shared, own
 
 
@@ -315,6 +341,12 @@ def _host(
     move = mover(scalars, ours, None)
     host = Host(first.shadow, first.used, first.hosted, first.watch.around(first.kind), sums, capturable)
     host.returns_loss, host.returned = first.returns
+    host.takes_for_one({e[2]: in_common(e[2]) for e in scalars.entries if e[:2] == ("state", COMMON)})
+    for table in first.shadow.looked_up():
+        assert table.index is not None
+        program = ScalarProgram()
+        at = mover(scalars, program, None)(table.index.index)
+        host.looks_up(table, Number(program, at, table.index.value), first.used)
     host.later = {bucket: by_path for bucket, by_path in later.items() if by_path}
     host.writes({p: (ran.changes, ran.step.conditions) for p, ran in paths.items()}, scalars, move, ours)
     for guard in shared if host.leaves_something else ():
@@ -385,8 +417,9 @@ def _run(
     names: Callable[[Path], str],
     step: StepRun,
     codes: set[types.CodeType],
+    tables: bool,
 ) -> _Ran:
-    """Let the shadow step once. ``codes``: all that was run so far."""
+    """Let the shadow step once. ``codes``: all that was run so far; ``tables``: as of `Shadow`."""
     tensors: dict[int, Any] = {}
     for r in representatives:
         r.begin(step)
@@ -415,7 +448,7 @@ def _run(
         return scalars.number(("hyper", used[path]), plain)
 
     _resting(opt, representatives[0].stores, tensors, known)
-    shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of, representatives[0].kinds)
+    shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of, representatives[0].kinds, tables)
     given = _Closure()
     watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred, codes)
     watch.before()
