@@ -245,7 +245,7 @@ class Host:
 
     def look(self, root: dict[str, Any]) -> str | None:
         """Read the numbers; or why this is another step than the one that was traced."""
-        why = self._look(root) or self.around() or (self._looked_up(root) if self._common else None)
+        why = self._look(root) or self.around() or self._looked_up(root)
         if why is None and self._function is not None:
             try:
                 _, left, guards = self._function(*[self.numbers[name] for name in self._inputs])
@@ -262,6 +262,8 @@ class Host:
 
     def _looked_up(self, root: dict[str, Any]) -> str | None:
         """Read numbers that all parameters have in common, and rows; or why that cannot be."""
+        if not (self._common or self._rows):
+            return None
         stepped = [p for params in self._met.values() for p in params.values() if p.grad is not None]
         for key, name in self._common.items():
             states = map(root["state"].get, stepped)

@@ -145,9 +145,7 @@ class Representative:
         if path in self.outcomes:  # while others go along more of theirs, or with fewer of them
             before = self.outcomes[path][1]
             if any(not alike(v, cells[k]) for k, v in before.items() if not isinstance(v, Foreign)):
-                raise Untraceable(
-                    "what it does to a parameter depends on how many there are, or on their order"
-                )
+                raise Meeting("what it does to a parameter depends on how many there are, or on their order")
             return
         self.outcomes[path] = self.run, cells
         self.todo += [(*path[:k], not path[k]) for k in range(len(self.run.decisions), len(path))]

@@ -55,8 +55,8 @@ class NewState(Exception):
 
 
 class Meeting(Untraceable):
-    """Numbers of several parameters meet, or one of them picks from a list. Where all parameters have the same number,
-    it can be taken for one that they have in common."""
+    """What is done to a parameter depends on others, or a number picks from a list. It may be that their numbers meet
+    there: where all parameters have the same one, it can be taken for one that they have in common."""
 
 
 ROW = ("row", None)

@@ -138,9 +138,9 @@ def trace_step(
     """Trace the step of these buckets. Raises Untraceable, NewState, NeedsAttribute, or what the class raises.
 
     Where sizes leave open along which dimensions a state goes, the first choice is taken that fits. Numbers that all
-    parameters have in common are taken for one where nothing else helps: it has to stay so.
+    parameters have in common are taken for one, and rows looked up by numbers, where nothing else helps.
     """
-    common: tuple[str, ...] = ()
+    common: tuple[str, ...] | None = None
     choices = [
         [*islice(signature.resolved(), CHOICES), *_of_other_shapes(items, signature)]
         for items, signature in buckets
@@ -150,8 +150,9 @@ def trace_step(
         try:
             return _trace_step(opt, chosen, closure, options, names, common)
         except Meeting:
-            if common or not (common := _in_common(opt, buckets)):
+            if common is not None:
                 raise
+            common = _in_common(opt, buckets)
         except Mismatched as error:
             bucket_of = [b for b, (items, _) in enumerate(buckets) for _ in items[:REPRESENTATIVES]]
             found = choices[bucket_of[error.of]] if error.of is not None else []
@@ -165,7 +166,7 @@ def _in_common(opt: torch.optim.Optimizer, buckets: Sequence[Bucket]) -> tuple[s
     store, *others = stores_of(opt)
     if others or vars(opt).get("state") is not store:
         return ()
-    first, *more = [store[item.owner] for items, _ in buckets for item in items]
+    first, *more = [store.get(item.owner, {}) for items, _ in buckets for item in items]
     return tuple(
         key
         for key, value in first.items()
@@ -195,7 +196,7 @@ def _trace_step(
     closure: bool,
     options: Options,
     names: Callable[[Path], str],
-    common: tuple[str, ...],
+    common: tuple[str, ...] | None,
 ) -> StepTrace:
     scalars, stores = ScalarProgram(), stores_of(opt)
     stand_ins = StandIns("torch.optim")
@@ -210,7 +211,7 @@ def _trace_step(
         first = sum(map(len, groups))
         groups.append(
             [
-                Representative(first + k, item, signature, scalars, stores, kinds, common)
+                Representative(first + k, item, signature, scalars, stores, kinds, common or ())
                 for k, item in enumerate(chosen)
             ]
         )
@@ -223,7 +224,17 @@ def _trace_step(
     def run(representatives: list[Representative], decisions: tuple[bool, ...]) -> _Ran:
         step = new_step(scalars, sums, decisions, representatives[0].signature)
         ran = _run(
-            opt, kind, stand_ins, representatives, scalars, closure, options, names, step, codes, bool(common)
+            opt,
+            kind,
+            stand_ins,
+            representatives,
+            scalars,
+            closure,
+            options,
+            names,
+            step,
+            codes,
+            common is not None,
         )
         for r in representatives:
             r.end(ran.path)
@@ -245,7 +256,7 @@ def _trace_step(
         for path, ran in paths.items():
             alone = run(fewer, path)
             if alone.path != path or alone.left() != ran.left():
-                raise Untraceable(
+                raise Meeting(
                     "what the step leaves in the optimizer depends on how many parameters there are"
                 )
     shared, own = _guards(representatives, scalars)
@@ -256,7 +267,7 @@ def _trace_step(
     for bucket, group in zip(buckets, groups, strict=True):
         counts = group[0].later
         if any(_different(a.trace, r.later[path].trace) for r in group[1:] for path, a in counts.items()):
-            raise Untraceable(DEPENDS)
+            raise Meeting(DEPENDS)
         later[bucket_key(*bucket)] = counts
     host = _host(paths, shared, scalars, buckets, sums, options.capturable, later)
     host.closure = closure
@@ -271,7 +282,7 @@ def _trace_step(
     for group in groups:
         found = [r.traced([*shared, *own[r.index]], options.write_grads, depths) for r in group]
         if any(_different(found[0], other) for other in found[1:]):
-            raise Untraceable(DEPENDS)
+            raise Meeting(DEPENDS)
         traces.append(found[0])
         known = [(r.item, t) for r, t in zip(group, found, strict=True)]
         more = _more(buckets[len(examples)][0]) if sums.shares else []
