@@ -668,6 +668,26 @@ def test_state_on_another_device_than_its_parameter_is_refused():
     assert torch.equal(p, before) and opt.state[p]["step"] == 1
 
 
+def test_a_class_on_a_device_without_a_backend_says_so(no_warning_given):
+    p = nn.Parameter(torch.ones(3, device="meta"))
+    opt = fusedopt.fuse(torch.optim.AdamW([p]))
+    with pytest.warns(RuntimeWarning, match="compiles nothing for meta|runs as it was written") as caught:
+        for _ in range(6):
+            p.grad = torch.ones(3, device="meta")
+            opt.step()
+    assert len(caught) == 2 and "no compiled backend can be used here" in opt.explain().eager[0].reason
+
+
+def test_a_class_fused_for_the_reference_steps_as_it_was_written():
+    """Asked for, it is no reason to warn."""
+    p = nn.Parameter(torch.ones(3))
+    opt = fusedopt.fuse(torch.optim.AdamW([p]), backend="reference")
+    for _ in range(6):
+        p.grad = torch.ones(3)
+        opt.step()
+    assert opt.state[p]["step"] == 6 and "compiles nothing" in opt.explain().eager[0].reason
+
+
 def test_a_device_without_a_backend_is_said_once_and_the_others_still_fuse(no_warning_given):
     there, here = nn.Parameter(torch.ones(3, device="meta")), nn.Parameter(torch.ones(3))
     opt = fusedopt.SGD([there, here], lr=0.1)

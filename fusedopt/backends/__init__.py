@@ -116,13 +116,14 @@ def compile_program(
     Raises BuildError if the backend was asked for by name.
     """
     tried = candidates(name, device)
-    for backend, following in zip(tried, (*tried[1:], None), strict=True):
+    for k, backend in enumerate(tried):
         try:
             return backend, backend.compile(program, title, slot_names, device)
         except BuildError as error:
             if name != "auto":
                 raise
-            instead = f"{following.name} compiles instead" if following else "steps run unfused"
+            following = tried[k + 1 :]
+            instead = f"{following[0].name} compiles instead" if following else "steps run unfused"
             env.warn_once(
                 _warned, backend.name, f"the {backend.name} backend cannot be used, so {instead}. {error}"
             )

@@ -45,6 +45,7 @@ KINDS = 12
 """The same where each has gradients of other kinds of parameters, of which there are only so many."""
 UNKNOWN = "it was not traced yet: the first step makes the class's state, and the second one is. Remedy: take two steps"
 REMEDY = "nothing is wrong, it is as fast as without fusedopt; docs/classes.md says what fuses"
+REFERENCE = 'the reference backend compiles nothing. Remedy: backend="auto"'
 
 Opt = TypeVar("Opt", bound=torch.optim.Optimizer)
 
@@ -62,7 +63,8 @@ class Fused:
         self.groups = ClassGroups(opt, options.storage, options.capturable)
         self.buckets = StepBuckets(self.groups, type(opt).__name__, options, self.scaling)
         self.engine, self.captures = Engine(self.buckets), Captures()
-        self.reason, self.given_up, self._why = "", False, ""
+        self.given_up = options.backend == "reference"
+        self.reason, self._why = REFERENCE if self.given_up else "", ""
         self._misses = self._steps = self._failures = self._asked = 0
         self._calls_first = self._new_trace = False
         self.said: set[Any] = set()
