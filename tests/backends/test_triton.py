@@ -287,9 +287,10 @@ def test_their_kernels_are_launched_in_order_over_tiles_of_lines(driver):
     ],
 )
 def test_tiles_are_as_long_as_leaves_little_of_them_empty(shapes, columns):
-    assert backend._tile(np.array(shapes), False) == backend.Tile.of(columns)
+    once, again = PROGRAMS["factored matrix"][0], PROGRAMS["by rows"][0]
+    assert backend._tile(once, np.array(shapes)) == backend.Tile.of(columns)
     whole = max(length for _, length in shapes) <= columns
-    assert backend._tile(np.array(shapes), True) == backend.Tile.of(columns, whole)
+    assert backend._tile(again, np.array(shapes)) == backend.Tile.of(columns, whole)
 
 
 # ---------------------------------------------------------------- the source

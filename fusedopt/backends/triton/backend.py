@@ -107,7 +107,8 @@ class Triton(Compiler):
         else:
             handle = _steps(program, module)
             # For other tensors tiles may have another shape: then it is compiled again when it is prepared for them.
-            _compile_blocks(name, handle, entry.source_path, device, Tile.of(max(TILES)))
+            usual = (1 << 10, program.line or max(TILES))
+            _compile_blocks(name, handle, entry.source_path, device, _tile(program, np.array([usual])))
         seconds = time.perf_counter() - start
         return Kernel(
             self.name, name, program, body, str(entry.source_path), seconds, not entry.built, handle
@@ -197,8 +198,7 @@ class BlocksLaunch(Rows):
         chunks, n_kept = _with_room_for_lines(
             self.layout.chunks, lines, self.n_results, most_kept_lines(program)
         )
-        again = any(stage.lines for stage in renderer.stages(program))
-        self.tile = _tile(axes[self.rows[:, 0] > 0], again)
+        self.tile = _tile(program, axes[self.rows[:, 0] > 0])
         self._chunks = Upload(self.device).of(chunks)
         tiled = any(step.tiled for step in self.steps)
         self._tiles = Upload(self.device).of(chunking.line_tiles(chunks, lines)) if tiled else self._chunks
@@ -237,15 +237,16 @@ def _with_room_for_lines(
     return np.concatenate([chunks, first[:, None]], axis=1), int(count.sum())
 
 
-def _tile(axes: np.ndarray, again: bool) -> Tile:
+def _tile(program: Program, axes: np.ndarray) -> Tile:
     """The tiles for tensors with axes of these lengths: the longest that leave little empty.
 
-    A line that is longer has several tiles. again: whether lines are gone over more than once
+    A line that is longer has several tiles.
     """
     length, count = axes[:, -1], np.prod(axes[:, :-1], axis=1)
     tiles = [Tile.of(columns) for columns in TILES]
     work = {t: t.warps * int((-(-count // t.lines) * -(-length // t.columns)).sum()) for t in tiles}
     columns = max(t.columns for t in tiles if work[t] <= 1.25 * min(work.values()))
+    again = any(stage.lines for stage in renderer.stages(program))
     return Tile.of(columns, again and int(length.max()) <= columns)
 
 
