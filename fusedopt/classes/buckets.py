@@ -213,8 +213,8 @@ class ClassGroups:
         self._instead = None
         if without or len(stores) > 1:
             whole |= {p: {} for p in without}
-            resting = [p for p in self._all() if p.grad is None]
-            whole |= {p: kept for p in resting if (kept := whole_of(stores, p)) is not None}
+            resting = ((p, whole_of(stores, p)) for p in self._all() if p.grad is None)
+            whole |= {p: kept or {} for p, kept in resting if kept is not None or id(p) in self._stateless}
             self._instead = [(store, list(store.values())) for store in stores], {**stores[0], **whole}
         return whole
 
@@ -330,6 +330,8 @@ class StepBuckets(Buckets):
         if host.closure != self.closure:
             return f"a closure is {'given' if self.closure else 'no longer given'}"
         self.groups.numbers = host.numbers
+        if type(self.groups.opt) is not host.kind:
+            return "the optimizer is of another class"
         return host.look(vars(self.groups.opt))
 
     def forget(self) -> None:

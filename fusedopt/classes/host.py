@@ -93,6 +93,10 @@ class Host:
         self._sums = sums
         self._paths: dict[tuple[bool, ...], tuple[list[Write], list[int]]] = {}
         """What is written along each path through the step's own branches, and the conditions of these."""
+        self.kind: type = object
+        """The class whose step it is."""
+        self.needs_all = False
+        """Whether the step is another one where one of the parameters has no gradient."""
         self.sums = self._all = False
         """Whether the step sums over its parameters; whether some of each bucket have to have gradients."""
         self._function: Callable[..., Any] | None = None
@@ -146,7 +150,7 @@ class Host:
                 return lambda left: float(left.values[node])
             if type(value) is Symbolic and not value.why and value.parts is None:
                 return tensor(value, where)
-            if isinstance(value, (*PLAIN, int, float)) and type(value) is not Number:  # type: ignore[comparison-overlap]
+            if type(value) in PLAIN:
                 return lambda left: value
             if type(value) in (tuple, list):
                 parts = [template(v, where) for v in value]
@@ -256,6 +260,8 @@ class Host:
             self._left = dict(zip(self._keys, left, strict=True))
         if why is None and (self._all or self._alone) and not self._all_step():
             return "other parameters have gradients"
+        if why is None and self.needs_all and self._some_rest():
+            return "a parameter has no gradient, which the step does something about"
         if why is None and self._own and not self._own_as_they_were():
             return "an attribute of a parameter is another one now"
         return why
@@ -283,6 +289,9 @@ class Host:
             for name, value in attributes
             for p in self._met[key].values()
         )
+
+    def _some_rest(self) -> bool:
+        return any(p.grad is None for params in self._met.values() for p in params.values())
 
     def _all_step(self) -> bool:
         """Whether some parameters of each bucket have gradients; and no more than were met where that matters."""

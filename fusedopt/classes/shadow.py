@@ -9,7 +9,8 @@ from __future__ import annotations
 import collections
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,15 @@ class NewState(Exception):
 class Meeting(Untraceable):
     """What is done to a parameter depends on others, or a number picks from a list. It may be that their numbers meet
     there: where all parameters have the same one, it can be taken for one that they have in common."""
+
+
+class Names:
+    """The names of parameters, which a step must not look at: a trace is of a few parameters that stand for others."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise Untraceable("the step looks at the names of parameters")
+
+    __iter__ = __getitem__ = __len__ = __contains__ = lambda self, *_: self.__getattr__("")
 
 
 ROW = ("row", None)
@@ -156,7 +166,8 @@ class Shadow:
     """A copy of an optimizer. ``tensors`` are what stands for its tensors, by id; ``number(path, value)`` makes what
     stands for a number, ``function(f)`` for a function, ``kinds(c)`` for a class; ``state`` has what stands for the
     entries of each store of state, by the ids of store and parameter. ``numbers`` and ``flags`` are the optimizer's, by
-    path. ``tables``: whether rows may be looked up by numbers that change.
+    path. ``tables``: whether rows may be looked up by numbers that change. ``alike``: a key for each parameter that is
+    stepped, the same for those of which a few stand for the others; ``named`` makes what stands for the names of a few.
     """
 
     def __init__(
@@ -169,8 +180,10 @@ class Shadow:
         function: Callable[[Any], Any] = lambda f: f,
         kinds: Callable[[type], type] = lambda kind: kind,
         tables: bool = False,
+        alike: Mapping[int, Any] | None = None,
+        named: Callable[[list[str]], Any] = list,
     ) -> None:
-        self._kinds = kinds
+        self._kinds, self._alike, self._named = kinds, alike or {}, named
         self._with_tables, self.tables = tables, list[Table]()
         self._number, self._tensors, self._function = number, tensors, function
         self.params = {id(p) for group in opt.param_groups for p in group["params"]}
@@ -251,6 +264,7 @@ class Shadow:
                 made = self._container(path, value, copy, self._states(value, path), False)
                 self.containers[-1].store = True
                 return made
+            self._all_or_none(value, path)
             return self._container(path, value, copy, self._entries(value, path), any(map(_is_tensor, value)))
         if kind in (set, frozenset):
             if any(isinstance(v, torch.Tensor) for v in value):
@@ -278,6 +292,8 @@ class Shadow:
         return self._object(kind, value, path)
 
     def _sequence(self, kind: type, value: Any, path: Path) -> Any:
+        if path[-1:] != (("item", "params"),):
+            self._all_or_none(value, path)
         ours = [not isinstance(v, torch.Tensor) or id(v) not in self.params for v in value]
         partial = not all(ours) and path[-1:] != (("item", "params"),)
         chosen = [(i, v) for i, v in enumerate(value) if ours[i] or id(v) in self._tensors]
@@ -289,9 +305,20 @@ class Shadow:
         self._memo[id(value)] = copy
         return self._container(path, value, copy, parts, partial or path[-1:] == (("item", "params"),))
 
+    def _all_or_none(self, value: Iterable[Any], path: Path) -> None:
+        """Raises Untraceable if a container tells parameters apart of which a few stand for the others."""
+        found = Counter(self._alike[id(v)] for v in value if _is_tensor(v) and id(v) in self._alike)
+        if found:
+            every = Counter(self._alike.values())
+            if any(every[key] != count for key, count in found.items()):
+                raise Untraceable(f"{shown(path)} has some of the parameters in it, which are like others")
+
     def _entries(self, value: dict[Any, Any], path: Path) -> Iterator[tuple[Any, Any]]:
         for key, inner in value.items():
-            if isinstance(key, torch.Tensor):
+            if key == "param_names" and "params" in value and len(inner) == len(value["params"]):
+                named = zip(inner, value["params"], strict=True)
+                yield key, self._named([name for name, p in named if id(p) in self._tensors])
+            elif isinstance(key, torch.Tensor):
                 if id(key) in self._tensors:
                     yield self._tensors[id(key)], self._copied(inner, (*path, ("item", key)))
             else:

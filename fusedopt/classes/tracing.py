@@ -27,7 +27,7 @@ from ..trace.standins import StandIns
 from ..trace.tracer import Trace
 from .host import FILL, Host, There, bucket_key
 from .representative import COMMON, Representative, in_common, meta_of, mover
-from .shadow import Meeting, Path, Shadow, shown
+from .shadow import Meeting, Names, Path, Shadow, shown
 from .stores import in_stores, rebuilt, stores_of, whole_of
 from .sums import StepRun, Sums, new_step, of_step, settled, totals_in
 from .symbolic import Symbolic, TensorNumber, made, tracing
@@ -38,10 +38,11 @@ REPRESENTATIVES = 2
 """Parameters of each bucket that a step is traced with."""
 CHOICES = 16
 """How many ways are tried in which state may go along a parameter's dimensions."""
-COMPARED, SMALL = 8, 1 << 20
-"""Parameters of each bucket that a step which sums over them is compared with the class's own; one more at least, and
-others of no more elements."""
+COMPARED, SMALL = 16, 1 << 20
+"""Parameters of each bucket of which a trace is compared with the class's own step, but for those of more elements. A
+step which sums over parameters is compared for one more at least."""
 CHANGES = "a number that changes with each step leaves recorded arithmetic (an index, formatting)"
+USED = "a parameter without a gradient is used"
 DEPENDS = "what it does to a parameter depends on the others, or on their order"
 
 
@@ -87,14 +88,23 @@ class Loss:
 
 
 class _Closure:
-    def __init__(self) -> None:
-        self.calls, self.late, self.loss = 0, False, Loss()
+    def __init__(self, shadow: Shadow) -> None:
+        self.calls, self.late, self.loss, self.shadow = 0, False, Loss(), shadow
         self.mode: Any = None
 
     def __call__(self) -> Loss:
         self.calls += 1
-        self.late |= self.mode.acted
+        self.late |= self.mode.acted or bool(self.shadow.changes())
         return self.loss
+
+
+@dataclass(frozen=True)
+class Shadowing:
+    """tables, alike: as of `Shadow`. resting: parameters that are taken to have no gradient."""
+
+    tables: bool
+    alike: dict[int, int]
+    resting: Sequence[torch.Tensor]
 
 
 def shadow_class(kind: type, stand_ins: StandIns) -> type:
@@ -221,21 +231,17 @@ def _trace_step(
     sums = Sums(bucket_of, [group[0].item.where[0] for group in groups])
     codes: set[types.CodeType] = set()
 
-    def run(representatives: list[Representative], decisions: tuple[bool, ...]) -> _Ran:
+    alike = {id(item.owner): b for b, (items, _) in enumerate(buckets) for item in items}
+
+    def run(
+        representatives: list[Representative],
+        decisions: tuple[bool, ...],
+        resting: Sequence[Representative] = (),
+    ) -> _Ran:
         step = new_step(scalars, sums, decisions, representatives[0].signature)
-        ran = _run(
-            opt,
-            kind,
-            stand_ins,
-            representatives,
-            scalars,
-            closure,
-            options,
-            names,
-            step,
-            codes,
-            common is not None,
-        )
+        rest = [r.item.owner for r in resting]
+        how = Shadowing(common is not None, alike, rest)
+        ran = _run(opt, kind, stand_ins, representatives, scalars, closure, options, names, step, codes, how)
         for r in representatives:
             r.end(ran.path)
         step.finished = True
@@ -259,6 +265,8 @@ def _trace_step(
                 raise Meeting(
                     "what the step leaves in the optimizer depends on how many parameters there are"
                 )
+    several = any(len(group) > 1 for group in groups)
+    needs_all = (several or not sums.shares) and _needs_all(run, paths, groups, scalars)
     shared, own = _guards(representatives, scalars)
     branches = {path: ran.step.conditions for path, ran in paths.items()}
     for r in representatives:
@@ -270,7 +278,7 @@ def _trace_step(
             raise Meeting(DEPENDS)
         later[bucket_key(*bucket)] = counts
     host = _host(paths, shared, scalars, buckets, sums, options.capturable, later)
-    host.closure = closure
+    host.closure, host.needs_all, host.kind = closure, needs_all, type(opt)
     graphs = [r.graph for r in representatives]
     roots = [*totals_in(sums.graph, host.nodes)]
     used = sums.used([*roots, *(k for r in representatives for k in totals_in(r.graph, r.nodes()))], graphs)
@@ -285,17 +293,54 @@ def _trace_step(
             raise Meeting(DEPENDS)
         traces.append(found[0])
         known = [(r.item, t) for r, t in zip(group, found, strict=True)]
-        more = _more(buckets[len(examples)][0]) if sums.shares else []
+        more = _more(buckets[len(examples)][0], [r.item for r in group], least=bool(sums.shares))
         examples.append([*known, *((item, found[0]) for item in more)])
     if not all(map(can_replay, traces)):
         raise Meeting(CHANGES)
     return StepTrace(host, traces, examples, closure)
 
 
-def _more(items: Sequence[Item]) -> list[Item]:
-    """Parameters beside the representatives, to be compared too: a sum may be over the first few parameters only."""
-    found = sorted(items, key=lambda item: item.param.numel())[REPRESENTATIVES:COMPARED]
-    return [item for k, item in enumerate(found) if not k or item.param.numel() <= SMALL]
+def _more(items: Sequence[Item], known: Sequence[Item], least: bool) -> list[Item]:
+    """Parameters beside the representatives, to be compared too, from the first to the last: a step may tell parameters
+    apart by their order, or sum over the first few only."""
+    others = [item for item in items if not any(item is one for one in known)]
+    small = [item for item in others if item.param.numel() <= SMALL]
+    if not small:
+        return sorted(others, key=lambda item: item.param.numel())[: int(least)]
+    count = min(COMPARED - len(known), len(small))
+    return [small[k * (len(small) - 1) // max(count - 1, 1)] for k in range(count)]
+
+
+def _needs_all(
+    run: Callable[..., _Ran],
+    paths: dict[tuple[bool, ...], _Ran],
+    groups: Sequence[Sequence[Representative]],
+    scalars: ScalarProgram,
+) -> bool:
+    """Whether the step is another one where parameters have no gradient: it does something to these, or counts them.
+
+    All but one of each bucket rest; where there is one of each, all but one. A step that is like that is traced again
+    when gradients are missing, and is the class's own then.
+    """
+    stepped = [group[-1] for group in groups]
+    if all(len(group) == 1 for group in groups):
+        stepped = stepped[-1:]
+    resting = [r for group in groups for r in group if not any(r is one for one in stepped)]
+    guards, outcomes = [*scalars.guards], [{k: {**v} for k, v in r.by_step.items()} for r in stepped]
+    try:
+        for path, ran in paths.items() if resting else ():
+            alone = run(stepped, path, resting)
+            if alone.path != path or alone.left() != ran.left():
+                return True
+    except NeedsAttribute:
+        raise
+    except (Untraceable, Exception):
+        return True
+    finally:  # what such a step takes for granted is nothing to others
+        scalars.guards[:] = guards
+        for r, found in zip(stepped, outcomes, strict=True):
+            r.by_step, r.todo = found, []
+    return False
 
 
 def _one_path(
@@ -428,17 +473,17 @@ def _run(
     names: Callable[[Path], str],
     step: StepRun,
     codes: set[types.CodeType],
-    tables: bool,
+    how: Shadowing,
 ) -> _Ran:
-    """Let the shadow step once. ``codes``: all that was run so far; ``tables``: as of `Shadow`."""
+    """Let the shadow step once. ``codes``: all that was run so far."""
     tensors: dict[int, Any] = {}
     for r in representatives:
         r.begin(step)
         tensors |= r.tensors()
     known: dict[int, dict[int, Any]] = {id(store): {} for store in representatives[0].stores}
     for r in representatives:
-        for store, kept in in_stores(r.stores, r.state).items() if r.state is not None else ():
-            known[store][id(r.item.owner)] = kept
+        for store, state in in_stores(r.stores, r.state).items() if r.state is not None else ():
+            known[store][id(r.item.owner)] = state
     used: dict[Path, str] = {}
     hosted: dict[int, tuple[Symbolic, Number, list[Path]]] = {}
 
@@ -458,9 +503,20 @@ def _run(
         plain = value if type(value) in (int, float) else float(np.float64(value))
         return scalars.number(("hyper", used[path]), plain)
 
-    _resting(opt, representatives[0].stores, tensors, known)
-    shadow = Shadow(opt, kind, tensors, number, known, stand_ins.of, representatives[0].kinds, tables)
-    given = _Closure()
+    kept = _resting(opt, representatives[0].stores, tensors, known, how.resting)
+    shadow = Shadow(
+        opt,
+        kind,
+        tensors,
+        number,
+        known,
+        stand_ins.of,
+        representatives[0].kinds,
+        how.tables,
+        how.alike,
+        lambda _: Names(),
+    )
+    given = _Closure(shadow)
     watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred, codes)
     watch.before()
     latest()
@@ -480,8 +536,10 @@ def _run(
         raise signal
     if given.late or given.calls != closure:
         raise Untraceable("the step calls its closure more than once, or not before anything else")
-    if returned is not given.loss and not isinstance(returned, PLAIN):
+    if returned is not given.loss and type(returned) not in PLAIN:
         raise Untraceable("the step returns something that is not the loss")
+    if any(now.keys() != was.keys() or any(now[k] is not was[k] for k in was) for now, was in kept):
+        raise Untraceable(USED)
     changes = [(p, k, v) for p, k, v in shadow.changes() if v is not given.loss]
     changes += [
         (ways[0], FILL, t if t.sym is not None else t.number)
@@ -517,17 +575,24 @@ def _resting(
     stores: Sequence[dict[Any, Any]],
     tensors: dict[int, Any],
     known: dict[int, dict[int, Any]],
-) -> None:
-    """One parameter of each group that has no gradient: the step must leave it alone."""
-    why = "a parameter without a gradient is used"
+    more: Sequence[torch.Tensor],
+) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """One parameter of each group that has no gradient, and ``more``: the step must leave them alone. What stands for
+    their states, and what was in it."""
 
     def poison(name: str, value: Any) -> Any:
-        return made(None, meta_of(value), why) if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor):
+            return made(None, meta_of(value), USED)
+        return made(None, torch.empty((), device="meta"), USED) if type(value) in (int, float) else value
 
+    out = []
     for group in opt.param_groups:
-        for p in [p for p in group["params"] if p.grad is None][:1]:
-            tensors[id(p)] = made(None, meta_of(p), why)
+        for p in [*[p for p in group["params"] if p.grad is None][:1], *more]:
+            tensors[id(p)] = made(None, meta_of(p), USED)
             tensors[id(p)].__dict__.update(_is_param=True, gradient=None)
             if (whole := whole_of(stores, p)) is not None:
-                for store, kept in in_stores(stores, rebuilt(whole, poison)).items():
-                    known[store][id(p)] = kept
+                for store, state in in_stores(stores, rebuilt(whole, poison)).items():
+                    known[store][id(p)] = state
+                    out.append((state, dict(state)))
+        more = ()
+    return out
