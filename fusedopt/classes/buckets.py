@@ -188,10 +188,13 @@ class ClassGroups:
                 todo.append(item)
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in item.state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
-        factors = [v for item in todo for v in item.state.values() if _is_factor(v, item.param)]
-        factors += [v for item in todo for v in _hosted(item).values()]
-        if len(set(map(id, factors))) < len(factors):
-            raise Untraceable("parameters have a tensor of their state in common")
+        state = [v for item in todo for v in item.state.values() if isinstance(v, torch.Tensor)]
+        state += [v for item in todo for v in _hosted(item).values()]
+        taken = {here(t).data_ptr() for item in todo for t in (item.param, item.grad)}
+        if len(set(map(id, state))) < len(state) or any(
+            here(v).data_ptr() in taken for v in state if v.numel()
+        ):
+            raise Untraceable("parameters, gradients or state have a tensor in common")
         if len({id(item.owner) for item in todo}) < len(todo):
             raise Untraceable("a parameter is listed twice")
         return todo
@@ -267,11 +270,6 @@ def _is_flat(value: Any, p: torch.Tensor) -> bool:
         and p.is_contiguous()
         and not is_dtensor(p)
     )
-
-
-def _is_factor(value: Any, p: torch.Tensor) -> bool:
-    """Whether it is a tensor of another shape than the parameter, which torch calls may write to."""
-    return isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != p.shape
 
 
 def _strange(t: torch.Tensor) -> str:

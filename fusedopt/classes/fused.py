@@ -123,6 +123,23 @@ class Fused:
                 self._give_up(opt)
         return loss if host.returns_loss else host.returned
 
+    def with_arguments(
+        self, opt: torch.optim.Optimizer, closure: Any, more: tuple[Any, ...], named: dict[str, Any]
+    ) -> Any:
+        """The class's own step, with these arguments. Raises TypeError where the step is more than that."""
+        own = type(opt).step
+        inspect.signature(own).bind(opt, closure, *more, **named)
+        if self.scaling.max_norm is not None or (self.takes and amp.taken(opt)):
+            given = ", ".join([*map(repr, more), *named])
+            raise TypeError(
+                f"{type(opt).__name__}.step is given {given}, and gradients are to be clipped or unscaled in kernels. "
+                "Remedy: fuse it without max_grad_norm and amp_fused"
+            )
+        self.groups.decode()
+        result = own(opt, closure, *more, **named)
+        self.groups.encode()
+        return result
+
     def _captured_step(self, opt: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> Any:
         """A step whose launches go into a CUDA graph. Raises RuntimeError if replays of them would not be steps."""
         self.captures.check(opt, self.engine, self.reason, self.given_up)
@@ -294,8 +311,12 @@ def _captured() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-    """A step in fused kernels; see fusedopt.fuse."""
+def _step(
+    self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None, *more: Any, **named: Any
+) -> Any:
+    """A step in fused kernels; see fusedopt.fuse. With other arguments than a closure it is the class's own."""
+    if more or named:
+        return _fused_of(self).with_arguments(self, closure, more, named)
     if _observed(self) or torch.compiler.is_compiling():
         return _hooked(self, *(() if closure is None else (closure,)))
     return _fused_of(self).step(self, closure)
@@ -315,10 +336,10 @@ def _hooked(self: torch.optim.Optimizer, *closure: Any) -> Any:
     return _fused_of(self).step(self, *closure)
 
 
-def _scheduled(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+def _scheduled(self: torch.optim.Optimizer, *arguments: Any, **named: Any) -> Any:
     """A step of an optimizer that a scheduler watches."""
     self._opt_called = True  # type: ignore[attr-defined]
-    return _step(self, closure)
+    return _step(self, *arguments, **named)
 
 
 _scheduled._wrapped_by_lr_sched = True  # type: ignore[attr-defined]

@@ -60,15 +60,26 @@ class Meeting(Untraceable):
     there: where all parameters have the same one, it can be taken for one that they have in common."""
 
 
-class Names:
-    """The names of parameters, which a step must not look at: a trace is of a few parameters that stand for others."""
+class Refused:
+    """In place of what tells parameters apart, which a step must not look at: a few of them stand for the others.
+    ``why``: what is said of a step that does."""
+
+    __slots__ = ("why",)
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        raise Untraceable(self.why)
 
     def __getattr__(self, name: str) -> Any:
-        raise Untraceable("the step looks at the names of parameters")
+        raise Untraceable(self.why)
 
-    __iter__ = __getitem__ = __len__ = __contains__ = lambda self, *_: self.__getattr__("")
+    __iter__ = __getitem__ = __len__ = __contains__ = __bool__ = lambda self, *_: self.__getattr__("")
 
 
+SOME = "{} has some of the parameters in it, and not others like them"
 ROW = ("row", None)
 """In a path: the row of a table that is looked up."""
 
@@ -167,7 +178,7 @@ class Shadow:
     stands for a number, ``function(f)`` for a function, ``kinds(c)`` for a class; ``state`` has what stands for the
     entries of each store of state, by the ids of store and parameter. ``numbers`` and ``flags`` are the optimizer's, by
     path. ``tables``: whether rows may be looked up by numbers that change. ``alike``: a key for each parameter that is
-    stepped, the same for those of which a few stand for the others; ``named`` makes what stands for the names of a few.
+    stepped, the same for those of which a few stand for the others: what tells these apart is refused.
     """
 
     def __init__(
@@ -181,9 +192,8 @@ class Shadow:
         kinds: Callable[[type], type] = lambda kind: kind,
         tables: bool = False,
         alike: Mapping[int, Any] | None = None,
-        named: Callable[[list[str]], Any] = list,
     ) -> None:
-        self._kinds, self._alike, self._named = kinds, alike or {}, named
+        self._kinds, self._alike = kinds, alike or {}
         self._with_tables, self.tables = tables, list[Table]()
         self._number, self._tensors, self._function = number, tensors, function
         self.params = {id(p) for group in opt.param_groups for p in group["params"]}
@@ -264,7 +274,8 @@ class Shadow:
                 made = self._container(path, value, copy, self._states(value, path), False)
                 self.containers[-1].store = True
                 return made
-            self._all_or_none(value, path)
+            if self._tells_apart(value):
+                return Refused(SOME.format(shown(path)))
             return self._container(path, value, copy, self._entries(value, path), any(map(_is_tensor, value)))
         if kind in (set, frozenset):
             if any(isinstance(v, torch.Tensor) for v in value):
@@ -292,8 +303,8 @@ class Shadow:
         return self._object(kind, value, path)
 
     def _sequence(self, kind: type, value: Any, path: Path) -> Any:
-        if path[-1:] != (("item", "params"),):
-            self._all_or_none(value, path)
+        if path[-1:] != (("item", "params"),) and self._tells_apart(value):
+            return Refused(SOME.format(shown(path)))
         ours = [not isinstance(v, torch.Tensor) or id(v) not in self.params for v in value]
         partial = not all(ours) and path[-1:] != (("item", "params"),)
         chosen = [(i, v) for i, v in enumerate(value) if ours[i] or id(v) in self._tensors]
@@ -305,19 +316,18 @@ class Shadow:
         self._memo[id(value)] = copy
         return self._container(path, value, copy, parts, partial or path[-1:] == (("item", "params"),))
 
-    def _all_or_none(self, value: Iterable[Any], path: Path) -> None:
-        """Raises Untraceable if a container tells parameters apart of which a few stand for the others."""
+    def _tells_apart(self, value: Iterable[Any]) -> bool:
+        """Whether a container has some parameters, and not others like them."""
         found = Counter(self._alike[id(v)] for v in value if _is_tensor(v) and id(v) in self._alike)
-        if found:
-            every = Counter(self._alike.values())
-            if any(every[key] != count for key, count in found.items()):
-                raise Untraceable(f"{shown(path)} has some of the parameters in it, which are like others")
+        every = Counter(self._alike.values()) if found else {}
+        return any(every[key] != count for key, count in found.items())
 
     def _entries(self, value: dict[Any, Any], path: Path) -> Iterator[tuple[Any, Any]]:
         for key, inner in value.items():
             if key == "param_names" and "params" in value and len(inner) == len(value["params"]):
                 named = zip(inner, value["params"], strict=True)
-                yield key, self._named([name for name, p in named if id(p) in self._tensors])
+                names = [name for name, p in named if id(p) in self._tensors]
+                yield key, Refused("the step looks at the names of parameters") if self._alike else names
             elif isinstance(key, torch.Tensor):
                 if id(key) in self._tensors:
                     yield self._tensors[id(key)], self._copied(inner, (*path, ("item", key)))

@@ -27,7 +27,7 @@ from ..trace.standins import StandIns
 from ..trace.tracer import Trace
 from .host import FILL, Host, There, bucket_key
 from .representative import COMMON, Representative, in_common, meta_of, mover
-from .shadow import Meeting, Names, Path, Shadow, shown
+from .shadow import Meeting, Path, Shadow, shown
 from .stores import in_stores, rebuilt, stores_of, whole_of
 from .sums import StepRun, Sums, new_step, of_step, settled, totals_in
 from .symbolic import Symbolic, TensorNumber, made, tracing
@@ -514,7 +514,6 @@ def _run(
         representatives[0].kinds,
         how.tables,
         how.alike,
-        lambda _: Names(),
     )
     given = _Closure(shadow)
     watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred, codes)

@@ -224,6 +224,12 @@ def _group(
 
     Counts that the states lack were kept in the group, as apex does, and are the states' own now.
     """
+    for key in live.keys() & saved.keys() - {"params", *OWN}:
+        ours, theirs = live[key], saved[key]
+        if type(ours) is tuple and (not isinstance(theirs, (list, tuple)) or len(theirs) != len(ours)):
+            raise loadable.refuse(
+                f"{key!r} of a group is {theirs!r}; here it has {len(ours)} numbers, {ours!r}"
+            )
     moved = {k for k in COUNTERS if any(state and k not in state for state in states)}
     kept = {k: v for k, v in saved.items() if k not in moved and k != GROUPS_OWN}
     return {**kept, **{k: v for k, v in live.items() if k in OWN}}

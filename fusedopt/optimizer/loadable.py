@@ -127,7 +127,7 @@ def check_complete(
 
     The rest would start from nothing while counts go on. What Lookahead keeps may be missing, it then looks ahead from
     here, and so may ``optional``. A user's own entries say nothing of it, nor is it known of callbacks that do not
-    fuse.
+    fuse. Numbers that were kept on a device are plain ones in ``loaded`` from here on.
     """
     known: dict[Any, _FirstStates] = {}
     for g, (live, saved) in enumerate(zip(opt.param_groups, groups, strict=True)):
@@ -147,6 +147,8 @@ def check_complete(
                 if is_of_storage(key):  # which is made here of what there is
                     continue
                 _check_entry(key, first[key], state, p, f"parameter {i} of group {g}")
+                if type(first[key]) in (int, float) and isinstance(state[key], torch.Tensor):
+                    state[key] = type(first[key])(state[key].item())
 
 
 def _check_entry(key: str, first: Any, state: Mapping[str, Any], p: torch.Tensor, what: str) -> None:
@@ -154,7 +156,8 @@ def _check_entry(key: str, first: Any, state: Mapping[str, Any], p: torch.Tensor
     fits = isinstance(value, torch.Tensor) and value.is_floating_point()
     if isinstance(value, torch.Tensor) and isinstance(first, Buffer):
         fits = fits and (value.shape == p.shape or _is_of_kind(value, first.kind, p.shape))
-    if fits if isinstance(first, Buffer) else isinstance(value, (int, float)):
+    on_device = isinstance(value, torch.Tensor) and value.numel() == 1  # a number that was kept there
+    if fits if isinstance(first, Buffer) else isinstance(value, (int, float)) or on_device:
         return
     found = "missing" if value is None else f"a {type(value).__name__}"
     if isinstance(value, torch.Tensor):

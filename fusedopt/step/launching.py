@@ -188,13 +188,17 @@ def _columns(name: str, plans: list[Bucket], scaling: Scaling) -> list[torch.Ten
 
 
 def handed(item: Item, new: dict[str, Any], groups: Groups | None) -> Change:
-    """What gives the user new state, which the item has at once."""
+    """What gives the user new state, which the item has at once; but for tensors in whose place something else comes,
+    which kernels read."""
     seen, item.state = item.state, item.state | new
-    return (
+    change = (
         groups.hand_over(item)
         if groups and not isinstance(item, sharded.KINDS)
         else functools.partial(seen.update, new)
     )
+    gone = (k for k, v in new.items() if not isinstance(v, torch.Tensor))
+    item.state |= {k: seen[k] for k in gone if isinstance(seen.get(k), torch.Tensor)}
+    return change
 
 
 def _finishing(plan: Bucket, item: Item) -> list[Change]:
