@@ -324,3 +324,42 @@ def test_counters_that_are_no_whole_numbers_survive():
     assert type(loaded) is float and loaded == product, "though torch's is a float32"
     opt.state[opt.param_groups[0]["params"][0]]["step"] = 2**24 + 1
     assert opt.state_dict()["state"][0]["step"] == 2**24 + 1
+
+
+@pytest.mark.parametrize("into", [True, False], ids=["capturable", "plain"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params, **how: fusedopt.rules.AdamWScheduleFree(params, lr=0.1, **how),
+        lambda params, **how: fusedopt.rules.GrokFast(fusedopt.optim.Adam(params, lr=0.1, **how)),
+        lambda params, **how: fusedopt.optim.NAdam(params, lr=0.1, **how),
+    ],
+    ids=["AdamWScheduleFree", "GrokFast", "NAdam"],
+)
+def test_numbers_that_were_kept_on_the_device_are_loaded(make, into):
+    """Also where they are none of torch's."""
+    params = parameters()
+    opt = make(params, capturable=True)
+    train(opt, 4)
+    twins = copied(params)
+    other = make(twins, capturable=into)
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    for each in (opt, other):
+        train(each, 3, start=4)
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("betas", [(0.9,), 0.9, (0.9, 0.99, 0.999)], ids=str)
+def test_betas_are_as_many_as_there_are(betas):
+    params = parameters()
+    opt = fusedopt.optim.AdamW(params, lr=0.1)
+    train(opt, 2)
+    saved = opt.state_dict()
+    saved["param_groups"][0]["betas"] = betas
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=r"'betas' of a group is .*; here it has 2 numbers"):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["betas"] == (0.9, 0.999)
+    train(opt, 0)
+    assert all(map(torch.equal, params, before))

@@ -1552,3 +1552,37 @@ def test_parameters_without_elements_count_their_steps():
     for _ in range(3):
         twins.step()
     assert {s["step"] for s in twins.a.state.values()} == {6}
+
+
+def forgotten(p, lr, a=None, step=0, **kwargs):
+    """Every third step it has no momentum."""
+    p.data.sub_(p.grad if a is None else a, alpha=lr)
+    return {"a": None if step % 3 == 2 else p.grad.clone(), "step": step + 1}
+
+
+def a_number_instead(p, lr, a=None, step=0, **kwargs):
+    p.data.sub_(p.grad if a is None else p.grad * a, alpha=lr)
+    return {"a": 2.0 if step % 3 == 2 else p.grad.clone(), "step": step + 1}
+
+
+def under_another_name(p, lr, a=None, b=None, **kwargs):
+    new = p.grad.clone() if a is None else a + p.grad
+    p.data.sub_(new if b is None else b + new, alpha=lr)
+    return {"a": None if b is None else new, "b": new if b is None else None}
+
+
+@pytest.mark.parametrize(
+    "callback", [forgotten, a_number_instead, under_another_name], ids=lambda f: f.__name__
+)
+def test_state_that_is_a_tensor_no_more_was_one_in_that_step(callback):
+    found = []
+    for backend in ("reference", "cpp"):
+        p = nn.Parameter(torch.zeros(3))
+        opt = fusedopt.Optimizer([p], callback, lr=0.1, backend=backend)
+        for t in range(8):
+            p.grad = torch.full((3,), float(t + 1))
+            opt.step()
+        found.append((p.detach(), {k: v for k, v in opt.state[p].items()}))
+    (theirs, kept), (ours, left) = found
+    torch.testing.assert_close(ours, theirs)
+    assert kept.keys() == left.keys() and all(type(kept[k]) is type(left[k]) for k in kept)
