@@ -190,10 +190,10 @@ class ClassGroups:
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
         state = [v for item in todo for v in item.state.values() if isinstance(v, torch.Tensor)]
         state += [v for item in todo for v in _hosted(item).values()]
-        taken = {here(t).data_ptr() for item in todo for t in (item.param, item.grad)}
-        if len(set(map(id, state))) < len(state) or any(
-            here(v).data_ptr() in taken for v in state if v.numel()
-        ):
+        taken = {here(t).data_ptr() for item in todo for t in (item.param, item.grad)} - {
+            0
+        }  # which is nowhere
+        if len(set(map(id, state))) < len(state) or any(here(v).data_ptr() in taken for v in state):
             raise Untraceable("parameters, gradients or state have a tensor in common")
         if len({id(item.owner) for item in todo}) < len(todo):
             raise Untraceable("a parameter is listed twice")
