@@ -20,7 +20,7 @@ import torch
 from .. import backends
 from ..backends import Backend, Kernel
 from ..callback import identity, name_of, place_of
-from ..ir.program import Program
+from ..ir.program import Buffer, Program
 from ..trace.number import Scalar
 from ..trace.purity import calls_total, sources_of
 from ..trace.replay import Replay, can_replay
@@ -180,6 +180,9 @@ class Buckets:
                 along = plan.trace.signature.dims is not None or plan.trace.externs is not None
                 programs = [plan.kernel.program, *(kernel.program for _, kernel in plan.known.rounds)]
                 whole = any(map(sharded.is_shard, bucket)) and any(map(sharded.looks_at_all, programs))
+                state = (*dict(plan.trace.signature.state).values(), *plan.trace.created.values())
+                for item in bucket if any(isinstance(v, Buffer) and v.dims for v in state) else ():
+                    sharded.check_rows(item)
                 fuses = [item.fuses(plan.known.backend, along, whole) for item in bucket]
                 plan.items = list(compress(bucket, fuses))
                 plans += [plan] if plan.items else []

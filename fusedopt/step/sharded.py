@@ -112,6 +112,22 @@ def gathered(t: torch.Tensor) -> torch.Tensor:
     return whole.full_tensor() if is_dtensor(t) else t
 
 
+def check_rows(item: Item) -> None:
+    """Raise ValueError for a DTensor of which some processes have nothing: state of rows and columns fails for it by
+    torch's rules, in some processes only, for which the others would wait. All find the same."""
+    if not isinstance(item, Shard):
+        return
+    p: Any = item.owner
+    for placement, processes in zip(p.placements, p.device_mesh.shape, strict=True):
+        if placement.is_shard() and p.shape[placement.dim] < processes:
+            g, i = item.where
+            raise ValueError(
+                f"parameter {i} of group {g} has length {p.shape[placement.dim]} along dimension {placement.dim}, "
+                f"which is spread over {processes} processes; no rule that keeps rows or columns can step it. Remedy: "
+                "keep it whole (ignored_params= of fully_shard), or give it a group of its own with another rule"
+            )
+
+
 def unfused(item: Item) -> Item:
     """The item to step eagerly in its place."""
     if isinstance(item, Shard):

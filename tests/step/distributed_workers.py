@@ -909,3 +909,19 @@ def files_of_two_processes_load_in_one():
     dcp_state.set_optimizer_state_dict(alone, fresh, loaded["opt"])
     train(alone, whole, fresh, twin, start=3)
     assert_same_training(alone.parameters(), whole.parameters(), fresh, twin)
+
+
+@check("SM3", "Adafactor", "CAME", "AdamMini")
+def a_rule_by_rows_refuses_a_tensor_with_fewer_than_processes(name):
+    """All processes do, where one that has nothing would fail and the other wait for it."""
+    mesh = init_device_mesh("cpu", (2,))
+    params = [
+        nn.Parameter(distribute_tensor(torch.ones(rows, 5), mesh, [placement]))
+        for rows, placement in ((4, Shard(0)), (1, Replicate()), (1, Shard(0)))
+    ]
+    opt = getattr(fusedopt.rules, name)(params)
+    for p in params:
+        p.grad = distribute_tensor(torch.ones(p.shape), mesh, p.placements)
+    with raises(ValueError, "parameter 2 of group 0 has length 1 along dimension 0"):
+        opt.step()
+    assert all((p.to_local() == 1).all() for p in params)
