@@ -161,7 +161,7 @@ class Load:
             )
         self.lists = [group.get(GROUPS_OWN) for group in opt.param_groups]
         groups = [
-            _group(live, theirs, [state for _, (k, _), state in pairs if k == g])
+            _group(opt, live, theirs, [state for _, (k, _), state in pairs if k == g])
             for g, (live, theirs) in enumerate(zip(opt.param_groups, saved, strict=True))
         ]
         loadable.check_complete(opt, groups, self.state, MOMENTA if lost else set())
@@ -218,13 +218,13 @@ def _copied(key: str, value: Any, p: torch.Tensor) -> Any:
 
 
 def _group(
-    live: dict[str, Any], saved: Mapping[str, Any], states: Sequence[Mapping[str, Any]]
+    opt: Optimizer, live: dict[str, Any], saved: Mapping[str, Any], states: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The saved group, but for how to run, which stays as it is here. (torch fills in defaults.)
 
     Counts that the states lack were kept in the group, as apex does, and are the states' own now.
     """
-    for key in live.keys() & saved.keys() - {"params", *OWN}:
+    for key in live.keys() & saved.keys() & opt.defaults.keys():  # others are the user's own
         ours, theirs = live[key], saved[key]
         if type(ours) is tuple and (not isinstance(theirs, (list, tuple)) or len(theirs) != len(ours)):
             raise loadable.refuse(

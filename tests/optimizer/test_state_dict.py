@@ -361,5 +361,8 @@ def test_betas_are_as_many_as_there_are(betas):
     with pytest.raises(ValueError, match=r"'betas' of a group is .*; here it has 2 numbers"):
         opt.load_state_dict(saved)
     assert opt.param_groups[0]["betas"] == (0.9, 0.999)
-    train(opt, 0)
     assert all(map(torch.equal, params, before))
+    opt.param_groups[0]["mine"] = (1, 2)
+    saved["param_groups"][0].update(betas=(0.8, 0.9), mine=(1, 2, 3))
+    opt.load_state_dict(saved)
+    assert (opt.param_groups[0]["betas"], opt.param_groups[0]["mine"]) == ((0.8, 0.9), (1, 2, 3))
