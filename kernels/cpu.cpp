@@ -26,6 +26,8 @@ using int32_t = __INT32_TYPE__;
 #define FUSEDOPT_WIDEST
 #endif
 
+#define FUSEDOPT_INLINE __attribute__((always_inline))
+
 // A function of the C library that generated code calls, for float and for double, under the name that CUDA has too.
 #define FUSEDOPT_FUNCTION(name)                                                    \
   template <class X, class... Y>                                                   \
@@ -253,7 +255,7 @@ inline void fetch(const E* p) {
   for (int64_t k = 0; k < n; k += 64 / int64_t(sizeof(E))) __builtin_prefetch(p + k);
 }
 template <class F, class... E>
-inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end, const F& element, const E*... buffers) {
+FUSEDOPT_INLINE inline void for_lanes(int64_t begin, int64_t end, const F& element, const E*... buffers) {
   int64_t i = begin;
   for (; i + lanes <= end; i += lanes) {
     (fetch<lanes>(buffers + i + ahead), ...);
@@ -273,7 +275,7 @@ inline void fetch(const E* p, int64_t n) {
   fetch_bytes(reinterpret_cast<const char*>(p), n * int64_t(sizeof(E)));
 }
 template <class F, class... E>
-inline __attribute__((always_inline)) void for_blocks(int64_t begin, int64_t end, const F& element, const E*... buffers) {
+FUSEDOPT_INLINE inline void for_blocks(int64_t begin, int64_t end, const F& element, const E*... buffers) {
   int64_t first = begin;
   for (; first + block_size <= end; first += block_size) {
     (fetch<block_size>(buffers + first + ahead), ...);
@@ -290,7 +292,7 @@ struct Fixed {
   constexpr operator int64_t() const { return n; }
 };
 template <class F>
-inline __attribute__((always_inline)) void with_length(int64_t n, const F& lines) {
+FUSEDOPT_INLINE inline void with_length(int64_t n, const F& lines) {
   if (n == 3) lines(Fixed<3>{});
   else lines(n);
 }
@@ -380,11 +382,15 @@ inline X joined(const X* x, int64_t n) {
   return lane[0];
 }
 
-// A line of n elements, or of those that are left.
-template <int64_t n, class F>
-inline __attribute__((always_inline)) void with_line(int64_t left, const F& line) {
-  if (left >= n) line(Fixed<n>{});
-  else line(left);
+// So many lines of n elements, or, where fewer are left, one, the last of which may be shorter. Returns how many it was.
+template <int64_t many, int64_t n, class F>
+FUSEDOPT_INLINE inline int64_t with_lines(int64_t left, const F& lines) {
+  if (left >= many * n) {
+    lines(Fixed<many>{}, Fixed<n>{});
+    return many;
+  }
+  lines(Fixed<1>{}, left < n ? left : n);
+  return 1;
 }
 
 struct Row {

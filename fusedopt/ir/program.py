@@ -444,7 +444,7 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     half bfloat16 int64_t torch numel Lanes Launch Row infinity
     line first regions c team place places start member before stop held part
     scaling_factor scaling_found_inf
-    uniform normal noise numbers block_size ahead fetch for_blocks with_line length count
+    uniform normal noise numbers block_size ahead fetch for_blocks with_line with_lines lines many length count
     k tile tiled spread collect averaged quotient from to each chunk_words whole_places
     triton tl rows chunk chunks piece slots lanes partials address at rounded whole_blocks
     """.split()  # noqa: SIM905

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from ...ir.ops import ELEMENT, TENSOR, axes_of, reduction
+from ...ir.ops import ELEMENT, TENSOR, axes_of
 from ...ir.program import Value, identifier
 from ...ir.stages import Between, Nest, Stage, regions, schedule
 from .. import blocks
@@ -16,10 +16,6 @@ from ..c_family import indent
 class Blocks(blocks.Blocks):
     """The functions of a program with several axes."""
 
-    notes: Sequence[int] = ()
-    """What sums along a short line are made of, and is needed once more: kept in arrays as long as the line."""
-    noted_now: Sequence[int] = ()
-    """Those that are there already."""
     flat = False
     """Whether the places of a loop between stages are gone over in one line."""
     tiled = False
@@ -136,11 +132,6 @@ class Blocks(blocks.Blocks):
         whole = axes == self.program.all_axes
         last = self.last_line("end") if whole else self._count(outer)
         first = f"begin / {length}" if whole else "0"
-        if whole and self.program.line:
-            touched = [n for n in self.touched(stage) if self.program.buffer[n].kind == ELEMENT]
-            ahead = [f"fetch<{length}>({identifier(n)} + line * {length} + ahead);" for n in touched]
-            head = f"with_line<{length}>(end - line * {length}, [&](auto count) {{"
-            body = [*ahead, head, *indent(["const int64_t length = count;", *body]), "});"]
         if len(self.program.all_axes) == 2:
             return [
                 *self._start(outer, first),
@@ -263,56 +254,10 @@ class Blocks(blocks.Blocks):
             text = f"if (++i{a} == n{a}) {{ i{a} = 0; {text} }}"
         return [text]
 
-    def line(self, axes: str, stage: Stage, kept: Sequence[int] = ()) -> list[str]:
-        self.axes, self.making, self.noted_now = axes, kept, ()
-        self.notes = self._worth_noting(stage) if self.program.line and axes == self.program.all_axes else ()
-        arrays = [f"T k{i}[n{axes[-1]}];" for i in self.notes]
-        body = super().line(axes, stage, kept)
-        self.notes = self.noted_now = ()
-        return [*arrays, *body]
-
-    def _worth_noting(self, stage: Stage) -> list[int]:
-        """What is computed for sums along a line, and is what the rest of it begins with."""
-        values = self.program.values
-        first = set(self._varying(values[i].args[0] for sums in stage.lines for i in sums))
-        later = set(self._varying(self._roots(stage))) - first
-        needed = {a for i in later for a in values[i].args} | set(self._roots(stage))
-        needed |= {values[i].args[0] for sums in stage.lines for i in sums if reduction(values[i].op).exact}
-        return sorted(i for i in first & needed if values[i].op != "load")
-
-    def _varying(self, roots: Iterable[int]) -> list[int]:
-        found: set[int] = set()
-        todo = [*roots]
-        todo += [a for i in todo if i in self.making for a in self.program.values[i].args]
-        while todo:
-            i = todo.pop()
-            if i not in found:
-                found.add(i)
-                if i not in self.noted_now and not self.split.given(i):
-                    todo += self.program.values[i].args
-        return [i for i in sorted(found) if self._along_line(self.program.values[i].kind)]
-
-    def _line_sums(self, sums: Sequence[int]) -> list[str]:
-        """What is joined in any order is joined once it is noted: of loops that do only that there are vectors."""
-        values = self.program.values
-        if not self.notes:
-            return super()._line_sums(sums)
-        args = {i: values[i].args[0] for i in sums}
-        made = self._varying(args.values())
-        new = [i for i in self.notes if i in made and i not in self.noted_now]
-        exact = [i for i in sums if reduction(values[i].op).exact and args[i] in (*new, *self.noted_now)]
-        notes = [f"k{i}[c] = {self.name(i)};" for i in new]
-        rest = [i for i in sums if i not in exact]
-        inner = [*map(self._line, made), *map(self._added, rest), *notes]
-        self.noted_now = [*self.noted_now, *new]
-        totals = [f"const T {self.name(i)} = joined<{values[i].op}_>(k{args[i]}, length);" for i in exact]
-        totals += [f"const T {self.name(i)} = T({self.total(i)}{self._averaged_over(i)});" for i in rest]
-        return [*map(self._accumulator, rest), *self.over(inner, lanes=bool(rest)), *totals]
-
     def _expression(self, i: int, v: Value) -> str:
         if self.tiled and i in self._spread([i]):
             return f"e{i}[{'c' if self._along_line(v.kind) else 0}][k]"
-        return f"k{i}[c]" if i in self.noted_now else super()._expression(i, v)
+        return super()._expression(i, v)
 
     def quotient(self, number: str, count: str) -> str:
         # In loops that vectors are made of. Elsewhere it would only be more to compile.

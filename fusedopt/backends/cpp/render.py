@@ -11,6 +11,7 @@ from ...ir.stages import Stage
 from .. import c_family
 from ..c_family import TYPES, entries, indent
 from .blocks import Blocks
+from .lines import Lines
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
 
@@ -20,7 +21,8 @@ SLOT = '#include "cpu_example.inc"'
 
 def render(program: Program, slot_names: Sequence[str] = (), title: str = "") -> str:
     """The generated body. ``slot_names`` are the scalars' expressions, for the comments."""
-    return c_family.render(_Body if program.axes == 1 else _Blocks, program, slot_names, title)
+    language = _Lines if program.line else _Body if program.axes == 1 else _Blocks
+    return c_family.render(language, program, slot_names, title)
 
 
 def source(skeleton: str, body: str) -> str:
@@ -75,3 +77,7 @@ class _Body(c_family.Body):
 
 class _Blocks(Blocks, _Body):
     """Of a program with several axes."""
+
+
+class _Lines(Lines, _Body):
+    """Of one with lines that are all equally long."""
