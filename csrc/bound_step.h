@@ -23,6 +23,7 @@
 #include "scalars.h"
 #include "tensors.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -335,14 +336,14 @@ class BoundStep {
     if (!look_up(state))
       return no("a parameter has no state");
     if (distributed_) // Python objects are looked at, and references counted
-      return check_rows(0, rows_.size()) && copy_gradients();
+      return check_rows(0, rows_.size()) && are_apart() && copy_gradients();
     // This thread holds the GIL and waits, so nobody changes what the others read. They count no Python references.
     std::atomic<bool> same = true;
     parallel_for(static_cast<int64_t>(rows_.size()), grain, row_cost * rows_.size(), [&](int64_t begin, int64_t end) {
       if (same.load(std::memory_order_relaxed) && !check_rows(begin, end))
         same = false;
     });
-    return same && copy_gradients();
+    return same && are_apart() && copy_gradients();
   }
 
   // Whether a dict that does not count its changes has the entries that it had. Asking it for each parameter would call
@@ -569,9 +570,32 @@ class BoundStep {
     return nullptr;
   }
 
-  static bool overlap(const at::TensorImpl& a, const at::TensorImpl& b) {
-    const auto bytes = static_cast<intptr_t>(std::max(a.numel() * a.itemsize(), b.numel() * b.itemsize()));
-    return std::abs(address(a) - address(b)) < bytes;
+  // Whether extra tensors lie in no memory that is written to, be it another parameter's.
+  bool are_apart() {
+    if (extras_->empty())
+      return true;
+    const auto span = [](const at::TensorImpl& t) {
+      return std::pair(address(t), address(t) + static_cast<intptr_t>(t.numel() * t.itemsize()));
+    };
+    std::vector<std::pair<intptr_t, intptr_t>> written;
+    for (const Row& row : rows_)
+      for (size_t k = 0; row.on && k < state_found + buckets_[row.bucket].entries.size(); ++k)
+        if (const at::TensorImpl* t = found_[row.first_tensor + k])
+          written.push_back(span(*t));
+    std::sort(written.begin(), written.end());
+    for (size_t k = 1; k < written.size(); ++k) // where all up to each end
+      written[k].second = std::max(written[k].second, written[k - 1].second);
+    for (const Row& row : rows_)
+      for (const Entry& entry : buckets_[row.bucket].entries) {
+        PyObject* value = row.on && entry.extra >= 0 ? extra_of(row, entry) : nullptr;
+        if (!value || !own_memory(value))
+          continue;
+        const auto [first, last] = span(*tensor(value).unsafeGetTensorImpl());
+        const auto before = std::lower_bound(written.begin(), written.end(), std::pair(last, INTPTR_MIN));
+        if (before != written.begin() && std::prev(before)->second > first)
+          return no("an extra tensor lies in memory that is written to");
+      }
+    return true;
   }
 
   // Null if there is none; None is one.
@@ -648,9 +672,6 @@ class BoundStep {
             return "a tensor in its state is of another shape or layout";
           if (const char* why = take(run, row, state_found + e, t, entry.column, entry.written))
             return why;
-          for (size_t k = 0; entry.extra >= 0 && k < state_found + e; ++k)
-            if (const at::TensorImpl* other = found_[row.first_tensor + k]; other && overlap(t, *other))
-              return "an extra tensor lies in memory that is written to";
         }
       }
     }

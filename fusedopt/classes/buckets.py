@@ -239,7 +239,9 @@ class ClassGroups:
     def _all(self) -> list[torch.Tensor]:
         return [p for group in self.opt.param_groups for p in group["params"]]
 
-    def resting(self, stepped: list[Item], among: Container[int] | None = None) -> list[Item]:
+    def resting(
+        self, stepped: list[Item], scaling: Scaling, among: Container[int] | None = None
+    ) -> list[Item]:
         """Parameters without a gradient now that had one before, as if theirs were zero."""
         modes, state = stepped[0].modes, self.state
         return [

@@ -297,9 +297,10 @@ class Watch:
                 read = _of_cell(cell)
                 note(read, "", read("", None), cell)
                 explore(read("", None))
-            code, defaults = function.__code__, function.__defaults__
+            code, defaults, named = function.__code__, function.__defaults__, function.__kwdefaults__
             note(function, "the code of a function", code, function, "{read}.__code__")
             note(function, "the defaults of a function", defaults, (function, 0), "{read}.__defaults__")
+            note(function, "the named defaults of a function", named, (function, 1), "{read}.__kwdefaults__")
         ours = {f.__code__ for f in self._stand_ins.made}
         for code, around in self._globals.items():
             if code not in ours:

@@ -69,8 +69,10 @@ class AppliedGroups(ParamGroups):
                 if name != "params":
                     yield name, i, part, (name, i) if several else name, part, names.lowest(name)
 
-    def resting(self, stepped: list[Item], among: Container[int] | None = None) -> list[Item]:
-        return [] if self._bare else super().resting(stepped, among)
+    def resting(
+        self, stepped: list[Item], scaling: Scaling, among: Container[int] | None = None
+    ) -> list[Item]:
+        return [] if self._bare else super().resting(stepped, scaling, among)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +95,7 @@ class Applied:
 
     def fits(self, opt: Optimizer) -> bool:
         """Whether it is still what its callbacks do, beside the optimizer's."""
-        return self.own == opt.cbs and self.engine.buckets.follow(opt.groups.whole(self.cbs))
+        return self.own == opt.cbs and not self.engine.buckets.outdated(opt.groups.whole(self.cbs))
 
     def take(self, hypers: Mapping[str, Any]) -> None:
         """Take the hyperparameters of this call. Raises TypeError for one that no callback takes."""

@@ -213,19 +213,19 @@ class Optimizer(FastaiFace):
     @property
     def engine(self) -> Engine:
         """The compiler and runtime behind ``step``; made anew when callbacks, or what they read, are changed."""
-        if self._engine is None or not self._engine.buckets.follow(self.groups.whole(self.cbs)):
-            self._engine = self._new_engine()
+        if self._engine is None or (why := self._engine.buckets.outdated(self.groups.whole(self.cbs))):
+            self._engine = self._new_engine(why if self._engine else "")
         return self._engine
 
     def look_at_groups(self) -> Engine:
         """The engine, for the lists of callbacks that groups have now. (Bound steps are guarded for that.)"""
         spans = self.groups.look()
         if self.engine.buckets.callbacks != self.groups.callbacks:
-            self._engine = self._new_engine()
+            self._engine = self._new_engine("a group has other callbacks")
         self.engine.buckets.spans = spans if self.groups.theirs else ()
         return self.engine
 
-    def _new_engine(self) -> Engine:
+    def _new_engine(self, why: str) -> Engine:
         title = self.title or type(self).__name__
         if title == "Optimizer":
             title = name_of(self.cbs[-1]) if self.cbs else "nothing"
@@ -233,7 +233,7 @@ class Optimizer(FastaiFace):
         spans, own = self.groups.look(), len(self.groups.whole(self.cbs))
         buckets = Buckets(self.groups.callbacks, self.backend, title, self.state_dtype, said, own=own)
         buckets.spans = spans if self.groups.theirs else ()
-        return Engine(buckets)
+        return Engine(buckets, after=(self._engine.steps, why) if self._engine else None)
 
     # -- torch.optim --
     def __setattr__(self, name: str, value: Any) -> None:
@@ -266,12 +266,7 @@ class Optimizer(FastaiFace):
         brought = {k: v for cb in theirs for k, v in defaults_of(cb).items() if k not in self._given}
         # torch fills in the defaults of a group that sets nothing itself
         if storing.HYPER in values:
-            if not self.groups.around:
-                raise ValueError(
-                    "a param group has 'storage', and the optimizer has none. Remedy: give it one too, e.g. "
-                    'storage={"*": "float32"}'
-                )
-            values[storing.HYPER] = storing.as_text(values[storing.HYPER], self.groups)
+            values[storing.HYPER] = storing.of_group(values[storing.HYPER], self.groups)
         filled = self.hyper_map.of_group(self.defaults) | brought | values if brought or values else {}
         roles, own = self.groups.roles(group), self.groups.own()
         for name, value in filled.items():

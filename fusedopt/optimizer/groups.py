@@ -21,6 +21,7 @@ from ..step.items import Item
 from ..step.memory import check_memory
 from ..step.scaling import Scaling
 from ..trace.signature import Modes
+from . import storing
 from .accepted import (
     Roles,
     check_extra,
@@ -119,6 +120,8 @@ class ParamGroups:
         every, spans = list(own), []
         known = [(every[:], range(len(every)))]
         for group in self._held.param_groups:
+            if storing.HYPER in group and (self.around or not self._taken(storing.HYPER)):
+                group[storing.HYPER] = storing.of_group(group[storing.HYPER], self)
             found = self.list_of(group)
             span = next((span for cbs, span in known if cbs == found), None)
             if span is None:
@@ -128,6 +131,10 @@ class ParamGroups:
             spans.append(span)
         self.theirs = every[len(own) :]
         return spans
+
+    def _taken(self, name: str) -> bool:
+        """Whether a callback takes an argument of this name."""
+        return any(name in arguments_of(cb) for cb in self.callbacks)
 
     @property
     def live(self) -> list[dict[str, Any]]:
@@ -312,25 +319,26 @@ class ParamGroups:
             check_extra(p, name, value, g, i, name in taken)
         return found
 
-    def resting(self, stepped: list[Item], among: Container[int] | None = None) -> list[Item]:
-        """Parameters without a gradient now that had one before, as if theirs were zero; the groups' hyperparameters
-        are taken from those that are stepped. ``among``: the ids of the parameters that are looked at; None: all."""
+    def resting(
+        self, stepped: list[Item], scaling: Scaling, among: Container[int] | None = None
+    ) -> list[Item]:
+        """Parameters without a gradient now that had one before, as if theirs were zero. ``among``: the ids of the
+        parameters that are looked at; None: all."""
         found: list[Item] = []
         if len(stepped) == sum(len(group["params"]) for group in self.live):
             return found
-        like = {item.where[0]: item for item in stepped}
+        hypers = {item.where[0]: item.hyper for item in stepped}
         for g, group in enumerate(self.live):
-            for i, p in enumerate(group["params"]) if g in like else ():
+            modes = self.modes(group, scaling)
+            for i, p in enumerate(group["params"]):
                 if among is not None and id(p) not in among:
                     continue
-                if p.grad is None and (state := self.state.get(p)):
-                    modes, hyper = like[g].modes, like[g].hyper
-                    state = self.state_of(p, g, modes.on_device)
-                    given = self._given(p, g, i, {})
-                    if tuple(given) != modes.given:
-                        continue
-                    state |= given
-                    found.append(Item(p, p.detach(), state, (g, i), hyper, modes))
+                if p.grad is None and self.state.get(p):
+                    if g not in hypers:
+                        hypers[g] = self.hypers(group)
+                    state, given = self.state_of(p, g, modes.on_device), self._given(p, g, i, {})
+                    own = modes._replace(given=tuple(given)) if given else modes
+                    found.append(Item(p, p.detach(), {**state, **given}, (g, i), hypers[g], own))
         return found
 
     def state_of(self, p: torch.Tensor, group: int, on_device: bool) -> dict[str, Any]:

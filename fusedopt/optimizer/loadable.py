@@ -10,10 +10,11 @@ import torch
 
 from ..callback import arguments_of, function_of, identity, is_ours
 from ..callbacks import step_stat
-from ..ir.ops import ELEMENT, TENSOR
+from ..ir.ops import TENSOR
 from ..ir.program import Buffer
 from ..step.items import Item
 from ..storage.callbacks import is_of_storage
+from ..trace.axes import sizes
 from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.tracer import trace
 from .names import number
@@ -155,7 +156,7 @@ def _check_entry(key: str, first: Any, state: Mapping[str, Any], p: torch.Tensor
     value = state.get(key)
     fits = isinstance(value, torch.Tensor) and value.is_floating_point()
     if isinstance(value, torch.Tensor) and isinstance(first, Buffer):
-        fits = fits and (value.shape == p.shape or _is_of_kind(value, first.kind, p.shape))
+        fits = fits and (value.shape == p.shape or _has_as_many(value, first, p.shape))
     on_device = isinstance(value, torch.Tensor) and value.numel() == 1  # a number that was kept there
     if fits if isinstance(first, Buffer) else isinstance(value, (int, float)) or on_device:
         return
@@ -168,11 +169,11 @@ def _check_entry(key: str, first: Any, state: Mapping[str, Any], p: torch.Tensor
     )
 
 
-def _is_of_kind(value: torch.Tensor, kind: str, shape: torch.Size) -> bool:
-    """Whether it has as many numbers as a parameter of this shape has along the dimensions that the kind names."""
-    if kind in (ELEMENT, TENSOR):
-        return kind == TENSOR
-    return value.numel() == math.prod(shape[int(d)] for d in kind)
+def _has_as_many(value: torch.Tensor, first: Buffer, shape: torch.Size) -> bool:
+    """Whether it has as many numbers as a first step makes for a parameter of this shape."""
+    if first.dims is not None:
+        return value.numel() == math.prod(sizes(first.dims, shape))
+    return first.kind == TENSOR
 
 
 class _FirstStates:

@@ -44,6 +44,16 @@ def as_text(storage: Any, groups: ParamGroups) -> str:
     return chosen(found)
 
 
+def of_group(storage: Any, groups: ParamGroups) -> str:
+    """The choice of a param group. Raises ValueError where the optimizer has none, else as `as_text`."""
+    if not groups.around:
+        raise ValueError(
+            "a param group has 'storage', and the optimizer has none. Remedy: give it one too, e.g. "
+            'storage={"*": "float32"}'
+        )
+    return as_text(storage, groups)
+
+
 def held(states: Iterable[tuple[torch.Tensor, dict[str, Any]]]) -> str:
     """How many bytes there are for each parameter of these and their state, and how many there would be as float32."""
     sizes: dict[str, int] = {}

@@ -26,7 +26,7 @@ from ..trace.purity import calls_total, sources_of
 from ..trace.replay import Replay, can_replay
 from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, static_of, structure_of
-from ..trace.snapshot import Snapshot
+from ..trace.snapshot import Snapshot, same_constant
 from ..trace.tracer import Trace, trace
 from . import externs, sharded
 from .history import History
@@ -140,9 +140,12 @@ class Buckets:
         """The callbacks that step it, by number."""
         return self._spans[item.where[0]] if self._spans else range(len(self.callbacks))
 
-    def follow(self, callbacks: Sequence[Callable[..., Any]]) -> bool:
-        """Whether they still do what these callbacks do, which are the first list if there are several."""
-        return self.callbacks[: self._own] == callbacks and self._sources.unchanged()
+    def outdated(self, callbacks: Sequence[Callable[..., Any]]) -> str:
+        """Why they are no longer these callbacks, which are the first list if there are several; "" if they are."""
+        if self.callbacks[: self._own] != callbacks:
+            return "there are other callbacks"
+        what = self._sources.changed()
+        return what and f"{what} is another object than it was when callbacks were traced"
 
     def around(self) -> list[Any]:
         """The data around the callbacks that a call of one may change."""
@@ -150,7 +153,8 @@ class Buckets:
 
     def changed(self, data: list[Any]) -> str | None:
         """Why this (``read`` after an earlier step) is not the data that the callbacks find around them now."""
-        same = all(map(operator.is_, data, self._sources.now()))
+        now = self._sources.now()
+        same = all(map(operator.is_, data, now)) or all(map(same_constant, data, now))
         return None if same else "a constant that a callback reads has changed"
 
     def forget(self) -> None:

@@ -86,6 +86,7 @@ class Eager:
         self.launched += launching.counts(launching.run(plans, _UNSCALED)[0])
         for plan in plans:
             for item in plan.items:
+                items.attach_gradient(item)  # the kernel may have needed the parameter in another layout
                 for key, dtype in plan.trace.asked.items():
                     reference.mark(item.state[key], dtype)
         for stop in sorted({stop for _, stop, _ in found} - {last}):

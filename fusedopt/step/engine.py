@@ -32,16 +32,19 @@ class Engine:
     ``buckets`` has what callbacks are compiled to. ``rounds`` are those of the last step, ``resident`` its launches
     whose scalars live on the device. ``bound`` are the structures of steps that were bound, the last one
     first; without ``binds`` every step looks at each tensor; ``steps``: how they went. ``among``: the
-    parameters, by their ids, that steps are about, whatever gradients others have; None: all.
+    parameters, by their ids, that steps are about, whatever gradients others have; None: all. ``after``: how steps went
+    before, and why this engine was made.
     """
 
-    def __init__(self, buckets: Buckets, among: frozenset[int] | None = None) -> None:
+    def __init__(
+        self, buckets: Buckets, among: frozenset[int] | None = None, after: tuple[Steps, str] | None = None
+    ) -> None:
         self.buckets, self.among = buckets, among
         self.rounds: list[Round] = []
         self.resident: GraphScalars | None = None
         self.binds = True
         self.bound: list[BoundStep] = []
-        self.steps = Steps()
+        self.steps, self._made = after or (Steps(), "")
         self._eager = Eager(self.buckets)
         self._launched: list[tuple[Kernel, int]] = []
         self._last: BoundStep | None = None
@@ -73,7 +76,7 @@ class Engine:
                 self.steps.note()
                 return True
             whys.append(why)
-        self._why = whys[0] if whys else ""
+        self._why = whys[0] if whys else self._made
         return False
 
     def step(
@@ -87,6 +90,7 @@ class Engine:
         If a callback or the compiler raises, nothing has changed.
         """
         saved = self.buckets.verdicts.saved()
+        items.keep_apart(todo)
         try:
             while True:
                 try:
@@ -181,7 +185,7 @@ class Engine:
         calls = any(plan.trace.externs is not None for plan in plans)  # which are made for all rows
         native = all(plan.known.backend.native for plan in plans) and not calls
         if native and not any(map(sharded.is_shard, todo)):
-            plans = [*plans, *self._resting(groups.resting(todo, self.among), plans)]
+            plans = [*plans, *self._resting(groups.resting(todo, scaling, self.among), plans)]
         tables, shared = [], launching.together(plans)
         for group in shared:
             for plan in group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import operator
@@ -39,6 +40,7 @@ from .commit import Change
 
 if TYPE_CHECKING:
     from ..backends import Backend, Kernel
+    from .scaling import Scaling
 
 State = dict[str, Any]
 _first = operator.itemgetter(0)
@@ -86,24 +88,19 @@ class Item:
         rows: kernels tell rows and columns apart, so memory has to be in the order of the dimensions
         """
         if rows and not self.param.is_contiguous():
-            self.param = self.param.detach().contiguous().resolve_neg()
+            self.param = _in_order(self.param)
             self.laid_out, self.alike = False, None
         if self.laid_out or self.alike is not None:
             return
         self.laid_out = True
         if not dense(self.param):
-            self.param = self.param.detach().contiguous().resolve_neg()
+            self.param = _in_order(self.param)
         graded = not self.modes.bare
         if graded and (not same_layout(self.grad, self.param) or overlap(self.grad, self.param)):
             self.grad = with_layout(self.grad, self.param)
         for key, value in list(self.tensors()):
             if not same_layout(value, self.param):
                 self.state[key] = with_layout(value, self.param)
-        for key in self.modes.given:  # which is read while the others are written
-            value = self.state[key]
-            others = [self.param, *(v for k, v in self.tensors() if k not in self.modes.given)]
-            if any(overlap(value, other) for other in others):
-                self.state[key] = with_layout(value, value.contiguous())
 
     def fuses(self, backend: Backend, along: bool = False, whole: bool = False) -> bool:
         """Whether the backend's kernels can step it. along: they tell its dimensions apart; whole: they look at all of
@@ -179,7 +176,15 @@ class Item:
             state = [(k, self.code(k) or v) for k, v in state]
         state.sort(key=_first)
         read = tuple([(name, self.attribute(name)) for name in attributes])
-        asked = (reference.asked(p), reference.asked(self.grad)) if work else None
+        asked = None
+        if work:
+            marked = [
+                (k, v)
+                for k, v in self.state.items()
+                if isinstance(v, torch.Tensor) and reference.is_marked(v)
+            ]
+            marks = tuple(sorted((k, reference.asked(v)) for k, v in marked))
+            asked = reference.asked(p), reference.asked(self.grad), marks
         return p.device, p.dtype, self.grad.dtype, tuple(state), read, asked, p.dim() == 0, modes
 
 
@@ -216,7 +221,9 @@ class Groups(Protocol):
     def entries(self, p: torch.Tensor) -> Iterator[tuple[Any, bool, Any, str, Any]]: ...
     def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]: ...
     def hand_over(self, item: Item) -> Callable[[], None]: ...
-    def resting(self, stepped: list[Item], among: Container[int] | None = None) -> list[Item]: ...
+    def resting(
+        self, stepped: list[Item], scaling: Scaling, among: Container[int] | None = None
+    ) -> list[Item]: ...
     def keep(self, todo: list[Item]) -> None: ...
 
 
@@ -277,6 +284,40 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one layout share memory, so that writing the one might change the other in mid-kernel."""
     return abs(a.data_ptr() - b.data_ptr()) < b.numel() * max(a.itemsize, b.itemsize)
+
+
+def keep_apart(todo: list[Item]) -> None:
+    """Copy extra tensors that lie in memory which a step writes to, be it another parameter's."""
+    given = [(item, key) for item in todo for key in item.modes.given if key in item.state]
+    if not given:
+        return
+    written = [t for item in todo for t in (item.home, item.grad, *_lasting(item)) if walkable(t)]
+    spans = sorted(map(_span, written))
+    starts, ends = [first for first, _ in spans], [*itertools.accumulate((last for _, last in spans), max)]
+    for item, key in given:
+        value = item.state[key]
+        if walkable(value):
+            first, last = _span(value)
+            before = bisect.bisect_left(starts, last)
+            if before and ends[before - 1] > first:
+                item.state[key] = value.detach().clone()
+
+
+def _lasting(item: Item) -> list[torch.Tensor]:
+    """The tensors of its state, without extra ones."""
+    return [v for k, v in item.state.items() if isinstance(v, torch.Tensor) and k not in item.modes.given]
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    """From where to where a tensor's elements are in memory."""
+    length = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    return t.data_ptr(), t.data_ptr() + length * t.itemsize
+
+
+def _in_order(t: torch.Tensor) -> torch.Tensor:
+    """A copy of ``t`` with its dimensions in their order in memory."""
+    out = t.detach().contiguous().resolve_neg()
+    return reference.mark(out, reference.asked(t)) if reference.is_marked(t) else out
 
 
 def with_layout(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -121,7 +121,14 @@ def block_amax(x: Any, block: int, signed: bool = True) -> Any:
         flat = (x.abs() if signed else torch.where(x.signbit(), float("nan"), x)).reshape(-1)
         left = -flat.numel() % block
         return torch.cat([flat, flat.new_zeros(left)]).view(-1, block).amax(1)
-    run = x.run
+    _in_blocks(run := x.run, block)
+    return SymTensor(
+        run, run.graph.op("absmax" if signed else "bitmax", x.node, to="0", where=run.where), x.asked
+    )
+
+
+def _in_blocks(run: Any, block: int) -> None:
+    """See to it that the lines of a trace's program are blocks of so many elements."""
     run.attribute(ELEMENT, f"{LINE}{block}")
     if run.signature.line != block:
         raise Untraceable(
@@ -130,9 +137,6 @@ def block_amax(x: Any, block: int, signed: bool = True) -> Any:
         )
     if run.attribute(ELEMENT, HERE_IN_ORDER) is None:
         raise Untraceable("blocks of a tensor whose memory is elsewhere")
-    return SymTensor(
-        run, run.graph.op("absmax" if signed else "bitmax", x.node, to="0", where=run.where), x.asked
-    )
 
 
 @contextmanager
@@ -151,6 +155,7 @@ def constants(x: Any) -> Iterator[None]:
 def spread(scale: Any, x: Any, block: int) -> Any:
     """One number of each block, of ``scale``, as one for each element of x."""
     if _is_symbolic(scale):
+        _in_blocks(scale.run, block)
         return scale
     return scale.repeat_interleave(block)[: x.numel()].view(x.shape)
 

@@ -219,7 +219,7 @@ _known: dict[types.FunctionType, tuple[Verdict, Sources]] = {}
 
 def _of_function(function: types.FunctionType) -> Verdict:
     known = _known.get(function)
-    if known is not None and known[1].unchanged():
+    if known is not None and not known[1].changed():
         return known[0]
     examination = _Examination()
     verdict = examination.of(examination.call, function)

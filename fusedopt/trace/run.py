@@ -175,7 +175,7 @@ class Pass:
         ``counting``: leave numbers in the state numbers, even if they belong on the device.
         """
         s = self.signature
-        asked = s.asked or (s.param, s.grad)
+        asked = s.asked or (s.param, s.grad, ())
         grad = self.graph.leaf("load", "grad", kind=ELEMENT)
         if s.modes.scaled:
             factor = self.graph.leaf("load", FACTOR)
@@ -191,9 +191,9 @@ class Pass:
                 shown = None if axes.is_blocks(value.dims) else value.dims
                 if shown is not None:
                     s.need_dims()
-                cells[key] = Cell(load(self.graph, s, f"state.{key}", value), value.dtype, shown)
+                cells[key] = Cell(load(self.graph, s, f"state.{key}", value), s.seen(key, value), shown)
             elif isinstance(value, Foreign) and value.dtype in FLOATS and self.calls is not None:
-                asked_for = value.dtype if value.dtype != s.compute else None
+                asked_for = seen if (seen := s.seen(key, value)) != s.compute else None
                 cells[key] = Matrix(self.calls.keep(key, s.compute, value.shape), asked_for)
             elif type(value) in (int, float):
                 cells[key] = self._number(("state", key), value)

@@ -106,7 +106,8 @@ class Signature:
     ``state`` maps each key to a ``Buffer`` or ``Several`` (a tensor), to the number, flag or None itself, or to an
     ``Opaque``.
     ``attributes`` are the attributes of the parameter that some callback reads. ``asked`` are the parameter's and the
-    gradient's dtypes as the user sees them, where these differ from the buffers' (work copies in the compute dtype).
+    gradient's dtypes as the user sees them, and those of state where they differ from the buffers' (work copies in the
+    compute dtype).
     ``zero_dim``: the parameter is 0-d, so that its state cannot be told apart into one number per element and one per
     tensor.
     """
@@ -116,9 +117,13 @@ class Signature:
     grad: torch.dtype
     state: tuple[tuple[str, Any], ...] = ()
     attributes: tuple[tuple[str, Any], ...] = ()
-    asked: tuple[torch.dtype, torch.dtype] | None = None
+    asked: tuple[torch.dtype, torch.dtype, tuple[tuple[str, torch.dtype], ...]] | None = None
     zero_dim: bool = False
     modes: Modes = HOST
+
+    def seen(self, key: str, buffer: Buffer | Foreign) -> torch.dtype:
+        """The dtype of state as the user sees it."""
+        return dict(self.asked[2] if self.asked else ()).get(key, buffer.dtype)
 
     @property
     def dims(self) -> Dims | None:

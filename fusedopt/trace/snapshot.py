@@ -28,6 +28,11 @@ def is_constant(value: Any) -> bool:
     return type(value) in CONSTANTS or isinstance(value, (np.number, np.bool_))
 
 
+def same_constant(a: Any, b: Any) -> bool:
+    """Whether they are the same object, or equal numbers or texts, which programs cannot tell apart."""
+    return a is b or (type(a) is type(b) and type(a) in CONSTANTS and repr(a) == repr(b))
+
+
 def is_data(value: Any) -> bool:
     """Whether it is a number, flag, small tensor or array, or a container of such: readable, and to be snapshot."""
     if isinstance(value, (*CONSTANTS, np.generic)):

@@ -37,7 +37,7 @@ class Sources:
     """
 
     def __init__(self, callbacks: Iterable[Callable[..., Any]] = ()) -> None:
-        self.functions: list[tuple[types.FunctionType, types.CodeType, Any]] = []
+        self.functions: list[tuple[types.FunctionType, types.CodeType, Any, Any]] = []
         self.reads: list[tuple[Callable[[str], Any], str, Any]] = []
         self.data: list[tuple[Callable[[str], Any], str]] = []
         self.dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -74,9 +74,10 @@ class Sources:
         ):
             return
         self._seen.add(id(function))
-        self.functions.append((function, function.__code__, function.__defaults__))
-        if function.__kwdefaults__:
-            self.dicts.append((function.__kwdefaults__, dict(function.__kwdefaults__)))
+        named = function.__kwdefaults__
+        self.functions.append((function, function.__code__, function.__defaults__, named))
+        if named:
+            self.dicts.append((named, dict(named)))
         for name in loaded_names(function.__code__):
             self._read(function.__globals__.get, name, function)
         for cell in function.__closure__ or ():
@@ -110,21 +111,26 @@ class Sources:
         if not isinstance(found, (type, types.ModuleType)):
             self.add(found)
 
-    def unchanged(self) -> bool:
-        """Whether all of it is still there. Asked on every step, hence the plain loops."""
+    def changed(self) -> str:
+        """What of it is another object now, "" if nothing is. Asked on every step, hence the plain loops."""
         for read, name, found in self.reads:
             if read(name) is not found:
-                return False
-        for function, code, defaults in self.functions:
-            if function.__code__ is not code or function.__defaults__ is not defaults:
-                return False
+                return name or "what a function closes over"
+        for function, code, defaults, named in self.functions:
+            if function.__code__ is not code:
+                return f"the code of {function.__qualname__}"
+            if function.__defaults__ is not defaults or function.__kwdefaults__ is not named:
+                return f"the defaults of {function.__qualname__}"
         for live, known in self.dicts:
             if len(live) != len(known):
-                return False
+                return "the arguments of a callback"
             for name, found in known.items():
                 if live.get(name, NOTHING) is not found:
-                    return False
-        return all(is_data(read(name)) for read, name in self.data) if self.data else True
+                    return f"the argument {name!r}"
+        for read, name in self.data:
+            if not is_data(read(name)):
+                return name or "what a function closes over"
+        return ""
 
     def now(self) -> list[Any]:
         """The data that they read, as it is now. While it is the same constants, they do the same."""
@@ -134,7 +140,7 @@ class Sources:
     def found(self) -> list[Any]:
         """All of it, to tell two apart."""
         return [
-            *(x for _, *made_of in self.functions for x in made_of),
+            *(x for _, code, defaults, _ in self.functions for x in (code, defaults)),
             *(found for _, _, found in self.reads),
             *(x for _, known in self.dicts for x in known.values()),
         ]
@@ -142,11 +148,11 @@ class Sources:
     @property
     def closed(self) -> bool:
         """Whether some function has a closure, and so may hold on to anything."""
-        return any(function.__closure__ for function, _, _ in self.functions)
+        return any(function.__closure__ for function, *_ in self.functions)
 
     def values(self) -> list[Any]:
         """The data that they read or hold, as it is now: what a trace could change."""
-        held = [value for _, _, defaults in self.functions for value in defaults or ()]
+        held = [value for _, _, defaults, _ in self.functions for value in defaults or ()]
         held += [value for _, known in self.dicts for value in known.values()]
         return [value for value in held if is_data(value)] + self.now()
 
@@ -220,7 +226,7 @@ def reads_gradient(callback: Callable[..., Any]) -> bool:
 def _names_any(callback: Callable[..., Any], names: set[str]) -> bool:
     """Whether its code, or that of a function that it calls, has one of these names; True if it cannot be seen."""
     functions = Sources([callback]).functions
-    return not functions or any(not names.isdisjoint(_named(code)) for _, code, _ in functions)
+    return not functions or any(not names.isdisjoint(_named(code)) for _, code, *_ in functions)
 
 
 @functools.lru_cache(maxsize=MAX_KNOWN)

@@ -163,8 +163,13 @@ def traced(
         k: _created(a[k], graph, signature.compute if work else dtype, signature)
         for k, dtype in asked.items()
     }
-    if work:  # what a policy of storage has made of state that callbacks have just made
-        asked |= {k: v.asked for k, v in a.items() if isinstance(v, Cell) and v.asked in CODES}
+    if work:  # what callbacks have just made may have got another dtype, as a policy of storage gives it
+        seen = {
+            k: signature.seen(k, v) for k, v in old.items() if isinstance(v, Buffer) and v.kind == ELEMENT
+        }
+        cast = {k: v.asked for k, v in a.items() if isinstance(v, Cell) and v.asked != seen.get(k, v.asked)}
+        codes = {k: v.asked for k, v in a.items() if isinstance(v, Cell) and v.asked in CODES}
+        asked |= {k: dtype for k, dtype in (cast | codes).items() if dtype is not None}
     cells, shared = a, True
     if created or late:
         b = _again(run, counts | created)
