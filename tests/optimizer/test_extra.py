@@ -309,3 +309,48 @@ def test_a_parameter_listed_twice_is_refused():
     p.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match="listed twice, and extra tensors are one per parameter"):
         opt.step(extra={"hess": [torch.ones(3)] * 2})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [5, 300_000])
+@pytest.mark.parametrize("of", ["parameters", "state", "parts"])
+def test_what_lies_in_anothers_memory_is_what_it_was_before_the_step(backend, size, of):
+    """As in mutual learning, where each of several models is told where another one is."""
+
+    def towards(p, lr, other=None, mean=None, **kwargs):
+        mean = torch.zeros_like(p) if mean is None else mean
+        mean.lerp_(p.grad, 0.5)
+        p.data.sub_(mean, alpha=lr).sub_(other, alpha=0.1)
+        return {"mean": mean}
+
+    torch.manual_seed(0)
+    flat = torch.randn(3 * size)
+    params = [
+        nn.Parameter(x)
+        for x in (flat.split(size) if of == "parts" else [torch.randn(size) for _ in range(3)])
+    ]
+    opt = fusedopt.Optimizer(params, towards, lr=0.1, backend=backend)
+    x, m = [p.detach().double() for p in params], [torch.zeros(size).double() for _ in params]
+    for t in range(4):
+        for p in params:
+            p.grad = torch.randn(size)
+        there = [opt.state[p].get("mean", p.detach()) if of == "state" and t else p.detach() for p in params]
+        others = [there[(i + 1) % 3] for i in range(3)]
+        known = [other.double().clone() for other in others]
+        opt.step(extra={"other": others})
+        for i, p in enumerate(params):
+            m[i].lerp_(p.grad.double(), 0.5)
+            x[i] -= 0.1 * m[i] + 0.1 * known[i]
+            torch.testing.assert_close(p.detach().double(), x[i], rtol=1e-4, atol=1e-5)
+
+
+@needs_extension
+def test_extra_tensors_apart_are_read_where_they_are():
+    params = [nn.Parameter(torch.randn(4)) for _ in range(3)]
+    opt = fusedopt.Optimizer(params, lambda p, lr, h=None, **kw: p.data.sub_(h, alpha=lr), lr=0.1)
+    flat = torch.randn(12)
+    for _ in range(5):
+        for p in params:
+            p.grad = torch.randn(4)
+        opt.step(extra={"h": list(flat.split(4))})
+    assert opt.engine.steps.anew == 1

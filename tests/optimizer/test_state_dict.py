@@ -48,6 +48,26 @@ def through_a_file(state_dict, **options):
 # Round trips
 
 
+THIN = ((7, 1), (1, 7), (1, 1), (4, 1, 3), (8, 4, 1, 1), (1, 1, 3, 3), (5, 1, 1))
+BY_PARTS = ("Adafactor", "CAME", "AdamMini", "SM3", "NovoGrad", "SOAP", "Shampoo", "Muon")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("rule", BY_PARTS)
+def test_state_of_tensors_with_dimensions_of_one_is_taken_back(rule):
+    """Rows and columns of those cannot be told from single numbers, nor from the whole."""
+    params = [nn.Parameter(torch.randn(shape)) for shape in THIN]
+    opt = getattr(fusedopt.rules, rule)(params)
+    train(opt, 2)
+    other = getattr(fusedopt.rules, rule)(copied(params))
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    mine, theirs = opt.state_dict()["state"], other.state_dict()["state"]
+    assert mine.keys() == theirs.keys()
+    for i, state in mine.items():
+        assert state.keys() == theirs[i].keys()
+        assert_equal(*([v for v in s.values() if isinstance(v, torch.Tensor)] for s in (state, theirs[i])))
+
+
 def round_trip(make):
     params = parameters()
     opt = make(params)

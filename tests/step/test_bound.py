@@ -181,6 +181,28 @@ def test_structures_that_never_come_again_do_not_pile_up():
     assert len(opt.engine.bound) == bound.MOST
 
 
+@pytest.mark.parametrize("each", [1, 4], ids=["a group for each", "groups of four"])
+def test_groups_that_rest_take_part_in_the_step_that_is_bound(each):
+    """As experts do, of which a few have gradients in each step."""
+    params, twins = parameters(n=8), parameters(n=8)
+    ours, torchs = (
+        kind([dict(params=ps[i : i + each]) for i in range(0, len(ps), each)], lr=0.01)
+        for kind, ps in ((optim.AdamW, params), (torch.optim.AdamW, twins))
+    )
+    for t in range(60):
+        gradients(params, t)
+        active = random.Random(t).sample(range(0, len(params), each), 3)
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            p.grad = p.grad if t == 0 or i // each * each in active else None
+            q.grad = p.grad
+        ours.param_groups[t % 3]["lr"] = torchs.param_groups[t % 3]["lr"] = 0.01 / (1 + t)
+        ours.step()
+        torchs.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert ours.engine.steps.anew <= 3, str(ours.engine.steps)
+
+
 # -- what is said --
 
 

@@ -383,6 +383,136 @@ def test_blocks_of_two_sizes_are_told_what_to_do():
         opt.step()
 
 
+# ---------------------------------------------------------------- where decoding and encoding are two programs
+
+
+def momentum(p, lr, m=None, **kwargs):
+    m = torch.zeros_like(p) if m is None else m
+    m.lerp_(p.grad, 0.3)
+    p.data.sub_(m, alpha=lr)
+    return {"m": m}
+
+
+def looks(p, **kwargs):
+    p.data.flatten().tolist()
+
+
+def steps_down(p, lr, **kwargs):
+    if p.data.flatten().tolist() and p.grad is not None:
+        p.data.sub_(p.grad, alpha=lr)
+
+
+def trained(cbs, storage, backend, like=None, param=torch.float32, transposed=False, steps=3, between=None):
+    """An optimizer after some steps; ``like``: it goes on from this one's checkpoint."""
+    torch.manual_seed(0)
+    x = torch.randn(70, 80).to(param)
+    p = nn.Parameter((x.t() if transposed else x).to(DEVICE))
+    opt = fusedopt.Optimizer([p], cbs, lr=0.1, storage=storage, backend=backend)
+    if like is not None:
+        p.data.copy_(like.param_groups[0]["params"][0].data)
+        opt.load_state_dict(like.state_dict())
+    for _ in range(steps):
+        p.grad = torch.randn(p.shape).to(p)
+        opt.step()
+        if between is not None:
+            opt.apply(between)
+    return opt
+
+
+def assert_alike(a, b):
+    """Parameters, and what is decoded of state, whose dtypes are the same: most to rounding, few to one code."""
+    (p,), (q,) = ([*o.param_groups[0]["params"]] for o in (a, b))
+    assert a.state[p].keys() == b.state[q].keys()
+    for key, value in a.state[p].items():
+        assert getattr(value, "dtype", value) == getattr(b.state[q][key], "dtype", b.state[q][key])
+    ours, theirs = ({"param": x, **o.state_dict()["state"][0]} for o, x in ((a, p), (b, q)))
+    for key, x in ours.items():
+        if isinstance(x, torch.Tensor):
+            off, size = (x.double().cpu() - theirs[key].double()).abs(), x.abs().max().item()
+            assert off.max() <= 0.02 * size and off.mean() <= 1e-4 * size, key
+
+
+EAGER = [[looks, momentum], [momentum, looks], [momentum, steps_down], [steps_down, momentum]]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("storage", ["int8", "int8_256", "bfloat16", "bf16+8", "kahan"])
+@pytest.mark.parametrize("cbs", EAGER, ids=lambda cbs: " ".join(cb.__name__ for cb in cbs))
+def test_beside_eager_callbacks_state_is_what_the_reference_keeps(cbs, storage, transposed):
+    """New, kept, and from a checkpoint, where decoding is a program of its own; in whatever memory order."""
+    made = {}
+    for backend in (None, "reference"):
+        first = trained(cbs, storage, backend, transposed=transposed)
+        made[backend] = first, trained(cbs, storage, backend, like=first, transposed=transposed)
+    for ours, theirs in zip(*made.values(), strict=True):
+        assert_alike(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("state", ["float32", "int8", "bfloat16"])
+def test_so_it_is_of_bfloat16_parameters_that_are_rounded_at_random(state, transposed):
+    storage = {"param": "bfloat16_sr", "*": state}
+    a, b = (
+        trained([momentum, looks], storage, backend, param=torch.bfloat16, transposed=transposed)
+        for backend in (None, "reference")
+    )
+    assert_alike(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("storage", ["int8", "bfloat16", "bf16+8"])
+@pytest.mark.parametrize(
+    "between", [looks, momentum, lambda p, **kw: p.data.div_(p.data.norm(dim=-1, keepdim=True))]
+)
+def test_what_is_applied_between_steps_finds_numbers(storage, between):
+    a, b = (trained([momentum], storage, backend, between=between) for backend in (None, "reference"))
+    assert_alike(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "storage", [{"*": "int8", "exp_avg": "int8_256"}, {"*": "int8_256", "exp_avg": "int8"}]
+)
+def test_blocks_of_two_sizes_are_slow_and_right(storage):
+    made = []
+    for backend in (None, "reference"):
+        params = parameters()
+        opt = optim.AdamW(params, lr=0.1, storage=storage, backend=backend)
+        for t in range(3):
+            give(params, t)
+            opt.step()
+        made.append(params)
+    for p, q in zip(*made, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["int8", "memory", {"*": "int8"}])
+def test_a_group_that_gets_storage_later_is_told_that_the_optimizer_has_none(storage):
+    params = parameters()
+    opt = optim.AdamW(params, lr=0.1)
+    opt.param_groups[0]["storage"] = storage
+    give(params, 0)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="the optimizer has none"):
+        opt.step()
+    assert all(map(torch.equal, params, before)) and not opt.state[params[0]]
+
+
+def test_a_group_that_gets_other_storage_later_is_understood_as_the_constructor_would():
+    params = parameters()
+    opt = optim.AdamW(params, lr=0.1, storage="int8")
+    give(params, 0)
+    opt.step()
+    opt.param_groups[0]["storage"] = "bfloat16"
+    with pytest.raises(RuntimeError, match=r"stored in the policy 'int8', .* storage has 'bfloat16'"):
+        opt.step()
+    opt.param_groups[0]["storage"] = "itn8"
+    with pytest.raises(ValueError, match="itn8"):
+        opt.step()
+
+
 # ---------------------------------------------------------------- a policy of one's own
 
 

@@ -1024,6 +1024,79 @@ def test_a_callback_whose_numbers_escape_with_the_learning_rate_keeps_few_traces
     assert len(opt.explain().compiled) == 1
 
 
+def _of_defaults(p, lr, factor=1.0, **kwargs):
+    descend(p, lr * factor)
+
+
+def _of_named_defaults(p, lr, *, factor=1.0, **kwargs):
+    descend(p, lr * factor)
+
+
+class _Settings:
+    def __init__(self, factor):
+        self.chosen = types.SimpleNamespace(factor=factor)
+
+    def __call__(self, p, lr, **kwargs):
+        descend(p, lr * self.chosen.factor)
+
+
+def _given(p, lr, factor, **kwargs):
+    descend(p, lr * factor)
+
+
+REPLACED = {
+    "defaults": (lambda: _of_defaults, lambda cb, x: setattr(cb, "__defaults__", (x,))),
+    "named defaults": (
+        lambda: _of_named_defaults,
+        lambda cb, x: setattr(cb, "__kwdefaults__", {"factor": x}),
+    ),
+    "settings": (
+        lambda: _Settings(1.0),
+        lambda cb, x: setattr(cb, "chosen", types.SimpleNamespace(factor=x)),
+    ),
+    "an argument": (lambda: partial(_given, factor=1.0), lambda cb, x: cb.keywords.update(factor=x)),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_a_callback_is_made_of_may_be_replaced_and_in_each_step_that_is_said(name):
+    make_one, replace = REPLACED[name]
+    cb = make_one()
+    replace(cb, 1.0)
+    p, sum_of = nn.Parameter(torch.zeros(4)), 0.0
+    opt = fusedopt.Optimizer([p], cb, lr=0.5)
+    with pytest.warns(RuntimeWarning, match="most of the last 16 steps took Python work"):
+        for t in range(20):
+            replace(cb, float(t))
+            sum_of += float(t)
+            p.grad = torch.ones(4)
+            opt.step()
+    assert torch.equal(p.detach(), torch.full((4,), -0.5 * sum_of))
+    assert opt.engine.steps.anew >= 19 and "is another object" in str(opt.explain().steps)
+    for _ in range(3):
+        opt.step()
+    assert opt.engine.steps.repeated >= 2, "it goes on as soon as nothing is replaced"
+
+
+_FACTOR = 0.5
+
+
+def test_a_constant_that_is_read_again_as_an_equal_one_is_the_same():
+    def cb(p, lr, **kwargs):
+        descend(p, lr * _FACTOR)
+
+    opt = make(cb)
+    for _ in range(6):
+        globals()["_FACTOR"] = float("0.5")
+        opt.step()
+    assert opt.engine.steps.anew == 1
+    globals()["_FACTOR"] = -0.0
+    opt.step()
+    globals()["_FACTOR"] = 0.0
+    opt.step()
+    assert opt.engine.steps.anew == 3, "zeros of two signs are two numbers"
+
+
 @pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor, float])
 def test_other_kinds_of_numbers_keep_one_trace(kind, traces):
     opt = make(lambda p, lr, **kwargs: descend(p, lr))
