@@ -8,6 +8,7 @@
 
 #include "bound_step.h"
 #include "cuda.h"
+#include "profile.h"
 #include "survey.h"
 
 #include <cstdint>
@@ -222,6 +223,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("settle", torch::wrap_pybind_function(settle), py::arg("params"));
   m.def("number", torch::wrap_pybind_function(number), py::arg("x"));
   py::class_<Kept>(m, "Kept");
+  py::class_<fusedopt::Profile>(m, "Profile")
+      .def(py::init<py::object, py::object>(), py::arg("note"), py::arg("is_library"))
+      .def("__call__", &fusedopt::Profile::note)
+      .def("start", [](const py::object& self) { fusedopt::Profile::start(self); });
   bind_step(m);
   py::class_<fusedopt::ScalarProgram>(m, "ScalarProgram")
       .def(py::init<const py::list&, std::vector<size_t>, std::vector<size_t>, const py::list&>(),

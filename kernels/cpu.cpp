@@ -291,6 +291,14 @@ template <int64_t n>
 struct Fixed {
   constexpr operator int64_t() const { return n; }
 };
+// The length of a line's rest. No vectors are made of loops up to it: to compile them would take longer than all else.
+struct Rest {
+  int64_t n;
+  operator int64_t() const {
+    asm volatile("");
+    return n;
+  }
+};
 template <class F>
 FUSEDOPT_INLINE inline void with_length(int64_t n, const F& lines) {
   if (n == 3) lines(Fixed<3>{});
@@ -370,7 +378,13 @@ static FUSEDOPT_ONCE void collect(Lanes<R>& to, const double (&from)[tiled][tile
 
 // Of numbers of which it makes no difference in what order they are joined, nor in what type.
 template <class R, class X>
-inline X joined(const X* x, int64_t n) {
+inline X joined(const X* x, Rest n) {
+  X all = X(R::init);
+  for (int64_t i = 0; i < n; ++i) all = R::template join_as<X>(all, x[i]);
+  return all;
+}
+template <class R, class X, int64_t n>
+inline X joined(const X* x, Fixed<n>) {
   X lane[lanes];
   for (int k = 0; k < lanes; ++k) lane[k] = X(R::init);
   int64_t i = 0;
@@ -382,15 +396,13 @@ inline X joined(const X* x, int64_t n) {
   return lane[0];
 }
 
-// So many lines of n elements, or, where fewer are left, one, the last of which may be shorter. Returns how many it was.
+// Up to so many lines of n elements, or what is left of one. Returns how many it was.
 template <int64_t many, int64_t n, class F>
 FUSEDOPT_INLINE inline int64_t with_lines(int64_t left, const F& lines) {
-  if (left >= many * n) {
-    lines(Fixed<many>{}, Fixed<n>{});
-    return many;
-  }
-  lines(Fixed<1>{}, left < n ? left : n);
-  return 1;
+  const int64_t whole = left / n < many ? left / n : many;
+  if (whole == 0) lines(Fixed<1>{}, Rest{left});
+  else lines(whole, Fixed<n>{});
+  return whole ? whole : 1;
 }
 
 struct Row {

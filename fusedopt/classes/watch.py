@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..extension import leaf
 from ..trace.signals import Untraceable, place_of
 from ..trace.snapshot import Snapshot, equal, is_constant, is_data
 from ..trace.sources import content_of, loaded_names
@@ -169,7 +170,10 @@ class Watch:
         self._generators = Generators(v for v in (*self._referred, *values) if isinstance(v, DRAWING))
         self._collects, self._before = gc.isenabled(), sys.getprofile()
         gc.disable()  # what others have called with each collection is none of the step's
-        sys.setprofile(self._note)
+        if leaf.native is None:
+            sys.setprofile(self._note)
+        else:
+            leaf.native.Profile(self._note, _is_library).start()
         return self
 
     def __exit__(self, *_: Any) -> None:

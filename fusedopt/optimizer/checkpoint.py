@@ -231,7 +231,7 @@ def _group(
                 f"{key!r} of a group is {theirs!r}; here it has {len(ours)} numbers, {ours!r}"
             )
     moved = {k for k in COUNTERS if any(state and k not in state for state in states)}
-    kept = {k: v for k, v in saved.items() if k not in moved and k != GROUPS_OWN}
+    kept = {k: v for k, v in saved.items() if k not in moved and k not in (GROUPS_OWN, storing.HYPER)}
     return {**kept, **{k: v for k, v in live.items() if k in OWN}}
 
 

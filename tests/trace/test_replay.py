@@ -85,7 +85,7 @@ def traces(monkeypatch):
 def naive(monkeypatch):
     """The mutation: every callback counts as pure, and nothing around it ever changes."""
     monkeypatch.setattr(verdicts, "examine", lambda callback: Verdict(PURE))
-    monkeypatch.setattr(Sources, "unchanged", lambda self: True)
+    monkeypatch.setattr(Sources, "changed", lambda self: "")
     monkeypatch.setattr(Sources, "now", lambda self: [])
     monkeypatch.setattr(Snapshot, "restored", lambda self: False)
 
