@@ -216,7 +216,7 @@ class ClassGroups:
         self._instead = None
         if without or len(stores) > 1:
             whole |= {p: {} for p in without}
-            resting = ((p, whole_of(stores, p)) for p in self._all() if p.grad is None)
+            resting = ((p, whole_of(stores, p)) for p in self.params() if p.grad is None)
             whole |= {p: kept or {} for p, kept in resting if kept is not None or id(p) in self._stateless}
             self._instead = [(store, list(store.values())) for store in stores], {**stores[0], **whole}
         return whole
@@ -233,10 +233,10 @@ class ClassGroups:
 
     def kept(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
         """Each parameter with its state, as it is stored."""
-        for p in self._all():
+        for p in self.params():
             yield p, values_of(stores_of(self.opt)[0].get(p, {}), parted=True)
 
-    def _all(self) -> list[torch.Tensor]:
+    def params(self) -> list[torch.Tensor]:
         return [p for group in self.opt.param_groups for p in group["params"]]
 
     def resting(
@@ -327,17 +327,31 @@ class StepBuckets(Buckets):
 
     def changed(self, host: Any) -> str | None:
         """Why a step is not the one that was traced, by what the host can see; its numbers are the groups' now."""
+        self.groups.numbers = host.numbers
+        return self._is_for(host) or host.look(vars(self.groups.opt))
+
+    def _is_for(self, host: Host) -> str | None:
         if host.closure != self.closure:
             return f"a closure is {'given' if self.closure else 'no longer given'}"
-        self.groups.numbers = host.numbers
-        if type(self.groups.opt) is not host.kind:
-            return "the optimizer is of another class"
-        return host.look(vars(self.groups.opt))
+        return None if type(self.groups.opt) is host.kind else "the optimizer is of another class"
 
     def forget(self) -> None:
         super().forget()
         for key in list(self._hosts)[:-16]:
             del self._hosts[key]
+
+    def foreseen(self) -> bool:
+        """Whether all on the host is as it was for a step that is known, whatever gradients there are."""
+        hosts = [host for known in self._hosts.values() for host, _ in known]
+        return any(
+            self._is_for(host) is None and host.as_it_was(vars(self.groups.opt)) is None for host in hosts
+        )
+
+    def wait(self) -> None:
+        """Raise Waits while no trace is to be tried, and no step that is known can be this one."""
+        if self.waits and not self.foreseen():
+            self.waits -= 1
+            raise Waits
 
     def prepare(self, todo: list[Item]) -> tuple[list[Bucket], list[Item]]:
         while True:

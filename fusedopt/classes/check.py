@@ -38,12 +38,13 @@ View = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Copies:
-    """Some of an optimizer's parameters, stepped by the class itself, on copies, with gradients times a factor."""
+    """Copies of some of an optimizer's parameters, with gradients times a factor, for the class itself to step."""
 
     def __init__(
         self, opt: torch.optim.Optimizer, params: list[torch.Tensor], closure: bool, factor: float
     ) -> None:
         self.tensors: dict[int, Any] = {}
+        self._closure = closure
         self._factor = factor
         self._stores = stores_of(opt)
         self._states: dict[int, Any] = {}
@@ -58,7 +59,10 @@ class Copies:
             for store, kept in in_stores(self._stores, state).items():
                 known[store][at] = kept
         self.shadow = Shadow(opt, type(opt), self.tensors, _clone, known)
-        plain_function(type(opt).step)(self.shadow.opt, *((lambda: torch.zeros(()),) if closure else ()))
+
+    def step(self) -> None:
+        given = [lambda: torch.zeros(())] if self._closure else []
+        plain_function(type(self.shadow.opt).step)(self.shadow.opt, *given)
 
     def _add(self, opt: torch.optim.Optimizer, p: torch.Tensor) -> None:
         copy = torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
@@ -95,6 +99,7 @@ def difference(
     seen = [[(_seen(item, view, factor), trace) for item, trace in bucket] for bucket in step.examples]
     examples = [example for bucket in seen for example in bucket]
     copies = Copies(opt, [item.owner for item, _ in examples], step.closure, factor)
+    copies.step()
     totals = _totals([each for each in examples if each[1].externs is None])
     if why := step.host.look(vars(opt)):
         return why
@@ -200,7 +205,7 @@ def _given(item: Item, program: Program, totals: dict[str, torch.Tensor]) -> dic
 
 
 class Sample:
-    """A step of a few parameters by the class itself, to be compared with what kernels do to the real ones.
+    """A few parameters before a step: what the class itself does to them is compared with what kernels did.
 
     ``whole``: of all of them, as sums over them are those of all.
     """
@@ -215,6 +220,7 @@ class Sample:
 
     def difference(self, opt: torch.optim.Optimizer, programs: list[Program]) -> str | None:
         """What the step of these programs did otherwise."""
+        self.copies.step()
         view = view_of(programs)
         for p, start in zip(self.params, self.starts, strict=True):
             copy, state = self.copies.of(p, view)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..ir.ops import ELEMENT, TENSOR
+from ..ir.program import Buffer
 from ..trace.axes import Dims, regrouped, sizes
 from ..trace.methods import Extreme, seen
 from ..trace.number import Number
@@ -428,7 +429,7 @@ def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 _CASTS = frozenset(["to", "float", "double", "half", "bfloat16", "type", "type_as"])
 _ROUNDS = {torch.bfloat16: "to_bfloat16", torch.float16: "to_float16"}
-_EXACT = frozenset(["load", "neg", "abs", "sign", "to_bfloat16", "to_float16"])
+_EXACT = frozenset(["neg", "abs"])
 """What gives numbers of its arguments' precision."""
 
 
@@ -446,10 +447,21 @@ def _as_stored(x: Any, dtype: torch.dtype, always: bool = False) -> Any:
     if not isinstance(x, SymTensor) or x.is_bool or dtype not in _ROUNDS:
         return x
     wanted = always or Tracing.current is None or Tracing.current.rounds
-    if not wanted or x.run.graph.values[x.node].op in _EXACT:
+    if not wanted or _is_exact(x.run, x.node, dtype):
         return x
     out = new(x, _ROUNDS[dtype], x)
     return SymTensor(x.run, out.node, dtype, x.shown)
+
+
+def _is_exact(run: Any, node: int, dtype: torch.dtype) -> bool:
+    """Whether its numbers are of this dtype as they are."""
+    v = run.graph.values[node]
+    if v.op == "load":
+        signature = run.signature
+        known = {"param": signature.param, "grad": signature.grad}
+        known |= {f"state.{k}": b.dtype for k, b in signature.state if isinstance(b, Buffer)}
+        return known.get(v.attr) == dtype
+    return v.op in ("sign", _ROUNDS[dtype]) or (v.op in _EXACT and _is_exact(run, v.args[0], dtype))
 
 
 def _type_name(dtype: torch.dtype, device: torch.device) -> str:

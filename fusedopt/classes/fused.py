@@ -7,6 +7,7 @@ import copyreg
 import dataclasses
 import functools
 import inspect
+import time
 import types
 import weakref
 from collections.abc import Callable
@@ -43,7 +44,12 @@ RETRACES = 3
 """Steps in a row that have to be traced anew, or that have no trace, after which none is tried any more."""
 KINDS = 12
 """The same where each has gradients of other kinds of parameters, of which there are only so many."""
+PAID = 1 / 16
+"""The part of a trace that a step pays for by being one that is known."""
+DEAR = 2.0
+"""Seconds that traces may take before they count as several."""
 UNKNOWN = "it was not traced yet: the first step makes the class's state, and the second one is. Remedy: take two steps"
+BEFORE = "no parameter has a gradient before its closure is called: later steps may be fused"
 REMEDY = "nothing is wrong, it is as fast as without fusedopt; docs/classes.md says what fuses"
 REFERENCE = 'the reference backend compiles nothing. Remedy: backend="auto"'
 
@@ -65,8 +71,9 @@ class Fused:
         self.engine, self.captures = Engine(self.buckets), Captures()
         self.given_up = options.backend == "reference"
         self.reason, self._why = REFERENCE if self.given_up else "", ""
-        self._misses = self._steps = self._failures = self._asked = 0
-        self._calls_first = self._new_trace = False
+        self._steps = self._failures = self._asked = 0
+        self._misses = self._took = 0.0
+        self._new_trace = False
         self.said: set[Any] = set()
 
     def __reduce__(self) -> Any:
@@ -97,26 +104,25 @@ class Fused:
         loss = None
         self.buckets.closure = closure is not None
         if closure is not None:
-            if not self._calls_first and not self._can(opt):
-                return self._own(opt, closure)
+            if not self.buckets.foreseen() and not (self._can(opt) and self.buckets.foreseen()):
+                return self._own(opt, self._observed(opt, closure))
             with torch.enable_grad():
                 loss = closure()
         self._steps += 1
-        # Not where the last step was the class's own: it may draw numbers, and would draw them twice.
-        sampled = self.options.check > 1 and self._steps % self.options.check == 0 and not self.reason
+        sampled = self.options.check > 1 and self._steps % self.options.check == 0
         sample = Sample(opt, closure is not None, self.buckets.sums, self.scaling) if sampled else None
         if self._repeat():
             self.reason = ""
+            self._misses = max(self._misses - PAID, 0.0)
         elif not self._anew(opt):
-            return self._own(opt, None if closure is None else lambda: loss)
+            return self._own(opt, None if closure is None else _called_once(closure, loss))
         host: Any = self.engine.read
         host.write(vars(opt), functools.partial(self._total, opt))
-        if not self._new_trace:
-            self._misses = 0
-        else:  # now that the step is done, as warnings may be errors
-            self._new_trace = False
-            self._miss(opt, self.engine.steps.why)
-        if sample is not None and (sample.whole or not host.sums):
+        if self._new_trace:  # now that the step is done, as warnings may be errors
+            self._miss(opt, self.engine.steps.why, self._took)
+        repeated, self._new_trace = not self._new_trace, False
+        # What another step would do, which may be to draw numbers, is not done twice.
+        if sample is not None and repeated and (sample.whole or not host.sums):
             programs = [kernel.program for kernel, _ in self.engine.launched]
             if why := sample.difference(opt, programs):
                 self.reason = f"step {self._steps} was another than its own in {why}. Remedy: report it"
@@ -146,7 +152,7 @@ class Fused:
         self.buckets.closure = closure is not None
         loss = None
         if closure is not None:
-            if not self._calls_first:
+            if not self.buckets.foreseen():
                 refuse(f"no step with a closure was done before. {FIRST}")
             with torch.enable_grad():
                 loss = closure()
@@ -205,18 +211,37 @@ class Fused:
 
     def _can(self, opt: torch.optim.Optimizer) -> bool:
         """Whether the step calls its closure first, and once, so that we may."""
-        self._calls_first = self._traceable(opt, self.buckets.prepare)
-        return self._calls_first
+        if not self._graded():
+            self.reason = BEFORE
+            return False
+        return self._traceable(opt, self.buckets.prepare)
+
+    def _graded(self) -> bool:
+        return any(p.grad is not None for p in self.groups.params())
+
+    def _observed(self, opt: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, given to a step that is not known to call it first. Where gradients are only there once it was
+        called, that is found out then, for later steps."""
+        known = self._graded()
+
+        def observed() -> Any:
+            nonlocal known
+            loss = closure()
+            if not known:
+                known = self._can(opt) or True
+            return loss
+
+        return observed
 
     def _anew(self, opt: torch.optim.Optimizer) -> bool:
         """A step of a structure that is not known; False if the class has to do it, nothing having changed."""
-        made = self.buckets.traces_made
+        made, began = self.buckets.traces_made, time.perf_counter()
         if not self._traceable(
             opt, lambda todo: self.engine.step(todo, self.scaling, self.groups, bind=True)
         ):
             return False
         self.reason = ""
-        self._new_trace = self.buckets.traces_made > made
+        self._new_trace, self._took = self.buckets.traces_made > made, time.perf_counter() - began
         self._failures = 0 if self._new_trace else self._failures
         return True
 
@@ -224,6 +249,7 @@ class Fused:
     def _traceable(self, opt: torch.optim.Optimizer, use: Callable[[list[Item]], Any]) -> bool:
         """Use what there is to step. False, with the reason noted, if that has no trace."""
         try:
+            self.buckets.wait()
             todo = self.groups.items(self.scaling)
             if not todo:
                 raise NewState("no parameter has a gradient", traced=False)
@@ -244,11 +270,12 @@ class Fused:
             self._miss(opt, self.reason)
         return False
 
-    def _miss(self, opt: torch.optim.Optimizer, why: str) -> None:
+    def _miss(self, opt: torch.optim.Optimizer, why: str, took: float = 0.0) -> None:
+        """Note a step that is traced anew, in so many seconds, or that has no trace."""
         asked = len(self.buckets.attributes)
         if asked > self._asked:  # of parameters: steps that had a trace when less was asked need another
             self._asked, self._misses = asked, 0
-        self._misses += 1
+        self._misses += max(took / DEAR, 1.0)
         if self._misses >= (RETRACES if self.buckets.known_kinds or self.reason else KINDS):
             if not self.reason:
                 self.reason = f"each step is another one: {why}. Remedy: {REMEDY}"
@@ -300,6 +327,20 @@ def _where_raised(error: BaseException) -> str:
             found = place_in(frame.f_code, trace.tb_lineno)
         trace = trace.tb_next
     return found
+
+
+def _called_once(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
+    """The closure, for a step that is the class's own after all: what it gave is given once more, at the first call."""
+    first = True
+
+    def given() -> Any:
+        nonlocal first
+        if not first:
+            return closure()
+        first = False
+        return loss
+
+    return given
 
 
 def _nothing() -> None:

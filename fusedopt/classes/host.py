@@ -247,8 +247,8 @@ class Host:
         _, path = self._after({}, totals)
         return lambda bucket, state: self._counted(bucket, path, state) if bucket in self.later else {}
 
-    def look(self, root: dict[str, Any]) -> str | None:
-        """Read the numbers; or why this is another step than the one that was traced."""
+    def as_it_was(self, root: dict[str, Any]) -> str | None:
+        """Read the numbers; or why they, or what is around them, are those of another step than was traced."""
         why = self._look(root) or self.around() or self._looked_up(root)
         if why is None and self._function is not None:
             try:
@@ -258,6 +258,11 @@ class Host:
             if not all(guards):
                 return "a branch that numbers decide goes another way now"
             self._left = dict(zip(self._keys, left, strict=True))
+        return why
+
+    def look(self, root: dict[str, Any]) -> str | None:
+        """The same, and which gradients there are."""
+        why = self.as_it_was(root)
         if why is None and (self._all or self._alone) and not self._all_step():
             return "other parameters have gradients"
         if why is None and self.needs_all and self._some_rest():

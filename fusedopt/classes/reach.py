@@ -55,6 +55,16 @@ def attributes_of(x: Any) -> dict[str, Any] | None:
     return found or (found if isinstance(own, dict) else None)
 
 
+def seen_of(x: Any) -> dict[str, Any]:
+    """What code finds as attributes of a module, a class or an nn.Module, as it is kept; of a library's nothing."""
+    if isinstance(x, torch.nn.Module):
+        data = {k: v for k, v in seen_of(type(x)).items() if not hasattr(type(v), "__get__")}
+        return {**data, **vars(x)}
+    if not isinstance(x, type) or _root(x.__module__) in LIBRARIES:
+        return attributes_of(x) or {}
+    return {k: v for base in reversed(x.__mro__) for k, v in vars(base).items()}
+
+
 def reached(roots: Iterable[Any]) -> Iterator[Any]:
     """These, and what code can get at from them. In modules and classes functions, classes and modules are left out."""
     seen: set[int] = set()

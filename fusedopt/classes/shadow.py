@@ -7,6 +7,7 @@ flags have to stay what they were, and what ``step`` leaves in the copy's contai
 from __future__ import annotations
 
 import collections
+import enum
 import functools
 import types
 from collections import Counter
@@ -241,7 +242,7 @@ class Shadow:
         if kind in (int, float) or isinstance(value, np.floating):
             self.numbers[path] = value
             return self._number(path, value)
-        if isinstance(value, PLAIN) or kind in (torch.device, torch.Size, complex):
+        if isinstance(value, (*PLAIN, enum.Enum)) or kind in (torch.device, torch.Size, complex):
             self.flags.append((path, value))
             return value
         if isinstance(
@@ -338,13 +339,16 @@ class Shadow:
         """An optimizer within the optimizer."""
         if any(vars(value).get(f"_optimizer_step_{when}_hooks") for when in ("pre", "post")):
             raise Untraceable(f"{shown(path)} is another optimizer, whose steps have hooks")
-        return self._object(kind, value, path)
+        return self._object(kind, value, path, OURS)  # it may be fused, too
 
-    def _object(self, kind: type, value: Any, path: Path) -> Any:
+    def _object(self, kind: type, value: Any, path: Path, without: Iterable[str] = ()) -> Any:
         copy: Any = object.__new__(self._kinds(kind))
         self._memo[id(value)] = copy
+        self.referred.append(kind)
         entries = {
-            k: v if is_own(k) else self._copied(v, (*path, ("attr", k))) for k, v in vars(value).items()
+            k: v if is_own(k) else self._copied(v, (*path, ("attr", k)))
+            for k, v in vars(value).items()
+            if k not in without
         }
         vars(copy).update(entries)
         self.containers.append(Container((*path, ("dict", None)), vars(value), vars(copy), entries))

@@ -9,10 +9,12 @@ import array
 import builtins
 import collections
 import gc
+import os
 import random
 import sys
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from ..extension import leaf
 from ..trace.signals import Untraceable, place_of
 from ..trace.snapshot import Snapshot, equal, is_constant, is_data
-from ..trace.sources import content_of, loaded_names
+from ..trace.sources import content_of, imported_names, loaded_names
 from ..trace.standins import StandIns
 from .reach import (
     DEPTH,
@@ -34,6 +36,7 @@ from .reach import (
     is_used_up,
     parts_of,
     reached,
+    seen_of,
 )
 
 _CALLS: dict[Any, str] = {
@@ -50,6 +53,14 @@ _CALLS |= {
     for name in dir(time)
     if name.split("_")[0] in ("time", "perf", "monotonic", "process", "thread")
     and callable(getattr(time, name))
+}
+_CALLS |= {
+    getattr(torch, name): "asks for a setting of torch's"
+    for name in """
+    get_default_dtype is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_autocast_cpu_enabled
+    get_autocast_dtype get_num_threads is_anomaly_enabled are_deterministic_algorithms_enabled
+    get_float32_matmul_precision
+    """.split()  # noqa: SIM905
 }
 _MODULES = {"logging": "logs", "os": "asks the operating system", "random": "draws random numbers"}
 _HARMLESS = frozenset(
@@ -69,6 +80,7 @@ _ACTING = (
 _ASKING = frozenset(
     ["is_available", "is_initialized", "get_rank", "get_world_size", "is_torchelastic_launched"]
 )
+_CODES = {f.__code__: what for f, what in _CALLS.items() if isinstance(f, types.FunctionType)}
 _ABSENT = object()
 CLOSED_OVER = "what a function closes over"
 
@@ -76,8 +88,10 @@ CLOSED_OVER = "what a function closes over"
 def _beyond(module: str, frame: types.FrameType) -> str | None:
     """What a library's function does that a replay would not do again, as far as that is known of its module."""
     top = module.split(".")[0]
-    if top in _MODULES:
-        return _MODULES[top]
+    if top == "torch" and (what := _CODES.get(frame.f_code)) is not None:
+        return what
+    if top in _MODULES or (top == "collections" and frame.f_locals.get("self") is os.environ):
+        return _MODULES.get(top, _MODULES["os"])
     if module.startswith(_ACTING) and frame.f_code.co_name not in _ASKING:
         return f"calls {module}.{frame.f_code.co_name}"
     if top.strip("_") in sys.stdlib_module_names | {""} and top not in _HARMLESS and not top.startswith("_"):
@@ -253,11 +267,15 @@ class Watch:
                 space[f"w{k}"] = value[:]
                 lines.append(f"  if x != w{k}: return {told_as!r} ' has changed'")
 
-        used = {"step"}.union(*(code.co_names for code in self._codes))
+        constants = [x for code in self._codes for x in code.co_consts if isinstance(x, str)]
+        used = {"step", *filter(str.isidentifier, constants)}.union(*(code.co_names for code in self._codes))
+        asks = not used.isdisjoint(("getattr", "hasattr"))
+        """Whether it may read what is not there yet."""
         explored: set[int] = set()
 
         def explore(owner: Any, depth: int = DEPTH) -> None:
             """What is read of an object, and of what it has: what code names, of modules, classes and libraries."""
+            owner = owner() if isinstance(owner, weakref.ref) else owner
             if (
                 id(owner) in explored
                 or len(explored) > MOST
@@ -265,8 +283,14 @@ class Watch:
             ):
                 return
             explored.add(id(owner))
-            if isinstance(owner, (types.ModuleType, type)) or is_library(owner):
-                chosen = {k: v for k, v in (attributes_of(owner) or {}).items() if k in used}
+            if isinstance(owner, (types.ModuleType, type, torch.nn.Module)) or is_library(owner):
+                known = seen_of(owner)
+                chosen = {k: known[k] for k in used if k in known}
+                if asks and known:
+                    chosen |= dict.fromkeys(k for k in used if k not in known)
+                if isinstance(owner, torch.nn.Module):
+                    for inner in (owner, *(m for k, m in owner._modules.items() if k in used)):
+                        explore(type(inner) if inner is owner else inner, depth)
             else:
                 chosen = {k: v for k, v in parts_of(owner).items() if not isinstance(v, torch.Tensor)}
                 explore(type(owner), depth)
@@ -289,6 +313,8 @@ class Watch:
                         explore(value, depth - 1)
 
         def loaded(code: types.CodeType, around: dict[str, Any]) -> None:
+            for name in imported_names(code):
+                explore(sys.modules.get(name))
             for name in loaded_names(code):
                 if name in around:
                     note(around.get, name, around[name], around)
@@ -378,6 +404,11 @@ def _read_of(owner: Any) -> Callable[[Any, Any], Any]:
         return owner.get
     if isinstance(owner, (list, tuple, collections.deque)):
         return lambda at, default: owner[at] if at < len(owner) else default
+    if isinstance(owner, type):
+        first, *rest = map(vars, owner.__mro__)
+        return lambda name, default: (
+            first[name] if name in first else next((d[name] for d in rest if name in d), default)
+        )
     own = getattr(owner, "__dict__", {})
     return lambda name, default: own[name] if name in own else getattr(owner, name, default)
 

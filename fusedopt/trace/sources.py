@@ -209,6 +209,13 @@ def loaded_names(code: types.CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys(s.argval for s in steps if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")))
 
 
+@functools.lru_cache(maxsize=MAX_KNOWN)
+def imported_names(code: types.CodeType) -> tuple[str, ...]:
+    """The modules that it imports itself."""
+    steps = (step for inner in codes(code) for step in dis.get_instructions(inner))
+    return tuple(dict.fromkeys(s.argval for s in steps if s.opname == "IMPORT_NAME"))
+
+
 _DTYPES = {"dtype", "to", "type", "type_as", "itemsize", "element_size", "nbytes", "float", "double", "half"}
 _DTYPES |= {str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype)}
 
