@@ -235,25 +235,26 @@ class Fused:
 
     def _anew(self, opt: torch.optim.Optimizer) -> bool:
         """A step of a structure that is not known; False if the class has to do it, nothing having changed."""
-        made, began = self.buckets.traces_made, time.perf_counter()
         if not self._traceable(
             opt, lambda todo: self.engine.step(todo, self.scaling, self.groups, bind=True)
         ):
             return False
         self.reason = ""
-        self._new_trace, self._took = self.buckets.traces_made > made, time.perf_counter() - began
         self._failures = 0 if self._new_trace else self._failures
         return True
 
     @torch.no_grad()
     def _traceable(self, opt: torch.optim.Optimizer, use: Callable[[list[Item]], Any]) -> bool:
         """Use what there is to step. False, with the reason noted, if that has no trace."""
+        made, began = self.buckets.traces_made, time.perf_counter()
         try:
             self.buckets.wait()
             todo = self.groups.items(self.scaling)
             if not todo:
                 raise NewState("no parameter has a gradient", traced=False)
             use(todo)
+            if self.buckets.traces_made > made:
+                self._new_trace, self._took = True, time.perf_counter() - began
             return True
         except Waits:
             self.reason = self._why

@@ -268,9 +268,10 @@ class Watch:
                 lines.append(f"  if x != w{k}: return {told_as!r} ' has changed'")
 
         constants = [x for code in self._codes for x in code.co_consts if isinstance(x, str)]
-        used = {"step", *filter(str.isidentifier, constants)}.union(*(code.co_names for code in self._codes))
-        asks = not used.isdisjoint(("getattr", "hasattr"))
-        """Whether it may read what is not there yet."""
+        texts = {*filter(str.isidentifier, constants)}
+        used = {"step", *texts}.union(*(code.co_names for code in self._codes))
+        asked = texts if not used.isdisjoint(("getattr", "hasattr")) else set()
+        """What may be asked for and not be there yet."""
         explored: set[int] = set()
 
         def explore(owner: Any, depth: int = DEPTH) -> None:
@@ -286,8 +287,7 @@ class Watch:
             if isinstance(owner, (types.ModuleType, type, torch.nn.Module)) or is_library(owner):
                 known = seen_of(owner)
                 chosen = {k: known[k] for k in used if k in known}
-                if asks and known:
-                    chosen |= dict.fromkeys(k for k in used if k not in known)
+                chosen |= dict.fromkeys(k for k in asked if k not in known) if known else {}
                 if isinstance(owner, torch.nn.Module):
                     for inner in (owner, *(m for k, m in owner._modules.items() if k in used)):
                         explore(type(inner) if inner is owner else inner, depth)

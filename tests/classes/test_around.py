@@ -9,7 +9,9 @@ import io
 import itertools
 import linecache
 import queue
+import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -46,6 +48,14 @@ class Deep:
         self.objects, self.named = [Plain()], {"a": Plain()}
 
 
+class Net(torch.nn.Module):
+    debug = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Dropout()
+
+
 def module():
     found = types.ModuleType("users")
     exec(
@@ -66,13 +76,22 @@ def around():
     def defaulted(x=[1]):  # noqa: B006
         return x[0]
 
+    def named_default(*, x=1):
+        return x
+
+    class Inherits(Plain):
+        pass
+
+    plain = Plain()
     return dict(
-        slotted=Slotted(), plain=Plain(), deep=Deep(), objects=[Plain()], slots=[Slotted()], named={"a": Plain()},
+        slotted=Slotted(), plain=plain, weak=weakref.ref(plain), inherits=Inherits(), net=Net(),
+        deep=Deep(), objects=[Plain()], slots=[Slotted()], named={"a": Plain()},
         nested={1: [{"k": Plain()}]}, pair=(Plain(),), space=types.SimpleNamespace(n=1),
         chain=collections.ChainMap({"n": 1}), user=collections.UserDict(n=1), deque=collections.deque([1]),
         counter=collections.Counter(a=1), ordered=collections.OrderedDict(a=1), numbers=np.ones(3), called=Plain(),
         bytes_=bytearray(4), typed=array.array("d", [1.0]), module=module(), closed=closed, values=values,
-        defaulted=defaulted, partial=functools.partial(Plain.half, Plain()), count=itertools.count(),
+        defaulted=defaulted, named_default=named_default,
+        partial=functools.partial(Plain.half, Plain()), count=itertools.count(),
         generator=iter(range(100)), simple=queue.SimpleQueue(), text=io.StringIO(),
         arguments=argparse.Namespace(n=1, inner=Plain()), elements={0}, members={Plain()},
         odd={(1, "a"): Plain(), torch: Plain()}, variable=contextvars.ContextVar("variable", default=0),
@@ -82,11 +101,18 @@ def around():
 def trained(line, fuse, between=lambda t, names: None):
     """Parameters after each of ten steps that have this line, which says what ``k`` is; and what was around them."""
     body = f"""
-class Around(torch.optim.Optimizer):
+class Above(torch.optim.Optimizer):
+    scale = 1.0
+
+    def scaled(self):
+        return 1.0
+
+class Around(Above):
     def __init__(self, params):
         super().__init__(params, dict(lr=0.1, t=0))
         self.plain, self.slotted, self.objects = Plain(), Slotted(), [Plain()]
         self.partial, self.file = functools.partial(Plain.half, self.plain), io.StringIO()
+        self.inherits, self.net = inherits, net
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -214,21 +240,83 @@ READS = [
     ("self.objects[0].n", "opt.objects[0].n = v"),
     ("self.partial()", "opt.plain.n = v"),
     ("self.defaults['lr']", "opt.defaults['lr'] = v"),
+    ("inherits.kind", "type(inherits).kind = v"),
+    ("inherits.kind", "inherits.kind = v"),
+    ("self.inherits.kind", "type(opt.inherits).kind = v"),
+    ("self.scale", "type(opt).scale = v"),
+    ("self.scaled()", "type(opt).scaled = lambda self: v"),
+    ("getattr(type(self), 'slow', 1)", "type(opt).slow = v"),
+    ("getattr(module, 'factor')", "module.factor = v"),
+    ("getattr(module, 'absent', 1)", "module.absent = v"),
+    ("2.0 if hasattr(Plain, 'absent') else 1.0", "Plain.absent = v"),
+    ("1.0 if net.training else 2.0", "net.eval()"),
+    ("1.0 if self.net.training else 2.0", "opt.net.eval()"),
+    ("net.debug", "net.debug = v"),
+    ("net.debug", "type(net).debug = v"),
+    ("1.0 if self.net.inner.training else 2.0", "opt.net.inner.eval()"),
+    ("weak().n", "plain.n = v"),
+    ("named_default()", "named_default.__kwdefaults__['x'] = v"),
+    ("named_default()", "named_default.__kwdefaults__ = {'x': v}"),
+]
+IMPORTS = [
+    "import users_of_around; k = users_of_around.factor",
+    "from users_of_around import factor; k = factor",
 ]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch):
+    """Of what changes are made to a module that can be imported, and to a class that all tests have."""
+    monkeypatch.setitem(sys.modules, "users_of_around", module())
+    yield
+    for kind, name in ((Plain, "absent"), (Net, "debug")):
+        if name in vars(kind):
+            delattr(kind, name)
+    Net.debug = 1.0
+
+
 @pytest.mark.parametrize(("read", "change"), READS, ids=[f"{read}, {change}" for read, change in READS])
-def test_what_a_step_reads_may_change_between_steps(read, change):
+def test_what_a_step_reads_may_change_between_steps(read, change, nothing_is_left):
+    may_change(f"k = {read}", change)
+
+
+@pytest.mark.parametrize("line", IMPORTS)
+def test_what_a_step_imports_may_change_between_steps(line):
+    may_change(line, "sys.modules['users_of_around'].factor = v")
+
+
+def may_change(line, change):
     def between(t, names):
         if t in (5, 8):
-            exec(change, names | {"v": float(t)})
+            exec(change, names | {"v": float(t), "sys": sys})
 
-    ours, names = trained(f"k = {read}", True, between)
-    theirs, _ = trained(f"k = {read}", False, between)
+    def fresh(*args):
+        sys.modules["users_of_around"], Net.debug = module(), 1.0
+        if "absent" in vars(Plain):
+            del Plain.absent
+        return trained(line, *args)
+
+    ours, names = fresh(True, between)
+    theirs, _ = fresh(False, between)
     assert torch.allclose(ours, theirs)
     assert names["opt"].explain().launches, names["opt"].explain()
-    unchanged, _ = trained(f"k = {read}", False)
+    unchanged, _ = fresh(False)
     assert not torch.allclose(theirs, unchanged)
+
+
+SETTINGS = [
+    "2.0 if torch.is_grad_enabled() else 1.0",
+    "2.0 if torch.get_default_dtype() == torch.float64 else 1.0",
+    "2.0 if torch.are_deterministic_algorithms_enabled() else 1.0",
+    "float(os.environ.get('FACTOR_OF_AROUND', 1))",
+    "2.0 if 'FACTOR_OF_AROUND' in os.environ else 1.0",
+]
+
+
+@pytest.mark.parametrize("read", SETTINGS)
+def test_a_step_that_asks_for_settings_is_the_class_s_own(read):
+    _, names = trained(f"import os; k = {read}", True)
+    assert names["opt"].explain().eager and not names["opt"].explain().launches
 
 
 def test_files_and_queues_that_are_there_and_not_used_are_no_reason():
