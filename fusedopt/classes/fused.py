@@ -71,8 +71,8 @@ class Fused:
         self.engine, self.captures = Engine(self.buckets), Captures()
         self.given_up = options.backend == "reference"
         self.reason, self._why = REFERENCE if self.given_up else "", ""
-        self._steps = self._failures = self._asked = 0
-        self._misses = self._took = 0.0
+        self._misses = self._steps = self._failures = self._asked = 0
+        self._owed = self._took = 0.0
         self._new_trace = False
         self.said: set[Any] = set()
 
@@ -113,7 +113,7 @@ class Fused:
         sample = Sample(opt, closure is not None, self.buckets.sums, self.scaling) if sampled else None
         if self._repeat():
             self.reason = ""
-            self._misses = max(self._misses - PAID, 0.0)
+            self._misses, self._owed = 0, max(self._owed - PAID, 0.0)
         elif not self._anew(opt):
             return self._own(opt, None if closure is None else _called_once(closure, loss))
         host: Any = self.engine.read
@@ -276,8 +276,9 @@ class Fused:
         asked = len(self.buckets.attributes)
         if asked > self._asked:  # of parameters: steps that had a trace when less was asked need another
             self._asked, self._misses = asked, 0
-        self._misses += max(took / DEAR, 1.0)
-        if self._misses >= (RETRACES if self.buckets.known_kinds or self.reason else KINDS):
+        self._misses, self._owed = self._misses + 1, self._owed + max(took / DEAR, 1.0)
+        most = RETRACES if self.buckets.known_kinds or self.reason else KINDS
+        if self._misses >= most or self._owed >= KINDS:
             if not self.reason:
                 self.reason = f"each step is another one: {why}. Remedy: {REMEDY}"
             self._give_up(opt)

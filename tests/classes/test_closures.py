@@ -221,10 +221,10 @@ def test_a_step_that_is_another_one_every_few_is_given_up_with_a_word(every):
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for k in range(60):
+        for k in range(100):
             opt.note = f"epoch {k // every}"
             opt.step(closure)
-    assert math.isclose(p[0].item(), 1.0 - 60 * opt.param_groups[0]["lr"], rel_tol=1e-4)
+    assert math.isclose(p[0].item(), 1.0 - 100 * opt.param_groups[0]["lr"], rel_tol=1e-4)
     assert any("each step is another one: self.note" in str(w.message) for w in said)
 
 

@@ -701,7 +701,7 @@ LOCAL.factor = 1.0
 
 
 def unseen(self, p, g, s):
-    p.add_(p.grad, alpha=-g["lr"] * getattr(LOCAL, "fac" + "tor"))
+    p.add_(p.grad, alpha=-g["lr"] * getattr(LOCAL, "".join(("fac", "tor"))))
 
 
 def test_samples_of_steps_notice_what_no_guard_sees():
