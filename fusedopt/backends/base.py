@@ -164,7 +164,9 @@ class Rows(ABC):
         self.kernel, self.sizes, self.resident = kernel, tuple(sizes), resident
         program, buffers = kernel.program, kernel.program.buffers
         blocks = _blocks(program, shapes, sizes, self.wanted) if program.axes > 1 else None
-        self.layout = blocks.layout if blocks else chunking.layout(self.sizes, self.wanted)
+        # Who has a tensor's first elements stores its numbers: where there may be none, whoever comes first.
+        least = int(self.empties and any(stage.numbers for stage in kernel.stages))
+        self.layout = blocks.layout if blocks else chunking.layout(self.sizes, self.wanted, least)
         self.n_results = blocks.total if blocks else 0
         self.n_sets = max(sets, default=-1) + 1
         self.n_reductions = len(wholes(program))
@@ -188,7 +190,7 @@ class Rows(ABC):
         self.device = columns[buffers[0][0]][0].device if buffers else torch.device("cpu")
         self._get_ready()
 
-    movable = False
+    movable = empties = False
     wanted = chunking.WANTED
     """How many chunks there have to be, where there are enough elements."""
 

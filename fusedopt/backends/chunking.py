@@ -52,12 +52,12 @@ def length(elements: int, wanted: int = 0) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def layout(sizes: tuple[int, ...], wanted: int = 0) -> Layout:
-    """Cut tensors of these element counts into chunks; a tensor without elements has none."""
+def layout(sizes: tuple[int, ...], wanted: int = 0, least: int = 0) -> Layout:
+    """Cut tensors of these element counts into chunks, of which a tensor without elements has ``least``."""
     size = np.asarray(sizes, dtype=np.int64)
     each = np.maximum(length(sum(sizes), wanted), -(-size // MAX_CHUNKS))
     each = -(-each // ALIGN) * ALIGN
-    count = -(-size // each)
+    count = np.maximum(-(-size // each), least)
     first = np.cumsum(count) - count
     row = np.repeat(np.arange(len(size), dtype=np.int64), count)
     begin = (np.arange(len(row), dtype=np.int64) - first[row]) * each[row]

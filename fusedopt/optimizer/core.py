@@ -195,6 +195,8 @@ class Optimizer(FastaiFace):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
+        if isinstance(value, (str, bytes)):
+            raise TypeError(f"max_grad_norm must be a number or None, not {value!r}")
         if value is not None and not float(value) > 0:
             raise ValueError(f"max_grad_norm must be above 0, or None to clip nothing; it is {value}")
         self._scaling.max_norm = None if value is None else float(value)

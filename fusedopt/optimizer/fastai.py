@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
@@ -52,11 +53,15 @@ class FastaiFace(torch.optim.Optimizer):
 
         Raises:
             ValueError: NaN, or a negative value.
+            TypeError: one number where there are several, as ``betas`` are.
             AssertionError: a list of another length, as in fastai.
         """
         values = names.per_group(name, value, len(self.param_groups))
-        for v in values:
+        for group, v in zip(self.param_groups, values, strict=True):
             names.check(name, v)
+            there = group.get(name)
+            if type(there) is tuple and not (isinstance(v, (tuple, list)) and len(v) == len(there)):
+                raise TypeError(f"{name} must be {len(there)} numbers, not {v!r}")
         for group, v in zip(self.param_groups, values, strict=True):
             self.hyper_map.write(group, name, v)
 
@@ -83,6 +88,7 @@ class FastaiFace(torch.optim.Optimizer):
 
     def freeze_to(self, n: int) -> None:
         """Freeze the groups before ``n``: no gradients, but for parameters flagged ``force_train``."""
+        n = operator.index(n)
         self.frozen_idx = n if n >= 0 else len(self.param_groups) + n
         if self.frozen_idx >= len(self.param_groups):
             warnings.warn(

@@ -27,6 +27,7 @@ from ..trace.replay import Replay, can_replay
 from ..trace.signals import NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, static_of, structure_of
 from ..trace.snapshot import Snapshot, same_constant
+from ..trace.sources import seeks_extremes
 from ..trace.tracer import Trace, trace
 from . import externs, sharded
 from .history import History
@@ -185,8 +186,14 @@ class Buckets:
                 programs = [plan.kernel.program, *(kernel.program for _, kernel in plan.known.rounds)]
                 whole = any(map(sharded.is_shard, bucket)) and any(map(sharded.looks_at_all, programs))
                 state = (*dict(plan.trace.signature.state).values(), *plan.trace.created.values())
-                for item in bucket if any(isinstance(v, Buffer) and v.dims for v in state) else ():
-                    sharded.check_rows(item)
+                kept = any(isinstance(v, Buffer) and v.dims for v in state)
+                dims = plan.trace.signature.dims is not None
+                for item in bucket if any(map(sharded.is_shard, bucket)) else ():
+                    mine = (self.callbacks[i] for i in self.span_of(item))
+                    if kept or (
+                        dims and any(map(seeks_extremes, mine))
+                    ):  # of which a part without elements has none
+                        sharded.check_rows(item)
                 fuses = [item.fuses(plan.known.backend, along, whole) for item in bucket]
                 plan.items = list(compress(bucket, fuses))
                 plans += [plan] if plan.items else []

@@ -469,7 +469,7 @@ def stored(
             new[key] = value
         elif not isinstance(old, torch.Tensor) or (old.shape != value.shape and not empty):
             new[key] = _new_state(item, work, value, state_dtype)
-        elif not empty:
+        elif not empty or _is_number(old, item):
             pairs.append((old, value))
     return pairs, changes, new
 
@@ -501,4 +501,9 @@ def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.d
         dtype = state_dtype or reference.asked(value) if value.is_floating_point() else value.dtype
         dtype = stored_dtype(dtype, item.param.dtype, item.param.dim() == 0, item.modes)
         out = torch.zeros_like(item.param, dtype=dtype, requires_grad=False)
-    return out if item.param.numel() == 0 else out.copy_(value)
+    return out.copy_(value) if item.param.numel() or _is_number(out, item) else out
+
+
+def _is_number(value: torch.Tensor, item: Item) -> bool:
+    """Whether it is one number, such as a count, of a tensor of whatever shape."""
+    return value.dim() == 0 and not per_element(value, item.param, item.modes)

@@ -123,7 +123,7 @@ def check_rows(item: Item) -> None:
             g, i = item.where
             raise ValueError(
                 f"parameter {i} of group {g} has length {p.shape[placement.dim]} along dimension {placement.dim}, "
-                f"which is spread over {processes} processes; no rule that keeps rows or columns can step it. Remedy: "
+                f"which is spread over {processes} processes; no rule by rows or columns can step it. Remedy: "
                 "keep it whole (ignored_params= of fully_shard), or give it a group of its own with another rule"
             )
 

@@ -230,6 +230,11 @@ def reads_gradient(callback: Callable[..., Any]) -> bool:
     return _names_any(callback, {"grad"})
 
 
+def seeks_extremes(callback: Callable[..., Any]) -> bool:
+    """Whether it, or a function that it calls, may ask for the largest or smallest of some numbers."""
+    return _names_any(callback, {"amax", "amin", "max", "min"})
+
+
 def _names_any(callback: Callable[..., Any], names: set[str]) -> bool:
     """Whether its code, or that of a function that it calls, has one of these names; True if it cannot be seen."""
     functions = Sources([callback]).functions

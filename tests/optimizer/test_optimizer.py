@@ -975,3 +975,36 @@ def test_a_hyperparameter_is_shown_under_one_name_and_read_without_the_others(na
     assert view["lr"] == 0.2
     with pytest.raises(KeyError, match="weight_decay"):
         view["weight_decay"]
+
+
+def _normed(p, lr, size=None, **kwargs):
+    size = torch.zeros((), dtype=p.dtype, device=p.device) if size is None else size
+    size = size * 0.5 + p.grad.norm() * 0.5
+    p.data.sub_(p.grad / (size + 1.0), alpha=lr)
+    return {"size": size}
+
+
+COUNTING = {
+    "AdamW": lambda ps, **o: fusedopt.optim.AdamW(ps, lr=0.1, **o),
+    "capturable": lambda ps, **o: fusedopt.optim.AdamW(ps, lr=0.1, capturable=True, **o),
+    "a product": lambda ps, **o: fusedopt.optim.NAdam(ps, lr=0.1, capturable=True, **o),
+    "amp_fused": lambda ps, **o: fusedopt.optim.AdamW(ps, lr=0.1, amp_fused=True, **o),
+    "a norm": lambda ps, **o: fusedopt.Optimizer(ps, _normed, lr=0.1, **o),
+    "NovoGrad": lambda ps, **o: fusedopt.rules.NovoGrad(ps, lr=0.1, **o),
+}
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_parameter_without_elements_is_counted_as_others_are(name, backend):
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((3,), (0,), (0, 4))]
+    opt = COUNTING[name](params, backend=backend)
+    for _ in range(5):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        opt.step()
+    numbers = [
+        {k: float(v) for k, v in opt.state[p].items() if not isinstance(v, torch.Tensor) or v.dim() == 0}
+        for p in params
+    ]
+    assert numbers[0] and numbers[0] == numbers[1] == numbers[2]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import datetime
 import json
+import math
 import pathlib
 import tempfile
 import traceback
@@ -911,7 +912,7 @@ def files_of_two_processes_load_in_one():
     assert_same_training(alone.parameters(), whole.parameters(), fresh, twin)
 
 
-@check("SM3", "Adafactor", "CAME", "AdamMini")
+@check("SM3", "Adafactor", "CAME", "AdamMini", "AdamP", "SGDP")
 def a_rule_by_rows_refuses_a_tensor_with_fewer_than_processes(name):
     """All processes do, where one that has nothing would fail and the other wait for it."""
     mesh = init_device_mesh("cpu", (2,))
@@ -925,3 +926,43 @@ def a_rule_by_rows_refuses_a_tensor_with_fewer_than_processes(name):
     with raises(ValueError, "parameter 2 of group 0 has length 1 along dimension 0"):
         opt.step()
     assert all((p.to_local() == 1).all() for p in params)
+
+
+def mean_square(p, lr, size=None, **kwargs):
+    """A mean that is kept for each tensor."""
+    size = torch.zeros((), dtype=p.dtype, device=p.device) if size is None else size
+    size = size * 0.5 + p.grad.square().mean() * 0.5
+    p.data.sub_(p.grad / (size.sqrt() + 1.0), alpha=lr)
+    return {"size": size}
+
+
+NUMBERS = {
+    "NovoGrad": lambda ps, **o: fusedopt.rules.NovoGrad(ps, lr=0.1, **o),
+    "capturable": lambda ps, **o: fusedopt.optim.NAdam(ps, lr=0.1, capturable=True, **o),
+    "amp_fused": lambda ps, **o: fusedopt.optim.AdamW(ps, lr=0.1, amp_fused=True, **o),
+    "a mean": lambda ps, **o: fusedopt.Optimizer(ps, mean_square, lr=0.1, **o),
+}
+
+
+@check(*NUMBERS)
+def a_process_without_elements_keeps_the_numbers_of_the_whole_tensor(name):
+    """It may be the one that writes them into a checkpoint."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = [nn.Parameter(torch.ones(rows, 5)) for rows in (4, 1)]
+    shards = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
+    opt, twin = NUMBERS[name](shards), NUMBERS[name](whole, backend="reference")
+    for t in range(5):
+        for p, q in zip(shards, whole, strict=True):
+            q.grad = torch.arange(q.numel()).reshape(q.shape) * 0.1 + t
+            p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+        opt.step()
+        twin.step()
+    for p, q in zip(shards, whole, strict=True):
+        numbers = {k: v for k, v in twin.state[q].items() if not isinstance(v, torch.Tensor) or v.dim() == 0}
+        assert numbers
+        for key, number in numbers.items():
+            assert math.isclose(float(opt.state[p][key]), float(number), rel_tol=1e-5), (
+                key,
+                float(opt.state[p][key]),
+            )
+        torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=1e-4, atol=1e-5)

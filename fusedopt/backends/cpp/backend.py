@@ -78,7 +78,7 @@ class Launch(Rows):
         self.address = self.head.ctypes.data
         self.slots: np.ndarray | None = None
 
-    movable = True
+    movable = empties = True
     wanted = 0
 
     def native(self) -> Any:

@@ -33,6 +33,11 @@ def source(skeleton: str, body: str) -> str:
 class _Body(c_family.Body):
     qualifiers = "static"
 
+    def __init__(self, program: Program, slot_names: Sequence[str]) -> None:
+        super().__init__(program, slot_names)
+        if any(op.averaged for op in self.reduces()):  # of no elements there is no mean
+            self.first += " && row.numel() > 0"
+
     def declarations(self) -> list[str]:
         """Besides reductions, the functions of the C library that are called: the skeleton includes no header."""
         ops = [OPS[v.op] for v in self.program.values if v.op in OPS]
