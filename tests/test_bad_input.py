@@ -698,3 +698,36 @@ def test_a_device_without_a_backend_is_said_once_and_the_others_still_fuse(no_wa
     assert len(caught) == 1
     assert opt.explain().launches == 1 and opt.explain().backend == "cpp"
     torch.testing.assert_close(here.detach(), torch.full((3,), 0.8))
+
+
+WRONG = {
+    "one number for two": (
+        lambda opt: opt.set_hyper("betas", 0.5),
+        TypeError,
+        "betas must be 2 numbers, not 0.5",
+    ),
+    "three numbers for two": (
+        lambda opt: opt.set_hyper("betas", (0.5, 0.5, 0.5)),
+        TypeError,
+        "betas must be 2 numbers",
+    ),
+    "text for a norm": (
+        lambda opt: setattr(opt, "max_grad_norm", "1"),
+        TypeError,
+        "max_grad_norm must be a number",
+    ),
+    "half a group": (lambda opt: opt.freeze_to(1.5), TypeError, "float"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_set_wrongly_is_said_and_nothing_is_set(name):
+    do, kind, text = WRONG[name]
+    params = parameters()
+    opt = optim.AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+    opt.step()
+    before = frozen(opt.param_groups[0]["betas"]), opt.max_grad_norm, opt.frozen_idx
+    with pytest.raises(kind, match=text):
+        do(opt)
+    assert before == (frozen(opt.param_groups[0]["betas"]), opt.max_grad_norm, opt.frozen_idx)
+    opt.step()

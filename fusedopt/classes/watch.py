@@ -289,8 +289,9 @@ class Watch:
                 chosen = {k: known[k] for k in used if k in known}
                 chosen |= dict.fromkeys(k for k in asked if k not in known) if known else {}
                 if isinstance(owner, torch.nn.Module):
-                    for inner in (owner, *(m for k, m in owner._modules.items() if k in used)):
-                        explore(type(inner) if inner is owner else inner, depth)
+                    explore(type(owner), depth)
+                    for inner in used.intersection(owner._modules):
+                        explore(owner._modules[inner], depth)
             else:
                 chosen = {k: v for k, v in parts_of(owner).items() if not isinstance(v, torch.Tensor)}
                 explore(type(owner), depth)

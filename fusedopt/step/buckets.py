@@ -182,17 +182,17 @@ class Buckets:
         unfused: list[Item] = []
         for bucket, plan in self.traced(todo):
             if isinstance(plan, Bucket):
-                along = plan.trace.signature.dims is not None or plan.trace.externs is not None
+                dims = plan.trace.signature.dims is not None
+                along = dims or plan.trace.externs is not None
+                shards = any(map(sharded.is_shard, bucket))
                 programs = [plan.kernel.program, *(kernel.program for _, kernel in plan.known.rounds)]
-                whole = any(map(sharded.is_shard, bucket)) and any(map(sharded.looks_at_all, programs))
+                whole = shards and any(map(sharded.looks_at_all, programs))
                 state = (*dict(plan.trace.signature.state).values(), *plan.trace.created.values())
                 kept = any(isinstance(v, Buffer) and v.dims for v in state)
-                dims = plan.trace.signature.dims is not None
-                for item in bucket if any(map(sharded.is_shard, bucket)) else ():
-                    mine = (self.callbacks[i] for i in self.span_of(item))
-                    if kept or (
-                        dims and any(map(seeks_extremes, mine))
-                    ):  # of which a part without elements has none
+                mine = (self.callbacks[i] for i in self.span_of(bucket[0]))
+                # A part without elements keeps no rows or columns, and has no largest element.
+                if shards and (kept or (dims and any(map(seeks_extremes, mine)))):
+                    for item in bucket:
                         sharded.check_rows(item)
                 fuses = [item.fuses(plan.known.backend, along, whole) for item in bucket]
                 plan.items = list(compress(bucket, fuses))
