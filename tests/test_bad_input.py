@@ -706,11 +706,6 @@ WRONG = {
         TypeError,
         "betas must be 2 numbers, not 0.5",
     ),
-    "three numbers for two": (
-        lambda opt: opt.set_hyper("betas", (0.5, 0.5, 0.5)),
-        TypeError,
-        "betas must be 2 numbers",
-    ),
     "text for a norm": (
         lambda opt: setattr(opt, "max_grad_norm", "1"),
         TypeError,
