@@ -9,7 +9,7 @@ import io
 import queue
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,14 +55,15 @@ def attributes_of(x: Any) -> dict[str, Any] | None:
     return found or (found if isinstance(own, dict) else None)
 
 
-def seen_of(x: Any) -> dict[str, Any]:
-    """What code finds as attributes of a module, a class or an nn.Module, as it is kept; of a library's nothing."""
+def places_of(x: Any) -> list[tuple[Any, Mapping[str, Any]]]:
+    """Where the attributes of a module, a class or an nn.Module are looked up, one after another, with what is there;
+    of a library's nowhere."""
     if isinstance(x, torch.nn.Module):
-        data = {k: v for k, v in seen_of(type(x)).items() if not hasattr(type(v), "__get__")}
-        return {**data, **vars(x)}
-    if not isinstance(x, type) or _root(x.__module__) in LIBRARIES:
-        return attributes_of(x) or {}
-    return {k: v for base in reversed(x.__mro__) for k, v in vars(base).items()}
+        inner = [] if not x._modules else [(x._modules, x._modules)]
+        return [(x, vars(x)), *inner, *places_of(type(x))]
+    if isinstance(x, types.ModuleType):
+        return [] if _root(x.__name__) in LIBRARIES else [(x, vars(x))]
+    return [] if _root(x.__module__) in LIBRARIES else [(kind, vars(kind)) for kind in x.__mro__]
 
 
 def reached(roots: Iterable[Any]) -> Iterator[Any]:

@@ -35,8 +35,8 @@ from .reach import (
     is_library,
     is_used_up,
     parts_of,
+    places_of,
     reached,
-    seen_of,
 )
 
 _CALLS: dict[Any, str] = {
@@ -284,14 +284,12 @@ class Watch:
             ):
                 return
             explored.add(id(owner))
-            if isinstance(owner, (types.ModuleType, type, torch.nn.Module)) or is_library(owner):
-                known = seen_of(owner)
-                chosen = {k: known[k] for k in used if k in known}
-                chosen |= dict.fromkeys(k for k in asked if k not in known) if known else {}
-                if isinstance(owner, torch.nn.Module):
-                    explore(type(owner), depth)
-                    for inner in used.intersection(owner._modules):
-                        explore(owner._modules[inner], depth)
+            if isinstance(owner, (types.ModuleType, type, torch.nn.Module)):
+                for name in used:
+                    looked_up(owner, name, depth)
+                return
+            if is_library(owner):
+                chosen = {k: v for k, v in (attributes_of(owner) or {}).items() if k in used}
             else:
                 chosen = {k: v for k, v in parts_of(owner).items() if not isinstance(v, torch.Tensor)}
                 explore(type(owner), depth)
@@ -313,6 +311,21 @@ class Watch:
                     if depth:
                         explore(value, depth - 1)
 
+        def looked_up(owner: Any, name: str, depth: int) -> None:
+            """An attribute, where it is found, and that it is not where it would be found before."""
+            places = places_of(owner)
+            found = next((k for k, (_, own) in enumerate(places) if name in own), None)
+            if found is None and name not in asked:
+                return
+            for place, own in places[:found]:
+                note(own.get, name, None, place)
+            if found is not None:
+                place, own = places[found]
+                if not isinstance(own[name], property):
+                    note(own.get, name, own[name], place)
+                    if depth:
+                        explore(own[name], depth - 1)
+
         def loaded(code: types.CodeType, around: dict[str, Any]) -> None:
             for name in imported_names(code):
                 explore(sys.modules.get(name))
@@ -328,10 +341,10 @@ class Watch:
                 read = _of_cell(cell)
                 note(read, "", read("", None), cell)
                 explore(read("", None))
-            code, defaults, named = function.__code__, function.__defaults__, function.__kwdefaults__
-            note(function, "the code of a function", code, function, "{read}.__code__")
-            note(function, "the defaults of a function", defaults, (function, 0), "{read}.__defaults__")
-            note(function, "the named defaults of a function", named, (function, 1), "{read}.__kwdefaults__")
+            note(function, "the code of a function", function.__code__, function, "{read}.__code__")
+            for which, kind_of in (("__defaults__", "defaults"), ("__kwdefaults__", "named defaults")):
+                what, value = f"the {kind_of} of a function", getattr(function, which)
+                note(function, what, value, (function, which), f"{{read}}.{which}")
         ours = {f.__code__ for f in self._stand_ins.made}
         for code, around in self._globals.items():
             if code not in ours:
@@ -405,11 +418,6 @@ def _read_of(owner: Any) -> Callable[[Any, Any], Any]:
         return owner.get
     if isinstance(owner, (list, tuple, collections.deque)):
         return lambda at, default: owner[at] if at < len(owner) else default
-    if isinstance(owner, type):
-        first, *rest = map(vars, owner.__mro__)
-        return lambda name, default: (
-            first[name] if name in first else next((d[name] for d in rest if name in d), default)
-        )
     own = getattr(owner, "__dict__", {})
     return lambda name, default: own[name] if name in own else getattr(owner, name, default)
 
