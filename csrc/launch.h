@@ -4,7 +4,6 @@
 #include "chunks.h"
 #include "parallel.h"
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -98,7 +97,7 @@ class Launch {
     int64_t r = 0;
     const auto begin = [&](int64_t row_of_chunk) { // rows in order, those without chunks too
       for (; r <= row_of_chunk && r < n_rows_; ++r) {
-        row(r)[word::numel] = on_[r] ? numel_[r] : -1; // tensors without elements are counted
+        row(r)[word::numel] = on_[r] ? numel_[r] : 0;
         row(r)[word::first_chunk] = static_cast<int64_t>(chunks_.size()) / tables_.chunk_words;
         row(r)[word::chunks] = 0;
       }
@@ -120,7 +119,7 @@ class Launch {
       cost_ += chunks_[c * tables_.chunk_words + 2] - chunks_[c * tables_.chunk_words + 1] + chunk_cost;
     std::vector<int64_t> whole; // rows as if each were a chunk
     for (int64_t row_of = 0; row_of < n_rows_; ++row_of)
-      whole.insert(whole.end(), {row_of, 0, std::max<int64_t>(row(row_of)[word::numel], 0)});
+      whole.insert(whole.end(), {row_of, 0, row(row_of)[word::numel]});
     by_row_ = splits(whole.data(), n_rows_, has_between() ? threads : 1);
     tables_.chunks = chunks_.data();
     tables_.partials = partials_.data();

@@ -496,13 +496,11 @@ inline int64_t whole_places(const Launch& launch, Row row, int64_t n0) {
     }                                                                                                              \
   }
 
-// Of a tensor without elements there are no means; it is counted as others are. Rows that are off have fewer than none.
 #define FUSEDOPT_SCALARS                                                                                           \
   extern "C" void fusedopt_scalars(const Launch* launch, int64_t begin, int64_t end) {                             \
-    const bool counts = launch->n_reductions == 0 && launch->chunk_words == chunk_words;                           \
     for (int64_t r = begin; r < end; ++r) {                                                                        \
       const Row row{launch->rows + r * launch->row_words};                                                         \
-      if (row.numel() > 0 || (counts && row.numel() == 0)) scalars(*launch, row);                                  \
+      if (row.numel() > 0) scalars(*launch, row);                                                                  \
     }                                                                                                              \
   }
 

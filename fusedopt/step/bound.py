@@ -179,9 +179,11 @@ def unbindable(plans: Sequence[Bucket]) -> str | None:
 
 
 def _exchanges(entry: Launched) -> bool:
-    """Whether processes exchange what its stages reduce."""
-    rows = [item for plan in entry.plans for item in plan.items]
-    return any(s.reductions for s in entry.kernel.stages) and any(map(sharded.is_shard, rows))
+    """Whether processes exchange what its stages reduce, or one without elements has to keep a tensor's numbers."""
+    shards = [item for plan in entry.plans for item in plan.items if sharded.is_shard(item)]
+    reduces = any(s.reductions for s in entry.kernel.stages)
+    empty = any(item.param.numel() == 0 for item in shards)
+    return bool(shards) and (reduces or (empty and sharded.looks_at_all(entry.kernel.program)))
 
 
 def _runner(entry: Launched) -> Callable[[np.ndarray], None]:
