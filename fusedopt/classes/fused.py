@@ -43,7 +43,8 @@ from .tracing import Options, plain_function
 RETRACES = 3
 """Steps in a row that have to be traced anew, or that have no trace, after which none is tried any more."""
 KINDS = 12
-"""The same where each has gradients of other kinds of parameters, of which there are only so many."""
+"""The same where each has gradients of other kinds of parameters, of which there are only so many; and how many traces
+may be left unpaid (`PAID`)."""
 PAID = 1 / 16
 """The part of a trace that a step pays for by being one that is known."""
 DEAR = 2.0

@@ -490,7 +490,7 @@ def copying(pairs: list[tuple[torch.Tensor, torch.Tensor]], transformed: bool) -
 
 
 def _new_state(item: Item, work: Item, value: torch.Tensor, state_dtype: torch.dtype | None) -> torch.Tensor:
-    """A copy of it, laid out like the parameter if it has its shape; zeros where the parameter was a stand-in."""
+    """A copy of it, laid out like the parameter if it has its shape; of a stand-in's state only numbers are copied."""
     if not per_element(value, work.param, work.modes):
         out = torch.zeros_like(value)
         if item.param.numel() == 0:
