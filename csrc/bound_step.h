@@ -539,7 +539,7 @@ class BoundStep {
     row.on = !graded_ || its_grad.defined();
     if (!row.on)
       return run.native ? nullptr : "it has no gradient";
-    if (graded_ && !its_grad.use_count()) // another thread is freeing it, see `settle`
+    if (graded_ && dropped(its_grad))
       return "its gradient is being dropped";
     at::TensorImpl& param = *whole.unsafeGetTensorImpl();
     const bool as_it_was = row.distributed || (equal(param.sizes(), row.sizes) && equal(param.strides(), row.strides));
@@ -770,7 +770,7 @@ class BoundStep {
       return "it is of another shape";
     const at::Tensor& grad = grad_of(whole);
     const bool graded = graded_ && grad.defined();
-    if (graded && !grad.use_count())
+    if (graded && dropped(grad))
       return "its gradient is being dropped";
     const at::Tensor* param = local(row, row.param);
     if (!param)

@@ -73,14 +73,13 @@ void run_cpu(std::vector<uintptr_t> entries, uintptr_t launch_ptr, std::vector<s
     fusedopt::run_stage(entries[k], reinterpret_cast<const void*>(launch_ptr), splits[k], cost);
 }
 
-// Wait until gradients are there or gone. A thread that drops one lets go of the GIL while the memory is freed, and till
-// then the parameter refers to what is no more: torch's own `p.grad` would crash.
+// Wait until gradients are there or gone: where one is being dropped, torch's own `p.grad` would crash.
 void settle(const py::list& params) {
   for (const auto& item : params) {
     if (!THPVariable_Check(item.ptr()))
       continue;
     const at::Tensor& grad = THPVariable_Unpack(item.ptr()).grad();
-    while (grad.defined() && grad.use_count() == 0) {
+    while (grad.defined() && fusedopt::dropped(grad)) {
       py::gil_scoped_release no_gil;
       std::this_thread::yield();
     }

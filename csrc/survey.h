@@ -32,7 +32,8 @@ class Survey {
           kind = absent;
         } else if (describe(tensor(param), PyList_GET_ITEM(given.ptr(), i))) {
           kind = known.emplace(words_, known.size()).first->second;
-          grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad_of(tensor(param))));
+          const at::Tensor held = grad_of(tensor(param)); // what Python collects as it makes an object may drop it
+          grad = py::reinterpret_steal<py::object>(THPVariable_Wrap(held));
           PyObject* state = PyList_GET_ITEM(given.ptr(), i);
           copy = py::reinterpret_steal<py::object>(state == Py_None ? PyDict_New() : PyDict_Copy(state));
         }
@@ -54,7 +55,7 @@ class Survey {
     const at::TensorImpl& param = *whole.unsafeGetTensorImpl();
     const at::Tensor& its_grad = grad_of(whole);
     const at::TensorImpl& grad = *its_grad.unsafeGetTensorImpl();
-    if (!its_grad.use_count() || param.is_python_dispatch() || !param.is_non_overlapping_and_dense() ||
+    if (dropped(its_grad) || param.is_python_dispatch() || !param.is_non_overlapping_and_dense() ||
         !ordinary(param, param) || !ordinary(grad, param) || !equal(grad.sizes(), param.sizes()) || !same_layout(grad, param) ||
         overlap(grad, param))
       return false;

@@ -23,6 +23,13 @@ inline const at::Tensor& grad_of(const at::Tensor& t) {
   return meta ? meta->grad_ : undefined;
 }
 
+// Whether another thread is dropping this gradient. It lets go of the GIL while the memory is freed, and till it has the
+// GIL again the parameter refers to what is no more, where the count of references is zero at first and anything later.
+inline bool dropped(const at::Tensor& grad) {
+  const size_t references = grad.use_count();
+  return !references || references > (1 << 16);
+}
+
 // Whether it is a stride through memory of its own: a tensor with the dispatch keys of one that is (`like`) is too.
 inline bool strided(const at::TensorImpl& t, c10::DispatchKeySet like) {
   return t.key_set() == like || (t.has_storage() && t.layout() == at::kStrided);
