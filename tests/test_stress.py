@@ -77,7 +77,7 @@ def extension(request, monkeypatch):
 
 
 def drop_gradients(opt, params):
-    """Freed once no parameter refers to them: before that, torch's own ``p.grad`` may crash (csrc/tensors.h, dropped)."""
+    """Freed when no parameter refers to them: before, torch's own ``p.grad`` may crash (csrc/tensors.h, dropped)."""
     held = [p.grad for p in params]
     opt.zero_grad()
     del held

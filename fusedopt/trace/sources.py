@@ -232,19 +232,19 @@ def reads_gradient(callback: Callable[..., Any]) -> bool:
 
 def seeks_extremes(callback: Callable[..., Any]) -> bool:
     """Whether it, or a function that it calls, may ask for the largest or smallest of some numbers."""
-    return _names_any(callback, {"amax", "amin", "max", "min"})
+    return _names_any(callback, {"amax", "amin", "max", "min"}, texts=False)  # ``clamp(max=…)`` is none
 
 
-def _names_any(callback: Callable[..., Any], names: set[str]) -> bool:
-    """Whether its code, or that of a function that it calls, has one of these names; True if it cannot be seen."""
+def _names_any(callback: Callable[..., Any], names: set[str], texts: bool = True) -> bool:
+    """Whether its code, or that of a function that it calls, has one of these names; True if it cannot be seen.
+    ``texts``: texts and the names of arguments count as well."""
     functions = Sources([callback]).functions
-    return not functions or any(not names.isdisjoint(_named(code)) for _, code, *_ in functions)
+    return not functions or any(not names.isdisjoint(_named(code, texts)) for _, code, *_ in functions)
 
 
 @functools.lru_cache(maxsize=MAX_KNOWN)
-def _named(code: types.CodeType) -> frozenset[str]:
-    """The names and texts in the code."""
-    used = [x for inner in codes(code) for x in (*inner.co_names, *inner.co_consts)]
+def _named(code: types.CodeType, texts: bool) -> frozenset[str]:
+    used = [x for inner in codes(code) for x in (*inner.co_names, *(inner.co_consts if texts else ()))]
     return frozenset(x for y in used for x in (y if type(y) is tuple else (y,)) if isinstance(x, str))
 
 
