@@ -42,6 +42,7 @@ from .callbacks import (
     sgd_momentum_step,
     step_stat,
 )
+from .classes import fuse
 from .optimizer import AllOptions, Options
 from .optimizer.described import described
 from .optimizer.names import MOMENTS, MOMENTUM
@@ -61,6 +62,9 @@ if TYPE_CHECKING:  # what __getattr__ finds, with torch's types
     from typing_extensions import Unpack
 
 __all__ = [*torch.optim.__all__]
+
+_AS_THEY_ARE = ("Optimizer", "LBFGS", "SparseAdam")
+"""torch's classes whose steps are never fused."""
 
 _dampened = partial(average_grad, dampening=True)
 _radam_step = partial(radam_step, beta=0.0, eps_before_debias=True)
@@ -362,7 +366,14 @@ if not TYPE_CHECKING:  # else every name would be there, and be anything
 
     def __getattr__(name: str) -> Any:
         if not name.startswith("__") and hasattr(torch.optim, name):
-            return getattr(torch.optim, name)
+            found = getattr(torch.optim, name)
+            if (
+                isinstance(found, type)
+                and issubclass(found, torch.optim.Optimizer)
+                and name not in _AS_THEY_ARE
+            ):
+                found = globals()[name] = fuse(found)
+            return found
         rules = sys.modules[f"{__package__}.rules"]
         where = f"; it is {rules.__name__}.{name}" if isinstance(vars(rules).get(name), type) else ""
         missing = f"module {__name__!r} has no attribute {name!r}, and neither has torch.optim{where}"
