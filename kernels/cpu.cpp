@@ -128,6 +128,14 @@ inline void store(bfloat16* p, int64_t i, T x) {
 }
 
 template <class T>
+inline void store_rounded(bfloat16* p, int64_t i, T x) {  // one of bfloat16's numbers
+  const float f = float(x);
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, sizeof f);
+  p[i].bits = uint16_t(bits >> 16);
+}
+
+template <class T>
 inline T to_float16(T x) {
   half rounded;
   store(&rounded, 0, x);
@@ -183,7 +191,7 @@ template <class T>
 inline T bfloat16_at_random(T x, T noise) {
   const uint32_t bits = bits_from_float(float(x)), random = bits_from_float(float(noise)) >> 7 & 0xffff;
   const T rounded = T(float_from_bits((bits + random) & 0xffff0000u));
-  return (bits & 0x7f800000) == 0x7f800000 ? x : rounded;
+  return (bits & 0x7f800000) == 0x7f800000 ? x + x : rounded;  // a NaN that is quiet has one of the bits that stay
 }
 template <class T>
 inline T float16_at_random(T x, T noise) {
@@ -231,6 +239,77 @@ inline T sign(T a) {
     static X join_as(X a, X b) { return joined; }             \
   };
 
+// Elements in fewer bits, near at hand as numbers, and where the first of them is in memory: they are converted in loops of
+// their own. Of those of halves compilers make no vectors, but most processors have an instruction.
+template <class T, class E>
+struct Near {
+  E* memory;
+  int64_t first;
+  T values[block_size];
+};
+template <class X, class T, class E>
+inline X load(const Near<T, E>& near, int64_t i) {
+  return X(near.values[i - near.first]);
+}
+template <class T, class E, class X>
+inline void store(Near<T, E>& near, int64_t i, X x) {
+  near.values[i - near.first] = T(x);
+}
+template <class T, class E>
+FUSEDOPT_INLINE inline void convert(T* to, const E* from, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) {
+    if constexpr (sizeof(T) > sizeof(E)) to[k] = load<T>(from, k);
+    else store(to, k, from[k]);
+  }
+}
+#if defined(__F16C__) && defined(__has_builtin)
+#if __has_builtin(__builtin_ia32_vcvtph2ps256) && __has_builtin(__builtin_ia32_vcvtps2ph256)
+typedef float EightFloats __attribute__((vector_size(32)));
+typedef int16_t EightHalves __attribute__((vector_size(16)));
+FUSEDOPT_INLINE inline void convert(float* to, const half* from, int64_t n) {
+  int64_t k = 0;
+  for (; k + 8 <= n; k += 8) {
+    EightHalves halves;
+    __builtin_memcpy(&halves, from + k, sizeof halves);
+    const EightFloats floats = __builtin_ia32_vcvtph2ps256(halves);
+    __builtin_memcpy(to + k, &floats, sizeof floats);
+  }
+  for (; k < n; ++k) {
+    asm volatile("");  // or it takes as long to compile as all else
+    to[k] = load<float>(from, k);
+  }
+}
+FUSEDOPT_INLINE inline void convert(half* to, const float* from, int64_t n) {
+  int64_t k = 0;
+  for (; k + 8 <= n; k += 8) {
+    EightFloats floats;
+    __builtin_memcpy(&floats, from + k, sizeof floats);
+    const EightHalves halves = __builtin_ia32_vcvtps2ph256(floats, 0);
+    __builtin_memcpy(to + k, &halves, sizeof halves);
+  }
+  for (; k < n; ++k) {
+    asm volatile("");
+    store(to, k, from[k]);
+  }
+}
+#endif
+#endif
+template <class E>
+inline void bring(E*, int64_t, int64_t) {}
+template <class T, class E>
+FUSEDOPT_INLINE inline void bring(Near<T, E>& near, int64_t first, int64_t n) {
+  near.first = first;
+  convert(near.values, near.memory + first, n);
+}
+template <class E>
+inline void take_back(E*, int64_t) {}
+template <class T>
+inline void take_back(Near<T, const half>&, int64_t) {}
+template <class T, class E>
+FUSEDOPT_INLINE inline void take_back(Near<T, E>& near, int64_t n) {
+  convert(near.memory + near.first, near.values, n);
+}
+
 // A fixed number of accumulators, whatever the machine's vectors: the result is the same everywhere. A line that is known
 // to be shorter has as many as it uses.
 template <class R, int count = lanes>
@@ -254,15 +333,28 @@ template <int64_t n, class E>
 inline void fetch(const E* p) {
   for (int64_t k = 0; k < n; k += 64 / int64_t(sizeof(E))) __builtin_prefetch(p + k);
 }
+template <int64_t n, class E>
+inline void fetch(const E* p, int64_t at) {
+  fetch<n>(p + at);
+}
+template <int64_t n, class T, class E>
+inline void fetch(const Near<T, E>& near, int64_t at) {
+  fetch<n>(near.memory + at);
+}
 template <class F, class... E>
-FUSEDOPT_INLINE inline void for_lanes(int64_t begin, int64_t end, const F& element, const E*... buffers) {
+FUSEDOPT_INLINE inline void for_lanes(int64_t begin, int64_t end, const F& element, E&&... buffers) {
   int64_t i = begin;
   for (; i + lanes <= end; i += lanes) {
-    (fetch<lanes>(buffers + i + ahead), ...);
+    (fetch<lanes>(buffers, i + ahead), ...);
+    (bring(buffers, i, lanes), ...);
     FUSEDOPT_INDEPENDENT
     for (int k = 0; k < lanes; ++k) element(i + k, k);
+    (take_back(buffers, lanes), ...);
   }
-  for (int k = 0; i < end; ++i, ++k) element(i, k);
+  const int rest = int(end - i);
+  (bring(buffers, i, rest), ...);
+  for (int k = 0; k < rest; ++k) element(i + k, k);
+  (take_back(buffers, rest), ...);
 }
 
 #define FUSEDOPT_ONCE __attribute__((noinline))  // or compilers work on it wherever it is called
@@ -275,15 +367,19 @@ inline void fetch(const E* p, int64_t n) {
   fetch_bytes(reinterpret_cast<const char*>(p), n * int64_t(sizeof(E)));
 }
 template <class F, class... E>
-FUSEDOPT_INLINE inline void for_blocks(int64_t begin, int64_t end, const F& element, const E*... buffers) {
+FUSEDOPT_INLINE inline void for_blocks(int64_t begin, int64_t end, const F& element, E&&... buffers) {
   int64_t first = begin;
   for (; first + block_size <= end; first += block_size) {
-    (fetch<block_size>(buffers + first + ahead), ...);
+    (fetch<block_size>(buffers, first + ahead), ...);
+    (bring(buffers, first, block_size), ...);
     FUSEDOPT_INDEPENDENT
     for (int64_t i = first; i < first + block_size; ++i) element(i);
+    (take_back(buffers, block_size), ...);
   }
+  (bring(buffers, first, end - first), ...);
   FUSEDOPT_INDEPENDENT
   for (int64_t i = first; i < end; ++i) element(i);
+  (take_back(buffers, end - first), ...);
 }
 
 // Short lines of a length that is known when this is compiled have no loop, and no lanes that nobody uses.

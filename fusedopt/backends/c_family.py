@@ -145,12 +145,13 @@ class Body(body.Body):
         stored = {n for n, _ in stage.stores}
         lines = []
         for name in self.touched(stage):
-            type_ = TYPES[self.program.buffer[name].dtype]
-            const = "" if name in stored else "const "
-            lines.append(
-                f"{const}{type_}* __restrict {identifier(name)} = {self.pointer(name, const + type_)};"
-            )
+            type_ = ("" if name in stored else "const ") + TYPES[self.program.buffer[name].dtype]
+            lines.append(self.declared(name, type_))
         return lines
+
+    def declared(self, name: str, type_: str) -> str:
+        """The line that says where a buffer is."""
+        return f"{type_}* __restrict {identifier(name)} = {self.pointer(name, type_)};"
 
     def pointer(self, name: str, type_: str) -> str:
         return f"row.buffer<{type_}>({self.buffer_index[name]})"
@@ -159,8 +160,11 @@ class Body(body.Body):
     def element(self, stage: Stage) -> list[str]:
         """What is computed and stored for element ``i``."""
         lines = [self._line(i) for i in stage.values if self.program.values[i].kind == ELEMENT]
-        lines += [f"store({identifier(n)}, i, {self.name(i)});" for n, i in stage.stores]
-        return lines
+        return [*lines, *(self.store(n, "i", i) for n, i in stage.stores)]
+
+    def store(self, buffer: str, place: str, i: int, value: str = "") -> str:
+        """``value``: how value number i is spelled, where not by its name."""
+        return f"store({identifier(buffer)}, {place}, {value or self.name(i)});"
 
     def accumulators(self, stage: Stage) -> list[str]:
         return [f"Lanes<{self.program.values[i].op}_> acc{j};" for j, i in enumerate(stage.reductions)]

@@ -18,6 +18,7 @@ class Blocks(blocks.Blocks):
 
     flat = False
     """Whether the places of a loop between stages are gone over in one line."""
+    element_by_element = False
     tiled = False
     """Whether many short lines are gone over at a time: ``k`` is which of them, ``c`` a place in each."""
 
@@ -313,9 +314,7 @@ class Blocks(blocks.Blocks):
         for n, i in stage.stores:
             kind = self.program.buffer[n].kind
             place = "i" if kind == ELEMENT else self._place(kind)
-            (inner if self._along_line(kind) else after).append(
-                f"store({identifier(n)}, {place}, {self.name(i)});"
-            )
+            (inner if self._along_line(kind) else after).append(self.store(n, place, i))
         lanes = any(".add(lane" in line for line in inner)
         return [*before, *(self.over(inner, lanes) if inner else []), *after]
 

@@ -184,21 +184,21 @@ class Lines(Blocks):
             *(self._store(s) for s in along if s not in narrow),
         ]
         once = [
-            f"store({identifier(n)}, {self._place(self.program.buffer[n].kind)}, {self.name(i)});"
+            self.store(n, self._place(self.program.buffer[n].kind), i)
             for n, i in stage.stores
             if (n, i) not in along
         ]
         yield _Part([*self.over(inner, bool(stage.reductions)), *once], (), made, roots)
         self.noted = [*self.noted, *new]
         for n, i in narrow:
-            yield _Part(self.over([f"store({identifier(n)}, i, k{i}[k][c]);"], False), places=[i])
+            yield _Part(self.over([self.store(n, "i", i, f"k{i}[k][c]")], False), places=[i])
 
     # -- lines of code --
     def _note(self, i: int) -> str:
         return f"k{i}[k][c] = {self.name(i)};"
 
     def _store(self, store: tuple[str, int]) -> str:
-        return f"store({identifier(store[0])}, i, {self.name(store[1])});"
+        return self.store(store[0], "i", store[1])
 
     def _expression(self, i: int, v: Value) -> str:
         return f"k{i}[k][c]" if i in self.noted else super()._expression(i, v)

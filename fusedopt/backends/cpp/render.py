@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import torch
+
 from ...ir.ops import OPS, Op
 from ...ir.program import Program, identifier
 from ...ir.stages import Stage
@@ -32,6 +34,8 @@ def source(skeleton: str, body: str) -> str:
 
 class _Body(c_family.Body):
     qualifiers = "static"
+    element_by_element = True
+    """Whether loops go over elements, one like another."""
 
     def __init__(self, program: Program, slot_names: Sequence[str]) -> None:
         super().__init__(program, slot_names)
@@ -52,6 +56,17 @@ class _Body(c_family.Body):
             or self.program.line > 0
             or any(getattr(OPS.get(v.op), "bits", False) for v in self.program.values)
         )
+
+    def declared(self, name: str, type_: str) -> str:
+        if not self.element_by_element or not type_.endswith("half"):
+            return super().declared(name, type_)
+        return f"Near<T, {type_}> {identifier(name)}{{{self.pointer(name, type_)}}};"
+
+    def store(self, buffer: str, place: str, i: int, value: str = "") -> str:
+        line = super().store(buffer, place, i, value)
+        rounded = self.program.values[i].op in ("to_bfloat16", "bfloat16_at_random")
+        is_bfloat16 = self.program.buffer[buffer].dtype == torch.bfloat16
+        return line.replace("store(", "store_rounded(", 1) if rounded and is_bfloat16 else line
 
     def loop(self, stage: Stage) -> list[str]:
         return self._reduce(stage) if stage.reductions else self._plain(stage)
