@@ -191,7 +191,8 @@ template <class T>
 inline T bfloat16_at_random(T x, T noise) {
   const uint32_t bits = bits_from_float(float(x)), random = bits_from_float(float(noise)) >> 7 & 0xffff;
   const T rounded = T(float_from_bits((bits + random) & 0xffff0000u));
-  return (bits & 0x7f800000) == 0x7f800000 ? x + x : rounded;  // a NaN that is quiet has one of the bits that stay
+  const T quiet = sizeof(T) == 4 ? x + x : x;  // a NaN that is has one of the bits that stay
+  return (bits & 0x7f800000) == 0x7f800000 ? quiet : rounded;
 }
 template <class T>
 inline T float16_at_random(T x, T noise) {
