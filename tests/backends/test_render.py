@@ -193,7 +193,19 @@ def test_storage_dtypes_are_spelled_by_buffer_and_the_compute_type_once(compute)
     body = cpp.render(program)
     assert f"using T = {cpp.TYPES[compute]};" in body
     for k, (name, dtype) in enumerate(buffers.items()):
-        assert f"{cpp.TYPES[dtype]}* __restrict {name.removeprefix('state.')} = row.buffer<" in body, k
+        if dtype == torch.float16:  # which are converted in loops of their own
+            assert f"Near<T, const half> {name}{{row.buffer<const half>({k})}};" in body
+        else:
+            assert f"{cpp.TYPES[dtype]}* __restrict {name.removeprefix('state.')} = row.buffer<" in body, k
+
+
+@pytest.mark.parametrize("op", ["to_bfloat16", "neg"])
+def test_what_was_rounded_is_not_rounded_again(op):
+    g = Graph()
+    out = g.op(op, g.leaf("load", "param", kind="F"))
+    buffers = tuple((n, Buffer(torch.bfloat16, "F")) for n in ("param", "state.a"))
+    body = cpp.render(Program(torch.float32, buffers, tuple(g.values), (("state.a", out),), 0))
+    assert ("store_rounded(a, i, v1);" in body) == (op == "to_bfloat16")
 
 
 def test_constants_are_written_to_the_last_digit():
