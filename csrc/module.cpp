@@ -86,6 +86,22 @@ void settle(const py::list& params) {
   }
 }
 
+// The first of (dict, name, value) whose dict has another object under the name, where None is as good as nothing; -1 if
+// there is none.
+int64_t first_other(const py::list& looked) {
+  for (int64_t i = 0; i < static_cast<int64_t>(looked.size()); ++i) {
+    PyObject* one = PyList_GET_ITEM(looked.ptr(), i);
+    if (!PyTuple_CheckExact(one) || PyTuple_GET_SIZE(one) != 3 || !PyDict_Check(PyTuple_GET_ITEM(one, 0)))
+      throw py::type_error("a dict, a name and a value are wanted");
+    PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(one, 0), PyTuple_GET_ITEM(one, 1));
+    if (!found && PyErr_Occurred())
+      throw py::error_already_set();
+    if ((found ? found : Py_None) != PyTuple_GET_ITEM(one, 2))
+      return i;
+  }
+  return -1;
+}
+
 // A number among the hyperparameters as Python's, or None.
 py::object number(const py::object& x) {
   fusedopt::Scalar out;
@@ -220,6 +236,7 @@ PYBIND11_MODULE(_C, m) {
           return py::make_tuple(found.kinds, found.grads, found.states);
         }, py::arg("params"), py::arg("states"));
   m.def("settle", torch::wrap_pybind_function(settle), py::arg("params"));
+  m.def("first_other", torch::wrap_pybind_function(first_other), py::arg("looked"));
   m.def("number", torch::wrap_pybind_function(number), py::arg("x"));
   py::class_<Kept>(m, "Kept");
   py::class_<fusedopt::Profile>(m, "Profile")

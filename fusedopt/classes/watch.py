@@ -244,8 +244,10 @@ class Watch:
 
     def around(self, kind: type) -> Callable[[], str | None]:
         """What tells whether all that the step has read around it is still there: why not, or None."""
-        space: dict[str, Any] = {"equal": equal}
-        lines: list[str] = []
+        looked: list[tuple[dict[Any, Any], Any, Any]] = []  # in dicts, which is most of it, and takes no code
+        whys: list[str] = []
+        space: dict[str, Any] = {"equal": equal, "leaf": leaf, "looked": looked, "whys": whys}
+        lines = ["  k = leaf.first_other(looked)", "  if k >= 0: return whys[k]"]
         told: set[tuple[Any, str]] = set()
 
         def note(read: Any, name: Any, value: Any, owner: Any, how: str = "{read}({name}, None)") -> None:
@@ -254,18 +256,22 @@ class Watch:
                 return
             told.add(where)
             k, told_as = len(space), "an element" if not isinstance(name, str) else name or CLOSED_OVER
-            space.update({f"r{k}": read, f"n{k}": name, f"v{k}": value})
-            lines.append(f"  x = {how.format(read=f'r{k}', name=f'n{k}')}")
-            lines.append(f"  if x is not v{k}: return {told_as!r} ' is another one now'")
+            space[f"v{k}"], why = value, f"{told_as} is another one now"
+            if (own := _dict_of(read)) is not None:
+                looked.append((own, name, value))
+                whys.append(why)
+            else:
+                space.update({f"r{k}": read, f"n{k}": name})
+                lines.append(f"  if {how.format(read=f'r{k}', name=f'n{k}')} is not v{k}: return {why!r}")
             if is_data(value) and not is_constant(value) and type(value) in (dict, list, set, tuple):
                 space[f"w{k}"] = _copied(value)
-                lines.append(f"  if x != w{k}: return {told_as!r} ' has changed'")
+                lines.append(f"  if v{k} != w{k}: return {told_as!r} ' has changed'")
             elif isinstance(value, np.ndarray) and is_data(value):
                 space[f"w{k}"] = value.copy()
-                lines.append(f"  if not equal(x, w{k}): return {told_as!r} ' has changed'")
+                lines.append(f"  if not equal(v{k}, w{k}): return {told_as!r} ' has changed'")
             elif isinstance(value, (bytearray, array.array)):
                 space[f"w{k}"] = value[:]
-                lines.append(f"  if x != w{k}: return {told_as!r} ' has changed'")
+                lines.append(f"  if v{k} != w{k}: return {told_as!r} ' has changed'")
 
         constants = [x for code in self._codes for x in code.co_consts if isinstance(x, str)]
         texts = {*filter(str.isidentifier, constants)}
@@ -420,6 +426,14 @@ def _read_of(owner: Any) -> Callable[[Any, Any], Any]:
         return lambda at, default: owner[at] if at < len(owner) else default
     own = getattr(owner, "__dict__", {})
     return lambda name, default: own[name] if name in own else getattr(owner, name, default)
+
+
+def _dict_of(read: Callable[..., Any]) -> dict[Any, Any] | None:
+    """The dict that ``read`` is the ``get`` of; also of one that is shown as a mapping, as a class shows its own."""
+    own = getattr(read, "__self__", None) if getattr(read, "__name__", "") == "get" else None
+    if isinstance(own, types.MappingProxyType):
+        (own,) = gc.get_referents(own)
+    return own if type(own) is dict else None
 
 
 def _of_cell(cell: Any) -> Callable[[str, Any], Any]:

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from operator import index
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +102,12 @@ def _settle(params: list[Tensor]) -> None:
     """Wait until no other thread is freeing one of these parameters' gradients. (Python cannot tell.)"""
 
 
+def _first_other(looked: list[tuple[dict[Any, Any], Any, Any]]) -> int:
+    """The first of (dict, name, value) whose dict has another object under the name, where None is as good as nothing.
+    -1 if there is none."""
+    return next((k for k, (own, name, value) in enumerate(looked) if own.get(name) is not value), -1)
+
+
 def _run_range(stage: Callable[..., object], launch_ptr: int, bounds: tuple[int, int]) -> None:
     stage(launch_ptr, *bounds)
 
@@ -153,6 +160,7 @@ python = SimpleNamespace(
     run_cpu=_run_cpu,
     bump_versions=_bump_versions,
     settle=_settle,
+    first_other=_first_other,
     torch_version=str(torch.__version__),
 )
 native, _reason = extension.load_installed()
@@ -163,6 +171,7 @@ write_pointers = _active.write_pointers
 run_cpu = _active.run_cpu
 bump_versions = _active.bump_versions
 settle = _active.settle
+first_other = _active.first_other
 torch_version = _active.torch_version
 
 
@@ -181,10 +190,10 @@ def available() -> bool:
 
 def _use(module: ModuleType | None) -> bool:
     """Whoever runs these functions right now may go on with Python's: they do the same."""
-    global native, write_pointers, run_cpu, bump_versions, settle, _missing, _reason
+    global native, write_pointers, run_cpu, bump_versions, settle, first_other, _missing, _reason
     if module is not None and native is None:
         write_pointers, run_cpu, bump_versions = module.write_pointers, module.run_cpu, module.bump_versions
-        settle = module.settle
+        settle, first_other = module.settle, module.first_other
         native, _missing, _reason = module, None, f"built for torch {module.torch_version} where it runs"
     return native is not None
 

@@ -314,3 +314,21 @@ def test_settle(implementation):
     held.grad = torch.ones(2)
     implementation.settle([free, held])
     assert free.grad is None and held.grad is not None
+
+
+# ------------------------------------------------------------------------------------- first_other
+
+
+def test_first_other(implementation):
+    """Identity counts, and nothing is as good as None."""
+    one, own = [1], {"a": 1}
+    looked = [(own, "a", own["a"]), (own, "gone", None), ({"list": one}, "list", one)]
+    assert implementation.first_other(looked) == -1 == implementation.first_other([])
+    looked[2][0]["list"] = [1]
+    assert implementation.first_other(looked) == 2
+    own["gone"] = 0
+    assert implementation.first_other(looked) == 1
+    del own["a"]
+    assert implementation.first_other(looked) == 0
+    with pytest.raises(TypeError):
+        implementation.first_other([({}, [], None)])
