@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -343,18 +344,28 @@ def _run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[
     return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
+_starting = threading.RLock()
+"""Held while a compiler is started. A process that another thread forks meanwhile would have the pipe open by which
+the compiler's words come, and their end would be waited for until that process ends."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release
+    )
+
+
 def started(command: Sequence[str]) -> subprocess.Popen[str]:
     """A compiler at work, in English and in a group of its own."""
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "LC_ALL": "C"},
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    with _starting:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "LC_ALL": "C"},
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

@@ -1,5 +1,6 @@
 """The system compiler: found, run, and its failures explained."""
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -7,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -486,3 +489,43 @@ def test_two_processes_at_once_compile_once(script, tmp_path):
     assert [worker.returncode for worker in workers] == [0, 0], said
     assert sorted(out.strip() for out, _ in said) == ["42 False", "42 True"]
     assert len(calls(tmp_path)) == 1
+
+
+class Slow(subprocess.Popen):
+    """One that takes its time to close the ends of pipes that are the compiler's."""
+
+    closing = threading.Event()
+
+    def _close_pipe_fds(self, *fds):
+        self.closing.set()
+        time.sleep(0.3)
+        super()._close_pipe_fds(*fds)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("held", [True, False], ids=["", "mutation"])
+def test_a_process_forked_while_a_compiler_is_started_is_not_waited_for(held, monkeypatch):
+    """As the workers of a DataLoader are, while the first step's thread builds the extension."""
+    monkeypatch.setattr(toolchain.subprocess, "Popen", Slow)
+    if not held:
+        monkeypatch.setattr(toolchain, "_starting", contextlib.nullcontext())
+    took = []
+
+    def run():
+        start = time.perf_counter()
+        toolchain._run(["true"], 60.0)
+        took.append(time.perf_counter() - start)
+
+    Slow.closing.clear()
+    thread = threading.Thread(target=run)
+    thread.start()
+    Slow.closing.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that this process has threads is the point
+        pid = os.fork()
+    if pid == 0:
+        time.sleep(3.0)
+        os._exit(0)
+    thread.join()
+    os.waitpid(pid, 0)
+    assert (took[0] < 2.5) == held
