@@ -42,10 +42,20 @@ def to_torch(opt: Optimizer) -> dict[Any, Any]:
     known = {p for group in opt.param_groups for p in group["params"]}
     out = {key: value for key, value in list(opt.state.items()) if not isinstance(key, torch.Tensor)}
     for p, state in opt.state.of_parameters():
-        kept = {k: _as_tensor(k, v) for k, v in storing.plain(p, begun(state)).items() if k not in FLAGS}
+        found = storing.plain(p, _begun(opt, state))
+        kept = {k: _as_tensor(k, v) for k, v in found.items() if k not in FLAGS}
         if p in known and kept:
             out[p] = kept
     return out
+
+
+def _begun(opt: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state without what holds nothing yet; where nothing but flags would be left, without counts of no steps."""
+    found = begun(state, opt.groups.called)
+    flags = {k: v for k, v in found.items() if k in FLAGS}
+    left = [v for k, v in found.items() if k not in flags]
+    nothing = all(isinstance(v, (int, float)) or (isinstance(v, torch.Tensor) and v.dim() == 0) for v in left)
+    return flags if len(found) < len(state) and nothing and not any(left) else found
 
 
 def _as_tensor(key: str, value: Any) -> Any:
@@ -81,7 +91,7 @@ def to_fastai(opt: Optimizer) -> dict[str, Any]:
     slow: list[list[Any]] = []
     counts, lost = [0], set()
     for group in opt.param_groups:
-        found = [storing.plain(p, opt.state.get(p, {})) for p in group["params"]]
+        found = [storing.plain(p, _begun(opt, opt.state.get(p, {}))) for p in group["params"]]
         slow.append([_own(s.get("slow")) for s in found])
         counts += [int(s.get("lookahead_count", 0)) for s in found]
         for stored in found:

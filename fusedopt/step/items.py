@@ -6,7 +6,7 @@ import bisect
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -428,14 +428,17 @@ def _clones(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
     return [t.detach().clone() for t in tensors]
 
 
-def begun(state: dict[str, Any]) -> dict[str, Any]:
-    """The state without what holds nothing yet because every step was skipped so far, and without the flag for that."""
+def begun(state: Mapping[str, Any], called: Callable[[str], str] = str) -> dict[str, Any]:
+    """The state without what holds nothing yet because every step was skipped so far, and without the flag for that.
+
+    ``called``: what callbacks call an entry, where the state has other names.
+    """
     state = dict(state)
     flag = next((k for k in state if isinstance(k, str) and k.startswith(STARTED)), None)
     if flag is None:
         return state
     late = () if state[flag].item() else flag.removeprefix(STARTED).split(",")
-    return {k: v for k, v in state.items() if k not in late and k != flag}
+    return {k: v for k, v in state.items() if called(k) not in late and k != flag}
 
 
 def attach_gradient(work: Item, grad: torch.Tensor | None = None) -> None:

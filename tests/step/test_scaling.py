@@ -218,6 +218,39 @@ def test_state_that_starts_as_a_clone_survives_a_skipped_first_step_and_a_checkp
         assert torch.equal(other.state[q]["slow"], start * 0.25)
 
 
+RESUMED = {  # state whose names are not those that callbacks have for it, and numbers that begin as something
+    "SGD": partial(optim.SGD, lr=0.1, momentum=0.9, dampening=0.5),
+    "Adagrad": partial(optim.Adagrad, lr=0.1, initial_accumulator_value=0.1),
+    "AdamW": partial(optim.AdamW, lr=0.1, amsgrad=True),
+    "DoG": fusedopt.rules.DoG,
+    "Prodigy": fusedopt.rules.Prodigy,
+    "ranger": partial(fusedopt.ranger, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_checkpoint_after_a_skipped_first_step_is_one_of_what_has_not_begun(name, compiled):
+    """As trainings in float16 begin: the scale is too large at first."""
+    made = [parameters(shapes=[(5, 4)]) for _ in range(2)]
+    whole, resumed = (RESUMED[name](params, amp_fused=True, backend=compiled) for params in made)
+    grads = gradients(4, shapes=[(5, 4)])
+    for t, grad in enumerate(grads):
+        for opt, params in zip((whole, resumed), made, strict=True):
+            scaled_step(opt, params, grad, found=t == 0)
+        if t == 0:
+            saved = copy.deepcopy(resumed.state_dict())
+            resumed = RESUMED[name](made[1], amp_fused=True, backend=compiled)
+            resumed.load_state_dict(saved)
+    assert_equal(*made)
+
+
+def test_what_has_not_begun_is_no_state_of_fastais(compiled):
+    params = parameters(shapes=[(4,)])
+    opt = fusedopt.Lookahead(fusedopt.SGD(params, lr=0.1, mom=0.9, amp_fused=True, backend=compiled))
+    scaled_step(opt, params, gradients(1, shapes=[(4,)])[0], found=True)
+    assert opt.to_fastai_state_dict()["state"] == [{}] and "slow_weights" not in opt.to_fastai_state_dict()
+
+
 def unfusable(p, lr, **_):
     p.data.sub_(p.grad.data.msort() * lr)
 
