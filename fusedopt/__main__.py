@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store = commands.add_parser("cache", help="the folder of compiled kernels")
     store.add_argument("action", choices=("show", "clear"))
     chosen = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = doctor.main(as_json=chosen.json) if chosen.command == "doctor" else _cache(chosen.action)
         sys.stdout.flush()

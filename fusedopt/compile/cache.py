@@ -50,6 +50,7 @@ except ImportError:  # Windows
 
 KEY_DIGITS = 20
 CODE_DIGITS = 12  # of those, where a key begins with what its code is
+ROOM = 1 << 20  # bytes that a folder has to have left: a kernel and its source are up to a tenth of that
 LOCK_SECONDS = 180.0  # longer than any compile: after that the holder is stopped, not busy
 TEMPORARY = ".tmp-"
 ENTRY_FILE = re.compile(rf"(?P<stem>[\w.-]+_[0-9a-f]{{{KEY_DIGITS}}})\.\w+")
@@ -108,12 +109,18 @@ _warned: set[Path] = set()
 
 
 def configured() -> Path:
-    """The folder the user wants: `FUSEDOPT_CACHE_DIR`, else the platform's cache folder."""
+    """The folder the user wants: `FUSEDOPT_CACHE_DIR`, else the platform's cache folder.
+
+    A user without a home, as in containers, has one where temporary files are.
+    """
     wanted = env.cache_dir()
     if wanted is None:
         import platformdirs  # here, because most runs that name a folder never need it
 
-        wanted = Path(platformdirs.user_cache_dir("fusedopt", appauthor=False))
+        try:
+            wanted = Path(platformdirs.user_cache_dir("fusedopt", appauthor=False))
+        except (RuntimeError, KeyError):
+            wanted = Path(tempfile.gettempdir(), f"fusedopt-of-{os.getuid()}")
     return wanted
 
 
@@ -239,13 +246,22 @@ def _unusable(path: Path) -> Problem | None:
         with tempfile.NamedTemporaryFile(dir=path, prefix=TEMPORARY) as file:
             file.write(bytes(mmap.PAGESIZE))
             file.flush()
-            executable = _executable(file.fileno())
+            executable, full = _executable(file.fileno()), _is_full(file.fileno())
     except OSError as error:
         return Problem(f"cannot be written to ({error.strerror})", _ELSEWHERE)
+    if full:
+        return Problem("lies on a disk that is full", f"delete something there, or {_ELSEWHERE}")
     if not executable:
         remedy = "set FUSEDOPT_CACHE_DIR to a folder on a file system that is mounted without noexec"
         return Problem("does not allow code to be loaded from it (mounted noexec?)", remedy)
     return None
+
+
+def _is_full(fd: int) -> bool:
+    if not hasattr(os, "fstatvfs"):
+        return False
+    found = os.fstatvfs(fd)  # some file systems say nothing of their size
+    return found.f_blocks > 0 and found.f_bavail * found.f_frsize < ROOM
 
 
 def _executable(fd: int) -> bool:
@@ -475,7 +491,10 @@ def entries() -> list[Stored]:
 
 def _files() -> list[Path]:
     path = configured()
-    return sorted(path.iterdir()) if path.is_dir() else []
+    try:
+        return sorted(path.iterdir()) if path.is_dir() else []
+    except OSError:  # `prepare` says why
+        return []
 
 
 def _stored(name: str, files: list[Path]) -> Stored:

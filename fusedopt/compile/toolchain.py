@@ -51,6 +51,7 @@ NOT_EVERYWHERE = {
 """Flags that some compilers refuse, or their assemblers and linkers do, and the words by which that is recognised."""
 CANDIDATES = ("c++", "g++", "clang++")
 TIMEOUT = 120.0  # seconds
+GRACE = 0.5  # seconds
 SHOWN_LINES = 20
 FALLBACK = 'or use backend="reference", which compiles nothing'
 
@@ -71,8 +72,14 @@ class CompileError(cache.BuildError):
         super().__init__(
             f"kernel {name!r}: {what}\n  command: {command}\n  source: {source_path}\n"
             + (f"  the compiler's last lines:\n{tail}\n" if tail else "")
-            + f"  remedy: point CXX to a working g++ or clang++, {FALLBACK}"
+            + f"  remedy: {_remedy(output)}, {FALLBACK}"
         )
+
+
+def _remedy(output: str) -> str:
+    if re.search(r"No space left|Disk quota exceeded", output):
+        return "make room on the disk, of the cache folder or of temporary files"
+    return "point CXX to a working g++ or clang++"
 
 
 # ---------------------------------------------------------------- compiler and CPU
@@ -362,15 +369,19 @@ def started(command: Sequence[str]) -> subprocess.Popen[str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, "LC_ALL": "C"},
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,
         )
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
+    """End it, and what it has started. It has a moment for that, in which compilers delete their temporary files."""
     with contextlib.suppress(OSError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
+        if not hasattr(os, "killpg"):
             process.kill()
+            return
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        os.killpg(process.pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+import pwd
 import stat
 import sys
 import tempfile
@@ -278,6 +279,16 @@ def test_the_platform_decides_without_the_variable(monkeypatch):
     assert str(cache.configured()) == platformdirs.user_cache_dir("fusedopt", appauthor=False)
 
 
+def test_a_user_without_a_home_has_a_folder(monkeypatch, tmp_path):
+    """As in containers that run as some number."""
+    for name in ("FUSEDOPT_CACHE_DIR", "HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert get(Builder()).built and not get(Builder()).built
+    assert cache.folder() == tmp_path / f"fusedopt-of-{os.getuid()}"
+
+
 def works_in_a_temporary_folder(root, reason):
     """One warning, naming folder, reason and remedy; then everything works, in a private folder elsewhere."""
     with pytest.warns(cache.CacheWarning) as caught:
@@ -491,3 +502,26 @@ def test_clear_leaves_what_is_being_built(root):
 
 def test_clear_without_a_folder(root):
     assert cache.clear() == 0
+
+
+def test_a_full_disk(root, monkeypatch):
+    real = os.fstatvfs
+
+    def fstatvfs(fd):
+        found = real(fd)
+        full = os.readlink(f"/proc/self/fd/{fd}").startswith(f"{root}/")
+        return SimpleNamespace(
+            f_flag=found.f_flag, f_blocks=found.f_blocks, f_frsize=4096, f_bavail=10 if full else 1000
+        )
+
+    monkeypatch.setattr(os, "fstatvfs", fstatvfs)
+    works_in_a_temporary_folder(root, "lies on a disk that is full")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "locked"])
+def test_a_folder_that_cannot_be_read_is_shown_as_empty(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSEDOPT_CACHE_DIR", str(tmp_path / name))
+    if name == "locked":
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(cache.Path, "iterdir", lambda self: os.listdir("/proc/none"))
+    assert cache.entries() == [] and cache.clear() == 0

@@ -304,6 +304,30 @@ def test_a_compiler_that_hangs_is_killed_with_its_children(script, monkeypatch, 
     assert ends(child)
 
 
+@linux
+def test_a_compiler_that_is_killed_leaves_nothing(monkeypatch, tmp_path):
+    """As when somebody presses Ctrl-C, or a process ends while the extension is built."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    source = tmp_path / "long.cpp"
+    calls = "".join(
+        f"double f{k}(double x) {{ return x * {k} + __builtin_sin(x); }}\n" for k in range(20_000)
+    )
+    source.write_text(calls)
+    process = toolchain.started([toolchain.compiler().path, "-O2", "-c", str(source), "-o", os.devnull])
+    while not any(path.name.startswith("cc") for path in tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.002)
+    assert process.poll() is None
+    toolchain._kill(process)
+    process.communicate()
+    assert [path.name for path in tmp_path.iterdir()] == ["long.cpp"]
+
+
+def test_a_disk_that_is_full_is_named(script):
+    script('echo "ld: final link failed: No space left on device"; exit 1')
+    with pytest.raises(CompileError, match="remedy: make room on the disk"):
+        toolchain.compile_library("add", ADD)
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
