@@ -112,11 +112,18 @@ def test_doctor_has_a_missing_extension_built_and_waits(caplog, monkeypatch):
     assert "building it" in caplog.text
 
 
-def test_doctor_with_wrong_variables(capsys, monkeypatch):
-    monkeypatch.setenv("FUSEDOPT_BACKEND", "metal")
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("FUSEDOPT_BACKEND", "metal", "FUSEDOPT_BACKEND='metal' is no backend"),
+        ("FUSEDOPT_DEBUG", "7", "FUSEDOPT_DEBUG='7': expected 0, 1"),
+    ],
+)
+def test_doctor_with_wrong_variables(name, value, text, capsys, monkeypatch):
+    monkeypatch.setenv(name, value)
     _, found = run_json(capsys)
-    assert found["environment"]["set"]["FUSEDOPT_BACKEND"] == "metal"
-    assert "FUSEDOPT_BACKEND='metal' is no backend" in found["next"][0]
+    assert found["environment"]["set"][name] == value
+    assert text in found["next"][0] and not any(doctor.DEFECT in line for line in found["next"])
 
 
 def test_a_broken_part_is_a_line_of_the_report(monkeypatch):

@@ -164,7 +164,11 @@ class Body(body.Body):
 
     def store(self, buffer: str, place: str, i: int, value: str = "") -> str:
         """``value``: how value number i is spelled, where not by its name."""
-        return f"store({identifier(buffer)}, {place}, {value or self.name(i)});"
+        return f"{self.storing(buffer, i)}({identifier(buffer)}, {place}, {value or self.name(i)});"
+
+    def storing(self, buffer: str, i: int) -> str:
+        """The function that stores it."""
+        return "store"
 
     def accumulators(self, stage: Stage) -> list[str]:
         return [f"Lanes<{self.program.values[i].op}_> acc{j};" for j, i in enumerate(stage.reductions)]

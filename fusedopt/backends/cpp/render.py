@@ -62,11 +62,9 @@ class _Body(c_family.Body):
             return super().declared(name, type_)
         return f"Near<T, {type_}> {identifier(name)}{{{self.pointer(name, type_)}}};"
 
-    def store(self, buffer: str, place: str, i: int, value: str = "") -> str:
-        line = super().store(buffer, place, i, value)
+    def storing(self, buffer: str, i: int) -> str:
         rounded = self.program.values[i].op in ("to_bfloat16", "bfloat16_at_random")
-        is_bfloat16 = self.program.buffer[buffer].dtype == torch.bfloat16
-        return line.replace("store(", "store_rounded(", 1) if rounded and is_bfloat16 else line
+        return "store_rounded" if rounded and self.program.buffer[buffer].dtype == torch.bfloat16 else "store"
 
     def loop(self, stage: Stage) -> list[str]:
         return self._reduce(stage) if stage.reductions else self._plain(stage)
