@@ -5,7 +5,6 @@ That is what it reads around it, and what it must not do in a step that is repla
 
 from __future__ import annotations
 
-import array
 import builtins
 import collections
 import gc
@@ -23,9 +22,10 @@ import torch
 
 from ..extension import leaf
 from ..trace.signals import Untraceable, place_of
-from ..trace.snapshot import Snapshot, equal, is_constant, is_data
+from ..trace.snapshot import Snapshot, is_data
 from ..trace.sources import content_of, imported_names, loaded_names
 from ..trace.standins import StandIns
+from .guards import Guards, of_cell, read_of
 from .reach import (
     DEPTH,
     LIBRARIES,
@@ -82,7 +82,6 @@ _ASKING = frozenset(
 )
 _CODES = {f.__code__: what for f, what in _CALLS.items() if isinstance(f, types.FunctionType)}
 _ABSENT = object()
-CLOSED_OVER = "what a function closes over"
 
 
 def _beyond(module: str, frame: types.FrameType) -> str | None:
@@ -244,35 +243,8 @@ class Watch:
 
     def around(self, kind: type) -> Callable[[], str | None]:
         """What tells whether all that the step has read around it is still there: why not, or None."""
-        looked: list[tuple[dict[Any, Any], Any, Any]] = []  # in dicts, which is most of it, and takes no code
-        whys: list[str] = []
-        space: dict[str, Any] = {"equal": equal, "leaf": leaf, "looked": looked, "whys": whys}
-        lines = ["  k = leaf.first_other(looked)", "  if k >= 0: return whys[k]"]
-        told: set[tuple[Any, str]] = set()
-
-        def note(read: Any, name: Any, value: Any, owner: Any, how: str = "{read}({name}, None)") -> None:
-            where = (owner if isinstance(owner, tuple) else id(owner)), name
-            if where in told:
-                return
-            told.add(where)
-            k, told_as = len(space), "an element" if not isinstance(name, str) else name or CLOSED_OVER
-            space[f"v{k}"], why = value, f"{told_as} is another one now"
-            if (own := _dict_of(read)) is not None:
-                looked.append((own, name, value))
-                whys.append(why)
-            else:
-                space.update({f"r{k}": read, f"n{k}": name})
-                lines.append(f"  if {how.format(read=f'r{k}', name=f'n{k}')} is not v{k}: return {why!r}")
-            if is_data(value) and not is_constant(value) and type(value) in (dict, list, set, tuple):
-                space[f"w{k}"] = _copied(value)
-                lines.append(f"  if v{k} != w{k}: return {told_as!r} ' has changed'")
-            elif isinstance(value, np.ndarray) and is_data(value):
-                space[f"w{k}"] = value.copy()
-                lines.append(f"  if not equal(v{k}, w{k}): return {told_as!r} ' has changed'")
-            elif isinstance(value, (bytearray, array.array)):
-                space[f"w{k}"] = value[:]
-                lines.append(f"  if v{k} != w{k}: return {told_as!r} ' has changed'")
-
+        guards = Guards()
+        note = guards.note
         constants = [x for code in self._codes for x in code.co_consts if isinstance(x, str)]
         texts = {*filter(str.isidentifier, constants)}
         used = {"step", *texts}.union(*(code.co_names for code in self._codes))
@@ -300,20 +272,16 @@ class Watch:
                 chosen = {k: v for k, v in parts_of(owner).items() if not isinstance(v, torch.Tensor)}
                 explore(type(owner), depth)
                 if isinstance(owner, (set, frozenset)):  # no place in it says which element is there
-                    k = len(space)
-                    space.update({f"o{k}": owner, f"w{k}": set(owner)})
-                    lines.append(f"  if o{k} != w{k}: return 'a set has changed'")
+                    guards.note_elements(owner)
                     for value in chosen.values() if depth else ():
                         explore(value, depth - 1)
                     return
                 own = owner if isinstance(owner, Sized) else getattr(owner, "__dict__", None)
                 if isinstance(own, (dict, list, collections.deque)):  # more may hide what its class has
-                    space[f"o{len(space)}"] = own
-                    other = "return 'an object or a container has more or fewer in it now'"
-                    lines.append(f"  if len(o{len(space) - 1}) != {len(own)}: {other}")
+                    guards.note_length(own)
             for name, value in chosen.items():
                 if not isinstance(value, property):
-                    note(_read_of(owner), name, value, owner)
+                    note(read_of(owner), name, value, owner)
                     if depth:
                         explore(value, depth - 1)
 
@@ -344,7 +312,7 @@ class Watch:
         for function in functions:
             loaded(function.__code__, function.__globals__)
             for cell in function.__closure__ or ():
-                read = _of_cell(cell)
+                read = of_cell(cell)
                 note(read, "", read("", None), cell)
                 explore(read("", None))
             note(function, "the code of a function", function.__code__, function, "{read}.__code__")
@@ -358,8 +326,7 @@ class Watch:
         for owner in (*kind.__mro__, *self._referred):
             explore(owner)
 
-        exec("\n".join(["def why():", *lines, "  return None"]), space)
-        return space["why"]
+        return guards.made()
 
 
 class Objects:
@@ -410,31 +377,3 @@ def _untraceable(message: str, where: str) -> Untraceable:
     error.where = where
     error.inside = True  # type: ignore[attr-defined]
     return error
-
-
-def _copied(value: Any) -> Any:
-    if type(value) is dict:
-        return {k: _copied(v) for k, v in value.items()}
-    return type(value)(map(_copied, value)) if type(value) in (list, set, tuple) else value
-
-
-def _read_of(owner: Any) -> Callable[[Any, Any], Any]:
-    """What reads an attribute, or what is in a container."""
-    if isinstance(owner, dict):
-        return owner.get
-    if isinstance(owner, (list, tuple, collections.deque)):
-        return lambda at, default: owner[at] if at < len(owner) else default
-    own = getattr(owner, "__dict__", {})
-    return lambda name, default: own[name] if name in own else getattr(owner, name, default)
-
-
-def _dict_of(read: Callable[..., Any]) -> dict[Any, Any] | None:
-    """The dict that ``read`` is the ``get`` of; also of one that is shown as a mapping, as a class shows its own."""
-    own = getattr(read, "__self__", None) if getattr(read, "__name__", "") == "get" else None
-    if isinstance(own, types.MappingProxyType):
-        (own,) = gc.get_referents(own)
-    return own if type(own) is dict else None
-
-
-def _of_cell(cell: Any) -> Callable[[str, Any], Any]:
-    return lambda name, default: content_of(cell, name)
