@@ -1,5 +1,6 @@
 """The command `fusedopt`, also as `python -m fusedopt`: what doctor and cache print, and their exit status."""
 
+import io
 import json
 import os
 import re
@@ -124,6 +125,14 @@ def test_doctor_with_wrong_variables(name, value, text, capsys, monkeypatch):
     _, found = run_json(capsys)
     assert found["environment"]["set"][name] == value
     assert text in found["next"][0] and not any(doctor.DEFECT in line for line in found["next"])
+
+
+def test_a_folder_whose_name_the_terminal_lacks_letters_for(monkeypatch, tmp_path):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("FUSEDOPT_CACHE_DIR", str(tmp_path / "größe"))
+    assert __main__.main(["cache", "show"]) == 0
+    assert rb"gr\xf6\xdfe" in terminal.buffer.getvalue()
 
 
 def test_a_broken_part_is_a_line_of_the_report(monkeypatch):

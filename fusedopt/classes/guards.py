@@ -15,8 +15,6 @@ from ..extension import leaf
 from ..trace.snapshot import equal, is_constant, is_data
 from ..trace.sources import content_of
 
-CLOSED_OVER = "what a function closes over"
-
 
 class Guards:
     """What is noted of it."""
@@ -43,7 +41,8 @@ class Guards:
         if where in self._told:
             return
         self._told.add(where)
-        k, told_as = len(self._space), "an element" if not isinstance(name, str) else name or CLOSED_OVER
+        k, told_as = len(self._space), name or "what a function closes over"
+        told_as = told_as if isinstance(name, str) else "an element"
         self._space[f"v{k}"], why = value, f"{told_as} is another one now"
         if (own := _dict_of(read)) is not None:
             self._looked.append((own, name, value))

@@ -184,6 +184,27 @@ def test_the_interpreters_own_spellings_are_torchs_functions(op, dtype):
         assert ulp_distance(ours, eager).max() <= (op.name == "sqrt")
 
 
+def test_no_nan_is_rounded_to_an_infinity():
+    """Those that no arithmetic makes have only bits that a narrower number lacks."""
+    g = Graph()
+    x, noise = (g.leaf("load", name, kind="F") for name in ("param", "grad"))
+    out = g.op("bfloat16_at_random", x, noise)
+    floats = dict.fromkeys(("param", "grad"), Buffer(torch.float32, "F"))
+    buffers = tuple((floats | {"state.a": Buffer(torch.bfloat16, "F")}).items())
+    program = Program(torch.float32, buffers, tuple(g.values), (("state.a", out),), 0)
+    bits = torch.tensor(
+        [0x7F800001, 0x7F80FFFF, -0x7FFFFF, 0x7FC00000, 0x7F800000, 0x3F800000], dtype=torch.int32
+    )
+    given = {
+        "param": bits.repeat(20).view(torch.float32),
+        "grad": torch.full((120,), 1.5),
+        "state.a": torch.zeros(120, dtype=torch.bfloat16),
+    }
+    run_kernel(compile_kernel(program, "nans"), given)
+    found = given["state.a"].view(20, 6)
+    assert found[:, :4].isnan().all() and found[:, 4].isinf().all() and (found[:, 5] == 1).all()
+
+
 def test_doubles_of_kind_s_are_computed_in_double():
     program, given = doubles(ELEMENTWISE)
     run_kernel(compile_kernel(program), ran := copies(given), [SLOT])
