@@ -28,6 +28,9 @@ using int32_t = __INT32_TYPE__;
 
 #define FUSEDOPT_INLINE __attribute__((always_inline))
 
+// An entry: what it calls is compiled into it, however long that gets. A loop that calls has no vectors.
+#define FUSEDOPT_WHOLE extern "C" __attribute__((flatten))
+
 // A function of the C library that generated code calls, for float and for double, under the name that CUDA has too.
 #define FUSEDOPT_FUNCTION(name)                                                    \
   template <class X, class... Y>                                                   \
@@ -543,7 +546,7 @@ inline void join_chunks(const Launch& launch, Row row, int k, int64_t result, in
 }
 
 #define FUSEDOPT_BLOCK_STAGE(k)                                                                                    \
-  extern "C" void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                           \
+  FUSEDOPT_WHOLE void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                       \
     for (int64_t c = begin; c < end; ++c) {                                                                        \
       const int64_t* chunk = launch->chunks + c * launch->chunk_words;                                             \
       const Row row{launch->rows + chunk[0] * launch->row_words};                                                  \
@@ -561,7 +564,7 @@ inline int64_t whole_places(const Launch& launch, Row row, int64_t n0) {
 
 // Stage k, unless chunks have gone on to it already; of the row's words, one says how long the first axis is.
 #define FUSEDOPT_CHUNKS(k, follows, word)                                                                          \
-  extern "C" void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                           \
+  FUSEDOPT_WHOLE void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                       \
     for (int64_t c = begin; c < end; ++c) {                                                                        \
       const Row row{launch->rows + launch->chunks[c * launch->chunk_words] * launch->row_words};                   \
       if (!follows || !whole_places(*launch, row, row.words[word])) chunk_##k(*launch, row, c);                    \
@@ -569,7 +572,7 @@ inline int64_t whole_places(const Launch& launch, Row row, int64_t n0) {
   }
 
 #define FUSEDOPT_PLACES(k, word)                                                                                   \
-  extern "C" void fusedopt_before_##k(const Launch* launch, int64_t begin, int64_t end) {                          \
+  FUSEDOPT_WHOLE void fusedopt_before_##k(const Launch* launch, int64_t begin, int64_t end) {                      \
     for (int64_t r = begin; r < end; ++r) {                                                                        \
       const Row row{launch->rows + r * launch->row_words};                                                         \
       if (row.numel() > 0 && !whole_places(*launch, row, row.words[word])) before_##k(*launch, row, 0, row.words[word]); \
@@ -577,7 +580,7 @@ inline int64_t whole_places(const Launch& launch, Row row, int64_t n0) {
   }
 
 #define FUSEDOPT_BETWEEN(k)                                                                                        \
-  extern "C" void fusedopt_before_##k(const Launch* launch, int64_t begin, int64_t end) {                          \
+  FUSEDOPT_WHOLE void fusedopt_before_##k(const Launch* launch, int64_t begin, int64_t end) {                      \
     for (int64_t r = begin; r < end; ++r) {                                                                        \
       const Row row{launch->rows + r * launch->row_words};                                                         \
       if (row.numel() > 0) before_##k(*launch, row);                                                               \
@@ -585,7 +588,7 @@ inline int64_t whole_places(const Launch& launch, Row row, int64_t n0) {
   }
 
 #define FUSEDOPT_STAGE(k)                                                                                          \
-  extern "C" void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                           \
+  FUSEDOPT_WHOLE void fusedopt_stage_##k(const Launch* launch, int64_t begin, int64_t end) {                       \
     for (int64_t c = begin; c < end; ++c) {                                                                        \
       const int64_t* chunk = launch->chunks + c * chunk_words;                                                     \
       const Row row{launch->rows + chunk[0] * launch->row_words};                                                  \

@@ -5,6 +5,7 @@
 
 import math
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from helpers import signature
 
-from fusedopt import callbacks
+from fusedopt import callbacks, rules
 from fusedopt.backends.base import HEAD
 from fusedopt.backends.cpp import render as cpp
 from fusedopt.compile import toolchain
@@ -124,6 +125,21 @@ def test_a_warning_would_be_noticed(tmp_path):
     )
     with pytest.raises(AssertionError, match="unused"):
         compile_alone(cpp.source(skeleton("cpu.cpp"), body), tmp_path, "-fsyntax-only")
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm lists what a library has, and is not here")
+@pytest.mark.parametrize("storage", ["kahan", "bf16+8"])
+def test_however_long_a_rule_is_its_loops_call_nothing(tmp_path, storage):
+    """Four buffers that are rounded with care are more than a compiler puts into a loop, which then has no vectors."""
+    param = torch.nn.Parameter(torch.zeros(64, 8, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    opt = rules.Adan([param], storage=storage, backend="cpp")
+    opt.step()
+    compile_alone(cpp.source(skeleton("cpu.cpp"), opt.kernel_source()), tmp_path)
+    listed = subprocess.run(["nm", tmp_path / "kernel.so"], capture_output=True, text=True, check=True).stdout
+    functions = {line.split()[-1] for line in listed.splitlines() if line.split()[-2] in "tT"}
+    ours = {name for name in functions if name.startswith(("_Z", "fusedopt"))}
+    assert ours == {"fusedopt_stage_0"}
 
 
 def test_source_wants_one_place_for_the_body():
