@@ -519,6 +519,8 @@ class BoundStep {
     const auto address = reinterpret_cast<int64_t>(data);
     if (word != address && !run.movable && found != grad_found)
       return "a tensor was moved";
+    if (word != address && written && found != grad_found)
+      moved_ = true;
     word = address;
     return nullptr;
   }
@@ -570,29 +572,23 @@ class BoundStep {
     return nullptr;
   }
 
-  // Whether extra tensors lie in no memory that is written to, be it another parameter's.
+  // Whether extra tensors lie in no memory that is written to, be it another parameter's; and, where a tensor was moved,
+  // whether no two that are written have memory in common.
   bool are_apart() {
-    if (extras_->empty())
+    if (extras_->empty() && !moved_)
       return true;
-    const auto span = [](const at::TensorImpl& t) {
-      return std::pair(address(t), address(t) + static_cast<intptr_t>(t.numel() * t.itemsize()));
-    };
-    std::vector<std::pair<intptr_t, intptr_t>> written;
+    Spans written;
     for (const Row& row : rows_)
       for (size_t k = 0; row.on && k < state_found + buckets_[row.bucket].entries.size(); ++k)
         if (const at::TensorImpl* t = found_[row.first_tensor + k])
-          written.push_back(span(*t));
-    std::sort(written.begin(), written.end());
-    for (size_t k = 1; k < written.size(); ++k) // where all up to each end
-      written[k].second = std::max(written[k].second, written[k - 1].second);
+          written.add(*t);
+    if (!written.sort() && moved_)
+      return no("a tensor was moved to where another one is");
+    moved_ = false;
     for (const Row& row : rows_)
       for (const Entry& entry : buckets_[row.bucket].entries) {
         PyObject* value = row.on && entry.extra >= 0 ? extra_of(row, entry) : nullptr;
-        if (!value || !own_memory(value))
-          continue;
-        const auto [first, last] = span(*tensor(value).unsafeGetTensorImpl());
-        const auto before = std::lower_bound(written.begin(), written.end(), std::pair(last, INTPTR_MIN));
-        if (before != written.begin() && std::prev(before)->second > first)
+        if (value && own_memory(value) && written.meet(*tensor(value).unsafeGetTensorImpl()))
           return no("an extra tensor lies in memory that is written to");
       }
     return true;
@@ -1125,6 +1121,7 @@ class BoundStep {
   std::vector<c10::Storage> owned_;
   std::deque<at::Tensor> held_; // what was pushed is pointed to
   std::atomic<const char*> why_ = nullptr;
+  std::atomic<bool> moved_ = false; // a tensor that is written, since they were last found apart
   std::string where_;
   uint64_t step_ = 0;
   int64_t elements_ = 0, version_ = -1; // the version of `state_`, opt.state as it was last

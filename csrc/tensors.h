@@ -4,7 +4,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 namespace fusedopt {
 
@@ -73,5 +76,43 @@ inline bool same_layout(const at::TensorImpl& a, const at::TensorImpl& b) {
       return false;
   return true;
 }
+
+// From where to where tensors lie in memory, with all that their strides pass over.
+class Spans {
+ public:
+  void add(const at::TensorImpl& t) {
+    if (const Span span = of(t); span.first < span.second)
+      spans_.push_back(span);
+  }
+
+  // To be called before the others: brings them into order. Whether no two of them have memory in common.
+  bool sort() {
+    std::sort(spans_.begin(), spans_.end());
+    bool disjoint = true;
+    for (size_t k = 1; k < spans_.size(); ++k) {
+      disjoint &= spans_[k].first >= spans_[k - 1].second;
+      spans_[k].second = std::max(spans_[k].second, spans_[k - 1].second); // where all up to each end
+    }
+    return disjoint;
+  }
+
+  bool meet(const at::TensorImpl& t) const {
+    const Span span = of(t);
+    const auto after = std::lower_bound(spans_.begin(), spans_.end(), Span(span.second, INTPTR_MIN));
+    return span.first < span.second && after != spans_.begin() && std::prev(after)->second > span.first;
+  }
+
+ private:
+  using Span = std::pair<intptr_t, intptr_t>;
+  std::vector<Span> spans_;
+
+  static Span of(const at::TensorImpl& t) {
+    intptr_t last = 1;
+    for (int64_t i = 0; i < t.dim(); ++i)
+      last += (t.sizes()[i] - 1) * t.strides()[i];
+    const intptr_t first = t.numel() ? address(t) : 0;
+    return {first, first ? first + last * static_cast<intptr_t>(t.itemsize()) : 0};
+  }
+};
 
 } // namespace fusedopt

@@ -12,7 +12,7 @@ import torch
 
 from ..extension import leaf
 from ..ir.program import Buffer
-from ..step import sharded
+from ..step import sharded, sharing
 from ..step.buckets import MAX_KNOWN, Bucket, Buckets, CompiledTrace, fit
 from ..step.items import Item, dense, same_layout, walkable
 from ..step.scaling import Scaling
@@ -188,15 +188,13 @@ class ClassGroups:
                 todo.append(item)
                 if any(isinstance(v, torch.Tensor) and v.device != p.device for v in item.state.values()):
                     raise Untraceable(f"parameter {i} of group {g} has state on another device")
-        state = [v for item in todo for v in item.state.values() if isinstance(v, torch.Tensor)]
-        state += [v for item in todo for v in _hosted(item).values()]
-        taken = {here(t).data_ptr() for item in todo for t in (item.param, item.grad)} - {
-            0
-        }  # which is nowhere
-        if len(set(map(id, state))) < len(state) or any(here(v).data_ptr() in taken for v in state):
-            raise Untraceable("parameters, gradients or state have a tensor in common")
         if len({id(item.owner) for item in todo}) < len(todo):
             raise Untraceable("a parameter is listed twice")
+        state = [v for item in todo for v in item.state.values() if isinstance(v, torch.Tensor)]
+        state += [v for item in todo for v in _hosted(item).values()]
+        written = [here(t) for t in (*(item.param for item in todo), *state)]
+        if not sharing.disjoint(written, [here(item.grad) for item in todo]):
+            raise Untraceable("parameters, gradients or state have memory in common")
         return todo
 
     def _looked_up(self) -> dict[Any, dict[Any, Any]]:
@@ -398,7 +396,8 @@ class StepBuckets(Buckets):
         for (items, _), trace in zip(buckets, step.traces, strict=True):
             if _writes_elsewhere(trace, items):
                 raise Untraceable(
-                    "gradients, which the step writes to, are in another layout than their parameters"
+                    "gradients, which the step writes to, are in another layout than their parameters, or have memory "
+                    "in common"
                 )
             if any(map(sharded.is_shard, items)) and (looks := _beyond_parts(trace)):
                 raise Untraceable(f"{looks} of a tensor that is spread over processes")
@@ -455,9 +454,11 @@ class StepBuckets(Buckets):
 
 
 def _writes_elsewhere(trace: Trace, items: list[Item]) -> bool:
-    """Whether what is written into gradients would be written to copies of them."""
-    writes = any(name == "grad" for name, _ in trace.program.stores)
-    return writes and not all(same_layout(item.grad, item.param) for item in items)
+    """Whether what is written into gradients would be written to copies of them, or into other parameters' too."""
+    if not any(name == "grad" for name, _ in trace.program.stores):
+        return False
+    alike = all(same_layout(item.grad, item.param) for item in items)
+    return not alike or not sharing.disjoint([here(item.grad) for item in items], [])
 
 
 def _beyond_parts(trace: Trace) -> str:

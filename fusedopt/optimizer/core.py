@@ -14,7 +14,7 @@ import torch.optim.optimizer as _torch_optimizer
 
 from .. import backends, env
 from ..callback import GROUPS_OWN, defaults_of, name_of
-from ..step import transforms
+from ..step import sharing, transforms
 from ..step.buckets import Buckets
 from ..step.engine import Engine
 from ..step.items import Item
@@ -428,7 +428,7 @@ class Optimizer(FastaiFace):
         if engine.buckets is not buckets:
             engine = Engine(buckets, engine.among)
         refuse_totals(self)
-        engine.step(self.groups.items(scaling, among=engine.among), scaling, self.groups, bind=True)
+        self._step_in_turn(engine, self.groups.items(scaling, among=engine.among), scaling)
         return engine
 
     def upload_hypers(self) -> None:
@@ -507,27 +507,28 @@ class Optimizer(FastaiFace):
     def _step_anew(self) -> None:
         """A step of a structure that is not known: looks at every tensor."""
         self.look_at_groups()
-        todo, again = _apart(self.groups.items(self._scaling))
-        if again and self.max_grad_norm is not None:
+        self._step_in_turn(self.engine, self.groups.items(self._scaling), self._scaling)
+
+    def _step_in_turn(self, engine: Engine, todo: list[Item], scaling: Scaling) -> None:
+        """Step at once what has no memory in common, and the others after it: one launch writes to each tensor once."""
+        todo, later, why = sharing.in_turn(todo)
+        remedy = f"list every parameter once{'' if 'twice' in why else ', or give it memory of its own'}"
+        if later and self.max_grad_norm is not None:
             raise RuntimeError(
-                "a parameter is listed twice, and max_grad_norm takes each gradient's norm once. Remedy: list every "
-                "parameter once, or clip with torch.nn.utils.clip_grad_norm_"
+                f"{why}, and max_grad_norm takes each gradient's norm once. Remedy: {remedy}, or clip with "
+                "torch.nn.utils.clip_grad_norm_"
             )
-        if again and self.engine.buckets.totalling:
-            raise RuntimeError(
-                "a parameter is listed twice, and fusedopt.total takes each once. Remedy: list every parameter once"
-            )
-        if again and self.groups.extra:
-            raise RuntimeError(
-                "a parameter is listed twice, and extra tensors are one per parameter; list it once"
-            )
-        self.engine.step(todo, self._scaling, self.groups, bind=not again)
-        while again:  # one launch must not step a tensor twice
-            todo, again = _apart(again)
+        if later and engine.buckets.totalling:
+            raise RuntimeError(f"{why}, and fusedopt.total takes each once. Remedy: {remedy}")
+        if later and self.groups.extra:
+            raise RuntimeError(f"{why}, and extra tensors are one per parameter. Remedy: {remedy}")
+        engine.step(todo, scaling, self.groups, bind=not later, why=why)
+        while later:
+            todo, later, _ = sharing.in_turn(later)
             for item in () if self._looks_first else todo:
                 item.state = self.groups.state_of(item.home, item.where[0], item.modes.on_device)
                 item.alike = None
-            self.engine.step(todo, self._scaling, self.groups, bind=False)
+            engine.step(todo, scaling, self.groups, why=None)
 
     @torch.no_grad()
     def _step_transformed(self, scaling: Scaling, among: frozenset[int] | None = None) -> Engine:
@@ -539,9 +540,9 @@ class Optimizer(FastaiFace):
 
     def _run_transformed(self, todo: list[Item], buckets: Buckets, scaling: Scaling) -> Engine:
         made_in = self._made_in and self._made_in()
-        todo, again = _apart(transforms.prepared(todo, made_in))
-        if again:
-            raise RuntimeError("a parameter is listed twice, and stepped within a transform; list it once")
+        todo, later, why = sharing.in_turn(transforms.prepared(todo, made_in))
+        if later:
+            raise RuntimeError(f"{why}, and stepped within a transform; list it once, in memory of its own")
         if made_in is None and (names := transforms.names()):
             what = f"operations go through {names}, so parameters are stepped unfused, by operations that it sees"
             self.engine.buckets.verdicts.warn("transformed", what)
@@ -650,16 +651,6 @@ class Optimizer(FastaiFace):
     def applications(self) -> Applications:
         """The callbacks that were applied, and what became of them."""
         return self._applications
-
-
-def _apart(todo: list[Item]) -> tuple[list[Item], list[Item]]:
-    """The first item of each parameter, and the others: a parameter is stepped as often as it is listed."""
-    first: dict[int, Item] = {}
-    for item in todo:
-        first.setdefault(id(item.home), item)
-    if len(first) == len(todo):
-        return todo, []
-    return list(first.values()), [item for item in todo if first[id(item.home)] is not item]
 
 
 def _observed(opt: Optimizer) -> bool:

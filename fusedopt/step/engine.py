@@ -14,7 +14,7 @@ import torch
 
 from ..backends import Kernel
 from ..extension import leaf
-from . import items, launching, sharded, totals, transforms
+from . import items, launching, sharded, sharing, totals, transforms
 from .bound import MOST, RECENT, BoundStep, Steps, Unbound, unbindable
 from .buckets import Bucket, Buckets
 from .commit import Change
@@ -80,23 +80,29 @@ class Engine:
         return False
 
     def step(
-        self, todo: list[Item], scaling: Scaling, groups: Groups | None = None, bind: bool = False
+        self,
+        todo: list[Item],
+        scaling: Scaling,
+        groups: Groups | None = None,
+        bind: bool = False,
+        why: str | None = "",
     ) -> None:
         """Step every item: its ``home`` is updated in place, its ``state`` holds the new state.
 
         ``groups``: theirs, which get what ``item.state`` holds together with parameters. ``bind``: a step of the same
-        structure may follow, so this one is bound, if it can be.
+        structure may follow, so this one is bound, if it can be; ``why``: it cannot be; None: it is a part of the last.
 
         If a callback or the compiler raises, nothing has changed.
         """
         saved = self.buckets.verdicts.saved()
-        items.keep_apart(todo)
+        sharing.keep_apart(todo)
         try:
             while True:
                 try:
                     plans, unfused = self._prepared(todo)
                     if not bind or groups is None:
-                        self._note("")
+                        if why is not None:
+                            self._note(why)
                     elif self._bind(plans, unfused, scaling, groups):
                         return
                     copies = self._eager.run(plans, unfused, scaling)

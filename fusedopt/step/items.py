@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 import operator
@@ -284,34 +283,6 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one layout share memory, so that writing the one might change the other in mid-kernel."""
     return abs(a.data_ptr() - b.data_ptr()) < b.numel() * max(a.itemsize, b.itemsize)
-
-
-def keep_apart(todo: list[Item]) -> None:
-    """Copy extra tensors that lie in memory which a step writes to, be it another parameter's."""
-    given = [(item, key) for item in todo for key in item.modes.given if key in item.state]
-    if not given:
-        return
-    written = [t for item in todo for t in (item.home, item.grad, *_lasting(item)) if walkable(t)]
-    spans = sorted(map(_span, written))
-    starts, ends = [first for first, _ in spans], [*itertools.accumulate((last for _, last in spans), max)]
-    for item, key in given:
-        value = item.state[key]
-        if walkable(value):
-            first, last = _span(value)
-            before = bisect.bisect_left(starts, last)
-            if before and ends[before - 1] > first:
-                item.state[key] = value.detach().clone()
-
-
-def _lasting(item: Item) -> list[torch.Tensor]:
-    """The tensors of its state, without extra ones."""
-    return [v for k, v in item.state.items() if isinstance(v, torch.Tensor) and k not in item.modes.given]
-
-
-def _span(t: torch.Tensor) -> tuple[int, int]:
-    """From where to where a tensor's elements are in memory."""
-    length = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
-    return t.data_ptr(), t.data_ptr() + length * t.itemsize
 
 
 def _in_order(t: torch.Tensor) -> torch.Tensor:

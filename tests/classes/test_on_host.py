@@ -170,7 +170,7 @@ def test_a_count_that_parameters_share_is_the_classs_own():
 
     kind, ours, plain = rule(one), start(), start()
     opt, other = fusedopt.fuse(kind(ours), check=0), kind(plain)
-    with pytest.warns(RuntimeWarning, match="have a tensor in common"):
+    with pytest.warns(RuntimeWarning, match="have memory in common"):
         for t in range(6):
             for params, each in ((ours, opt), (plain, other)):
                 give(params, t)

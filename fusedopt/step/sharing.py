@@ -1,0 +1,128 @@
+"""Tensors that have memory in common: what is stepped after what, as a plain loop over parameters would, and what is
+copied first."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..extension import leaf
+from .items import Item, dense, walkable
+from .sharded import here
+
+MOST_COMPARED = 1 << 22  # elements of tensors with gaps, of which it is asked which addresses they have
+
+
+class Turns(NamedTuple):
+    """``first``: items that may be stepped at once; ``later``: those whose turn comes after them, "" or ``why``."""
+
+    first: list[Item]
+    later: list[Item]
+    why: str
+
+
+def in_turn(todo: list[Item]) -> Turns:
+    """Which items may be stepped at once: those that have nothing in common with one before them.
+
+    A parameter is stepped as often as it is listed. Where parameters lie in the same memory, or state or a gradient in
+    that of another parameter, the one that is listed later sees what the one before has written. Gradients that only
+    share memory with each other are read, and do not matter.
+    """
+    seen: dict[int, Item] = {}
+    for item in todo:
+        seen.setdefault(id(item.home), item)
+    written = [(i, here(t)) for i, item in enumerate(todo) for t in _written(item)]
+    read = [here(item.grad) for item in todo]
+    if len(seen) == len(todo) and leaf.native and leaf.native.apart([t for _, t in written], read):
+        return Turns(todo, [], "")
+    waiting = {i for i, item in enumerate(todo) if seen[id(item.home)] is not item}
+    why = "a parameter is listed twice" if waiting else ""
+    every = [*((i, t, True) for i, t in written), *((i, t, False) for i, t in enumerate(read))]
+    for i, j in _meeting(every):
+        waiting.add(max(i, j))
+        a, b = (f"parameter {todo[k].where[1]} of group {todo[k].where[0]}" for k in sorted((i, j)))
+        why = why or f"{b} has memory in common with {a}"
+    first: list[Item] = []
+    later: list[Item] = []
+    for i, item in enumerate(todo):
+        (later if i in waiting else first).append(item)
+    return Turns(first, later, why)
+
+
+def disjoint(written: list[torch.Tensor], read: list[torch.Tensor]) -> bool:
+    """Whether none of those that are written has memory in common with another one, be it written or read."""
+    if leaf.native is not None and leaf.native.apart(written, read):
+        return True
+    every = [(k, t, k < len(written)) for k, t in enumerate([*written, *read])]
+    return not any(True for _ in _meeting(every))
+
+
+def keep_apart(todo: list[Item]) -> None:
+    """Copy extra tensors that lie in memory which a step writes to, be it another parameter's."""
+    given = [(item, key) for item in todo for key in item.modes.given if key in item.state]
+    if not given:
+        return
+    written = [t for item in todo for t in (*_written(item), item.grad) if walkable(t)]
+    spans = sorted(map(span, written))
+    starts, ends = [first for first, _ in spans], [*itertools.accumulate((last for _, last in spans), max)]
+    for item, key in given:
+        value = item.state[key]
+        if walkable(value):
+            first, last = span(value)
+            before = bisect.bisect_left(starts, last)
+            if before and ends[before - 1] > first:
+                item.state[key] = value.detach().clone()
+
+
+def span(t: torch.Tensor) -> tuple[int, int]:
+    """From where to where a tensor's elements are in memory."""
+    length = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    return t.data_ptr(), t.data_ptr() + length * t.itemsize
+
+
+def _written(item: Item) -> Iterator[torch.Tensor]:
+    """The parameter and the tensors of its state, without extra ones."""
+    yield item.home
+    for key, value in item.state.items():
+        if isinstance(value, torch.Tensor) and key not in item.modes.given:
+            yield value
+
+
+def _meeting(every: Iterable[tuple[int, torch.Tensor, bool]]) -> Iterator[tuple[int, int]]:
+    """Of tensors with their owner and whether it writes them: pairs of owners of which one writes to what both have."""
+    spans = [
+        (*span(t), owner, written, t)
+        for owner, t, written in every
+        if walkable(t) and t.layout is torch.strided and t.numel() and t.data_ptr()
+    ]
+    spans.sort(key=lambda each: each[:2])
+    reaching: list[tuple[int, int, int, bool, torch.Tensor]] = []  # those that go on beyond where one begins
+    for one in spans:
+        reaching = [other for other in reaching if other[1] > one[0]]
+        for other in reaching:
+            if one[2] != other[2] and (one[3] or other[3]) and _meet(one[4], other[4]):
+                yield one[2], other[2]
+        reaching.append(one)
+
+
+def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors that reach into each other have an element in common: the columns of a matrix have none."""
+    if (dense(a) and dense(b)) or max(a.numel(), b.numel()) > MOST_COMPARED:
+        return True
+    return bool(np.intersect1d(_bytes(a), _bytes(b)).size)
+
+
+def _bytes(t: torch.Tensor) -> np.ndarray:
+    """The addresses of all its bytes."""
+    found = np.array([t.data_ptr()])
+    for n, step in [
+        *((n, s * t.itemsize) for n, s in zip(t.shape, t.stride(), strict=True)),
+        (t.itemsize, 1),
+    ]:
+        found = (found[:, None] + step * np.arange(n)).reshape(-1)
+    return found
