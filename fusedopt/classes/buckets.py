@@ -281,6 +281,8 @@ def _strange(t: torch.Tensor) -> str:
         return f"is a {t.layout} tensor of {t.dtype}"
     if not walkable(t) or (torch.overrides.is_tensor_like(t) and type(t).__torch_function__ not in _ORDINARY):
         return f"is a {type(t).__name__}, whose memory is elsewhere"
+    if type(t).__module__.split(".")[0] != "torch":
+        return f"is a {type(t).__name__}, and the step may ask for that"
     return "" if dense(t) else "is not dense in memory"
 
 

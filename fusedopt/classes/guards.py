@@ -30,14 +30,14 @@ class Guards:
             "whys": self._whys,
         }
         self._lines = ["  k = leaf.first_other(looked)", "  if k >= 0: return whys[k]"]
-        self._told: set[tuple[Any, str]] = set()
+        self._told: set[tuple[int, str]] = set()
 
     def note(self, read: Any, name: Any, value: Any, owner: Any, how: str = "{read}({name}, None)") -> None:
         """That what has this name in ``owner`` is this object, and of data that it has not changed.
 
         ``how``: how ``read`` reads it.
         """
-        where = (owner if isinstance(owner, tuple) else id(owner)), name
+        where = id(owner), name
         if where in self._told:
             return
         self._told.add(where)

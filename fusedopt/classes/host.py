@@ -5,7 +5,9 @@ Made once for each trace, as one generated function: a step asks it whether all 
 
 from __future__ import annotations
 
+import enum
 import math
+import types
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +20,6 @@ from ..trace.number import Number, ScalarProgram
 from ..trace.replay import Replay
 from ..trace.signals import Untraceable
 from ..trace.signature import OWN, PLAIN, Signature, structure_of
-from ..trace.snapshot import is_constant
 from ..trace.tracer import Trace
 from .evaluation import Evaluation
 from .shadow import ROW, Container, Path, Shadow, Table, is_own, shown
@@ -80,6 +81,8 @@ class Host:
         around: Callable[[], str | None],
         sums: Sums,
         capturable: bool = False,
+        reads: frozenset[str] = frozenset(),
+        leaves: frozenset[str] = frozenset(),
     ) -> None:
         self.numbers = numbers_of_host(capturable)
         self.around, self.returns_loss, self.closure = around, False, False
@@ -113,7 +116,7 @@ class Host:
         """The numbers of the state that all parameters have in common, and what they are called here."""
         self._rows: dict[Path, _Row] = {}
         """Of the tables that are looked up, by their paths."""
-        self._look = _looking(shadow, names, tensors, self.numbers)
+        self._look = _looking(shadow, names, tensors, self.numbers, reads, leaves)
 
     def takes_for_one(self, common: dict[str, str]) -> None:
         """Numbers that all parameters have in common, by the key of the state, and what they are called here."""
@@ -413,9 +416,18 @@ def _check(path: Path) -> None:
 
 
 def _looking(
-    shadow: Shadow, names: dict[Path, str], tensors: list[list[Path]], numbers: dict[str, Any]
+    shadow: Shadow,
+    names: dict[Path, str],
+    tensors: list[list[Path]],
+    numbers: dict[str, Any],
+    reads: frozenset[str],
+    leaves: frozenset[str],
 ) -> Callable[[dict[str, Any]], str | None]:
-    """The function that reads numbers into the dict, and returns why something is not as it was."""
+    """The function that reads numbers into the dict, and returns why something is not as it was.
+
+    ``reads``: the optimizer's attributes that the step asked for, where there are such and where there are not;
+    ``leaves``: those that it has and did not ask for.
+    """
     space: dict[str, Any] = {"numbers": numbers}
     lines = ["def look(root):", "  try:"]
     known: dict[Path, str] = {(): "root"}
@@ -434,24 +446,51 @@ def _looking(
     def demand(condition: str, path: Path, what: str) -> None:
         lines.append(f"    if not ({condition}): return {f'{shown(path)} {what}'!r}")
 
+    def left(path: Path) -> bool:
+        return bool(path) and path[0][1] in leaves
+
     for c in shadow.containers:
-        if c.store:
+        if c.store or left(c.path):
+            continue
+        if not c.path:
+            present = {k for k in c.real if not is_own(k)} - leaves
+            absent = {k for k in reads - c.real.keys() if not is_own(k)}
+            lines.append(
+                f"    if not ({constant(present)} <= root.keys() and {constant(absent)}.isdisjoint(root)): "
+                "return 'attributes were added or removed'"
+            )
             continue
         if any(not isinstance(k, (str, int, type(None))) for _, k in c.path):
             raise Untraceable(f"{shown(c.path[:1])} has keys of type {type(c.path[-1][1]).__name__}")
         _guard(c, variable(c.path), constant, lines)
     for path, value in shadow.flags:
+        if left(path):
+            continue
         x = f"{variable(path[:-1])}{_steps(path[-1:])}"
-        if is_constant(value) or isinstance(value, (type(None), bool)):
-            short = "is" if value is None or isinstance(value, bool) else "=="
-            demand(f"{x} {short} {constant(value)}", path, "is another one now")
-        else:
-            demand(f"{x} == {constant(value)}", path, "is another one now")
-    for path, value in shadow.aliases:
-        if all(isinstance(key, (str, int, type(None))) for _, key in path):
+        alike = f"{x} {'is' if isinstance(value, (type(None), bool, enum.Enum)) else '=='} {constant(value)}"
+        kind = (
+            ""
+            if isinstance(value, enum.Enum) or type(value) in PLAIN
+            else f"type({x}) is {constant(type(value))} and "
+        )
+        demand(kind + alike, path, "is another one now")
+    for path, kind_, length in shadow.tuples:
+        if not left(path) and all(isinstance(key, (str, int, type(None))) for _, key in path):
+            x = variable(path)
+            demand(f"type({x}) is {constant(kind_)} and len({x}) == {length}", path, "is another one now")
+    for path, value in (*((path, value) for path, _, value in shadow.aliases), *shadow.things):
+        if not left(path) and all(isinstance(key, (str, int, type(None))) for _, key in path):
             x = f"{variable(path[:-1])}{_steps(path[-1:])}"
             demand(f"{x} is {constant(value)}", path, "is another object now")
+            if (
+                type(value) is not type
+                and hasattr(value, "__dict__")
+                and not isinstance(value, types.FunctionType)
+            ):
+                demand(f"type({x}) is {constant(type(value))}", path, "is of another class now")
     for path, value in shadow.numbers.items():
+        if left(path):
+            continue
         _check(path)
         x = f"{variable(path[:-1])}{_steps(path[-1:])}"
         lines.append(f"    n = {x}")
@@ -484,26 +523,14 @@ def _looking(
 
 def _guard(c: Container, x: str, constant: Callable[[Any], str], lines: list[str]) -> None:
     """What a container has to be: of its type, with its keys."""
-    own = isinstance(c.real, dict) and (not c.path or c.path[-1][0] == "dict")
-    if own:
-        count = sum(not is_own(k) for k in c.real)
-        hidden = constant(is_own)
+    if c.path[-1][0] == "dict":
         known = constant({k for k in c.real if not is_own(k)})
+        count, hidden = sum(not is_own(k) for k in c.real), constant(is_own)
         lines.append(
             f"    if len({x}) != {len(c.real)} and sum(not {hidden}(k) for k in {x}) != {count}: "
             f"return 'attributes were added or removed'"
         )
         lines.append(f"    if not {known} <= {x}.keys(): return 'attributes were added or removed'")
-        for name, value in c.real.items():
-            if (
-                not is_own(name)
-                and not isinstance(value, PLAIN)
-                and not isinstance(value, (list, dict, tuple, set, torch.Tensor))
-                and not hasattr(value, "__float__")
-            ):
-                lines.append(
-                    f"    if {x}[{name!r}] is not {constant(value)}: return 'the attribute {name} is another one now'"
-                )
         return
     if c.path[-1] == ("item", "params"):
         return  # which parameters there are is checked in C++

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import ctypes
 import functools
 import io
 import queue
@@ -12,9 +13,12 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..trace.signature import PLAIN
+from ..trace.snapshot import is_data
+from ..trace.sources import content_of
 
 LIBRARIES = frozenset(
     {"torch", "numpy", "fusedopt", "importlib", "_frozen_importlib", *sys.stdlib_module_names}
@@ -22,15 +26,27 @@ LIBRARIES = frozenset(
 DEPTH, MOST = 6, 2000
 """How many steps away, and how many objects in all and in a container, are looked at."""
 _LEAVES = (*PLAIN, complex, torch.Tensor, torch.nn.Module, types.FunctionType, types.BuiltinFunctionType)
-_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+_INSIDE = (torch.Tensor, types.FunctionType, types.BuiltinMethodType)
+"""Of these, what has no attributes that are looked at, and is no leaf to who seeks what may be changed."""
+SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _HOLDING = {"collections", "types"}
 """Libraries whose objects hold what others put into them: UserDict, SimpleNamespace."""
+OPAQUE = (memoryview, types.MappingProxyType, ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
 _USED_UP = (contextvars.ContextVar, io.IOBase, queue.SimpleQueue)
 
 
 def is_used_up(x: Any) -> bool:
     """Whether calling its methods makes another thing of it, which cannot be put back: a file, a queue, an iterator."""
     return isinstance(x, _USED_UP) or is_iterator(x)
+
+
+def is_unwatched(x: Any) -> bool:
+    """Whether it holds data that others may change in place, of which no copy is kept to compare with."""
+    if isinstance(x, OPAQUE):
+        return True
+    if isinstance(x, np.ndarray):
+        return not is_data(x)
+    return isinstance(x, (dict, *SEQUENCES)) and len(x) > MOST and not is_data(x)
 
 
 def is_iterator(x: Any) -> bool:
@@ -72,7 +88,7 @@ def reached(roots: Iterable[Any]) -> Iterator[Any]:
     todo = [(x, DEPTH) for x in roots]
     while todo and len(seen) < MOST:
         x, depth = todo.pop()
-        if (isinstance(x, _LEAVES) and not isinstance(x, torch.Tensor)) or id(x) in seen:
+        if (isinstance(x, _LEAVES) and not isinstance(x, _INSIDE)) or id(x) in seen:
             continue
         seen.add(id(x))
         yield x
@@ -82,12 +98,16 @@ def reached(roots: Iterable[Any]) -> Iterator[Any]:
 
 def parts_of(x: Any) -> dict[Any, Any]:
     """What is in it, by the attribute, key or index that it is found by; nothing of a very large container."""
-    if isinstance(x, (dict, *_SEQUENCES)):
+    if isinstance(x, (dict, *SEQUENCES)):
         return {} if len(x) > MOST else x if isinstance(x, dict) else dict(enumerate(x))
     if isinstance(x, functools.partial):
         return {"func": x.func, "args": x.args, "keywords": x.keywords}
-    if isinstance(x, types.MethodType):
-        return {"__self__": x.__self__}
+    if isinstance(x, types.MethodType) or (
+        isinstance(x, types.BuiltinMethodType) and not is_used_up(x.__self__)
+    ):
+        return {} if isinstance(x.__self__, (types.ModuleType, type)) else {"__self__": x.__self__}
+    if isinstance(x, types.FunctionType):
+        return _closed_over(x) if _root(x.__module__ or "") not in LIBRARIES else {}
     found = attributes_of(x) or {}
     if isinstance(x, (types.ModuleType, type)):
         left = (types.ModuleType, type, types.FunctionType)
@@ -95,10 +115,17 @@ def parts_of(x: Any) -> dict[Any, Any]:
     return {} if is_library(x) else found
 
 
+def _closed_over(function: types.FunctionType) -> dict[Any, Any]:
+    """What a function has for itself: cells, defaults and attributes."""
+    cells = {f"cell {k}": content_of(cell, "") for k, cell in enumerate(function.__closure__ or ())}
+    defaults = {f"default {k}": value for k, value in enumerate(function.__defaults__ or ())}
+    return cells | defaults | (function.__kwdefaults__ or {}) | vars(function)
+
+
 def is_library(x: Any) -> bool:
     """Whether it is an object of a library's own class, of which code asks for some attributes at most."""
     return (
-        not isinstance(x, (dict, *_SEQUENCES, functools.partial))
+        not isinstance(x, (dict, *SEQUENCES, functools.partial))
         and _root(type(x).__module__) in LIBRARIES - _HOLDING
     )
 

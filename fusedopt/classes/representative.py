@@ -69,7 +69,7 @@ class Representative:
         self.p = SymTensor(run, self.graph.leaf("load", "param", kind=ELEMENT), signature.param)
         self.g = SymTensor(run, self.grad, signature.grad)
         self.gradient = made(self.g, meta_of(item.grad))
-        self.param = parameter(self.p, meta_of(item.param), self.gradient)
+        self.param = parameter(self.p, meta_of(item.param), self.gradient, item.owner)
         self.put: dict[str, Any] = {}
         self.codes: dict[str, coding.Code] = {}
         for name, stored in item.coded.items():

@@ -6,9 +6,11 @@ flags have to stay what they were, and what ``step`` leaves in the copy's contai
 
 from __future__ import annotations
 
+import array
 import collections
 import enum
 import functools
+import numbers
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +24,7 @@ from ..trace.number import Number
 from ..trace.signals import Untraceable
 from ..trace.signature import PLAIN
 from .amp import SUPPORTS
-from .reach import is_iterator
+from .reach import OPAQUE, is_iterator
 
 OURS = "step", "explain", "kernel_source", "upload_hypers", "_fusedopt"
 """What `fuse` puts into an optimizer's ``__dict__``."""
@@ -80,7 +82,57 @@ class Refused:
     __iter__ = __getitem__ = __len__ = __contains__ = __bool__ = lambda self, *_: self.__getattr__("")
 
 
+WHOLE = frozenset(["__dict__", "__reduce_ex__", "__reduce__", "__getstate__"])
+"""Asked for by who goes over all attributes."""
+
+
+class Reads:
+    """Which attributes of an optimizer (``of``) are asked for, by ``kind``, a class that its own is made from."""
+
+    def __init__(self) -> None:
+        self.of: Any = None
+        self.names: set[str] = set()
+
+    def noted(self, kind: type) -> type:
+        """The class, whose instance notes what it is asked for."""
+        plain: Any = kind.__getattribute__
+
+        def __getattribute__(obj: Any, name: str) -> Any:
+            if obj is self.of:
+                self.names.add(name)
+            return plain(obj, name)
+
+        own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        return type(kind.__name__, (kind,), own | {"__getattribute__": __getattribute__})
+
+    def leaves(self, shadow: Shadow, codes: Iterable[types.CodeType]) -> frozenset[str]:
+        """The attributes that were not asked for: what a step does cannot depend on them."""
+        if self.names & WHOLE or any("__getattribute__" in code.co_names for code in codes):
+            return frozenset()
+        read = self.names | {"param_groups", "state"}
+        while more := {str(first[0][1]) for path, first, _ in shadow.aliases if path[0][1] in read} - read:
+            read |= more  # what is found there is guarded where it was found first
+        return frozenset(vars(shadow.opt).keys() - read)
+
+
 SOME = "{} has some of the parameters in it, and not others like them"
+
+
+class Some(list[Any]):
+    """A group's list of parameters, without those that others stand for."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            raise Untraceable("the step picks parameters by their places in a list")
+        return super().__getitem__(key)
+
+    def __len__(self) -> int:
+        raise Untraceable("the step asks how many parameters there are")
+
+    def __bool__(self) -> bool:
+        return True
+
+
 ROW = ("row", None)
 """In a path: the row of a table that is looked up."""
 
@@ -199,15 +251,19 @@ class Shadow:
         self._number, self._tensors, self._function = number, tensors, function
         self.params = {id(p) for group in opt.param_groups for p in group["params"]}
         self._memo: dict[int, Any] = {}
+        self._first: dict[int, Path] = {}
         self._alive: list[Any] = []
         self.containers: list[Container] = []
         self.numbers: dict[Path, Any] = {}
         self.flags: list[tuple[Path, Any]] = []
-        self.referred: list[Any] = []
+        self.referred: list[tuple[Path, Any]] = []
         """Objects that it has in common with the optimizer."""
         self._sets: list[tuple[Path, Any, Any]] = []
-        self.aliases: list[tuple[Path, Any]] = []
-        """Objects that are found by another path too, which was taken first."""
+        self.aliases: list[tuple[Path, Path, Any]] = []
+        """Objects that are found by another path too, the second, which was taken first."""
+        self.things: list[tuple[Path, Any]] = []
+        """Objects that have to stay who they are: functions, classes, and what has attributes."""
+        self.tuples: list[tuple[Path, type, int]] = []
         self.opt: Any = object.__new__(kind)
         self._memo[id(opt)] = self.opt
         self._stores = state
@@ -242,7 +298,10 @@ class Shadow:
         if kind in (int, float) or isinstance(value, np.floating):
             self.numbers[path] = value
             return self._number(path, value)
-        if isinstance(value, (*PLAIN, enum.Enum)) or kind in (torch.device, torch.Size, complex):
+        if isinstance(value, (*PLAIN, enum.Enum, numbers.Number, np.generic)) or kind in (
+            torch.device,
+            torch.Size,
+        ):
             self.flags.append((path, value))
             return value
         if isinstance(
@@ -251,9 +310,10 @@ class Shadow:
             return self._of_kind(kind, value, path)
         if id(value) in self._memo:
             if not isinstance(value, torch.Tensor):
-                self.aliases.append((path, value))
+                self.aliases.append((path, self._first[id(value)], value))
             return self._memo[id(value)]
         self._alive.append(value)
+        self._first[id(value)] = path
         made = self._memo[id(value)] = self._of_kind(kind, value, path)
         return made
 
@@ -261,15 +321,17 @@ class Shadow:
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
         if isinstance(value, (list, tuple, collections.deque, dict)) and len(value) > MOST:
-            raise Untraceable(f"{shown(path)} has {len(value)} elements")
+            return Refused(f"{shown(path)} has {len(value)} elements")
+        if isinstance(value, (list, dict, collections.deque)) and (name := _of_its_own(kind)):
+            return Refused(f"{shown(path)} is a {kind.__name__}, which has a {name} of its own")
         if self._with_tables and Table.can_be(value):
             self.tables.append(Table(value, path, self._number, lambda: self._sequence(kind, value, path)))
             return self.tables[-1]
         if isinstance(value, (list, tuple, collections.deque)):
             return self._sequence(kind, value, path)
         if isinstance(value, dict):
-            factory = getattr(value, "default_factory", None)
-            copy = collections.defaultdict(factory) if kind is collections.defaultdict else kind()
+            made_by = [value.default_factory] if isinstance(value, collections.defaultdict) else []
+            copy = kind(*made_by)
             self._memo[id(value)] = copy
             if id(value) in self._stores:
                 made = self._container(path, value, copy, self._states(value, path), False)
@@ -280,18 +342,20 @@ class Shadow:
             return self._container(path, value, copy, self._entries(value, path), any(map(_is_tensor, value)))
         if kind in (set, frozenset):
             if any(isinstance(v, torch.Tensor) for v in value):
-                raise Untraceable(f"{shown(path)} is a set of tensors")
+                return Refused(f"{shown(path)} is a set of tensors")
             self.flags.append((path, kind(value)))
             self._sets.append((path, copied := kind(value), kind(value)))
             return copied
         if isinstance(value, torch.optim.Optimizer):
+            self.things.append((path, value))
             return self._inner(kind, value, path)
+        if isinstance(value, (np.ndarray, array.array, bytearray, *OPAQUE)) or is_iterator(value):
+            return Refused(f"{shown(path)} is a {kind.__name__}, which a step may change")
+        self.things.append((path, value))
         if isinstance(value, types.MethodType) and id(value.__self__) in self._memo:
             return types.MethodType(value.__func__, self._memo[id(value.__self__)])
-        if isinstance(value, np.ndarray) or is_iterator(value):
-            raise Untraceable(f"{shown(path)} is a {kind.__name__}, which a step may change")
         if isinstance(value, (types.FunctionType, functools.partial)):
-            self.referred.append(value)
+            self.referred.append((path, value))
             return self._function(value)
         if (
             isinstance(value, _KNOWN_TYPES)
@@ -299,7 +363,7 @@ class Shadow:
             or not hasattr(value, "__dict__")
             or not _is_plain(kind)
         ):
-            self.referred.append(value)
+            self.referred.append((path, value))
             return value
         return self._object(kind, value, path)
 
@@ -312,8 +376,11 @@ class Shadow:
         parts = [(i, self._copied(v, (*path, ("item", i)))) for i, v in chosen]
         if isinstance(value, tuple):
             made = [v for _, v in parts]
+            self.tuples.append((path, kind, len(value)))
             return kind(*made) if hasattr(kind, "_fields") else tuple(made)
-        copy: Any = [] if kind is list else collections.deque(maxlen=getattr(value, "maxlen", None))
+        copy: Any = collections.deque(maxlen=value.maxlen) if isinstance(value, collections.deque) else kind()
+        if path[-1:] == (("item", "params"),) and len(parts) < len(value):
+            copy = Some()
         self._memo[id(value)] = copy
         return self._container(path, value, copy, parts, partial or path[-1:] == (("item", "params"),))
 
@@ -344,7 +411,7 @@ class Shadow:
     def _object(self, kind: type, value: Any, path: Path, without: Iterable[str] = ()) -> Any:
         copy: Any = object.__new__(self._kinds(kind))
         self._memo[id(value)] = copy
-        self.referred.append(kind)
+        self.referred.append((path, kind))
         entries = {
             k: v if is_own(k) else self._copied(v, (*path, ("attr", k)))
             for k, v in vars(value).items()
@@ -391,6 +458,15 @@ class Shadow:
     def looked_up(self) -> list[Table]:
         """Those of which a row was looked up by a number that changes."""
         return [table for table in self.tables if table.index is not None]
+
+
+def _of_its_own(kind: type) -> str:
+    """A method by which a container finds its elements otherwise than the built-in one that it is made from."""
+    ours = (base for base in kind.__mro__ if base.__module__ not in ("builtins", "collections", "typing"))
+    return next((name for base in ours for name in vars(base) if name in _METHODS), "")
+
+
+_METHODS = ({*vars(dict), *vars(list), "__missing__"} - {*vars(object)}) - {"__class_getitem__"}
 
 
 def _is_plain(kind: type) -> bool:

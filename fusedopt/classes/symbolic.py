@@ -64,7 +64,20 @@ class Symbolic(torch.Tensor):
     def of_math(op: str, *args: Any) -> Any:
         return TensorNumber.of_math(op, *(x.item() if isinstance(x, Symbolic) else x for x in args))
 
-    __hash__ = object.__hash__  # which tensor it is, is known
+    def __hash__(self) -> int:
+        """That of the parameter it stands for, so that one who looks this up among real ones comes to compare them."""
+        return self.__dict__.get("_hash", id(self))
+
+    def placed(self, place: int) -> int:
+        """The place of a parameter or a gradient in a list, where others are missing."""
+        partial = Tracing.current is not None and Tracing.current.partial
+        return Place(place) if partial and self.__dict__.get("_listed") else place
+
+    def __float__(self) -> float:
+        raise Untraceable(
+            "float() of a tensor is called by a function that was found in a container or a default, "
+            "out of sight of what traces it"
+        )
 
     def device_now(self) -> torch.device:
         """Where it would be."""
@@ -151,7 +164,9 @@ _OURS = {
     "ext",
     "constant",
     "gradient",
+    "_hash",
     "_is_param",
+    "_listed",
     "place",
     "shown",
 }
@@ -179,9 +194,11 @@ def made(
     return out
 
 
-def parameter(sym: SymTensor, meta: _Meta, gradient: Symbolic | None) -> Symbolic:
+def parameter(sym: SymTensor, meta: _Meta, gradient: Symbolic | None, real: torch.Tensor) -> Symbolic:
     out = made(sym, meta)
-    out.__dict__.update(_is_param=True, gradient=gradient)
+    out.__dict__.update(_is_param=True, _listed=True, gradient=gradient, _hash=hash(real))
+    if gradient is not None:
+        gradient.__dict__["_listed"] = True
     return out
 
 
@@ -320,25 +337,39 @@ for _dunder_name, _operation in OPERATORS.items():
         setattr(TensorNumber, _dunder_name, _dunder(_operation))
 
 
+class Place(int):
+    """Where a parameter is in a list of some of them: it finds elements of other such lists, and says nothing else."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise Untraceable("the step looks at the place of a parameter in a list")
+
+    for _name in """
+    abs add and bool ceil divmod eq float floor floordiv format ge gt hash int invert le lshift lt mod mul ne neg or pos
+    pow radd rand rdivmod repr rfloordiv rlshift rmod rmul ror round rpow rrshift rshift rsub rtruediv rxor str sub
+    truediv trunc xor
+    """.split():  # noqa: SIM905
+        locals()[f"__{_name}__"] = _refuse
+
+
 class Tracing(TorchFunctionMode):
     """Every torch function while a shadow steps. ``acted``: whether any was called on its tensors; ``rounds``: whether
-    results are rounded to their dtype, as torch does it."""
+    results are rounded to their dtype, as torch does it; ``partial``: whether only some of the parameters are there."""
 
     current: Tracing | None = None
     function: Callable[..., Any]
     """What a torch function gives (see functions.py)."""
 
-    def __init__(self, rounds: bool) -> None:
+    def __init__(self, rounds: bool, partial: bool) -> None:
         super().__init__()
-        self.acted, self.rounds = False, rounds
+        self.acted, self.rounds, self.partial = False, rounds, partial
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return Tracing.function(func, args, kwargs or {})
 
 
 @contextmanager
-def tracing(rounds: bool) -> Iterator[Tracing]:
-    mode = Tracing(rounds)
+def tracing(rounds: bool, partial: bool) -> Iterator[Tracing]:
+    mode = Tracing(rounds, partial)
     before, Tracing.current = Tracing.current, mode
     try:
         with mode:

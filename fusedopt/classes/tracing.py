@@ -27,7 +27,7 @@ from ..trace.standins import StandIns
 from ..trace.tracer import Trace
 from .host import FILL, Host, There, bucket_key
 from .representative import COMMON, Representative, in_common, meta_of, mover
-from .shadow import Meeting, Path, Shadow, shown
+from .shadow import Meeting, Path, Reads, Shadow, shown
 from .stores import in_stores, rebuilt, stores_of, whole_of
 from .sums import StepRun, Sums, new_step, of_step, settled, totals_in
 from .symbolic import Symbolic, TensorNumber, made, tracing
@@ -100,11 +100,13 @@ class _Closure:
 
 @dataclass(frozen=True)
 class Shadowing:
-    """tables, alike: as of `Shadow`. resting: parameters that are taken to have no gradient."""
+    """tables, alike: as of `Shadow`. resting: parameters that are taken to have no gradient.
+    reads: notes what the step asks the optimizer for."""
 
     tables: bool
     alike: dict[int, int]
     resting: Sequence[torch.Tensor]
+    reads: Reads
 
 
 def shadow_class(kind: type, stand_ins: StandIns) -> type:
@@ -226,7 +228,8 @@ def _trace_step(
             ]
         )
     representatives = [r for group in groups for r in group]
-    kind = kinds(type(opt))
+    reads = Reads()
+    kind = reads.noted(kinds(type(opt)))
     bucket_of = [b for b, group in enumerate(groups) for _ in group]
     sums = Sums(bucket_of, [group[0].item.where[0] for group in groups])
     codes: set[types.CodeType] = set()
@@ -240,7 +243,7 @@ def _trace_step(
     ) -> _Ran:
         step = new_step(scalars, sums, decisions, representatives[0].signature)
         rest = [r.item.owner for r in resting]
-        how = Shadowing(common is not None, alike, rest)
+        how = Shadowing(common is not None, alike, rest, reads)
         ran = _run(opt, kind, stand_ins, representatives, scalars, closure, options, names, step, codes, how)
         for r in representatives:
             r.end(ran.path)
@@ -277,7 +280,7 @@ def _trace_step(
         if any(_different(a.trace, r.later[path].trace) for r in group[1:] for path, a in counts.items()):
             raise Meeting(DEPENDS)
         later[bucket_key(*bucket)] = counts
-    host = _host(paths, shared, scalars, buckets, sums, options.capturable, later)
+    host = _host(paths, shared, scalars, buckets, sums, options.capturable, later, reads, codes)
     host.closure, host.needs_all, host.kind = closure, needs_all, type(opt)
     graphs = [r.graph for r in representatives]
     roots = [*totals_in(sums.graph, host.nodes)]
@@ -388,6 +391,8 @@ def _host(
     sums: Sums,
     capturable: bool,
     later: dict[Any, dict[tuple[bool, ...], Replay]],
+    reads: Reads,
+    codes: set[types.CodeType],
 ) -> Host:
     """The host's half of the step, with what it leaves along each of its paths."""
     first, *others = paths.values()
@@ -395,7 +400,11 @@ def _host(
         raise Untraceable("a branch on a sum over parameters decides what the step returns")
     ours = ScalarProgram()
     move = mover(scalars, ours, None)
-    host = Host(first.shadow, first.used, first.hosted, first.watch.around(first.kind), sums, capturable)
+    leaves = reads.leaves(first.shadow, codes)
+    around = first.watch.around(first.kind, leaves)
+    host = Host(
+        first.shadow, first.used, first.hosted, around, sums, capturable, frozenset(reads.names), leaves
+    )
     host.returns_loss, host.returned = first.returns
     host.takes_for_one({e[2]: in_common(e[2]) for e in scalars.entries if e[:2] == ("state", COMMON)})
     for table in first.shadow.looked_up():
@@ -515,13 +524,13 @@ def _run(
         how.tables,
         how.alike,
     )
-    given = _Closure(shadow)
-    watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred, codes)
+    given, partial = _Closure(shadow), len(tensors.keys() & shadow.params) < len(shadow.params)
+    watch = Watch(stand_ins, (*type(opt).__mro__, kind), shadow.referred, shadow.params, codes)
     watch.before()
     latest()
     try:
-        with watch, tracing(options.rounding == "each") as mode:
-            given.mode = mode
+        with watch, tracing(options.rounding == "each", partial) as mode:
+            given.mode, how.reads.of = mode, shadow.opt
             returned = shadow.opt.step(given) if closure else shadow.opt.step()
     except NeedsAttribute:
         watch.check()
@@ -530,6 +539,8 @@ def _run(
         watch.check()
         error.inside = True  # type: ignore[attr-defined]
         raise
+    finally:
+        how.reads.of = None
     watch.check()
     if (signal := latest()) is not None:
         raise signal
@@ -588,7 +599,7 @@ def _resting(
     for group in opt.param_groups:
         for p in [*[p for p in group["params"] if p.grad is None][:1], *more]:
             tensors[id(p)] = made(None, meta_of(p), USED)
-            tensors[id(p)].__dict__.update(_is_param=True, gradient=None)
+            tensors[id(p)].__dict__.update(_is_param=True, gradient=None, _hash=hash(p))
             if (whole := whole_of(stores, p)) is not None:
                 for store, state in in_stores(stores, rebuilt(whole, poison)).items():
                     known[store][id(p)] = state

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import collections
+import datetime
 import gc
 import os
 import random
@@ -14,7 +15,7 @@ import sys
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Container, Iterable, Sized
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,17 @@ from .reach import (
     DEPTH,
     LIBRARIES,
     MOST,
+    SEQUENCES,
     attributes_of,
     is_iterator,
     is_library,
+    is_unwatched,
     is_used_up,
     parts_of,
     places_of,
     reached,
 )
+from .shadow import Path
 
 _CALLS: dict[Any, str] = {
     builtins.print: "prints",
@@ -51,9 +55,26 @@ _CALLS: dict[Any, str] = {
 _CALLS |= {
     getattr(time, name): "reads the clock"
     for name in dir(time)
-    if name.split("_")[0] in ("time", "perf", "monotonic", "process", "thread")
+    if name.split("_")[0]
+    in (
+        "time",
+        "perf",
+        "monotonic",
+        "process",
+        "thread",
+        "localtime",
+        "gmtime",
+        "strftime",
+        "ctime",
+        "asctime",
+    )
     and callable(getattr(time, name))
 }
+_CALLS |= dict.fromkeys(
+    [datetime.datetime.now, datetime.datetime.utcnow, datetime.datetime.today, datetime.date.today],
+    "reads the clock",
+)
+_CALLS |= dict.fromkeys([torch.initial_seed, torch.seed], "asks for the seed of random numbers")
 _CALLS |= {
     getattr(torch, name): "asks for a setting of torch's"
     for name in """
@@ -80,7 +101,9 @@ _ACTING = (
 _ASKING = frozenset(
     ["is_available", "is_initialized", "get_rank", "get_world_size", "is_torchelastic_launched"]
 )
+_PARAMETERS = frozenset(["parameters", "named_parameters", "_named_members"])
 _CODES = {f.__code__: what for f, what in _CALLS.items() if isinstance(f, types.FunctionType)}
+UNWATCHED = "too large or too strange to be watched for changes"
 _ABSENT = object()
 
 
@@ -89,6 +112,8 @@ def _beyond(module: str, frame: types.FrameType) -> str | None:
     top = module.split(".")[0]
     if top == "torch" and (what := _CODES.get(frame.f_code)) is not None:
         return what
+    if module == "torch.nn.modules.module" and frame.f_code.co_name in _PARAMETERS:
+        return "goes over a module's parameters, and not those it is given"
     if top in _MODULES or (top == "collections" and frame.f_locals.get("self") is os.environ):
         return _MODULES.get(top, _MODULES["os"])
     if module.startswith(_ACTING) and frame.f_code.co_name not in _ASKING:
@@ -145,32 +170,36 @@ def _state_of(each: Any) -> Any:
 class Watch:
     """A context in which the code that is run is noted.
 
-    ``owners``: the classes that it is of; ``referred``: objects that the optimizer has, and its shadow too; ``codes``:
-    where the code is noted.
+    ``owners``: the classes that it is of; ``referred``: objects that the optimizer has, and its shadow too, with their
+    paths; ``params``: the ids of its parameters; ``codes``: where the code is noted.
     """
 
     def __init__(
         self,
         stand_ins: StandIns,
         owners: Iterable[type],
-        referred: Iterable[Any],
+        referred: Iterable[tuple[Path, Any]],
+        params: Container[int],
         codes: set[types.CodeType] | None = None,
     ) -> None:
-        self._stand_ins, self._owners, self._referred = stand_ins, list(owners), list(referred)
+        self._stand_ins, self._owners = stand_ins, list(owners)
+        self._places, self._params = list(referred), params
+        self._referred = [x for _, x in self._places]
         self._codes: set[types.CodeType] = set() if codes is None else codes
         self._globals: dict[types.CodeType, dict[str, Any]] = {}
         """Those of the code that was run, also where it was reached through an object or a module."""
         self._refused: tuple[str, types.CodeType, int] | None = None
 
     def before(self) -> None:
-        """Raise Untraceable for what a loop of the step may use up, which nobody notes and nothing puts back."""
+        """Raise Untraceable for what a step may use up or change, which nobody notes and nothing puts back."""
         for function, made in self._stand_ins.made.items():
             for name, value in _around(function, made).items():
                 for x in reached([value]):
-                    if is_iterator(x):
+                    if is_iterator(x) or is_unwatched(x):
                         place = place_of(function.__code__, function.__code__.co_firstlineno)
                         what = f"{name or 'what it closes over'} is, or has, a {type(x).__name__}"
-                        raise _untraceable(f"{what}, which a step may change", place)
+                        why = "which a step may change" if is_iterator(x) else UNWATCHED
+                        raise _untraceable(f"{what}, {why}", place)
 
     def __enter__(self) -> Watch:
         functions = self._stand_ins.made
@@ -180,6 +209,8 @@ class Watch:
         values = [v for f, made in functions.items() for v in _around(f, made).values()]
         found = list(reached([*self._owners, *self._referred, *values]))
         self._objects, self._snapshot = Objects(found), Snapshot(found)
+        cells = (cell for x in found if isinstance(x, types.FunctionType) for cell in x.__closure__ or ())
+        self._cells = [(cell, content_of(cell, "")) for cell in cells]
         self._generators = Generators(v for v in (*self._referred, *values) if isinstance(v, DRAWING))
         self._collects, self._before = gc.isenabled(), sys.getprofile()
         gc.disable()  # what others have called with each collection is none of the step's
@@ -199,6 +230,8 @@ class Watch:
             what = _CALLS.get(arg) if arg.__hash__ is not None else None
             if what is None and isinstance(getattr(arg, "__self__", None), random.Random):
                 what = "draws random numbers"
+            if what is None and getattr(arg, "__module__", None) in ("posix", "nt"):
+                what = _MODULES["os"]
             if what is None and is_used_up(owner := getattr(arg, "__self__", None)):
                 what = f"uses a {type(owner).__name__}, which becomes another by it"
             if what is not None and not _is_library(frame):
@@ -224,6 +257,9 @@ class Watch:
         """Raise Untraceable if the step did what a replay would not do again; what it changed is put back."""
         changed = self._snapshot.restored()
         drawn, set_ = self._generators.restored(), self._objects.restored()
+        rebound = [(cell, was) for cell, was in self._cells if content_of(cell, "") is not was]
+        for cell, was in rebound:
+            cell.cell_contents = was
         if self._refused is not None:
             what, code, line = self._refused
             raise _untraceable(f"the step {what}", place_of(code, line))
@@ -231,6 +267,8 @@ class Watch:
             raise Untraceable("the step draws random numbers")
         if changed:
             raise Untraceable("the step changes a list, dict, set or tensor around it")
+        if rebound:
+            raise Untraceable("the step changes what a function closes over")
         if set_:
             raise Untraceable(f"the step sets {set_}, which is none of the optimizer's own attributes")
         for function, made in self._stand_ins.made.items():
@@ -241,8 +279,9 @@ class Watch:
                 place = place_of(function.__code__, function.__code__.co_firstlineno)
                 raise _untraceable("the step changes a global, or what a function closes over", place)
 
-    def around(self, kind: type) -> Callable[[], str | None]:
-        """What tells whether all that the step has read around it is still there: why not, or None."""
+    def around(self, kind: type, leaves: frozenset[str]) -> Callable[[], str | None]:
+        """What tells whether all that the step has read around it is still there: why not, or None. ``leaves``: what
+        the optimizer has and the step did not ask for."""
         guards = Guards()
         note = guards.note
         constants = [x for code in self._codes for x in code.co_consts if isinstance(x, str)]
@@ -255,6 +294,13 @@ class Watch:
         def explore(owner: Any, depth: int = DEPTH) -> None:
             """What is read of an object, and of what it has: what code names, of modules, classes and libraries."""
             owner = owner() if isinstance(owner, weakref.ref) else owner
+            apart(owner)
+            for value in parts_of(owner).values() if type(owner) in (dict, *SEQUENCES) else ():
+                apart(value)
+            if is_unwatched(owner):
+                raise Untraceable(
+                    f"the step looks at a {type(owner).__name__} around it, whose contents nobody watches"
+                )
             if (
                 id(owner) in explored
                 or len(explored) > MOST
@@ -262,6 +308,10 @@ class Watch:
             ):
                 return
             explored.add(id(owner))
+            if isinstance(owner, types.FunctionType):
+                if owner.__code__ in self._codes:
+                    ran(owner)
+                return
             if isinstance(owner, (types.ModuleType, type, torch.nn.Module)):
                 for name in used:
                     looked_up(owner, name, depth)
@@ -269,7 +319,10 @@ class Watch:
             if is_library(owner):
                 chosen = {k: v for k, v in (attributes_of(owner) or {}).items() if k in used}
             else:
-                chosen = {k: v for k, v in parts_of(owner).items() if not isinstance(v, torch.Tensor)}
+                parts = parts_of(owner)
+                for value in parts.values():
+                    apart(value)
+                chosen = {k: v for k, v in parts.items() if not isinstance(v, torch.Tensor)}
                 explore(type(owner), depth)
                 if isinstance(owner, (set, frozenset)):  # no place in it says which element is there
                     guards.note_elements(owner)
@@ -285,8 +338,15 @@ class Watch:
                     if depth:
                         explore(value, depth - 1)
 
+        def apart(value: Any) -> None:
+            """Raise Untraceable for a parameter: what stands for it is none to code that compares them."""
+            if id(value) in self._params:
+                raise Untraceable("the step can get at a parameter otherwise than by what the optimizer has")
+
         def looked_up(owner: Any, name: str, depth: int) -> None:
             """An attribute, where it is found, and that it is not where it would be found before."""
+            if isinstance(owner, torch.nn.Module):
+                apart(owner._parameters.get(name))
             places = places_of(owner)
             found = next((k for k, (_, own) in enumerate(places) if name in own), None)
             if found is None and name not in asked:
@@ -308,8 +368,8 @@ class Watch:
                     note(around.get, name, around[name], around)
                     explore(around[name])
 
-        functions = [f for f in self._stand_ins.made if f.__code__ in self._codes]
-        for function in functions:
+        def ran(function: types.FunctionType) -> None:
+            """What a function reads that was run."""
             loaded(function.__code__, function.__globals__)
             for cell in function.__closure__ or ():
                 read = of_cell(cell)
@@ -318,12 +378,19 @@ class Watch:
             note(function, "the code of a function", function.__code__, function, "{read}.__code__")
             for which, kind_of in (("__defaults__", "defaults"), ("__kwdefaults__", "named defaults")):
                 what, value = f"the {kind_of} of a function", getattr(function, which)
-                note(function, what, value, (function, which), f"{{read}}.{which}")
+                note(function, what, value, function, f"{{read}}.{which}")
+                explore(value)
+            for name, value in vars(function).items():
+                note(vars(function).get, name, value, vars(function))
+
+        for function in self._stand_ins.made:
+            if function.__code__ in self._codes:
+                ran(function)
         ours = {f.__code__ for f in self._stand_ins.made}
         for code, around in self._globals.items():
             if code not in ours:
                 loaded(code, around)
-        for owner in (*kind.__mro__, *self._referred):
+        for owner in (*kind.__mro__, *(x for path, x in self._places if path[0][1] not in leaves)):
             explore(owner)
 
         return guards.made()

@@ -16,12 +16,13 @@ import contextlib
 import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from .number import ARITHMETIC, Number, leave, operate
+from .signals import Untraceable
 from .sources import loaded_names, method_of, of_a_library
 
 
@@ -79,6 +80,25 @@ class _Int(int, metaclass=_Kind):
         return int(*args, **kwargs) if plain else operate("builtins.int", *args)
 
 
+def _place(i: int, x: Any) -> int:
+    """The index of what is in a list, in words of its own where the list is of some parameters out of many."""
+    x = x[0] if type(x) is tuple and x else x
+    return x.placed(i) if hasattr(type(x), "placed") else i
+
+
+def _enumerate(iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
+    return ((_place(i, x), x) for i, x in enumerate(iterable, start))
+
+
+def _zip(*iterables: Any, strict: bool = False) -> Any:
+    """Some parameters out of many would be paired with what a list has for others."""
+    lists = [x for x in iterables if isinstance(x, (list, tuple)) and x]
+    some = {len(x) for x in lists if type(_place(0, next(iter(x)))) is not int}
+    if some and any(len(x) not in some for x in lists):
+        raise Untraceable("the step pairs parameters with a list of another length")
+    return zip(*iterables, strict=strict)
+
+
 class _Torch:
     """torch, but for what makes tensors of numbers: it takes Python's own only."""
 
@@ -99,12 +119,14 @@ def _import(name: str, *args: Any) -> Any:
     return _MODULES.get(id(module), module)
 
 
-_BUILTINS = {
+_BUILTINS: dict[str, Any] = {
     "float": _Float,
     "int": _Int,
     "max": _choosing("builtins.max", max),
     "min": _choosing("builtins.min", min),
     "__import__": _import,
+    "enumerate": _enumerate,
+    "zip": _zip,
 }
 _FUNCTIONS = {id(f): _recording(op, f) for op, f in ARITHMETIC.items() if op.startswith("math.")}
 _MATH = types.SimpleNamespace(**{name: _FUNCTIONS.get(id(x), x) for name, x in vars(math).items()})

@@ -79,10 +79,33 @@ def around():
     def named_default(*, x=1):
         return x
 
+    rate, count_ = 1, 0
+
+    def rated():
+        return rate
+
+    def set_rate(value):
+        nonlocal rate
+        rate = value
+
+    def counts():
+        nonlocal count_
+        count_ += 1
+        return count_
+
+    def by_default(f=rated):
+        return f()
+
+    def with_attribute():
+        return with_attribute.k
+
+    with_attribute.k = 1
+
     class Inherits(Plain):
         pass
 
-    plain = Plain()
+    plain, log = Plain(), []
+    plain.rated = rated
     return dict(
         slotted=Slotted(), plain=plain, weak=weakref.ref(plain), inherits=Inherits(), net=Net(),
         deep=Deep(), objects=[Plain()], slots=[Slotted()], named={"a": Plain()},
@@ -94,7 +117,10 @@ def around():
         partial=functools.partial(Plain.half, Plain()), count=itertools.count(),
         generator=iter(range(100)), simple=queue.SimpleQueue(), text=io.StringIO(),
         arguments=argparse.Namespace(n=1, inner=Plain()), elements={0}, members={Plain()},
-        odd={(1, "a"): Plain(), torch: Plain()}, variable=contextvars.ContextVar("variable", default=0),
+        registry={"rated": rated, "counts": counts, "log": log.append, "odd": defaulted}, set_rate=set_rate, log=log,
+        counted=lambda: count_, by_default=by_default, applied=functools.partial(by_default, rated),
+        with_attribute=with_attribute, odd={(1, "a"): Plain(), torch: Plain()},
+        variable=contextvars.ContextVar("variable", default=0),
     )  # fmt: skip
 
 
@@ -169,6 +195,8 @@ CHANGES = [
     ("next(generator)", "next(generator)"),
     ("simple.put(t)", "simple.qsize()"),
     ("text.write('x')", "text.getvalue()"),
+    ("registry['counts']()", "counted()"),
+    ("registry['log'](int(t))", "log"),
     ("variable.set(variable.get() + 1)", "variable.get()"),
     ("module.one.n += 1", "module.one.n"),
     ("module.values[0] += 1", "module.values"),
@@ -227,6 +255,13 @@ READS = [
     ("sum(x.n for x in members)", "next(iter(members)).n = v"),
     ("sum(x.n for x in members)", "members.add(type(plain)())"),
     ("called()", "called.n = v"),
+    ("registry['rated']()", "set_rate(v)"),
+    ("registry['odd']()", "registry['odd'].__defaults__[0][0] = v"),
+    ("plain.rated()", "set_rate(v)"),
+    ("self.plain.rated() if hasattr(self.plain, 'rated') else 1", "opt.plain.rated = lambda: v"),
+    ("by_default()", "set_rate(v)"),
+    ("applied()", "set_rate(v)"),
+    ("with_attribute()", "with_attribute.k = v"),
     ("module.factor", "module.factor = v"),
     ("module.of_factor()", "module.factor = v"),
     ("module.of_one()", "module.one.n = v"),

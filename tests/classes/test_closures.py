@@ -209,11 +209,18 @@ def test_members_of_enumerations_are_flags():
     assert opt.explain().launches == 1
 
 
+class Noting(Once):
+    def step(self, closure=None):
+        assert isinstance(self.note, str)
+        return super().step(closure)
+
+
 @pytest.mark.parametrize("every", [2, 4])
 def test_a_step_that_is_another_one_every_few_is_given_up_with_a_word(every):
     """A trace takes as long as dozens of steps: one that does not come again soon is not worth it."""
     p = torch.nn.Parameter(torch.ones(3))
-    opt = fusedopt.fuse(Once([p]))
+    opt = fusedopt.fuse(Noting([p]))
+    opt.note = ""
 
     def closure():
         p.grad = torch.ones(3)

@@ -3,6 +3,8 @@
 By order, name, identity or rank, by how many there are, and by whether there is a gradient. Then the class steps.
 """
 
+import weakref
+
 import pytest
 import torch
 from test_fuse import Base
@@ -60,6 +62,64 @@ def but_for_the_last(self, group):
     for p in group["params"]:
         if p is not group["params"][-1]:
             p.sub_(p.grad, alpha=group["lr"])
+
+
+def by_place(self, group):
+    for i, p in enumerate(group["params"]):
+        p.sub_(p.grad, alpha=group["lr"] * (2.0 if i in (1, 4) else 1.0))
+
+
+def paired(self, group):
+    for p, scale in zip(group["params"], self.scales, strict=True):
+        p.sub_(p.grad, alpha=group["lr"] * scale)
+
+
+def one_of_a_slotted(self, group):
+    for p in group["params"]:
+        p.sub_(p.grad, alpha=group["lr"] * (2.0 if p is self.slotted.p else 1.0))
+
+
+def one_that_is_referred_to(self, group):
+    for p in group["params"]:
+        p.sub_(p.grad, alpha=group["lr"] * (2.0 if p is self.weak() else 1.0))
+
+
+def one_of_a_module(self, group):
+    for p in group["params"]:
+        p.sub_(p.grad, alpha=group["lr"] * (2.0 if p is self.model.head else 1.0))
+
+
+def those_of_a_module(self, group):
+    for p in group["params"]:
+        p.sub_(p.grad, alpha=group["lr"] * (2.0 if p in set(self.model.parameters()) else 1.0))
+
+
+def those_of_a_global(self, group):
+    for p in group["params"]:
+        p.sub_(p.grad, alpha=group["lr"] * (2.0 if any(p is q for q in FROZEN) else 1.0))
+
+
+def those_of_a_set(self, group):
+    for p in group["params"]:
+        p.sub_(p.grad, alpha=group["lr"] * (2.0 if p in CHOSEN else 1.0))
+
+
+def those_of_a_dict(self, group):
+    for p in group["params"]:
+        p.sub_(p.grad, alpha=group["lr"] * RATES.get(p, 1.0))
+
+
+FROZEN, CHOSEN, RATES = [], set(), {}
+
+
+class Slotted:
+    __slots__ = ("p",)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
 
 
 def decays_all(self, group):
@@ -128,6 +188,11 @@ def stepped(one, fuse, count, missing=False):
     params = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(count)]
     opt = kind(one)(list(zip(NAMES, params, strict=False)))
     opt.missing, opt.scale, opt.frozen = 0, {params[count // 2]: 0.5}, params[-2:]
+    one = params[count // 2]
+    opt.scales, opt.slotted = [1.0 + k / count for k in range(count)], Slotted()
+    opt.weak, opt.model, opt.slotted.p = weakref.ref(one), Model(one), one
+    FROZEN.clear(), CHOSEN.clear(), RATES.clear()
+    FROZEN.append(one), CHOSEN.add(one), RATES.update({one: 2.0})
     opt = fusedopt.fuse(opt) if fuse else opt
     raised = 0
     for i in range(8):
@@ -151,7 +216,8 @@ def stepped(one, fuse, count, missing=False):
     "one",
     [
         by_name, by_order, some_of_a_slice, by_a_dict, by_identity, by_rank, one_more_each_step, by_how_many,
-        but_for_the_last,
+        but_for_the_last, by_place, paired, one_of_a_slotted, one_that_is_referred_to, one_of_a_module,
+        those_of_a_module, those_of_a_global, those_of_a_set, those_of_a_dict,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip
