@@ -126,11 +126,9 @@ class Some(list[Any]):
             raise Untraceable("the step picks parameters by their places in a list")
         return super().__getitem__(key)
 
-    def __len__(self) -> int:
+    def length(self) -> int:
+        """What ``len`` is in a trace."""
         raise Untraceable("the step asks how many parameters there are")
-
-    def __bool__(self) -> bool:
-        return True
 
 
 ROW = ("row", None)
@@ -353,7 +351,7 @@ class Shadow:
             return Refused(f"{shown(path)} is a {kind.__name__}, which a step may change")
         self.things.append((path, value))
         if isinstance(value, types.MethodType) and id(value.__self__) in self._memo:
-            return types.MethodType(value.__func__, self._memo[id(value.__self__)])
+            return types.MethodType(self._function(value.__func__), self._memo[id(value.__self__)])
         if isinstance(value, (types.FunctionType, functools.partial)):
             self.referred.append((path, value))
             return self._function(value)

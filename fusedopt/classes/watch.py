@@ -291,13 +291,15 @@ class Watch:
         """What may be asked for and not be there yet."""
         explored: set[int] = set()
 
-        def explore(owner: Any, depth: int = DEPTH) -> None:
-            """What is read of an object, and of what it has: what code names, of modules, classes and libraries."""
+        def explore(owner: Any, depth: int = DEPTH, near: bool = False) -> None:
+            """What is read of an object, and of what it has: what code names, of modules, classes and libraries.
+
+            ``near``: the step's own code names it, or what has it."""
             owner = owner() if isinstance(owner, weakref.ref) else owner
             apart(owner)
             for value in parts_of(owner).values() if type(owner) in (dict, *SEQUENCES) else ():
                 apart(value)
-            if is_unwatched(owner):
+            if near and is_unwatched(owner):
                 raise Untraceable(
                     f"the step looks at a {type(owner).__name__} around it, whose contents nobody watches"
                 )
@@ -336,7 +338,7 @@ class Watch:
                 if not isinstance(value, property):
                     note(read_of(owner), name, value, owner)
                     if depth:
-                        explore(value, depth - 1)
+                        explore(value, depth - 1, near and depth == DEPTH)
 
         def apart(value: Any) -> None:
             """Raise Untraceable for a parameter: what stands for it is none to code that compares them."""
@@ -360,36 +362,36 @@ class Watch:
                     if depth:
                         explore(own[name], depth - 1)
 
-        def loaded(code: types.CodeType, around: dict[str, Any]) -> None:
+        def loaded(code: types.CodeType, around: dict[str, Any], near: bool) -> None:
             for name in imported_names(code):
                 explore(sys.modules.get(name))
             for name in loaded_names(code):
                 if name in around:
                     note(around.get, name, around[name], around)
-                    explore(around[name])
+                    explore(around[name], near=near)
 
-        def ran(function: types.FunctionType) -> None:
+        def ran(function: types.FunctionType, near: bool = False) -> None:
             """What a function reads that was run."""
-            loaded(function.__code__, function.__globals__)
+            loaded(function.__code__, function.__globals__, near)
             for cell in function.__closure__ or ():
                 read = of_cell(cell)
                 note(read, "", read("", None), cell)
-                explore(read("", None))
+                explore(read("", None), near=near)
             note(function, "the code of a function", function.__code__, function, "{read}.__code__")
             for which, kind_of in (("__defaults__", "defaults"), ("__kwdefaults__", "named defaults")):
                 what, value = f"the {kind_of} of a function", getattr(function, which)
                 note(function, what, value, function, f"{{read}}.{which}")
-                explore(value)
+                explore(value, near=near)
             for name, value in vars(function).items():
                 note(vars(function).get, name, value, vars(function))
 
         for function in self._stand_ins.made:
             if function.__code__ in self._codes:
-                ran(function)
+                ran(function, near=True)
         ours = {f.__code__ for f in self._stand_ins.made}
         for code, around in self._globals.items():
             if code not in ours:
-                loaded(code, around)
+                loaded(code, around, near=False)
         for owner in (*kind.__mro__, *(x for path, x in self._places if path[0][1] not in leaves)):
             explore(owner)
 

@@ -128,10 +128,9 @@ def _addcdiv(x: SymTensor, a: Any, b: Any, *, value: Any = 1) -> SymTensor:
 def _lerp(x: SymTensor, end: Any, weight: Any) -> SymTensor:
     """torch's: from the start below weight ½, from the end above it, so that both ends are exact."""
     end, weight = lift(x.run, end), lift(x.run, weight)
-    gap = _sub(end, x)
-    near_start = _add(x, _binary("mul")(weight, gap))
-    near_end = _sub(end, _binary("mul")(gap, _sub(x.run.constant(1.0), weight)))
-    return _where(_binary("lt")(_unary("abs")(weight), x.run.constant(0.5)), near_start, near_end)
+    near = _binary("lt")(_unary("abs")(weight), x.run.constant(0.5))
+    part = _where(near, weight, _sub(weight, x.run.constant(1.0)))
+    return _add(_where(near, x, end), _binary("mul")(part, _sub(end, x)))
 
 
 def _where(condition: SymTensor, a: Any, b: Any) -> SymTensor:

@@ -90,6 +90,10 @@ def _enumerate(iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, A
     return ((_place(i, x), x) for i, x in enumerate(iterable, start))
 
 
+def _len(x: Any) -> int:
+    return x.length() if hasattr(type(x), "length") else len(x)
+
+
 def _zip(*iterables: Any, strict: bool = False) -> Any:
     """Some parameters out of many would be paired with what a list has for others."""
     lists = [x for x in iterables if isinstance(x, (list, tuple)) and x]
@@ -126,6 +130,7 @@ _BUILTINS: dict[str, Any] = {
     "min": _choosing("builtins.min", min),
     "__import__": _import,
     "enumerate": _enumerate,
+    "len": _len,
     "zip": _zip,
 }
 _FUNCTIONS = {id(f): _recording(op, f) for op, f in ARITHMETIC.items() if op.startswith("math.")}
