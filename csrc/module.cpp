@@ -121,21 +121,27 @@ bool have_memory(const py::list& tensors) {
   return true;
 }
 
-// Whether none of those that are written has memory in common with another one, be it written or read.
-bool apart(const py::list& written, const py::list& read) {
-  const auto own = [](const py::list& tensors, int64_t i) -> const at::TensorImpl* {
-    const at::Tensor& t = tensor_at(tensors, i);
-    return fusedopt::own_memory(PyList_GET_ITEM(tensors.ptr(), i)) && t.layout() == at::kStrided && t.has_storage()
-               ? t.unsafeGetTensorImpl() : nullptr;
+// Whether none of the tensors that are written, in the list and in the dicts, has memory in common with another one, be it
+// written or read.
+bool apart(const py::list& written, const py::list& read, const std::vector<py::dict>& states) {
+  const auto own = [](PyObject* x) -> const at::TensorImpl* {
+    if (!fusedopt::own_memory(x))
+      return nullptr;
+    const at::TensorImpl* t = fusedopt::tensor(x).unsafeGetTensorImpl();
+    return t->layout() == at::kStrided && t->has_storage() ? t : nullptr;
   };
   fusedopt::Spans spans;
-  for (int64_t i = 0; i < static_cast<int64_t>(written.size()); ++i)
-    if (const at::TensorImpl* t = own(written, i))
+  for (const py::handle x : written)
+    if (const at::TensorImpl* t = own(x.ptr()))
       spans.add(*t);
+  for (const py::dict& state : states)
+    for (const auto& [key, x] : state)
+      if (const at::TensorImpl* t = own(x.ptr()))
+        spans.add(*t);
   if (!spans.sort())
     return false;
-  for (int64_t i = 0; i < static_cast<int64_t>(read.size()); ++i)
-    if (const at::TensorImpl* t = own(read, i); t && spans.meet(*t))
+  for (const py::handle x : read)
+    if (const at::TensorImpl* t = own(x.ptr()); t && spans.meet(*t))
       return false;
   return true;
 }
@@ -250,7 +256,7 @@ PYBIND11_MODULE(_C, m) {
         "How many stages have run in this process, and for how many seconds.");
   m.def("splits", splits, py::arg("chunks"), py::arg("count"), py::arg("threads"));
   m.def("have_memory", torch::wrap_pybind_function(have_memory), py::arg("tensors"));
-  m.def("apart", torch::wrap_pybind_function(apart), py::arg("written"), py::arg("read"));
+  m.def("apart", torch::wrap_pybind_function(apart), py::arg("written"), py::arg("read"), py::arg("states"));
   m.def("survey", [](const py::list& params, const py::list& states) {
           const fusedopt::Survey found(params, states);
           return py::make_tuple(found.kinds, found.grads, found.states);

@@ -36,13 +36,12 @@ def in_turn(todo: list[Item]) -> Turns:
     seen: dict[int, Item] = {}
     for item in todo:
         seen.setdefault(id(item.home), item)
-    written = [(i, here(t)) for i, item in enumerate(todo) for t in _written(item)]
-    read = [here(item.grad) for item in todo]
-    if len(seen) == len(todo) and leaf.native and leaf.native.apart([t for _, t in written], read):
+    if len(seen) == len(todo) and _surely_apart(todo):
         return Turns(todo, [], "")
     waiting = {i for i, item in enumerate(todo) if seen[id(item.home)] is not item}
     why = "a parameter is listed twice" if waiting else ""
-    every = [*((i, t, True) for i, t in written), *((i, t, False) for i, t in enumerate(read))]
+    written = [(i, here(t), True) for i, item in enumerate(todo) for t in _written(item)]
+    every = [*written, *((i, here(item.grad), False) for i, item in enumerate(todo))]
     for i, j in _meeting(every):
         waiting.add(max(i, j))
         a, b = (f"parameter {todo[k].where[1]} of group {todo[k].where[0]}" for k in sorted((i, j)))
@@ -54,9 +53,18 @@ def in_turn(todo: list[Item]) -> Turns:
     return Turns(first, later, why)
 
 
+def _surely_apart(todo: list[Item]) -> bool:
+    """Whether it is quickly found that no item writes to what another one has: ordinary tensors, and no extra ones."""
+    plain = (torch.nn.Parameter, torch.Tensor)
+    if leaf.native is None or any(type(item.home) not in plain or item.modes.given for item in todo):
+        return False
+    states = [item.state for item in todo]
+    return bool(leaf.native.apart([item.home for item in todo], [item.grad for item in todo], states))
+
+
 def disjoint(written: list[torch.Tensor], read: list[torch.Tensor]) -> bool:
     """Whether none of those that are written has memory in common with another one, be it written or read."""
-    if leaf.native is not None and leaf.native.apart(written, read):
+    if leaf.native is not None and leaf.native.apart(written, read, []):
         return True
     every = [(k, t, k < len(written)) for k, t in enumerate([*written, *read])]
     return not any(True for _ in _meeting(every))
@@ -85,12 +93,10 @@ def span(t: torch.Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + length * t.itemsize
 
 
-def _written(item: Item) -> Iterator[torch.Tensor]:
+def _written(item: Item) -> list[torch.Tensor]:
     """The parameter and the tensors of its state, without extra ones."""
-    yield item.home
-    for key, value in item.state.items():
-        if isinstance(value, torch.Tensor) and key not in item.modes.given:
-            yield value
+    given = item.modes.given
+    return [item.home, *[t for k, t in item.state.items() if isinstance(t, torch.Tensor) and k not in given]]
 
 
 def _meeting(every: Iterable[tuple[int, torch.Tensor, bool]]) -> Iterator[tuple[int, int]]:
