@@ -449,6 +449,9 @@ def _looking(
     def left(path: Path) -> bool:
         return bool(path) and path[0][1] in leaves
 
+    def readable(path: Path) -> bool:
+        return all(isinstance(key, (str, int, type(None))) for _, key in path)
+
     for c in shadow.containers:
         if c.store or left(c.path):
             continue
@@ -460,33 +463,26 @@ def _looking(
                 "return 'attributes were added or removed'"
             )
             continue
-        if any(not isinstance(k, (str, int, type(None))) for _, k in c.path):
+        if not readable(c.path):
             raise Untraceable(f"{shown(c.path[:1])} has keys of type {type(c.path[-1][1]).__name__}")
         _guard(c, variable(c.path), constant, lines)
     for path, value in shadow.flags:
         if left(path):
             continue
         x = f"{variable(path[:-1])}{_steps(path[-1:])}"
-        alike = f"{x} {'is' if isinstance(value, (type(None), bool, enum.Enum)) else '=='} {constant(value)}"
-        kind = (
-            ""
-            if isinstance(value, enum.Enum) or type(value) in PLAIN
-            else f"type({x}) is {constant(type(value))} and "
-        )
-        demand(kind + alike, path, "is another one now")
-    for path, kind_, length in shadow.tuples:
-        if not left(path) and all(isinstance(key, (str, int, type(None))) for _, key in path):
+        by_itself = value is None or isinstance(value, (bool, enum.Enum))
+        if not by_itself and type(value) not in PLAIN:
+            demand(f"type({x}) is {constant(type(value))}", path, "is another one now")
+        demand(f"{x} {'is' if by_itself else '=='} {constant(value)}", path, "is another one now")
+    for path, kind, length in shadow.tuples:
+        if not left(path) and readable(path):
             x = variable(path)
-            demand(f"type({x}) is {constant(kind_)} and len({x}) == {length}", path, "is another one now")
+            demand(f"type({x}) is {constant(kind)} and len({x}) == {length}", path, "is another one now")
     for path, value in (*((path, value) for path, _, value in shadow.aliases), *shadow.things):
-        if not left(path) and all(isinstance(key, (str, int, type(None))) for _, key in path):
+        if not left(path) and readable(path):
             x = f"{variable(path[:-1])}{_steps(path[-1:])}"
             demand(f"{x} is {constant(value)}", path, "is another object now")
-            if (
-                type(value) is not type
-                and hasattr(value, "__dict__")
-                and not isinstance(value, types.FunctionType)
-            ):
+            if not isinstance(value, (type, types.FunctionType)) and hasattr(value, "__dict__"):
                 demand(f"type({x}) is {constant(type(value))}", path, "is of another class now")
     for path, value in shadow.numbers.items():
         if left(path):

@@ -126,8 +126,7 @@ class Some(list[Any]):
             raise Untraceable("the step picks parameters by their places in a list")
         return super().__getitem__(key)
 
-    def length(self) -> int:
-        """What ``len`` is in a trace."""
+    def length_in_trace(self) -> int:
         raise Untraceable("the step asks how many parameters there are")
 
 

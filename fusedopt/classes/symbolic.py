@@ -68,7 +68,7 @@ class Symbolic(torch.Tensor):
         """That of the parameter it stands for, so that one who looks this up among real ones comes to compare them."""
         return self.__dict__.get("_hash", id(self))
 
-    def placed(self, place: int) -> int:
+    def place_in_trace(self, place: int) -> int:
         """The place of a parameter or a gradient in a list, where others are missing."""
         partial = Tracing.current is not None and Tracing.current.partial
         return Place(place) if partial and self.__dict__.get("_listed") else place

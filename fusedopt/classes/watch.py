@@ -52,23 +52,11 @@ _CALLS: dict[Any, str] = {
     builtins.locals: "asks for its locals",
     sys._getframe: "asks who calls it",
 }
+_CLOCKS = "time perf monotonic process thread localtime gmtime strftime ctime asctime".split()  # noqa: SIM905
 _CALLS |= {
     getattr(time, name): "reads the clock"
     for name in dir(time)
-    if name.split("_")[0]
-    in (
-        "time",
-        "perf",
-        "monotonic",
-        "process",
-        "thread",
-        "localtime",
-        "gmtime",
-        "strftime",
-        "ctime",
-        "asctime",
-    )
-    and callable(getattr(time, name))
+    if name.split("_")[0] in _CLOCKS and callable(getattr(time, name))
 }
 _CALLS |= dict.fromkeys(
     [datetime.datetime.now, datetime.datetime.utcnow, datetime.datetime.today, datetime.date.today],

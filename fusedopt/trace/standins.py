@@ -83,7 +83,7 @@ class _Int(int, metaclass=_Kind):
 def _place(i: int, x: Any) -> int:
     """The index of what is in a list, in words of its own where the list is of some parameters out of many."""
     x = x[0] if type(x) is tuple and x else x
-    return x.placed(i) if hasattr(type(x), "placed") else i
+    return x.place_in_trace(i) if hasattr(type(x), "place_in_trace") else i
 
 
 def _enumerate(iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
@@ -91,7 +91,7 @@ def _enumerate(iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, A
 
 
 def _len(x: Any) -> int:
-    return x.length() if hasattr(type(x), "length") else len(x)
+    return x.length_in_trace() if hasattr(type(x), "length_in_trace") else len(x)
 
 
 def _zip(*iterables: Any, strict: bool = False) -> Any:
