@@ -6,7 +6,6 @@ That is what it reads around it, and what it must not do in a step that is repla
 from __future__ import annotations
 
 import builtins
-import collections
 import datetime
 import gc
 import os
@@ -14,8 +13,7 @@ import random
 import sys
 import time
 import types
-import weakref
-from collections.abc import Callable, Container, Iterable, Sized
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,22 +21,16 @@ import torch
 
 from ..extension import leaf
 from ..trace.signals import Untraceable, place_of
-from ..trace.snapshot import Snapshot, is_data
-from ..trace.sources import content_of, imported_names, loaded_names
+from ..trace.snapshot import Snapshot
+from ..trace.sources import content_of
 from ..trace.standins import StandIns
-from .guards import Guards, of_cell, read_of
+from .around import UNWATCHED, Around
 from .reach import (
-    DEPTH,
     LIBRARIES,
-    MOST,
-    SEQUENCES,
     attributes_of,
     is_iterator,
-    is_library,
     is_unwatched,
     is_used_up,
-    parts_of,
-    places_of,
     reached,
 )
 from .shadow import Path
@@ -91,7 +83,6 @@ _ASKING = frozenset(
 )
 _PARAMETERS = frozenset(["parameters", "named_parameters", "_named_members"])
 _CODES = {f.__code__: what for f, what in _CALLS.items() if isinstance(f, types.FunctionType)}
-UNWATCHED = "too large or too strange to be watched for changes"
 _ABSENT = object()
 
 
@@ -270,120 +261,17 @@ class Watch:
     def around(self, kind: type, leaves: frozenset[str]) -> Callable[[], str | None]:
         """What tells whether all that the step has read around it is still there: why not, or None. ``leaves``: what
         the optimizer has and the step did not ask for."""
-        guards = Guards()
-        note = guards.note
-        constants = [x for code in self._codes for x in code.co_consts if isinstance(x, str)]
-        texts = {*filter(str.isidentifier, constants)}
-        used = {"step", *texts}.union(*(code.co_names for code in self._codes))
-        asked = texts if not used.isdisjoint(("getattr", "hasattr")) else set()
-        """What may be asked for and not be there yet."""
-        explored: set[int] = set()
-
-        def explore(owner: Any, depth: int = DEPTH, near: bool = False) -> None:
-            """What is read of an object, and of what it has: what code names, of modules, classes and libraries.
-
-            ``near``: the step's own code names it, or what has it."""
-            owner = owner() if isinstance(owner, weakref.ref) else owner
-            apart(owner)
-            for value in parts_of(owner).values() if type(owner) in (dict, *SEQUENCES) else ():
-                apart(value)
-            if near and is_unwatched(owner):
-                raise Untraceable(
-                    f"the step looks at a {type(owner).__name__} around it, whose contents nobody watches"
-                )
-            if (
-                id(owner) in explored
-                or len(explored) > MOST
-                or (is_data(owner) and not isinstance(owner, dict))
-            ):
-                return
-            explored.add(id(owner))
-            if isinstance(owner, types.FunctionType):
-                if owner.__code__ in self._codes:
-                    ran(owner)
-                return
-            if isinstance(owner, (types.ModuleType, type, torch.nn.Module)):
-                for name in used:
-                    looked_up(owner, name, depth)
-                return
-            if is_library(owner):
-                chosen = {k: v for k, v in (attributes_of(owner) or {}).items() if k in used}
-            else:
-                parts = parts_of(owner)
-                for value in parts.values():
-                    apart(value)
-                chosen = {k: v for k, v in parts.items() if not isinstance(v, torch.Tensor)}
-                explore(type(owner), depth)
-                if isinstance(owner, (set, frozenset)):  # no place in it says which element is there
-                    guards.note_elements(owner)
-                    for value in chosen.values() if depth else ():
-                        explore(value, depth - 1)
-                    return
-                own = owner if isinstance(owner, Sized) else getattr(owner, "__dict__", None)
-                if isinstance(own, (dict, list, collections.deque)):  # more may hide what its class has
-                    guards.note_length(own)
-            for name, value in chosen.items():
-                if not isinstance(value, property):
-                    note(read_of(owner), name, value, owner)
-                    if depth:
-                        explore(value, depth - 1, near and depth == DEPTH)
-
-        def apart(value: Any) -> None:
-            """Raise Untraceable for a parameter: what stands for it is none to code that compares them."""
-            if id(value) in self._params:
-                raise Untraceable("the step can get at a parameter otherwise than by what the optimizer has")
-
-        def looked_up(owner: Any, name: str, depth: int) -> None:
-            """An attribute, where it is found, and that it is not where it would be found before."""
-            if isinstance(owner, torch.nn.Module):
-                apart(owner._parameters.get(name))
-            places = places_of(owner)
-            found = next((k for k, (_, own) in enumerate(places) if name in own), None)
-            if found is None and name not in asked:
-                return
-            for place, own in places[:found]:
-                note(own.get, name, None, place)
-            if found is not None:
-                place, own = places[found]
-                if not isinstance(own[name], property):
-                    note(own.get, name, own[name], place)
-                    if depth:
-                        explore(own[name], depth - 1)
-
-        def loaded(code: types.CodeType, around: dict[str, Any], near: bool) -> None:
-            for name in imported_names(code):
-                explore(sys.modules.get(name))
-            for name in loaded_names(code):
-                if name in around:
-                    note(around.get, name, around[name], around)
-                    explore(around[name], near=near)
-
-        def ran(function: types.FunctionType, near: bool = False) -> None:
-            """What a function reads that was run."""
-            loaded(function.__code__, function.__globals__, near)
-            for cell in function.__closure__ or ():
-                read = of_cell(cell)
-                note(read, "", read("", None), cell)
-                explore(read("", None), near=near)
-            note(function, "the code of a function", function.__code__, function, "{read}.__code__")
-            for which, kind_of in (("__defaults__", "defaults"), ("__kwdefaults__", "named defaults")):
-                what, value = f"the {kind_of} of a function", getattr(function, which)
-                note(function, what, value, function, f"{{read}}.{which}")
-                explore(value, near=near)
-            for name, value in vars(function).items():
-                note(vars(function).get, name, value, vars(function))
-
+        found = Around(self._codes, self._params)
         for function in self._stand_ins.made:
             if function.__code__ in self._codes:
-                ran(function, near=True)
+                found.ran(function, near=True)
         ours = {f.__code__ for f in self._stand_ins.made}
         for code, around in self._globals.items():
             if code not in ours:
-                loaded(code, around, near=False)
+                found.loaded(code, around)
         for owner in (*kind.__mro__, *(x for path, x in self._places if path[0][1] not in leaves)):
-            explore(owner)
-
-        return guards.made()
+            found.explore(owner)
+        return found.guards.made()
 
 
 class Objects:
