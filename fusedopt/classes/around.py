@@ -91,6 +91,9 @@ class Around:
         elif isinstance(owner, (types.ModuleType, type, torch.nn.Module)):
             for name in self._used:
                 self._look_up(owner, name, depth)
+        elif isinstance(owner, types.MethodType | types.BuiltinMethodType):
+            for value in (*parts_of(owner).values(), getattr(owner, "__func__", None)):
+                self.explore(value, depth)
         elif is_library(owner):
             asked = {k: v for k, v in (attributes_of(owner) or {}).items() if k in self._used}
             self._note_parts(owner, asked, depth, near)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import math
-import types
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -449,6 +448,9 @@ def _looking(
     def left(path: Path) -> bool:
         return bool(path) and path[0][1] in leaves
 
+    def place(path: Path) -> str:
+        return f"{variable(path[:-1])}{_steps(path[-1:])}"
+
     def readable(path: Path) -> bool:
         return all(isinstance(key, (str, int, type(None))) for _, key in path)
 
@@ -469,7 +471,7 @@ def _looking(
     for path, value in shadow.flags:
         if left(path):
             continue
-        x = f"{variable(path[:-1])}{_steps(path[-1:])}"
+        x = place(path)
         by_itself = value is None or isinstance(value, (bool, enum.Enum))
         if not by_itself and type(value) not in PLAIN:
             demand(f"type({x}) is {constant(type(value))}", path, "is another one now")
@@ -478,34 +480,37 @@ def _looking(
         if not left(path) and readable(path):
             x = variable(path)
             demand(f"type({x}) is {constant(kind)} and len({x}) == {length}", path, "is another one now")
-    for path, value in (*((path, value) for path, _, value in shadow.aliases), *shadow.things):
+    for path, first, value in shadow.aliases:
+        if not left(path) and readable(path) and readable(first):
+            x, y = place(path), place(first) if first else constant(value)
+            demand(f"{x} is {y}", path, "is another object now")
+    for path, value in shadow.things:
         if not left(path) and readable(path):
-            x = f"{variable(path[:-1])}{_steps(path[-1:])}"
-            demand(f"{x} is {constant(value)}", path, "is another object now")
-            if not isinstance(value, (type, types.FunctionType)) and hasattr(value, "__dict__"):
-                demand(f"type({x}) is {constant(type(value))}", path, "is of another class now")
+            demand(f"{place(path)} is {constant(value)}", path, "is another object now")
+    for path, kind in shadow.objects:
+        if not left(path) and readable(path):
+            demand(f"type({variable(path)}) is {constant(kind)}", path, "is of another class now")
     for path, value in shadow.numbers.items():
         if left(path):
             continue
         _check(path)
-        x = f"{variable(path[:-1])}{_steps(path[-1:])}"
-        lines.append(f"    n = {x}")
+        lines.append(f"    n = {place(path)}")
         demand(f"type(n) is {constant(type(value))}", path, "is of another type now")
         if path in names:
             lines.append(
                 f"    numbers[{names[path]!r}] = {'float(n)' if type(value) not in (int, float) else 'n'}"
             )
-    for i, (path, *others) in enumerate(tensors):
+    found = [(ways[0], [way for way in ways if not left(way)]) for ways in tensors]
+    tensors = [[first, *ways] for first, ways in found if ways]
+    for i, (first, path, *others) in enumerate(tensors):
         t = f"t{i}"
         _check(path)
-        lines.append(f"    {t} = {variable(path[:-1])}{_steps(path[-1:])}")
+        lines.append(f"    {t} = {place(path)}")
         demand(f"type({t}) is {constant(torch.Tensor)} and {t}.numel() == 1", path, "is of another kind now")
-        lines.append(f"    numbers[{names[path]!r}] = {t}.item()")
+        lines.append(f"    numbers[{names[first]!r}] = {t}.item()")
         for other in others:
             _check(other)
-            demand(
-                f"{variable(other[:-1])}{_steps(other[-1:])} is {t}", other, "is another tensor than it was"
-            )
+            demand(f"{place(other)} is {t}", other, "is another tensor than it was")
     if len(tensors) > 1:
         demand(
             f"len({{{', '.join(f'id(t{i})' for i in range(len(tensors)))}}}) == {len(tensors)}",
@@ -513,6 +518,10 @@ def _looking(
             "is found in other places too now",
         )
     lines += ["  except (KeyError, IndexError, AttributeError, TypeError) as e:", "    return f'{e} is gone'"]
+    lines += [
+        "  except (ValueError, RuntimeError) as e:",
+        "    return f'what cannot be compared is there now: {e}'",
+    ]
     exec(compile("\n".join(lines), "<what a step relies on>", "exec"), space)
     return space["look"]
 

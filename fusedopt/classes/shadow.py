@@ -24,6 +24,7 @@ from ..trace.number import Number
 from ..trace.signals import Untraceable
 from ..trace.signature import PLAIN
 from .amp import SUPPORTS
+from .places import Several
 from .reach import OPAQUE, is_iterator
 
 OURS = "step", "explain", "kernel_source", "upload_hypers", "_fusedopt"
@@ -80,14 +81,18 @@ class Refused:
         raise Untraceable(self.why)
 
     __iter__ = __getitem__ = __len__ = __contains__ = __bool__ = lambda self, *_: self.__getattr__("")
+    __eq__ = __ne__ = __hash__ = __iter__
 
 
 WHOLE = frozenset(["__dict__", "__reduce_ex__", "__reduce__", "__getstate__"])
 """Asked for by who goes over all attributes."""
+_ACCESS = ("__getattribute__", "__setattr__", "__delattr__")
+_PAST = frozenset(["__getattribute__", "getattr_static"])
+"""By these attributes are asked for where nobody notes it."""
 
 
 class Reads:
-    """Which attributes of an optimizer (``of``) are asked for, by ``kind``, a class that its own is made from."""
+    """Which attributes of an optimizer (``of``) are asked for, or set."""
 
     def __init__(self) -> None:
         self.of: Any = None
@@ -95,22 +100,27 @@ class Reads:
 
     def noted(self, kind: type) -> type:
         """The class, whose instance notes what it is asked for."""
-        plain: Any = kind.__getattribute__
 
-        def __getattribute__(obj: Any, name: str) -> Any:
-            if obj is self.of:
-                self.names.add(name)
-            return plain(obj, name)
+        def noting(plain: Any) -> Callable[..., Any]:
+            def method(obj: Any, name: str, *value: Any) -> Any:
+                if obj is self.of:
+                    self.names.add(name)
+                return plain(obj, name, *value)
 
+            return method
+
+        # What is set, too: a step that leaves there what was there is the same step while that is there.
+        methods = {name: noting(getattr(kind, name)) for name in _ACCESS}
         own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-        return type(kind.__name__, (kind,), own | {"__getattribute__": __getattribute__})
+        return type(kind.__name__, (kind,), own | methods)
 
     def leaves(self, shadow: Shadow, codes: Iterable[types.CodeType]) -> frozenset[str]:
         """The attributes that were not asked for: what a step does cannot depend on them."""
-        if self.names & WHOLE or any("__getattribute__" in code.co_names for code in codes):
+        if self.names & WHOLE or any(not _PAST.isdisjoint(code.co_names) for code in codes):
             return frozenset()
         read = self.names | {"param_groups", "state"}
-        while more := {str(first[0][1]) for path, first, _ in shadow.aliases if path[0][1] in read} - read:
+        found = [*((path, first) for path, first, _ in shadow.aliases if first), *shadow.bound]
+        while more := {str(first[0][1]) for path, first in found if path[0][1] in read} - read:
             read |= more  # what is found there is guarded where it was found first
         return frozenset(vars(shadow.opt).keys() - read)
 
@@ -122,12 +132,12 @@ class Some(list[Any]):
     """A group's list of parameters, without those that others stand for."""
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
+        if isinstance(key, slice) and key != slice(None):
             raise Untraceable("the step picks parameters by their places in a list")
         return super().__getitem__(key)
 
     def length_in_trace(self) -> int:
-        raise Untraceable("the step asks how many parameters there are")
+        return Several(len(self))
 
 
 ROW = ("row", None)
@@ -248,7 +258,7 @@ class Shadow:
         self._number, self._tensors, self._function = number, tensors, function
         self.params = {id(p) for group in opt.param_groups for p in group["params"]}
         self._memo: dict[int, Any] = {}
-        self._first: dict[int, Path] = {}
+        self._first: dict[int, Path] = {id(opt): ()}
         self._alive: list[Any] = []
         self.containers: list[Container] = []
         self.numbers: dict[Path, Any] = {}
@@ -258,8 +268,12 @@ class Shadow:
         self._sets: list[tuple[Path, Any, Any]] = []
         self.aliases: list[tuple[Path, Path, Any]] = []
         """Objects that are found by another path too, the second, which was taken first."""
+        self.bound: list[tuple[Path, Path]] = []
+        """Where a method of an object is found, and where that object is."""
         self.things: list[tuple[Path, Any]] = []
-        """Objects that have to stay who they are: functions, classes, and what has attributes."""
+        """Objects that have to stay who they are: functions, classes, and what has no attributes to go by."""
+        self.objects: list[tuple[Path, type]] = []
+        """Those of which attributes are known, with their classes."""
         self.tuples: list[tuple[Path, type, int]] = []
         self.opt: Any = object.__new__(kind)
         self._memo[id(opt)] = self.opt
@@ -312,6 +326,8 @@ class Shadow:
         self._alive.append(value)
         self._first[id(value)] = path
         made = self._memo[id(value)] = self._of_kind(kind, value, path)
+        if type(made) is Refused:
+            self.things.append((path, value))
         return made
 
     def _of_kind(self, kind: type, value: Any, path: Path) -> Any:
@@ -348,9 +364,17 @@ class Shadow:
             return self._inner(kind, value, path)
         if isinstance(value, (np.ndarray, array.array, bytearray, *OPAQUE)) or is_iterator(value):
             return Refused(f"{shown(path)} is a {kind.__name__}, which a step may change")
-        self.things.append((path, value))
+        if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+            self.things.append((path, value))
         if isinstance(value, types.MethodType) and id(value.__self__) in self._memo:
+            self._binds(path, value)
             return types.MethodType(self._function(value.__func__), self._memo[id(value.__self__)])
+        bound = value.func if isinstance(value, functools.partial) else None
+        if isinstance(bound, types.MethodType) and id(bound.__self__) in self._memo:
+            self.referred += [(path, value.args), (path, value.keywords)]
+            self._binds(path, bound)
+            method = types.MethodType(self._function(bound.__func__), self._memo[id(bound.__self__)])
+            return functools.partial(method, *value.args, **value.keywords)
         if isinstance(value, (types.FunctionType, functools.partial)):
             self.referred.append((path, value))
             return self._function(value)
@@ -360,9 +384,17 @@ class Shadow:
             or not hasattr(value, "__dict__")
             or not _is_plain(kind)
         ):
+            self.things.append((path, value))
             self.referred.append((path, value))
             return value
+        self.objects.append((path, kind))
         return self._object(kind, value, path)
+
+    def _binds(self, path: Path, method: types.MethodType) -> None:
+        """What is found at this path has an object of ours, whose own place is asked for with it."""
+        if first := self._first.get(id(method.__self__)):
+            self.bound.append((path, first))
+            self.things.append((first, method.__self__))
 
     def _sequence(self, kind: type, value: Any, path: Path) -> Any:
         if path[-1:] != (("item", "params"),) and self._tells_apart(value):

@@ -28,6 +28,7 @@ from ..trace.tensor import (
     called,
     rebind,
 )
+from .places import Place
 from .sums import StepRun, added, lowered_to, run_of, settled, view_of
 
 _Meta = torch.Tensor
@@ -335,20 +336,6 @@ def _dunder(operation: str) -> Callable[..., Any]:
 for _dunder_name, _operation in OPERATORS.items():
     if not _operation.startswith("bitwise"):
         setattr(TensorNumber, _dunder_name, _dunder(_operation))
-
-
-class Place(int):
-    """Where a parameter is in a list of some of them: it finds elements of other such lists, and says nothing else."""
-
-    def _refuse(self, *_: Any) -> Any:
-        raise Untraceable("the step looks at the place of a parameter in a list")
-
-    for _name in """
-    abs add and bool ceil divmod eq float floor floordiv format ge gt hash int invert le lshift lt mod mul ne neg or pos
-    pow radd rand rdivmod repr rfloordiv rlshift rmod rmul ror round rpow rrshift rshift rsub rtruediv rxor str sub
-    truediv trunc xor
-    """.split():  # noqa: SIM905
-        locals()[f"__{_name}__"] = _refuse
 
 
 class Tracing(TorchFunctionMode):

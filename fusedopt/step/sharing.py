@@ -16,6 +16,9 @@ from .items import Item, dense, walkable
 from .sharded import here
 
 MOST_COMPARED = 1 << 22  # elements of tensors with gaps, of which it is asked which addresses they have
+MOST_COUNTED = 1 << 26  # elements of memory
+_Span = tuple[int, int, int, bool, torch.Tensor]
+"""Where a tensor begins and ends in memory, whose it is, whether it is written, and itself."""
 
 
 class Turns(NamedTuple):
@@ -107,7 +110,37 @@ def _meeting(every: Iterable[tuple[int, torch.Tensor, bool]]) -> Iterator[tuple[
         if walkable(t) and t.layout is torch.strided and t.numel() and t.data_ptr()
     ]
     spans.sort(key=lambda each: each[:2])
-    reaching: list[tuple[int, int, int, bool, torch.Tensor]] = []  # those that go on beyond where one begins
+    together: list[_Span] = []
+    end = 0
+    for one in [*spans, None]:
+        if one is None or one[0] >= end:
+            if len(together) > 1 and not _painted_apart(together):
+                yield from _pairs(together)
+            together = []
+        if one is not None:
+            together.append(one)
+            end = max(end, one[1])
+
+
+def _painted_apart(spans: list[_Span]) -> bool:
+    """Whether it is certain that they have no element in common, though they reach into each other, as the columns of a
+    matrix do: a count for each element of the memory says it, whatever their number."""
+    first, size = spans[0][0], spans[0][4].itemsize
+    length = (max(span[1] for span in spans) - first) // size
+    if length > MOST_COUNTED or any(t.itemsize != size or (at - first) % size for at, *_, t in spans):
+        return False
+    counts = torch.zeros(length, dtype=torch.int16)
+    views = [(counts.as_strided(t.shape, t.stride(), (at - first) // size), w) for at, _, _, w, t in spans]
+    if any(torch._debug_has_internal_overlap(view) == 1 for view, _ in views):
+        return False
+    for view, written in views:
+        if written:
+            view.add_(1)
+    return bool(counts.max() <= 1) and not any(view.any() for view, written in views if not written)
+
+
+def _pairs(spans: list[_Span]) -> Iterator[tuple[int, int]]:
+    reaching: list[_Span] = []  # those that go on beyond where one begins
     for one in spans:
         reaching = [other for other in reaching if other[1] > one[0]]
         for other in reaching:
@@ -118,9 +151,29 @@ def _meeting(every: Iterable[tuple[int, torch.Tensor, bool]]) -> Iterator[tuple[
 
 def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors that reach into each other have an element in common: the columns of a matrix have none."""
-    if (dense(a) and dense(b)) or max(a.numel(), b.numel()) > MOST_COMPARED:
+    if dense(a) and dense(b):
         return True
-    return bool(np.intersect1d(_bytes(a), _bytes(b)).size)
+    if a.stride() == b.stride() and a.itemsize == b.itemsize:
+        dims = sorted(zip(a.stride(), a.shape, b.shape, strict=True), reverse=True)
+        steps = [(s * a.itemsize, n, m) for s, n, m in dims if n > 1 or m > 1]
+        reach = a.itemsize
+        for step, n, m in reversed(steps):
+            if step < reach:
+                break
+            reach += step * (max(n, m) - 1)
+        else:
+            return _steps_meet(b.data_ptr() - a.data_ptr(), steps, a.itemsize)
+    return max(a.numel(), b.numel()) > MOST_COMPARED or bool(np.intersect1d(_bytes(a), _bytes(b)).size)
+
+
+def _steps_meet(distance: int, steps: list[tuple[int, int, int]], size: int) -> bool:
+    """Whether elements of two tensors meet whose first ones are so far apart: by steps, each longer than all that come
+    after it together, and how many elements there are of each in either tensor."""
+    if not steps:
+        return abs(distance) < size
+    (step, n, m), *shorter = steps
+    counts = (distance // step, distance // step + 1)
+    return any(-m < k < n and _steps_meet(distance - k * step, shorter, size) for k in counts)
 
 
 def _bytes(t: torch.Tensor) -> np.ndarray:

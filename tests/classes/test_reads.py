@@ -105,6 +105,116 @@ def test_what_is_found_twice_is_seen_by_either_name():
     is_seen(lambda self, group: self.b.x, before, lambda opt: setattr(opt, "b", types.SimpleNamespace(x=2.0)))
 
 
+class Held:
+    def __init__(self, x):
+        self.x = x
+
+    def now(self):
+        return self.x
+
+    def whether(self):
+        return 2.0 if self.x == 2.0 else 1.0
+
+
+METHODS = {
+    "an attribute": lambda opt, held, method: vars(opt).update(x=method),
+    "an attribute, and the object another": lambda opt, held, method: vars(opt).update(held=held, x=method),
+    "the object an attribute, and it another": lambda opt, held, method: vars(opt).update(
+        x=method, held=held
+    ),
+    "a partial": lambda opt, held, method: vars(opt).update(held=held, x=functools.partial(method)),
+    "a closure": lambda opt, held, method: vars(opt).update(held=held, x=lambda: method()),
+    "a global": lambda opt, held, method: vars(opt).update(held=held, x=lambda: GLOBAL[0]()),
+}
+GLOBAL = []
+
+
+@pytest.mark.parametrize("name", ["now", "whether"])
+@pytest.mark.parametrize("where", METHODS)
+def test_what_the_object_of_a_bound_method_has_is_seen(where, name):
+    held = []
+
+    def before(opt):
+        held[:] = [Held(1.0)]
+        GLOBAL[:] = [getattr(held[0], name)]
+        METHODS[where](opt, held[0], getattr(held[0], name))
+
+    is_seen(lambda self, group: self.x(), before, lambda opt: setattr(held[0], "x", 2.0))
+
+
+def test_a_method_of_the_optimizer_within_a_partial_is_its_own():
+    def before(opt):
+        opt.flag, opt.x = 1.0, functools.partial(Held.now, types.SimpleNamespace(x=1.0))
+        opt.x = functools.partial(types.MethodType(lambda self: self.flag, opt))
+
+    is_seen(lambda self, group: self.x(), before, put(flag=2.0))
+
+
+def test_what_a_step_leaves_is_left_each_time():
+    """Also where it leaves what was there in the trace."""
+
+    class Periodic(Read):
+        def step(self, closure=None):
+            self.t += 1
+            self.synced = False
+            if self.t % 4 == 0:
+                self.synced = True
+            super().step()
+
+    def run(fuse):
+        params = [torch.nn.Parameter(torch.ones(4))]
+        opt = Periodic(params)
+        opt.t, opt.synced, seen = 0, False, []
+        fusedopt.fuse(opt) if fuse else opt
+        for _ in range(20):
+            params[0].grad = torch.ones(4)
+            opt.step()
+            seen.append(opt.synced)
+        return seen, opt
+
+    (ours, opt), (theirs, _) = run(True), run(False)
+    assert ours == theirs and opt.explain().launches
+
+
+@pytest.mark.parametrize("value", [np.ones(3), [0] * 5000, iter([1])], ids=["array", "list", "iterator"])
+@pytest.mark.parametrize("where", ["an attribute", "a group"])
+def test_whether_there_is_something_is_seen(where, value):
+    def read(self, group):
+        return 2.0 if (self.x if where == "an attribute" else group["key"]) is not None else 1.0
+
+    (_, set_) = PLACES[where]
+    is_seen(read, lambda opt: set_(opt, value), lambda opt: set_(opt, None))
+
+
+def test_an_optimizer_may_have_what_has_the_optimizer():
+    def before(opt):
+        opt.x, opt.me, opt.held = 1.0, opt, Held(opt)
+
+    is_seen(lambda self, group: self.x, before, put(x=2.0))
+    is_seen(lambda self, group: self.held.x.x, before, put(x=2.0))
+
+
+@pytest.mark.parametrize("where", ["an attribute", "a group", "a list", "a dict"])
+def test_objects_that_are_replaced_in_each_step_are_what_they_have(where):
+    """Schedules that put a new one there each time."""
+    (_, set_) = PLACES[where]
+
+    def read(self, group):
+        x = group["key"] if where == "a group" else self.x
+        return (x[0] if where == "a list" else x["k"] if where == "a dict" else x).x
+
+    params = [torch.nn.Parameter(torch.ones(4))]
+    opt = Read(params, read)
+    set_(opt, Held(0.0))
+    fusedopt.fuse(opt)
+    for t in range(10):
+        set_(opt, Held(float(t)))
+        params[0].grad = torch.ones(4)
+        opt.step()
+    assert torch.allclose(params[0], torch.full((4,), 1 - 4.5), atol=1e-5)
+    assert opt.explain().launches == 1 and opt.explain().steps.startswith("8 of 9"), opt.explain()
+
+
 class Half:
     def __call__(self):
         return 0.5
@@ -226,6 +336,8 @@ UNREAD = {
     "a set of tensors": lambda t: {torch.zeros(t)},
     "an iterator": lambda t: iter([t]),
     "objects": lambda t: [types.SimpleNamespace(t=t)] * t,
+    "numbers in tensors": lambda t: [torch.tensor(1.0)] * t,
+    "by tuples": lambda t: {(t, "loss"): torch.tensor(1.0)},
 }
 
 

@@ -226,6 +226,17 @@ def test_parameters_that_a_step_tells_apart(one, count):
     assert torch.equal(theirs, ours) and opt.explain().eager
 
 
+def test_that_there_are_some_tells_none_apart():
+    def if_any(self, group):
+        if len(group["params"]) == 0 or not len(group["params"]):
+            return
+        for p in group["params"][:]:
+            p.sub_(p.grad, alpha=group["lr"])
+
+    (theirs, *_), (ours, _, opt) = stepped(if_any, False, 24), stepped(if_any, True, 24)
+    assert torch.equal(theirs, ours) and not opt.explain().eager
+
+
 @pytest.mark.parametrize(
     "one",
     [

@@ -1,5 +1,7 @@
 """Parameters, gradients and state that have memory in common: stepped as a plain loop over parameters steps them."""
 
+import time
+
 import pytest
 import torch
 
@@ -144,6 +146,23 @@ def test_released_gradients_too():
     torch.testing.assert_close(params[0].detach(), before - 1.0)
 
 
+def test_many_columns_take_no_time():
+    """Each pair of them would have to be looked at, were elements not counted."""
+    whole = torch.zeros(64, 1000)
+    columns = [*whole.unbind(1)]
+    began = time.perf_counter()
+    assert sharing.disjoint(columns, [])
+    assert time.perf_counter() - began < 0.5  # 499,500 pairs take seconds
+    assert not sharing.disjoint([*columns, whole[:, 500]], [])
+
+
+def test_parts_of_a_large_matrix_have_nothing_in_common():
+    """Too many elements to look at each: steps say it."""
+    whole = torch.zeros(2100, 3 * 2100)
+    assert sharing.disjoint([*whole.chunk(3, 1)], [])
+    assert not sharing.disjoint([whole[:, :2101], whole[:, 2100:]], [])
+
+
 @pytest.mark.parametrize("shape", [(4, 3), (3,)])
 def test_columns_of_one_matrix_have_nothing_in_common(shape):
     matrix = torch.zeros(*shape[:-1], 5, shape[-1]) if len(shape) > 1 else torch.zeros(3, 5)
@@ -162,11 +181,11 @@ def test_the_extension_finds_what_python_finds(monkeypatch):
     if leaf.native is None:
         pytest.skip("needs the extension")
     native, generator = leaf.native, torch.Generator().manual_seed(0)
-    memory, seen = torch.zeros(64), set()
+    memory, places, seen = torch.zeros(64), torch.arange(64), set()
 
     def view():
-        n, start, gap = (int(torch.randint(0, k, (), generator=generator)) for k in (6, 40, 3))
-        return memory.as_strided((n,), (gap + 1,), start)
+        n, m, start, gap, wide = (int(torch.randint(0, k, (), generator=generator)) for k in (4, 4, 20, 3, 8))
+        return memory.as_strided((n, m), (wide, gap + 1), start)
 
     for _ in range(3000):
         written, read = [view() for _ in range(2)], [view() for _ in range(1)]
@@ -178,7 +197,7 @@ def test_the_extension_finds_what_python_finds(monkeypatch):
         dense = all(t.is_contiguous() or t.numel() < 2 for t in (*written, *read))
         assert sure == exact or not dense
         elements = [
-            set((t.storage_offset() + torch.arange(t.numel()) * t.stride(0)).tolist())
+            set(places[t.storage_offset() :].as_strided(t.shape, t.stride()).flatten().tolist())
             for t in (*written, *read)
         ]
         assert exact == (not (elements[0] & elements[1] or (elements[0] | elements[1]) & elements[2]))
