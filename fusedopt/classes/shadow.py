@@ -315,17 +315,18 @@ class Shadow:
         ):
             self.flags.append((path, value))
             return value
-        if isinstance(
-            value, (tuple, frozenset)
-        ):  # others may take its place here, and not where it is known from
-            return self._of_kind(kind, value, path)
-        if id(value) in self._memo:
+        # Another tuple may take its place here, and not where it is known from.
+        known_by_itself = not isinstance(value, (tuple, frozenset))
+        if known_by_itself and id(value) in self._memo:
             if not isinstance(value, torch.Tensor):
                 self.aliases.append((path, self._first[id(value)], value))
             return self._memo[id(value)]
-        self._alive.append(value)
-        self._first[id(value)] = path
-        made = self._memo[id(value)] = self._of_kind(kind, value, path)
+        if known_by_itself:
+            self._alive.append(value)
+            self._first[id(value)] = path
+        made = self._of_kind(kind, value, path)
+        if known_by_itself:
+            self._memo[id(value)] = made
         if type(made) is Refused:
             self.things.append((path, value))
         return made

@@ -176,7 +176,10 @@ def test_what_a_step_leaves_is_left_each_time():
     assert ours == theirs and opt.explain().launches
 
 
-@pytest.mark.parametrize("value", [np.ones(3), [0] * 5000, iter([1])], ids=["array", "list", "iterator"])
+LARGE = {"array": np.ones(3), "list": [0] * 5000, "tuple": (0,) * 5000, "iterator": iter([1])}
+
+
+@pytest.mark.parametrize("value", LARGE.values(), ids=LARGE)
 @pytest.mark.parametrize("where", ["an attribute", "a group"])
 def test_whether_there_is_something_is_seen(where, value):
     def read(self, group):
