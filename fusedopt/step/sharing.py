@@ -17,6 +17,7 @@ from .sharded import here
 
 MOST_COMPARED = 1 << 22  # elements of tensors with gaps, of which it is asked which addresses they have
 MOST_COUNTED = 1 << 26  # elements of memory
+FEW = 32  # tensors of which each two are compared, as large ones are sooner than their elements are counted
 _Span = tuple[int, int, int, bool, torch.Tensor]
 """Where a tensor begins and ends in memory, whose it is, whether it is written, and itself."""
 
@@ -114,7 +115,7 @@ def _meeting(every: Iterable[tuple[int, torch.Tensor, bool]]) -> Iterator[tuple[
     end = 0
     for one in [*spans, None]:
         if one is None or one[0] >= end:
-            if len(together) > 1 and not _painted_apart(together):
+            if len(together) <= FEW or not _painted_apart(together):
                 yield from _pairs(together)
             together = []
         if one is not None:
