@@ -5,7 +5,6 @@ Made once for each trace, as one generated function: a step asks it whether all 
 
 from __future__ import annotations
 
-import enum
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +20,8 @@ from ..trace.signals import Untraceable
 from ..trace.signature import OWN, PLAIN, Signature, structure_of
 from ..trace.tracer import Trace
 from .evaluation import Evaluation
-from .shadow import ROW, Container, Path, Shadow, Table, is_own, shown
+from .looking import Looking, reader
+from .shadow import ROW, Path, Shadow, Table, shown
 from .sums import Sums
 from .symbolic import Symbolic, TensorNumber
 
@@ -115,7 +115,7 @@ class Host:
         """The numbers of the state that all parameters have in common, and what they are called here."""
         self._rows: dict[Path, _Row] = {}
         """Of the tables that are looked up, by their paths."""
-        self._look = _looking(shadow, names, tensors, self.numbers, reads, leaves)
+        self._look = Looking(shadow, names, tensors, self.numbers, reads, leaves).made()
 
     def takes_for_one(self, common: dict[str, str]) -> None:
         """Numbers that all parameters have in common, by the key of the state, and what they are called here."""
@@ -145,7 +145,7 @@ class Host:
                 at = entry(value.index)
                 return lambda left: left.numbers[at]
             if type(value) is There:
-                read = _reader(value.path)
+                read = reader(value.path)
                 return lambda left: read(left.root)
             if type(value) is TensorNumber:
                 self.nodes.append(node := value.sym.node)
@@ -181,7 +181,7 @@ class Host:
                 where = shown(path if key is FILL else (*path, ("item", key))) if path else f"self.{key}"
                 self.left += [where] if where not in self.left else []
                 row = self._rows.get(path[:-1]) if path[-1:] == (ROW,) else None
-                read = _reader(path) if row is None else row.read
+                read = reader(path) if row is None else row.read
                 writes.append((read, key, (fill if key is FILL else template)(value, where)))
             self._paths[taken] = writes, conditions
         self.leaves_something = bool(self.later) or any(writes for writes, _ in self._paths.values())
@@ -348,7 +348,7 @@ class _Row:
     """Of a table: the row that a step looks up."""
 
     def __init__(self, table: Table, index: Number, names: dict[Path, str]) -> None:
-        self._what, self._table, self._count = shown(table.path), _reader(table.path), len(table.real)
+        self._what, self._table, self._count = shown(table.path), reader(table.path), len(table.real)
         self._kinds = [type(v) if v is None else type(v.value) for v in table.put]
         self._names = [names.get((*table.path, ROW, ("item", j)), "") for j in range(len(table.put))]
         self._index = Replay(Trace(_NO_SIGNATURE, None, index.program, (), {0: index}, {}, {}))  # type: ignore[arg-type, dict-item]
@@ -394,152 +394,3 @@ def _alike(ours: Any, theirs: Any, close: float) -> bool:
     if type(ours) is type(theirs) and isinstance(ours, (tuple, list)):
         return len(ours) == len(theirs) and all(map(_alike, ours, theirs, [close] * len(ours)))
     return repr(ours) == repr(theirs)
-
-
-def _steps(path: Path) -> str:
-    return "".join(
-        ".__dict__" if kind == "dict" else f".__dict__[{key!r}]" if kind == "attr" else f"[{key!r}]"
-        for kind, key in path
-    )
-
-
-def _reader(path: Path) -> Callable[[Any], Any]:
-    _check(path)
-    return eval(f"lambda root: root{_steps(path)}")
-
-
-def _check(path: Path) -> None:
-    for _, key in path:
-        if not isinstance(key, (str, int, type(None))):
-            raise Untraceable(f"{shown(path[:1])} has keys of type {type(key).__name__}")
-
-
-def _looking(
-    shadow: Shadow,
-    names: dict[Path, str],
-    tensors: list[list[Path]],
-    numbers: dict[str, Any],
-    reads: frozenset[str],
-    leaves: frozenset[str],
-) -> Callable[[dict[str, Any]], str | None]:
-    """The function that reads numbers into the dict, and returns why something is not as it was.
-
-    ``reads``: the optimizer's attributes that the step asked for, where there are such and where there are not;
-    ``leaves``: those that it has and did not ask for.
-    """
-    space: dict[str, Any] = {"numbers": numbers}
-    lines = ["def look(root):", "  try:"]
-    known: dict[Path, str] = {(): "root"}
-
-    def constant(x: Any) -> str:
-        space[f"k{len(space)}"] = x
-        return f"k{len(space) - 1}"
-
-    def variable(path: Path) -> str:
-        if path not in known:
-            before = variable(path[:-1])
-            known[path] = f"c{len(known)}"
-            lines.append(f"    {known[path]} = {before}{_steps(path[-1:])}")
-        return known[path]
-
-    def demand(condition: str, path: Path, what: str) -> None:
-        lines.append(f"    if not ({condition}): return {f'{shown(path)} {what}'!r}")
-
-    def left(path: Path) -> bool:
-        return bool(path) and path[0][1] in leaves
-
-    def place(path: Path) -> str:
-        return f"{variable(path[:-1])}{_steps(path[-1:])}"
-
-    def readable(path: Path) -> bool:
-        return all(isinstance(key, (str, int, type(None))) for _, key in path)
-
-    for c in shadow.containers:
-        if c.store or left(c.path):
-            continue
-        if not c.path:
-            present = {k for k in c.real if not is_own(k)} - leaves
-            absent = {k for k in reads - c.real.keys() if not is_own(k)}
-            lines.append(
-                f"    if not ({constant(present)} <= root.keys() and {constant(absent)}.isdisjoint(root)): "
-                "return 'attributes were added or removed'"
-            )
-            continue
-        if not readable(c.path):
-            raise Untraceable(f"{shown(c.path[:1])} has keys of type {type(c.path[-1][1]).__name__}")
-        _guard(c, variable(c.path), constant, lines)
-    for path, value in shadow.flags:
-        if left(path):
-            continue
-        x = place(path)
-        by_itself = value is None or isinstance(value, (bool, enum.Enum))
-        if not by_itself and type(value) not in PLAIN:
-            demand(f"type({x}) is {constant(type(value))}", path, "is another one now")
-        demand(f"{x} {'is' if by_itself else '=='} {constant(value)}", path, "is another one now")
-    for path, kind, length in shadow.tuples:
-        if not left(path) and readable(path):
-            x = variable(path)
-            demand(f"type({x}) is {constant(kind)} and len({x}) == {length}", path, "is another one now")
-    for path, first, value in shadow.aliases:
-        if not left(path) and readable(path) and readable(first):
-            x, y = place(path), place(first) if first else constant(value)
-            demand(f"{x} is {y}", path, "is another object now")
-    for path, value in shadow.things:
-        if not left(path) and readable(path):
-            demand(f"{place(path)} is {constant(value)}", path, "is another object now")
-    for path, kind in shadow.objects:
-        if not left(path) and readable(path):
-            demand(f"type({variable(path)}) is {constant(kind)}", path, "is of another class now")
-    for path, value in shadow.numbers.items():
-        if left(path):
-            continue
-        _check(path)
-        lines.append(f"    n = {place(path)}")
-        demand(f"type(n) is {constant(type(value))}", path, "is of another type now")
-        if path in names:
-            lines.append(
-                f"    numbers[{names[path]!r}] = {'float(n)' if type(value) not in (int, float) else 'n'}"
-            )
-    found = [(ways[0], [way for way in ways if not left(way)]) for ways in tensors]
-    tensors = [[first, *ways] for first, ways in found if ways]
-    for i, (first, path, *others) in enumerate(tensors):
-        t = f"t{i}"
-        _check(path)
-        lines.append(f"    {t} = {place(path)}")
-        demand(f"type({t}) is {constant(torch.Tensor)} and {t}.numel() == 1", path, "is of another kind now")
-        lines.append(f"    numbers[{names[first]!r}] = {t}.item()")
-        for other in others:
-            _check(other)
-            demand(f"{place(other)} is {t}", other, "is another tensor than it was")
-    if len(tensors) > 1:
-        demand(
-            f"len({{{', '.join(f'id(t{i})' for i in range(len(tensors)))}}}) == {len(tensors)}",
-            tensors[0][0],
-            "is found in other places too now",
-        )
-    lines += ["  except (KeyError, IndexError, AttributeError, TypeError) as e:", "    return f'{e} is gone'"]
-    lines += [
-        "  except (ValueError, RuntimeError) as e:",
-        "    return f'what cannot be compared is there now: {e}'",
-    ]
-    exec(compile("\n".join(lines), "<what a step relies on>", "exec"), space)
-    return space["look"]
-
-
-def _guard(c: Container, x: str, constant: Callable[[Any], str], lines: list[str]) -> None:
-    """What a container has to be: of its type, with its keys."""
-    if c.path[-1][0] == "dict":
-        known = constant({k for k in c.real if not is_own(k)})
-        count, hidden = sum(not is_own(k) for k in c.real), constant(is_own)
-        lines.append(
-            f"    if len({x}) != {len(c.real)} and sum(not {hidden}(k) for k in {x}) != {count}: "
-            f"return 'attributes were added or removed'"
-        )
-        lines.append(f"    if not {known} <= {x}.keys(): return 'attributes were added or removed'")
-        return
-    if c.path[-1] == ("item", "params"):
-        return  # which parameters there are is checked in C++
-    lines.append(
-        f"    if type({x}) is not {constant(type(c.real))} or len({x}) != {len(c.real)}: "
-        f"return {f'{shown(c.path)} is another container, or of another length'!r}"
-    )
