@@ -15,8 +15,11 @@ using int32_t = __INT32_TYPE__;
 
 #if defined(__clang__)
 #define FUSEDOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#define FUSEDOPT_LANES
 #else
 #define FUSEDOPT_INDEPENDENT _Pragma("GCC ivdep")
+// A loop of a few rounds is undone before gcc makes vectors of loops, and from what is left it makes poor ones.
+#define FUSEDOPT_LANES _Pragma("GCC unroll 1")
 #endif
 
 // Integer arithmetic is worth the widest vectors, which gcc leaves alone because they may cost the core's clock.
@@ -352,6 +355,7 @@ FUSEDOPT_INLINE inline void for_lanes(int64_t begin, int64_t end, const F& eleme
     (fetch<lanes>(buffers, i + ahead), ...);
     (bring(buffers, i, lanes), ...);
     FUSEDOPT_INDEPENDENT
+    FUSEDOPT_LANES
     for (int k = 0; k < lanes; ++k) element(i + k, k);
     (take_back(buffers, lanes), ...);
   }

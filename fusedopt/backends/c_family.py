@@ -181,11 +181,14 @@ class Body(body.Body):
         ]
 
     # -- values --
+    def type_of(self, i: int) -> str:
+        return self.types[self.program.values[i].type]
+
     def _line(self, i: int) -> str:
         v = self.program.values[i]
         if v.op == "const":
             return ""
-        text = f"const {self.types[v.type]} {self.name(i)} = {self._expression(i, v)};"
+        text = f"const {self.type_of(i)} {self.name(i)} = {self._expression(i, v)};"
         comment = self.comment(v)
         return f"{text:<48}  // {comment}" if comment else text
 

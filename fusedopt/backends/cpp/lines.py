@@ -69,19 +69,16 @@ class Lines(Blocks):
             kept = [i for i in part.once if i in later]
             given = sorted(self._needed_by(part) & made)
             made.update(kept)
-            arrays += [f"{self._type(i)} f{i}[many];" for i in kept]
+            arrays += [f"{self.type_of(i)} f{i}[many];" for i in kept]
             inner = [
                 f"[[maybe_unused]] const int64_t first = (line + k) * {n}, o0 = line + k;",
-                *(f"const {self._type(i)} {self.name(i)} = f{i}[k];" for i in given),
+                *(f"const {self.type_of(i)} {self.name(i)} = f{i}[k];" for i in given),
                 *part.code,
                 *(f"f{i}[k] = {self.name(i)};" for i in kept),
             ]
             across = [] if part.places else ["FUSEDOPT_INDEPENDENT"]
             body += [*across, "for (int64_t k = 0; k < lines; ++k) {", *indent(inner), "}"]
         return [*arrays, *body]
-
-    def _type(self, i: int) -> str:
-        return self.types[self.program.values[i].type]
 
     def _needed_by(self, part: _Part) -> set[int]:
         """What a part needs, besides what it makes itself."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ...ir.ops import OPS, Op
-from ...ir.program import Program, identifier
+from ...ir.program import Program, Value, identifier
 from ...ir.stages import Stage
 from .. import c_family
 from ..c_family import TYPES, entries, indent
@@ -17,7 +17,7 @@ from .lines import Lines
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
 
-VERSION = "4"
+VERSION = "5"
 SLOT = '#include "cpu_example.inc"'
 
 
@@ -41,6 +41,12 @@ class _Body(c_family.Body):
         super().__init__(program, slot_names)
         if any(op.averaged for op in self.reduces()):  # of no elements there is no mean
             self.first += " && row.numel() > 0"
+        values = program.values
+        self._asked = {
+            i for v in values for i in v.args if values[i].type == "b" and values[i].kind != v.kind
+        }
+        """Conditions that hold for more than an element. They are numbers: gcc makes no vectors of a loop over bfloat16
+        in which it finds a bool that was there before."""
 
     def declarations(self) -> list[str]:
         """Besides reductions, the functions of the C library that are called: the skeleton includes no header."""
@@ -65,6 +71,17 @@ class _Body(c_family.Body):
     def storing(self, buffer: str, i: int) -> str:
         rounded = self.program.values[i].op in ("to_bfloat16", "bfloat16_at_random")
         return "store_rounded" if rounded and self.program.buffer[buffer].dtype == torch.bfloat16 else "store"
+
+    def type_of(self, i: int) -> str:
+        return "T" if i in self._asked else super().type_of(i)
+
+    def arguments(self, v: Value) -> list[str]:
+        given = zip(v.args, super().arguments(v), strict=True)
+        return [f"({text} != T(0))" if i in self._asked else text for i, text in given]
+
+    def _expression(self, i: int, v: Value) -> str:
+        text = super()._expression(i, v)
+        return f"{text} ? T(1) : T(0)" if i in self._asked else text
 
     def loop(self, stage: Stage) -> list[str]:
         return self._reduce(stage) if stage.reductions else self._plain(stage)
