@@ -403,6 +403,21 @@ struct Rest {
     return n;
   }
 };
+// What does not depend on each other. A loop of whose end gcc has to ask an object forgets that.
+template <class F>
+FUSEDOPT_INLINE inline void each(int64_t n, const F& element) {
+  FUSEDOPT_INDEPENDENT
+  for (int64_t c = 0; c < n; ++c) element(c);
+}
+template <int64_t n, class F>
+FUSEDOPT_INLINE inline void each(Fixed<n>, const F& element) {
+  FUSEDOPT_INDEPENDENT
+  for (int64_t c = 0; c < n; ++c) element(c);
+}
+template <class F>
+FUSEDOPT_INLINE inline void each(Rest n, const F& element) {
+  for (int64_t c = 0; c < n; ++c) element(c);
+}
 template <class F>
 FUSEDOPT_INLINE inline void with_length(int64_t n, const F& lines) {
   if (n == 3) lines(Fixed<3>{});
@@ -494,7 +509,8 @@ inline X joined(const X* x, Fixed<n>) {
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes)
     for (int k = 0; k < lanes; ++k) lane[k] = R::template join_as<X>(lane[k], x[i + k]);
-  for (; i < n; ++i) lane[0] = R::template join_as<X>(lane[0], x[i]);
+  if constexpr (n % lanes)
+    for (; i < n; ++i) lane[0] = R::template join_as<X>(lane[0], x[i]);
   for (int m = lanes / 2; m > 0; m /= 2)
     for (int k = 0; k < m; ++k) lane[k] = R::template join_as<X>(lane[k], lane[k + m]);
   return lane[0];

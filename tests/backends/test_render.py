@@ -143,40 +143,50 @@ def test_however_long_a_rule_is_its_loops_call_nothing(tmp_path, storage):
     assert ours == {"fusedopt_stage_0"}
 
 
-def loops(text):
-    """The numbers of the lines where a loop begins over elements that do not depend on each other."""
-    lines = text.splitlines()
-    marked = [i for i, line in enumerate(lines) if line.strip() == "FUSEDOPT_INDEPENDENT"]
-    return {next(k + 1 for k in range(i, len(lines)) if "for (" in lines[k]) for i in marked}
-
-
 LOOPS_OF_VECTORS = {
-    "sums of whole tensors": (rules.LARS, torch.float32, {}),
-    "a choice that is made once per row": (rules.AdamP, torch.bfloat16, {}),
-    "the same, of narrow state": (rules.AdamP, torch.float32, dict(storage="bfloat16_sr")),
+    "sums of whole tensors": (rules.LARS, torch.float32, {}, "int k = 0; k < lanes", "for_lanes("),
+    "a choice that is made once per row": (
+        rules.AdamP,
+        torch.bfloat16,
+        {},
+        "int64_t c = 0; c < n",
+        "each(n1",
+    ),
+    "of narrow state, too": (
+        rules.AdamP,
+        torch.float32,
+        {"storage": "bfloat16_sr"},
+        "int64_t c = 0; c < n",
+        "each(n1",
+    ),
+    "much in a loop": (
+        rules.Prodigy,
+        torch.float32,
+        {"storage": "int8"},
+        "int64_t c = 0; c < n",
+        "each(length",
+    ),
 }
+"""By rule: how a loop of the skeleton begins, and how generated code calls for it."""
 
 
-@pytest.mark.skipif(
-    "clang" in toolchain.compiler().version, reason="it is gcc that tells which loops have vectors"
-)
+@pytest.mark.skipif("clang" in toolchain.compiler().version, reason="gcc tells which loops have vectors")
 @pytest.mark.parametrize("case", LOOPS_OF_VECTORS)
 def test_loops_have_vectors(tmp_path, case):
     """Where gcc leaves it at single numbers, or undoes the loop first, a step takes two to four times as long."""
-    rule, dtype, options = LOOPS_OF_VECTORS[case]
+    rule, dtype, options, loop, call = LOOPS_OF_VECTORS[case]
     param = torch.nn.Parameter(torch.ones(64, 80, dtype=dtype))
     param.grad = torch.ones_like(param)
     opt = rule([param], backend="cpp", **options)
     for _ in range(3):
         opt.step()
-    whole = cpp.source(skeleton("cpu.cpp"), opt.kernel_source())
+    bodies = re.split(r"(?m)^(?=// .*\nusing T =)", opt.kernel_source())
+    body = next(text for text in reversed(bodies) if call in text)
+    whole = cpp.source(skeleton("cpu.cpp"), body)
     said = compile_alone(whole, tmp_path, "-fopt-info-vec-optimized")
-    found = {int(n) for n in re.findall(r"kernel\.cpp:(\d+):\d+: optimized: loop vectorized", said)}
-    generated = whole.index("using T =")
-    used = {
-        n for n in loops(whole) if "lanes" in whole.splitlines()[n - 1] or n > whole.count("\n", 0, generated)
-    }
-    assert used and used <= found
+    places = re.findall(r"kernel\.cpp:(\d+):\d+: optimized: loop vectorized", said)
+    lines = whole.splitlines()
+    assert sum(f"for ({loop};" in lines[int(n) - 1] for n in places) >= body.count(call) > 0
 
 
 def test_source_wants_one_place_for_the_body():

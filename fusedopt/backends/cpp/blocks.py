@@ -327,7 +327,7 @@ class Blocks(blocks.Blocks):
         elif lanes:
             head, tail = [f"for_lanes(0, {length}, [&](int64_t c, int lane) {{"], "});"
         else:
-            head, tail = ["FUSEDOPT_INDEPENDENT", f"for (int64_t c = 0; c < {length}; ++c) {{"], "}"
+            head, tail = [f"each({length}, [&](int64_t c) FUSEDOPT_INLINE {{"], "});"
         return [*head, *indent([*at, *inner]), tail]
 
     def total(self, i: int) -> str:

@@ -76,8 +76,10 @@ class Lines(Blocks):
                 *part.code,
                 *(f"f{i}[k] = {self.name(i)};" for i in kept),
             ]
-            across = [] if part.places else ["FUSEDOPT_INDEPENDENT"]
-            body += [*across, "for (int64_t k = 0; k < lines; ++k) {", *indent(inner), "}"]
+            if part.places:
+                body += ["for (int64_t k = 0; k < lines; ++k) {", *indent(inner), "}"]
+            else:
+                body += ["each(lines, [&](int64_t k) FUSEDOPT_INLINE {", *indent(inner), "});"]
         return [*arrays, *body]
 
     def _needed_by(self, part: _Part) -> set[int]:
