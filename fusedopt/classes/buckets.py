@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -162,6 +162,9 @@ class ClassGroups:
             for name, value in group.items():
                 if name != "params":
                     yield name, -1, value, name, value, float("-inf")
+
+    def settle(self, todo: Sequence[Item]) -> None:
+        """Nothing: a class begins its state itself, before kernels step."""
 
     def hand_over(self, item: Item) -> Callable[[], None]:
         flat = item.flat if isinstance(item, ClassItem) else {}

@@ -17,7 +17,7 @@ import torch
 from ..callback import GROUPS_OWN, arguments_of, defaults_of
 from ..extension import leaf
 from ..step import transforms
-from ..step.items import Item
+from ..step.items import Item, settled
 from ..step.memory import check_memory
 from ..step.scaling import Scaling
 from ..trace.signature import Modes
@@ -354,6 +354,12 @@ class ParamGroups:
             self._held.param_groups[group]
         )  # an entry that they ignore is somebody's note, and no argument
         return {self.called(k): v for k, v in dict(live).items() if not roles.ignores(k)}
+
+    def settle(self, todo: Sequence[Item]) -> None:
+        """Wait for the device to know what state has begun; what has not is as if it had never been."""
+        for item in todo:
+            for key in settled(item):
+                self.state[item.home].pop(self.stored(key), None)
 
     def hand_over(self, item: Item) -> Callable[[], None]:
         """What puts an item's state into ``opt.state``."""

@@ -24,14 +24,14 @@ from ..ir.program import Buffer, Program
 from ..trace.number import Scalar
 from ..trace.purity import calls_total, sources_of
 from ..trace.replay import Replay, can_replay
-from ..trace.signals import NeedsAttribute, Untraceable
+from ..trace.signals import Begins, NeedsAttribute, Untraceable
 from ..trace.signature import Signature, is_plain, static_of, structure_of
 from ..trace.snapshot import Snapshot, same_constant
 from ..trace.sources import seeks_extremes
 from ..trace.tracer import Trace, trace
 from . import externs, sharded
 from .history import History
-from .items import Item
+from .items import Item, has_flag
 from .verdicts import ActsAfterAll, Verdicts
 
 MAX_STRUCTURES = 32
@@ -199,6 +199,8 @@ class Buckets:
                 plans += [plan] if plan.items else []
                 bucket = [item for item, fused in zip(bucket, fuses, strict=True) if not fused]
             unfused += map(sharded.unfused, bucket)
+        if self.backend != "reference" and any(map(has_flag, unfused)):
+            raise Begins  # callbacks that run eagerly are to find what has begun
         return plans, unfused
 
     def traced(

@@ -14,6 +14,7 @@ import torch
 
 from ..backends import Kernel
 from ..extension import leaf
+from ..trace.signals import Begins
 from . import items, launching, sharded, sharing, totals, transforms
 from .bound import MOST, RECENT, BoundStep, Steps, Unbound, unbindable
 from .buckets import Bucket, Buckets
@@ -109,6 +110,9 @@ class Engine:
                     break
                 except ActsAfterAll:  # from the beginning, in the order of a plain loop
                     continue
+                except Begins:
+                    assert groups is not None  # without them nothing is traced
+                    groups.settle(todo)
             self._say(plans, copies)
         except BaseException:
             self.buckets.verdicts.restore(saved)
@@ -216,7 +220,10 @@ class Engine:
         """Plans for parameters that have no gradient now, as far as kernels of these plans step them when they have."""
         known = {id(plan.known) for plan in plans}
         usable = [item for item in resting if items.dense(item.param) and item.walkable()]
-        found = [plan for _, plan in self.buckets.traced(usable)]
+        try:
+            found = [plan for _, plan in self.buckets.traced(usable)]
+        except Begins:  # they are asked when they step
+            return []
         return [
             plan
             for plan in found
@@ -241,6 +248,10 @@ class Engine:
         try:
             plans, _ = self.buckets.prepare(sharded.localized(todo))
         except ActsAfterAll:
+            return self.foresee(todo)
+        except Begins:
+            for item in todo:
+                items.settled(item)
             return self.foresee(todo)
         counts: dict[Kernel, int] = {}
         for round_ in range(max((len(plan.known.rounds) for plan in plans), default=0)):

@@ -219,6 +219,7 @@ class Groups(Protocol):
     def numbers_of(self, group: int) -> Sequence[int]: ...
     def entries(self, p: torch.Tensor) -> Iterator[tuple[Any, bool, Any, str, Any]]: ...
     def places(self, group: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any, Any, float]]: ...
+    def settle(self, todo: Sequence[Item]) -> None: ...
     def hand_over(self, item: Item) -> Callable[[], None]: ...
     def resting(
         self, stepped: list[Item], scaling: Scaling, among: Container[int] | None = None
@@ -373,12 +374,7 @@ def work_copies(todo: list[Item], transformed: bool) -> list[tuple[Item, Item]]:
 def _is_ordinary(item: Item) -> bool:
     """Whether its tensors are ordinary ones of one compute dtype."""
     dtype = item.param.dtype
-    if (
-        type(item) is not Item
-        or item.param.numel() == 0
-        or any(isinstance(k, str) and k.startswith(STARTED) for k in item.state)
-        or dtype != compute_dtype(dtype)
-    ):
+    if type(item) is not Item or item.param.numel() == 0 or has_flag(item) or dtype != compute_dtype(dtype):
         return False
     return all(t.dtype == dtype and type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(item))
 
@@ -397,6 +393,20 @@ def _clones(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
     if hasattr(torch, "_foreach_clone"):  # torch 2.13 has it
         return torch._foreach_clone(tensors) if tensors else ()
     return [t.detach().clone() for t in tensors]
+
+
+def has_flag(item: Item) -> bool:
+    """Whether only the device knows what of its state has begun."""
+    return any(isinstance(k, str) and k.startswith(STARTED) for k in item.state)
+
+
+def settled(item: Item) -> list[str]:
+    """Take from the item's state what `begun` leaves out: afterwards it has begun, or is new. Returns the keys."""
+    gone = [k for k in item.state if k not in begun(item.state)]
+    for key in gone:
+        del item.state[key]
+    item.alike = None if gone else item.alike
+    return gone
 
 
 def begun(state: Mapping[str, Any], called: Callable[[str], str] = str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Run:
         return self.signature.device
 
     def slot(self, x: Number | Scalar) -> int:
-        """A number as a value. Plain numbers are told apart by where they occur, never by what they are."""
+        """A number as a value. Plain numbers are told apart by where they occur, not by what they are."""
         if isinstance(x, Number) and x.program is self.scalars:
             return self.graph.leaf("slot", x.index)
         x = x.value if isinstance(x, Number) else x  # one kept from an earlier step is a plain number
@@ -95,9 +95,13 @@ class Run:
         if self.constants:
             return self.graph.leaf("const", float(x))
         self.raw += 1
-        return self.graph.leaf(
-            "slot", self.scalars.entry(("raw", self.callback, tuple(self.taken), self.raw), x)
-        )
+        key = "raw", self.callback, tuple(self.taken), self.raw
+        index = self.scalars.entry(key, x)
+        if repr(self.scalars.values[index]) != repr(
+            x
+        ):  # the first step has another number there than later ones
+            index = self.scalars.entry((*key, repr(x)), x)
+        return self.graph.leaf("slot", index)
 
     def constant(self, x: float) -> SymTensor:
         return SymTensor(self, self.graph.leaf("const", x), None)

@@ -60,6 +60,10 @@ class Mismatched(Untraceable):
     matrix = False
 
 
+class Begins(Signal):
+    """State begins beside other state of which only the device knows whether it has begun: sign again with that."""
+
+
 class NeedsAttribute(Signal):
     """A callback read an attribute that the signature does not hold yet: sign again with it."""
 

@@ -23,7 +23,7 @@ from .cuts import Cuts, Externs, alone, cut, key_of, numbered
 from .externs import EXTERN, Calls, Kept, Result
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Matrix, Pass, alike, either, is_number, load
-from .signals import NeedsAttribute, Untraceable
+from .signals import Begins, NeedsAttribute, Untraceable
 from .signature import CODES, FACTOR, FOUND_INF, HERE_IN_ORDER, STARTED, Foreign, Signature, stored_dtype
 from .totals import BUFFER, Total
 
@@ -104,7 +104,7 @@ def trace(
     for found in signature.resolved():
         try:
             return traced(callbacks, found, *args, **kwargs)
-        except NeedsAttribute:
+        except (Begins, NeedsAttribute):
             raise
         except (Untraceable, Exception) as error:
             first = first or error
@@ -127,7 +127,8 @@ def traced(
 
     State keys that are missing are traced twice: as they are, and with the new tensors as inputs. If the second,
     fed zeros, is the first, the first step and all later ones share a program, and the buffers start as zeros.
-    Where steps may be skipped, a state flag on the device tells the two apart instead (see ``STARTED``).
+    Where steps may be skipped, a state flag on the device tells the two apart instead (see ``STARTED``); raises Begins
+    where the state has one already, and more begins.
     ``work``: for work copies, between eager callbacks, so a changed gradient is stored and new state is not rounded.
     ``keeps``: other callbacks follow, so temporary values are stored, too.
     ``lasting``: of each callback, whether it finds constants around it alone, so that it has made all tensors itself.
@@ -163,6 +164,8 @@ def traced(
         k: _created(a[k], graph, signature.compute if work else dtype, signature)
         for k, dtype in asked.items()
     }
+    if flag and created:
+        raise Begins
     if work:  # what callbacks have just made may have got another dtype, as a policy of storage gives it
         seen = {
             k: signature.seen(k, v) for k, v in old.items() if isinstance(v, Buffer) and v.kind == ELEMENT

@@ -59,13 +59,13 @@ def assert_alike(ours, plain, row=None):
         torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
 
 
-def scaled_step(opt, params, grads, found=False, scale=SCALE):
+def scaled_step(opt, params, grads, found=False, scale=SCALE, extra=None):
     """A step as GradScaler takes it; ``found``: a gradient is infinite."""
     give(params, grads, scale)
     if found:
         params[0].grad.view(-1)[0] = torch.inf
     opt.grad_scale, opt.found_inf = (torch.tensor(x, device=DEVICE) for x in (scale, float(found)))
-    opt.step()
+    opt.step(**({"extra": extra} if extra else {}))
     del opt.grad_scale, opt.found_inf
 
 
@@ -287,6 +287,80 @@ def test_state_that_starts_as_a_clone_may_start_between_two_programs(compiled):
 def undefaulted(p, count=None, **_):
     p.data.sub_(p.grad.data)
     return {"count": 1 if count is None else count + 1}
+
+
+def drifting(p, lr, decay, slow=None, fast=None, hessian=None, **_):
+    """What is there first is a copy; ``fast`` begins when there is a decay or an extra tensor."""
+    out = {"slow": p.data.clone() if slow is None else slow}
+    if hessian is not None or decay:
+        seen = p.grad.data if hessian is None else hessian
+        out["fast"] = seen.clone() if fast is None else fast.mul_(0.5).add_(seen, alpha=0.25)
+        p.data.sub_(out["fast"], alpha=lr)
+    p.data.sub_((p.data - out["slow"]) * 0.1 + p.grad.data, alpha=lr)
+    return out
+
+
+def mean_of_steps(p, mean=None, **_):
+    return {"mean": p.data.clone() if mean is None else mean * 0.5 + p.data * 0.5}
+
+
+BEGINNINGS = {
+    "a hyperparameter": lambda opt: opt.param_groups[0].update(decay=1.0),
+    "another callback": lambda opt: opt.cbs.append(mean_of_steps),
+    "outside of a step": lambda opt: opt.apply(mean_of_steps),
+    "from the start": None,
+}
+
+
+@pytest.mark.parametrize("skipped", [(), (0, 1, 2, 3), (3,)], ids=["none", "all", "the first of it"])
+@pytest.mark.parametrize("how", BEGINNINGS)
+def test_state_may_begin_later_than_other_state(how, skipped, compiled):
+    """Of the older, the device alone knows whether it has begun; what is new starts as if there were no scaler."""
+
+    def run(backend):
+        (p,) = params = parameters(shapes=[(5,)])
+        decay = 1.0 if BEGINNINGS[how] is None else 0.0
+        opt = fusedopt.Optimizer(params, drifting, lr=0.1, decay=decay, amp_fused=True, backend=backend)
+        for t, grads in enumerate(gradients(7, shapes=[(5,)])):
+            if t == 3 and BEGINNINGS[how] is not None:
+                BEGINNINGS[how](opt)
+            scaled_step(opt, params, grads, found=t in skipped)
+        return [p.detach(), *(opt.state_dict()["state"][0][k] for k in sorted(opt.state_dict()["state"][0]))]
+
+    with torch.no_grad():
+        found, wanted = run(compiled), run("reference")
+    assert len(found) == len(wanted) > 1
+    torch.testing.assert_close(found, wanted)
+
+
+def test_extra_tensors_may_come_later_than_other_state(compiled):
+    def run(backend):
+        (p,) = params = parameters(shapes=[(5,)])
+        opt = fusedopt.Optimizer(params, drifting, lr=0.1, decay=0.0, amp_fused=True, backend=backend)
+        for t, grads in enumerate(gradients(6, shapes=[(5,)])):
+            given = {} if t < 2 else {"hessian": [torch.full((5,), 2.0, device=DEVICE)]}
+            scaled_step(opt, params, grads, found=t == 2, extra=given)
+        return [p.detach(), opt.state[p]["slow"], opt.state[p]["fast"]]
+
+    torch.testing.assert_close(run(compiled), run("reference"))
+
+
+def from_the_first_gradient(p, lr, mean=None, **_):
+    """The numbers that later steps have come before those that all have."""
+    mean = p.grad.data.clone() if mean is None else mean.mul_(0.5).add_(p.grad.data, alpha=0.5)
+    p.data.sub_(mean, alpha=lr).sub_(p.data * 0.1, alpha=lr)
+    return {"mean": mean}
+
+
+def test_first_steps_and_later_ones_have_numbers_of_their_own(compiled):
+    def run(backend):
+        (p,) = params = parameters(shapes=[(5,)])
+        opt = fusedopt.Optimizer(params, from_the_first_gradient, lr=0.1, amp_fused=True, backend=backend)
+        for t, grads in enumerate(gradients(5, shapes=[(5,)])):
+            scaled_step(opt, params, grads, found=t in (0, 3))
+        return [p.detach(), opt.state[p]["mean"]]
+
+    torch.testing.assert_close(run(compiled), run("reference"))
 
 
 def test_a_count_that_starts_nowhere_is_named_and_still_right(compiled):
