@@ -14,7 +14,7 @@ import torch
 from ..ir.ops import ELEMENT, TENSOR
 from ..ir.program import Buffer
 from ..trace.axes import Dims, regrouped, sizes
-from ..trace.methods import Extreme, seen
+from ..trace.methods import Extreme, scale_last, seen
 from ..trace.number import Number
 from ..trace.run import Run
 from ..trace.signals import Untraceable
@@ -290,7 +290,14 @@ def _like(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     options = {
         k: 1.0 if k in _SCALARS and type(v) is Symbolic else mapped(_meta, v) for k, v in kwargs.items()
     }
-    return func(*mapped(_meta, args), **options)
+    try:
+        return func(*mapped(_meta, args), **options)
+    except RuntimeError:
+        taken = [1.0 if type(x) is Symbolic and x.meta.dim() == 0 else x for x in args[1:]]
+        if all(a is b for a, b in zip(taken, args[1:], strict=True)):
+            raise
+        # Tensors where torch takes numbers, which those on meta do not have: clamp(0.0, tensor).
+        return func(_meta(args[0]), *mapped(_meta, taken), **options)
 
 
 _SCALARS = frozenset({"alpha", "value", "min", "max"})
@@ -336,9 +343,10 @@ def _is_poison(x: Any) -> bool:
 
 
 def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    x = args[0]
     in_place = name.endswith("_") and not name.endswith("__")
     base = name[:-1] if in_place and name not in METHODS else name
+    args, kwargs = scale_last(base, args, kwargs)  # before torch is asked, whose meta tensors have no number to give
+    x = args[0]
     tensors = [t for t in flat((args, kwargs)) if type(t) is Symbolic]
     if name in ("stack", "cat") and not (
         matrices.of_one(tensors) and matrices.calls(name, base, tensors, None)

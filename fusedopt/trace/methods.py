@@ -62,13 +62,25 @@ def _times(value: Any, x: SymTensor) -> SymTensor:
     return x if type(value) is int and value == 1 else _binary("mul")(lift(x.run, value), x)
 
 
-def _scale_first(method: Callable[..., SymTensor], operands: int, scale: str) -> Callable[..., SymTensor]:
-    """Also torch's deprecated signature, in which the factor is no keyword and comes first: ``add(alpha, other)``."""
+_SCALES = {"add": (1, "alpha"), "sub": (1, "alpha"), "addcmul": (2, "value"), "addcdiv": (2, "value")}
+"""What has a factor, which is no keyword and comes first in torch's deprecated signature, ``add(alpha, other)``, with
+how many operands it has beside the tensor."""
 
-    def either_way(x: SymTensor, *args: Any, **kwargs: Any) -> SymTensor:
-        if len(args) == operands + 1 and scale not in kwargs:
-            return method(x, *args[1:], **{scale: args[0]})
-        return method(x, *args, **kwargs)
+
+def scale_last(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments, the tensor first, with a factor of the deprecated signature as the keyword that it is now."""
+    operands, scale = _SCALES.get(name, (0, ""))
+    if scale and len(args) == operands + 2 and scale not in kwargs:
+        return (args[0], *args[2:]), kwargs | {scale: args[1]}
+    return args, kwargs
+
+
+def _scale_first(name: str, method: Callable[..., SymTensor]) -> Callable[..., SymTensor]:
+    def either_way(*args: Any, **kwargs: Any) -> SymTensor:
+        args, kwargs = scale_last(name, args, kwargs)
+        return method(*args, **kwargs)
 
     return either_way
 
@@ -443,8 +455,8 @@ _NO_METHODS = ("expand", "as_float", "where", "to_bfloat16", "to_float16")
 METHODS |= {op.name: method(op) for op in OPS.values() if op.name not in _NO_METHODS}
 METHODS |= {f"bitwise_{name}": _bitwise(f"logical_{name}") for name in ("and", "or", "xor", "not")}
 METHODS |= {
-    "add": _scale_first(_add, 1, "alpha"),
-    "sub": _scale_first(_sub, 1, "alpha"),
+    "add": _scale_first("add", _add),
+    "sub": _scale_first("sub", _sub),
     "rsub": lambda x, other: _sub(lift(x.run, other), x),
     "div": _div,
     "rdiv": lambda x, other: _div(lift(x.run, other), x),
@@ -452,8 +464,8 @@ METHODS |= {
     "rfloor_divide": lambda x, other: _floor_divide(as_float(lift(x.run, other)), x),
     "remainder": _remainder,
     "rremainder": lambda x, other: _remainder(as_float(lift(x.run, other)), x),
-    "addcmul": _scale_first(_addcmul, 2, "value"),
-    "addcdiv": _scale_first(_addcdiv, 2, "value"),
+    "addcmul": _scale_first("addcmul", _addcmul),
+    "addcdiv": _scale_first("addcdiv", _addcdiv),
     "lerp": _lerp,
     "pow": _pow,
     "rpow": lambda x, other: _binary("pow")(lift(x.run, other), x),

@@ -320,12 +320,18 @@ def starts_over(self, p, g, s):
     p.sub_(p.grad, alpha=g["lr"] / (1 + s["wait"]))
 
 
+def bounded_by_a_norm(self, p, g, s):
+    """Torch takes the number of a tensor that is given where another argument is a number."""
+    norm = p.grad.norm()
+    p.sub_(p.grad.clamp(-1.0, norm * 0.1).add_(p.clamp(-norm, 0.5)), alpha=g["lr"])
+
+
 COMPLETE = [
     state_of_a_view, rows, factored, centralized, as_matrix, largest_of_rows, spread_of_columns,
     plain, operators, momentum, adam, tensor_count, count_in_group, count_on_self, own_schedule, float_and_int,
     trust_ratio, branch_on_norm, branch_on_read_number, read_number, replaces_state, number_in_state, writes_gradient,
     writes_through_out, flat_view, mask, tensor_of_a_number, stacked_norms, nested_helper, asks_for_its_device,
-    counts_down, starts_over,
+    counts_down, starts_over, bounded_by_a_norm,
 ]  # fmt: skip
 
 
@@ -335,6 +341,21 @@ def test_it_fuses_and_does_what_the_class_does(one, missing):
     opt = compared(rule(one), steps=12, missing=missing)
     explained = opt.explain()
     assert explained.launches and not explained.eager, explained
+
+
+def factor_first(self, p, g, s):
+    m = s.setdefault("m", torch.zeros_like(p))
+    m.mul_(0.9).add_(0.1, p.grad)
+    ratio = p.norm() / m.norm()
+    p.add_(-g["lr"] * ratio, m).sub_(ratio * 1e-3, p)
+    p.addcmul_(ratio * 1e-3, m, m).addcdiv_(ratio * -1e-3, m, m.abs() + 1)
+    p.copy_(torch.add(p, ratio * 1e-4, m))
+
+
+@pytest.mark.filterwarnings("ignore:This overload of:UserWarning")
+def test_a_factor_that_comes_first_may_be_a_tensor():
+    opt = compared(rule(factor_first))
+    assert opt.explain().launches and not opt.explain().eager
 
 
 def test_state_goes_along_dimensions_that_a_view_makes_one():
