@@ -96,14 +96,19 @@ class Constant:
 
     def __init__(self, value: torch.Tensor) -> None:
         self.value = value.detach()
-        content = value.numpy(force=True).tobytes() if value.numel() <= 1 << 20 else id(value)
-        self.key = value.dtype, value.shape, content
+        self.key = value.dtype, value.shape, _bytes(self.value) if value.numel() <= 1 << 20 else id(value)
 
     def __hash__(self) -> int:
         return hash(self.key)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Constant) and self.key == other.key
+
+
+def _bytes(value: torch.Tensor) -> bytes:
+    """What a tensor holds, in any dtype: numpy has no bfloat16."""
+    plain = value.cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return bytes(plain.view(-1).view(torch.uint8).numpy())
 
 
 Ref = Given | Result | Kept | Constant

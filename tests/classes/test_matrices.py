@@ -219,6 +219,19 @@ def test_calls_are_in_the_class_s_dtype(dtype):
         assert torch.allclose(a, b, atol=1e-12 if dtype == torch.float64 else 0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_calls_take_constants_of_narrow_dtypes(dtype):
+    def shifted(self, p, g, s):
+        u = (p.grad / p.grad.norm()).to(dtype)
+        a = torch.addmm(torch.ones(len(p), len(p), dtype=dtype), u, u.mT) + torch.eye(len(p), dtype=dtype)
+        p.sub_((a @ u).to(p.dtype), alpha=g["lr"])
+
+    kind = rule(shifted)
+    (theirs, _), (ours, opt) = (run(kind, steps=4, fuse=f, shapes=SHAPES[1:4]) for f in (False, True))
+    assert opt.explain().calls and not opt.explain().eager, opt.explain()
+    assert all(torch.allclose(a, b, atol=1e-2) for a, b in zip(theirs, ours, strict=True))
+
+
 @needs_extension
 def test_repeated_steps_take_no_python_for_each_tensor():
     _, opt = run(rule(lists), steps=8, shapes=SHAPES)
