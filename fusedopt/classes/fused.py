@@ -35,6 +35,7 @@ from . import amp
 from .buckets import ClassGroups, StepBuckets, Waits
 from .capture import FIRST, Captures, refuse
 from .check import Sample
+from .reach import LIBRARIES
 from .shadow import OURS, NewState
 from .stored import plain
 from .stores import stores_of
@@ -316,17 +317,13 @@ class Fused:
 
 
 def _where_raised(error: BaseException) -> str:
-    """The innermost place in code that is not ours or torch's."""
+    """The innermost place in code that is no library's, but for torch's own classes."""
     found = ""
     trace = error.__traceback__
     while trace is not None:
         frame = trace.tb_frame
         module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith("torch.optim.") or module.split(".")[0] not in (
-            "fusedopt",
-            "torch",
-            "contextlib",
-        ):
+        if module.startswith("torch.optim.") or module.split(".")[0] not in LIBRARIES:
             found = place_in(frame.f_code, trace.tb_lineno)
         trace = trace.tb_next
     return found

@@ -8,7 +8,6 @@ import ctypes
 import functools
 import io
 import queue
-import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..trace.signals import STANDARD
 from ..trace.signature import PLAIN
 from ..trace.snapshot import is_data
 from ..trace.sources import content_of
 
-LIBRARIES = frozenset(
-    {"torch", "numpy", "fusedopt", "importlib", "_frozen_importlib", *sys.stdlib_module_names}
-)
+LIBRARIES = STANDARD | {"torch", "numpy", "fusedopt"}
 DEPTH, MOST = 6, 2000
 """How many steps away, and how many objects in all and in a container, are looked at."""
 _LEAVES = (*PLAIN, complex, torch.Tensor, torch.nn.Module, types.FunctionType, types.BuiltinFunctionType)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import datetime
 import gc
+import inspect
 import os
 import random
 import sys
@@ -42,8 +43,8 @@ _CALLS: dict[Any, str] = {
     builtins.input: "asks its user",
     builtins.globals: "asks for its globals",
     builtins.locals: "asks for its locals",
-    sys._getframe: "asks who calls it",
 }
+_CALLS |= dict.fromkeys([sys._getframe, inspect.currentframe, inspect.stack], "asks who calls it")
 _CLOCKS = "time perf monotonic process thread localtime gmtime strftime ctime asctime".split()  # noqa: SIM905
 _CALLS |= {
     getattr(time, name): "reads the clock"
@@ -89,7 +90,7 @@ _ABSENT = object()
 def _beyond(module: str, frame: types.FrameType) -> str | None:
     """What a library's function does that a replay would not do again, as far as that is known of its module."""
     top = module.split(".")[0]
-    if top == "torch" and (what := _CODES.get(frame.f_code)) is not None:
+    if (what := _CODES.get(frame.f_code)) is not None:
         return what
     if module == "torch.nn.modules.module" and frame.f_code.co_name in _PARAMETERS:
         return "goes over a module's parameters, and not those it is given"

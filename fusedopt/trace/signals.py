@@ -10,6 +10,8 @@ from typing import Any
 
 _raised = threading.local()
 _OURS = ("fusedopt.trace", "fusedopt.ir", "fusedopt.classes")
+STANDARD = sys.stdlib_module_names | {"_frozen_importlib", "typing_extensions"}
+"""Python's own modules, and one that puts functions of its own into ``typing``."""
 
 
 class Signal(BaseException):
@@ -73,7 +75,7 @@ class NeedsAttribute(Signal):
 
 
 def _caller(inner: tuple[str, ...] = _OURS) -> types.FrameType:
-    """The innermost frame outside this package's tracer."""
+    """The innermost frame outside this package's tracer and Python's own modules."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_within(frame.f_globals.get("__name__", ""), inner):
         frame = frame.f_back
@@ -83,7 +85,7 @@ def _caller(inner: tuple[str, ...] = _OURS) -> types.FrameType:
 def _is_within(module: str, inner: tuple[str, ...]) -> bool:
     """Whether code of this module is passed over. Rules of torch's are somebody's code, too."""
     rule = module.startswith("torch.optim.") and module != "torch.optim.optimizer"
-    return module.startswith(inner) and not rule
+    return (module.startswith(inner) or module.partition(".")[0] in STANDARD) and not rule
 
 
 def place_of(code: types.CodeType, line: int) -> str:

@@ -4,15 +4,19 @@ import array
 import collections
 import copy
 import ctypes
+import dataclasses
 import enum
 import fractions
 import functools
 import operator
+import statistics
 import types
+import typing
 
 import numpy as np
 import pytest
 import torch
+import typing_extensions
 
 import fusedopt
 
@@ -439,10 +443,56 @@ def test_parameters_of_a_class_that_a_step_may_ask_for_are_the_class_s_own():
 
 
 @pytest.mark.parametrize(
-    "call", ["datetime.datetime.now()", "time.localtime()", "os.urandom(1)", "os.stat('.')"]
-)
+    "call",
+    [
+        "datetime.datetime.now()", "time.localtime()", "os.urandom(1)", "os.stat('.')",
+        "sys._getframe(1)", "inspect.currentframe()", "inspect.stack()",
+    ],
+)  # fmt: skip
 def test_a_step_that_asks_for_what_changes_by_itself_is_the_class_s_own(call):
     space = {}
-    exec(f"import datetime, os, time\ndef read(self, group):\n    {call}\n    return 1.0", space)
+    exec(f"import datetime, inspect, os, sys, time\ndef read(self, group):\n    {call}\n    return 1.0", space)
     _, opt = trained(space["read"], True, put(), put())
     assert not opt.explain().launches and opt.explain().eager
+
+
+def subscripted(self, group):
+    return typing.cast(typing.List[typing.Tuple[float, int]], [(1.0, 2)])[0][0]  # noqa: UP006
+
+
+def annotated(self, group):
+    def helper(x: typing.Dict[str, float]) -> typing_extensions.Annotated[typing.List[float], 1]:  # noqa: UP006
+        return x["a"]
+
+    return helper({"a": 1.0})
+
+
+def makes_types(self, group):
+    class Pair(typing.NamedTuple):
+        x: float
+
+    class Kind(typing.Generic[typing.TypeVar("T")]):
+        pair = Pair(1.0)
+
+    @dataclasses.dataclass
+    class Data:
+        pair: Pair
+
+    return Data(Kind[int]().pair).pair.x * enum.Enum("E", ["ONE"]).ONE.value
+
+
+@pytest.mark.parametrize("read", [subscripted, annotated, makes_types], ids=lambda f: f.__name__)
+def test_types_may_be_made_in_a_step(read):
+    """Libraries ask then who calls them, for the name of a module."""
+    _, opt = trained(read, True, put(), put())
+    assert opt.explain().launches and not opt.explain().eager, opt.explain()
+
+
+def adds_up(self, group):
+    return statistics.mean([group["params"][0].grad.norm().item(), 1.0])
+
+
+def test_a_reason_within_a_library_has_the_place_where_it_was_called():
+    _, opt = trained(adds_up, True, put(), put())
+    (eager,) = opt.explain().eager
+    assert eager.reason.startswith(f"test_reads.py:{adds_up.__code__.co_firstlineno + 1}: "), eager.reason
