@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
@@ -313,12 +314,14 @@ class Waits(Exception):
 
 class StepBuckets(Buckets):
     """``waits``: how many steps without a known trace are not traced; ``closure``: whether the next step is given one;
-    ``known_kinds``: whether the last trace was of parameters of the same kinds as one before."""
+    ``known_kinds``: whether the last trace was of parameters of the same kinds as one before; ``compiling``: seconds of
+    this thread that went into compiling."""
 
     def __init__(self, groups: ClassGroups, title: str, options: Options, scaling: Scaling) -> None:
         super().__init__([], options.backend, title, None)
         self.groups, self.options, self.scaling = groups, options, scaling
         self.closure, self.traces_made, self.known_kinds, self.waits = False, 0, False, 0
+        self.compiling = 0.0
         self.read: Any = None
         self._hosts: dict[Any, list[tuple[Host, list[CompiledTrace]]]] = {}
         self._current: list[tuple[tuple[Any, ...], CompiledTrace]] = []
@@ -406,7 +409,9 @@ class StepBuckets(Buckets):
                 )
             if any(map(sharded.is_shard, items)) and (looks := _beyond_parts(trace)):
                 raise Untraceable(f"{looks} of a tensor that is spread over processes")
+        began = time.thread_time()
         compiled = [self._compiled(trace) for trace in step.traces]
+        self.compiling += time.thread_time() - began
         for (items, _), one in zip(buckets, compiled, strict=True):
             whole = any(map(sharded.looks_at_all, [one.trace.program, *one.trace.rounds]))
             if any(not item.fuses(one.backend, whole=whole) for item in items):

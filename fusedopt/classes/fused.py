@@ -49,7 +49,8 @@ may be left unpaid (`PAID`)."""
 PAID = 1 / 16
 """The part of a trace that a step pays for by being one that is known."""
 DEAR = 2.0
-"""Seconds that traces may take before they count as several."""
+"""Seconds that traces may take before they count as several: of this thread, without what compilers take, so that
+neither a slow one nor a busy machine counts. The first trace counts as one."""
 UNKNOWN = "it was not traced yet: the first step makes the class's state, and the second one is. Remedy: take two steps"
 BEFORE = "no parameter has a gradient before its closure is called: later steps may be fused"
 REMEDY = "nothing is wrong, it is as fast as without fusedopt; docs/classes.md says what fuses"
@@ -74,7 +75,8 @@ class Fused:
         self.given_up = options.backend == "reference"
         self.reason, self._why = REFERENCE if self.given_up else "", ""
         self._misses = self._steps = self._failures = self._asked = 0
-        self._owed = self._took = 0.0
+        self._traces = 0
+        self._owed = self._took = self._spent = 0.0
         self._new_trace = False
         self.said: set[Any] = set()
 
@@ -121,7 +123,7 @@ class Fused:
         host: Any = self.engine.read
         host.write(vars(opt), functools.partial(self._total, opt))
         if self._new_trace:  # now that the step is done, as warnings may be errors
-            self._miss(opt, self.engine.steps.why, self._took)
+            self._miss(opt, self.engine.steps.why, self._took if self._traces > 1 else 0.0)
         repeated, self._new_trace = not self._new_trace, False
         # What another step would do, which may be to draw numbers, is not done twice.
         if sample is not None and repeated and (sample.whole or not host.sums):
@@ -248,7 +250,7 @@ class Fused:
     @torch.no_grad()
     def _traceable(self, opt: torch.optim.Optimizer, use: Callable[[list[Item]], Any]) -> bool:
         """Use what there is to step. False, with the reason noted, if that has no trace."""
-        made, began = self.buckets.traces_made, time.perf_counter()
+        made, began = self.buckets.traces_made, time.thread_time() - self.buckets.compiling
         try:
             self.buckets.wait()
             todo = self.groups.items(self.scaling)
@@ -256,7 +258,8 @@ class Fused:
                 raise NewState("no parameter has a gradient", traced=False)
             use(todo)
             if self.buckets.traces_made > made:
-                self._new_trace, self._took = True, time.perf_counter() - began
+                self._new_trace, self._took = True, time.thread_time() - self.buckets.compiling - began
+                self._traces, self._spent = self._traces + 1, self._spent + self._took
             return True
         except Waits:
             self.reason = self._why
@@ -282,8 +285,14 @@ class Fused:
         most = RETRACES if self.buckets.known_kinds or self.reason else KINDS
         if self._misses >= most or self._owed >= KINDS:
             if not self.reason:
-                self.reason = f"each step is another one: {why}. Remedy: {REMEDY}"
+                self.reason = self._another(opt, why)
             self._give_up(opt)
+
+    def _another(self, opt: torch.optim.Optimizer, why: str) -> str:
+        """Why no more steps are traced, of which each had a trace."""
+        place = place_of(inspect.unwrap(plain_function(type(opt).step)))
+        count = f"{self._traces} of {self._steps} steps were traced anew, in {self._spent:.1f} s"
+        return f"{place}: each step is another one{why and f': {why}'}; {count}. Remedy: {REMEDY}"
 
     def _described(self, opt: torch.optim.Optimizer, error: BaseException) -> str:
         inside = getattr(error, "inside", False)  # the class's code, on its shadow

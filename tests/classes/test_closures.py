@@ -3,6 +3,8 @@
 import enum
 import math
 import random
+import re
+import time
 import warnings
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from test_fuse import Base
 
 import fusedopt
+from fusedopt import backends
+from fusedopt.classes import fused
 
 pytestmark = pytest.mark.filterwarnings("ignore:fusedopt. .* runs as it was written")
 pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
@@ -233,6 +237,44 @@ def test_a_step_that_is_another_one_every_few_is_given_up_with_a_word(every):
             opt.step(closure)
     assert math.isclose(p[0].item(), 1.0 - 100 * opt.param_groups[0]["lr"], rel_tol=1e-4)
     assert any("each step is another one: self.note" in str(w.message) for w in said)
+
+
+def stepped(opt, p, steps):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            p.grad = torch.ones(3)
+            opt.step()
+    return [str(each.message) for each in said]
+
+
+def test_one_trace_is_not_too_dear_and_several_are(monkeypatch):
+    monkeypatch.setattr(fused, "DEAR", 1e-9)
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = fusedopt.fuse(torch.optim.SGD([p], lr=0.01))
+    assert not stepped(opt, p, 20) and opt.explain().launches
+    opt.param_groups[0]["maximize"] = True
+    (said,) = stepped(opt, p, 20)
+    place = r"sgd\.py:\d+: each step is another one: .*maximize"
+    assert re.search(place + r".*; 2 of \d+ steps were traced anew, in \d+\.\d s\. Remedy: ", said), said
+
+
+def test_what_compilers_take_does_not_make_traces_dear(monkeypatch):
+    compile_program = backends.compile_program
+
+    def slowly(*args):
+        until = time.thread_time() + 0.5
+        while time.thread_time() < until:
+            pass
+        return compile_program(*args)
+
+    monkeypatch.setattr(backends, "compile_program", slowly)
+    monkeypatch.setattr(fused, "DEAR", 0.5 / fused.KINDS)
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = fusedopt.fuse(torch.optim.SGD([p], lr=0.01))
+    stepped(opt, p, 5)
+    opt.param_groups[0]["maximize"] = True
+    assert not stepped(opt, p, 5) and opt.explain().launches
 
 
 def test_one_that_is_another_one_seldom_is_not():
