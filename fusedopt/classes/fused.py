@@ -29,17 +29,16 @@ from ..step.scaling import Scaling
 from ..step.verdicts import Eager
 from ..storage.policy import PARAM, POLICIES, chosen, of
 from ..trace.signals import Untraceable
-from ..trace.signals import place_of as place_in
 from ..trace.totals import Total
 from . import amp
 from .buckets import ClassGroups, StepBuckets, Waits
 from .capture import FIRST, Captures, refuse
 from .check import Sample
-from .reach import LIBRARIES
 from .shadow import OURS, NewState
 from .stored import plain
 from .stores import stores_of
 from .tracing import Options, plain_function
+from .watch import where_raised
 
 RETRACES = 3
 """Steps in a row that have to be traced anew, or that have no trace, after which none is tried any more."""
@@ -296,7 +295,7 @@ class Fused:
 
     def _described(self, opt: torch.optim.Optimizer, error: BaseException) -> str:
         inside = getattr(error, "inside", False)  # the class's code, on its shadow
-        where = (inside and getattr(error, "where", "")) or (inside and _where_raised(error))
+        where = (inside and getattr(error, "where", "")) or (inside and where_raised(error))
         where = where or place_of(inspect.unwrap(plain_function(type(opt).step)))
         text = (
             str(error) if isinstance(error, (Untraceable, NewState)) else f"{type(error).__name__}: {error}"
@@ -323,19 +322,6 @@ class Fused:
             leaf.native is None,
         )
         return dataclasses.replace(found, held=held(self.groups.kept())) if self.options.storage else found
-
-
-def _where_raised(error: BaseException) -> str:
-    """The innermost place in code that is no library's, but for torch's own classes."""
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        frame = trace.tb_frame
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith("torch.optim.") or module.split(".")[0] not in LIBRARIES:
-            found = place_in(frame.f_code, trace.tb_lineno)
-        trace = trace.tb_next
-    return found
 
 
 def _called_once(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:

@@ -31,7 +31,7 @@ from .shadow import Meeting, Path, Reads, Shadow, shown
 from .stores import in_stores, rebuilt, stores_of, whole_of
 from .sums import StepRun, Sums, new_step, of_step, settled, totals_in
 from .symbolic import Symbolic, TensorNumber, made, tracing
-from .watch import Watch
+from .watch import Watch, after_branch
 
 Bucket = tuple[list[Item], Signature]
 REPRESENTATIVES = 2
@@ -537,6 +537,9 @@ def _run(
         raise
     except BaseException as error:
         watch.check()
+        branched = step.taken or any(r.run.taken for r in representatives)
+        if branched and (why := after_branch(error)) is not None:
+            raise why from error
         error.inside = True  # type: ignore[attr-defined]
         raise
     finally:

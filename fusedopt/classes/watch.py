@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import builtins
 import datetime
+import dis
 import gc
 import inspect
 import os
 import random
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable, Container, Iterable
 from typing import Any
@@ -85,6 +87,7 @@ _ASKING = frozenset(
 _PARAMETERS = frozenset(["parameters", "named_parameters", "_named_members"])
 _CODES = {f.__code__: what for f, what in _CALLS.items() if isinstance(f, types.FunctionType)}
 _ABSENT = object()
+RAISES = "look at the loss or at gradients before the step, and take this out of it; or leave it: it is right as it is"
 
 
 def _beyond(module: str, frame: types.FrameType) -> str | None:
@@ -318,8 +321,37 @@ def _same_items(now: list[Any], was: list[Any]) -> bool:
     return all(a is b for a, b in zip(now, was, strict=True))
 
 
-def _untraceable(message: str, where: str) -> Untraceable:
-    error = Untraceable(message)
+def _untraceable(message: str, where: str, remedy: str = "") -> Untraceable:
+    error = Untraceable(message, remedy)
     error.where = where
     error.inside = True  # type: ignore[attr-defined]
     return error
+
+
+def where_raised(error: BaseException) -> str:
+    """The innermost place in code that is no library's, but for torch's own classes."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if _is_somebodys(frame, "torch.optim."):
+            found = place_of(frame.f_code, line)
+    return found
+
+
+def _is_somebodys(frame: types.FrameType, *but: str) -> bool:
+    """Whether it is no library's, but for these modules."""
+    return str(frame.f_globals.get("__name__", "")).startswith(but) or not _is_library(frame)
+
+
+def after_branch(error: BaseException) -> Untraceable | None:
+    """What to say of an error from a step that took branches on tensors, both ways of which are tried; None if no
+    statement of the step raised it: that a call fails is no matter of branches."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not isinstance(error, Exception):
+        return None
+    operation = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
+    if operation != "RAISE_VARARGS" or not _is_somebodys(trace.tb_frame, "torch.optim.", "torch.nn.utils."):
+        return None
+    what = f"a branch on the values of tensors leads to `raise {error!r}`, which kernels cannot do"
+    return _untraceable(what, where_raised(error), RAISES)

@@ -616,6 +616,51 @@ def test_what_does_not_fuse_is_the_classs_own_step_and_said_once(one):
     assert len(mine) == 1 and eager.reason in mine[0]
 
 
+def raises_on_a_norm(self, p, g, s):
+    if not torch.isfinite(p.grad.norm()):
+        raise RuntimeError("hit nan")
+    p.sub_(p.grad, alpha=g["lr"])
+
+
+def raises_on_a_sum(self, p, g, s):
+    if p.grad.sum().item() > 1e9:
+        raise ValueError
+    p.sub_(p.grad, alpha=g["lr"])
+
+
+def clips_or_raises(self, p, g, s):
+    torch.nn.utils.clip_grad_norm_([p], 0.5, error_if_nonfinite=True)
+    p.sub_(p.grad, alpha=g["lr"])
+
+
+RAISING = {
+    raises_on_a_norm: (2, "RuntimeError('hit nan')"),
+    raises_on_a_sum: (2, "ValueError()`"),
+    clips_or_raises: (1, "RuntimeError('The total norm"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fusedopt. .* runs as it was written")
+@pytest.mark.parametrize("one", RAISING, ids=lambda f: f.__name__)
+def test_a_branch_that_may_raise_is_said_to_be_one(one):
+    line, error = RAISING[one]
+    (eager,) = compared(rule(one)).explain().eager
+    place = f"test_fuse.py:{one.__code__.co_firstlineno + line}: "
+    assert eager.reason.startswith(f"{place}a branch on the values of tensors leads to `raise {error}"), eager
+
+
+@pytest.mark.filterwarnings("ignore:fusedopt. .* runs as it was written")
+def test_a_call_that_fails_beside_a_branch_is_what_fails():
+    def fails_on_its_shadow(self, p, g, s):
+        scale = 1.0 if p.grad.norm() > 1 else 2.0
+        p.sub_(p.grad, alpha=g["lr"] * scale)
+        if type(p) is not torch.nn.Parameter:
+            {}["key"]
+
+    (eager,) = compared(rule(fails_on_its_shadow)).explain().eager
+    assert "leads to" not in eager.reason and "KeyError: 'key'" in eager.reason, eager
+
+
 @pytest.mark.filterwarnings("ignore:fusedopt")
 def test_a_step_that_mixes_parameters_is_told_so():
     def mixes(self, p, g, s):
