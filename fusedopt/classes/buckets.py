@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import time
 import weakref
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence, Sized
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from ..step.scaling import Scaling
 from ..step.sharded import Shard, Whole, here, is_dtensor, is_replicated
 from ..trace.replay import Replay
 from ..trace.signals import NeedsAttribute, Untraceable
-from ..trace.signature import Signature, is_plain
+from ..trace.signature import Opaque, Signature, is_plain
 from ..trace.tracer import Trace
 from .check import difference
 from .host import Host, bucket_key, numbers_of_host
@@ -393,8 +393,7 @@ class StepBuckets(Buckets):
             raise Waits
         opt = self.groups.opt
         for _, signature in buckets:
-            if not is_plain(v for _, v in signature.state):
-                raise Untraceable("the state holds other things than tensors, numbers and flags")
+            _look_at_state(signature)
         self.traces_made += 1
         self.known_kinds = bool(known)
         seen = [([*map(sharded.unfused, items)], signature) for items, signature in buckets]
@@ -461,6 +460,22 @@ class StepBuckets(Buckets):
             which = f"group{path[1][1]}." if len(groups) > 1 else ""
             return which + str(path[2][1]) + "".join(f"[{key!r}]" for _, key in path[3:])
         return shown(path)
+
+
+def _look_at_state(signature: Signature) -> None:
+    """Raise Untraceable for a value of the state that may change in ways that nobody sees."""
+    for key, value in signature.state:
+        if not is_plain([value]):
+            raise Untraceable(
+                f"the state {key!r} is {_called(value.value if isinstance(value, Opaque) else value)}, and state is "
+                "tensors, numbers, texts and flags, at most in one dict, list or object"
+            )
+
+
+def _called(value: Any) -> str:
+    kind, empty = type(value), isinstance(value, Sized) and not len(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"an empty {name}" if empty else f"a {name}"
 
 
 def _writes_elsewhere(trace: Trace, items: list[Item]) -> bool:

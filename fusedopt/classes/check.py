@@ -333,7 +333,7 @@ def _rounds_otherwise(
     a: torch.Tensor, b: torch.Tensor, start: torch.Tensor, dtype: torch.dtype, limit: float
 ) -> bool:
     """Whether elements are further apart by one ulp only: torch's loop over the last ones of a tensor rounds more often
-    than the one over vectors. That as a whole they went less far than the class's, or further, is no matter of rounding.
+    than the one over vectors. That all in all they went less far than the class's, or further, is not rounding's doing.
     """
     info, size = torch.finfo(dtype), torch.maximum(torch.maximum(a.abs(), b.abs()), start.abs())
     ulp = torch.exp2(size.clamp(min=info.smallest_normal).log2().floor()) * info.eps

@@ -1,5 +1,6 @@
 """`fusedopt.fuse` on small classes of our own: each construct is what the class itself does, or is announced."""
 
+import collections
 import copy
 import functools
 import inspect
@@ -9,6 +10,7 @@ import math
 import pickle
 import queue
 import random
+import re
 import threading
 import time
 import types
@@ -845,6 +847,27 @@ def test_a_wrong_kernel_of_narrow_floats_is_not_used(wrong, dtype, size, monkeyp
         opt.step()
     assert not opt.explain().launches
     assert "what kernels would do differs from what the step does" in opt.explain().eager[0].reason
+
+
+VALUES = {
+    "a tuple": (1, 2), "a torch.Size": torch.Size([2]), "a set": {1}, "an empty dict": {}, "an empty list": [],
+    "a numpy.float64": np.float64(1.0), "a collections.deque": collections.deque([1]), "a function": helped,
+}  # fmt: skip
+VALUES |= {"a list": [[1]], "a dict": {"inner": {"m": 1.0}}}
+
+
+@pytest.mark.filterwarnings("ignore:fusedopt. .* runs as it was written")
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_value_of_the_state_that_nobody_watches_is_named(kind):
+    def keeps(self, p, g, s):
+        s.setdefault("k", copy.deepcopy(VALUES[kind]))
+        p.sub_(p.grad, alpha=g["lr"])
+
+    _, opt = run(rule(keeps))
+    (eager,) = opt.explain().eager
+    assert re.search(rf"the state ['\"]k\S* is {kind}, and state is tensors, numbers", eager.reason), (
+        eager.reason
+    )
 
 
 # ---------------------------------------------------------------- options, closures, and what is asked of optimizers

@@ -451,7 +451,9 @@ def test_parameters_of_a_class_that_a_step_may_ask_for_are_the_class_s_own():
 )  # fmt: skip
 def test_a_step_that_asks_for_what_changes_by_itself_is_the_class_s_own(call):
     space = {}
-    exec(f"import datetime, inspect, os, sys, time\ndef read(self, group):\n    {call}\n    return 1.0", space)
+    exec(
+        f"import datetime, inspect, os, sys, time\ndef read(self, group):\n    {call}\n    return 1.0", space
+    )
     _, opt = trained(space["read"], True, put(), put())
     assert not opt.explain().launches and opt.explain().eager
 
