@@ -466,9 +466,10 @@ def _look_at_state(signature: Signature) -> None:
     """Raise Untraceable for a value of the state that may change in ways that nobody sees."""
     for key, value in signature.state:
         if not is_plain([value]):
+            what = _called(value.value if isinstance(value, Opaque) else value)
             raise Untraceable(
-                f"the state {key!r} is {_called(value.value if isinstance(value, Opaque) else value)}, and state is "
-                "tensors, numbers, texts and flags, at most in one dict, list or object"
+                f"the state {key!r} is {what}, and state is tensors, numbers, texts and flags, at most in one dict, "
+                "list or object"
             )
 
 

@@ -99,7 +99,10 @@ def _zip(*iterables: Any, strict: bool = False) -> Any:
     lists = [x for x in iterables if isinstance(x, (list, tuple)) and x]
     some = {len(x) for x in lists if type(_place(0, next(iter(x)))) is not int}
     if some and any(len(x) not in some for x in lists):
-        raise Untraceable("the step pairs parameters with a list of another length")
+        raise Untraceable(
+            "the step pairs parameters, a few of which stand for all, with what is beside them in another list",
+            "keep what belongs to a parameter in its state: self.state[p]",
+        )
     return zip(*iterables, strict=strict)
 
 

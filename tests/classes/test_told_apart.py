@@ -363,3 +363,21 @@ def test_stateless_parameters_whose_gradients_come_and_go_are_stepped_without_wo
     steps = str(opt.explain())
     warm, _, every = steps[steps.index("steps: ") + 7 :].split()[:3]
     assert int(warm) >= int(every) - 3, steps
+
+
+def test_lists_beside_the_parameters_are_said_to_be_that():
+    """They are as long as that of parameters; a trace has fewer of these."""
+
+    def from_their_starts(self, group):
+        group.setdefault("starts", [p.clone() for p in group["params"]])
+        for p, start in zip(group["params"], group["starts"], strict=True):
+            p.copy_(start.sub(p.grad, alpha=group["lr"]))
+
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(5)]
+    opt = fusedopt.fuse(kind(from_their_starts)(params))
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.ones(3)
+        opt.step()
+    (eager,) = opt.explain().eager
+    assert "pairs parameters" in eager.reason and "in another list. Remedy: keep" in eager.reason, eager
