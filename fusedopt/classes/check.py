@@ -313,14 +313,14 @@ def _closeness(values: list[Any]) -> float:
 
 
 def _close(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor | None, close: float) -> bool:
-    dtype, a, b = b.dtype, a.detach().cpu().double(), b.double()
+    dtype, a, b = b.dtype, a.detach().cpu().double(), b.cpu().double()
     if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
         return False
     finite = torch.isfinite(b)
     a, b = a[finite], b[finite]
     if not b.numel() or torch.equal(a, b):
         return True
-    start = None if start is None else start.double()[finite]
+    start = None if start is None else start.cpu().double()[finite]
     largest = float(b.abs().max())
     moved = largest if start is None else float((b - start).abs().max())
     limit = 10 * close * moved + close * 1e-2 * largest
