@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -267,6 +267,8 @@ class ParamGroups:
                 found = self.state_of(p, g, modes.on_device)
                 check_state(p, dict(self.state.get(p, {})), g, i)
                 given = self._given(p, g, i, {**found, **hyper})
+                if self._unsettled(p, g, (grad, *given.values())):
+                    found = self.state_of(p, g, modes.on_device)
                 own = modes._replace(given=tuple(given)) if given else modes
                 item = Item(p.detach() if pretend else p, grad, {**found, **given}, (g, i), hyper, own)
                 todo.append(item)
@@ -336,7 +338,9 @@ class ParamGroups:
                 if p.grad is None and self.state.get(p):
                     if g not in hypers:
                         hypers[g] = self.hypers(group)
-                    state, given = self.state_of(p, g, modes.on_device), self._given(p, g, i, {})
+                    given = self._given(p, g, i, {})
+                    self._unsettled(p, g, given.values())
+                    state = self.state_of(p, g, modes.on_device)
                     own = modes._replace(given=tuple(given)) if given else modes
                     found.append(Item(p, p.detach(), {**state, **given}, (g, i), hypers[g], own))
         return found
@@ -360,6 +364,13 @@ class ParamGroups:
         for item in todo:
             for key in settled(item):
                 self.state[item.home].pop(self.stored(key), None)
+
+    def _unsettled(self, p: torch.Tensor, group: int, beside: Iterable[torch.Tensor]) -> bool:
+        """Whether policies of storage had to store a parameter's state anew, for what else there is in this step."""
+        found, state = self._held.param_groups[group], self.state.get(p)
+        if not self.around or not state or not found.get(storing.HYPER):
+            return False
+        return not storing.settled(p, beside, state, found, self)
 
     def hand_over(self, item: Item) -> Callable[[], None]:
         """What puts an item's state into ``opt.state``."""

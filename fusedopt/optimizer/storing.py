@@ -104,18 +104,57 @@ def as_stored(p: torch.Tensor, state: Mapping[str, Any], storage: str, groups: P
     if MASTER in state:
         there[PARAM] = state[MASTER]
     for name, value in there.items():
-        policy = of(storage, name) if ":" not in name and functions.is_whole(p, value) else None
-        found = POLICIES.get(policy or "")
-        if policy is None or found is None or p.dtype == torch.float64:
+        if (policy := _fitting(p, name, value, storage)) is None:
             continue
-        if p.numel() < found.least:
-            policy, found = SMALL, POLICIES[SMALL]
-        if name == PARAM and p.dtype != found.code:
-            continue
-        parts = _split(found, value)
+        parts = _split(POLICIES[policy], value)
         made = dict(zip([name, *keys(name, policy)], parts, strict=True))
         out |= {groups.stored(key): part for key, part in made.items() if key != PARAM}
     return out
+
+
+def settled(
+    p: torch.Tensor, beside: Iterable[Any], state: dict[str, Any], group: dict[str, Any], groups: ParamGroups
+) -> bool:
+    """Whether a parameter's state is stored as a step of these dtypes reads and writes it; it is from here on.
+
+    Dtypes change from step to step: a model is cast, a gradient comes in float64. Where something is float64 no
+    policy is in use, and one of parameters is for a single dtype: what is in such a one would be decoded in every
+    step, and not encoded again.
+
+    beside: what there is in the step besides parameter and state: its gradient, and extra tensors
+    """
+    there = {t.dtype for t in (p, *beside, *state.values()) if isinstance(t, torch.Tensor) and t.dim()}
+    wide = torch.float64 in there
+    over = {k: v for k, v in parted(state).items() if wide or (k == PARAM and p.dtype != POLICIES[v].code)}
+    late = {} if wide else _late(p, state, group, groups)
+    if not over and not late:
+        return True
+    stored = {key for name, policy in over.items() for key in (name, *keys(name, policy))} & state.keys()
+    numbers = plain(p, {key: state.pop(key) for key in stored})
+    if MASTER in numbers:
+        p.data.copy_(numbers.pop(MASTER))
+    state |= numbers | as_stored(p, late, group[HYPER], groups)
+    return False
+
+
+def _late(
+    p: torch.Tensor, state: Mapping[str, Any], group: dict[str, Any], groups: ParamGroups
+) -> dict[str, Any]:
+    """State in plain tensors that a policy has several for."""
+    found, ignores = parted(state), groups.roles(group).ignores
+    whole = {k: v for k, v in state.items() if k not in found and not ignores(k)}
+    policies = {k: _fitting(p, groups.called(k), v, group[HYPER]) for k, v in whole.items()}
+    return {k: state[k] for k, policy in policies.items() if policy and len(dtypes(POLICIES[policy])) > 1}
+
+
+def _fitting(p: torch.Tensor, name: str, value: Any, storage: str) -> str | None:
+    """The policy that numbers are stored in, None if they stay as they are."""
+    policy = of(storage, name) if name and ":" not in name and functions.is_whole(p, value) else None
+    if policy is None or policy not in POLICIES or p.dtype == torch.float64:
+        return None
+    if p.numel() < POLICIES[policy].least:
+        policy = SMALL
+    return None if name == PARAM and p.dtype != POLICIES[policy].code else policy
 
 
 def _split(policy: Any, value: Any) -> list[torch.Tensor]:

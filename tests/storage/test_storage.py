@@ -737,6 +737,67 @@ def test_another_policy_for_what_is_stored_is_refused():
         assert_same_bits(p.detach(), old)
 
 
+def cast(p, dtype):
+    """The parameter in another dtype, with a gradient of ones."""
+    p.grad = None
+    p.data = p.data.to(dtype)
+    p.grad = torch.ones_like(p)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["bf16+16", "bf16+8", "kahan", "master"])
+def test_a_parameter_of_another_dtype_takes_in_what_was_beside_it_once(name, dtype, backend):
+    p = nn.Parameter(torch.linspace(-1, 1, 5000).bfloat16())
+    opt = optim.SGD([p], lr=1e-4, storage={"param": name, "*": "float32"}, backend=backend)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    value = opt.state_dict()["state"][0]["param:master"]
+    assert not torch.equal(value, p.float())
+    cast(p, dtype)
+    opt.param_groups[0]["lr"] = 0.0
+    for _ in range(3):
+        opt.step()
+    assert_same_bits(p.detach(), value.to(dtype))
+    assert not any(key.startswith("param:") for key in opt.state[p])
+    cast(p, torch.bfloat16)
+    opt.step()
+    assert_same_bits(p.detach(), value.to(dtype).bfloat16())
+    assert any(key.startswith("param:") for key in opt.state[p])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("what", ["parameter", "gradient", "state", "extra"])
+@pytest.mark.parametrize("name", ["int8", "bf16+8", "kahan"])
+def test_where_something_is_float64_state_is_stored_as_numbers(name, what, backend):
+    def step(opt, p, wide):
+        other = torch.float64 if wide else torch.float32
+        if what == "parameter":
+            cast(p, other)
+        p.grad_dtype = None
+        p.grad = torch.ones_like(p, dtype=other if what == "gradient" else p.dtype)
+        if what == "state":
+            opt.state[p]["double"] = torch.zeros_like(p, dtype=other)
+        opt.step(**({"extra": {"more": [torch.zeros_like(p, dtype=other)]}} if what == "extra" else {}))
+
+    def momentum(p, lr, mean=None, double=None, more=None, **kwargs):
+        mean = (0.0 if mean is None else mean * 0.9) + p.grad.to(torch.float32)
+        p.data.sub_(mean, alpha=lr)
+        return {"mean": mean.to(torch.float32)}
+
+    p, q = (nn.Parameter(torch.zeros(5000)) for _ in range(2))
+    opt = fusedopt.Optimizer([p], momentum, lr=0.1, storage={"mean": name}, backend=backend)
+    theirs = torch.optim.SGD([q], lr=0.1, momentum=0.9)
+    for t in range(9):
+        step(opt, p, wide := t in (3, 4, 7))
+        q.grad = torch.ones_like(q)
+        theirs.step()
+        assert (f"mean:{name}" in opt.state[p]) is not wide
+        assert opt.state[p]["mean"].dtype == (torch.float32 if wide else POLICIES[name].code)
+    torch.testing.assert_close(p.detach().float(), q.detach(), rtol=1e-4, atol=0)
+
+
 def test_state_of_small_tensors_is_float32_whatever_their_parameter_is():
     params, opt = run(RULES["AdamW"], {"param": "bf16+16", "*": "int8"}, torch.bfloat16, "cpp")
     for p in params:
