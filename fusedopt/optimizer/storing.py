@@ -12,7 +12,7 @@ import torch
 from ..callback import arguments_of, keys_made, looked_up
 from ..storage import functions
 from ..storage.callbacks import SMALL, decode, dtypes, encode, encoded, keys, parted
-from ..storage.policy import OTHERS, PARAM, POLICIES, choice, chosen, of
+from ..storage.policy import OTHERS, PARAM, POLICIES, Policy, choice, chosen, of
 
 if TYPE_CHECKING:
     from .groups import ParamGroups
@@ -106,6 +106,8 @@ def as_stored(p: torch.Tensor, state: Mapping[str, Any], storage: str, groups: P
     for name, value in there.items():
         if (policy := _fitting(p, name, value, storage)) is None:
             continue
+        if name == PARAM:
+            value = _beside(p, value, POLICIES[policy])
         parts = _split(POLICIES[policy], value)
         made = dict(zip([name, *keys(name, policy)], parts, strict=True))
         out |= {groups.stored(key): part for key, part in made.items() if key != PARAM}
@@ -155,6 +157,19 @@ def _fitting(p: torch.Tensor, name: str, value: Any, storage: str) -> str | None
     if p.numel() < POLICIES[policy].least:
         policy = SMALL
     return None if name == PARAM and p.dtype != POLICIES[policy].code else policy
+
+
+def _beside(p: torch.Tensor, value: Any, policy: Policy) -> Any:
+    """The numbers that a parameter stands for, those that it has rounded otherwise than this policy would moved to it.
+
+    Policies take different ones of two codes equally near. The rest is stored beside the parameter's own, so it has to
+    be the rest of that one, and the next number towards it has this code in all of them.
+    """
+    x, own = (_here(t.detach()).to(torch.float32) for t in (value, p))
+    for nearer in (x.nextafter(own), own):
+        code = encoded(policy, x, None)[0].to(policy.code).to(torch.float32)
+        x = torch.where((code != own) & ((own - x).abs() <= (code - x).abs()), nearer, x)
+    return functions.part_of(x, value)
 
 
 def _split(policy: Any, value: Any) -> list[torch.Tensor]:

@@ -737,6 +737,38 @@ def test_another_policy_for_what_is_stored_is_refused():
         assert_same_bits(p.detach(), old)
 
 
+PARTED = [
+    name
+    for name, found in POLICIES.items()
+    if found.params and found.rest and found.code == torch.bfloat16 and not found.noisy
+]
+
+
+@pytest.mark.filterwarnings("ignore:group 0 of the checkpoint was stored as")
+@pytest.mark.parametrize("old", PARTED)
+@pytest.mark.parametrize("new", PARTED)
+def test_a_checkpoint_of_another_policy_is_of_the_parameter_as_it_is(old, new):
+    half = torch.tensor([1 + k / 256 for k in range(256)])  # each is, or is halfway between, two of bfloat16
+    value = torch.cat([half, -half, torch.zeros(4)])
+    p = nn.Parameter(value.bfloat16())
+    opt = optim.SGD([p], lr=1.0, storage={"param": old})
+    p.grad = (p - value).bfloat16()
+    opt.step()
+    value, rounded = opt.state_dict()["state"][0]["param:master"].clone(), p.detach().clone()
+    assert ((value - p).abs() * 256 >= 1 / 2).sum() > 200  # half of the distance, but for what 8 bits lack
+    q = nn.Parameter(rounded.clone())
+    other = optim.SGD([q], lr=1.0, storage={"param": new})
+    other.load_state_dict(opt.state_dict())
+    assert_same_bits(q.detach(), rounded)
+    q.grad = torch.zeros_like(q)
+    for _ in range(2):
+        other.step()
+    now = other.state_dict()["state"][0]["param:master"]
+    torch.testing.assert_close(now, value, rtol=2.0**-15, atol=0)
+    if old == new:
+        assert_same_bits(now, value)
+
+
 def cast(p, dtype):
     """The parameter in another dtype, with a gradient of ones."""
     p.grad = None
