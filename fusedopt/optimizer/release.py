@@ -341,9 +341,10 @@ class GradientRelease:
 
     def _use_share(self, opt: Optimizer, batch: Batch, scaling: Scaling) -> None:
         """Step, or measure, those of a batch that have a gradient."""
+        buckets = opt.look_at_groups().buckets if self._measuring else opt.engine.buckets
         engine = batch.engine
-        if engine is None or engine.buckets is not opt.engine.buckets:
-            engine = Engine(opt.engine.buckets, frozenset(batch.params))
+        if engine is None or engine.buckets is not buckets:
+            engine = Engine(buckets, frozenset(batch.params))
         if self._measuring:
             with torch.no_grad():
                 engine.measure(opt.groups.items(scaling, among=engine.among), scaling)

@@ -1088,6 +1088,56 @@ def test_what_gradients_are_multiplied_by_ends_with_what_said_so(amp_fused):
     assert_same(run(False), run(True))
 
 
+@pytest.mark.parametrize("own", ["nothing", "sign", "average"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_group_that_is_added_later_is_measured_by_its_own_callbacks(own, scaled):
+    def descent(p, lr, **kwargs):
+        p.data.sub_(p.grad, alpha=lr)
+
+    def sign(p, lr, **kwargs):
+        p.data.sub_(p.grad.sign(), alpha=lr)
+
+    def average(p, lr, mean=None, **kwargs):
+        mean = p.grad if mean is None else mean.lerp(p.grad, 0.5)
+        p.data.sub_(mean, alpha=lr)
+        return {"mean": mean}
+
+    def run(released):
+        a, b, c = (nn.Parameter(torch.linspace(-1, k, 4)) for k in range(3))
+        groups = [{"params": [a]}, {"params": [b], "cbs": [sign]}]
+        opt = fusedopt.Optimizer(groups, descent, lr=0.1, max_grad_norm=1.0)
+        scaler = scaler_of() if scaled else None
+        release = opt.release_gradients(clip="measured", scaler=scaler) if released else None
+
+        def once(params):
+            loss = sum((p * p).sum() for p in params)
+            loss = loss if scaler is None else scaler.scale(loss)
+            if release is not None:
+                with release.measure():
+                    loss.backward(retain_graph=True)
+            loss.backward()
+            if scaler is None:
+                opt.step()
+            else:
+                if not released:
+                    scaler.unscale_(opt)
+                scaler.step(opt)
+                scaler.update()
+            opt.zero_grad()
+
+        once([a, b])
+        theirs = {"sign": {"cbs": [sign]}, "average": {"cbs": [average]}}
+        opt.add_param_group({"params": [c], **theirs.get(own, {})})
+        once([a, b, c])
+        once([a, b, c])
+        return [a, b, c], opt.grad_norm.item()
+
+    (ours, norm), (plain, expected) = run(True), run(False)
+    assert norm == pytest.approx(expected, rel=1e-5)
+    for p, q in zip(ours, plain, strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_what_is_no_longer_clipped_is_stepped_as_it_is():
     def run(released):
         m = net()
