@@ -19,10 +19,12 @@ class FindsDistance(TorchFace):
     def d(self) -> Tensor | float:
         """The estimate that the next step begins with: a 0-d tensor where the parameters are, or ``d0`` before a step.
 
-        Every stepped parameter has it in its state. To print it, or to compare it, waits for the device; ``step()``
-        never does.
+        Every stepped parameter with elements has it in its state. To print it, or to compare it, waits for the device;
+        ``step()`` never does.
         """
-        newest: dict[str, Any] = max(self.state.values(), key=lambda state: state.get("step", 0), default={})
+        # Kernels do not go over parameters without elements, whose numbers stay those that they began with.
+        states = [state for p, state in self.state.of_parameters() if p.numel()]
+        newest: dict[str, Any] = max(states, key=lambda state: state.get("step", 0), default={})
         return newest.get("d", self.param_groups[0]["d0"])
 
 

@@ -434,6 +434,16 @@ def test_d_is_one_tensor_for_all_parameters(make):
     assert {opt.state[p]["d"].item() for p in params} == {opt.d.item()}
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("make", [rules.Prodigy, rules.DAdaptAdam])
+def test_d_is_that_of_parameters_with_elements(make, backend):
+    params = parameters()
+    empty = [torch.nn.Parameter(torch.zeros(0, 4)) for _ in range(2)]
+    alone = descend(make(parameters(), d0=1e-3, backend=backend)).d
+    assert descend(make([empty[0], *params, empty[1]], d0=1e-3, backend=backend)).d == alone > 1e-3
+    assert descend(make(empty, d0=1e-3, backend=backend)).d == 1e-3
+
+
 def test_prodigy_in_half_precision_finds_what_it_does_in_single_if_its_state_is_single():
     def found(dtype):
         opt = rules.Prodigy(parameters(dtype=dtype), d0=1e-2, state_dtype=torch.float32, backend="cpp")
