@@ -23,6 +23,7 @@ from .body import Entries, element_op, summary
 
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16", torch.float16: "half"}
 TYPES |= {torch.int8: "int8_t", torch.uint8: "uint8_t", torch.int16: "int16_t"}
+TYPES |= {torch.int32: "int32_t", torch.int64: "int64_t", torch.bool: "bool"}
 
 
 def render(language: type[Body], program: Program, slot_names: Sequence[str] = (), title: str = "") -> str:

@@ -172,6 +172,21 @@ def test_step_counts_may_be_tensors(backend, capturable):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("seed", [5, 2**24 + 1, 2**53 - 1])
+def test_seeds_may_be_tensors_of_whole_numbers(seed, capturable, backend):
+    def noisy(p, seed, **kwargs):
+        p.data.add_(fusedopt.normal(p, seed=seed, step=0))
+
+    params = [torch.zeros(50, device=DEVICE, requires_grad=True)]
+    seeds = torch.tensor(seed, device=DEVICE)
+    opt = fusedopt.Optimizer(params, [noisy], seed=seeds, lr=0.1, backend=backend, capturable=capturable)
+    give(params)
+    opt.step()
+    assert_same_bits(params[0].detach(), expected_noise(params[0], seed, 0, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_with_sums_along_rows_and_over_all_parameters(backend):
     """A kernel with several axes, and rounds before it, which draw the same numbers again."""
 

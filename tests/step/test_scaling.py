@@ -606,6 +606,23 @@ def test_one_kernel_serves_both_sides_of_a_branch_on_the_step(compiled):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
+def test_a_tensor_learning_rate_may_be_a_whole_number(dtype, backend):
+    ours, plain = parameters(), parameters()
+    number = torch.tensor(2, dtype=dtype, device=DEVICE)
+    opt = optim.AdamW(ours, lr=number, capturable=True, backend=backend)
+    twin = optim.AdamW(plain, lr=2.0, capturable=True, backend=backend)
+    for t, grads in enumerate(gradients(4)):
+        for params, o in ((ours, opt), (plain, twin)):
+            give(params, grads)
+            o.step()
+        number.fill_(t % 2)
+        twin.param_groups[0]["lr"] = float(t % 2)
+    for p, q in zip(ours, plain, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tensor_learning_rate_is_read_where_it_is(backend):
     ours, plain = parameters(), parameters()
     lr = torch.tensor(0.1, device=DEVICE)
