@@ -41,7 +41,8 @@ class Policy(ABC):
     for each element, or None where numbers are to be rounded to the nearest (when a checkpoint is loaded). What it
     returns is rounded to ``code`` and ``rest`` when it is stored; for integer types these must be whole numbers in
     their range. ``decode`` gets what is stored, in the compute type. Zeros must decode to zeros: that is what new state
-    is made of. What is decoded has to be encoded to the same again, or a checkpoint is not exact.
+    is made of. What is decoded has to be encoded to the same again, or a checkpoint is not exact. Attributes cannot be
+    set once the policy is registered.
 
     code: the dtype of what has the tensor's shape, and of a parameter its own
     rest: the dtypes of further tensors of its shape
@@ -60,6 +61,21 @@ class Policy(ABC):
     state: ClassVar[bool] = True
     params: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._stays(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._stays(name)
+        super().__delattr__(name)
+
+    def _stays(self, name: str) -> None:
+        if any(known is self for known in POLICIES.values()):
+            raise AttributeError(
+                f"{name!r} of a policy that is registered cannot change: what is stored would be other numbers then. "
+                "Remedy: register another policy, and make an optimizer with it that loads this one's state_dict()"
+            )
 
     @abstractmethod
     def encode(self, x: Any, noise: Any) -> Any:

@@ -596,6 +596,28 @@ def test_a_code_alone_that_means_other_numbers_is_refused(monkeypatch):
         policy.register("scaled", Scaled())
 
 
+class Scaled(Halved):
+    unit = 1.0
+
+    def __init__(self, unit):
+        self.unit = unit
+
+
+def test_a_policy_stays_as_it_was_registered(monkeypatch):
+    monkeypatch.setattr(policy, "POLICIES", {})
+    one, other = Scaled(2.0), Scaled(2.0)
+    one.unit = 4.0
+    policy.register("scaled", one)
+    with pytest.raises(
+        AttributeError, match=r"'unit' of a policy that is registered cannot change.*register another"
+    ):
+        one.unit = 8.0
+    with pytest.raises(AttributeError, match="cannot change"):
+        del one.unit
+    other.unit = 8.0
+    assert (one.unit, other.unit) == (4.0, 8.0)
+
+
 def test_a_policy_that_does_more_than_compute_is_refused():
     with pytest.raises(ValueError, match=r"a policy may only compute: .*print"):
         policy.register("printing", Printing())
