@@ -179,7 +179,8 @@ class Load:
         for p, (g, _), _ in pairs:
             if p in self.state:
                 chosen = opt.param_groups[g].get(storing.HYPER, "")
-                self.state[p] = storing.as_stored(p, self.state[p], chosen, opt.groups)
+                state = storing.as_stored(p, self.state[p], chosen, opt.groups)
+                self.state[p] = storing.in_dtype(p, state, opt.state_dtype)
         ids = {i for group in saved for i in group["params"]}
         strange = {k: copy.deepcopy(v) for k, v in state_dict["state"].items() if k not in ids}
         return {**state_dict, "param_groups": groups, "state": strange}

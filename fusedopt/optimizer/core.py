@@ -63,7 +63,7 @@ class Optimizer(FastaiFace):
             are handed to the later callbacks of the step alone. ``cb.defaults`` gives hyperparameter defaults.
         backend: ``"auto"`` (by device), ``"cpp"``, ``"cuda"``, ``"triton"``, or ``"reference"`` (the callbacks run
             eagerly). Default: the environment's ``FUSEDOPT_BACKEND``, else auto.
-        state_dtype: storage dtype of new state buffers, whatever dtype the callbacks ask for.
+        state_dtype: storage dtype of state, whatever dtype the callbacks ask for or a checkpoint has.
         storage: how state and parameters are stored: a policy's name (``"bfloat16_sr"``), or a dict from names of
             state, ``"param"`` and ``"*"`` (all other state) to such; see `fusedopt.storage`. A group's may be another.
         state_names: callback argument name → key in ``opt.state[p]``, where they differ.

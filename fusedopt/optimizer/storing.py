@@ -114,6 +114,12 @@ def as_stored(p: torch.Tensor, state: Mapping[str, Any], storage: str, groups: P
     return out
 
 
+def in_dtype(p: torch.Tensor, state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """A parameter's state with its floats, one for each element, in the dtype that was asked for, if one was."""
+    wanted = {k for k, v in state.items() if dtype and functions.is_whole(p, v) and v.is_floating_point()}
+    return {k: v.to(dtype) if k in wanted else v for k, v in state.items()}
+
+
 def settled(
     p: torch.Tensor, beside: Iterable[Any], state: dict[str, Any], group: dict[str, Any], groups: ParamGroups
 ) -> bool:

@@ -12,7 +12,7 @@ from factories import assert_equal
 from torch import nn
 
 import fusedopt
-from fusedopt import adam_step, average_grad, average_sqr_grad, step_stat, table, weight_decay
+from fusedopt import adam_step, average_grad, average_sqr_grad, optim, step_stat, table, weight_decay
 
 SHAPES = ((4,), (3, 5), (), (2, 2))
 VARIANTS = [pytest.param(r, v, id=f"{r.face}-{r.name}-{v.id}") for r in table.rows() for v in r.variants]
@@ -235,6 +235,23 @@ def test_nothing_is_shared_after_loading():
             assert torch.equal(value, state_dict["state"][i][key])
     assert kept["param_groups"] == state_dict["param_groups"]
     assert a.hypers[0]["lr"] == 0.1 and a.state[params[0]]["step"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_loaded_has_the_state_dtype_that_was_asked_for(dtype):
+    params = [p for p in parameters() if p.dim()]
+    theirs = torch.optim.AdamW(params)
+    train(theirs, 2)
+    twins = copied(params)
+    opt = optim.AdamW(twins, state_dtype=dtype)
+    opt.load_state_dict(through_a_file(theirs.state_dict()))
+    for p, q in zip(params, twins, strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert opt.state[q][key].dtype == dtype
+            assert torch.equal(opt.state[q][key], theirs.state[p][key].to(dtype))
+        assert opt.state[q]["step"] == 2
+    train(opt, 1, start=2)
+    assert {opt.state[q]["exp_avg"].dtype for q in twins} == {dtype}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
