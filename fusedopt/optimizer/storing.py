@@ -120,10 +120,10 @@ def in_dtype(p: torch.Tensor, state: Mapping[str, Any], dtype: torch.dtype | Non
     return {k: v.to(dtype) if k in wanted else v for k, v in state.items()}
 
 
-def settled(
+def stored_anew(
     p: torch.Tensor, beside: Iterable[Any], state: dict[str, Any], group: dict[str, Any], groups: ParamGroups
 ) -> bool:
-    """Whether a parameter's state is stored as a step of these dtypes reads and writes it; it is from here on.
+    """Whether a parameter's state was not stored as a step of these dtypes reads and writes it; now it is.
 
     Dtypes change from step to step: a model is cast, a gradient comes in float64. Where something is float64 no
     policy is in use, and one of parameters is for a single dtype: what is in such a one would be decoded in every
@@ -136,13 +136,13 @@ def settled(
     over = {k: v for k, v in parted(state).items() if wide or (k == PARAM and p.dtype != POLICIES[v].code)}
     late = {} if wide else _late(p, state, group, groups)
     if not over and not late:
-        return True
+        return False
     stored = {key for name, policy in over.items() for key in (name, *keys(name, policy))} & state.keys()
     numbers = plain(p, {key: state.pop(key) for key in stored})
     if MASTER in numbers:
         p.data.copy_(numbers.pop(MASTER))
     state |= numbers | as_stored(p, late, group[HYPER], groups)
-    return False
+    return True
 
 
 def _late(
