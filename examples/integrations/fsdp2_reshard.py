@@ -8,6 +8,7 @@ parts that are its own, here all of them.
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 import warnings
 from pathlib import Path
@@ -29,6 +30,10 @@ from torch.distributed.fsdp import fully_shard
 import fusedopt
 
 WORLD, STEPS = 2, 4
+# Processes begin with what takes seconds to import.
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "fusedopt"]
+)
 
 
 def work(
@@ -88,7 +93,8 @@ def train(make) -> Trained:
     """Two processes, then this one alone."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, found = f"{folder}/checkpoint", Path(folder) / "found.pt"
-        torch.multiprocessing.spawn(work, (WORLD, make, folder, 0, None, checkpoint), nprocs=WORLD)
+        given = (WORLD, make, folder, 0, None, checkpoint)
+        torch.multiprocessing.start_processes(work, given, nprocs=WORLD, start_method="forkserver")
         before, _ = torch.load(found)
         opt = work(0, 1, make, folder, STEPS, checkpoint, None)
         after, values = torch.load(found)
