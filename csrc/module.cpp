@@ -86,14 +86,29 @@ void settle(const py::list& params) {
   }
 }
 
-// The first of (dict, name, value) whose dict has another object under the name, where None is as good as nothing; -1 if
-// there is none.
+// What a dict has under a name, or a function itself (code, defaults); null if there is nothing. Borrowed.
+PyObject* held(PyObject* owner, PyObject* name) {
+  static PyObject* const of_functions[] = {
+      PyUnicode_InternFromString("__code__"), PyUnicode_InternFromString("__defaults__"),
+      PyUnicode_InternFromString("__kwdefaults__")};
+  if (PyDict_Check(owner))
+    return PyDict_GetItemWithError(owner, name);
+  if (!PyFunction_Check(owner))
+    throw py::type_error("a dict or a function, a name and a value are wanted");
+  return name == of_functions[0]   ? PyFunction_GET_CODE(owner)
+         : name == of_functions[1] ? PyFunction_GET_DEFAULTS(owner)
+         : name == of_functions[2] ? PyFunction_GET_KW_DEFAULTS(owner)
+                                   : throw py::type_error("of a function: __code__, __defaults__ or __kwdefaults__");
+}
+
+// The first of (dict or function, name, value) that has another object under the name, where None is as good as nothing;
+// -1 if there is none.
 int64_t first_other(const py::list& looked) {
   for (int64_t i = 0; i < static_cast<int64_t>(looked.size()); ++i) {
     PyObject* one = PyList_GET_ITEM(looked.ptr(), i);
-    if (!PyTuple_CheckExact(one) || PyTuple_GET_SIZE(one) != 3 || !PyDict_Check(PyTuple_GET_ITEM(one, 0)))
-      throw py::type_error("a dict, a name and a value are wanted");
-    PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(one, 0), PyTuple_GET_ITEM(one, 1));
+    if (!PyTuple_CheckExact(one) || PyTuple_GET_SIZE(one) != 3)
+      throw py::type_error("a dict or a function, a name and a value are wanted");
+    PyObject* found = held(PyTuple_GET_ITEM(one, 0), PyTuple_GET_ITEM(one, 1));
     if (!found && PyErr_Occurred())
       throw py::error_already_set();
     if ((found ? found : Py_None) != PyTuple_GET_ITEM(one, 2))

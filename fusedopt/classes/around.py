@@ -54,10 +54,10 @@ class Around:
             read = of_cell(cell)
             note(read, "", read("", None), cell)
             self.explore(read("", None), near=near)
-        note(function, "the code of a function", function.__code__, function, "{read}.__code__")
+        note(function, "__code__", function.__code__, function, "the code of a function")
         for which, kind_of in (("__defaults__", "defaults"), ("__kwdefaults__", "named defaults")):
-            what, value = f"the {kind_of} of a function", getattr(function, which)
-            note(function, what, value, function, f"{{read}}.{which}")
+            value = getattr(function, which)
+            note(function, which, value, function, f"the {kind_of} of a function")
             self.explore(value, near=near)
         for name, value in vars(function).items():
             note(vars(function).get, name, value, vars(function))

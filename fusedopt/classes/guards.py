@@ -20,8 +20,8 @@ class Guards:
     """What is noted of it."""
 
     def __init__(self) -> None:
-        self._looked: list[tuple[dict[Any, Any], Any, Any]] = []
-        """What is found in dicts, which is most of it: it takes no code."""
+        self._looked: list[tuple[Any, Any, Any]] = []
+        """What is found in dicts, and what functions have, which is most of it: it takes no code."""
         self._whys: list[str] = []
         self._space: dict[str, Any] = {
             "equal": equal,
@@ -32,24 +32,26 @@ class Guards:
         self._lines = ["  k = leaf.first_other(looked)", "  if k >= 0: return whys[k]"]
         self._told: set[tuple[int, str]] = set()
 
-    def note(self, read: Any, name: Any, value: Any, owner: Any, how: str = "{read}({name}, None)") -> None:
+    def note(self, read: Any, name: Any, value: Any, owner: Any, told_as: str = "") -> None:
         """That what has this name in ``owner`` is this object, and of data that it has not changed.
 
-        ``how``: how ``read`` reads it.
+        ``read``: what reads it, or the function whose attribute it is; ``told_as``: what it is called.
         """
         where = id(owner), name
         if where in self._told:
             return
         self._told.add(where)
-        k, told_as = len(self._space), name or "what a function closes over"
-        told_as = told_as if isinstance(name, str) else "an element"
+        k = len(self._space)
+        if not told_as:
+            told_as = (name or "what a function closes over") if isinstance(name, str) else "an element"
         self._space[f"v{k}"], why = value, f"{told_as} is another one now"
-        if (own := _dict_of(read)) is not None:
+        own = read if isinstance(read, types.FunctionType) and read is owner else _dict_of(read)
+        if own is not None:
             self._looked.append((own, name, value))
             self._whys.append(why)
         else:
             self._space.update({f"r{k}": read, f"n{k}": name})
-            self._lines.append(f"  if {how.format(read=f'r{k}', name=f'n{k}')} is not v{k}: return {why!r}")
+            self._lines.append(f"  if r{k}(n{k}, None) is not v{k}: return {why!r}")
         changed = f"return {told_as!r} ' has changed'"
         if is_data(value) and not is_constant(value) and type(value) in (dict, list, set, tuple):
             self._space[f"w{k}"] = _copied(value)

@@ -102,10 +102,14 @@ def _settle(params: list[Tensor]) -> None:
     """Wait until no other thread is freeing one of these parameters' gradients. (Python cannot tell.)"""
 
 
-def _first_other(looked: list[tuple[dict[Any, Any], Any, Any]]) -> int:
-    """The first of (dict, name, value) whose dict has another object under the name, where None is as good as nothing.
-    -1 if there is none."""
-    return next((k for k, (own, name, value) in enumerate(looked) if own.get(name) is not value), -1)
+def _first_other(looked: list[tuple[Any, Any, Any]]) -> int:
+    """The first of (dict or function, name, value) that has another object under the name, where None is as good as
+    nothing. -1 if there is none. Of a function the names are ``__code__``, ``__defaults__`` and ``__kwdefaults__``."""
+
+    def found(own: Any, name: Any) -> Any:
+        return own.get(name) if isinstance(own, dict) else getattr(own, name)
+
+    return next((k for k, (own, name, value) in enumerate(looked) if found(own, name) is not value), -1)
 
 
 def _run_range(stage: Callable[..., object], launch_ptr: int, bounds: tuple[int, int]) -> None:

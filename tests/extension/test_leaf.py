@@ -332,3 +332,16 @@ def test_first_other(implementation):
     assert implementation.first_other(looked) == 0
     with pytest.raises(TypeError):
         implementation.first_other([({}, [], None)])
+
+    def function(x=one):
+        return x
+
+    values = {name: getattr(function, name) for name in ("__code__", "__defaults__", "__kwdefaults__")}
+    others = {"__code__": (lambda x: None).__code__, "__defaults__": (2,), "__kwdefaults__": {}}
+    looked = [(function, name, value) for name, value in values.items()]
+    assert implementation.first_other(looked) == -1
+    for k, name in reversed([*enumerate(values)]):
+        setattr(function, name, others[name])
+        assert implementation.first_other(looked) == k
+    with pytest.raises((TypeError, AttributeError)):
+        implementation.first_other([(function, "gone", None)])
