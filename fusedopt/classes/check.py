@@ -341,7 +341,7 @@ def _rounds_otherwise(
     leaning = float((apart * moved.sign()).sum().abs())
     by_chance = 2 * math.sqrt(apart.numel())
     one = bool(((a - b).abs() <= ulp.clamp(min=limit)).all())
-    return one and leaning <= 0.5 * float(moved.abs().sum()) + by_chance
+    return one and leaning <= 0.25 * float(moved.abs().sum()) + by_chance
 
 
 def _same_number(a: Any, b: Any) -> bool:

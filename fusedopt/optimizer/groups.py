@@ -267,7 +267,7 @@ class ParamGroups:
                 found = self.state_of(p, g, modes.on_device)
                 check_state(p, dict(self.state.get(p, {})), g, i)
                 given = self._given(p, g, i, {**found, **hyper})
-                if self._stored_anew(p, g, (grad, *given.values())):
+                if not pretend and self._stored_anew(p, g, (grad, *given.values()), known=not modes.bare):
                     found = self.state_of(p, g, modes.on_device)
                 own = modes._replace(given=tuple(given)) if given else modes
                 item = Item(p.detach() if pretend else p, grad, {**found, **given}, (g, i), hyper, own)
@@ -339,7 +339,7 @@ class ParamGroups:
                     if g not in hypers:
                         hypers[g] = self.hypers(group)
                     given = self._given(p, g, i, {})
-                    self._stored_anew(p, g, given.values())
+                    self._stored_anew(p, g, given.values(), known=False)
                     state = self.state_of(p, g, modes.on_device)
                     own = modes._replace(given=tuple(given)) if given else modes
                     found.append(Item(p, p.detach(), {**state, **given}, (g, i), hypers[g], own))
@@ -365,12 +365,15 @@ class ParamGroups:
             for key in settled(item):
                 self.state[item.home].pop(self.stored(key), None)
 
-    def _stored_anew(self, p: torch.Tensor, group: int, beside: Iterable[torch.Tensor]) -> bool:
-        """Whether policies of storage had to store a parameter's state anew, for what else there is in this step."""
+    def _stored_anew(self, p: torch.Tensor, group: int, beside: Iterable[torch.Tensor], known: bool) -> bool:
+        """Whether policies of storage had to store a parameter's state anew, for what else there is in this step.
+
+        ``known``: the gradient is among that. Without it, what is in numbers stays so: it may be for the gradient.
+        """
         found, state = self._held.param_groups[group], self.state.get(p)
         if not self.around or not state or not found.get(storing.HYPER):
             return False
-        return storing.stored_anew(p, beside, state, found, self)
+        return storing.stored_anew(p, beside, state, found, self, known)
 
     def hand_over(self, item: Item) -> Callable[[], None]:
         """What puts an item's state into ``opt.state``."""

@@ -121,7 +121,12 @@ def in_dtype(p: torch.Tensor, state: Mapping[str, Any], dtype: torch.dtype | Non
 
 
 def stored_anew(
-    p: torch.Tensor, beside: Iterable[Any], state: dict[str, Any], group: dict[str, Any], groups: ParamGroups
+    p: torch.Tensor,
+    beside: Iterable[Any],
+    state: dict[str, Any],
+    group: dict[str, Any],
+    groups: ParamGroups,
+    known: bool,
 ) -> bool:
     """Whether a parameter's state was not stored as a step of these dtypes reads and writes it; now it is.
 
@@ -130,11 +135,12 @@ def stored_anew(
     step, and not encoded again.
 
     beside: what there is in the step besides parameter and state: its gradient, and extra tensors
+    known: that is all of it; if not, plain tensors stay what they are
     """
     there = {t.dtype for t in (p, *beside, *state.values()) if isinstance(t, torch.Tensor) and t.dim()}
     wide = torch.float64 in there
     over = {k: v for k, v in parted(state).items() if wide or (k == PARAM and p.dtype != POLICIES[v].code)}
-    late = {} if wide else _late(p, state, group, groups)
+    late = _late(p, state, group, groups) if known and not wide else {}
     if not over and not late:
         return False
     stored = {key for name, policy in over.items() for key in (name, *keys(name, policy))} & state.keys()

@@ -8,6 +8,7 @@ everything has succeeded. The reference backend is the same with no program at a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,12 +140,25 @@ class Engine:
 
     def measure(self, todo: list[Item], scaling: Scaling) -> None:
         """Take the norm of these items' gradients, and step none."""
-        plans, unfused = self._prepared(todo)
+        plans, unfused = self._looked_at(todo, self._prepared)
         norm = launching.norm_of(plans, unfused, scaling)
         if norm is not None:
             norm.run([])
             norm.let_go()
         self._last, self.rounds = None, [norm] if norm else []
+
+    def _looked_at(
+        self, todo: list[Item], prepare: Callable[[list[Item]], tuple[list[Bucket], list[Item]]]
+    ) -> tuple[list[Bucket], list[Item]]:
+        """What is made of the items where none is stepped: what the optimizer has stays as it is."""
+        while True:
+            try:
+                return prepare(todo)
+            except ActsAfterAll:
+                continue
+            except Begins:
+                for item in todo:
+                    items.settled(item)
 
     def _prepared(self, todo: list[Item]) -> tuple[list[Bucket], list[Item]]:
         """Plans, and the items that are stepped on work copies: all, where totals are to be taken and not all fuse."""
@@ -245,14 +259,7 @@ class Engine:
 
     def foresee(self, todo: list[Item]) -> list[tuple[Kernel, int]]:
         """What a step of these items would launch, as far as that is known before callbacks run eagerly."""
-        try:
-            plans, _ = self.buckets.prepare(sharded.localized(todo))
-        except ActsAfterAll:
-            return self.foresee(todo)
-        except Begins:
-            for item in todo:
-                items.settled(item)
-            return self.foresee(todo)
+        plans, _ = self._looked_at(todo, lambda todo: self.buckets.prepare(sharded.localized(todo)))
         counts: dict[Kernel, int] = {}
         for round_ in range(max((len(plan.known.rounds) for plan in plans), default=0)):
             found = [

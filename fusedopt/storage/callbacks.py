@@ -56,7 +56,7 @@ def decode(p: Any, **state: Any) -> dict[str, Any]:
     for name, policy in parted(state).items():
         rest = [functions.as_number(state[key], p) for key in keys(name, policy)]
         if name == PARAM:
-            p.data = POLICIES[policy].decode(p.data, *rest)
+            functions.put(p, POLICIES[policy].decode(p.data, *rest))
         else:
             new[name] = POLICIES[policy].decode(functions.as_number(state[name], p), *rest)
     return new
@@ -95,7 +95,7 @@ def encode(p: Any, storage: str = "", storage_step: Any = 0, storage_seed: Any =
             stream += 1
         code, *rest = encoded(POLICIES[found], value, bits)
         if name == PARAM:
-            p.data = code
+            functions.put(p, code)
         else:
             new[name] = functions.stored_as(code, POLICIES[found].code)
         stored = zip(keys(name, found), rest, dtypes(POLICIES[found])[1:], strict=True)

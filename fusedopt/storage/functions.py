@@ -43,6 +43,13 @@ def _op(name: str, x: Any, *args: Any) -> Any:
     return OPS[name].torch(x, *other)
 
 
+def put(p: Any, data: Any) -> None:
+    """``p.data = data``, and of a DTensor what it has its elements in, which that leaves as it is."""
+    p.data = data
+    if isinstance(data, torch.Tensor) and hasattr(data, "_local_tensor"):
+        p._local_tensor, p._spec = data._local_tensor, data._spec  # type: ignore[attr-defined]
+
+
 def part_of(local: torch.Tensor, like: Any) -> Any:
     """What is here of a DTensor that is spread as another one, if that is one."""
     if not hasattr(like, "placements"):

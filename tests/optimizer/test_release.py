@@ -1277,3 +1277,31 @@ def test_extra_tensors_and_applied_callbacks():
 
 def sophia(p, lr, hess=None, **kwargs):
     p.data.sub_(p.grad if hess is None else p.grad / hess, alpha=lr)
+
+
+def begins_later(p, lr, decay, slow=None, fast=None, **_):
+    out = {"slow": p.data.clone() if slow is None else slow}
+    if decay:
+        out["fast"] = p.grad.data.clone() if fast is None else fast.mul_(0.5).add_(p.grad.data)
+    p.data.sub_(p.grad.data, alpha=lr)
+    return out
+
+
+def test_a_pass_may_be_measured_before_a_step_that_begins_more_state():
+    def run(backend):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        options = dict(lr=0.1, decay=0.0, amp_fused=True, backend=backend)
+        opt, scaler = fusedopt.Optimizer(model.parameters(), begins_later, **options), scaler_of()
+        release = opt.release_gradients(0, scaler=scaler)
+        for t in range(5):
+            opt.param_groups[0]["decay"] = float(t > 2)
+            x = torch.randn(5, 4)
+            with release.measure():
+                scaler.scale(model(x).square().mean()).backward()
+            scaler.scale(model(x).square().mean()).backward()
+            scaler.step(opt)
+            scaler.update()
+        return [*model.parameters(), *(opt.state[p]["fast"] for p in model.parameters())]
+
+    torch.testing.assert_close(run("cpp"), run("reference"))

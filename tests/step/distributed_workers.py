@@ -669,6 +669,19 @@ def what_cannot_be_stepped_is_refused_and_nothing_changes(what):
     assert bool(opt.state) == (not is_sharded(p))
 
 
+@check()
+def what_torch_takes_for_another_dtype_is_refused():
+    """That of a DTensor's elements stays what it was when its data is set."""
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh_of("two"), [Shard(0)]))
+    opt = RULES["Adam"]([p])
+    p.data = p.data.to(torch.float64)
+    p.grad_dtype = None
+    p.grad = torch.ones_like(p)
+    with raises(RuntimeError, "of another dtype than its elements are"):
+        opt.step()
+    assert (p._local_tensor == 1).all() and not opt.state
+
+
 # --
 # Eagerly
 
@@ -966,3 +979,28 @@ def a_process_without_elements_keeps_the_numbers_of_the_whole_tensor(name):
                 float(opt.state[p][key]),
             )
         torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=1e-4, atol=1e-5)
+
+
+def eager_descent(p, lr, **kwargs):
+    if float(p.grad.abs().max()) > 0:
+        p.data.sub_(p.grad, alpha=lr)
+
+
+@check("kahan", "bf16+16", "master")
+def callbacks_that_run_eagerly_find_what_is_stored_beside_a_parameter(policy):
+    """Steps that are less than a bfloat16 can tell come to something."""
+    mesh, whole = mesh_of("two"), torch.ones(64, 8, dtype=torch.bfloat16)
+    p, q = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])), nn.Parameter(whole.clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that it runs eagerly
+        for backend in ("cpp", "reference"):
+            opts = [
+                fusedopt.Optimizer([x], eager_descent, lr=1e-3, storage={"param": policy}, backend=backend)
+                for x in (p, q)
+            ]
+            for _ in range(20):
+                for x, opt in zip((p, q), opts, strict=True):
+                    x.grad = torch.ones_like(x)
+                    opt.step()
+    assert float(q.detach().float().mean()) < 0.98
+    assert torch.equal(p.full_tensor(), q)

@@ -864,3 +864,26 @@ def test_state_of_small_tensors_is_float32_whatever_their_parameter_is():
     assert [other.state[p]["exp_avg"].dtype for p in others] == [
         opt.state[p]["exp_avg"].dtype for p in params
     ]
+
+
+def averaging(p, lr, mean=None, **kwargs):
+    mean = (0.0 if mean is None else mean * 0.9) + p.grad.to(torch.float32)
+    p.data.sub_(mean, alpha=lr)
+    return {"mean": mean.to(torch.float32)}
+
+
+@pytest.mark.parametrize("policy", ["int8", "bf16+8"])
+def test_explaining_stores_nothing_anew(policy):
+    """Of a step to come it does not know the gradients, for which state may be in numbers."""
+    p = nn.Parameter(torch.zeros(5000))
+    p.grad_dtype = None
+    opt = fusedopt.Optimizer([p], averaging, lr=0.1, storage={"mean": policy}, backend="cpp")
+    p.grad = torch.randn(5000, dtype=torch.float64)
+    opt.step()
+    before = {k: v.clone() for k, v in opt.state[p].items() if isinstance(v, torch.Tensor)}
+    opt.cbs.append(fusedopt.callbacks.weight_decay)
+    opt.explain()
+    assert (
+        all(torch.equal(opt.state[p][k], v) for k, v in before.items())
+        and before.keys() <= opt.state[p].keys()
+    )
