@@ -6,7 +6,7 @@ import collections
 import sys
 import types
 import weakref
-from collections.abc import Container, Set, Sized
+from collections.abc import Container, Iterator, Set, Sized
 from typing import Any
 
 import torch
@@ -77,12 +77,13 @@ class Around:
         ``near``: the step's own code names it, or what has it.
         """
         owner = owner() if isinstance(owner, weakref.ref) else owner
-        self._no_parameter(owner, *(parts_of(owner).values() if type(owner) in (dict, *SEQUENCES) else ()))
+        self._no_parameter(owner)
         if near and is_unwatched(owner):
             raise Untraceable(f"the step looks at a {type(owner).__name__} around it, {UNWATCHED}")
         if id(owner) in self._explored or len(self._explored) > MOST:
             return
         if is_data(owner) and not isinstance(owner, dict):
+            self._no_parameter(*_within(owner))
             return
         self._explored.add(id(owner))
         if isinstance(owner, types.FunctionType):
@@ -102,7 +103,7 @@ class Around:
 
     def _explore_object(self, owner: Any, depth: int, near: bool) -> None:
         parts = parts_of(owner)
-        self._no_parameter(*parts.values())
+        self._no_parameter(*parts, *parts.values())
         parts = {k: v for k, v in parts.items() if not isinstance(v, torch.Tensor)}
         self.explore(type(owner), depth)
         if isinstance(owner, (set, frozenset)):  # no place in it says which element is there
@@ -143,3 +144,11 @@ class Around:
         """Raise Untraceable for a parameter."""
         if any(id(value) in self._params for value in values):
             raise Untraceable("the step can get at a parameter otherwise than by what the optimizer has")
+
+
+def _within(data: Any) -> Iterator[Any]:
+    """What is in containers of data, and what it is found by there."""
+    for key, value in parts_of(data).items() if type(data) in (dict, *SEQUENCES) else ():
+        yield key
+        yield value
+        yield from _within(value)

@@ -3,6 +3,8 @@
 By order, name, identity or rank, by how many there are, and by whether there is a gradient. Then the class steps.
 """
 
+import collections
+import types
 import weakref
 
 import pytest
@@ -109,7 +111,24 @@ def those_of_a_dict(self, group):
         p.sub_(p.grad, alpha=group["lr"] * RATES.get(p, 1.0))
 
 
+def those_of_a_dict_further_away(self, group):
+    for p in group["params"]:
+        p.sub_(p.grad, alpha=group["lr"] * HELD.rates.get(p, 1.0))
+
+
+def those_of_a_dict_in_a_list(self, group):
+    for p in group["params"]:
+        p.sub_(p.grad, alpha=group["lr"] * LISTED[0][0].get(p, 1.0))
+
+
+def those_of_a_list_in_a_list(self, group):
+    for p in group["params"]:
+        p.sub_(p.grad, alpha=group["lr"] * (2.0 if any(p is q for q in LISTED[1]) else 1.0))
+
+
 FROZEN, CHOSEN, RATES = [], set(), {}
+HELD = types.SimpleNamespace(rates=collections.OrderedDict())
+LISTED = [[{}], []]
 
 
 class Slotted:
@@ -191,8 +210,10 @@ def stepped(one, fuse, count, missing=False):
     one = params[count // 2]
     opt.scales, opt.slotted = [1.0 + k / count for k in range(count)], Slotted()
     opt.weak, opt.model, opt.slotted.p = weakref.ref(one), Model(one), one
-    FROZEN.clear(), CHOSEN.clear(), RATES.clear()
+    FROZEN.clear(), CHOSEN.clear(), RATES.clear(), HELD.rates.clear(), LISTED[0][0].clear(), LISTED[1].clear()
     FROZEN.append(one), CHOSEN.add(one), RATES.update({one: 2.0})
+    HELD.rates[one] = LISTED[0][0][one] = 2.0
+    LISTED[1].append(one)
     opt = fusedopt.fuse(opt) if fuse else opt
     raised = 0
     for i in range(8):
@@ -218,6 +239,7 @@ def stepped(one, fuse, count, missing=False):
         by_name, by_order, some_of_a_slice, by_a_dict, by_identity, by_rank, one_more_each_step, by_how_many,
         but_for_the_last, by_place, paired, one_of_a_slotted, one_that_is_referred_to, one_of_a_module,
         those_of_a_module, those_of_a_global, those_of_a_set, those_of_a_dict,
+        those_of_a_dict_further_away, those_of_a_dict_in_a_list, those_of_a_list_in_a_list,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip
