@@ -345,9 +345,8 @@ def _is_poison(x: Any) -> bool:
 def _method(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     in_place = name.endswith("_") and not name.endswith("__")
     base = name[:-1] if in_place and name not in METHODS else name
-    args, kwargs = scale_last(
-        base, args, kwargs
-    )  # before torch is asked, whose meta tensors have no number to give
+    # Before torch is asked, whose meta tensors have no number to give.
+    args, kwargs = scale_last(base, args, kwargs)
     x = args[0]
     tensors = [t for t in flat((args, kwargs)) if type(t) is Symbolic]
     if name in ("stack", "cat") and not (

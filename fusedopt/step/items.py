@@ -402,7 +402,8 @@ def has_flag(item: Item) -> bool:
 
 def settled(item: Item) -> list[str]:
     """Take from the item's state what `begun` leaves out: afterwards it has begun, or is new. Returns the keys."""
-    gone = [k for k in item.state if k not in begun(item.state)]
+    left = begun(item.state)  # asked for once: it waits for the device
+    gone = [k for k in item.state if k not in left]
     for key in gone:
         del item.state[key]
     item.alike = None if gone else item.alike

@@ -66,9 +66,8 @@ def _localized(item: Item, kind: Any) -> Item:
     placed = [v for v in (item.grad, *item.state.values()) if isinstance(v, kind)]
     if any(v.device_mesh != p.device_mesh for v in placed):
         raise RuntimeError(f"{what} and its gradient or state are on different meshes; move them to one")
-    if any(
-        v.dtype != v._local_tensor.dtype for v in (p, *placed)
-    ):  # as `p.data = p.data.to(dtype)` leaves it
+    # As `p.data = p.data.to(dtype)` leaves it.
+    if any(v.dtype != v._local_tensor.dtype for v in (p, *placed)):
         raise RuntimeError(
             f"{what}, its gradient or state is a DTensor of another dtype than its elements are. Remedy: change dtypes "
             "with module.to(dtype)"

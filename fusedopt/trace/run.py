@@ -414,9 +414,8 @@ def is_number(x: Any) -> bool:
 
 
 def load(graph: Graph, signature: Signature, name: str, buffer: Buffer) -> int:
-    exact = (
-        buffer.dtype == torch.float64 or not buffer.dtype.is_floating_point
-    )  # seeds have more bits than float32
+    # Seeds have more bits than float32.
+    exact = buffer.dtype == torch.float64 or not buffer.dtype.is_floating_point
     wide = buffer.kind == TENSOR and exact and signature.compute != torch.float64
     return graph.leaf("load", name, kind=buffer.kind, type="d" if wide else "f")
 
