@@ -124,15 +124,16 @@ inline void store(half* p, int64_t i, T x) {
   const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
   p[i].bits = uint16_t(sign | (magnitude >= 0x47800000 ? large : magnitude < 0x38800000 ? below : normal));
 }
+// The nearest number of bfloat16, in the upper half of a float's bits.
+inline uint32_t nearest(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof x);
+  return x != x ? 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
+}
 template <class T>
 inline void store(bfloat16* p, int64_t i, T x) {
-  const float f = float(x);
-  uint32_t bits;
-  __builtin_memcpy(&bits, &f, sizeof f);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  p[i].bits = uint16_t(f != f ? 0x7fc0 : rounded);
+  p[i].bits = uint16_t(nearest(float(x)) >> 16);
 }
-
 template <class T>
 inline void store_rounded(bfloat16* p, int64_t i, T x) {  // one of bfloat16's numbers
   const float f = float(x);
@@ -149,9 +150,10 @@ inline T to_float16(T x) {
 }
 template <class T>
 inline T to_bfloat16(T x) {
-  bfloat16 rounded;
-  store(&rounded, 0, x);
-  return load<T>(&rounded, 0);
+  const uint32_t bits = nearest(float(x)) & 0xffff0000;
+  float rounded;
+  __builtin_memcpy(&rounded, &bits, sizeof bits);
+  return T(rounded);
 }
 
 // -- what random numbers are made with --
@@ -175,12 +177,11 @@ inline T add_bits(T x, T n) {
 }
 template <class T>
 inline T low_bits(T x) {
-  return T(int16_t(bits_from_float(float(x))));
+  return T(int32_t(bits_from_float(float(x)) << 16) >> 16);
 }
 template <class T>
 inline T high_bits(T x) {
-  const uint32_t bits = bits_from_float(float(x));
-  return T(float_from_bits(bits - uint32_t(int32_t(int16_t(bits)))));
+  return T(float_from_bits((bits_from_float(float(x)) + 0x8000) & 0xffff0000));
 }
 // Close to the root, and what undoes that, with the sign: half the exponent, and straight in between.
 template <class T>
@@ -189,8 +190,8 @@ inline T near_root(T x) {
 }
 template <class T>
 inline T near_square(T x) {
-  const uint32_t bits = bits_from_float(float(x)), size = bits & 0x7fffffff;
-  return T(float_from_bits(((size > 0x1fc00000 ? size : 0x1fc00000) - 0x1fc00000) << 1 | (bits & 0x80000000)));
+  const uint32_t bits = bits_from_float(float(x)), twice = bits << 1;  // without the sign
+  return T(float_from_bits(((twice > 0x3f800000 ? twice : 0x3f800000) - 0x3f800000) | (bits & 0x80000000)));
 }
 // To one of the two nearest numbers, as noise from 1 up to 2 says.
 template <class T>
@@ -236,7 +237,7 @@ inline T sign(T a) {
 }
 
 // -- reductions: partial results in double --
-[[maybe_unused]] constexpr double infinity = __builtin_inf();
+[[maybe_unused]] constexpr double infinity = __builtin_inf(), not_a_number = __builtin_nan("");
 
 #define FUSEDOPT_REDUCTION(name, first, joined)               \
   struct name {                                               \
@@ -502,8 +503,35 @@ inline X joined(const X* x, Rest n) {
   for (int64_t i = 0; i < n; ++i) all = R::template join_as<X>(all, x[i]);
   return all;
 }
+// Those bits of a float whose order, as integers, a reduction goes by; 0 if it does not.
+template <class R>
+constexpr uint32_t ordered_bits = 0;
+template <>
+constexpr uint32_t ordered_bits<struct absmax_> = 0x7fffffff;
+template <>
+constexpr uint32_t ordered_bits<struct bitmax_> = 0xffffffff;
+typedef uint32_t EightWords __attribute__((vector_size(32)));
+template <class T>
+inline T larger(T a, T b) {
+  return a > b ? a : b;
+}
 template <class R, class X, int64_t n>
 inline X joined(const X* x, Fixed<n>) {
+  if constexpr (sizeof(X) == sizeof(uint32_t) && ordered_bits<R> != 0 && n % 16 == 0) {
+    EightWords most[2] = {};
+    for (int64_t i = 0; i < n; i += 16)
+      for (int k = 0; k < 2; ++k) {
+        EightWords bits;
+        __builtin_memcpy(&bits, x + i + 8 * k, sizeof bits);
+        most[k] = larger(most[k], bits & ordered_bits<R>);
+      }
+    uint32_t all[8];
+    most[0] = larger(most[0], most[1]);
+    __builtin_memcpy(all, most, sizeof all);
+    for (int m = 4; m > 0; m /= 2)
+      for (int k = 0; k < m; ++k) all[k] = larger(all[k], all[k + m]);
+    return float_from_bits(all[0]);
+  }
   X lane[lanes];
   for (int k = 0; k < lanes; ++k) lane[k] = X(R::init);
   int64_t i = 0;

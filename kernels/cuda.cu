@@ -252,6 +252,7 @@ __device__ inline T sign(T a) {
 
 // -- reductions: partial results in double --
 [[maybe_unused]] constexpr double infinity = __builtin_bit_cast(double, uint64_t(0x7ff) << 52);
+[[maybe_unused]] constexpr double not_a_number = __builtin_bit_cast(double, uint64_t(0x7ff8) << 48);
 
 #define FUSEDOPT_REDUCTION(name, first, joined)                          \
   struct name {                                                          \

@@ -212,6 +212,8 @@ class Body(body.Body):
         return element_op(v).cpp.format(*self.arguments(v))
 
     def constant(self, x: float, type_: str) -> str:
+        if x != x:
+            return f"{type_}(not_a_number)"
         if abs(x) == float("inf"):
             return f"{'-' if x < 0 else ''}{type_}(infinity)"
         return f"{type_}({x!r})"

@@ -109,6 +109,8 @@ class Graph:
         self._known: dict[tuple[Any, ...], int] = {}
 
     def leaf(self, op: str, attr: Any = None, kind: str = TENSOR, type: str = "f") -> int:
+        if attr != attr:
+            attr = math.nan  # which is itself where it is looked for
         key = (op, attr, kind, type, _is_negative_zero(attr))
         index = self._known.get(key)
         if index is None:
@@ -441,7 +443,7 @@ _TAKEN = frozenset(keyword.kwlist) | frozenset(
     sizeof static static_assert static_cast struct switch template this thread_local throw true try typedef typeid
     typename union unsigned using virtual void volatile wchar_t while and_eq bitand bitor not_eq or_eq xor xor_eq
     param grad launch row begin end partial i lane element load store combine for_lanes std
-    half bfloat16 int64_t torch numel Lanes Launch Row infinity
+    half bfloat16 int64_t torch numel Lanes Launch Row infinity not_a_number
     line first regions c team place places start member before stop held part
     scaling_factor scaling_found_inf
     uniform normal noise numbers block_size ahead fetch for_blocks with_line with_lines lines many length count

@@ -70,8 +70,7 @@ def low_bits(x: Any) -> Any:
 
 def cut(x: Any) -> Any:
     """x without the lower 16 bits: a number of bfloat16 that is no larger in size."""
-    low = low_bits(x)
-    return add_bits(x, -torch.where(low < 0, low + 65536.0, low))
+    return _op("high_bits", add_bits(x, -(2.0**15)))
 
 
 def near_root(x: Any) -> Any:
@@ -105,7 +104,7 @@ def split(x: Any) -> tuple[Any, Any]:
 
     Of two numbers that are as near it is the one that is further from zero.
     """
-    return torch.where(x == x, _op("high_bits", x), x), torch.where(x == x, low_bits(x), 0.0)
+    return torch.where(x == x, _op("high_bits", x), float("nan")), torch.where(x == x, low_bits(x), 0.0)
 
 
 joined = add_bits

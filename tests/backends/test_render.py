@@ -262,24 +262,31 @@ def test_storage_dtypes_are_spelled_by_buffer_and_the_compute_type_once(compute)
             assert f"{cpp.TYPES[dtype]}* __restrict {name.removeprefix('state.')} = row.buffer<" in body, k
 
 
-@pytest.mark.parametrize("op", ["to_bfloat16", "neg"])
-def test_what_was_rounded_is_not_rounded_again(op):
+@pytest.mark.parametrize("op", ["to_bfloat16", "high_bits", "neg"])
+@pytest.mark.parametrize("other", [None, math.nan, 0.5, 0.1])
+def test_what_was_rounded_is_not_rounded_again(op, other):
+    """Nor is a choice between such numbers."""
     g = Graph()
-    out = g.op(op, g.leaf("load", "param", kind="F"))
+    x = g.leaf("load", "param", kind="F")
+    out = g.op(op, x)
+    if other is not None:
+        out = g.op("where", g.op("eq", x, x), out, g.leaf("const", other))
     buffers = tuple((n, Buffer(torch.bfloat16, "F")) for n in ("param", "state.a"))
     body = cpp.render(Program(torch.float32, buffers, tuple(g.values), (("state.a", out),), 0))
-    assert ("store_rounded(a, i, v1);" in body) == (op == "to_bfloat16")
+    assert (f"store_rounded(a, i, v{out});" in body) == (op != "neg" and other != 0.1)
 
 
 def test_constants_are_written_to_the_last_digit():
     g = Graph()
     p = g.leaf("load", "param", kind="F")
-    for x in (0.1, 1e-45, math.inf, -math.inf):
+    for x in (0.1, 1e-45, math.inf, -math.inf, float("nan"), -float("nan")):
         p = g.op("maximum", p, g.leaf("const", x))
     buffers = (("param", Buffer(torch.float64, "F")),)
     body = cpp.render(Program(torch.float64, buffers, tuple(g.values), (("param", p),), 0))
     assert "T(0.1)" in body and "T(1e-45)" in body
     assert ", T(infinity))" in body and ", -T(infinity))" in body
+    assert body.count(", T(not_a_number))") == 2
+    assert sum(v.attr != v.attr for v in g.values) == 1  # which has no sign
 
 
 def test_stages_are_handed_the_tables_that_launches_fill():

@@ -17,7 +17,7 @@ from .lines import Lines
 
 __all__ = ["SLOT", "TYPES", "VERSION", "entries", "render", "source"]
 
-VERSION = "5"
+VERSION = "6"
 SLOT = '#include "cpu_example.inc"'
 
 
@@ -69,8 +69,16 @@ class _Body(c_family.Body):
         return f"Near<T, {type_}> {identifier(name)}{{{self.pointer(name, type_)}}};"
 
     def storing(self, buffer: str, i: int) -> str:
-        rounded = self.program.values[i].op in ("to_bfloat16", "bfloat16_at_random")
-        return "store_rounded" if rounded and self.program.buffer[buffer].dtype == torch.bfloat16 else "store"
+        narrow = self.program.buffer[buffer].dtype == torch.bfloat16
+        return "store_rounded" if narrow and self._is_rounded(self.program.values[i]) else "store"
+
+    def _is_rounded(self, v: Value) -> bool:
+        """Whether it is one of bfloat16's numbers."""
+        if v.op in ("where", "expand"):
+            return all(self._is_rounded(self.program.values[i]) for i in v.args[v.op == "where" :])
+        if v.op == "const":
+            return v.attr != v.attr or torch.tensor(v.attr).bfloat16().item() == v.attr
+        return v.op in ("to_bfloat16", "high_bits", "bfloat16_at_random")
 
     def type_of(self, i: int) -> str:
         return "T" if i in self._asked else super().type_of(i)
