@@ -135,7 +135,7 @@ def _blocks(
     """How tensors of a program with several axes are cut."""
     mine, kinds = regions(program), [v.kind for v in program.values]
     others = [i for i in schedule(program).results if i not in mine]
-    own = tuple(sizes) if program.line else ()
+    own = tuple(sizes) if program.blocked else ()
     kept = tuple(kinds[i] for i in others)
     return chunking.blocks(tuple(shapes), tuple(kinds[i] for i in mine), kept, own, wanted)
 

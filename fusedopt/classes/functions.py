@@ -726,7 +726,7 @@ def _wrapped(name: str, result: Any, meta: Any, x: Any) -> Any:
         return made(result, meta)
     run: Any = result.run
     if result.shown is not None and not callable(result.shown):
-        fits = list(meta.shape) == sizes(result.shown, run.shape)
+        fits = list(meta.shape) == sizes(result.shown, run.signature.lengths(run.shape))
     else:
         fits = meta.numel() == (1 if result.kind == TENSOR else run.shape.numel())
     if not fits:
@@ -754,7 +754,7 @@ def _view(name: str, meta: _Meta, x: Symbolic) -> Symbolic:
         return made(seen(sym, None), meta)
 
     def shown() -> Dims:
-        return regrouped(sym.dims, run.attribute(ELEMENT, "shape"), meta.shape)
+        return regrouped(sym.dims, run.lengths(), meta.shape)
 
     # To ask for the shape has a price, a trace for each, and most that is seen flat goes back to its shape.
     return made(seen(sym, shown if sym.kind == ELEMENT else shown()), meta)

@@ -84,7 +84,8 @@ class Representative:
             if isinstance(what, Buffer):
                 if what.dims is not None:
                     run.attribute(ELEMENT, "dims")
-                sym = SymTensor(run, load(self.graph, signature, f"state.{key}", what), what.dtype, what.dims)
+                node = load(self.graph, signature, f"state.{key}", what)
+                sym = SymTensor(run, node, what.dtype, signature.shown(what.dims))
                 flat = item.flat.get(key)
                 self.put[key] = (
                     made(sym, meta_of(value)) if flat is None else flattened(sym, meta_of(flat), value.shape)
@@ -195,7 +196,7 @@ class Representative:
             taken[id(sym.place)] = sym.place
             buffer = AS_WHOLE if key in self.codes else dict(self.signature.state)[key]
             node = sym.node
-            if buffer.dims is not None and sym.dims != buffer.dims:
+            if (dims := self.signature.shown(buffer.dims)) is not None and sym.dims != dims:
                 error = Mismatched(f"the state {key!r} goes along other dimensions")
                 error.of = self.index
                 raise error
@@ -205,7 +206,7 @@ class Representative:
                         f"the state {key!r} changes between one number per element and one per tensor"
                     )
                 node = self.graph.op("expand", node, to=buffer.kind if buffer.dims else None)
-            return Cell(node, sym.asked, buffer.dims)
+            return Cell(node, sym.asked, dims)
         if isinstance(put, Symbolic) and self.run.taken and is_number(value) and put.meta.numel() == 1:
             # On one side of a branch on a norm a number, on the other a tensor: which, only kernels know.
             node = self.run.slot(value)

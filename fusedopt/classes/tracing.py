@@ -154,7 +154,10 @@ def trace_step(
     """
     common: tuple[str, ...] | None = None
     choices = [
-        [*islice(signature.resolved(), CHOICES), *_of_other_shapes(items, signature)]
+        [
+            *islice(signature.resolved(), CHOICES),
+            *([] if signature.line else _of_other_shapes(items, signature)),
+        ]
         for items, signature in buckets
     ]
     while True:

@@ -183,6 +183,12 @@ class Program:
         return "".join(map(str, range(self.axes)))
 
     @property
+    def blocked(self) -> bool:
+        """Whether its elements are all in lines of ``line``, of which the last may be shorter, whatever dimensions
+        they are along. With more axes it is their last one that has this length."""
+        return self.line > 0 and self.axes == 2
+
+    @property
     def roots(self) -> list[int]:
         """The values that have to be computed."""
         return [*(i for _, i in self.stores), *([] if self.skip is None else [self.skip])]
@@ -319,7 +325,7 @@ def interpret(
     """
     if program.axes == 1:
         sizes = buffers[_shaped(program)].shape
-    if program.line:
+    if program.blocked:
         return _interpret_lines(program, buffers, slots, place)
     assert sizes is not None
     used = {*program.buffer, _shaped(program)}

@@ -26,6 +26,7 @@ from ..trace.signature import (
     OWN,
     PLAIN,
     STARTED,
+    WHOLE,
     Foreign,
     Modes,
     Opaque,
@@ -128,6 +129,8 @@ class Item:
             return p.numel()
         if name.startswith(LINE):
             return int(name.removeprefix(LINE))
+        if name.startswith(WHOLE):
+            return 0 < p.dim() < axes.MOST and p.shape[-1] % int(name.removeprefix(WHOLE)) == 0
         if name.startswith(OWN):
             return own_attribute(self.owner, name)
         if name.startswith("fewer:"):  # than a number of elements

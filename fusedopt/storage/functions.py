@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..ir.ops import ELEMENT, OPS
-from ..trace.signals import Untraceable
+from ..trace.signals import Unsuited, Untraceable
 from ..trace.signature import CODES, HERE_IN_ORDER, LINE
 from ..trace.tensor import FLOATS, METHODS, SymTensor, called
 
@@ -129,18 +129,24 @@ def block_amax(x: Any, block: int, signed: bool = True) -> Any:
         return torch.cat([flat, flat.new_zeros(left)]).view(-1, block).amax(1)
     _in_blocks(run := x.run, block)
     return SymTensor(
-        run, run.graph.op("absmax" if signed else "bitmax", x.node, to="0", where=run.where), x.asked
+        run,
+        run.graph.op("absmax" if signed else "bitmax", x.node, to=run.signature.blocks, where=run.where),
+        x.asked,
     )
 
 
 def _in_blocks(run: Any, block: int) -> None:
     """See to it that the lines of a trace's program are blocks of so many elements."""
     run.attribute(ELEMENT, f"{LINE}{block}")
+    if not run.signature.line:  # see Signature.resolved
+        raise run.signature.unsuited(run.callback)
     if run.signature.line != block:
-        raise Untraceable(
+        error = Unsuited(
             f"blocks of {block} and of {run.signature.line} elements in one rule",
             "choose policies with blocks of one size for all state of a group",
         )
+        error.of = run.callback
+        raise error
     if run.attribute(ELEMENT, HERE_IN_ORDER) is None:
         raise Untraceable("blocks of a tensor whose memory is elsewhere")
 

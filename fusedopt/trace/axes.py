@@ -39,6 +39,16 @@ def blocks(count: int) -> Dims:
     return ((-count,),)
 
 
+def cut(dims: Dims, d: int) -> Dims:
+    """Those of a tensor if its parameter's last dimension, d, is cut in two: into blocks, and what is in each."""
+    return tuple((*group, d + 1) if d in group else group for group in dims)
+
+
+def uncut(dims: Dims, d: int) -> Dims:
+    """What `cut` makes these of."""
+    return tuple(tuple(one for one in group if one != d + 1) for group in dims)
+
+
 def is_blocks(dims: Dims | None) -> bool:
     return bool(dims and dims[0] and dims[0][0] < 0)
 

@@ -527,20 +527,22 @@ def shown_of(x: ExternTensor) -> axes.Dims | None:
     if not (x.meta.dtype.is_floating_point or x.meta.dtype == torch.bool):
         return None
     if shape == whole:
-        return axes.full(whole) if len(whole) <= axes.MOST else tuple((d,) for d in range(len(whole)))
+        full = axes.full(whole) if len(whole) <= axes.MOST else tuple((d,) for d in range(len(whole)))
+        return x.run.signature.shown(full)
     if shape.numel() == 1 or 0 in shape or len(whole) > axes.MOST:
         return tuple(() for _ in shape) if shape.numel() == 1 else None
     found = axes.layouts(shape, whole)
-    return found[0] if len(found) == 1 else None
+    return x.run.signature.shown(found[0]) if len(found) == 1 else None
 
 
 def _kind(run: Run, shown: axes.Dims) -> str:
     whole = run.attribute(ELEMENT, "shape")
-    if run.signature.zero_dim or shown == axes.full(whole):
+    full = run.signature.shown(axes.full(whole))
+    if run.signature.zero_dim or full is None or shown == full:
         return ELEMENT
     if len(whole) > axes.MOST:
         return ELEMENT if axes.along(shown) else TENSOR
-    kind = kind_of(axes.along(shown), axes.along(axes.full(whole)))
+    kind = kind_of(axes.along(shown), axes.along(full))
     if is_partial(kind):
         run.signature.need_dims()
     return kind

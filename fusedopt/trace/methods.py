@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..ir.ops import ELEMENT, OPS, TENSOR, Op, Reduction
+from ..ir.ops import OPS, TENSOR, Op, Reduction
 from . import axes
 from .axes import Dims
 from .number import Number
@@ -395,9 +395,7 @@ def _view(x: SymTensor, *shape: Any) -> SymTensor:
     if shape and isinstance(shape[0], torch.dtype):
         raise Untraceable("a tensor's memory is seen as another type")
     wanted = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    return seen(
-        x, axes.regrouped(x.dims, x.run.attribute(ELEMENT, "shape"), [operator.index(n) for n in wanted])
-    )
+    return seen(x, axes.regrouped(x.dims, x.run.lengths(), [operator.index(n) for n in wanted]))
 
 
 def _flatten(x: SymTensor, start_dim: int = 0, end_dim: int = -1) -> SymTensor:

@@ -19,7 +19,7 @@ from . import axes, methods  # noqa: F401  (fills the table of tensor methods)
 from .axes import Dims
 from .number import Number, Scalar, ScalarProgram
 from .signals import Changes, NeedsAttribute, Starts, Untraceable, latest, where_now
-from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
+from .signature import FACTOR, STARTED, Apart, Foreign, Opaque, Signature
 from .standins import StandIns
 from .tensor import FLOATS, Place, SymParameter, SymTensor, expand, is_extern, lift
 from .totals import Total
@@ -124,17 +124,18 @@ class Run:
             return {"shape": torch.Size(()), "ndim": 0, "count": 1, "contiguous": True}[name]
         known = dict(self.signature.attributes)
         if name == "dims":
-            if self.signature.line:
-                raise Untraceable(
-                    "rows or columns, where storage is in blocks of elements",
-                    "store the state of this rule in a policy without blocks, such as bf16+8",
-                )
             self.signature.need_dims()
+            if self.signature.line and known[name] is None:
+                raise self.signature.unsuited(self.callback)
         if name not in known:
             raise NeedsAttribute(name)
         if name == "dims" and known[name] is None:
             raise Untraceable(f"a reduction along dimensions of a tensor with more than {axes.MOST}")
         return known[name]
+
+    def lengths(self) -> Sequence[int]:
+        """Those of the dimensions that are told apart."""
+        return self.signature.lengths(self.attribute(ELEMENT, "shape"))
 
 
 class Pass:
@@ -192,9 +193,12 @@ class Pass:
             if key in without or key.startswith(STARTED):
                 continue
             if isinstance(value, Buffer):
-                shown = None if axes.is_blocks(value.dims) else value.dims
+                shown = None if axes.is_blocks(value.dims) else s.shown(value.dims)
                 if shown is not None:
                     s.need_dims()
+                if shown is not None and s.line and s.dims is None:
+                    cells[key] = Apart(value.dtype, torch.Size(), s.unsuited())
+                    continue
                 cells[key] = Cell(load(self.graph, s, f"state.{key}", value), s.seen(key, value), shown)
             elif isinstance(value, Foreign) and value.dtype in FLOATS and self.calls is not None:
                 asked_for = seen if (seen := s.seen(key, value)) != s.compute else None
@@ -249,7 +253,7 @@ class Pass:
                 if value.kind != buffer.kind and self.signature.zero_dim:
                     cells[key] = Cell(self.graph.op("expand", cell.node), cell.asked)
                 elif value.kind != buffer.kind or (
-                    cell.shown != buffer.dims and not axes.is_blocks(buffer.dims)
+                    cell.shown != self.signature.shown(buffer.dims) and not axes.is_blocks(buffer.dims)
                 ):
                     raise Untraceable(f"the state {key!r} changes its shape")
 
@@ -341,7 +345,9 @@ class Pass:
         if isinstance(known, Foreign) and isinstance(value, SymTensor) and self.calls is not None:
             value = self.calls.cast(value, self.signature.compute)
         if is_extern(value) and isinstance(known, Buffer) and known.dims and value.fits(known.dims):
-            value = value.leave(known.dims)  # also where sizes alone do not tell which these are
+            value = value.leave(
+                self.signature.shown(known.dims)
+            )  # also where sizes alone do not tell which these are
         if is_extern(value) and (isinstance(known, Foreign) or not value.leaves):
             return self._matrix(key, known, value)
         if isinstance(value, SymTensor) or is_extern(value):

@@ -62,6 +62,10 @@ class Mismatched(Untraceable):
     matrix = False
 
 
+class Unsuited(Mismatched):
+    """Tensors go along what a signature does not tell apart: blocks of elements, or dimensions."""
+
+
 class Begins(Signal):
     """State begins beside other state of which only the device knows whether it has begun: sign again with that."""
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from ..ir.ops import TENSOR
+from ..ir.ops import TENSOR, is_partial
 from ..ir.program import Buffer
+from . import axes
 from .axes import Dims
-from .signals import NeedsAttribute, Untraceable
+from .signals import NeedsAttribute, Unsuited, Untraceable
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,16 @@ class Foreign:
         raise Untraceable(
             f"a {self.dtype} state tensor of another shape than the parameter's, or of integers"
         )
+
+
+@dataclass(frozen=True)
+class Apart(Foreign):
+    """A state tensor along dimensions, where blocks of elements are told apart."""
+
+    error: Unsuited
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.error
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,11 @@ HERE_IN_ORDER = "here_in_order"
 """Attribute: whether the dimensions of what is here of the parameter follow one another in memory as they are."""
 OWN, MISSING = "own:", "none of its attributes"
 """Attribute of parameters, followed by the name of one that torch's have not; and its value where there is none."""
-LINE = "line:"
-"""Attribute of parameters that says into blocks of how many elements they are cut."""
+LINE, WHOLE = "line:", "whole:"
+"""Attributes of parameters that say into blocks of how many elements they are cut, and whether their last dimension
+is so many of such blocks."""
+CUT = "cut"
+"""Attribute of a signature: its last dimension, if that is two of the dimensions that it tells apart."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +157,26 @@ class Signature:
     @property
     def line(self) -> int:
         """How many neighbouring elements there is one number for, if some callback's tensors have such; else 0."""
-        return next((v for k, v in self.attributes if k.startswith(LINE)), 0)
+        return next((v for k, v in self.attributes if k.startswith(LINE) and v), 0)
+
+    @property
+    def cut(self) -> int | None:
+        """The last dimension, where `dims` has it as two: blocks of ``line`` elements, and the elements in each."""
+        found: int | None = dict(self.attributes).get(CUT)
+        return found
+
+    @property
+    def blocks(self) -> str:
+        """The kind of a number for each block."""
+        return "0" if self.cut is None else axes.along(self.dims or ())[:-1]
+
+    def shown(self, dims: Dims | None) -> Dims | None:
+        """The dimensions of a tensor by those that are told apart."""
+        return dims if dims is None or self.cut is None else axes.cut(dims, self.cut)
+
+    def lengths(self, shape: Sequence[int]) -> Sequence[int]:
+        """Those of the dimensions that are told apart, of a parameter of this shape."""
+        return shape if self.cut is None else (*shape[:-1], shape[-1] // self.line, self.line)
 
     def need_dims(self) -> None:
         """Raises NeedsAttribute for what has to be known of dimensions, and is not."""
@@ -154,13 +187,55 @@ class Signature:
     def resolved(self) -> Iterator[Signature]:
         """The signatures that it may be, as sizes do not tell: see `Several`."""
         keys = [k for k, v in self.state if isinstance(v, Several)]
-        if not keys:
-            yield self
-            return
         state = dict(self.state)
         for chosen in itertools.product(*(state[k].buffers for k in keys)):
             now = state | dict(zip(keys, chosen, strict=True))
-            yield replace(self, state=tuple(now.items()))
+            yield from replace(self, state=tuple(now.items()))._by_what_is_told_apart()
+
+    def _by_what_is_told_apart(self) -> Iterator[Signature]:
+        """What parameters are cut into, where for some callbacks that is blocks of elements, and for others blocks of
+        another size, or their dimensions: one of these, or dimensions of which the last one is blocks."""
+        known = dict(self.attributes)
+        lines = [k for k, v in self.attributes if k.startswith(LINE) and v]
+        if len(lines) > 1:
+            for line in lines:
+                yield from self._with(
+                    **dict.fromkeys(lines, 0) | {line: known[line]}
+                )._by_what_is_told_apart()
+            return
+        if not lines or "dims" not in known:
+            yield self
+            return
+        if (whole := f"{WHOLE}{self.line}") not in known:
+            raise NeedsAttribute(whole)
+        yield self._with(dims=None)
+        yield self._with(**{lines[0]: 0})
+        if known[whole] and self.dims:
+            last = max(d for group in self.dims for d in group)
+            found = self._with(dims=axes.cut(self.dims, last), **{CUT: last})
+            state = [(k, found._told_apart(v) if isinstance(v, Buffer) else v) for k, v in self.state]
+            yield replace(found, state=tuple(state))
+
+    def unsuited(self, of: int | None = None) -> Unsuited:
+        """That tensors go along what is not told apart."""
+        line = next(int(k.removeprefix(LINE)) for k, _ in self.attributes if k.startswith(LINE))
+        error = Unsuited(
+            f"rows or columns of a parameter whose last dimension is not {line} elements or some times that, where "
+            f"storage is in blocks of {line}",
+            "store the state of this rule in a policy without blocks, such as bf16+8",
+        )
+        error.of = of
+        return error
+
+    def _with(self, **attributes: Any) -> Signature:
+        return replace(self, attributes=tuple((dict(self.attributes) | attributes).items()))
+
+    def _told_apart(self, buffer: Buffer) -> Buffer:
+        """With its kind by the dimensions that are told apart."""
+        if not is_partial(buffer.kind):
+            return buffer
+        shown = () if axes.is_blocks(buffer.dims) else self.shown(buffer.dims) or ()
+        return Buffer(buffer.dtype, axes.along(shown) or self.blocks, buffer.dims)
 
     @property
     def compute(self) -> torch.dtype:

@@ -95,7 +95,7 @@ class SymTensor:
         """Its shape, number of dimensions or elements, as a callback asks for it."""
         if self.shown is None or name == "contiguous":
             return self.run.attribute(self.kind, name)
-        shape = torch.Size(axes.sizes(self.dims, self.run.attribute(ELEMENT, "shape")))
+        shape = torch.Size(axes.sizes(self.dims, self.run.lengths()))
         return {"shape": shape, "ndim": len(shape), "count": shape.numel()}[name]
 
     @property

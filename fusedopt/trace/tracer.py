@@ -18,12 +18,12 @@ from ..callback import Callback, arguments_of, is_temporary
 from ..ir.ops import DRAWS, ELEMENT, OPS, TENSOR, is_partial, is_reduction, op_of
 from ..ir.passes import optimize
 from ..ir.program import Buffer, Graph, Program, Value, depth_first, reachable
-from .axes import along, blocks, sizes
+from .axes import along, blocks, sizes, uncut
 from .cuts import Cuts, Externs, alone, cut, key_of, numbered
 from .externs import EXTERN, Calls, Kept, Result
 from .number import Number, Scalar, ScalarProgram
 from .run import GRAD, PARAM, Cell, Matrix, Pass, alike, either, is_number, load
-from .signals import Begins, NeedsAttribute, Untraceable
+from .signals import Begins, NeedsAttribute, Unsuited, Untraceable
 from .signature import CODES, FACTOR, FOUND_INF, HERE_IN_ORDER, STARTED, Foreign, Signature, stored_dtype
 from .totals import BUFFER, Total
 
@@ -76,9 +76,9 @@ class Trace:
 
     def lengths(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Those of the program's axes, for a parameter of this shape."""
-        if self.axes and self.signature.line:
-            return (*sizes(blocks(self.signature.line), shape), self.signature.line)
-        return tuple(sizes(self.axes, shape))
+        if self.program.blocked:
+            return (*sizes(blocks(self.program.line), shape), self.program.line)
+        return tuple(sizes(self.axes, self.signature.lengths(shape)))
 
     def slot_values(self) -> list[Scalar]:
         return [self.scalars.values[i] for i in self.slots]
@@ -107,7 +107,9 @@ def trace(
         except (Begins, NeedsAttribute):
             raise
         except (Untraceable, Exception) as error:
-            first = first or error
+            first = (
+                error if first is None or isinstance(first, Unsuited) > isinstance(error, Unsuited) else first
+            )
     assert first is not None
     raise first
 
@@ -219,7 +221,7 @@ def traced(
 
 def told_apart(signature: Signature) -> str:
     """Those that a trace tells apart."""
-    return BLOCKED if signature.line else along(signature.dims) if signature.dims else "0"
+    return along(signature.dims) if signature.dims else BLOCKED if signature.line else "0"
 
 
 def _again(run: Callable[..., dict[str, Any]], given: dict[str, Buffer]) -> dict[str, Any] | None:
@@ -263,8 +265,12 @@ def _starts(
 
 
 def _created(cell: Cell, graph: Graph, dtype: torch.dtype, signature: Signature) -> Buffer:
-    kind = graph.values[cell.node].kind
-    return Buffer(dtype, kind, blocks(signature.line) if signature.line and is_partial(kind) else cell.shown)
+    kind, dims = graph.values[cell.node].kind, cell.shown
+    if dims is None and is_partial(kind):
+        dims = blocks(signature.line)
+    elif dims is not None and signature.cut is not None:
+        dims = uncut(dims, signature.cut)
+    return Buffer(dtype, kind, dims)
 
 
 def _is_new(key: Any, cell: Any, signature: Signature) -> bool:
@@ -279,7 +285,7 @@ def _asked_dtype(
 ) -> torch.dtype:
     """The dtype of new state: as asked, or the policy's; one number per tensor keeps the type it is computed in."""
     value = graph.values[cell.node]
-    if signature.line and is_partial(value.kind):
+    if cell.shown is None and is_partial(value.kind):  # the scales of blocks
         return cell.asked or signature.compute
     if value.kind != ELEMENT or cell.shown is not None:
         return torch.float64 if value.type == "d" else signature.compute
@@ -564,7 +570,7 @@ def in_memory(signature: Signature, state: Iterable[Buffer], contiguous: bool = 
     contiguous: it has to be that of the dimensions, as tensors between programs have it
     """
     if signature.line:
-        return list(map(int, BLOCKED))
+        return list(map(int, told_apart(signature)))
     order = list(signature.order)
     if contiguous:
         return sorted(order)

@@ -172,7 +172,7 @@ SHAPES = {
 
 def lengths(program, shape):
     """Those of a program's axes."""
-    return (-(-shape[0] // program.line), program.line) if program.line else tuple(shape)
+    return (-(-shape[0] // program.line), program.line) if program.blocked else tuple(shape)
 
 
 def tensors(program, shape, seed):
@@ -183,7 +183,7 @@ def tensors(program, shape, seed):
     for name, buffer in program.buffers:
         kept = axes_of(buffer.kind, program.all_axes)
         size = [n for a, n in enumerate(shape) if str(a) in kept]
-        size = [count] if program.line and buffer.kind == "F" else size
+        size = [count] if program.blocked and buffer.kind == "F" else size
         value = torch.randn(size, generator=generator, dtype=torch.float64)
         made[name] = (value if name in ("param", "grad") else value.abs() + 0.1).to(buffer.dtype)
     return made

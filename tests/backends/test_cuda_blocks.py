@@ -341,6 +341,15 @@ def test_policies_of_storage_are_those_of_cpp(fake, storage):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["AdamMini", "CAME"])
+def test_rows_and_columns_beside_blocks_are_those_of_cpp(fake, rule):
+    """The last axis is a block's, and one more tells blocks apart."""
+    stepped_as_by_cpp(
+        functools.partial(getattr(fusedopt.rules, rule), storage={"exp_avg": "int8"}),
+        [(70, 64), (2, 16, 192)],
+    )
+
+
 # ---------------------------------------------------------------- NVRTC
 
 

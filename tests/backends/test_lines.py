@@ -103,3 +103,34 @@ def test_what_waits_for_no_line_is_stored_before_them():
     assert not is_early(CASES["narrow"], "store(param")
     early = CASES["apart"]
     assert is_early(early, "store(param") and not is_early(early, "store(code")
+
+
+def factored(g, x):
+    """Codes of what is made with means of rows and sums of columns, beside which blocks are one more axis."""
+    square = g.op("mul", x["grad"], x["grad"])
+    rows, columns = g.op("mean", square, to="0"), g.op("sum", square, to="12")
+    new = g.op("sub", g.op("div", x["grad"], g.op("sqrt", rows)), g.op("mul", x["code"], columns))
+    size = g.op("absmax", new, to="01")
+    left = g.op("sum", g.op("mul", new, new), to="0")
+    return {
+        "param": g.op("sub", x["param"], new),
+        "code": g.op("div", new, size),
+        "sizes": size,
+        "rows": g.op("add", rows, left),
+        "columns": columns,
+    }
+
+
+@pytest.mark.parametrize("code", [torch.float32, BF16])
+def test_with_more_axes_the_last_one_is_a_line(code):
+    kinds = {"param": "F", "grad": "F", "code": "F", "sizes": "01", "rows": "0", "columns": "12"}
+    program = with_dtypes(build(3, factored, line_length=64, **kinds), code=code)
+    body = render(program, ["s"])
+    assert "with_lines<many, n2>" in body and bool(re.search(r"T k\d+\[n2\];", body)) == (code == BF16)
+    sizes = [(1, 1, 64), (3, 1, 64), (7, 5, 64), (2, 8, 64), (40, 33, 64), (0, 2, 64)]
+    rows = [tensors(program, size, seed) for seed, size in enumerate(sizes)]
+    wanted = [interpret(program, row, [0.9], size) for row, size in zip(rows, sizes, strict=True)]
+    run_rows(program, rows, sizes)
+    for row, found in zip(rows, wanted, strict=True):
+        for buffer, value in found.items():
+            torch.testing.assert_close(row[buffer], value.to(row[buffer].dtype).view(row[buffer].shape))

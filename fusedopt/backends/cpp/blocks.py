@@ -133,7 +133,7 @@ class Blocks(blocks.Blocks):
         whole = axes == self.program.all_axes
         last = self.last_line("end") if whole else self._count(outer)
         first = f"begin / {length}" if whole else "0"
-        if len(self.program.all_axes) == 2:
+        if len(self.program.all_axes) == 2 or (whole and self.program.line):
             return [
                 *self._start(outer, first),
                 f"for (int64_t line = {first}; line < {last}; ++line) {{",

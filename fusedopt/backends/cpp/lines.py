@@ -6,6 +6,7 @@ the others to work on meanwhile, and vectors across them. In the code ``k`` is w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from ...ir.ops import ELEMENT, TENSOR, reduction
 from ...ir.program import Value, identifier
 from ...ir.stages import Stage
+from .. import blocks
 from ..c_family import indent
 from .blocks import Blocks
 
@@ -40,9 +42,11 @@ class Lines(Blocks):
     memory: of loops with numbers of several sizes compilers make slow vectors."""
     noted: Sequence[int] = ()
     """Those that are there already."""
+    single = False
+    """Whether the lines of the loop being written are gone over one by one."""
 
     def _loop(self, axes: str, stage: Stage, kept: Sequence[int] = ()) -> list[str]:
-        if axes != self.program.all_axes:
+        if axes != self.program.all_axes or kept or set(stage.reductions) - set(self.reductions):
             return super()._loop(axes, stage, kept)
         n = f"n{axes[-1]}"
         return [
@@ -71,7 +75,7 @@ class Lines(Blocks):
             made.update(kept)
             arrays += [f"{self.type_of(i)} f{i}[many];" for i in kept]
             inner = [
-                f"[[maybe_unused]] const int64_t first = (line + k) * {n}, o0 = line + k;",
+                *self._at(stage, part.code),
                 *(f"const {self.type_of(i)} {self.name(i)} = f{i}[k];" for i in given),
                 *part.code,
                 *(f"f{i}[k] = {self.name(i)};" for i in kept),
@@ -81,6 +85,43 @@ class Lines(Blocks):
             else:
                 body += ["each(lines, [&](int64_t k) FUSEDOPT_INLINE {", *indent(inner), "});"]
         return [*arrays, *body]
+
+    def _at(self, stage: Stage, code: Sequence[str]) -> list[str]:
+        """Where line k of several is, as far as this code asks."""
+        if self.program.blocked:
+            return [f"[[maybe_unused]] const int64_t first = (line + k) * n{self.axes[-1]}, o0 = line + k;"]
+        values, buffer = self.program.values, self.program.buffer
+        kinds = {values[i].kind for i in stage.values} | {buffer[n].kind for n, _ in stage.stores}
+        found: list[str] = []
+        for text in reversed(blocks.Blocks._index(self, kinds)):
+            name = text.removeprefix("[[maybe_unused]] ").split()[2]
+            if any(re.search(rf"\b{name}\b", line) for line in (*code, *found)):
+                found.insert(0, re.sub(r"\bline\b", "(line + k)", text.removeprefix("[[maybe_unused]] ")))
+        return found
+
+    def where(self, outer: str) -> list[str]:
+        return super().where(outer) if self.single else blocks.Blocks.where(self, outer)
+
+    def line(self, axes: str, stage: Stage, kept: Sequence[int] = ()) -> list[str]:
+        self.single = True
+        if axes == self.program.all_axes:
+            self.noted = self._narrow(stage)
+        found = super().line(axes, stage, kept)
+        self.single, self.noted = False, ()
+        return found
+
+    def _index(self, kinds: Iterable[str]) -> list[str]:
+        found = super()._index(kinds)
+        if self.axes != self.program.all_axes:
+            return found
+        n = f"n{self.axes[-1]}"
+        arrays = [f"T k{i}[{n}];" for i in self.noted]
+        return [
+            *found,
+            f"[[maybe_unused]] constexpr auto length = Fixed<{n}>{{}};",
+            *arrays,
+            *(line for i in self.noted for line in self._widened(i).code),
+        ]
 
     def _needed_by(self, part: _Part) -> set[int]:
         """What a part needs, besides what it makes itself."""
@@ -92,7 +133,7 @@ class Lines(Blocks):
         values = self.program.values
         fixed = [i for i in stage.values if values[i].kind != TENSOR and not self._along_line(values[i].kind)]
         done: set[int] = set()
-        narrow = [i for i in stage.values if values[i].op == "load" and self._is_narrow(str(values[i].attr))]
+        narrow = self._narrow(stage)
         yield from map(self._widened, narrow)
         self.noted = narrow
         early = self._early(stage) if stage.lines else []
@@ -105,13 +146,18 @@ class Lines(Blocks):
         yield from self._once(fixed, done)
         yield from self._rest(later)
 
+    def _narrow(self, stage: Stage) -> list[int]:
+        """What is loaded, and has fewer bits in memory."""
+        values = self.program.values
+        return [i for i in stage.values if values[i].op == "load" and self._is_narrow(str(values[i].attr))]
+
     def _is_narrow(self, buffer: str) -> bool:
         found = self.program.buffer[buffer]
         return found.kind == ELEMENT and found.dtype.itemsize < self.program.compute.itemsize
 
     def _widened(self, i: int) -> _Part:
-        load = self._expression(i, self.program.values[i])
-        return _Part(self.over([f"k{i}[k][c] = {load};"], lanes=False), places=[i])
+        load = super()._expression(i, self.program.values[i])
+        return _Part(self.over([f"{self._noted_at(i)} = {load};"], lanes=False), places=[i])
 
     def _once(self, fixed: Sequence[int], done: set[int]) -> Iterator[_Part]:
         """What is one number for a line, as far as what it needs is there."""
@@ -190,17 +236,20 @@ class Lines(Blocks):
         yield _Part([*self.over(inner, bool(stage.reductions)), *once], (), made, roots)
         self.noted = [*self.noted, *new]
         for n, i in narrow:
-            yield _Part(self.over([self.store(n, "i", i, f"k{i}[k][c]")], False), places=[i])
+            yield _Part(self.over([self.store(n, "i", i, self._noted_at(i))], False), places=[i])
 
     # -- lines of code --
     def _note(self, i: int) -> str:
-        return f"k{i}[k][c] = {self.name(i)};"
+        return f"{self._noted_at(i)} = {self.name(i)};"
+
+    def _noted_at(self, i: int) -> str:
+        return f"k{i}[c]" if self.single else f"k{i}[k][c]"
 
     def _store(self, store: tuple[str, int]) -> str:
         return self.store(store[0], "i", store[1])
 
     def _expression(self, i: int, v: Value) -> str:
-        return f"k{i}[k][c]" if i in self.noted else super()._expression(i, v)
+        return self._noted_at(i) if i in self.noted else super()._expression(i, v)
 
     def _varying(self, roots: Iterable[int]) -> list[int]:
         found: set[int] = set()

@@ -303,7 +303,7 @@ class Blocks(Body):
             self.at_hand = None
         assert self.now.outer is not None
         kinds = self._kinds(stage.values, stage.stores, inner=False) | ({lines} if mine else set())
-        last = f"(end + {length} - 1) // {length}" if self.program.line else f"end // {length}"
+        last = f"(end + {length} - 1) // {length}" if self.program.blocked else f"end // {length}"
         out = [f"first_line = begin // {length}", f"last_line = {last}"]
         out += [*map(self._accumulator, whole), *self._loop(self.now.outer, body, kinds)]
         for i in whole:
@@ -324,7 +324,7 @@ class Blocks(Body):
         for i in sums:
             op = reduction(values[i].op)
             length = f"n{self.axes[-1]}"
-            if self.program.line:  # of which the last one is what is left
+            if self.program.blocked:  # of which the last one is what is left
                 length = f"tl.minimum(end - y * {length}, {length})"
             scale = f" / {length}.to(tl.float64)" if op.averaged else ""
             text = f"{self.name(i)} = ({self._total_of(i, 1)}{scale}).to(T)"
@@ -472,7 +472,7 @@ class Blocks(Body):
             *self._digits(side),
             *(f"{self._o(kind)} = {self._place(kind)}" for kind in kinds if kind != ELEMENT),
         ]
-        ragged = both and self.program.line
+        ragged = both and self.program.blocked
         if ELEMENT in kinds or (both and self.now.within) or ragged:
             lines.append(f"at = {self._place(ELEMENT)}")
         if both:
