@@ -441,8 +441,8 @@ inline double quotient(double x, int64_t n) {
 
 // Lines of three numbers, as a convolution's weights have them, are gone over many at a time, so that there are vectors
 // across them: a tile. What several lines have in common is spread to each before, and what they make together is
-// collected after, in the order of the lines.
-constexpr int64_t tile = 48, tiled = 3;  // lines, and how long they are
+// collected after.
+constexpr int64_t tile = 3 * lanes, tiled = 3;  // lines, and how long they are
 
 template <class X, class E>
 inline X averaged(const E* p, int64_t i, Fixed<1>) {
@@ -466,10 +466,27 @@ static FUSEDOPT_ONCE void spread(X (*to)[tile], const E* from, int64_t line, int
       }
     return;
   }
-  for (int64_t k = 0; k < tile; ++k) {
-    for (int c = 0; c < m; ++c) to[c][k] = averaged<X>(from, run * m + c, length);
-    if (++at == n) at = 0, ++run;
+  for (int64_t k = 0; k < tile; at = 0, ++run) {
+    const int64_t end = n - at < tile - k ? k + n - at : tile;
+    for (int c = 0; c < m; ++c) {
+      const X x = averaged<X>(from, run * m + c, length);
+      for (int64_t j = k; j < end; ++j) to[c][j] = x;
+    }
+    k = end;
   }
+}
+// What some lines of a tile come to, mostly all of them.
+template <class R>
+FUSEDOPT_INLINE inline double of_lines(const double* x, int64_t n) {
+  double all = R::init;
+  if (n < tile) {
+    for (int64_t k = 0; k < n; ++k) all = R::join(all, x[k]);
+    return all;
+  }
+  double lane[lanes];
+  for (int k = 0; k < lanes; ++k) lane[k] = R::join(R::join(x[k], x[k + lanes]), x[k + 2 * lanes]);
+  for (int k = 0; k < lanes; ++k) all = R::join(all, lane[k]);
+  return all;
 }
 template <class R, int64_t m>
 static FUSEDOPT_ONCE void collect(double* __restrict to, const double (*from)[tile], int64_t line, int64_t n) {
@@ -485,15 +502,15 @@ static FUSEDOPT_ONCE void collect(double* __restrict to, const double (*from)[ti
       }
     return;
   }
-  for (int64_t k = 0; k < tile; ++k) {
-    for (int c = 0; c < m; ++c) to[run * m + c] = R::join(to[run * m + c], from[c][k]);
-    if (++at == n) at = 0, ++run;
+  for (int64_t k = 0; k < tile; at = 0, ++run) {
+    const int64_t count = n - at < tile - k ? n - at : tile - k;
+    for (int c = 0; c < m; ++c) to[run * m + c] = R::join(to[run * m + c], of_lines<R>(from[c] + k, count));
+    k += count;
   }
 }
 template <class R>
 static FUSEDOPT_ONCE void collect(Lanes<R>& to, const double (&from)[tiled][tile]) {
-  for (int64_t k = 0; k < tile; ++k)
-    for (int c = 0; c < tiled; ++c) to.add(c, from[c][k]);
+  for (int c = 0; c < tiled; ++c) to.add(c, of_lines<R>(from[c], tile));
 }
 
 // Of numbers of which it makes no difference in what order they are joined, nor in what type.

@@ -83,13 +83,13 @@ class Blocks(blocks.Blocks):
         return HEAD + len(self.program.buffers)
 
     def chunk(self, stage: Stage) -> list[str]:
-        mine = regions(self.program, stage)
+        mine, values = regions(self.program, stage), self.program.values
         return [
             *(
                 f"double* __restrict {self._q(i)} = launch.results + regions[{self._region(i)}];"
                 for i in mine
             ),
-            *(self._cleared(i, "begin", "end") for i in mine),
+            *(self._cleared(i, "begin", "end") for i in mine if values[i].kind != self.program.all_axes[:-1]),
             *self.accumulators(stage),
             *self._loop(self.program.all_axes, stage),
             *(f"partial[{self.reductions.index(i)}] = {self.total(i)};" for i in self._whole(stage)),
@@ -107,6 +107,7 @@ class Blocks(blocks.Blocks):
             *(
                 f"clear<{values[i].op}_>({self._q(i)}, 0, {self._count(values[i].kind)});"
                 for i in nest.reductions
+                if values[i].kind != nest.kind[:-1]
             ),
             *loop(nest.kind, stage, nest.kept),
         ]
@@ -309,7 +310,9 @@ class Blocks(blocks.Blocks):
                 before.append(self._accumulator(i))
                 inner.append(self._added(i))
             total = self.total(added[v.op, v.args[0]])
-            after.append(f"y{i}[0][k] = {total};" if apart else f"{at} = {v.op}_::join({at}, {total});")
+            once = v.kind == self.axes[:-1]  # of which each line has its own
+            at = f"y{i}[0][k]" if apart else at
+            after.append(f"{at} = {total};" if apart or once else f"{at} = {v.op}_::join({at}, {total});")
         inner += [f"{self._q(i)}[{self._place(values[i].kind)}] = double({self.name(i)});" for i in kept]
         for n, i in stage.stores:
             kind = self.program.buffer[n].kind
