@@ -10,7 +10,6 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -154,10 +153,7 @@ def trace_step(
     """
     common: tuple[str, ...] | None = None
     choices = [
-        [
-            *islice(signature.resolved(), CHOICES),
-            *([] if signature.line else _of_other_shapes(items, signature)),
-        ]
+        [*signature.resolved(CHOICES), *([] if signature.line else _of_other_shapes(items, signature))]
         for items, signature in buckets
     ]
     while True:

@@ -138,14 +138,15 @@ def block_amax(x: Any, block: int, signed: bool = True) -> Any:
 def _in_blocks(run: Any, block: int) -> None:
     """See to it that the lines of a trace's program are blocks of so many elements."""
     run.attribute(ELEMENT, f"{LINE}{block}")
-    if not run.signature.line:  # see Signature.resolved
-        raise run.signature.unsuited(run.callback)
-    if run.signature.line != block:
-        error = Unsuited(
-            f"blocks of {block} and of {run.signature.line} elements in one rule",
-            "choose policies with blocks of one size for all state of a group",
-        )
-        error.of = run.callback
+    line = run.signature.line  # see Signature.resolved
+    if line != block:
+        error = run.signature.unsuited(run.callback)
+        if line:
+            error = Unsuited(
+                f"blocks of {block} and of {line} elements in one rule",
+                "choose policies with blocks of one size for all state of a parameter",
+            )
+        error.of, error.blocks = run.callback, True
         raise error
     if run.attribute(ELEMENT, HERE_IN_ORDER) is None:
         raise Untraceable("blocks of a tensor whose memory is elsewhere")

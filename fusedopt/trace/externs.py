@@ -544,7 +544,7 @@ def _kind(run: Run, shown: axes.Dims) -> str:
         return ELEMENT if axes.along(shown) else TENSOR
     kind = kind_of(axes.along(shown), axes.along(full))
     if is_partial(kind):
-        run.signature.need_dims()
+        run.attribute(ELEMENT, "dims")
     return kind
 
 

@@ -19,7 +19,7 @@ from . import axes, methods  # noqa: F401  (fills the table of tensor methods)
 from .axes import Dims
 from .number import Number, Scalar, ScalarProgram
 from .signals import Changes, NeedsAttribute, Starts, Untraceable, latest, where_now
-from .signature import FACTOR, STARTED, Apart, Foreign, Opaque, Signature
+from .signature import FACTOR, STARTED, Foreign, Opaque, Signature
 from .standins import StandIns
 from .tensor import FLOATS, Place, SymParameter, SymTensor, expand, is_extern, lift
 from .totals import Total
@@ -196,9 +196,6 @@ class Pass:
                 shown = None if axes.is_blocks(value.dims) else s.shown(value.dims)
                 if shown is not None:
                     s.need_dims()
-                if shown is not None and s.line and s.dims is None:
-                    cells[key] = Apart(value.dtype, torch.Size(), s.unsuited())
-                    continue
                 cells[key] = Cell(load(self.graph, s, f"state.{key}", value), s.seen(key, value), shown)
             elif isinstance(value, Foreign) and value.dtype in FLOATS and self.calls is not None:
                 asked_for = seen if (seen := s.seen(key, value)) != s.compute else None

@@ -63,7 +63,9 @@ class Mismatched(Untraceable):
 
 
 class Unsuited(Mismatched):
-    """Tensors go along what a signature does not tell apart: blocks of elements, or dimensions."""
+    """Tensors go along what a signature does not tell apart: dimensions, or, ``blocks``, blocks of elements."""
+
+    blocks = False
 
 
 class Begins(Signal):

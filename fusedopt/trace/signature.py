@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,16 +27,6 @@ class Foreign:
         raise Untraceable(
             f"a {self.dtype} state tensor of another shape than the parameter's, or of integers"
         )
-
-
-@dataclass(frozen=True)
-class Apart(Foreign):
-    """A state tensor along dimensions, where blocks of elements are told apart."""
-
-    error: Unsuited
-
-    def __getattr__(self, name: str) -> Any:
-        raise self.error
 
 
 @dataclass(frozen=True)
@@ -184,44 +174,70 @@ class Signature:
             if name not in dict(self.attributes):
                 raise NeedsAttribute(name)
 
-    def resolved(self) -> Iterator[Signature]:
-        """The signatures that it may be, as sizes do not tell: see `Several`."""
-        keys = [k for k, v in self.state if isinstance(v, Several)]
-        state = dict(self.state)
-        for chosen in itertools.product(*(state[k].buffers for k in keys)):
-            now = state | dict(zip(keys, chosen, strict=True))
-            yield from replace(self, state=tuple(now.items()))._by_what_is_told_apart()
-
-    def _by_what_is_told_apart(self) -> Iterator[Signature]:
-        """What parameters are cut into, where for some callbacks that is blocks of elements, and for others blocks of
-        another size, or their dimensions: one of these, or dimensions of which the last one is blocks."""
+    def resolved(self, most: int = 256) -> Iterator[Signature]:
+        """The signatures that it may be: sizes do not tell along which dimensions state goes (`Several`, of which no
+        more than so many combinations are tried), and for some callbacks blocks of elements are told apart, for others
+        the parameter's dimensions."""
         known = dict(self.attributes)
         lines = [k for k, v in self.attributes if k.startswith(LINE) and v]
+        for line in lines if len(lines) > 1 else ():
+            yield from self._with(**dict.fromkeys(lines, 0) | {line: known[line]}).resolved(most)
         if len(lines) > 1:
-            for line in lines:
-                yield from self._with(
-                    **dict.fromkeys(lines, 0) | {line: known[line]}
-                )._by_what_is_told_apart()
             return
         if not lines or "dims" not in known:
-            yield self
+            yield from self._chosen(most)
             return
         if (whole := f"{WHOLE}{self.line}") not in known:
             raise NeedsAttribute(whole)
-        yield self._with(dims=None)
-        yield self._with(**{lines[0]: 0})
+        kept = {k: axes.is_blocks(v.dims) for k, v in self._partial()}
+        if False not in kept.values():
+            yield self._with(dims=None)
         if known[whole] and self.dims:
             last = max(d for group in self.dims for d in group)
-            found = self._with(dims=axes.cut(self.dims, last), **{CUT: last})
-            state = [(k, found._told_apart(v) if isinstance(v, Buffer) else v) for k, v in self.state]
-            yield replace(found, state=tuple(state))
+            yield from self._with(dims=axes.cut(self.dims, last), **{CUT: last})._chosen(most)
+        if True not in kept.values():
+            yield from self._with(**{lines[0]: 0})._chosen(most)
+        if False in kept.values():
+            yield self._with(dims=None)._without_rows()
+
+    def _chosen(self, most: int) -> Iterator[Signature]:
+        """With one of the ways along which each state may go, and kinds by what is told apart."""
+        keys = [k for k, v in self.state if isinstance(v, Several)]
+        state = dict(self.state)
+        for chosen in itertools.islice(itertools.product(*(state[k].buffers for k in keys)), most):
+            found = replace(self, state=tuple((state | dict(zip(keys, chosen, strict=True))).items()))
+            yield (
+                found
+                if self.cut is None
+                else found._with_state({k: self._cut(v) for k, v in found._partial()})
+            )
+
+    def _partial(self) -> list[tuple[str, Buffer]]:
+        """The state with some numbers for each parameter, but not one for each element."""
+        state = [(k, v.buffers[0] if isinstance(v, Several) else v) for k, v in self.state]
+        return [(k, v) for k, v in state if isinstance(v, Buffer) and is_partial(v.kind)]
+
+    def _cut(self, buffer: Buffer) -> Buffer:
+        blocks = axes.is_blocks(buffer.dims)
+        kind = self.blocks if blocks else axes.along(self.shown(buffer.dims) or ())
+        return Buffer(buffer.dtype, kind, buffer.dims)
+
+    def _without_rows(self) -> Signature:
+        """With state along dimensions as that of tensors that torch calls may take."""
+        rows = {k: v for k, v in self._partial() if not axes.is_blocks(v.dims)}
+        if "shape" not in dict(self.attributes):
+            raise NeedsAttribute("shape")
+        shape = dict(self.attributes)["shape"]
+        return self._with_state(
+            {k: Foreign(v.dtype, torch.Size(axes.sizes(v.dims or (), shape))) for k, v in rows.items()}
+        )
 
     def unsuited(self, of: int | None = None) -> Unsuited:
         """That tensors go along what is not told apart."""
-        line = next(int(k.removeprefix(LINE)) for k, _ in self.attributes if k.startswith(LINE))
+        sizes = " or ".join(k.removeprefix(LINE) for k, _ in self.attributes if k.startswith(LINE))
         error = Unsuited(
-            f"rows or columns of a parameter whose last dimension is not {line} elements or some times that, where "
-            f"storage is in blocks of {line}",
+            f"rows or columns of a parameter whose last dimension is not in whole blocks of {sizes} elements, where "
+            "storage is in blocks",
             "store the state of this rule in a policy without blocks, such as bf16+8",
         )
         error.of = of
@@ -230,12 +246,8 @@ class Signature:
     def _with(self, **attributes: Any) -> Signature:
         return replace(self, attributes=tuple((dict(self.attributes) | attributes).items()))
 
-    def _told_apart(self, buffer: Buffer) -> Buffer:
-        """With its kind by the dimensions that are told apart."""
-        if not is_partial(buffer.kind):
-            return buffer
-        shown = () if axes.is_blocks(buffer.dims) else self.shown(buffer.dims) or ()
-        return Buffer(buffer.dtype, axes.along(shown) or self.blocks, buffer.dims)
+    def _with_state(self, state: Mapping[str, Any]) -> Signature:
+        return replace(self, state=tuple((k, state.get(k, v)) for k, v in self.state))
 
     @property
     def compute(self) -> torch.dtype:

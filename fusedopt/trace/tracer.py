@@ -99,19 +99,23 @@ def trace(
     *args: Any,
     **kwargs: Any,
 ) -> Trace:
-    """`traced`, for the first of the signatures that this may be which has a fused form."""
-    first: BaseException | None = None
+    """`traced`, for the first of the signatures that this may be which has a fused form; else the error of the one that
+    went furthest."""
+    last: BaseException | None = None
+    furthest = (-1, False)
     for found in signature.resolved():
         try:
             return traced(callbacks, found, *args, **kwargs)
         except (Begins, NeedsAttribute):
             raise
         except (Untraceable, Exception) as error:
-            first = (
-                error if first is None or isinstance(first, Unsuited) > isinstance(error, Unsuited) else first
-            )
-    assert first is not None
-    raise first
+            # A callback by dimensions runs eagerly between those that encode and decode blocks, rather than these.
+            blocks = isinstance(error, Unsuited) and error.blocks
+            how_far = -1 if blocks else getattr(error, "callback", 0), not isinstance(error, Unsuited)
+            if last is None or how_far > furthest:
+                last, furthest = error, how_far
+    assert last is not None
+    raise last
 
 
 def traced(
@@ -387,9 +391,8 @@ def program_of(
     stores = _stores(signature, cells, created, materialize_grad)
     old = {k: v for k, v in signature.state if isinstance(v, Buffer)}
     dims = in_memory(signature, (old | created).values(), _draws(graph, cells))
-    program, slots, axes = canonical(
-        graph, signature.compute, buffers, stores, skip, axes=axes, dims=dims, line=signature.line
-    )
+    program, slots, axes = canonical(graph, signature.compute, buffers, stores, skip, axes=axes, dims=dims)
+    program = replace(program, line=_line(signature, axes))
     return _optimized(program, tuple(v.where for v in program.values)), slots, axes
 
 
@@ -465,9 +468,8 @@ def cut_up(
     rounds = []
     for stores in cuts.stores:
         with_theirs = buffers | {name: cuts.private[name] for name in stores}
-        one, slots, _ = canonical(
-            cuts.graph, signature.compute, with_theirs, stores, slots=slots, axes=axes, line=signature.line
-        )
+        one, slots, _ = canonical(cuts.graph, signature.compute, with_theirs, stores, slots=slots, axes=axes)
+        one = replace(one, line=_line(signature, axes))
         rounds.append(_optimized(one, tuple(v.where for v in one.values)))
     there = dict(buffer for one in (program, *rounds) for buffer in one.buffers)
     kept = tuple((name, there[name]) for name in buffers if name in there)
@@ -514,7 +516,6 @@ def canonical(
     slots: Sequence[int] = (),
     axes: Axes | None = None,
     dims: Sequence[int] = (),
-    line: int = 0,
 ) -> tuple[Program, tuple[int, ...], Axes]:
     """Number the reachable values, the slots and the axes in order, so that equal structure is equal text.
 
@@ -547,9 +548,14 @@ def canonical(
         len(slots),
         None if skip is None else number[skip],
         max(len(axes), 1),
-        line if axes else 0,
     )
     return program, tuple(slots), axes
+
+
+def _line(signature: Signature, axes: Axes) -> int:
+    """How many elements a program's lines have, if they are blocks."""
+    inside = (int(told_apart(signature)[-1]),)
+    return signature.line if axes and axes[-1] == inside else 0
 
 
 def axes_of(graph: Graph, values: Iterable[int], buffers: dict[str, Buffer], dims: Sequence[int]) -> Axes:

@@ -65,7 +65,9 @@ def test_they_fuse_and_are_as_the_reference_has_them(rule, storage):
 
 
 def test_a_matrix_that_is_not_in_whole_blocks_is_stepped_eagerly_and_says_why():
-    with pytest.warns(RuntimeWarning, match=r"came_step runs eagerly.* last dimension is not 64 elements or"):
+    with pytest.warns(
+        RuntimeWarning, match=r"came_step runs eagerly.* last dimension is not in whole blocks of 64"
+    ):
         found = stepped(RULES["CAME"], [(128, 64), (100, 100)], "int8", "cpp")
     assert_the_same(found, stepped(RULES["CAME"], [(128, 64), (100, 100)], "int8", "reference"))
 
@@ -143,3 +145,61 @@ def test_so_are_fused_classes():
     for p, q, v in zip(ours, theirs, values, strict=True):
         assert 0 < (p - q).norm() < 0.05 * (q - v).norm()  # codes of 8 bits
         torch.testing.assert_close(opt.state[p]["rows"], plain.state[q]["rows"])
+
+
+def test_a_block_of_another_group_is_not_said_to_be_this_ones():
+    params = [nn.Parameter(torch.randn(s)) for s in [(128, 64), (64, 64)]]
+    groups = [
+        {"params": [p], "storage": {"exp_avg": s}} for p, s in zip(params, ("int8", "int8_256"), strict=True)
+    ]
+    opt = rules.AdamMini(groups, lr=1e-3, storage={"exp_avg": "int8"})
+    with pytest.warns(RuntimeWarning, match="adam_mini_step runs eagerly") as warned:
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            opt.step()
+    assert {e.callback for e in opt.explain().eager} == {"adam_mini_step"}
+    assert all("adam_mini_step" in str(w.message) for w in warned)
+
+
+def test_tensors_that_calls_take_are_no_rows():
+    """However many of the parameter's dimensions have their sizes."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(8, 8, 8, 8, generator=generator))]
+    opt = rules.SOAP(params, lr=1e-3, storage="int8")
+    for _ in range(3):
+        params[0].grad = torch.randn(8, 8, 8, 8, generator=generator)
+        opt.step()
+    assert not opt.explain().eager
+
+
+class Squares(Factored):
+    """With more state of one row or column than there are ways tried for each."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                    for k in range(2):
+                        state[f"rows{k}"] = torch.zeros_like(p[:, 0])
+                        state[f"columns{k}"] = torch.zeros_like(p[0])
+                square = p.grad.square()
+                for k in range(2):
+                    state[f"rows{k}"].lerp_(square.mean(dim=1), 0.1)
+                    state[f"columns{k}"].lerp_(square.mean(dim=0), 0.1)
+                scale = state["rows0"].unsqueeze(1) * state["columns1"]
+                state["exp_avg"].mul_(0.9).add_(p.grad / (scale.sqrt() + 1e-8), alpha=0.1)
+                p.add_(state["exp_avg"], alpha=-group["lr"])
+
+
+def test_square_matrices_fuse_as_others_do():
+    ours = [nn.Parameter(torch.randn(s)) for s in [(64, 64), (128, 64)]]
+    opt = fusedopt.fuse(Squares(ours), storage={"exp_avg": "int8"})
+    for _ in range(3):
+        for p in ours:
+            p.grad = torch.randn_like(p)
+        opt.step()
+    assert not opt.explain().eager and "cpp" in str(opt.explain())
