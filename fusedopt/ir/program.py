@@ -15,7 +15,7 @@ An F value may use S values (they are broadcast), an S value is made from S valu
 value. The same holds between kinds with fewer and more axes: a tensor is seen as a block with ``axes`` axes, the last
 one contiguous in memory, and a sum along axis 1 of two is of kind "0", one number per row. Most programs have one axis,
 which is all elements. With a ``line`` there are two: all elements in lines of that many, of which the last may have
-fewer.
+fewer; or there are more, of which the last one has this length.
 
 Slots are the step's scalars (learning rate, bias corrections): numbers the host computes and hands over, so a schedule
 changes no program.

@@ -21,8 +21,9 @@ def projected(update: Any, grad: Any, p: Any, delta: Any, wd_ratio: Any, eps: An
     products = (p, p), (grad, grad), (p, grad), (p, update)
     of_rows = [(x * y).sum(dim=rows, keepdim=True) for x, y in products]
     of_all = [x.sum() for x in of_rows]
-    by_row = cosine(*of_rows[:3], eps).amax() < delta / (p.numel() / p.shape[0]) ** 0.5  # type: ignore[call-arg]
-    as_one = cosine(*of_all[:3], eps) < delta / p.numel() ** 0.5  # type: ignore[call-arg]
+    count, lines = max(p.numel(), 1), max(p.shape[0], 1)
+    by_row = cosine(*of_rows[:3], eps).amax() < delta / (count / lines) ** 0.5  # type: ignore[call-arg]
+    as_one = cosine(*of_all[:3], eps) < delta / count**0.5  # type: ignore[call-arg]
     along = torch.where(by_row, radial(*of_rows, eps), radial(*of_all, eps))  # type: ignore[call-arg]
     either = by_row | as_one
     return update - torch.where(either, p * along, 0.0), torch.where(

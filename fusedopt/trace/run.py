@@ -342,9 +342,8 @@ class Pass:
         if isinstance(known, Foreign) and isinstance(value, SymTensor) and self.calls is not None:
             value = self.calls.cast(value, self.signature.compute)
         if is_extern(value) and isinstance(known, Buffer) and known.dims and value.fits(known.dims):
-            value = value.leave(
-                self.signature.shown(known.dims)
-            )  # also where sizes alone do not tell which these are
+            # Also where sizes alone do not tell which these are.
+            value = value.leave(self.signature.shown(known.dims))
         if is_extern(value) and (isinstance(known, Foreign) or not value.leaves):
             return self._matrix(key, known, value)
         if isinstance(value, SymTensor) or is_extern(value):

@@ -202,25 +202,22 @@ class Signature:
 
     def _chosen(self, most: int) -> Iterator[Signature]:
         """With one of the ways along which each state may go, and kinds by what is told apart."""
-        keys = [k for k, v in self.state if isinstance(v, Several)]
-        state = dict(self.state)
-        for chosen in itertools.islice(itertools.product(*(state[k].buffers for k in keys)), most):
-            found = replace(self, state=tuple((state | dict(zip(keys, chosen, strict=True))).items()))
-            yield (
-                found
-                if self.cut is None
-                else found._with_state({k: self._cut(v) for k, v in found._partial()})
-            )
+        several = {k: v.buffers for k, v in self.state if isinstance(v, Several)}
+        for chosen in itertools.islice(itertools.product(*several.values()), most):
+            found = self._with_state(dict(zip(several, chosen, strict=True)))
+            yield found._with_state({k: self._told_apart(v) for k, v in found._partial()})
 
     def _partial(self) -> list[tuple[str, Buffer]]:
         """The state with some numbers for each parameter, but not one for each element."""
         state = [(k, v.buffers[0] if isinstance(v, Several) else v) for k, v in self.state]
         return [(k, v) for k, v in state if isinstance(v, Buffer) and is_partial(v.kind)]
 
-    def _cut(self, buffer: Buffer) -> Buffer:
-        blocks = axes.is_blocks(buffer.dims)
-        kind = self.blocks if blocks else axes.along(self.shown(buffer.dims) or ())
-        return Buffer(buffer.dtype, kind, buffer.dims)
+    def _told_apart(self, buffer: Buffer) -> Buffer:
+        """With its kind by what is told apart."""
+        whole = axes.is_blocks(buffer.dims)
+        return Buffer(
+            buffer.dtype, self.blocks if whole else axes.along(self.shown(buffer.dims) or ()), buffer.dims
+        )
 
     def _without_rows(self) -> Signature:
         """With state along dimensions as that of tensors that torch calls may take."""

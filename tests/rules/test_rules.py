@@ -567,6 +567,18 @@ def test_what_is_made_every_few_steps_by_torch_runs_eagerly_with_counts_on_the_d
     torch.testing.assert_close(params, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+@pytest.mark.parametrize("rule", [rules.AdamP, rules.SGDP])
+def test_matrices_without_elements_have_no_rows_to_divide_by(rule, shape):
+    params = [torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.ones(4, 5))]
+    opt = rule(params, lr=0.1)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    assert not opt.explain().eager
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("make", [rules.SOAP, rules.Shampoo])
 def test_square_matrices_of_dimensions_without_elements_have_none(make, backend):
