@@ -130,7 +130,8 @@ class Item:
         if name.startswith(LINE):
             return int(name.removeprefix(LINE))
         if name.startswith(WHOLE):
-            return 0 < p.dim() < axes.MOST and p.shape[-1] % int(name.removeprefix(WHOLE)) == 0
+            last = next((n for n in reversed(p.shape) if n != 1), 1)
+            return p.dim() < axes.MOST and last % int(name.removeprefix(WHOLE)) == 0
         if name.startswith(OWN):
             return own_attribute(self.owner, name)
         if name.startswith("fewer:"):  # than a number of elements

@@ -98,9 +98,9 @@ OWN, MISSING = "own:", "none of its attributes"
 """Attribute of parameters, followed by the name of one that torch's have not; and its value where there is none."""
 LINE, WHOLE = "line:", "whole:"
 """Attributes of parameters that say into blocks of how many elements they are cut, and whether their last dimension
-is so many of such blocks."""
+that is longer than 1 is so many of such blocks."""
 CUT = "cut"
-"""Attribute of a signature: its last dimension, if that is two of the dimensions that it tells apart."""
+"""Attribute of a signature: which dimension that is, if it is two of those that are told apart."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Signature:
 
     @property
     def cut(self) -> int | None:
-        """The last dimension, where `dims` has it as two: blocks of ``line`` elements, and the elements in each."""
+        """The last dimension longer than 1, where `dims` has it as two: blocks of ``line``, and what is in each."""
         found: int | None = dict(self.attributes).get(CUT)
         return found
 
@@ -166,7 +166,7 @@ class Signature:
 
     def lengths(self, shape: Sequence[int]) -> Sequence[int]:
         """Those of the dimensions that are told apart, of a parameter of this shape."""
-        return shape if self.cut is None else (*shape[:-1], shape[-1] // self.line, self.line)
+        return shape if self.cut is None else (*shape[: self.cut], shape[self.cut] // self.line, self.line)
 
     def need_dims(self) -> None:
         """Raises NeedsAttribute for what has to be known of dimensions, and is not."""

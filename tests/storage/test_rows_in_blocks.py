@@ -12,7 +12,16 @@ from fusedopt import optim, rules
 from fusedopt.optimizer import Optimizer
 
 pytestmark = needs_extension
-SHAPES = [(128, 64), (70, 128), (3, 32, 64), (8192,), (2, 2, 16, 192), (1, 4096), (16, 1, 320)]
+SHAPES = [
+    (128, 64),
+    (70, 128),
+    (3, 32, 64),
+    (8192,),
+    (2, 2, 16, 192),
+    (1, 4096),
+    (16, 1, 320),
+    (70, 64, 1, 1),
+]
 """With a last dimension in whole blocks,"""
 OTHERS = [(5000,), (10, 84), (6,), (32, 3, 3)]
 """and others, which are too small for blocks, or have no rows."""
