@@ -16,6 +16,7 @@ FILES = (
     "tests/step/test_drawing.py",
     "tests/step/test_externs.py",
     "tests/storage/test_storage.py::test_kernels_do_what_the_reference_does",
+    "tests/storage/test_rows_in_blocks.py::test_they_fuse_and_are_as_the_reference_has_them",
 )
 SANITIZED = f"{FILES[0]}::test_nothing_outside_of_the_tensors_is_written"
 

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from devices import DEVICE
 from helpers import needs_extension
 from torch import nn
 
@@ -35,13 +36,13 @@ RULES = {
 }
 
 
-def stepped(make, shapes, storage, backend, steps=4):
+def stepped(make, shapes, storage, backend, steps=4, device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(s, generator=generator) * 0.1) for s in shapes]
+    params = [nn.Parameter((torch.randn(s, generator=generator) * 0.1).to(device)) for s in shapes]
     opt = make(params, storage=storage, backend=backend)
     for _ in range(steps):
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
         opt.step()
     return params, opt
 
@@ -57,15 +58,15 @@ def assert_the_same(ours, theirs):
         a, b = tensors(opt, p), tensors(other, q)
         assert {k: (v.dtype, v.shape) for k, v in a.items()} == {k: (v.dtype, v.shape) for k, v in b.items()}
         for x, y in [(p, q), *((a[k], b[k]) for k in a)]:
-            assert (x.double() - y.double()).norm() <= 2e-3 * y.double().norm()
+            assert (x.cpu().double() - y.double()).norm() <= 2e-3 * y.double().norm()
 
 
 @pytest.mark.parametrize(("rule", "storage"), [*((rule, "int8") for rule in RULES), ("CAME", "int8_256")])
-def test_they_fuse_and_are_as_the_reference_has_them(rule, storage):
+def test_they_fuse_and_are_as_the_reference_has_them(rule, storage, compiled):
     shapes = [s for s in SHAPES if s[-1] % 256 == 0] if storage == "int8_256" else SHAPES
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = stepped(RULES[rule], [*shapes, *OTHERS], storage, "cpp")
+        found = stepped(RULES[rule], [*shapes, *OTHERS], storage, compiled, device=DEVICE)
     params, opt = found
     assert not opt.explain().eager
     coded = [v.dtype in (torch.int8, torch.uint8) for p in params for v in tensors(opt, p).values()]
