@@ -554,8 +554,8 @@ def canonical(
 
 def _line(signature: Signature, axes: Axes) -> int:
     """How many elements a program's lines have, if they are blocks."""
-    inside = (int(told_apart(signature)[-1]),)
-    return signature.line if axes and axes[-1] == inside else 0
+    line = signature.line
+    return line if line and axes and axes[-1] == (int(told_apart(signature)[-1]),) else 0
 
 
 def axes_of(graph: Graph, values: Iterable[int], buffers: dict[str, Buffer], dims: Sequence[int]) -> Axes:
