@@ -379,7 +379,9 @@ def test_blocks_of_two_sizes_are_told_what_to_do():
     params = parameters()
     opt = optim.AdamW(params, storage={"exp_avg": "int8", "exp_avg_sq": "uint8_256"})
     give(params, 0)
-    with pytest.warns(RuntimeWarning, match="blocks of 256 and of 64 .* one size for all state of a group"):
+    with pytest.warns(
+        RuntimeWarning, match="blocks of 256 and of 64 .* one size for all state of a parameter"
+    ):
         opt.step()
 
 
