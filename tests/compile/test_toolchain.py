@@ -308,7 +308,8 @@ def test_a_compiler_that_is_stopped_has_a_moment_to_tidy_up(tmp_path, monkeypatc
     """As when somebody presses Ctrl-C, or a process ends while the extension is built."""
     monkeypatch.setattr(toolchain, "GRACE", 60.0)  # of which a busy machine may take more than half a second
     left = tmp_path / "left"
-    work = f"trap 'rm {left}; exit 1' TERM; touch {left}; sleep 1000; true"  # longer than a test may take
+    # Short sleeps: one that the shell begins just after the signal is waited for.
+    work = f"trap 'rm {left}; exit 1' TERM; touch {left}; while true; do sleep 0.05; done"
     process = toolchain.started(["sh", "-c", work])
     while not left.exists():
         time.sleep(0.002)
