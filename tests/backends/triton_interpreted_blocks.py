@@ -4,6 +4,7 @@ test_triton_interpreter.py starts pytest on this file.
 By hand: TRITON_INTERPRET=1 python -m pytest tests/backends/triton_interpreted_blocks.py
 """
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -167,21 +168,25 @@ def test_a_factored_step_of_many_matrices_is_the_references(options):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
 
 
+def stored(on, make, shapes, key):
+    """The parameters after two steps of an optimizer, and what is stored under a name."""
+    generator = torch.Generator().manual_seed(2)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    opt = make(params, backend=on)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        opt.step()
+    assert opt.explain().backend == on and not opt.explain().eager
+    return [*params, *(s[key] for s in opt.state_dict()["state"].values())]
+
+
 @pytest.mark.parametrize("rule", ["AdamMini", "CAME"])
 def test_rows_and_columns_beside_blocks_are_the_references(rule, monkeypatch, small):
     """The last axis is a block's, and one more tells blocks apart."""
     monkeypatch.setattr(policies.Blocks, "least", 0)
-    found = []
-    for on in ("triton", "reference"):
-        generator = torch.Generator().manual_seed(2)
-        params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in ((5, 64), (2, 3, 128))]
-        opt = getattr(rules, rule)(params, storage={"exp_avg": "int8"}, backend=on)
-        for _ in range(2):
-            for p in params:
-                p.grad = torch.randn(p.shape, generator=generator)
-            opt.step()
-        assert opt.explain().backend == on and not opt.explain().eager
-        found.append([*params, *(s["exp_avg"] for s in opt.state_dict()["state"].values())])
+    make = functools.partial(getattr(rules, rule), storage={"exp_avg": "int8"})
+    found = (stored(on, make, ((5, 64), (2, 3, 128)), "exp_avg") for on in ("triton", "reference"))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -189,16 +194,7 @@ def test_rows_and_columns_beside_blocks_are_the_references(rule, monkeypatch, sm
 @pytest.mark.parametrize("storage", ["int8", "float16_sr"])
 def test_policies_of_storage_are_the_references(storage, monkeypatch, small):
     monkeypatch.setattr(policies.Blocks, "least", 0)
-    found = []
-    for on in ("triton", "reference"):
-        generator = torch.Generator().manual_seed(2)
-        params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in ((101,), (5,))]
-        opt = fusedopt.optim.AdamW(params, lr=0.1, storage=storage, backend=on)
-        for _ in range(2):
-            for p in params:
-                p.grad = torch.randn(p.shape, generator=generator)
-            opt.step()
-        assert opt.explain().backend == on
-        found.append([*params, *(s["exp_avg_sq"] for s in opt.state_dict()["state"].values())])
+    make = functools.partial(fusedopt.optim.AdamW, lr=0.1, storage=storage)
+    found = (stored(on, make, ((101,), (5,)), "exp_avg_sq") for on in ("triton", "reference"))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

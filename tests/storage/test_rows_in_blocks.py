@@ -172,15 +172,16 @@ def test_a_block_of_another_group_is_not_said_to_be_this_ones():
     assert all("adam_mini_step" in str(w.message) for w in warned)
 
 
-def test_tensors_that_calls_take_are_no_rows():
+@pytest.mark.parametrize("shape", [(8, 8, 8, 8), (16, 16, 16)], ids=str)
+def test_tensors_that_calls_take_are_no_rows(shape):
     """However many of the parameter's dimensions have their sizes."""
-    generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(8, 8, 8, 8, generator=generator))]
-    opt = rules.SOAP(params, lr=1e-3, storage="int8")
-    for _ in range(3):
-        params[0].grad = torch.randn(8, 8, 8, 8, generator=generator)
-        opt.step()
-    assert not opt.explain().eager
+
+    def make(params, **options):
+        return rules.SOAP(params, lr=1e-3, **options)
+
+    found = stepped(make, [shape], "int8", "cpp", steps=3)
+    assert not found[1].explain().eager
+    assert_the_same(found, stepped(make, [shape], "int8", "reference", steps=3))
 
 
 class Squares(Factored):
